@@ -1,0 +1,58 @@
+"""The command line `xlsd-cache`, generated from the dataclasses in config.py."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from xlsd_cache import UserError
+from xlsd_cache.config import BuildConfig, CheckConfig, InfoConfig
+
+Command = (
+    Annotated[BuildConfig, tyro.conf.subcommand("build")]
+    | Annotated[InfoConfig, tyro.conf.subcommand("info")]
+    | Annotated[CheckConfig, tyro.conf.subcommand("check")]
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's mistake is one sentence, no traceback."""
+    try:
+        config = tyro.cli(
+            Command,
+            prog="xlsd-cache",
+            description="Encode images once into a zarr store of latents, and look after it.",
+            args=args,
+        )
+        quiet_libraries()
+        # Imported late: --help need not wait for torch and diffusers.
+        if isinstance(config, BuildConfig):
+            from xlsd_cache.build import build
+
+            build(config)
+            return 0
+        if isinstance(config, InfoConfig):
+            from xlsd_cache.info import info
+
+            info(config)
+            return 0
+        from xlsd_cache.check import check
+
+        return 0 if check(config) else 1
+    except UserError as error:
+        print(f"xlsd-cache: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("xlsd-cache: stopped at once", file=sys.stderr)
+        return 130
+
+
+def quiet_libraries() -> None:
+    """No bars and notices of the libraries' own between ours; their errors still raise."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

@@ -1,0 +1,134 @@
+"""One frozen dataclass a command; the command line is generated from it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from xlsd_cache import Precision, UserError
+from xlsd_cache.sources import RESERVED
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Encode every image once into a latent store, or bring an existing store up to date.
+
+    Running it again does only what is missing: new and changed images are encoded, removed ones
+    leave training, renamed ones keep their latent, duplicates are encoded once. It may be killed
+    at any moment; the same command goes on where it was.
+    """
+
+    source: tyro.conf.Positional[tuple[str, ...]] = ("images",)
+    """Folders of images, searched at every depth; captions lie beside the images."""
+
+    out: Path = Path("latents")
+    """The store. It alone is needed for training, and may be moved."""
+
+    vae: str = "sdxl"
+    """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id ORG/NAME, a folder, or a .safetensors file."""
+
+    vae_scaling_factor: float | None = None
+    """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""
+
+    resolution: int = 512
+    """Buckets have at most resolution x resolution pixels. A multiple of 64."""
+
+    buckets: str = "aspect"
+    """aspect: every ratio in steps of 64 pixels; square; or a list of sizes, 512x512,512x768."""
+
+    max_ratio: float = 4.0
+    """Images longer than this (long side over short side) are rejected."""
+
+    upscale: bool = False
+    """Enlarge images that are smaller than their bucket instead of rejecting them."""
+
+    batch: int = 8
+    """Images per VAE call."""
+
+    workers: int = 4
+    """Threads that read and decode images while the VAE works."""
+
+    precision: Precision = "fp32"
+    """What the VAE computes in. fp32 has no TF32 anywhere."""
+
+    store_dtype: Literal["float32", "float16"] = "float32"
+    """float16 halves the disk; its rounding is 2e-4 of the latents' spread, measured and shown."""
+
+    captions: str = "txt"
+    """Caption columns, comma-separated: the suffix of the text file beside each image. `none`."""
+
+    shard: str = "0/1"
+    """i/n: this is process i of n that build one store together; each starts on its own part."""
+
+    rows_per_shard: int | None = None
+    """Fixed when a store is made. Default: 256 under 30k images, 1024, 4096 above 4 million."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""
+
+    dry_run: bool = False
+    """Scan and plan, say what would be done, and write nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        for name in ("batch", "workers", "resolution"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is less than 1; raise it")
+        if self.rows_per_shard is not None and self.rows_per_shard < 1:
+            raise UserError(f"--rows-per-shard {self.rows_per_shard} is less than 1; raise it")
+        if self.max_ratio < 1:
+            raise UserError(f"--max-ratio {self.max_ratio} is less than 1, a square's; raise it")
+        number, _, count = self.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
+        for column in self.caption_columns:
+            if column in RESERVED or not column or ":" in column:
+                raise UserError(
+                    f"--captions {column!r} cannot be a caption column; name the suffix of the "
+                    f"text files beside the images, say txt"
+                )
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The caption columns by name."""
+        if self.captions == "none":
+            return ()
+        return tuple(column.strip().lstrip(".") for column in self.captions.split(","))
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """This process's number and how many there are."""
+        number, _, count = self.shard.partition("/")
+        return int(number), int(count)
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Say what is in a store: counts, buckets, bytes, VAE, latent statistics, what was rejected."""
+
+    store: tyro.conf.Positional[Path] = field(default=Path("latents"))
+    """The store's folder."""
+
+    json: bool = False
+    """Print JSON for programs."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Read everything back: shards present, checksums right, values finite, counts adding up.
+
+    Exits non-zero when anything is wrong, and names the images.
+    """
+
+    store: tyro.conf.Positional[Path] = field(default=Path("latents"))
+    """The store's folder."""
+
+    decode: int = 0
+    """Decode this many samples and compare them with their images and the VAE's own round trip."""
+
+    vae: str | None = None
+    """The VAE to decode with, where the one that the store names is no longer there."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""

@@ -1,0 +1,87 @@
+"""Nothing is written in place: a temporary file, fsync, rename, and the folder synced too.
+
+After a kill at any moment a path holds either its old content or its new, whole. After a power
+loss as well: a rename that was not synced may survive with an empty file behind it.
+"""
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TEMPORARY = ".tmp"  # the suffix by which a later run knows what a killed one left
+_HOST = socket.gethostname().partition(".")[0] or "host"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Windows has no such call, and needs none."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's content to the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write; when the block ends well, it becomes `path`, durably.
+
+    The temporary file lies in `staging` (same file system) or, by default, beside `path`.
+    """
+    mine = f"{uuid.uuid4().hex[:8]}.{_HOST}.{os.getpid()}"
+    temporary = (staging or path.parent) / f"{path.name}.{mine}{TEMPORARY}"
+    try:
+        yield temporary
+        fsync_file(temporary)
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, staging: Path | None = None) -> None:
+    """`path` holds `data`, or what it held before."""
+    with replacing(path, staging) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any, staging: Path | None = None) -> None:
+    """`path` holds `value` as JSON for people: indented, paths as strings."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=os.fspath)
+    write_bytes(path, (text + "\n").encode(), staging)
+
+
+def write_parquet(path: Path, table: pa.Table, staging: Path | None = None) -> None:
+    """`path` holds `table`, zstd-compressed parquet that pandas, polars and duckdb read."""
+    with replacing(path, staging) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files of processes that no longer run; other machines' after a day."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        *_, host, pid, _ = path.name.rsplit(".", 3)
+        ours = host == _HOST and pid.isdecimal()
+        try:
+            old = time.time() - path.stat().st_mtime > 86400
+            if old or (ours and not psutil.pid_exists(int(pid))):
+                path.unlink()
+        except FileNotFoundError:  # another process swept it
+            continue

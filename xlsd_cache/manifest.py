@@ -1,0 +1,194 @@
+"""The store's own log beside the arrays: what is planned, committed, removed and said of images.
+
+Plain parquet, one file a fact, each written once and whole. A *generation* is one planning: it
+exists when `plan/<generation>.parquet` does, and says where each new or changed image goes or why
+it goes nowhere. Reading the log up to a generation gives the store as it was then, for ever.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from xlsd_cache.durable import write_parquet
+
+PLAN = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),  # the image file
+        ("size", pa.int64()),  # bytes; with mtime_ns it tells whether a file changed
+        ("mtime_ns", pa.int64()),
+        ("width", pa.int32()),  # of the upright image; 0 where its header could not be read
+        ("height", pa.int32()),
+        ("crop", pa.list_(pa.float64(), 4)),  # left, top, right, bottom in upright pixels
+        ("bucket", pa.string()),  # empty where the image has no place
+        ("row", pa.int64()),  # in the bucket's array; -1 where the image has no place
+        ("content_hash", pa.string()),  # sha256 of the file, empty where planning had no need of it
+        ("reason", pa.string()),  # empty where the image has a place, else why not
+        ("detail", pa.string()),
+    ]
+)
+COMMIT = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),  # the image's name when it was encoded
+        ("content_hash", pa.string()),
+        ("status", pa.string()),  # encoded | rejected
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("crc32c", pa.uint32()),  # of the latent's bytes
+    ]
+)
+REMOVED = pa.schema([("key", pa.string())])
+CAPTIONS = pa.schema([("key", pa.string()), ("column", pa.string()), ("text", pa.string())])
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One shard: one bucket, one writer, one commit."""
+
+    bucket: str
+    shard: int
+
+    @property
+    def name(self) -> str:
+        """As in `manifest/commit/NAME.parquet` and `staging/NAME.part`."""
+        return f"{self.bucket}.{self.shard}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The log of the store in folder `root`."""
+
+    root: Path
+
+    @property
+    def staging(self) -> Path:
+        """Where temporary files, locks and journals lie."""
+        return self.root / "staging"
+
+    def array(self, bucket: str) -> Path:
+        """The folder of a bucket's zarr array."""
+        return self.root / "latents.zarr" / bucket
+
+    def shard(self, unit: Unit) -> Path:
+        """The file of one shard."""
+        return self.array(unit.bucket) / f"c.{unit.shard}.0.0.0"
+
+    def commit(self, unit: Unit) -> Path:
+        """The commit record of one shard: the shard counts from the moment this exists."""
+        return self.root / "manifest" / "commit" / f"{unit.name}.parquet"
+
+    def make_folders(self) -> None:
+        """Create the folders of an empty store."""
+        for kind in ("plan", "commit", "removed"):
+            (self.root / "manifest" / kind).mkdir(parents=True, exist_ok=True)
+        for folder in ("latents.zarr", "captions", "staging"):
+            (self.root / folder).mkdir(exist_ok=True)
+
+    def generations(self) -> list[int]:
+        """The generations that exist, oldest first."""
+        return _numbers(self.root / "manifest" / "plan", r"(\d+)\.parquet")
+
+    def committed(self) -> set[Unit]:
+        """The shards that have a commit record."""
+        folder = self.root / "manifest" / "commit"
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        found = (re.fullmatch(r"(\d+x\d+)\.(\d+)\.parquet", name) for name in names)
+        return {Unit(match[1], int(match[2])) for match in found if match}
+
+    def write_plan(
+        self, generation: int, plan: pa.Table, removed: list[str], captions: pa.Table
+    ) -> None:
+        """Add a generation. Its plan is written last: only then does the generation exist."""
+        gone = pa.table({"key": sorted(removed)}, REMOVED)
+        for path, table in (
+            (self._file("manifest/removed", generation), gone),
+            (self._captions(generation), captions),
+        ):
+            if table.num_rows:
+                write_parquet(path, table, self.staging)
+            else:
+                path.unlink(missing_ok=True)  # of a planning that was killed
+        write_parquet(self._file("manifest/plan", generation), plan, self.staging)
+
+    def live(self, generation: int) -> pa.Table:
+        """The plan at a generation: one row a key, the last said of it, removed keys left out."""
+        kept = []
+        for n in (n for n in self.generations() if n <= generation):
+            gone = self._file("manifest/removed", n)
+            if gone.exists():
+                kept.append(pq.read_table(gone, schema=REMOVED))
+            kept.append(pq.read_table(self._file("manifest/plan", n), schema=PLAN))
+        table = pa.concat_tables(kept, promote_options="default") if kept else PLAN.empty_table()
+        table = last_of(table, ["key"])
+        return table.filter(pc.is_valid(table["row"]))  # a removal has a key and nothing else
+
+    def planned(self, generation: int) -> pa.Table:
+        """Every place ever given out up to a generation, its image live or not."""
+        numbers = [n for n in self.generations() if n <= generation]
+        tables = [pq.read_table(self._file("manifest/plan", n), schema=PLAN) for n in numbers]
+        table = pa.concat_tables([PLAN.empty_table(), *tables])
+        return table.filter(pc.greater_equal(table["row"], 0))
+
+    def commits(self, units: set[Unit]) -> pa.Table:
+        """The commit records of `units` as one table, with the bucket as first column."""
+        tables = [COMMIT.empty_table()]
+        names: list[str] = []
+        for unit in sorted(units):
+            table = pq.read_table(self.commit(unit), schema=COMMIT)
+            tables.append(table)
+            names += [unit.bucket] * table.num_rows
+        return pa.concat_tables(tables).add_column(0, "bucket", pa.array(names, pa.string()))
+
+    def captions(self, generation: int) -> pa.Table:
+        """(key, column, text) at a generation, the last said of each; empty texts left out."""
+        numbers = [n for n in self.generations() if n <= generation]
+        paths = [path for path in map(self._captions, numbers) if path.exists()]
+        tables = [CAPTIONS.empty_table(), *(pq.read_table(p, schema=CAPTIONS) for p in paths)]
+        table = last_of(pa.concat_tables(tables), ["key", "column"])
+        return table.filter(pc.not_equal(table["text"], ""))
+
+    def files(self, generation: int) -> list[Path]:
+        """The files of the log up to a generation, commit records apart."""
+        return [
+            path
+            for n in self.generations()
+            if n <= generation
+            for path in (
+                self._file("manifest/removed", n),
+                self._file("manifest/plan", n),
+                self._captions(n),
+            )
+            if path.exists()
+        ]
+
+    def _file(self, folder: str, generation: int) -> Path:
+        return self.root / folder / f"{generation:06d}.parquet"
+
+    def _captions(self, generation: int) -> Path:
+        name = f"delta-{generation:06d}.parquet" if generation else "base.parquet"
+        return self.root / "captions" / name
+
+
+def last_of(table: pa.Table, columns: list[str]) -> pa.Table:
+    """The last row of each distinct value of `columns`, in the order of those last rows."""
+    if not table.num_rows:
+        return table
+    codes = np.zeros(table.num_rows, np.int64)
+    for column in columns:
+        encoded = table[column].combine_chunks().dictionary_encode()
+        codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy()
+    _, first_from_the_end = np.unique(codes[::-1], return_index=True)
+    return table.take(np.sort(table.num_rows - 1 - first_from_the_end))
+
+
+def _numbers(folder: Path, pattern: str) -> list[int]:
+    if not folder.is_dir():
+        return []
+    found = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)

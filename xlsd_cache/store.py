@@ -1,0 +1,267 @@
+"""The read side of the latent store: what it holds, and its latents in microseconds.
+
+store = LatentStore.open("latents")
+store.buckets                       # {"512x512": live row numbers, ...}
+store.read("512x512", rows)         # raw latents [n, C, h, w], every one's crc32c verified
+store.samples                       # Arrow: key, source, bucket, row, ..., caption columns
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from xlsd_cache import UserError
+from xlsd_cache.index import View, cached_view, make_view, save_view
+from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.shard import CorruptShard, ShardReader
+from xlsd_cache.sources import RESERVED
+
+FORMAT = "xlsd-latents"
+VERSION = 1
+DOWNSCALE = 8  # pixels a latent, of every VAE known here
+
+Latents = NDArray[Any]  # float16 or float32 [n, C, h, w], raw
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a latent is valid for, beside its image's content and crop. Kept in zarr.json."""
+
+    vae_name: str
+    vae_source: str
+    vae_class: str
+    vae_sha256: str  # of the weights as fp32
+    scaling_factor: float
+    shift_factor: float
+    channels: int
+    dtype: str  # float32 | float16, as stored
+    precision: str  # fp32 | tf32 | bf16, as encoded
+    preprocessing: int  # xlsd_cache.decode.PREPROCESSING
+    resolution: int
+    buckets: str  # aspect | square | sizes
+    max_ratio: float
+    upscale: bool
+
+    def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
+        """Fields that forbid mixing latents, with both values; the VAE's weights tell, not names.
+
+        `resolution` and `max_ratio` count as they are given, even where they change no bucket.
+        """
+        labels = {"vae_name", "vae_source"}
+        return {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
+            for field in fields(self)
+            if field.name not in labels and getattr(self, field.name) != getattr(other, field.name)
+        }
+
+
+def read_attributes(root: Path) -> tuple[Identity, int]:
+    """The identity and the rows per shard of the store in `root`. Raises UserError for no store."""
+    path = root / "latents.zarr" / "zarr.json"
+    try:
+        attributes = json.loads(path.read_bytes())["attributes"]
+        if attributes["format"] != FORMAT:
+            raise KeyError("format")
+        version = attributes["version"]
+    except FileNotFoundError:
+        raise UserError(
+            f"no latent store in {root}: {path} is missing; make one with "
+            f"`xlsd-cache build IMAGES --out {root}`, or name another folder"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{root} is not a latent store: {path} is not one of ours ({error}); name another"
+        ) from error
+    if version != VERSION:
+        raise UserError(
+            f"{root} has store format {version}, this program reads {VERSION}; install the "
+            f"version of xlsd that wrote it"
+        )
+    return Identity(**attributes["identity"]), int(attributes["rows_per_shard"])
+
+
+def bucket_shape(bucket: str, channels: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of the bucket called WIDTHxHEIGHT."""
+    width, height = map(int, bucket.split("x"))
+    return channels, height // DOWNSCALE, width // DOWNSCALE
+
+
+class LatentStore:
+    """One generation of a store, complete and unchanging however the store grows meanwhile.
+
+    Reading is safe from several threads, and after fork and spawn. Use as a context manager, or
+    `close()`, to close the shard files that reading opened.
+    """
+
+    def __init__(self, root: Path, identity: Identity, rows_per_shard: int, view: View) -> None:
+        self.root, self.identity, self.rows_per_shard = root, identity, rows_per_shard
+        self.samples: pa.Table = view.samples  # sorted by (bucket, row)
+        self.generation, self.fingerprint = view.generation, view.fingerprint
+        self._manifest = Manifest(root)
+        self._dtype = np.dtype(identity.dtype)
+        self._ranges = view.ranges
+        self.buckets: dict[str, NDArray[np.int64]] = {
+            bucket: view.samples["row"].slice(start, stop - start).to_numpy()
+            for bucket, (start, stop) in view.ranges.items()
+        }
+        self._shards: OrderedDict[Unit, ShardReader] = OrderedDict()
+        self._most_open = _raise_file_limit()
+        self._lock = Lock()
+
+    @classmethod
+    def open(cls, path: str | Path, generation: int | None = None) -> "LatentStore":
+        """Open the newest complete generation, or the one asked for.
+
+        Raises UserError where there is no store, no such generation, or none is complete yet.
+        """
+        root = Path(path).expanduser()
+        identity, rows_per_shard = read_attributes(root)
+        manifest = Manifest(root)
+        generations = manifest.generations()
+        if generation is not None and generation not in generations:
+            raise UserError(
+                f"{root} has no generation {generation} (it has {len(generations)}); the store "
+                f"was made anew since, so start a new run"
+            )
+        pending = 0
+        for number in reversed(generations) if generation is None else [generation]:
+            view = cached_view(root, number)
+            if view is None:
+                view = make_view(manifest, number, rows_per_shard)
+                if not view.pending and number == generations[-1]:
+                    save_view(root, view)
+            if not view.pending:
+                return cls(root, identity, rows_per_shard, view)
+            pending = pending or view.pending
+        raise UserError(
+            f"{root} is not finished: {pending} images are not encoded yet; run the same "
+            f"`xlsd-cache build` again, which does only what is missing"
+        )
+
+    def __len__(self) -> int:
+        """Live samples of all buckets."""
+        return int(self.samples.num_rows)
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The columns of `samples` that are captions."""
+        return tuple(name for name in self.samples.column_names if name not in RESERVED)
+
+    def shape(self, bucket: str) -> tuple[int, int, int]:
+        """(C, h, w) of a bucket's latents."""
+        return bucket_shape(bucket, self.identity.channels)
+
+    def sample_index(self, bucket: str, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of `samples` for the n-th live samples of a bucket."""
+        return self._ranges[bucket][0] + ordinals
+
+    def read(
+        self, bucket: str, rows: Sequence[int] | NDArray[np.int64], out: Latents | None = None
+    ) -> Latents:
+        """Raw latents [n, C, h, w] of these row numbers, in this order, in the store's dtype.
+
+        `out`, if given, is filled and returned; it must be C-contiguous, of that shape and dtype.
+        Raises UserError naming the image where a latent is missing or its crc32c is wrong.
+        """
+        shape = (len(rows), *self.shape(bucket))
+        if out is None:
+            out = np.empty(shape, self._dtype)
+        elif out.shape != shape or out.dtype != self._dtype or not out.flags.c_contiguous:
+            raise ValueError(f"out must be C-contiguous {self._dtype}{shape}, not {out.shape}")
+        flat = out.reshape(len(rows), -1).view(np.uint8)
+        for target, row in zip(flat, rows, strict=True):
+            number, slot = divmod(int(row), self.rows_per_shard)
+            try:
+                self._shard(Unit(bucket, number)).read_into(slot, target)
+            except (CorruptShard, OSError) as error:
+                raise UserError(
+                    f"cannot read {self._key(bucket, int(row))} (bucket {bucket}, row {row}) from "
+                    f"{self.root}: {error}; run `xlsd-cache check {self.root}` to see what is "
+                    f"damaged"
+                ) from error
+        return out
+
+    def will_need(self, bucket: str, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Start reading these rows into the page cache, without waiting: for the coming batch."""
+        for row in rows:
+            number, slot = divmod(int(row), self.rows_per_shard)
+            try:
+                self._shard(Unit(bucket, number)).will_need(slot)
+            except (CorruptShard, OSError):
+                return  # a hint; `read` is what reports it
+
+    def close(self) -> None:
+        """Close all shard files; reading opens them again."""
+        with self._lock:
+            while self._shards:
+                self._shards.popitem()[1].close()
+
+    def __enter__(self) -> "LatentStore":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LatentStore.open, (self.root, self.generation)
+
+    def _shard(self, unit: Unit) -> ShardReader:
+        with self._lock:
+            shard = self._shards.get(unit)
+            if shard is None:
+                shape = self.shape(unit.bucket)
+                nbytes = int(np.prod(shape)) * self._dtype.itemsize
+                shard = ShardReader(self._manifest.shard(unit), self.rows_per_shard, nbytes)
+                self._shards[unit] = shard
+                # The one dropped closes itself when its last reader lets go of it.
+                if len(self._shards) > self._most_open:
+                    self._shards.popitem(last=False)
+            else:
+                self._shards.move_to_end(unit)
+            return shard
+
+    def _key(self, bucket: str, row: int) -> str:
+        rows = self.buckets.get(bucket, np.empty(0, np.int64))
+        at = int(np.searchsorted(rows, row))
+        if at == len(rows) or rows[at] != row:
+            return "an image that is not live"
+        return str(self.samples["key"][self._ranges[bucket][0] + at])
+
+
+def attributes_of(identity: Identity, rows_per_shard: int) -> dict[str, Any]:
+    """The attributes of the store's zarr group."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "latents": "posterior mean, unscaled; the UNet sees (x - shift_factor) * scaling_factor",
+        "rows_per_shard": rows_per_shard,
+        "identity": asdict(identity),
+    }
+
+
+def _raise_file_limit() -> int:
+    """Allow as many open files as the system lets us; returns how many shards to hold open."""
+    try:
+        import resource
+    except ImportError:  # Windows allows thousands
+        return 512
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return max(64, soft // 2)
