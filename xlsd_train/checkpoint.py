@@ -1,0 +1,109 @@
+"""Checkpoints: weights and optimizer as safetensors, everything human as JSON, whole or not there.
+
+checkpoints/step-00000250/
+  unet.safetensors, text_encoder.safetensors    under SD1.5's names; what is frozen is a link
+  optimizer.safetensors                         NAME/STATE, say unet.conv_in.weight/exp_avg
+  state.json                                    where the run stands
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from xlsd_cache import UserError
+from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_json
+from xlsd_train.model import TEXT_ENCODER, UNET, Model
+
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-????????"))
+
+
+def save_checkpoint(
+    run: Path,
+    model: Model,
+    named: dict[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Write the checkpoint of `state["step"]`; its folder appears when all of it is on the disk."""
+    final = run / "checkpoints" / f"step-{state['step']:08d}"
+    if final.exists():  # stopped at the step it was resumed from
+        return final
+    folder = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
+    folder.mkdir(parents=True)
+    try:
+        trained = {name.partition(".")[0] for name in named}
+        for part, file in (("unet", UNET), ("text_encoder", TEXT_ENCODER)):
+            if part in trained:
+                save_file(model.weights(part), folder / file, {"format": "pt"})
+            else:
+                _link_or_copy(run / "base" / file, folder / file)
+        tensors = {
+            f"{name}/{key}": value.contiguous()
+            for name, parameter in named.items()
+            for key, value in optimizer.state[parameter].items()
+        }
+        save_file(tensors, folder / OPTIMIZER, {"format": "pt"})
+        write_json(folder / STATE, state)
+        for path in folder.iterdir():
+            fsync_file(path)
+        fsync_folder(folder)
+        folder.rename(final)
+        fsync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return final
+
+
+def load_optimizer(
+    checkpoint: Path, named: dict[str, Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Put the checkpoint's optimizer state beside parameters that are loaded already.
+
+    Raises UserError where the file is damaged or another model's.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(checkpoint / OPTIMIZER)
+        for path, value in tensors.items():
+            name, _, key = path.rpartition("/")
+            parameter = named[name]
+            if value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{path} has shape {tuple(value.shape)}")
+            # AdamW's step counter is a scalar that torch keeps on the CPU.
+            device = parameter.device if value.dim() else torch.device("cpu")
+            optimizer.state[parameter][key] = value.to(device)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{checkpoint / OPTIMIZER} does not fit this run ({error}); it is damaged or another "
+            f"run's: remove {checkpoint} to go on from the checkpoint before it"
+        ) from error
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints (0: none), and what killed saves left."""
+    for folder in (run / "checkpoints").glob(f".*{TEMPORARY}"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for checkpoint in checkpoints(run)[:-keep] if keep else []:
+        doomed = checkpoint.with_name(f".{checkpoint.name}{TEMPORARY}")
+        checkpoint.rename(doomed)  # so that a kill leaves no half of one that looks whole
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """The same content under a second name, taking no space where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

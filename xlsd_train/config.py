@@ -1,0 +1,168 @@
+"""One frozen dataclass for a run; the command line is generated from it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from xlsd_cache import Precision, UserError
+
+Phase = Literal["unet", "te", "both"]
+
+# What may differ when a run goes on: none of these changes a weight at any step.
+FREE = frozenset(
+    {"out", "stop_after", "save_every", "keep", "dry_run", "force"}
+    | {"sample_every", "sample_prompts", "sample_steps", "sample_guidance"}
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train the UNet, the text encoder, or both, from a latent store.
+
+    Given an --out that exists, a run goes on exactly where its last complete checkpoint is, to the
+    bit. Ctrl-C saves first. `touch RUN/SAVE`, `RUN/SAMPLE` or `RUN/STOP` act at the next step.
+    """
+
+    phase: Phase
+    """What trains: the UNet with the text encoder frozen, the reverse, or both."""
+
+    batch: int = 32
+    """Images per batch. Each batch comes from one bucket."""
+
+    accum: int = 1
+    """Batches per optimizer step; their gradients are averaged over all images."""
+
+    data: Path = Path("latents")
+    """The latent store that `xlsd-cache build` made."""
+
+    model: str | None = None
+    """A hub id, a pipeline folder, or a checkpoint or run of ours. Default: SD1.5 from the hub
+    with the store's VAE swapped in, which is where XLSD starts."""
+
+    vae: str | None = None
+    """Swap this VAE into --model, where the model's own is not the store's. Names as in build."""
+
+    out: Path | None = None
+    """The run's folder. Default: runs/PHASE-DATE-TIME."""
+
+    epochs: float | None = None
+    """Planned length in epochs: with --steps the other way to say it. Default: 3 for te, both."""
+
+    steps: int | None = None
+    """Planned length in optimizer steps. Default: 1000000 for unet."""
+
+    stop_after: int | None = None
+    """Stop after this step without changing the planned length, so no learning rate changes."""
+
+    lr: float | None = None
+    """Learning rate. Default: 3e-6 for te and both; 5e-6 for unet."""
+
+    warmup: str | None = None
+    """Linear warm-up: steps (200), percent of the planned length (10%) or epochs (0.5e).
+    Default: 10% for te and both, 200 for unet. Constant after."""
+
+    optimizer: Literal["lion", "adamw"] = "lion"
+    """lion: lion-pytorch's. adamw: torch's, with twice the state."""
+
+    betas: tuple[float, float] | None = None
+    """Default: 0.9 0.99 for lion, 0.9 0.999 for adamw."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+
+    precision: Precision = "fp32"
+    """fp32: no TF32 anywhere. bf16: autocast over fp32 weights."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in backward: a quarter more work, a quarter of the memory."""
+
+    caption: str | None = None
+    """Caption column. Default: the store's only one."""
+
+    caption_dropout: float = 0.0
+    """How often a caption is left out, which classifier-free guidance wants; 0 to 1."""
+
+    sample_every: int = 250
+    """Draw samples every so many steps, at step 0 and at the end; 0 never."""
+
+    sample_prompts: Path | None = None
+    """A text file of prompts, one a line. Default: four captions of the store."""
+
+    sample_steps: int = 20
+    """Denoising steps a sample."""
+
+    sample_guidance: float = 7.5
+    """Classifier-free guidance of samples."""
+
+    save_every: int = 500
+    """Write a checkpoint every so many steps, and at the end."""
+
+    keep: int = 3
+    """Keep this many newest checkpoints; 0 keeps all."""
+
+    seed: int = 0
+    """Order, noise, timesteps, captions and samples follow from it."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""
+
+    threads: int | None = None
+    """CPU threads of torch. Default: torch's own. Sums depend on it, so a resume compares it."""
+
+    deterministic: bool = True
+    """Deterministic GPU kernels, which exact resuming needs."""
+
+    force: bool = False
+    """Resume although settings, the store, the model or versions differ; exactness is then lost."""
+
+    dry_run: bool = False
+    """Check everything, print what would run, and stop."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        for name in (
+            "batch",
+            "accum",
+            "steps",
+            "stop_after",
+            "save_every",
+            "sample_steps",
+            "threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
+        for name in ("sample_every", "keep", "weight_decay", "sample_guidance"):
+            if getattr(self, name) < 0:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(
+                f"--steps {self.steps} and --epochs {self.epochs:g} both give the planned length; "
+                f"leave one out"
+            )
+        if self.epochs is not None and self.epochs <= 0:
+            raise UserError(f"--epochs {self.epochs:g} is not above 0; raise it")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise UserError(f"--lr {self.lr:g} is not a positive number; give say 3e-6")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"--caption-dropout {self.caption_dropout:g} is not within 0 to 1")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas {self.betas} are not within 0 to 1")
+
+    def resolved(self) -> "TrainConfig":
+        """With the defaults that depend on the phase and the optimizer filled in."""
+        unet = self.phase == "unet"
+        steps, epochs = self.steps, self.epochs
+        if steps is None and epochs is None:
+            steps, epochs = (1_000_000, None) if unet else (None, 3.0)
+        betas = (0.9, 0.99) if self.optimizer == "lion" else (0.9, 0.999)
+        return replace(
+            self,
+            steps=steps,
+            epochs=epochs,
+            # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
+            lr=self.lr if self.lr is not None else 5e-6 if unet else 3e-6,
+            warmup=self.warmup or ("200" if unet else "10%"),
+            betas=self.betas or betas,
+        )

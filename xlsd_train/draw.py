@@ -1,0 +1,57 @@
+"""Everything random, as pure functions of (seed, what for, position). There is no RNG state.
+
+So a resumed run draws what an uninterrupted one draws, whatever was sampled, validated or logged
+between, and two processes draw what one would.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Words = NDArray[np.uint64]
+
+
+def words(seed: int, purpose: str, positions: NDArray[np.int64]) -> Words:
+    """64 random bits for each position.
+
+    SplitMix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195) over the positions, started
+    from a hash of the seed and the purpose, so that no two purposes share a stream.
+    """
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    with np.errstate(over="ignore"):  # modulo 2^64 is meant
+        z = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z += np.frombuffer(digest, "<u8")[0]
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def uniform(seed: int, purpose: str, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1), 53 bits each."""
+    return (words(seed, purpose, positions) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(seed: int, purpose: str, count: int) -> NDArray[np.int64]:
+    """A random order of 0..count-1: the order of their words."""
+    return np.argsort(words(seed, purpose, np.arange(count)), kind="stable")
+
+
+def noise(seed: int, positions: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal f32 [n, *shape], each sample from a generator of its own.
+
+    Always drawn on the CPU: the same on every device, and in the loader's thread for nothing.
+    """
+    out = torch.empty((len(positions), *shape))
+    for target, word in zip(out, words(seed, "noise", positions).tolist(), strict=True):
+        generator = torch.Generator().manual_seed(word - 2**63)
+        torch.randn(shape, generator=generator, out=target)
+    return out
+
+
+def timesteps(seed: int, positions: NDArray[np.int64], count: int) -> Tensor:
+    """Timesteps int64 [n], uniform over 0..count-1 (the bias of the remainder is below 1e-16)."""
+    drawn = words(seed, "timestep", positions) % np.uint64(count)
+    return torch.from_numpy(drawn.astype(np.int64))

@@ -1,0 +1,215 @@
+"""Everything a run needs, opened and checked before the first step, and closed after the last."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.nn import Parameter
+
+from xlsd_cache import UserError, __version__
+from xlsd_cache.precision import set_precision
+from xlsd_cache.store import LatentStore
+from xlsd_train.batches import BatchSource
+from xlsd_train.captions import Captions
+from xlsd_train.checkpoint import load_optimizer
+from xlsd_train.config import TrainConfig
+from xlsd_train.diffusion import alphas_cumprod
+from xlsd_train.model import Model, load_model
+from xlsd_train.optim import make_optimizer, warmup_steps
+from xlsd_train.run import Run, machine, settings
+from xlsd_train.sample import Sampler, read_prompts, sample_size
+from xlsd_train.schedule import Schedule
+from xlsd_train.step import Step
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is ready for its next step."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    run: Run
+    schedule: Schedule
+    source: BatchSource
+    model: Model
+    named: dict[str, Parameter]  # what trains
+    take_step: Step
+    sampler: Sampler
+    planned_steps: int
+    warmup_steps: float
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.accelerator.is_main_process)
+
+
+@contextmanager
+def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Session]:
+    """Open a new run or one begun before, in this order: store, settings, model, optimizer.
+
+    Raises UserError before anything is written where the run cannot be as asked.
+    """
+    config = config.resolved()
+    accelerator, precision = _start(config)
+    # The default folder's name holds the time, which processes would read differently.
+    config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
+    run, device = Run.open(config), accelerator.device
+    with LatentStore.open(config.data, run.generation) as store, closing(run):
+        schedule = _schedule(config, store)
+        column = _caption_column(config, store)
+        shared = settings(config, store, device)
+        run.compare(shared, config.force)
+        planned, warmup = _length(config, schedule)
+        prompts = read_prompts(config.sample_prompts, store, column, config.seed)
+        resumed = run.checkpoint
+        if resumed:
+            model = load_model(str(resumed), None, store.identity)
+        else:
+            model = load_model(config.model, config.vae, store.identity)
+        abar = alphas_cumprod(model.scheduler_config)
+        named = model.prepare(config.phase, config.gradient_checkpointing)
+        record = {
+            "command": list(command),
+            "config": asdict(config),
+            "precision": precision,
+            "planned_steps": planned,
+            "warmup_steps": warmup,
+            "prompts": prompts,
+            "store": {
+                "path": str(store.root.absolute()),
+                "generation": store.generation,
+                "fingerprint": store.fingerprint,
+                "images": len(store),
+            },
+            "model": {"source": model.source, "sha256": model.sha256()},
+            "settings": shared,
+            "machine": machine(device),
+            "processes": accelerator.num_processes,
+            "xlsd": __version__,
+        }
+        run.compare_model(record, config.force)
+        if accelerator.is_main_process:
+            _say(config, record, schedule, named, run)
+        accelerator.wait_for_everyone()  # all have looked before the main process writes
+        if accelerator.is_main_process and not config.dry_run:
+            run.begin(record, model, config)
+        accelerator.wait_for_everyone()
+        model.unet.to(device)
+        model.text_encoder.to(device)
+        optimizer = make_optimizer(config, named.values())
+        if resumed:
+            load_optimizer(resumed, named, optimizer)
+        captions = Captions(model.tokenizer, model.tokens, config.seed, config.caption_dropout)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        yield Session(
+            config,
+            accelerator,
+            run,
+            schedule,
+            BatchSource(store, schedule, captions, column, len(abar), rank, processes),
+            model,
+            named,
+            Step(model, list(named.values()), optimizer, abar.to(device), accelerator),
+            Sampler(
+                prompts,
+                *sample_size(store),
+                config.sample_steps,
+                config.sample_guidance,
+                config.seed,
+            ),
+            planned,
+            warmup,
+        )
+
+
+def _start(config: TrainConfig) -> tuple[Accelerator, str]:
+    """Set precision, threads and determinism, and find the device and the other processes."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
+    precision = set_precision(config.precision)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False  # it may choose another kernel every run
+    mixed = "bf16" if config.precision == "bf16" else "no"
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(mixed_precision=mixed, cpu=cpu), precision
+
+
+def _schedule(config: TrainConfig, store: LatentStore) -> Schedule:
+    if not len(store):
+        raise UserError(f"{config.data} holds no live image; build it from images that load")
+    if config.batch > len(store):
+        raise UserError(
+            f"--batch {config.batch} is larger than the {len(store)} images of {config.data}; "
+            f"lower it to {len(store)} or less"
+        )
+    sizes = {name: len(rows) for name, rows in store.buckets.items()}
+    return Schedule(sizes, config.batch, config.seed)
+
+
+def _caption_column(config: TrainConfig, store: LatentStore) -> str:
+    columns = store.caption_columns
+    if config.caption in columns:
+        return str(config.caption)
+    there = ", ".join(columns) or "none"
+    if config.caption is not None:
+        raise UserError(
+            f"{config.data} has no caption column {config.caption!r} (it has {there}); name "
+            f"another, or run `xlsd-cache build` with --captions {config.caption}"
+        )
+    if len(columns) != 1:
+        raise UserError(
+            f"{config.data} has the caption columns {there}; choose one with --caption"
+            if columns
+            else f"{config.data} has no captions; run `xlsd-cache build` with --captions again"
+        )
+    return columns[0]
+
+
+def _length(config: TrainConfig, schedule: Schedule) -> tuple[int, float]:
+    """Planned length and warm-up, in steps."""
+    planned = config.steps
+    if planned is None:
+        assert config.epochs is not None
+        whole, part = divmod(config.epochs, 1)
+        batches = schedule.batches(int(whole))
+        batches += math.ceil(part * (schedule.batches(int(whole) + 1) - batches))
+        planned = max(1, math.ceil(batches / config.accum))
+    steps_an_epoch = schedule.batches_an_epoch / config.accum
+    return planned, warmup_steps(config.warmup or "0", planned, steps_an_epoch)
+
+
+def _say(
+    config: TrainConfig,
+    record: dict[str, Any],
+    schedule: Schedule,
+    named: dict[str, Parameter],
+    run: Run,
+) -> None:
+    """What will run, in full, before it does."""
+    for name, value in asdict(config).items():
+        print(f"  {name:<24}{value}")
+    weights = sum(parameter.numel() for parameter in named.values())
+    print(record["precision"])
+    print(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
+    store = record["store"]
+    print(f"store {store['path']}: {store['images']} images, generation {store['generation']}")
+    for bucket, count in schedule.small_buckets(config.batch):
+        print(f"  bucket {bucket} holds {count} images, so its batches do, not {config.batch}")
+    an_epoch = schedule.batches_an_epoch / config.accum
+    print(
+        f"planned {record['planned_steps']} steps, {an_epoch:.1f} an epoch; warm-up over "
+        f"{record['warmup_steps']:g} steps to {config.lr:g}"
+    )
+    print(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
