@@ -1,0 +1,1 @@
+"""What can be measured, and the small real model that demo, tests and benchmarks run on."""

@@ -1,0 +1,150 @@
+"""Make a small pipeline folder in SD1.5's own layout, with its block types and random weights.
+
+Its VAE is real: the small one beside this file, distilled to SDXL's latent space. Its tokenizer is
+a CLIP tokenizer whose merges are learnt from the captions it will see.
+
+    python -m benchmarks.demo.pipeline OUT --captions IMAGES
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from diffusers import PNDMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel
+
+VAE = Path(__file__).parent / "vae"
+Size = Literal["nano", "demo", "keys"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a size of the model differs in; all else is SD1.5's."""
+
+    unet: tuple[int, int, int, int]  # block_out_channels
+    layers: int  # of the UNet, a block
+    heads: int  # SD1.5's attention_head_dim, which is a number of heads
+    groups: int  # of the norms
+    text: int  # hidden size
+    text_layers: int
+
+
+SHAPES: dict[str, Shape] = {
+    "nano": Shape((16, 32, 32, 32), 1, 2, 8, 32, 2),  # tests
+    "demo": Shape((48, 96, 128, 128), 1, 4, 16, 64, 2),  # make demo
+    "keys": Shape((32, 64, 96, 96), 2, 8, 32, 64, 12),  # exactly SD1.5's state-dict keys
+}
+
+
+def make_pipeline(out: Path, size: Size, captions: list[str], seed: int = 0) -> None:
+    """Write the pipeline folder; the same seed and captions give the same bytes."""
+    shape = SHAPES[size]
+    vocabulary = _write_tokenizer(out / "tokenizer", captions)
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=shape.unet,
+        layers_per_block=shape.layers,
+        attention_head_dim=shape.heads,
+        norm_num_groups=shape.groups,
+        cross_attention_dim=shape.text,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=shape.text,
+            intermediate_size=4 * shape.text,
+            num_hidden_layers=shape.text_layers,
+            num_attention_heads=shape.text // 16,
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+    unet.save_pretrained(out / "unet")
+    text_encoder.save_pretrained(out / "text_encoder")
+    # SD1.5's names, which transformers 5 no longer writes.
+    state = {f"text_model.{key}": value for key, value in text_encoder.state_dict().items()}
+    save_file(state, out / "text_encoder" / "model.safetensors", {"format": "pt"})
+    PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+    ).save_pretrained(out / "scheduler")
+    shutil.copytree(VAE, out / "vae", dirs_exist_ok=True)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_tokenizer(folder: Path, captions: list[str]) -> int:
+    """A CLIP tokenizer (byte-level BPE, `</w>` ends a word) learnt from captions; returns its size."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    learnt = json.loads(tokenizer.to_str())["model"]
+    tokens = alphabet + [f"{letter}</w>" for letter in alphabet]
+    merges = [
+        "".join(pair) if isinstance(pair, str) else " ".join(pair) for pair in learnt["merges"]
+    ]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    told = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")
+    return len(vocabulary)
+
+
+def main(
+    out: tyro.conf.Positional[Path], captions: Path, size: Size = "demo", seed: int = 0
+) -> None:
+    """Write a small SD1.5 into OUT, its tokenizer made for the .txt files in CAPTIONS."""
+    texts = [path.read_text() for path in sorted(captions.rglob("*.txt"))]
+    make_pipeline(out, size, texts, seed)
+    print(f"a small SD1.5 ({size}) in {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
