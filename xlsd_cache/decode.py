@@ -70,8 +70,8 @@ def read_size(path: Path) -> tuple[int, int] | Rejected:
                 return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
     except FileNotFoundError:
         return Rejected("vanished", "gone between the scan and its reading")
-    except OSError as error:
-        return Rejected("unreadable", error.strerror or str(error))
+    except OSError as error:  # Pillow's own have no number
+        return Rejected("unreadable" if error.errno else "corrupt", _told(error))
     except Exception as error:  # Pillow raises whatever a malformed header makes it stumble over
         return Rejected("corrupt", _told(error))
 

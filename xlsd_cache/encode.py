@@ -12,8 +12,13 @@ from xlsd_cache.vae import Vae
 
 
 def to_input(pixels: Tensor) -> Tensor:  # uint8 [B,H,W,3] -> f32 [B,3,H,W] in [-1,1]
-    """What the VAE was trained on: 2 * (p / 255) - 1, rounded as diffusers' own processor does."""
-    return (2.0 * (pixels.permute(0, 3, 1, 2).contiguous().float() / 255.0)) - 1.0
+    """What the VAE was trained on: 2 * (p / 255) - 1.
+
+    Rounded and laid out (channels last in memory) as diffusers' VaeImageProcessor does it, so that
+    latents equal diffusers' own to the last bit: the layout decides in what order kernels sum. On a
+    CPU it is also the faster one.
+    """
+    return (2.0 * (pixels.permute(0, 3, 1, 2).float() / 255.0)) - 1.0
 
 
 @dataclass(frozen=True)

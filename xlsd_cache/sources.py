@@ -8,8 +8,8 @@ from pathlib import Path
 from xlsd_cache import UserError
 
 IMAGE_SUFFIXES = frozenset(
-    f".{suffix}"
-    for suffix in "avif bmp gif heic heif jfif jp2 jpe jpeg jpg mpo pgm png ppm qoi tif tiff webp".split()
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
+    | {".mpo", ".pgm", ".png", ".ppm", ".qoi", ".tif", ".tiff", ".webp"}
 )
 # The store's own columns of a sample; any other column is a caption.
 RESERVED = frozenset(

@@ -177,7 +177,7 @@ class LatentStore:
             out = np.empty(shape, self._dtype)
         elif out.shape != shape or out.dtype != self._dtype or not out.flags.c_contiguous:
             raise ValueError(f"out must be C-contiguous {self._dtype}{shape}, not {out.shape}")
-        flat = out.reshape(len(rows), -1).view(np.uint8)
+        flat = out.reshape(len(rows), int(np.prod(shape[1:]))).view(np.uint8)
         for target, row in zip(flat, rows, strict=True):
             number, slot = divmod(int(row), self.rows_per_shard)
             try:

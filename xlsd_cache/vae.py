@@ -97,16 +97,12 @@ def load_vae(spec: str, scaling_factor: float | None = None, subfolder: str | No
             )
         else:
             source, model = spec, _from_folder(spec, subfolder)
+    except NotImplementedError as error:  # diffusers moves a model of which tensors are missing
+        raise UserError(f"cannot load the VAE {spec!r}: it lacks weights; give a whole VAE") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load the VAE {spec!r}: {told}") from error
-    missing = [name for name, weight in model.named_parameters() if weight.is_meta]
-    if missing:
-        raise UserError(
-            f"cannot load the VAE {spec!r}: it lacks {len(missing)} tensors, {missing[0]} among "
-            f"them; give the file of a whole VAE"
-        )
-    model.requires_grad_(False).eval()
+    model.float().requires_grad_(False).eval()
     return Vae(spec, source, model, tensors_sha256(model.state_dict()))
 
 
@@ -142,9 +138,12 @@ def _from_folder(source: str, subfolder: str | None) -> Any:
             f"{source} holds a {config.get('_class_name')}, which is no VAE known here; "
             f"give an {' or '.join(CLASSES)}"
         )
-    return CLASSES[config["_class_name"]].from_pretrained(
-        source, subfolder=subfolder, torch_dtype=torch.float32
+    model, told = CLASSES[config["_class_name"]].from_pretrained(
+        source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
     )
+    if told["missing_keys"]:  # diffusers would go on with random ones
+        raise UserError(f"the VAE {source} lacks weights, {told['missing_keys'][0]} among them")
+    return model
 
 
 def _from_file(path: Path, scaling_factor: float | None) -> Any:
@@ -156,9 +155,7 @@ def _from_file(path: Path, scaling_factor: float | None) -> Any:
     if (path.parent / "config.json").exists():
         config = AutoencoderKL.load_config(str(path.parent))
         kind = CLASSES.get(config.get("_class_name", ""), AutoencoderKL)
-        return kind.from_single_file(
-            str(path), config=str(path.parent), torch_dtype=torch.float32, local_files_only=True
-        )
+        return kind.from_single_file(str(path), config=str(path.parent), local_files_only=True)
     if scaling_factor is None:
         raise UserError(
             f"{path} does not say its scaling factor and no config.json lies beside it; add "
@@ -173,6 +170,4 @@ def _from_file(path: Path, scaling_factor: float | None) -> Any:
             layers_per_block=2,
             scaling_factor=scaling_factor,
         ).save_config(folder)
-        return AutoencoderKL.from_single_file(
-            str(path), config=folder, torch_dtype=torch.float32, local_files_only=True
-        )
+        return AutoencoderKL.from_single_file(str(path), config=folder, local_files_only=True)

@@ -1,6 +1,6 @@
 """One optimizer step: forward, loss, backward, update. What `benchmarks/throughput.py` times."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from xlsd_cache import UserError
 from xlsd_train.batches import Batch
 from xlsd_train.diffusion import add_noise, loss_of_each
 from xlsd_train.model import Model
+
+MESSAGE = 2**24  # elements that processes exchange at once: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -84,4 +86,22 @@ class Step:
         for parameter in self.parameters:
             if parameter.grad is None:  # this process had no sample
                 parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        for group in _groups(gradients):
+            # One message for many small tensors, whose latency would cost more than their bytes.
+            flat = torch.cat([gradient.reshape(-1) for gradient in group])
+            torch.distributed.all_reduce(flat)
+            summed = flat.split([gradient.numel() for gradient in group])
+            for gradient, part in zip(group, summed, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in lists of up to MESSAGE elements or one larger tensor."""
+    group: list[Tensor] = []
+    for tensor in tensors:
+        if group and sum(map(Tensor.numel, group)) + tensor.numel() > MESSAGE:
+            yield group
+            group = []
+        group.append(tensor)
+    yield group

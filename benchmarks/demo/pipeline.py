@@ -100,7 +100,7 @@ def make_pipeline(out: Path, size: Size, captions: list[str], seed: int = 0) -> 
 
 
 def _write_tokenizer(folder: Path, captions: list[str]) -> int:
-    """A CLIP tokenizer (byte-level BPE, `</w>` ends a word) learnt from captions; returns its size."""
+    """A CLIP tokenizer, byte-level BPE learnt from captions; returns its vocabulary's size."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

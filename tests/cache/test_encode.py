@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+import xlsd_cache.encode
+from tests.support import cache
+from xlsd_cache.decode import Rejected, decode
+from xlsd_cache.encode import Encoder, to_input
+from xlsd_cache.store import LatentStore
+from xlsd_cache.vae import load_vae
+
+
+def pixels_of(sample: dict[str, object]) -> Image.Image:
+    """A sample's image as it went into the VAE."""
+    values: dict[str, object] = sample
+    width, height = map(int, str(values["bucket"]).split("x"))
+    pixels = decode(
+        Path(str(values["source"])).read_bytes(),
+        (values["width"], values["height"]),  # type: ignore[arg-type]
+        tuple(values["crop"]),  # type: ignore[arg-type]
+        (width, height),
+    )
+    assert not isinstance(pixels, Rejected)
+    return Image.fromarray(pixels)
+
+
+def test_every_latent_is_what_diffusers_own_encode_gives(store: Path, vae: Path) -> None:
+    """Bit for bit on the same batch of pixels, and to 1e-5 on each image alone."""
+    reference = AutoencoderKL.from_pretrained(vae)
+    processor = VaeImageProcessor()
+    batch = 4  # as the fixture builds the store
+    with LatentStore.open(store) as ours, torch.inference_mode():
+        for bucket, rows in ours.buckets.items():
+            table = ours.samples.filter(np.array(ours.samples["bucket"].to_pylist()) == bucket)
+            samples = table.to_pylist()
+            for start in range(0, len(rows), batch):
+                part = samples[start : start + batch]
+                x = processor.preprocess([pixels_of(sample) for sample in part])
+                together = reference.encode(x).latent_dist.mode()
+                stored = torch.from_numpy(ours.read(bucket, rows[start : start + batch]))
+                assert torch.equal(stored, together)
+                for i, latent in enumerate(stored):
+                    alone = reference.encode(x[i : i + 1]).latent_dist.mode()[0]
+                    assert (alone - latent).abs().max() < 1e-5 * alone.std()
+
+
+def test_the_input_is_scaled_as_diffusers_scales_it() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
+    expected = VaeImageProcessor().preprocess(pixels[0].numpy() / np.float32(255))
+    assert torch.equal(to_input(pixels), expected)
+    assert to_input(pixels).min() == -1
+    assert to_input(pixels).max() == 1
+
+
+def test_bf16_is_near_and_fp32_is_fp32(vae: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    cpu = torch.device("cpu")
+    exact = Encoder(load_vae(str(vae)), "fp32", cpu).encode(pixels)
+    rough = Encoder(load_vae(str(vae)), "bf16", cpu).encode(pixels)
+    assert exact.dtype == rough.dtype == np.float32
+    assert 0 < np.abs(exact - rough).max() < 0.1 * exact.std()
+
+
+def test_decoding_the_store_gives_the_photos(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cache("check", store, "--decode", 15) == 0
+    out = capsys.readouterr().out
+    assert "decoded 15" in out
+    assert "all 15 latents are right" in out
+
+
+def test_pixels_in_another_range_are_found_by_decoding(
+    photos: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The mistake of [0,1] for [-1,1], made on purpose: checksums are right, the pictures not."""
+    args = ("--out", tmp_path / "l", "--vae", vae, "--resolution", 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(xlsd_cache.encode, "to_input", lambda p: (to_input(p) + 1) / 2)
+        assert cache("build", photos, *args) == 0
+    assert cache("check", tmp_path / "l") == 0
+    assert cache("check", tmp_path / "l", "--decode", 15) == 1
+    assert capsys.readouterr().out.count("WRONG") >= 12

@@ -1,0 +1,162 @@
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support import picture, write_images
+from xlsd_cache.buckets import Buckets
+from xlsd_cache.manifest import PLAN
+from xlsd_cache.plan import Entry, Known, Plan, make_plan
+from xlsd_cache.sources import scan
+
+BUCKETS = Buckets.make("square", 64, 4.0, upscale=False)
+
+
+def known(*entries: Entry, encoded: bool = True) -> Known:
+    """The log after these entries, all of them committed or none."""
+    live = {entry["key"]: dict(entry) for entry in entries}
+    placed = [entry for entry in entries if not entry["reason"]]
+    content = {entry["content_hash"]: entry for entry in placed} if encoded else {}
+    return Known(live, content, {"64x64": 8} if placed else {}, {})
+
+
+def plan(folder: Path, before: Known | None = None) -> Plan:
+    records = scan((str(folder),), ("txt",)).records
+    return make_plan(records, before or known(), BUCKETS, ("txt",), workers=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_images(tmp_path / "in", ["a.png", "b.png", "c.png"])
+    return tmp_path / "in"
+
+
+def settled(folder: Path) -> list[Entry]:
+    """The entries of a first planning, with the hashes that encoding adds."""
+    import hashlib
+
+    return [
+        {**entry, "content_hash": hashlib.sha256(Path(entry["source"]).read_bytes()).hexdigest()}
+        for entry in plan(folder).entries
+    ]
+
+
+def by_key(made: Plan) -> dict[str, Entry]:
+    return {entry["key"].removeprefix("in/"): entry for entry in made.entries}
+
+
+def test_a_first_plan_places_every_image_in_a_row_of_its_own(folder: Path) -> None:
+    made = plan(folder)
+    assert [set(entry) for entry in made.entries] == [set(PLAN.names)] * 3
+    assert sorted(entry["row"] for entry in made.entries) == [0, 1, 2]
+    assert {entry["bucket"] for entry in made.entries} == {"64x64"}
+    assert made.removed == []
+    assert made.captions.num_rows == 3
+
+
+def test_rows_look_random_and_are_always_the_same(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", [f"{i:03d}.png" for i in range(40)], width=64, height=64)
+    rows = [entry["row"] for entry in sorted(plan(tmp_path / "in").entries, key=lambda e: e["key"])]
+    assert sorted(rows) == list(range(40))
+    assert sum(a < b for a, b in zip(rows, rows[1:], strict=False)) < 30
+    again = [entry["row"] for entry in sorted(plan(tmp_path / "in").entries, key=lambda e: e["key"])]
+    assert again == rows
+
+
+def test_nothing_new_gives_an_empty_plan(folder: Path) -> None:
+    before = known(*settled(folder))
+    texts = {(f"in/{x}.png", "txt"): f"picture {i}" for i, x in enumerate("abc")}
+    made = plan(folder, Known(before.live, before.content, before.next_rows, texts))
+    assert made.is_empty
+
+
+def test_new_and_changed_images_start_a_shard_and_removed_ones_go(folder: Path) -> None:
+    before = known(*settled(folder))
+    write_images(folder, ["new.png", "b.png"], first_seed=10)
+    (folder / "c.png").unlink()
+    made = plan(folder, before)
+    assert {key: entry["row"] >= 8 for key, entry in by_key(made).items()} == {
+        "new.png": True, "b.png": True
+    }  # fmt: skip
+    assert made.removed == ["in/c.png"]
+
+
+def test_renamed_touched_and_returning_images_keep_their_latent(folder: Path) -> None:
+    first = settled(folder)
+    rows = {entry["key"].removeprefix("in/"): entry["row"] for entry in first}
+    (folder / "a.png").rename(folder / "renamed.png")
+    os.utime(folder / "b.png", ns=(1, 1))
+    returned = known(*first)
+    del returned.live["in/c.png"]  # removed in an earlier generation, now back
+    made = plan(folder, returned)
+    assert {key: entry["row"] for key, entry in by_key(made).items()} == {
+        "renamed.png": rows["a.png"], "b.png": rows["b.png"], "c.png": rows["c.png"]
+    }  # fmt: skip
+    assert made.removed == ["in/a.png"]
+
+
+def test_duplicates_are_placed_once_and_promoted_when_their_original_goes(folder: Path) -> None:
+    (folder / "z.png").write_bytes((folder / "a.png").read_bytes())
+    first = plan(folder)
+    copy = by_key(first)["z.png"]
+    assert (copy["reason"], copy["detail"], copy["bucket"]) == ("duplicate", "in/a.png", "")
+    rows = {entry["key"]: entry["row"] for entry in first.entries}
+    before = known(*settled(folder))
+    assert not plan(folder, before).entries
+    (folder / "a.png").unlink()
+    made = plan(folder, before)
+    assert by_key(made)["z.png"]["row"] == rows["in/a.png"]
+    assert by_key(made)["z.png"]["reason"] == ""
+
+
+def test_a_copy_of_an_image_that_is_planned_and_not_encoded_yet_is_a_duplicate(
+    folder: Path,
+) -> None:
+    before = known(*plan(folder).entries, encoded=False)
+    (folder / "z.png").write_bytes((folder / "b.png").read_bytes())
+    (made,) = plan(folder, before).entries
+    assert (made["key"], made["reason"], made["detail"]) == ("in/z.png", "duplicate", "in/b.png")
+
+
+def test_a_moved_source_folder_changes_only_where_images_are(folder: Path) -> None:
+    before = known(*settled(folder))
+    moved = folder.parent / "there" / "in"
+    moved.parent.mkdir()
+    folder.rename(moved)
+    for entry in plan(moved, before).entries:
+        old = before.live[entry["key"]]
+        assert entry == {**old, "source": str(moved / Path(entry["key"]).name)}
+
+
+def test_what_cannot_be_placed_has_its_reason_in_the_plan(folder: Path) -> None:
+    write_images(folder, ["small.png"], width=40, height=40)
+    Image.fromarray(picture(1, 64, 640)).save(folder / "long.png")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    (folder / os.fsdecode(b"latin-\xe9.png")).write_bytes((folder / "a.png").read_bytes())
+    reasons = {key: entry["reason"] for key, entry in by_key(plan(folder)).items()}
+    assert reasons == {
+        "a.png": "", "b.png": "", "c.png": "", "small.png": "too_small",
+        "long.png": "too_elongated", "broken.jpg": "not_an_image", "latin-\\udce9.png": "bad_name",
+    }  # fmt: skip
+
+
+def test_images_that_failed_for_a_passing_reason_are_tried_again(folder: Path) -> None:
+    first = settled(folder)
+    for entry, reason in zip(first, ("vanished", "changed", "corrupt"), strict=True):
+        entry["reason"] = reason
+    made = plan(folder, known(*first))
+    assert {entry["key"] for entry in made.entries} == {first[0]["key"], first[1]["key"]}
+    assert all(entry["reason"] == "" for entry in made.entries)
+
+
+def test_only_captions_that_changed_are_written(folder: Path) -> None:
+    before = known(*settled(folder))
+    texts = {(f"in/{x}.png", "txt"): f"picture {i}" for i, x in enumerate("abc")}
+    (folder / "a.txt").write_text("new")
+    (folder / "b.txt").unlink()
+    made = plan(folder, Known(before.live, before.content, before.next_rows, texts))
+    assert made.captions.to_pylist() == [
+        {"key": "in/a.png", "column": "txt", "text": "new"},
+        {"key": "in/b.png", "column": "txt", "text": ""},
+    ]

@@ -1,0 +1,114 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import write_images
+from xlsd_cache import UserError
+from xlsd_cache.sources import Scan, scan
+
+
+def found(folder: Path, *columns: str) -> Scan:
+    return scan((str(folder),), columns or ("txt",))
+
+
+def test_every_image_is_found_once_whatever_the_folders_are_like(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    write_images(root, ["a.png", "deep/er/B.JPG", "two.dots.webp", "-dash.png", "naïve 写真.png"])
+    write_images(root / "x.jpg", ["inside.png"])
+    write_images(tmp_path / "elsewhere", ["linked.png"])
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "loop").symlink_to(root)
+    (root / "broken.png").symlink_to(tmp_path / "nothing")
+    write_images(root, [".hidden.png", ".folder/c.png", "notes.md.png"])
+    (root / "notes.md").write_text("no image")
+    (root / "Thumbs.db").write_bytes(b"\0")
+    result = found(root)
+    assert [record.key for record in result.records] == sorted(
+        f"in/{name}"
+        for name in (
+            "-dash.png", "a.png", "deep/er/B.JPG", "link/linked.png", "naïve 写真.png",
+            "notes.md.png", "two.dots.webp", "x.jpg/inside.png",
+        )
+    )  # fmt: skip
+    assert result.passed_over == 2
+    for record in result.records:
+        status = record.path.stat()
+        assert (record.size, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        assert record.captions["txt"].startswith("picture")
+
+
+def test_keys_do_not_depend_on_where_the_source_folder_is(tmp_path: Path) -> None:
+    write_images(tmp_path / "here" / "photos", ["a/b.png"])
+    before = found(tmp_path / "here" / "photos")
+    (tmp_path / "here").rename(tmp_path / "there")
+    after = found(tmp_path / "there" / "photos")
+    assert [record.key for record in before.records] == ["photos/a/b.png"]
+    assert [record.key for record in after.records] == ["photos/a/b.png"]
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for parent in ("one", "two"):
+        write_images(tmp_path / parent / "images", ["a.png"])
+    result = scan((str(tmp_path / "one/images"), str(tmp_path / "two/images")), ())
+    assert [record.key for record in result.records] == ["images/a.png", "images~2/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"plain", "plain"),
+        ("naïve 写真".encode(), "naïve 写真"),
+        ("\ufeffbom".encode(), "bom"),
+        ("utf-16 é".encode("utf-16"), "utf-16 é"),
+        ("latin-1 é".encode("latin-1"), "latin-1 é"),
+        (b"one\r\ntwo\r\n\r\n  three  ", "one\ntwo\nthree"),
+        (b"n\0ul", "nul"),
+        (b" \n\t\n", None),
+        (b"", None),
+    ],
+)
+def test_captions_in_every_encoding(tmp_path: Path, data: bytes, text: str | None) -> None:
+    write_images(tmp_path / "in", ["a.png"])
+    (tmp_path / "in" / "a.txt").write_bytes(data)
+    assert found(tmp_path / "in").records[0].captions.get("txt") == text
+
+
+def test_several_caption_columns(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", ["a.png", "b.png"])
+    (tmp_path / "in" / "a.moon").write_text("a sentence")
+    records = found(tmp_path / "in", "txt", "moon", "tags").records
+    assert records[0].captions == {"txt": "picture 0", "moon": "a sentence"}
+    assert records[1].captions == {"txt": "picture 1"}
+
+
+def test_what_cannot_be_scanned_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder .*gone"):
+        found(tmp_path / "gone")
+    (tmp_path / "file.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"file\.png is not a folder"):
+        found(tmp_path / "file.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in .*empty"):
+        found(tmp_path / "empty")
+    write_images(tmp_path / "in", ["a.png"])
+    with pytest.raises(UserError, match="named twice"):
+        scan((str(tmp_path / "in"), str(tmp_path / "in/../in")), ())
+
+
+def test_an_unreadable_folder_is_refused_by_name(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", ["a.png", "locked/b.png"])
+    locked = tmp_path / "in" / "locked"
+    for folder in (*list(tmp_path.parents)[:2], tmp_path, tmp_path / "in"):
+        folder.chmod(0o755)
+    locked.chmod(0)
+    root = os.geteuid() == 0
+    if root:  # root may read everything, so be somebody else for a moment
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match="cannot read the folder .*locked: Permission denied"):
+            found(tmp_path / "in")
+    finally:
+        if root:
+            os.seteuid(0)
+        locked.chmod(0o755)

@@ -1,0 +1,58 @@
+"""Imports point one way: the trainer reads stores, and the cache knows nothing of training."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+READ_SIDE = {  # what xlsd_train may import: the store's read side, and what that stands on
+    "xlsd_cache",
+    "xlsd_cache.cli",  # only quiet_libraries, in the other command line
+    "xlsd_cache.durable",
+    "xlsd_cache.interrupt",
+    "xlsd_cache.precision",
+    "xlsd_cache.store",
+    "xlsd_cache.vae",
+}
+# The stations in the order in which data passes them; each may import only earlier ones.
+CACHE = (
+    "durable interrupt precision manifest shard sources decode buckets index store vae accounting "
+    "arrays commit encode plan config pipeline build check info cli __main__"
+).split()
+TRAIN = (
+    "draw schedule captions batches diffusion config model optim step checkpoint sample run "
+    "session loop cli __main__"
+).split()
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(str(node.module))
+    return names
+
+
+def test_the_trainer_imports_only_the_read_side_of_the_store() -> None:
+    for path in sorted((ROOT / "xlsd_train").glob("*.py")):
+        ours = {name for name in imported(path) if name.startswith("xlsd_cache")}
+        assert ours <= READ_SIDE, path
+
+
+def test_the_cache_imports_nothing_of_training() -> None:
+    for path in sorted((ROOT / "xlsd_cache").glob("*.py")):
+        assert not [name for name in imported(path) if name.startswith("xlsd_train")], path
+
+
+def test_stations_import_only_stations_before_them() -> None:
+    for package, stations in (("xlsd_cache", CACHE), ("xlsd_train", TRAIN)):
+        there = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+        assert there == set(stations)
+        for place, station in enumerate(stations):
+            for name in imported(ROOT / package / f"{station}.py"):
+                head, _, module = name.partition(".")
+                if head == package and module:
+                    assert stations.index(module) < place, f"{package}/{station}.py: {name}"
