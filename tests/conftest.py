@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import settings
 
 from benchmarks.demo.photos import write_photos
 from benchmarks.demo.pipeline import make_pipeline
-from hypothesis import settings
 from tests.support import cache
 
 # Found examples must be found again, and nothing here is about time.

@@ -15,9 +15,10 @@ from xlsd_cache import UserError
 from xlsd_cache.accounting import Accounting, account, save_accounting
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.buckets import Buckets
+from xlsd_cache.commit import tidy
 from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import PREPROCESSING
-from xlsd_cache.durable import sweep, write_parquet
+from xlsd_cache.durable import write_parquet
 from xlsd_cache.encode import Encoder
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.interrupt import StopSignal
@@ -66,7 +67,7 @@ def build(config: BuildConfig) -> Accounting | None:
         save_view(manifest.root, view)
         write_parquet(config.out / "rejected.parquet", left_out, manifest.staging)
         save_accounting(manifest, generation, counts)
-        sweep(manifest.staging)
+        tidy(manifest)
     except OSError as error:
         raise UserError(
             f"cannot go on writing {config.out}: {error.strerror or error}; what is committed is "
@@ -129,7 +130,7 @@ def _write_plan(
         print("another process is planning; waiting for it")
         lock.acquire()
     with lock:
-        sweep(manifest.staging)
+        tidy(manifest)
         if not (manifest.root / "latents.zarr" / "zarr.json").exists():
             write_group(manifest, attributes_of(identity, rows_per_shard))
         known = read_known(manifest, rows_per_shard)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import BaseFileLock, FileLock, Timeout
 
-from xlsd_cache.durable import write_parquet
+from xlsd_cache.durable import sweep, write_parquet
 from xlsd_cache.manifest import COMMIT, Manifest, Unit
 from xlsd_cache.shard import CorruptShard, Row, ShardReader, ShardWriter, read_journal
 
@@ -82,6 +82,15 @@ def claim(
     except BaseException:
         lock.release()
         raise
+
+
+def tidy(manifest: Manifest) -> None:
+    """Remove what processes that were killed between commit and clean-up left in staging."""
+    committed = {unit.name for unit in manifest.committed()}
+    for path in manifest.staging.iterdir():
+        if path.stem in committed and path.suffix in (".part", ".jnl", ".lock"):
+            path.unlink(missing_ok=True)
+    sweep(manifest.staging)
 
 
 def _lock_path(manifest: Manifest, unit: Unit) -> Path:

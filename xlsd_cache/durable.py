@@ -6,6 +6,7 @@ loss as well: a rename that was not synced may survive with an empty file behind
 
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -77,11 +78,10 @@ def write_parquet(path: Path, table: pa.Table, staging: Path | None = None) -> N
 def sweep(folder: Path) -> None:
     """Remove temporary files of processes that no longer run; other machines' after a day."""
     for path in folder.glob(f"*{TEMPORARY}"):
-        *_, host, pid, _ = path.name.rsplit(".", 3)
-        ours = host == _HOST and pid.isdecimal()
+        named = re.search(r"\.([^.]+)\.(\d+)\.tmp$", path.name)
+        dead = named and named[1] == _HOST and not psutil.pid_exists(int(named[2]))
         try:
-            old = time.time() - path.stat().st_mtime > 86400
-            if old or (ours and not psutil.pid_exists(int(pid))):
+            if dead or time.time() - path.stat().st_mtime > 86400:
                 path.unlink()
         except FileNotFoundError:  # another process swept it
             continue

@@ -98,7 +98,9 @@ def load_vae(spec: str, scaling_factor: float | None = None, subfolder: str | No
         else:
             source, model = spec, _from_folder(spec, subfolder)
     except NotImplementedError as error:  # diffusers moves a model of which tensors are missing
-        raise UserError(f"cannot load the VAE {spec!r}: it lacks weights; give a whole VAE") from error
+        raise UserError(
+            f"cannot load the VAE {spec!r}: it lacks weights; give a whole VAE"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load the VAE {spec!r}: {told}") from error

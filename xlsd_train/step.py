@@ -91,7 +91,7 @@ class Step:
             # One message for many small tensors, whose latency would cost more than their bytes.
             flat = torch.cat([gradient.reshape(-1) for gradient in group])
             torch.distributed.all_reduce(flat)
-            summed = flat.split([gradient.numel() for gradient in group])
+            summed = torch.split(flat, [gradient.numel() for gradient in group])
             for gradient, part in zip(group, summed, strict=True):
                 gradient.copy_(part.view_as(gradient))
 

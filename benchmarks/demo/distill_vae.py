@@ -103,7 +103,7 @@ def main(
         chosen = [pool[i] for i in rng.integers(len(pool), size=batch)]
         terms = losses(vae, torch.cat([x for x, _ in chosen]), torch.cat([z for _, z in chosen]))
         optimizer.zero_grad()
-        sum(terms.values(), torch.zeros(())).backward()
+        torch.autograd.backward(list(terms.values()))
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         for k, v in vae.state_dict().items():

@@ -39,7 +39,7 @@ def write_photos(out: Path) -> int:
         for crop, (left, top, right, bottom) in CROPS.get(name, {}).items():
             width, height = whole.size
             box = (left * width, top * height, right * width, bottom * height)
-            pictures[f"_{crop}"] = whole.crop(tuple(map(round, box)))
+            pictures[f"_{crop}"] = whole.crop(box)
         for suffix, picture in pictures.items():
             extra = f", {suffix[1:]} crop" if suffix else ""
             kind = "png" if name == "chelsea" else "jpg"

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support import cache, files, picture, spawn, write_images
+from tests.support import cache, files, spawn, write_images
 from xlsd_cache.encode import Encoder
 from xlsd_cache.store import LatentStore
 
@@ -399,7 +399,8 @@ def test_kill_9_thirty_times_with_three_workers(
     assert before_the_end > 20, "most kills must hit a build at work"
     assert files(out, "latents.zarr/**/*") == expected
     extra = counter.stat().st_size - len(names)
-    print(f"{kills} kills, {before_the_end} of them at work, cost {extra} encodings")
+    with capsys.disabled():
+        print(f"\n{kills} kills, {before_the_end} of them at work, cost {extra} encodings")
     assert 0 < extra <= kills * batch
     assert cache("check", out, "--decode", 3) == 0
     told = sums(out, capsys)

@@ -122,7 +122,7 @@ def test_other_modes_load(photo: Image.Image) -> None:
 
 
 def swapped_profile() -> bytes:
-    """An ICC profile (ICC.1:2004-10, matrix/TRC) whose red primary is sRGB's blue and vice versa."""
+    """An ICC profile (ICC.1:2004-10, matrix/TRC) with sRGB's red and blue primaries swapped."""
 
     def xyz(*values: float) -> bytes:
         return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
@@ -142,7 +142,9 @@ def swapped_profile() -> bytes:
         value += b"\0" * (-len(value) % 4)
         table += name + struct.pack(">II", offset + len(body), len(value))
         body += value
-    header = struct.pack(">I4sI4s4s4s", offset + len(body), b"none", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    header = struct.pack(
+        ">I4sI4s4s4s", offset + len(body), b"none", 0x02400000, b"mntr", b"RGB ", b"XYZ "
+    )
     header += b"\0" * 12 + b"acsp" + b"\0" * 28 + xyz(0.9642, 1.0, 0.8249)[8:]
     return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
 
@@ -232,7 +234,9 @@ def test_cut_files_are_never_half_a_picture(photo: Image.Image, kind: str) -> No
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_damaged_files_give_pixels_or_a_reason(data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000", "AVIF"]))
+    kind = data.draw(
+        st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000", "AVIF"])
+    )
     original = bytearray(encoded(Image.fromarray(picture(2, 48, 40)), kind))
     for _ in range(data.draw(st.integers(1, 6))):
         original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))

@@ -66,7 +66,9 @@ def test_bf16_is_near_and_fp32_is_fp32(vae: Path) -> None:
     assert 0 < np.abs(exact - rough).max() < 0.1 * exact.std()
 
 
-def test_decoding_the_store_gives_the_photos(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decoding_the_store_gives_the_photos(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cache("check", store, "--decode", 15) == 0
     out = capsys.readouterr().out
     assert "decoded 15" in out

@@ -183,8 +183,8 @@ def test_an_interrupted_shard_ends_byte_equal_and_keeps_whole_batches(
             path.write_bytes(path.read_bytes()[:kept] + data.draw(st.binary(max_size=9)))
     again = ShardWriter(folder, "s", batches, NBYTES)
     assert len(again.rows) % batch == 0 or len(again.rows) == len(slots)
-    for todo in again.remaining:
-        again.append([Row(slot, "") for slot in todo], {slot: values[slot] for slot in todo})
+    for left in again.remaining:
+        again.append([Row(slot, "") for slot in left], {slot: values[slot] for slot in left})
     again.finish(folder / "shard", ROWS)
     assert (folder / "shard").read_bytes() == expected
     assert read_journal(again.journal).keys() == set(slots)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import zarr
@@ -71,10 +71,10 @@ def test_samples_say_where_everything_is(store: Path, photos: Path) -> None:
 
 
 def test_the_tables_open_in_other_programs(store: Path) -> None:
-    plan = polars.read_parquet(store / "manifest/plan/*.parquet")
-    commits = polars.read_parquet(store / "manifest/commit/*.parquet")
+    plan = pl.read_parquet(store / "manifest/plan/*.parquet")
+    commits = pl.read_parquet(store / "manifest/commit/*.parquet")
     assert plan.height == commits.height == 15
-    assert polars.read_ipc(store / "index.arrow").height == 15
+    assert pl.read_ipc(store / "index.arrow").height == 15
 
 
 def test_a_run_sees_the_store_as_it_was(grown: tuple[Path, Callable[..., int]]) -> None:
@@ -91,7 +91,9 @@ def test_a_run_sees_the_store_as_it_was(grown: tuple[Path, Callable[..., int]]) 
     assert len(now) == len(then) == 10
     assert now.generation == 1
     (bucket,) = then.buckets
-    assert np.array_equal(then.read(bucket, then.buckets[bucket]), before.read(bucket, before.buckets[bucket]))
+    assert np.array_equal(
+        then.read(bucket, then.buckets[bucket]), before.read(bucket, before.buckets[bucket])
+    )
     keys = set(now.samples["key"].to_pylist())
     assert keys == {f"images/{i}.png" for i in range(9)} | {"images/new.png"}
     texts = dict(zip(now.samples["key"].to_pylist(), now.samples["txt"].to_pylist(), strict=True))
@@ -133,7 +135,7 @@ def test_an_unfinished_store_is_not_opened(grown: tuple[Path, Callable[..., int]
     write_images(out.parent / "images", ["new.png"], first_seed=50)
     assert build() == 0
     (out / "index.arrow").unlink()
-    newest = sorted(path for path in (out / "manifest/commit").iterdir())[-1]
+    newest = max(path for path in (out / "manifest/commit").iterdir())
     newest.unlink()
     with LatentStore.open(out) as older:  # the newest complete generation
         assert older.generation == first
@@ -189,7 +191,9 @@ def test_other_folders_are_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "latents.zarr").mkdir()
         (tmp_path / "latents.zarr" / "zarr.json").write_text(content)
-    with pytest.raises(UserError, match="no latent store" if content is None else "not a latent store"):
+    with pytest.raises(
+        UserError, match="no latent store" if content is None else "not a latent store"
+    ):
         LatentStore.open(tmp_path)
 
 

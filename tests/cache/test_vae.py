@@ -59,7 +59,13 @@ def test_autoencoder_tiny_gives_its_own_latents(tmp_path: Path) -> None:
 
 def ldm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' names of the SD and SDXL VAE in CompVis's latent-diffusion style."""
-    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    attention = {
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }
     out = {}
     for key, value in state.items():
         name = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")

@@ -1,0 +1,103 @@
+import shutil
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from tests.support import cache
+from xlsd_cache.store import LatentStore
+
+SHARD = "latents.zarr/128x128/c.0.0.0.0"
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """A store to be damaged."""
+    return Path(shutil.copytree(store, tmp_path / "latents"))
+
+
+def wrong(folder: Path, capsys: Out, *options: object) -> list[str]:
+    """What `check` finds, its exit code agreeing."""
+    capsys.readouterr()
+    code = cache("check", folder, *options)
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert code == bool(found)
+    return found
+
+
+def test_a_good_store_is_right(copy: Path, capsys: Out) -> None:
+    assert wrong(copy, capsys, "--decode", 3) == []
+
+
+def test_a_flipped_bit_names_the_image(copy: Path, capsys: Out) -> None:
+    with LatentStore.open(copy) as ours:
+        sample = ours.samples.slice(2, 1).to_pylist()[0]
+    content = bytearray((copy / SHARD).read_bytes())
+    content[sample["row"] * (4 * 16 * 16 * 4 + 4) + 77] ^= 8
+    (copy / SHARD).write_bytes(content)
+    (line,) = wrong(copy, capsys)
+    assert sample["key"] in line
+    assert "wrong crc32c" in line
+
+
+def test_a_changed_latent_with_a_right_checksum_is_not_what_was_committed(
+    copy: Path, capsys: Out
+) -> None:
+    nbytes = 4 * 16 * 16 * 4
+    content = bytearray((copy / SHARD).read_bytes())
+    content[:nbytes] = np.ones(nbytes // 4, np.float32).tobytes()
+    crc = google_crc32c.value(bytes(content[:nbytes]))
+    content[nbytes : nbytes + 4] = crc.to_bytes(4, "little")
+    (copy / SHARD).write_bytes(content)
+    (line,) = wrong(copy, capsys)
+    assert "not what was committed" in line
+
+
+@pytest.mark.parametrize("kept", [-1, 100, 0, None])
+def test_a_cut_or_missing_shard_names_its_images(copy: Path, capsys: Out, kept: int | None) -> None:
+    whole = (copy / SHARD).read_bytes()
+    (copy / SHARD).unlink()
+    if kept is not None:
+        (copy / SHARD).write_bytes(whole[:kept])
+    (line,) = wrong(copy, capsys)
+    assert "12 latents are lost, of images/" in line
+
+
+def test_a_missing_commit_is_unfinished_work(copy: Path, capsys: Out) -> None:
+    (copy / "manifest/commit/192x64.0.parquet").unlink()
+    assert any("3 images are not encoded yet" in line for line in wrong(copy, capsys))
+
+
+def test_a_stale_index_is_found(copy: Path, capsys: Out) -> None:
+    record = copy / "manifest/commit/192x64.0.parquet"
+    record.write_bytes(record.read_bytes() + b"more")  # the fingerprint moves on
+    record.write_bytes(record.read_bytes()[:-4])
+    index = copy / "index.arrow"
+    content = bytearray(index.read_bytes())
+    at = content.index(b"images/astronaut.jpg")
+    content[at : at + 6] = b"IMAGES"
+    index.write_bytes(content)
+    (line,) = wrong(copy, capsys)
+    assert "index.arrow is stale" in line
+
+
+def test_images_that_are_gone_are_said_and_not_missed(
+    copy: Path, capsys: Out, photos: Path, tmp_path: Path, vae: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(photos, images)
+    assert cache("build", images, "--out", tmp_path / "l", "--vae", vae, "--resolution", 128) == 0
+    (images / "coffee.jpg").unlink()
+    (images / "rocket.jpg").write_bytes((images / "retina.jpg").read_bytes())
+    capsys.readouterr()
+    assert cache("check", tmp_path / "l", "--decode", 15) == 0
+    assert "2 of 15 images are gone or changed" in capsys.readouterr().out
+
+
+def test_another_vae_cannot_judge(copy: Path, capsys: Out, tmp_path: Path) -> None:
+    from tests.cache.test_vae import tiny
+
+    assert cache("check", copy, "--decode", 1, "--vae", tiny(tmp_path / "tiny")) == 1
+    assert "is not the store's" in capsys.readouterr().err

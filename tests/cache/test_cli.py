@@ -1,0 +1,50 @@
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from tests.support import cache
+from xlsd_cache.config import BuildConfig
+
+
+def test_help_teaches_every_option() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "xlsd_cache", "build", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for field in fields(BuildConfig):
+        if field.name != "source":
+            assert f"--{field.name.replace('_', '-')}" in done.stdout
+    assert "Encode every image once" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--batch", 0), "--batch 0"),
+        (("--workers", 0), "--workers 0"),
+        (("--max-ratio", 0.5), "--max-ratio 0.5"),
+        (("--shard", "2/2"), "--shard '2/2'"),
+        (("--shard", "one"), "--shard 'one'"),
+        (("--captions", "key"), "--captions 'key'"),
+        (("--captions", "jsonl:tags"), "--captions 'jsonl:tags'"),
+        (("--rows-per-shard", 0), "--rows-per-shard 0"),
+        (("--resolution", 100, "--vae", "none"), "--resolution 100"),
+    ],
+)
+def test_impossible_options_are_one_sentence(
+    options: tuple[object, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cache("build", *options) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("xlsd-cache: ")
+    assert told in line
+
+
+def test_unknown_options_and_commands_exit_non_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (("build", "--nothing"), ("nothing",), ("build", "--precision", "fp8")):
+        with pytest.raises(SystemExit) as exit_code:
+            cache(*arguments)
+        assert exit_code.value.code == 2
+    assert "fp8" in capsys.readouterr().err
