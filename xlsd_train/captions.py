@@ -37,6 +37,8 @@ class Captions:
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """int64 [n, length], cut or padded. A special token spelt out in a caption is taken out."""
+        if not texts:
+            return torch.empty((0, self.length), dtype=torch.int64)
         special = "|".join(re.escape(str(token)) for token in self.tokenizer.all_special_tokens)
         plain = [re.sub(special, " ", text) for text in texts]
         encoded = self.tokenizer(

@@ -15,15 +15,19 @@ Words = NDArray[np.uint64]
 
 
 def words(seed: int, purpose: str, positions: NDArray[np.int64]) -> Words:
-    """64 random bits for each position.
-
-    SplitMix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195) over the positions, started
-    from a hash of the seed and the purpose, so that no two purposes share a stream.
-    """
+    """64 random bits for each position, from a stream that seed and purpose share with no other."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    return splitmix64(int.from_bytes(digest, "little"), positions)
+
+
+def splitmix64(state: int, positions: NDArray[np.int64]) -> Words:
+    """What the generator started from `state` gives as its 1st, 2nd, ... number.
+
+    Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014), figure 16 with
+    Vigna's constants.
+    """
     with np.errstate(over="ignore"):  # modulo 2^64 is meant
-        z = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z += np.frombuffer(digest, "<u8")[0]
+        z = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(state)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))

@@ -75,7 +75,9 @@ class Model:
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             if trains["text_encoder"]:
-                self.text_encoder.gradient_checkpointing_enable()
+                encoder = self.text_encoder
+                old = encoder.gradient_checkpointing_enable  # its name until transformers 5.x
+                getattr(encoder, "activation_checkpointing_enable", old)({"use_reentrant": False})
         return named
 
     def sha256(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 
 from xlsd_cache import UserError
-from xlsd_cache.durable import TEMPORARY, fsync_folder, write_bytes, write_json
+from xlsd_cache.durable import TEMPORARY, fsync_folder, sweep, write_bytes, write_json
 from xlsd_cache.store import LatentStore
 from xlsd_train.checkpoint import STATE, checkpoints
 from xlsd_train.config import FREE, TrainConfig
@@ -126,6 +126,8 @@ class Run:
             model.save_base(temporary, config.phase)
             temporary.rename(base)
             fsync_folder(self.folder)
+        for folder in (self.folder, *self.folder.glob("samples/**")):
+            sweep(folder)
         step, metrics = self.state()["step"], self.folder / "metrics.jsonl"
         if metrics.exists():
             lines = metrics.read_bytes().splitlines(keepends=True)

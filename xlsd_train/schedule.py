@@ -28,7 +28,12 @@ class Slot:
     bucket: str
     ordinals: NDArray[np.int64]  # of the bucket's live samples, in training order
     images_before: int  # samples of all earlier batches
-    epoch: float  # of the whole store, when this batch is due
+    epoch: float  # when this batch is due
+
+
+# First batch of an epoch and images before it; of each of its batches when it is due, its bucket,
+# and which of the bucket's batches it is.
+_Epoch = tuple[int, int, NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
 
 
 class Schedule:
@@ -41,7 +46,7 @@ class Schedule:
         self._sizes = np.minimum(self._counts, batch)
         self._seed = seed
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
-        self._epoch: tuple[int, int, int, NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._epoch: _Epoch | None = None
 
     @property
     def batches_an_epoch(self) -> float:
@@ -63,7 +68,7 @@ class Schedule:
 
     def slot(self, number: int) -> Slot:
         """Batch `number`; following ones are cheap."""
-        first, images, epoch, which, within = self._epoch_of(number)
+        first, images, due, which, within = self._epoch_of(number)
         at = number - first
         bucket = int(which[at])
         size = int(self._sizes[bucket])
@@ -75,7 +80,7 @@ class Schedule:
             self.names[bucket],
             self._stream(bucket, stream),
             before,
-            epoch + at / len(which),
+            float(due[at]),
         )
 
     def _due(self, bucket: int, j: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -93,11 +98,11 @@ class Schedule:
             counts.append(whole + int(straddling))
         return counts
 
-    def _epoch_of(self, number: int) -> tuple[int, int, int, NDArray[np.int64], NDArray[np.int64]]:
-        """(first batch, images before it, epoch, bucket of each batch, its j) of the epoch."""
+    def _epoch_of(self, number: int) -> _Epoch:
+        """The epoch in which batch `number` is due; the last one asked for is kept."""
         if self._epoch is not None:
-            first, _, epoch, which, _ = self._epoch
-            if first <= number < first + len(which):
+            first, _, due, _, _ = self._epoch
+            if first <= number < first + len(due):
                 return self._epoch
         epoch = int(number / self.batches_an_epoch)
         while self.batches(epoch) > number:
@@ -114,7 +119,8 @@ class Schedule:
             ]
         )
         order = np.lexsort((within, which, due))
-        self._epoch = (int(sum(starts)), self.images(epoch), epoch, which[order], within[order])
+        images = self.images(epoch)
+        self._epoch = (int(sum(starts)), images, due[order], which[order], within[order])
         return self._epoch
 
     def _stream(self, bucket: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:

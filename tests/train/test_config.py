@@ -1,0 +1,72 @@
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from tests.support import train
+from xlsd_train.config import FREE, TrainConfig
+
+
+def test_defaults_are_the_articles() -> None:
+    te = TrainConfig(phase="te").resolved()
+    assert (te.lr, te.warmup, te.epochs, te.steps, te.batch) == (3e-6, "10%", 3.0, None, 32)
+    unet = TrainConfig(phase="unet").resolved()
+    assert (unet.steps, unet.epochs, unet.precision, unet.optimizer) == (
+        1_000_000, None, "fp32", "lion"
+    )  # fmt: skip
+    assert TrainConfig(phase="unet", epochs=2).resolved().steps is None
+
+
+def test_what_may_differ_on_a_resume_are_fields() -> None:
+    assert FREE < {field.name for field in fields(TrainConfig)}
+
+
+def test_help_teaches_every_option() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "xlsd_train", "--help"], capture_output=True, text=True, check=True
+    )
+    for field in fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--batch", 0), "--batch 0"),
+        (("--accum", 0), "--accum 0"),
+        (("--steps", 0), "--steps 0"),
+        (("--stop-after", 0), "--stop-after 0"),
+        (("--steps", 5, "--epochs", 1), "--steps 5 and --epochs 1"),
+        (("--epochs", 0), "--epochs 0"),
+        (("--lr", 0), "--lr 0"),
+        (("--lr", "nan"), "--lr nan"),
+        (("--caption-dropout", 2), "--caption-dropout 2"),
+        (("--betas", 0.9, 1), "--betas"),
+        (("--keep", -1), "--keep -1"),
+        (("--weight-decay", -1), "--weight-decay -1"),
+        (("--data", "nowhere"), "no latent store in nowhere"),
+        (("--device", "cuda"), "--device cuda"),
+    ],
+)
+def test_impossible_options_are_one_sentence(
+    options: tuple[object, ...], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import torch
+
+    if "--device" in options and torch.cuda.is_available():
+        pytest.skip("there is a card")
+    assert train("--phase", "te", "--out", tmp_path / "run", *options) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("xlsd-train: ")
+    assert told in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_phases_and_options_exit_non_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (("--phase", "vae"), (), ("--phase", "te", "--nothing"), ("nothing",)):
+        with pytest.raises(SystemExit) as exit_code:
+            train(*arguments)
+        assert exit_code.value.code == 2
+    assert "vae" in capsys.readouterr().err

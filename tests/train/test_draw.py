@@ -1,0 +1,62 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xlsd_train import draw
+
+POSITIONS = np.arange(20000)
+
+
+def test_splitmix64_gives_the_published_numbers() -> None:
+    """Vigna's splitmix64.c started from 1234567."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert draw.splitmix64(1234567, np.arange(1, 4)).tolist() == expected
+
+
+def test_uniform_is_uniform_and_streams_are_independent() -> None:
+    a = draw.uniform(0, "a", POSITIONS)
+    assert a.min() >= 0
+    assert a.max() < 1
+    assert abs(a.mean() - 0.5) < 0.01
+    assert abs(a.var() - 1 / 12) < 0.01
+    for other in (draw.uniform(0, "b", POSITIONS), draw.uniform(1, "a", POSITIONS), np.roll(a, 1)):
+        assert abs(np.corrcoef(a, other)[0, 1]) < 0.03
+
+
+def test_noise_is_standard_normal_and_timesteps_cover_the_range() -> None:
+    x = draw.noise(0, np.arange(64), (4, 16, 16))
+    assert abs(float(x.mean())) < 0.02
+    assert abs(float(x.std()) - 1) < 0.02
+    t = draw.timesteps(0, POSITIONS, 1000)
+    counts = torch.bincount(t, minlength=1000)
+    assert len(counts) == 1000
+    assert counts.min() >= 2
+    assert counts.max() <= 50
+
+
+@given(st.integers(0, 2**40), st.integers(1, 9), st.integers(0, 9))
+def test_a_position_draws_the_same_in_whatever_company(first: int, count: int, cut: int) -> None:
+    positions = np.arange(first, first + count)
+    whole = draw.noise(3, positions, (4, 2, 2))
+    parts = [draw.noise(3, part, (4, 2, 2)) for part in np.split(positions, [min(cut, count)])]
+    assert torch.equal(whole, torch.cat(parts))
+    t = draw.timesteps(3, positions, 1000)
+    assert t.tolist() == [int(draw.timesteps(3, positions[i : i + 1], 1000)) for i in range(count)]
+
+
+def test_global_random_state_is_neither_used_nor_changed() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a = draw.noise(0, np.arange(3), (4, 4, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert torch.equal(a, draw.noise(0, np.arange(3), (4, 4, 4)))
+
+
+@given(st.integers(0, 500), st.integers(0, 99))
+def test_permutations_are_permutations(count: int, seed: int) -> None:
+    order = draw.permutation(seed, "order", count)
+    assert sorted(order.tolist()) == list(range(count))
+    if count > 20:
+        assert not np.array_equal(order, draw.permutation(seed + 1, "order", count))

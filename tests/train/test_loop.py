@@ -1,0 +1,272 @@
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support import cache, files, metrics, spawn, train
+from tests.train.conftest import Open
+from xlsd_train.batches import Batch
+from xlsd_train.checkpoint import checkpoints
+from xlsd_train.step import Step
+
+Arguments = list[object]
+
+
+@pytest.fixture
+def arguments(model: Path, store: Path) -> Arguments:
+    """A run of ten steps that samples, saves, drops captions and accumulates."""
+    return [
+        "--batch", 4, "--accum", 2, "--data", store, "--model", model, "--steps", 10,
+        "--save-every", 3, "--sample-every", 4, "--sample-steps", 2, "--lr", 1e-3,
+        "--warmup", "30%", "--caption-dropout", 0.2, "--threads", 1, "--keep", 2,
+    ]  # fmt: skip
+
+
+def left(run: Path) -> tuple[Any, ...]:
+    """All that a run leaves and that must not depend on how often it was interrupted."""
+    weights = files(run, "checkpoints/*/*")
+    assert weights
+    return weights, files(run, "samples/**/*.png"), metrics(run)
+
+
+@pytest.mark.parametrize("phase", ["unet", "te", "both"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    arguments: Arguments, tmp_path: Path, phase: str
+) -> None:
+    given = ["--phase", phase, *arguments]
+    assert train(*given, "--out", tmp_path / "whole") == 0
+    for stop in (1, 5, 10):
+        assert train(*given, "--out", tmp_path / "parts", "--stop-after", stop) == 0
+    assert files(tmp_path / "parts", "checkpoints/step-00000010/*") == files(
+        tmp_path / "whole", "checkpoints/step-00000010/*"
+    )
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    samples = files(tmp_path / "whole", "samples/step*/*.png")
+    assert samples.items() <= files(tmp_path / "parts", "samples/step*/*.png").items()
+
+
+@pytest.mark.parametrize("phase", ["unet", "te"])
+def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str) -> None:
+    """Weights, optimizer state, samples and metrics are bit-equal to the uninterrupted run's."""
+    given = ["--phase", phase, *arguments]
+    assert train(*given, "--out", tmp_path / "whole") == 0
+    expected = left(tmp_path / "whole")
+
+    random.seed(phase)
+    run, log, kills, killed_at = tmp_path / "killed", tmp_path / "log", 0, set()
+    while kills < 10:
+        process = spawn(slow_train, *given, "--out", run, log=log)
+        if kills < 3:  # while it starts
+            time.sleep(random.uniform(0.1, 1.5))
+        else:  # some steps on from where it began again
+            newest = max((int(path.name[5:]) for path in checkpoints(run)), default=0)
+            goal = newest + random.randint(1, 4)
+            wait_for(lambda goal=goal: steps(run) >= goal or not process.is_alive())
+            time.sleep(random.uniform(0.0, 0.3))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was faster: let it do the end again
+            newest_one = checkpoints(run)[-1]
+            newest_one.rename(newest_one.with_name(".gone.tmp"))
+            continue
+        assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
+        kills += 1
+        killed_at.add(steps(run))
+    assert len(killed_at) > 3, "the kills must fall at different steps"
+    process = spawn(train, *given, "--out", run, log=log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+    assert left(run) == expected
+    assert not [path for path in run.rglob("*.tmp")]
+
+
+def steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def slow_train(*args: object) -> int:
+    """`xlsd-train` with a moment in each step, so that kills meet it everywhere."""
+    call = Step.__call__
+
+    def slowly(self: Step, *given: Any) -> Any:
+        time.sleep(0.05)
+        return call(self, *given)
+
+    Step.__call__ = slowly  # type: ignore[method-assign]
+    return train(*args)
+
+
+def test_sampling_saving_and_logging_change_no_weight(arguments: Arguments, tmp_path: Path) -> None:
+    given = ["--phase", "unet", *arguments]
+    assert train(*given, "--out", tmp_path / "all") == 0
+    quiet = list(given)
+    quiet[quiet.index("--sample-every") + 1] = 0
+    quiet[quiet.index("--save-every") + 1] = 100
+    assert train(*quiet, "--out", tmp_path / "none") == 0
+    assert not (tmp_path / "none/samples").exists()
+    last = "checkpoints/step-00000010/*"
+    assert files(tmp_path / "none", last) == files(tmp_path / "all", last)
+    assert metrics(tmp_path / "none") == metrics(tmp_path / "all")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(
+    arguments: Arguments, tmp_path: Path, number: signal.Signals
+) -> None:
+    given = ["--phase", "unet", *arguments]
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = spawn(slow_train, *given, "--out", run, log=log)
+    wait_for(lambda: steps(run) >= 2)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert f"to go on from here, to the bit: the same command with --out {run}" in said
+    assert int(checkpoints(run)[-1].name[5:]) == len(metrics(run)) < 10
+    assert train(*given, "--out", run) == 0
+    assert train(*given, "--out", tmp_path / "whole") == 0
+    last = "checkpoints/step-00000010/*"
+    assert files(run, last) == files(tmp_path / "whole", last)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    for _ in range(int(seconds / 0.01)):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+def test_touched_files_act_at_the_next_step(arguments: Arguments, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    rare = list(arguments)
+    for option in ("--save-every", "--sample-every"):
+        rare[rare.index(option) + 1] = 1000
+    rare[rare.index("--steps") + 1] = 500
+    process = spawn(slow_train, "--phase", "unet", *rare, "--out", run, log=log)
+    wait_for(lambda: steps(run) >= 1)
+    for name, appears in (
+        ("SAMPLE", lambda: len(list((run / "samples").glob("step-*/03.png"))) == 2),
+        ("SAVE", lambda: len(checkpoints(run)) == 1),
+        ("STOP", lambda: not process.is_alive()),
+    ):
+        (run / name).touch()
+        wait_for(appears)
+        assert not (run / name).exists()
+    process.join()
+    assert process.exitcode == 0
+    lines = len(metrics(run))
+    assert lines < 500
+    assert checkpoints(run)[-1].name == f"step-{lines:08d}"
+
+
+def torchrun(processes: int, *args: object) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "xlsd_train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    done = subprocess.run(
+        [*launcher, *map(str, args)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) -> None:
+    """Losses equal to rounding, the weights too; and a checkpoint of either resumes in the other."""
+    given = ["--phase", "both", *arguments, "--optimizer", "adamw", "--out"]
+    given[given.index("--lr") + 1] = 1e-5
+    given[given.index("--steps") + 1] = 6
+    assert train(*given, tmp_path / "one") == 0
+    torchrun(2, *given, tmp_path / "two first", "--stop-after", 3)
+    assert train(*given, tmp_path / "two first") == 0
+    assert train(*given, tmp_path / "one first", "--stop-after", 3) == 0
+    torchrun(2, *given, tmp_path / "one first")
+    one = metrics(tmp_path / "one")
+    last = "checkpoints/step-00000006/unet.safetensors"
+    weights = load_file(tmp_path / "one" / last)
+    for other in ("two first", "one first"):
+        lines = metrics(tmp_path / other)
+        assert len(lines) == len(one)
+        for ours, theirs in zip(one, lines, strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+            assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+            for name in ("step", "images_seen", "epoch", "lr"):
+                assert theirs[name] == ours[name]
+        for name, value in load_file(tmp_path / other / last).items():
+            assert torch.allclose(value, weights[name], atol=1e-5), name
+    assert json.loads((tmp_path / "two first/config.json").read_text())["processes"] == 2
+
+
+def test_a_batch_smaller_than_the_processes_still_trains(
+    arguments: Arguments, tmp_path: Path
+) -> None:
+    """One sample and two processes: the second has none, and takes part with a zero gradient."""
+    given = ["--phase", "unet", *arguments, "--out"]
+    for option, value in (("--batch", 1), ("--accum", 1), ("--steps", 3), ("--sample-every", 0)):
+        given[given.index(option) + 1] = value
+    assert train(*given, tmp_path / "one") == 0
+    torchrun(2, *given, tmp_path / "two")
+    for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+def test_a_loss_gone_wrong_ends_the_run_and_keeps_the_last_checkpoint(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    loss = Step.loss
+
+    def spoilt(self: Step, batch: Batch) -> torch.Tensor:
+        return loss(self, batch) * (float("nan") if batch.number == 9 else 1.0)
+
+    monkeypatch.setattr(Step, "loss", spoilt)
+    assert train("--phase", "unet", *arguments, "--out", tmp_path / "run") == 1
+    assert "the loss of batch 9 is nan" in capsys.readouterr().err
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000003"
+
+
+def test_a_fixed_noise_loss_falls_five_times_on_three_photos(
+    photos: Path, vae: Path, model: Path, tmp_path: Path, open_run: Open
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("astronaut_face.jpg", "chelsea.png", "coffee.jpg"):
+        for path in (photos / name, (photos / name).with_suffix(".txt")):
+            (images / path.name).write_bytes(path.read_bytes())
+    data, run = tmp_path / "latents", tmp_path / "run"
+    build = ("--out", data, "--vae", vae, "--resolution", 64, "--buckets", "square")
+    assert cache("build", images, *build) == 0
+    steps = 400
+    assert train(
+        "--phase", "unet", "--batch", 3, "--data", data, "--model", model, "--steps", steps,
+        "--out", run, "--lr", 2e-3, "--warmup", 20, "--sample-every", 0, "--save-every", steps,
+        "--no-gradient-checkpointing", "--threads", 1,
+    ) == 0  # fmt: skip
+
+    def fixed_noise_loss(trained: Path) -> float:
+        session = open_run(data=data, model=str(trained), batch=3, out=tmp_path / "measured")
+        fixed = [session.source.make(session.schedule.slot(10**6 + n)) for n in range(40)]
+        with torch.no_grad():
+            loss = torch.cat([session.take_step.loss(batch) for batch in fixed]).mean()
+        session.run.close()
+        shutil.rmtree(session.run.folder)
+        return float(loss)
+
+    before, after = fixed_noise_loss(model), fixed_noise_loss(run)
+    assert after < before / 5, (before, after)

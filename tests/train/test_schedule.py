@@ -1,0 +1,95 @@
+from collections import Counter
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xlsd_train.schedule import Schedule
+
+BUCKETS = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 60), min_size=1).filter(
+    lambda buckets: any(buckets.values())
+)
+
+
+def used(schedule: Schedule, batches: int) -> Counter[tuple[str, int]]:
+    counts: Counter[tuple[str, int]] = Counter()
+    for number in range(batches):
+        slot = schedule.slot(number)
+        counts.update((slot.bucket, ordinal) for ordinal in slot.ordinals.tolist())
+    return counts
+
+
+@given(BUCKETS, st.integers(1, 16), st.integers(1, 6), st.integers(0, 99))
+def test_over_k_epochs_every_sample_is_used_k_times_give_or_take_one(
+    buckets: dict[str, int], batch: int, epochs: int, seed: int
+) -> None:
+    schedule = Schedule(buckets, batch, seed)
+    counts = used(schedule, schedule.batches(epochs))
+    for bucket, samples in buckets.items():
+        for ordinal in range(samples):
+            assert abs(counts[bucket, ordinal] - epochs) <= 1
+    assert sum(counts.values()) == schedule.images(epochs)
+
+
+@given(BUCKETS, st.integers(1, 16), st.integers(0, 99))
+def test_at_any_moment_every_bucket_is_within_one_batch_of_its_share(
+    buckets: dict[str, int], batch: int, seed: int
+) -> None:
+    schedule = Schedule(buckets, batch, seed)
+    seen: Counter[str] = Counter()
+    for number in range(3 * schedule.batches(1)):
+        slot = schedule.slot(number)
+        seen[slot.bucket] += len(slot.ordinals)
+        for bucket, samples in buckets.items():
+            assert abs(seen[bucket] - slot.epoch * samples) <= min(batch, samples)
+
+
+@given(BUCKETS, st.integers(1, 16), st.integers(0, 99), st.integers(0, 400))
+def test_any_batch_can_be_made_alone(
+    buckets: dict[str, int], batch: int, seed: int, number: int
+) -> None:
+    one_by_one = Schedule(buckets, batch, seed)
+    for earlier in range(number + 1):
+        there = one_by_one.slot(earlier)
+    at_once = Schedule(buckets, batch, seed).slot(number)
+    assert at_once.bucket == there.bucket
+    assert np.array_equal(at_once.ordinals, there.ordinals)
+    assert at_once.images_before == there.images_before
+    assert at_once.epoch == there.epoch
+
+
+@given(BUCKETS, st.integers(1, 16), st.integers(0, 99))
+def test_batches_are_of_one_bucket_full_and_counted(
+    buckets: dict[str, int], batch: int, seed: int
+) -> None:
+    schedule, images = Schedule(buckets, batch, seed), 0
+    for number in range(schedule.batches(2)):
+        slot = schedule.slot(number)
+        assert len(slot.ordinals) == min(batch, buckets[slot.bucket])
+        assert slot.images_before == images
+        images += len(slot.ordinals)
+    assert {name for name, _ in schedule.small_buckets(batch)} == {
+        name for name, count in buckets.items() if 0 < count < batch
+    }
+
+
+def test_seeds_and_epochs_give_other_orders() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        schedule = Schedule({"a": 64}, 64, seed)
+        return [int(ordinal) for ordinal in schedule.slot(epoch).ordinals]
+
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_a_million_images_in_forty_buckets() -> None:
+    schedule = Schedule({str(i): 25_000 + i for i in range(40)}, 32, 0)
+    slot = schedule.slot(5 * 31_000)
+    assert len(slot.ordinals) == 32
+    assert 4.5 < slot.epoch < 5.5
+
+
+def test_the_articles_three_epochs() -> None:
+    """30,000 images at batch 32: 937.5 batches an epoch, 2,812.5 in three."""
+    schedule = Schedule({"512x512": 30_000}, 32, 0)
+    assert schedule.batches_an_epoch == 937.5
+    assert schedule.batches(3) in (2812, 2813)
