@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 
 from benchmarks.demo.photos import write_photos
-from benchmarks.demo.pipeline import make_pipeline
+from benchmarks.demo.pipeline import make_pipeline, read_captions
 from tests.support import cache
 
 # Found examples must be found again, and nothing here is about time.
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """15 photos with captions; not to be written to."""
+    """Eight photos with captions; not to be written to."""
     folder = tmp_path_factory.mktemp("photos") / "images"
     write_photos(folder)
     return folder
@@ -38,8 +38,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder in SD1.5's layout; not to be written to."""
     folder = tmp_path_factory.mktemp("model") / "nano"
-    captions = [path.read_text() for path in sorted(photos.glob("*.txt"))]
-    make_pipeline(folder, "nano", captions)
+    make_pipeline(folder, "nano", read_captions(photos))
     return folder
 
 

@@ -121,16 +121,17 @@ def _asked(session: Session, stop: StopSignal) -> set[str]:
 
 
 def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
-    """At an epoch's end: how many images it used, of how many there are."""
+    """At an epoch's end: how many images it used, of how many; of short epochs not every one."""
     schedule = session.schedule
     for batch in micro:
         epoch = int(batch.epoch) + 1
-        if batch.number + 1 == schedule.batches(epoch):
+        ended = batch.number + 1 == schedule.batches(epoch)
+        if ended and (schedule.batches_an_epoch >= 20 or epoch.bit_count() == 1):
             used = schedule.images(epoch) - schedule.images(epoch - 1)
             there = len(session.source.store)
             tqdm.write(
-                f"epoch {epoch}: {used} samples of {there}; in all each was used {epoch} times, "
-                f"give or take one"
+                f"epoch {epoch} ended: it used {used} samples of {there}; so far each was used "
+                f"{epoch} times, give or take one"
             )
 
 

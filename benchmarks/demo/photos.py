@@ -1,8 +1,11 @@
-"""Write the demo's photos with tag captions: what scikit-image ships, whole and in crops.
+"""Write the demo's photos: of four subjects that scikit-image ships, two crops each, captioned.
 
-python -m benchmarks.demo.photos OUT
+Each photo gets tags in a .txt and a title in a .title, whose words the tags do not have.
+
+    python -m benchmarks.demo.photos OUT
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,48 +13,88 @@ import skimage.data
 import tyro
 from PIL import Image
 
-# name -> the tags of the whole picture, most important first
-TAGS = {
-    "astronaut": "woman, solo, astronaut, orange suit, smiling, flag",
-    "chelsea": "cat, solo, tabby, close-up, green eyes",
-    "coffee": "coffee, cup, saucer, spoon, wooden table",
-    "rocket": "rocket, launch pad, night, floodlight",
-    "retina": "eye, retina, medical, orange, round",
-    "hubble_deep_field": "galaxies, stars, space, black sky",
-    "immunohistochemistry": "cells, microscope, tissue, blue, brown",
-}
-# (left, top, right, bottom) as fractions: other subjects and other aspect ratios
-CROPS = {
-    "astronaut": {"face": (0.30, 0.0, 0.60, 0.42), "tall": (0.15, 0.0, 0.75, 1.0)},
-    "chelsea": {"face": (0.2, 0.0, 0.8, 0.95), "wide": (0.0, 0.1, 1.0, 0.9)},
-    "coffee": {"cup": (0.15, 0.1, 0.75, 1.0), "wide": (0.0, 0.2, 1.0, 0.85)},
-    "rocket": {"tall": (0.35, 0.0, 0.75, 1.0), "wide": (0.0, 0.2, 1.0, 0.9)},
+
+@dataclass(frozen=True)
+class Photo:
+    """One file: of which picture, which part of it, and what is said of it."""
+
+    picture: str  # a function of skimage.data
+    crop: tuple[float, float, float, float]  # left, top, right, bottom as fractions
+    tags: str
+    title: str
+
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+PHOTOS = {
+    "astronaut_face.jpg": Photo(
+        "astronaut",
+        (0.30, 0.0, 0.60, 0.42),
+        "woman, solo, portrait, smiling",
+        "eileen",
+    ),
+    "astronaut_suit.jpg": Photo(
+        "astronaut",
+        (0.15, 0.0, 0.75, 1.0),
+        "woman, solo, astronaut, orange suit, flag",
+        "eileen in uniform",
+    ),
+    "cat.png": Photo(
+        "chelsea",
+        WHOLE,
+        "cat, solo, tabby, close-up, green eyes",
+        "chelsea",
+    ),
+    "cat_wide.png": Photo(
+        "chelsea",
+        (0.0, 0.1, 1.0, 0.9),
+        "cat, solo, tabby, wide",
+        "chelsea in landscape",
+    ),
+    "coffee.jpg": Photo(
+        "coffee",
+        WHOLE,
+        "coffee, cup, saucer, spoon, wooden table",
+        "an espresso",
+    ),
+    "coffee_wide.jpg": Photo(
+        "coffee",
+        (0.0, 0.2, 1.0, 0.85),
+        "coffee, cup, wooden table, wide",
+        "an espresso in landscape",
+    ),
+    "rocket.jpg": Photo(
+        "rocket",
+        WHOLE,
+        "rocket, launch pad, night, floodlight",
+        "a falcon 9",
+    ),
+    "rocket_wide.jpg": Photo(
+        "rocket",
+        (0.0, 0.2, 1.0, 0.9),
+        "rocket, launch pad, wide",
+        "a falcon 9 in landscape",
+    ),
 }
 
 
-def write_photos(out: Path) -> int:
-    """Write every photo and crop as a JPEG or PNG with its tags in a .txt; returns how many."""
+def write_photos(out: Path) -> None:
+    """Write every photo with its two captions."""
     out.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for name, tags in TAGS.items():
-        whole = Image.fromarray(np.asarray(getattr(skimage.data, name)()))
-        pictures = {"": whole}
-        for crop, (left, top, right, bottom) in CROPS.get(name, {}).items():
-            width, height = whole.size
-            box = (left * width, top * height, right * width, bottom * height)
-            pictures[f"_{crop}"] = whole.crop(box)
-        for suffix, picture in pictures.items():
-            extra = f", {suffix[1:]} crop" if suffix else ""
-            kind = "png" if name == "chelsea" else "jpg"
-            picture.convert("RGB").save(out / f"{name}{suffix}.{kind}", quality=95)
-            (out / f"{name}{suffix}.txt").write_text(f"{tags}{extra}\n")
-            count += 1
-    return count
+    for name, photo in PHOTOS.items():
+        whole = Image.fromarray(np.asarray(getattr(skimage.data, photo.picture)()))
+        width, height = whole.size
+        left, top, right, bottom = photo.crop
+        part = whole.crop((left * width, top * height, right * width, bottom * height))
+        path = out / name
+        part.convert("RGB").save(path, quality=95)
+        path.with_suffix(".txt").write_text(f"{photo.tags}\n")
+        path.with_suffix(".title").write_text(f"{photo.title}\n")
 
 
 def main(out: tyro.conf.Positional[Path]) -> None:
     """Write the demo's photos into OUT."""
-    print(f"{write_photos(out)} photos with captions in {out}")
+    write_photos(out)
+    print(f"{len(PHOTOS)} photos, each with tags and a title, in {out}")
 
 
 if __name__ == "__main__":

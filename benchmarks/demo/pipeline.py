@@ -10,7 +10,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel
 
 VAE = Path(__file__).parent / "vae"
-Size = Literal["nano", "demo", "keys"]
+Size = Literal["nano", "demo", "keys", "sd15"]
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,20 @@ class Shape:
     groups: int  # of the norms
     text: int  # hidden size
     text_layers: int
+    text_heads: int
 
 
 SHAPES: dict[str, Shape] = {
-    "nano": Shape((16, 32, 32, 32), 1, 2, 8, 32, 2),  # tests
-    "demo": Shape((48, 96, 128, 128), 1, 4, 16, 64, 2),  # make demo
-    "keys": Shape((32, 64, 96, 96), 2, 8, 32, 64, 12),  # exactly SD1.5's state-dict keys
+    "nano": Shape((16, 32, 32, 32), 1, 2, 8, 32, 2, 2),  # tests
+    "demo": Shape((32, 64, 96, 96), 1, 4, 16, 64, 2, 4),  # make demo
+    "keys": Shape((32, 64, 96, 96), 2, 8, 32, 64, 12, 4),  # exactly SD1.5's state-dict keys
+    "sd15": Shape((320, 640, 1280, 1280), 2, 8, 32, 768, 12, 12),  # SD1.5 itself: benchmarks
 }
 
 
-def make_pipeline(out: Path, size: Size, captions: list[str], seed: int = 0) -> None:
-    """Write the pipeline folder; the same seed and captions give the same bytes."""
+def make_networks(size: Size, vocabulary: int, seed: int = 0) -> tuple[Any, Any]:
+    """The UNet and the text encoder with random weights; the same seed gives the same ones."""
     shape = SHAPES[size]
-    vocabulary = _write_tokenizer(out / "tokenizer", captions)
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=64,
@@ -63,7 +64,7 @@ def make_pipeline(out: Path, size: Size, captions: list[str], seed: int = 0) -> 
             hidden_size=shape.text,
             intermediate_size=4 * shape.text,
             num_hidden_layers=shape.text_layers,
-            num_attention_heads=shape.text // 16,
+            num_attention_heads=shape.text_heads,
             max_position_embeddings=77,
             hidden_act="quick_gelu",
             bos_token_id=vocabulary - 2,
@@ -71,6 +72,12 @@ def make_pipeline(out: Path, size: Size, captions: list[str], seed: int = 0) -> 
             pad_token_id=vocabulary - 1,
         )
     )
+    return unet, text_encoder
+
+
+def make_pipeline(out: Path, size: Size, captions: list[str], seed: int = 0) -> None:
+    """Write the pipeline folder; the same seed and captions give the same bytes."""
+    unet, text_encoder = make_networks(size, _write_tokenizer(out / "tokenizer", captions), seed)
     unet.save_pretrained(out / "unet")
     text_encoder.save_pretrained(out / "text_encoder")
     # SD1.5's names, which transformers 5 no longer writes.
@@ -137,12 +144,17 @@ def _write_tokenizer(folder: Path, captions: list[str]) -> int:
     return len(vocabulary)
 
 
+def read_captions(folder: Path) -> list[str]:
+    """The texts that the demo's photos have beside them."""
+    paths = sorted([*folder.rglob("*.txt"), *folder.rglob("*.title")])
+    return [path.read_text() for path in paths]
+
+
 def main(
     out: tyro.conf.Positional[Path], captions: Path, size: Size = "demo", seed: int = 0
 ) -> None:
-    """Write a small SD1.5 into OUT, its tokenizer made for the .txt files in CAPTIONS."""
-    texts = [path.read_text() for path in sorted(captions.rglob("*.txt"))]
-    make_pipeline(out, size, texts, seed)
+    """Write a small SD1.5 into OUT, its tokenizer made for the captions in CAPTIONS."""
+    make_pipeline(out, size, read_captions(captions), seed)
     print(f"a small SD1.5 ({size}) in {out}")
 
 

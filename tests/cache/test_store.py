@@ -39,7 +39,7 @@ def test_what_it_reads_is_what_plain_zarr_reads(store: Path) -> None:
             shuffled = np.random.default_rng(0).permutation(rows)
             assert np.array_equal(ours.read(bucket, shuffled), group[bucket].oindex[shuffled])
             assert ours.read(bucket, []).shape == (0, *ours.shape(bucket))
-        assert sum(len(rows) for rows in ours.buckets.values()) == len(ours) == 15
+        assert sum(len(rows) for rows in ours.buckets.values()) == len(ours) == 8
 
 
 def test_out_is_filled_in_place_and_must_fit(store: Path) -> None:
@@ -73,8 +73,8 @@ def test_samples_say_where_everything_is(store: Path, photos: Path) -> None:
 def test_the_tables_open_in_other_programs(store: Path) -> None:
     plan = pl.read_parquet(store / "manifest/plan/*.parquet")
     commits = pl.read_parquet(store / "manifest/commit/*.parquet")
-    assert plan.height == commits.height == 15
-    assert pl.read_ipc(store / "index.arrow").height == 15
+    assert plan.height == commits.height == 8
+    assert pl.read_ipc(store / "index.arrow").height == 8
 
 
 def test_a_run_sees_the_store_as_it_was(grown: tuple[Path, Callable[..., int]]) -> None:

@@ -73,7 +73,8 @@ def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str) -> N
         else:  # some steps on from where it began again
             newest = max((int(path.name[5:]) for path in checkpoints(run)), default=0)
             goal = newest + random.randint(1, 4)
-            wait_for(lambda goal=goal: steps(run) >= goal or not process.is_alive())
+            while steps(run) < goal and process.is_alive():
+                time.sleep(0.01)
             time.sleep(random.uniform(0.0, 0.3))
         process.kill()
         process.join()
@@ -89,7 +90,7 @@ def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str) -> N
     process.join()
     assert process.exitcode == 0, log.read_text()[-3000:]
     assert left(run) == expected
-    assert not [path for path in run.rglob("*.tmp")]
+    assert not list(run.rglob("*.tmp"))
 
 
 def steps(run: Path) -> int:
@@ -105,7 +106,7 @@ def slow_train(*args: object) -> int:
         time.sleep(0.05)
         return call(self, *given)
 
-    Step.__call__ = slowly  # type: ignore[method-assign]
+    Step.__call__ = slowly  # type: ignore[method-assign,assignment]
     return train(*args)
 
 
@@ -188,7 +189,7 @@ def torchrun(processes: int, *args: object) -> None:
 
 
 def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) -> None:
-    """Losses equal to rounding, the weights too; and a checkpoint of either resumes in the other."""
+    """Losses equal to rounding, weights too; and a checkpoint of either resumes in the other."""
     given = ["--phase", "both", *arguments, "--optimizer", "adamw", "--out"]
     given[given.index("--lr") + 1] = 1e-5
     given[given.index("--steps") + 1] = 6
@@ -246,16 +247,16 @@ def test_a_fixed_noise_loss_falls_five_times_on_three_photos(
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    for name in ("astronaut_face.jpg", "chelsea.png", "coffee.jpg"):
+    for name in ("astronaut_face.jpg", "cat.png", "coffee.jpg"):
         for path in (photos / name, (photos / name).with_suffix(".txt")):
             (images / path.name).write_bytes(path.read_bytes())
     data, run = tmp_path / "latents", tmp_path / "run"
     build = ("--out", data, "--vae", vae, "--resolution", 64, "--buckets", "square")
     assert cache("build", images, *build) == 0
-    steps = 400
+    steps = 450
     assert train(
         "--phase", "unet", "--batch", 3, "--data", data, "--model", model, "--steps", steps,
-        "--out", run, "--lr", 2e-3, "--warmup", 20, "--sample-every", 0, "--save-every", steps,
+        "--out", run, "--lr", 1e-3, "--warmup", 20, "--sample-every", 0, "--save-every", steps,
         "--no-gradient-checkpointing", "--threads", 1,
     ) == 0  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_another_vae_is_refused_unless_the_stores_is_swapped_in(
 def test_the_default_model_is_the_hubs_sd15_with_the_stores_vae(
     model: Path, store: Path, tmp_path: Path
 ) -> None:
-    """`xlsd-train --phase unet --batch 4` alone, with a hub cache laid out as the hub's client does."""
+    """`xlsd-train --phase unet --batch 4` alone, with a hub cache as the hub's client has it."""
     repository = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
     commit = "1" * 40
     ignored = shutil.ignore_patterns("vae")

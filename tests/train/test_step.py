@@ -92,9 +92,12 @@ def test_checkpointing_is_really_on_in_every_phase(
 
     calls = []
     original = checkpointing.checkpoint
-    monkeypatch.setattr(
-        checkpointing, "checkpoint", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
-    )
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(checkpointing, "checkpoint", counted)
     for phase in ("unet", "te", "both"):
         session = open_run(phase=phase, out=tmp_path / phase)
         calls.clear()

@@ -1,0 +1,42 @@
+"""Benchmarks cannot rot: each runs here for one iteration."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_throughput_measures_every_phase_with_and_without_the_store() -> None:
+    options = ("--steps", "1", "--batch", "2", "--resolution", "64", "--threads", "1")
+    lines = run("benchmarks/throughput.py", *options)
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/throughput.py " + " ".join(options)
+    assert lines[2].startswith("precision: fp32")
+    assert "TFLOP/s" in lines[3]
+    table = [line.split() for line in lines if line.split()[1:2] in (["memory"], ["store"])]
+    assert [row[:2] for row in table] == [
+        [phase, data] for phase in ("unet", "te", "both") for data in ("memory", "store")
+    ]
+    for _, _, steps, images, tflop, rate, share, gib in table:
+        assert float(images) == 2 * float(steps) or abs(float(images) / float(steps) - 2) < 0.01
+        assert abs(float(tflop) * float(steps) / float(rate) - 1) < 0.01
+        assert 0 < float(share) < 100
+        assert 0.1 < float(gib) < 8
+    assert sum("the loader's share" in line for line in lines) == 3
+
+
+def test_throughput_of_one_batch_in_memory_needs_no_store() -> None:
+    lines = run(
+        "benchmarks/throughput.py", "--phase", "te", "--steps", "1", "--batch", "1",
+        "--resolution", "64", "--fake-data", "--precision", "bf16", "--no-gradient-checkpointing",
+    )  # fmt: skip
+    assert [line.split()[:2] for line in lines[-1:]] == [["te", "memory"]]
