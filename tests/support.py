@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +56,14 @@ def _call(target: Callable[..., Any], args: tuple[object, ...], log: Path) -> No
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Until it holds; an AssertionError when it does not within the time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

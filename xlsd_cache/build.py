@@ -4,7 +4,6 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import PREPROCESSING
 from xlsd_cache.durable import write_parquet
 from xlsd_cache.encode import Encoder
+from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.interrupt import StopSignal
 from xlsd_cache.manifest import PLAN, Manifest, Unit
@@ -27,7 +27,6 @@ from xlsd_cache.pipeline import Todo, Work
 from xlsd_cache.plan import Plan, make_plan, read_known
 from xlsd_cache.precision import set_precision
 from xlsd_cache.sources import Scan, scan
-from xlsd_cache.store import Identity, attributes_of, bucket_shape, read_attributes
 from xlsd_cache.vae import Vae, load_vae
 
 
@@ -45,7 +44,7 @@ def build(config: BuildConfig) -> Accounting | None:
     vae = load_vae(config.vae, config.vae_scaling_factor)
     identity = _identity(config, vae)
     manifest = Manifest(config.out)
-    rows_per_shard = _agree(config, identity, len(found.records))
+    rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(found.records))
     if config.dry_run:
         plan = make_plan(
             found.records,
@@ -75,42 +74,6 @@ def build(config: BuildConfig) -> Accounting | None:
         ) from error
     _say_result(config, counts)
     return counts
-
-
-def _agree(config: BuildConfig, identity: Identity, images: int) -> int:
-    """The store's rows per shard. Refuses a folder that is no store, and any other identity."""
-    out = config.out
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder for the store")
-    if not (out / "latents.zarr" / "zarr.json").exists():
-        known = {"latents.zarr", "manifest", "captions", "staging"}  # a first build that was killed
-        foreign = (
-            [path.name for path in out.iterdir() if path.name not in known] if out.exists() else []
-        )
-        if foreign:
-            raise UserError(
-                f"--out {out} holds {foreign[0]!r} and no latent store; name an empty or new folder"
-            )
-        if config.rows_per_shard:
-            return config.rows_per_shard
-        return 256 if images < 30_000 else 1024 if images <= 4_000_000 else 4096
-    there, rows_per_shard = read_attributes(out)
-    differences = there.differences(identity)
-    if differences:
-        told = ", ".join(
-            f"{name} {_short(old)} and not {_short(new)}"
-            for name, (old, new) in differences.items()
-        )
-        raise UserError(
-            f"{out} was built with {told}; latents of both kinds must not mix: give --out another "
-            f"folder, or the same settings again"
-        )
-    if config.rows_per_shard not in (None, rows_per_shard):
-        raise UserError(
-            f"{out} has {rows_per_shard} rows a shard for ever; leave out "
-            f"--rows-per-shard {config.rows_per_shard}, or give --out another folder"
-        )
-    return rows_per_shard
 
 
 def _write_plan(
@@ -257,8 +220,3 @@ def _say_result(config: BuildConfig, counts: Accounting) -> None:
             f"none of the {counts.scanned} images could be encoded; "
             f"{config.out / 'rejected.parquet'} says why of each"
         )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 else text

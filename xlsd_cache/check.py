@@ -16,10 +16,11 @@ from xlsd_cache import UserError
 from xlsd_cache.accounting import account
 from xlsd_cache.config import CheckConfig
 from xlsd_cache.decode import Pixels, Rejected, decode
+from xlsd_cache.identity import bucket_shape, read_attributes
 from xlsd_cache.index import cached_view, make_view
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.shard import CorruptShard, ShardReader
-from xlsd_cache.store import LatentStore, bucket_shape, read_attributes
+from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import Vae, vae_of
 
 TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels cost far less

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from xlsd_cache import UserError
 from xlsd_cache.accounting import account, saved_accounting
 from xlsd_cache.config import InfoConfig
+from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import make_view
 from xlsd_cache.manifest import Manifest
-from xlsd_cache.store import LatentStore, read_attributes
+from xlsd_cache.store import LatentStore
 
 MEASURED = 2048  # samples whose latents are read for the statistics: the mean to 0.1% of the spread
 

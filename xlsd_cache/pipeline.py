@@ -16,11 +16,11 @@ from tqdm import tqdm
 from xlsd_cache.commit import Claim, claim
 from xlsd_cache.decode import Pixels, Rejected, decode
 from xlsd_cache.encode import Encoder
+from xlsd_cache.identity import bucket_shape
 from xlsd_cache.interrupt import StopSignal
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.plan import Entry
 from xlsd_cache.shard import Row
-from xlsd_cache.store import bucket_shape
 
 Decoded = tuple[str, Pixels | Rejected]  # content hash, and pixels or a reason
 Todo = dict[Unit, dict[int, Entry]]  # the planned rows of each unit, by slot

@@ -6,13 +6,10 @@ store.read("512x512", rows)         # raw latents [n, C, h, w], every one's crc3
 store.samples                       # Arrow: key, source, bucket, row, ..., caption columns
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,79 +17,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
+from xlsd_cache.identity import Identity, bucket_shape, read_attributes
 from xlsd_cache.index import View, cached_view, make_view, save_view
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.shard import CorruptShard, ShardReader
 from xlsd_cache.sources import RESERVED
 
-FORMAT = "xlsd-latents"
-VERSION = 1
-DOWNSCALE = 8  # pixels a latent, of every VAE known here
+__all__ = ["Identity", "LatentStore"]
 
 Latents = NDArray[Any]  # float16 or float32 [n, C, h, w], raw
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a latent is valid for, beside its image's content and crop. Kept in zarr.json."""
-
-    vae_name: str
-    vae_source: str
-    vae_class: str
-    vae_sha256: str  # of the weights as fp32
-    scaling_factor: float
-    shift_factor: float
-    channels: int
-    dtype: str  # float32 | float16, as stored
-    precision: str  # fp32 | tf32 | bf16, as encoded
-    preprocessing: int  # xlsd_cache.decode.PREPROCESSING
-    resolution: int
-    buckets: str  # aspect | square | sizes
-    max_ratio: float
-    upscale: bool
-
-    def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
-        """Fields that forbid mixing latents, with both values; the VAE's weights tell, not names.
-
-        `resolution` and `max_ratio` count as they are given, even where they change no bucket.
-        """
-        labels = {"vae_name", "vae_source"}
-        return {
-            field.name: (getattr(self, field.name), getattr(other, field.name))
-            for field in fields(self)
-            if field.name not in labels and getattr(self, field.name) != getattr(other, field.name)
-        }
-
-
-def read_attributes(root: Path) -> tuple[Identity, int]:
-    """The identity and the rows per shard of the store in `root`. Raises UserError for no store."""
-    path = root / "latents.zarr" / "zarr.json"
-    try:
-        attributes = json.loads(path.read_bytes())["attributes"]
-        if attributes["format"] != FORMAT:
-            raise KeyError("format")
-        version = attributes["version"]
-    except FileNotFoundError:
-        raise UserError(
-            f"no latent store in {root}: {path} is missing; make one with "
-            f"`xlsd-cache build IMAGES --out {root}`, or name another folder"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{root} is not a latent store: {path} is not one of ours ({error}); name another"
-        ) from error
-    if version != VERSION:
-        raise UserError(
-            f"{root} has store format {version}, this program reads {VERSION}; install the "
-            f"version of xlsd that wrote it"
-        )
-    return Identity(**attributes["identity"]), int(attributes["rows_per_shard"])
-
-
-def bucket_shape(bucket: str, channels: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of the bucket called WIDTHxHEIGHT."""
-    width, height = map(int, bucket.split("x"))
-    return channels, height // DOWNSCALE, width // DOWNSCALE
 
 
 class LatentStore:
@@ -208,12 +141,7 @@ class LatentStore:
     def __enter__(self) -> "LatentStore":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -240,17 +168,6 @@ class LatentStore:
         if at == len(rows) or rows[at] != row:
             return "an image that is not live"
         return str(self.samples["key"][self._ranges[bucket][0] + at])
-
-
-def attributes_of(identity: Identity, rows_per_shard: int) -> dict[str, Any]:
-    """The attributes of the store's zarr group."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "latents": "posterior mean, unscaled; the UNet sees (x - shift_factor) * scaling_factor",
-        "rows_per_shard": rows_per_shard,
-        "identity": asdict(identity),
-    }
 
 
 def _raise_file_limit() -> int:

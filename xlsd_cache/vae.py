@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from xlsd_cache import UserError
-from xlsd_cache.store import Identity
+from xlsd_cache.identity import Identity
 
 # name -> hub repository, and the folder in it
 NAMES = {

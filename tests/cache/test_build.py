@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support import cache, files, spawn, write_images
+from tests.support import cache, files, spawn, wait_for, write_images
 from xlsd_cache.encode import Encoder
 from xlsd_cache.store import LatentStore
 
@@ -138,7 +138,7 @@ def test_only_new_and_changed_images_are_encoded(
 def encode_alone(tmp_path: Path, pixels: Any) -> Any:
     import torch
 
-    from xlsd_cache.store import read_attributes
+    from xlsd_cache.identity import read_attributes
     from xlsd_cache.vae import vae_of
 
     identity, _ = read_attributes(tmp_path / "latents")
@@ -314,14 +314,6 @@ def slow_build(*args: object) -> int:
 
     Encoder.encode = slowly  # type: ignore[method-assign]
     return cache("build", *args)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    for _ in range(int(seconds / 0.01)):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")
 
 
 def small_disk(limit: int, *args: object) -> int:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import cache, files, metrics, spawn, train
+from tests.support import cache, files, metrics, spawn, train, wait_for
 from tests.train.conftest import Open
 from xlsd_train.batches import Batch
 from xlsd_train.checkpoint import checkpoints
@@ -142,14 +141,6 @@ def test_signals_save_and_say_how_to_go_on(
     assert train(*given, "--out", tmp_path / "whole") == 0
     last = "checkpoints/step-00000010/*"
     assert files(run, last) == files(tmp_path / "whole", last)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    for _ in range(int(seconds / 0.01)):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")
 
 
 def test_touched_files_act_at_the_next_step(arguments: Arguments, tmp_path: Path) -> None:
