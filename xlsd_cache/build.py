@@ -38,6 +38,7 @@ def build(config: BuildConfig) -> Accounting | None:
     """
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision(config.precision))
+    device = _device(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
     found = scan(config.source, config.caption_columns)
     _say_found(found, config)
@@ -46,19 +47,13 @@ def build(config: BuildConfig) -> Accounting | None:
     manifest = Manifest(config.out)
     rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(found.records))
     if config.dry_run:
-        plan = make_plan(
-            found.records,
-            read_known(manifest, rows_per_shard),
-            buckets,
-            config.caption_columns,
-            config.workers,
-        )
-        _say_plan(plan)
+        known = read_known(manifest, rows_per_shard)
+        columns = config.caption_columns
+        _say_plan(make_plan(found.records, known, buckets, columns, config.workers))
         return None
     try:
         before = manifest.committed()
         generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets)
-        device = _device(config.device)
         encoder = Encoder(vae, config.precision, device)
         _encode(config, manifest, generation, encoder, identity, rows_per_shard)
         counts, left_out = account(manifest, generation, rows_per_shard, before)
@@ -92,7 +87,7 @@ def _write_plan(
     except Timeout:
         print("another process is planning; waiting for it")
         lock.acquire()
-    with lock:
+    try:
         tidy(manifest)
         if not (manifest.root / "latents.zarr" / "zarr.json").exists():
             write_group(manifest, attributes_of(identity, rows_per_shard))
@@ -114,6 +109,8 @@ def _write_plan(
         table = pa.Table.from_pylist(plan.entries, PLAN)
         manifest.write_plan(generation, table, plan.removed, plan.captions)
         return generation
+    finally:
+        lock.release()
 
 
 def _encode(

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from xlsd_cache import UserError
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import prune, save_checkpoint
@@ -24,12 +26,25 @@ SMOOTHING = 0.99  # weight of the past in the smoothed loss, a step
 def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
     """Train as configured, or go on with the run in `config.out`; returns the run's folder.
 
-    Raises UserError for what cannot work, before any weight has changed.
+    Raises UserError for what cannot work, before any weight has changed; and later where the disk
+    or the card is full, when the last checkpoint stands.
     """
     with open_session(config, command) as session, StopSignal() as stop:
-        if not config.dry_run:
-            _train(session, stop)
-        return session.run.folder
+        folder = session.run.folder
+        try:
+            if not config.dry_run:
+                _train(session, stop)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"batch {config.batch} needs more memory than the card has; lower --batch and "
+                f"raise --accum by the same factor, or leave --gradient-checkpointing on"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot go on writing {folder}: {error}; the last complete checkpoint is "
+                f"{session.run.checkpoint}: mend that and run the same command with --out {folder}"
+            ) from error
+        return folder
 
 
 def _train(session: Session, stop: StopSignal) -> None:
@@ -80,9 +95,8 @@ def _train(session: Session, stop: StopSignal) -> None:
 
             asked = _asked(session, stop)
             ends = step == last or "STOP" in asked
-            if "SAMPLE" in asked or (
-                config.sample_every and (ends or step % config.sample_every == 0)
-            ):
+            due = config.sample_every and (step == last or step % config.sample_every == 0)
+            if due or "SAMPLE" in asked:
                 _sample(session, step)
             if "SAVE" in asked or ends or step % config.save_every == 0:
                 _save(session, state)  # last: what belongs to the step is on the disk before it

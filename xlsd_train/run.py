@@ -21,7 +21,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 
 from xlsd_cache import UserError
-from xlsd_cache.durable import TEMPORARY, fsync_folder, sweep, write_bytes, write_json
+from xlsd_cache.durable import (
+    TEMPORARY,
+    fsync_file,
+    fsync_folder,
+    sweep,
+    write_bytes,
+    write_json,
+)
 from xlsd_cache.store import LatentStore
 from xlsd_train.checkpoint import STATE, checkpoints
 from xlsd_train.config import FREE, TrainConfig
@@ -124,6 +131,9 @@ class Run:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             model.save_base(temporary, config.phase)
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    fsync_file(path)
             temporary.rename(base)
             fsync_folder(self.folder)
         for folder in (self.folder, *self.folder.glob("samples/**")):
@@ -142,9 +152,8 @@ class Run:
         assert self._board is not None
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name, value in line.items():
-            if name != "step":
-                self._board.add_scalar(name, value, line["step"])
+        for name in ("loss", "loss_smoothed", "lr_effective", "grad_norm", "images_per_s"):
+            self._board.add_scalar(name, line[name], line["step"])
 
     def sync(self) -> None:
         """The metrics so far are on the disk when this returns: called before a checkpoint."""

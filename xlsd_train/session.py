@@ -88,7 +88,8 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
                 "fingerprint": store.fingerprint,
                 "images": len(store),
             },
-            "model": {"source": model.source, "sha256": model.sha256()},
+            # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
+            "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
             "settings": shared,
             "machine": machine(device),
             "processes": accelerator.num_processes,

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -231,6 +232,45 @@ def test_a_loss_gone_wrong_ends_the_run_and_keeps_the_last_checkpoint(
     assert train("--phase", "unet", *arguments, "--out", tmp_path / "run") == 1
     assert "the loss of batch 9 is nan" in capsys.readouterr().err
     assert checkpoints(tmp_path / "run")[-1].name == "step-00000003"
+
+
+def small_disk(limit: int, *args: object) -> int:
+    """`xlsd-train` where no file may grow beyond `limit` bytes: writing fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return train(*args)
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stands(
+    arguments: Arguments, tmp_path: Path
+) -> None:
+    given = ["--phase", "unet", *arguments]
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert train(*given, "--out", run, "--stop-after", 4) == 0
+    process = spawn(small_disk, 1_000_000, *given, "--out", run, log=log)
+    process.join()
+    assert process.exitcode == 1
+    assert "Traceback" not in log.read_text()
+    (said,) = [x for x in log.read_text().splitlines() if x.startswith("xlsd-train: ")]
+    assert "File too large" in said
+    assert "the last complete checkpoint is" in said
+    assert "step-00000004" in said
+    assert not list((run / "checkpoints").glob(".*"))
+    assert train(*given, "--out", run) == 0
+    assert train(*given, "--out", tmp_path / "whole") == 0
+    last = "checkpoints/step-00000010/*"
+    assert files(run, last) == files(tmp_path / "whole", last)
+
+
+def test_a_full_card_is_one_sentence(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Step, "loss", full)
+    assert train("--phase", "te", *arguments, "--out", tmp_path / "run") == 1
+    assert "batch 4 needs more memory than the card has" in capsys.readouterr().err
 
 
 def test_a_fixed_noise_loss_falls_five_times_on_three_photos(
