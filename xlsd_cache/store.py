@@ -39,6 +39,7 @@ class LatentStore:
         self.root, self.identity, self.rows_per_shard = root, identity, rows_per_shard
         self.samples: pa.Table = view.samples  # sorted by (bucket, row)
         self.generation, self.fingerprint = view.generation, view.fingerprint
+        self.newest_generation = view.generation  # more, where later images are not encoded yet
         self._manifest = Manifest(root)
         self._dtype = np.dtype(identity.dtype)
         self._ranges = view.ranges
@@ -73,7 +74,9 @@ class LatentStore:
                 if not view.pending and number == generations[-1]:
                     save_view(root, view)
             if not view.pending:
-                return cls(root, identity, rows_per_shard, view)
+                store = cls(root, identity, rows_per_shard, view)
+                store.newest_generation = generations[-1]
+                return store
             pending = pending or view.pending
         raise UserError(
             f"{root} is not finished: {pending} images are not encoded yet; run the same "

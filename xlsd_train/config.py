@@ -36,8 +36,7 @@ class TrainConfig:
     """The latent store that `xlsd-cache build` made."""
 
     model: str | None = None
-    """A hub id, a pipeline folder, or a checkpoint or run of ours. Default: SD1.5 from the hub
-    with the store's VAE swapped in, which is where XLSD starts."""
+    """A hub id, pipeline folder, checkpoint or run. Default: the hub's SD1.5 with the store's VAE."""
 
     vae: str | None = None
     """Swap this VAE into --model, where the model's own is not the store's. Names as in build."""
@@ -58,8 +57,7 @@ class TrainConfig:
     """Learning rate. Default: 3e-6 for te and both; 5e-6 for unet."""
 
     warmup: str | None = None
-    """Linear warm-up: steps (200), percent of the planned length (10%) or epochs (0.5e).
-    Default: 10% for te and both, 200 for unet. Constant after."""
+    """Steps (200), percent of the plan (10%) or epochs (0.5e). Default: 10%; 200 for unet."""
 
     optimizer: Literal["lion", "adamw"] = "lion"
     """lion: lion-pytorch's. adamw: torch's, with twice the state."""
@@ -113,7 +111,7 @@ class TrainConfig:
     """Deterministic GPU kernels, which exact resuming needs."""
 
     force: bool = False
-    """Resume although settings, the store, the model or versions differ; exactness is then lost."""
+    """Resume although settings, store, model or versions differ; exactness is then lost."""
 
     dry_run: bool = False
     """Check everything, print what would run, and stop."""

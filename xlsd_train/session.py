@@ -86,6 +86,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
                 "path": str(store.root.absolute()),
                 "generation": store.generation,
                 "fingerprint": store.fingerprint,
+                "newest_generation": store.newest_generation,
                 "images": len(store),
             },
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
@@ -205,7 +206,11 @@ def _say(
     print(record["precision"])
     print(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
     store = record["store"]
-    print(f"store {store['path']}: {store['images']} images, generation {store['generation']}")
+    print(
+        f"store {store['path']}: {store['images']} images, generation {store['generation']}", end=""
+    )
+    later = store["newest_generation"] - store["generation"]
+    print(f", without the {later} later ones, unfinished or newer than the run" if later else "")
     for bucket, count in schedule.small_buckets(config.batch):
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {config.batch}")
     an_epoch = schedule.batches_an_epoch / config.accum
