@@ -10,7 +10,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from xlsd_cache.durable import write_bytes
+from xlsd_cache.durable import fsync_folder, write_bytes
 from xlsd_cache.manifest import Manifest
 
 
@@ -47,6 +47,7 @@ def grow_array(
         dimension_names=("sample", "channel", "y", "x"),
     )
     path.parent.mkdir(exist_ok=True)
+    fsync_folder(path.parent.parent)
     _put(memory, f"{bucket}/zarr.json", path, manifest.staging)
 
 

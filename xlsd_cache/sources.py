@@ -53,10 +53,13 @@ def scan(sources: tuple[str, ...], columns: tuple[str, ...]) -> Scan:
         suffixes = tuple(f".{column}" for column in columns)
         for entry in _walk(root):
             path = Path(entry.path)
-            if path.suffix.lower() in IMAGE_SUFFIXES:
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                passed_over += not entry.name.endswith(suffixes)
+                continue
+            try:
                 records.append(_record(name, root, path, columns))
-            elif not entry.name.endswith(suffixes):
-                passed_over += 1
+            except FileNotFoundError:  # deleted while we were looking: it was never there
+                continue
         if len(records) == found:
             raise UserError(
                 f"no images in {root}: none of its files ends in "

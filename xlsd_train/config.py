@@ -36,7 +36,7 @@ class TrainConfig:
     """The latent store that `xlsd-cache build` made."""
 
     model: str | None = None
-    """A hub id, pipeline folder, checkpoint or run. Default: the hub's SD1.5 with the store's VAE."""
+    """A hub id, pipeline folder, checkpoint or run. Default: hub's SD1.5, with the store's VAE."""
 
     vae: str | None = None
     """Swap this VAE into --model, where the model's own is not the store's. Names as in build."""
