@@ -57,7 +57,7 @@ class TrainConfig:
     """Learning rate. Default: 3e-6 for te and both; 5e-6 for unet."""
 
     warmup: str | None = None
-    """Steps (200), percent of the plan (10%) or epochs (0.5e). Default: 10%; 200 for unet."""
+    """Steps (200), percent of the plan (10%), epochs (0.5e). Default: 10%; for unet at most 200."""
 
     optimizer: Literal["lion", "adamw"] = "lion"
     """lion: lion-pytorch's. adamw: torch's, with twice the state."""
@@ -161,6 +161,5 @@ class TrainConfig:
             epochs=epochs,
             # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
             lr=self.lr if self.lr is not None else 5e-6 if unet else 3e-6,
-            warmup=self.warmup or ("200" if unet else "10%"),
             betas=self.betas or betas,
         )

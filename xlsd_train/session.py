@@ -189,7 +189,9 @@ def _length(config: TrainConfig, schedule: Schedule) -> tuple[int, float]:
         batches += math.ceil(part * (schedule.batches(int(whole) + 1) - batches))
         planned = max(1, math.ceil(batches / config.accum))
     steps_an_epoch = schedule.batches_an_epoch / config.accum
-    return planned, warmup_steps(config.warmup or "0", planned, steps_an_epoch)
+    if config.warmup is None and config.phase == "unet":
+        return planned, min(200.0, planned / 10)
+    return planned, warmup_steps(config.warmup or "10%", planned, steps_an_epoch)
 
 
 def _say(

@@ -11,7 +11,7 @@ from xlsd_train.config import FREE, TrainConfig
 
 def test_defaults_are_the_articles() -> None:
     te = TrainConfig(phase="te").resolved()
-    assert (te.lr, te.warmup, te.epochs, te.steps, te.batch) == (3e-6, "10%", 3.0, None, 32)
+    assert (te.lr, te.epochs, te.steps, te.batch) == (3e-6, 3.0, None, 32)
     unet = TrainConfig(phase="unet").resolved()
     assert (unet.steps, unet.epochs, unet.precision, unet.optimizer) == (
         1_000_000, None, "fp32", "lion"

@@ -129,6 +129,7 @@ def test_the_default_model_is_the_hubs_sd15_with_the_stores_vae(
     assert run.name.startswith("unet-")
     assert (run / "checkpoints/step-00000001/unet.safetensors").exists()
     assert "planned 1000000 steps" in done.stdout
+    assert "warm-up over 200 steps to 5e-06" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,16 @@ def test_a_dry_run_says_everything_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("phase", ["unet", "te"])
+def test_a_short_run_has_a_short_warm_up_by_default(
+    arguments: list[object], phase: str, capsys: Out
+) -> None:
+    at = arguments.index("--warmup")
+    short = changed(arguments[:at] + arguments[at + 2 :], "--phase", phase)
+    assert train(*changed(short, "--steps", 50), "--dry-run") == 0
+    assert "warm-up over 5 steps" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_another_model_is_refused(
     arguments: list[object], tmp_path: Path, photos: Path, capsys: Out
 ) -> None:
