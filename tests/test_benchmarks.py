@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from benchmarks.throughput import flop_counter
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -40,3 +44,12 @@ def test_throughput_of_one_batch_in_memory_needs_no_store() -> None:
         "--resolution", "64", "--fake-data", "--precision", "bf16", "--no-gradient-checkpointing",
     )  # fmt: skip
     assert [line.split()[:2] for line in lines[-1:]] == [["te", "memory"]]
+
+
+def test_attention_is_counted_on_the_cpu_too() -> None:
+    """Two matrix products forward and five backward, one of them forward's again (Dao 2022)."""
+    q, k, v = (torch.randn(1, 3, tokens, 8, requires_grad=True) for tokens in (64, 16, 16))
+    with flop_counter() as counter:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        torch.autograd.backward(out.sum())
+    assert counter.get_total_flops() == (2 + 5) * 2 * 3 * 64 * 16 * 8
