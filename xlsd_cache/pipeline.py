@@ -86,8 +86,8 @@ class Work:
                     taken.finish()
                     held.remove(taken)
                     self.write_s += time.perf_counter() - begun
+                bar.set_postfix_str(self.shares(), refresh=False)
                 bar.update(len(futures))
-                bar.set_postfix_str(self.shares())
         finally:
             for _, futures, _ in queue:
                 for _, future in futures:
