@@ -54,7 +54,8 @@ def build(config: BuildConfig) -> Accounting | None:
     try:
         before = manifest.committed()
         generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets)
-        encoder = Encoder(vae, config.precision, device)
+        largest = max(size.width * size.height for size in buckets.sizes)
+        encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
         _encode(config, manifest, generation, encoder, identity, rows_per_shard)
         counts, left_out = account(manifest, generation, rows_per_shard, before)
         view = make_view(manifest, generation, rows_per_shard)
@@ -136,7 +137,8 @@ def _encode(
     mine = units[part::parts]
     order = mine + [unit for unit in units if unit not in set(mine)]
     dtype = identity.dtype
-    work = Work(manifest, encoder, live, rows_per_shard, dtype, config.batch, config.workers)
+    work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers)
+    print(encoder)
     with StopSignal() as stop:
         work.run(todo, order, stop)
     if stop.asked:

@@ -43,8 +43,8 @@ class BuildConfig:
     upscale: bool = False
     """Enlarge images that are smaller than their bucket instead of rejecting them."""
 
-    batch: int = 8
-    """Images per VAE call."""
+    batch: int | None = None
+    """Images per VAE call. Default: on a CPU one to each core, on a card what fits, up to 32."""
 
     workers: int = 4
     """Threads that read and decode images while the VAE works."""
@@ -72,11 +72,10 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
-        for name in ("batch", "workers", "resolution"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} is less than 1; raise it")
-        if self.rows_per_shard is not None and self.rows_per_shard < 1:
-            raise UserError(f"--rows-per-shard {self.rows_per_shard} is less than 1; raise it")
+        for name in ("batch", "workers", "resolution", "rows_per_shard"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
         if self.max_ratio < 1:
             raise UserError(f"--max-ratio {self.max_ratio} is less than 1, a square's; raise it")
         number, _, count = self.shard.partition("/")
