@@ -1,6 +1,7 @@
 """`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
 
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -146,7 +147,7 @@ def _encode(
             f"stopped; every batch encoded so far is kept in {config.out}: run the same command "
             f"again to go on"
         )
-    print(f"time: {work.shares()}")
+    print(f"time: {work.seconds:.2f} s: {work.shares()}")
     if work.rounding:
         rounding = float(np.sqrt(np.mean(np.square(work.rounding))))
         print(f"float16 rounding: {rounding:.1e} of the latents' spread")
@@ -172,11 +173,11 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _say_found(found: Scan, config: BuildConfig) -> None:

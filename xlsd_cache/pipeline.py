@@ -74,12 +74,13 @@ class Work:
     wait_s: float = 0.0  # for decoding: not the time decoding takes, but what it delays
     encode_s: float = 0.0
     write_s: float = 0.0
+    seconds: float = 0.0  # by the clock
     rounding: list[float] = field(default_factory=list)  # of float16, relative to the spread
     _timing: Lock = field(default_factory=Lock)
 
     def run(self, todo: Todo, order: list[Unit], stop: StopSignal) -> None:
         """Encode and commit the units in this order, waiting at the end for those others hold."""
-        total = sum(len(entries) for entries in todo.values())
+        total, begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
         with (
             tqdm(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
             ThreadPoolExecutor(self.workers) as decoders,
@@ -93,6 +94,7 @@ class Work:
                     bar.set_postfix_str(f"waiting for {len(order)} shards of other processes")
                     time.sleep(0.2)
             bar.n = total if not order else bar.n
+        self.seconds = time.perf_counter() - begun
 
     def _pass(
         self,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support import cache, files, spawn, wait_for, write_images
+from tests.support import cache, files, spawn, torchrun, wait_for, write_images
 from xlsd_cache.encode import Encoder
 from xlsd_cache.store import LatentStore
 
@@ -347,6 +347,16 @@ def worker(counter: Path, *args: object) -> int:
 
     Encoder.encode = counting  # type: ignore[method-assign]
     return cache("build", *args)
+
+
+def test_torchrun_shares_one_store_between_its_processes(
+    images: Path, vae: Path, tmp_path: Path, build: Build
+) -> None:
+    assert build() == 0
+    torchrun(2, "xlsd_cache", "build", *arguments(images, tmp_path / "two", vae))
+    theirs = files(tmp_path / "two", "latents.zarr/**/*")
+    assert theirs == files(tmp_path / "latents", "latents.zarr/**/*")
+    assert cache("check", tmp_path / "two") == 0
 
 
 def kill_at_work(kills: int, start: Callable[[int], Any], encoded: Callable[[int], int]) -> int:
