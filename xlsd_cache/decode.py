@@ -6,17 +6,20 @@ are truncated, are bombs, or are no image at all.
 """
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, ImageCms, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
+
+from xlsd_cache.colours import UnsupportedSamples, eight_bit, to_srgb
 
 PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
 MAX_PIXELS = 128_000_000  # an image this large takes about 0.5 GB while it is decoded
-DRAFT_MARGIN = 2.0  # how much larger than wanted a JPEG is decoded at least, DCT-scaled
+DRAFT_MARGIN = 3.5  # times the size wanted that a JPEG is decoded at, DCT-scaled, at the least
 # Every reason why an image is not in a store, whichever station finds it.
 REASONS = {
     "not_an_image": "the file is empty, or its first bytes are no image format's",
@@ -41,33 +44,18 @@ REASONS = {
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 LANCZOS = Image.Resampling.LANCZOS
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "PPM",
-    "AVIF",
-    "JPEG2000",
-    "QOI",
-)
+FORMATS = tuple("JPEG PNG WEBP GIF BMP DIB TIFF PPM AVIF JPEG2000 QOI".split())
 # Pillow's own limit only warns up to twice itself; ours is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded side by side already
 
-# Files that Pillow does not identify: what their first bytes say about why.
-_MAGIC = (
-    (b"\xff\xd8\xff", "unsupported"),  # JPEG: 12-bit or lossless
-    (b"\x89PNG\r\n\x1a\n", "corrupt"),
-    (b"GIF8", "corrupt"),
-    (b"BM", "corrupt"),
-    (b"II*\0", "corrupt"),
-    (b"MM\0*", "corrupt"),
+# How files begin that are images even where Pillow does not know them for one.
+_MAGIC = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|BM|II[*+]\0|MM\0[*+]|RIFF....WEBP|....ftypavi[fs]"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|qoif",
+    re.DOTALL,
 )
-_SRGB = ImageCms.createProfile("sRGB")
+_HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 # What turns a picture upright that is stored with this orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -151,20 +139,22 @@ def decode(
                 whole, size = whole[::-1], size[::-1]
             if whole != upright_size:
                 return Rejected("corrupt", f"its header gave {upright_size}, its content {whole}")
-            samples = _eight_bit(image)
-            if isinstance(samples, Rejected):
-                return samples
+            if image.format == "JPEG2000" and _cut_jpeg2000(data):
+                return Rejected("truncated", "the end of its codestream is missing")
+            samples = eight_bit(image)
             box = _stored_box(crop, upright_size, orientation)
             # reducing_gap stays off: it is faster, and up to several grey levels wrong.
             left, top, right, bottom = (edge / divisor for edge in box)
             resized = samples.resize(size, LANCZOS, (left, top, right, bottom))
             profile = image.info.get("icc_profile")
-            picture = _on_white(_to_srgb(resized, profile))
+            picture = to_srgb(resized, profile)
             if orientation in _UPRIGHT:
                 picture = picture.transpose(_UPRIGHT[orientation])
             return np.asarray(picture, dtype=np.uint8)
     except MemoryError:
         return Rejected("too_much_memory", "decoding it ran out of memory")
+    except UnsupportedSamples as error:
+        return Rejected("unsupported", str(error))
     except OSError as error:
         reason = "truncated" if "truncated" in str(error) or _cut_webp(data) else "corrupt"
         return Rejected(reason, _told(error))
@@ -181,12 +171,7 @@ def _open(file: IO[bytes], nbytes: int) -> Image.Image | Rejected:
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
-            return Rejected("unsupported", "HEIF, which Pillow does not decode")
-        for magic, reason in _MAGIC:
-            if head.startswith(magic):
-                return Rejected(reason, f"starts like an image ({magic!r}) but is not readable")
-        return Rejected("not_an_image", f"starts with {head!r}")
+        return _unidentified(file, head)
     except OSError as error:
         file.seek(0)
         reason = "truncated" if _cut_webp(file.read(12), nbytes) else "corrupt"
@@ -197,6 +182,21 @@ def _open(file: IO[bytes], nbytes: int) -> Image.Image | Rejected:
         detail = f"{width}x{height} is over {MAX_PIXELS / 1e6:.0f} megapixels"
         return Rejected("too_many_pixels", detail)
     return image
+
+
+def _unidentified(file: IO[bytes], head: bytes) -> Rejected:
+    """Why Pillow knows no format for what begins with `head`."""
+    if _HEIF.match(head):
+        return Rejected("unsupported", "HEIF, which Pillow does not decode")
+    if head.startswith(b"\xff\xd8\xff"):
+        file.seek(0)
+        try:  # as Image.open did, which keeps to itself what it stumbled over
+            JpegImagePlugin.JpegImageFile(file).close()
+        except SyntaxError as error:
+            return Rejected("unsupported" if "-bit" in str(error) else "corrupt", _told(error))
+    if _MAGIC.match(head):
+        return Rejected("corrupt", f"starts like an image but is not readable: {head!r}")
+    return Rejected("not_an_image", f"starts with {head!r}")
 
 
 def _draft(
@@ -229,62 +229,16 @@ def _stored_box(
     return (top, left, bottom, right) if orientation in SIDEWAYS else (left, top, right, bottom)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image | Rejected:
-    """The same picture in a mode with 8 bits a sample that Pillow resizes well."""
-    mode = image.mode
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        samples = np.asarray(image)
-        top = float(samples.max())
-        if not (samples.min() >= 0 and top <= 65535):  # NaN is neither
-            return Rejected("unsupported", f"mode {mode} with values outside 0..65535")
-        # Integers are 16-bit; floats are 0..1 unless they say otherwise.
-        white = 65535 if mode != "F" or top > 255 else 255 if top > 1 else 1
-        scaled = samples.astype(np.float32)  # exact, and half as large as numpy's default
-        scaled *= 255 / white
-        grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
-        key = image.info.get("transparency")
-        if isinstance(key, int):  # one grey value is see-through
-            opaque = Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8))
-            return Image.merge("LA", (grey, opaque))
-        return grey
-    if image.has_transparency_data:
-        return image if mode in ("RGBA", "LA") else image.convert("RGBA")
-    return image if mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours as sRGB has them; a profile that is broken or does not fit the mode is ignored."""
-    if image.mode == "LAB":
-        return _convert(image, ImageCms.createProfile("LAB"), "RGB")
-    target = "RGBA" if image.mode in ("RGBA", "LA") else "RGB"
-    if profile and image.mode != "LA":
-        try:
-            return _convert(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), target)
-        except (ImageCms.PyCMSError, OSError):
-            pass
-    return image.convert(target)
-
-
-def _convert(image: Image.Image, source: object, mode: str) -> Image.Image:
-    converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode=mode)  # type: ignore[arg-type]
-    assert converted is not None  # only in-place conversion returns None
-    if image.mode == "RGBA":  # LittleCMS leaves alpha undefined
-        converted.putalpha(image.getchannel("A"))
-    return converted
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Alpha composited on white."""
-    if image.mode != "RGBA":
-        return image
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
 def _cut_webp(data: bytes, nbytes: int | None = None) -> bool:
     """Whether a RIFF file is shorter than its own header says."""
     declared = int.from_bytes(data[4:8], "little") + 8
     return data[:4] == b"RIFF" and declared > (len(data) if nbytes is None else nbytes)
+
+
+def _cut_jpeg2000(data: bytes) -> bool:
+    """Whether no end of codestream follows the last tile; Pillow leaves missing tiles black."""
+    last_tile = data.rfind(b"\xff\x90")  # within tiles, no byte above 8F follows an FF
+    return last_tile < 0 or data.find(b"\xff\xd9", last_tile) < 0
 
 
 def _told(error: Exception) -> str:

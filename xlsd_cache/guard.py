@@ -159,10 +159,13 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     seconds, nbytes = float(sys.argv[1]), int(sys.argv[2])
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no part of an answer
     _limit_memory(nbytes)
-    # Either error is the parent's end.
-    with Path(os.devnull).open("w") as nowhere, suppress(EOFError, BrokenPipeError):
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        suppress(EOFError, BrokenPipeError),  # the parent's end
+    ):
+        for stream in (1, 2):  # what libraries print is no part of an answer, and names no file
+            os.dup2(nowhere.fileno(), stream)
         while True:
             message = _read(calls)
             # A C thread that exits the process: also where C code hangs and holds the GIL, and
