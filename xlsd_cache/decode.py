@@ -18,7 +18,7 @@ from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 from xlsd_cache.colours import UnsupportedSamples, eight_bit, to_srgb
 
 PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
-MAX_PIXELS = 128_000_000  # an image this large takes about 0.5 GB while it is decoded
+MAX_PIXELS = 128_000_000  # decoding that many takes 0.5 to 2.3 GiB, by format
 DRAFT_MARGIN = 3.5  # times the size wanted that a JPEG is decoded at, DCT-scaled, at the least
 # Every reason why an image is not in a store, whichever station finds it.
 REASONS = {
@@ -107,8 +107,8 @@ def read_header(file: IO[bytes], nbytes: int) -> tuple[int, int] | Rejected:
             return (height, width) if orientation in SIDEWAYS else (width, height)
     except MemoryError:
         return Rejected("too_much_memory", "reading its header ran out of memory")
-    except OSError as error:  # Pillow's own have no number
-        return Rejected("unreadable" if error.errno else "corrupt", _told(error))
+    except OSError as error:
+        return _refused(error)
     except Exception as error:  # Pillow raises whatever a malformed header makes it stumble over
         return Rejected("corrupt", _told(error))
 
@@ -156,9 +156,8 @@ def decode(
     except UnsupportedSamples as error:
         return Rejected("unsupported", str(error))
     except OSError as error:
-        reason = "truncated" if "truncated" in str(error) or _cut_webp(data) else "corrupt"
-        return Rejected(reason, _told(error))
-    except Exception as error:  # see read_size
+        return _refused(error, _cut_webp(data, len(data)))
+    except Exception as error:  # see read_header
         return Rejected("corrupt", _told(error))
 
 
@@ -174,8 +173,7 @@ def _open(file: IO[bytes], nbytes: int) -> Image.Image | Rejected:
         return _unidentified(file, head)
     except OSError as error:
         file.seek(0)
-        reason = "truncated" if _cut_webp(file.read(12), nbytes) else "corrupt"
-        return Rejected(reason, _told(error))
+        return _refused(error, _cut_webp(file.read(12), nbytes))
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
@@ -229,10 +227,17 @@ def _stored_box(
     return (top, left, bottom, right) if orientation in SIDEWAYS else (left, top, right, bottom)
 
 
-def _cut_webp(data: bytes, nbytes: int | None = None) -> bool:
-    """Whether a RIFF file is shorter than its own header says."""
-    declared = int.from_bytes(data[4:8], "little") + 8
-    return data[:4] == b"RIFF" and declared > (len(data) if nbytes is None else nbytes)
+def _refused(error: OSError, cut: bool = False) -> Rejected:
+    """What is behind an OSError: the system's have a number, Pillow's have not."""
+    if error.errno:
+        return Rejected("unreadable", _told(error))
+    cut = cut or "truncated" in str(error).lower()
+    return Rejected("truncated" if cut else "corrupt", _told(error))
+
+
+def _cut_webp(head: bytes, nbytes: int) -> bool:
+    """Whether a RIFF file of `nbytes` bytes is shorter than its own header says."""
+    return head[:4] == b"RIFF" and int.from_bytes(head[4:8], "little") + 8 > nbytes
 
 
 def _cut_jpeg2000(data: bytes) -> bool:
