@@ -136,13 +136,14 @@ class _Child:
         begun = time.monotonic()
         try:
             _write(self._process.stdin, message)
-            answer: tuple[bool, Any] = _unpack(_read(self._process.stdout))
-            return answer
+            answer = _read(self._process.stdout)
         except (EOFError, OSError):  # the process is gone
             code = self._process.wait()
         except BaseException:  # the answer, when it comes, would be taken for the next call's
             self.stop()
             raise
+        else:
+            return _unpack(answer)  # type: ignore[no-any-return]
         # The watchdog exits with 1; so do C libraries that give up, but not after that long.
         if code == 1 and time.monotonic() - begun >= self._seconds:
             return True, Rejected("decoder_hung", f"no end after {self._seconds:g} seconds")
@@ -192,6 +193,7 @@ def _limit_memory(nbytes: int) -> None:
         import resource
     except ImportError:  # Windows
         return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is counted, not dumped into a file
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = psutil.Process().memory_info().vms + nbytes
     if hard != resource.RLIM_INFINITY:
