@@ -154,36 +154,32 @@ def margins(files: list[bytes]) -> None:
 
 def through_guard(config: DecodeConfig, files: list[bytes]) -> None:
     """What it costs to decode in another process, and what several give together."""
+    files = files * 8
+    shape = (config.resolution, config.resolution, 3)
     with (
         Guard(60, 3 * 2**30, config.children) as guard,
         ThreadPoolExecutor(config.children) as threads,
     ):
 
         def guarded(data: bytes) -> Pixels | Rejected:
-            size, crop, wanted = placed(data, config)
-            return guard.call(decode, data, size, crop, wanted)
+            return guard.call(decode, data, *placed(data, config))
 
-        def returned() -> None:
-            for data in files:
-                guard.call(np.ones, (config.resolution, config.resolution, 3), np.uint8)
-                guard.call(len, data)
+        def undecoded(data: bytes) -> object:  # the file goes there, and pixels come back
+            guard.call(len, data)
+            return guard.call(np.ones, shape, np.uint8)
 
         seconds = in_turns(
             {
                 "in this process": lambda: everything(files, config),
                 "in one child": lambda: [guarded(data) for data in files],
-                f"in {config.children} children": lambda: list(threads.map(guarded, files * 4)),
-                "there and back": returned,
+                f"in {config.children} children": lambda: list(threads.map(guarded, files)),
+                "the way alone": lambda: [undecoded(data) for data in files],
             },
             config.repeats,
         )
-    print("\nguard             images/s")
+    print("\nguard              images/s  ms an image")
     for name, total in seconds.items():
-        count = len(files) * (4 if name.endswith("children") else 1)
-        if name != "there and back":
-            print(f"{name:17s} {count / total:8.1f}")
-    alone = seconds["there and back"] / len(files) * 1e3
-    print(f"file there and pixels back without decoding, in two calls: {alone:.2f} ms an image")
+        print(f"{name:17s} {len(files) / total:9.1f} {total / len(files) * 1e3:12.2f}")
 
 
 def everything(files: list[bytes], config: DecodeConfig) -> list[Pixels]:

@@ -1,8 +1,8 @@
 """Bytes of an image file -> upright sRGB uint8 at its bucket's size, or the reason why not.
 
-What `Image.open(path).convert("RGB")` gets silently wrong is done right here: EXIF orientation,
-transparency (hidden colours under alpha), ICC profiles, 16-bit and float samples, and files that
-are truncated, are bombs, or are no image at all.
+What `Image.open(path).convert("RGB")` gets silently wrong is done right here: EXIF orientation, and
+files that are truncated, are bombs, or are no image at all. What it gets wrong of colours is done
+right in colours.py: transparency (hidden colours under alpha), ICC profiles, 16-bit and float.
 """
 
 import io
