@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.throughput import flop_counter
+from xlsd_cache.decode import FORMATS
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +45,18 @@ def test_throughput_of_one_batch_in_memory_needs_no_store() -> None:
         "--resolution", "64", "--fake-data", "--precision", "bf16", "--no-gradient-checkpointing",
     )  # fmt: skip
     assert [line.split()[:2] for line in lines[-1:]] == [["te", "memory"]]
+
+
+def test_decoding_is_measured_by_format_route_and_guard() -> None:
+    options = ("--megapixels", "0.8", "--repeats", "1", "--resolution", "64", "--children", "1")
+    lines = run("benchmarks/decode.py", *options)
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/decode.py " + " ".join(options)
+    rows = {line[:17].strip(): line[17:].split() for line in lines}
+    assert {line.split()[0] for line in lines if line} >= set(FORMATS)
+    assert float(rows["full"][1]) == float(rows["pillow, bare"][1]) == 0
+    assert 0 < float(rows["as built"][1]) <= 1  # an 894x894 picture shrinks fourteenfold to 64x64
+    assert all(float(rows[name][0]) > 0 for name in ("in this process", "in one child"))
 
 
 def test_cache_compares_build_with_bare_loops_and_peers() -> None:
