@@ -70,9 +70,12 @@ def write_json(path: Path, value: Any, staging: Path | None = None) -> None:
 
 
 def write_parquet(path: Path, table: pa.Table, staging: Path | None = None) -> None:
-    """`path` holds `table`, zstd-compressed parquet that pandas, polars and duckdb read."""
+    """`path` holds `table`, zstd-compressed parquet that pandas, polars and duckdb read.
+
+    Every page has a checksum, so that `check` finds a flipped bit in it.
+    """
     with replacing(path, staging) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def sweep(folder: Path) -> None:
