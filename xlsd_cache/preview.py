@@ -134,13 +134,14 @@ class _Sheet:
         y += self.thumbnail + self.gap // 3
         self._crop_box(x, y, sample)
         left, top, right, bottom = (round(side) for side in sample["crop"])
-        of = f"{sample['width']}x{sample['height']}"
-        indent = x + 3 * self.leading
-        self.pen.text((indent, y), f"{sample['bucket']} row {sample['row']}", INK, self.font)
-        crop = f"{left},{top}-{right},{bottom} of {of}"
-        self.pen.text((indent, y + self.leading), crop, FAINT, self.font)
-        for number, line in enumerate(self._wrapped(caption)):
-            self.pen.text((x, y + (2 + number) * self.leading), line, INK, self.font)
+        place_told = f"{sample['bucket']} row {sample['row']}"
+        crop_told = f"{left},{top}-{right},{bottom} of {sample['width']}x{sample['height']}"
+        indent = 3 * self.leading
+        for number, (line, colour) in enumerate(((place_told, INK), (crop_told, FAINT))):
+            told = self._cut(line, self.thumbnail - indent)
+            self.pen.text((x + indent, y + number * self.leading), told, colour, self.font)
+        for number, line in enumerate(self._wrapped(caption), start=2):
+            self.pen.text((x, y + number * self.leading), line, INK, self.font)
 
     def _crop_box(self, x: int, y: int, sample: dict[str, Any]) -> None:
         """The image as an outline, two lines tall, and what of it went into the latent."""
@@ -162,12 +163,12 @@ class _Sheet:
                 lines[-1] = longer
         if len(lines) > CAPTION_LINES:
             lines[CAPTION_LINES - 1] += " ..."
-        return [self._cut(line) for line in lines[:CAPTION_LINES]]
+        return [self._cut(line, self.thumbnail) for line in lines[:CAPTION_LINES]]
 
-    def _cut(self, line: str) -> str:
-        """The line, or as much of it as fits the cell: a word may be wider."""
+    def _cut(self, line: str, room: int) -> str:
+        """The line, or as much of it as fits: a word may be wider than its cell."""
         fitting = line
-        while self.font.getlength(fitting) > self.thumbnail:
+        while self.font.getlength(fitting) > room and line:
             line = line[:-1]
             fitting = line + "..."
-        return fitting
+        return fitting if line else ""

@@ -178,7 +178,7 @@ def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> 
         if (bucket, row) in lost or Unit(bucket, row // shard) not in committed
     ]
     at_risk.sort(key=where.__getitem__)
-    for entry in live.take(at_risk).to_pylist():
+    for entry in live.take(pa.array(at_risk, pa.int64())).to_pylist():
         place = entry["bucket"], entry["row"]
         if not _is_there(entry):
             detail = "its latent was lost, and its image is not there to be encoded again"
