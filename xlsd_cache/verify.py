@@ -132,7 +132,7 @@ def damaged_places(store: Checked) -> dict[str, set[int]]:
 def _in_threads(
     what: str, look: Callable[[Any], list[Problem]], things: list[Any]
 ) -> list[Problem]:
-    """Threads overlap reading with checksums; both run without Python's lock for the most part."""
+    """In threads: while one sums, which holds Python's lock, the others wait for the disk."""
     with ThreadPoolExecutor(THREADS) as pool:
         shown = tqdm(pool.map(look, things), f"checking {what}", len(things), leave=False)
         return list(chain.from_iterable(shown))

@@ -1,6 +1,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 
 from tests.support import cache, write_images
 from xlsd_cache import UserError
+from xlsd_cache.commit import write_commit
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import cached_view, make_view
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.readback import Checked, verify_shard
+from xlsd_cache.shard import Row, ShardWriter
 from xlsd_cache.store import LatentStore
 from xlsd_cache.verify import verify_index, verify_log
 
@@ -126,3 +129,23 @@ def test_a_flipped_bit_in_the_index_is_found_or_changes_nothing(checked: Checked
                 assert there is not None
                 assert there.samples.equals(view.samples)
     assert found > 50
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, 65504.0, 6e-8])
+def test_values_that_are_not_finite_are_found(
+    checked: Checked, tmp_path: Path, dtype: str, value: float
+) -> None:
+    identity = replace(checked.identity, dtype=dtype)
+    manifest, unit = Manifest(tmp_path), Unit("64x64", 0)
+    manifest.make_folders()
+    manifest.array("64x64").mkdir()
+    latent = np.zeros((4, 8, 8), dtype)
+    latent[3, 7, 7] = value
+    writer = ShardWriter(manifest.staging, unit.name, [[0]], latent.nbytes)
+    writer.append([Row(0, "hash")], {0: latent})
+    writer.finish(manifest.shard(unit), 4)
+    write_commit(manifest, unit, 4, {0: {"key": "a.png"}}, writer.rows)
+    problems = verify_shard(Checked(manifest, identity, 4, 0), unit, set())
+    assert bool(problems) == (not np.isfinite(value))
+    assert all("hold NaN or infinity: a.png" in str(problem) for problem in problems)
