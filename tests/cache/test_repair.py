@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache, files, spawn, write_images
+from tests.cache.test_build import slow_build
+from tests.support import cache, files, spawn, wait_for, write_images
 from xlsd_cache import UserError
-from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.manifest import COMMIT, Manifest, Unit
 from xlsd_cache.store import LatentStore
 
 RECORD = 4 * 16 * 16 * 4 + 4  # bytes of a latent of bucket 128x128 and its crc32c
@@ -37,12 +40,16 @@ class Store:
 
     def build(self) -> dict[str, Any]:
         """Build; the sums of it."""
-        assert cache("build", self.images, "--out", self.out, "--vae", self._vae,
-                     "--resolution", 128, "--rows-per-shard", 4, "--batch", 3) == 0  # fmt: skip
+        assert cache("build", *self.arguments()) == 0
         self._capsys.readouterr()
         assert cache("info", self.out, "--json") == 0
         sums: dict[str, Any] = json.loads(self._capsys.readouterr().out)
         return sums
+
+    def arguments(self) -> tuple[object, ...]:
+        """What to build with."""
+        return (self.images, "--out", self.out, "--vae", self._vae, "--resolution", 128,
+                "--rows-per-shard", 4, "--batch", 3)  # fmt: skip
 
     def check(self, *options: object) -> tuple[int, dict[str, Any]]:
         """The exit code and the findings of `check --json`."""
@@ -267,6 +274,44 @@ def test_an_image_that_goes_after_the_repair_leaves_training(store: Store) -> No
     assert damaged not in store.latents()
     assert sums["encoded"] in (0, 1)  # 1 where its copy takes its place
     assert store.check()[0] == 0
+
+
+def test_a_latent_of_another_picture_is_encoded_again(store: Store) -> None:
+    """Its checksums are all right: only decoding it beside its image tells."""
+    before, key = store.latents(), store.key(1)
+    wrong = store.latents()[store.key(2)].tobytes()
+    crc = google_crc32c.value(wrong)
+    content = bytearray((store.out / SHARD).read_bytes())
+    content[RECORD : 2 * RECORD] = wrong + crc.to_bytes(4, "little")
+    (store.out / SHARD).write_bytes(content)
+    path = store.out / "manifest/commit/128x128.0.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[1]["crc32c"] = crc
+    pq.write_table(pa.Table.from_pylist(rows, COMMIT), path)
+    (store.out / "index.arrow").unlink()
+    assert store.check()[0] == 0
+    code, found = store.check("--decode", 99, "--repair")
+    assert (code, found["problems"][0]["images"]) == (1, [key])
+    assert store.build()["encoded"] == 1
+    assert store.check("--decode", 99)[0] == 0
+    assert equal(store.latents(), before, [key])
+
+
+def test_a_repair_beside_a_build_at_work(store: Store, tmp_path: Path) -> None:
+    before, key, log = store.latents(), store.key(1), tmp_path / "log"
+    write_images(store.images, [f"new{i}.png" for i in range(6)], 400)
+    process = spawn(slow_build, *store.arguments(), log=log)
+    wait_for(lambda: any((store.out / "staging").glob("*.jnl")))
+    flip(store.out / SHARD, RECORD + 5)
+    code, found = store.check("--repair")
+    assert (code, found["repaired"]["to_encode"]) == (1, [key])
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    sums = store.build()
+    assert (sums["encoded"], sums["live"]) == (1, 17)
+    assert store.check("--decode", 99)[0] == 0
+    after = store.latents()
+    assert equal({name: after[name] for name in before}, before, [key])
 
 
 def damage_everything(out: Path) -> None:
