@@ -91,9 +91,10 @@ def verify_shard(store: Checked, unit: Unit, damaged: set[int]) -> list[Problem]
     try:
         reader = ShardReader(path, store.rows_per_shard, latent.nbytes)
     except (CorruptShard, OSError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else _without(path, error)
+        gone = isinstance(error, FileNotFoundError)
+        what = "is missing" if gone else f"is damaged ({str(error).removeprefix(f'{path}: ')})"
         lost = tuple(row["key"] for row in rows), unit, tuple(row["row"] for row in rows)
-        told = f"{what}; {len(rows)} latents are lost, of"
+        told = f"{what}; {len(rows)} latents are lost"
         return [Problem("shard", where, told, *lost)] if rows else []
     try:
         faults: dict[str, list[dict[str, Any]]] = {}
@@ -105,7 +106,7 @@ def verify_shard(store: Checked, unit: Unit, damaged: set[int]) -> list[Problem]
             Problem(
                 "latents",
                 where,
-                f"{len(bad)} of {len(rows)} latents {fault}",
+                f"holds {len(bad)} latents (of {len(rows)}) that {fault}",
                 tuple(row["key"] for row in bad),
                 unit,
                 tuple(row["row"] for row in bad),
@@ -153,7 +154,3 @@ def _shard_fault(
         told.append(f"has {size} bytes, where its records and index take {length}")
     where = store.name(reader.path)
     return [Problem("shard", where, what, unit=unit) for what in told]
-
-
-def _without(path: Path, error: Exception) -> str:
-    return str(error).removeprefix(f"{path}: ")

@@ -65,7 +65,7 @@ def test_a_cut_or_missing_shard_names_its_images(copy: Path, capsys: Out, kept: 
     if kept is not None:
         (copy / SHARD).write_bytes(whole[:kept])
     (line,) = wrong(copy, capsys)
-    assert "5 latents are lost, of: images/" in line
+    assert "5 latents are lost: images/" in line
 
 
 def test_a_missing_commit_names_its_images(copy: Path, capsys: Out) -> None:
