@@ -72,7 +72,7 @@ def _open(root: Path) -> Checked:
 def _find(store: Checked, config: CheckConfig, say: Say) -> tuple[list[Problem], int | None]:
     """All problems, and the number of live images where the log can be read."""
     manifest, generation, shard = store.manifest, store.generation, store.rows_per_shard
-    problems = verify(store, manifest.committed())
+    problems = verify(store)
     if not _log_is_readable(store, problems):
         say("the log is damaged: its sums, and index.arrow, were not checked")
         return problems, None
@@ -93,12 +93,11 @@ def _find(store: Checked, config: CheckConfig, say: Say) -> tuple[list[Problem],
 
 def _log_is_readable(store: Checked, problems: list[Problem]) -> bool:
     """Whether the log can be folded: a missing commit record is no hindrance, a damaged one is."""
-    for problem in problems:
-        if problem.kind in ("plan", "captions"):
-            return False
-        if problem.kind == "commit" and problem.unit:
-            return not store.manifest.commit(problem.unit).exists()
-    return True
+    return not any(
+        problem.kind in ("plan", "captions")
+        or (problem.kind == "commit" and (store.manifest.root / problem.where).exists())
+        for problem in problems
+    )
 
 
 def _with_live_names(problem: Problem, view: View) -> Problem:

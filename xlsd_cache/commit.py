@@ -1,6 +1,8 @@
 """One shard as a unit of work: claimed by a lock, written or adopted, committed by its record."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,21 @@ def claim(
     except BaseException:
         lock.release()
         raise
+
+
+@contextmanager
+def planning(manifest: Manifest) -> Iterator[None]:
+    """Within the block no other process adds a generation; says so where it has to wait."""
+    lock = FileLock(manifest.staging / "plan.lock", thread_local=False)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print("another process is planning; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def tidy(manifest: Manifest) -> None:

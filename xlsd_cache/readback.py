@@ -65,7 +65,11 @@ class Checked:
 
     def places(self) -> dict[str, NDArray[np.int64]]:
         """Bucket -> the rows ever planned in it, sorted."""
-        planned = self.manifest.planned(self.generation)
+        files = self.manifest.files(self.generation)
+        plans = [path for path in files if path.parent.name == "plan"]
+        columns = ["bucket", "row"]  # the others are large
+        planned = pa.concat_tables([pq.read_table(path, columns=columns) for path in plans])
+        planned = planned.filter(pc.greater_equal(planned["row"], 0))
         names = planned["bucket"].combine_chunks().dictionary_encode()
         rows, codes = planned["row"].to_numpy(), names.indices.to_numpy()
         return {

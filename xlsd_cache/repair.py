@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from xlsd_cache.arrays import grow_array, mend_array
-from xlsd_cache.commit import lock_path, write_commit
+from xlsd_cache.commit import lock_path, planning, write_commit
 from xlsd_cache.durable import fsync_folder, write_bytes
 from xlsd_cache.manifest import CAPTIONS, COMMIT, DAMAGED, PLAN, Unit
 from xlsd_cache.readback import Checked, Problem, verify_shard
@@ -46,7 +47,7 @@ def repair(store: Checked, problems: list[Problem]) -> Repaired:
         return result  # where things should be is not known
     manifest = store.manifest
     manifest.make_folders()
-    with FileLock(manifest.staging / "plan.lock", thread_local=False):
+    with planning(manifest):
         store = replace(store, generation=manifest.generations()[-1])
         places = [(p.unit, p.rows) for p in problems if p.kind == "latents" and p.unit]
         lost: set[tuple[str, int]] = {(unit.bucket, row) for unit, rows in places for row in rows}
@@ -167,18 +168,9 @@ def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> 
     places = store.places()
     next_rows = {bucket: (int(rows[-1]) // shard + 1) * shard for bucket, rows in places.items()}
     live = manifest.live(store.generation)
-    live = live.filter(pc.greater_equal(live["row"], 0))
-    committed = manifest.committed()
     entries: list[Entry] = []
     fresh: dict[tuple[str, int], int] = {}
-    where = list(zip(*_columns(live, "bucket", "row"), strict=True))
-    at_risk = [
-        i
-        for i, (bucket, row) in enumerate(where)
-        if (bucket, row) in lost or Unit(bucket, row // shard) not in committed
-    ]
-    at_risk.sort(key=where.__getitem__)
-    for entry in live.take(pa.array(at_risk, pa.int64())).to_pylist():
+    for entry in live.take(_at_risk(store, live, lost)).to_pylist():
         place = entry["bucket"], entry["row"]
         if not _is_there(entry):
             detail = "its latent was lost, and its image is not there to be encoded again"
@@ -206,6 +198,21 @@ def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> 
         CAPTIONS.empty_table(),
         pa.Table.from_pylist(given_up, DAMAGED),
     )
+
+
+def _at_risk(store: Checked, live: pa.Table, lost: set[tuple[str, int]]) -> NDArray[np.int64]:
+    """Which live entries' places are lost or in no committed shard, in the order of the places."""
+    names = live["bucket"].combine_chunks().dictionary_encode()
+    rows, codes = live["row"].to_numpy(), names.indices.to_numpy()
+    committed = store.manifest.committed()
+    found = [np.empty(0, np.int64)]
+    for code, bucket in enumerate(names.dictionary.to_pylist()):
+        here = np.flatnonzero((codes == code) & (rows >= 0))
+        gone = [row for name, row in lost if name == bucket]
+        safe = [unit.shard for unit in committed if unit.bucket == bucket]
+        risky = np.isin(rows[here], gone) | ~np.isin(rows[here] // store.rows_per_shard, safe)
+        found.append(here[risky][np.argsort(rows[here[risky]])])
+    return np.concatenate(found)
 
 
 def _planned(store: Checked, unit: Unit) -> dict[int, Entry]:

@@ -1,7 +1,7 @@
 """What is wrong with a store: every file of it read and compared with what the log promises."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -21,21 +21,23 @@ from xlsd_cache.readback import Checked, Kind, Problem, verify_shard
 THREADS = min(8, os.cpu_count() or 1)
 
 
-def verify(store: Checked, units: Iterable[Unit]) -> list[Problem]:
-    """Everything that is wrong with the files of the log, the arrays, and these units' shards.
+def verify(store: Checked) -> list[Problem]:
+    """Everything that is wrong with the files of the log, the arrays, and the committed shards.
 
-    The index and the sums are other functions' part: they need a log without a fault.
+    The index and the sums are others' part: they need a log without a fault. Where a plan is
+    damaged, it is not known where things should be, and a shard is held to its commit record alone.
     """
     log = verify_log(store)
-    if any(problem.kind == "plan" for problem in log):
-        return log  # where things should be is not known
+    planned = not any(problem.kind == "plan" for problem in log)
+    places = verify_places(store) if planned else []
+    given_up = damaged_places(store) if planned else {}
     unreadable = {problem.unit for problem in log}
-    units = [unit for unit in sorted(units) if unit not in unreadable]
-    damaged = damaged_places(store)
-    shards = _in_threads(
-        "shards", lambda unit: verify_shard(store, unit, damaged.get(unit.bucket, set())), units
-    )
-    return log + verify_places(store) + shards
+
+    def look(unit: Unit) -> list[Problem]:
+        return verify_shard(store, unit, given_up.get(unit.bucket, set()))
+
+    units = [unit for unit in sorted(store.manifest.committed()) if unit not in unreadable]
+    return log + places + _in_threads("shards", look, units)
 
 
 def verify_log(store: Checked) -> list[Problem]:
@@ -140,13 +142,16 @@ def _in_threads(
 
 def _parquet_fault(path: Path, schema: pa.Schema) -> str:
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        table.validate(full=True)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(schema):
+                return "has other columns than ours"
+            for number in range(file.num_row_groups):  # of a million rows at most
+                file.read_row_group(number).validate(full=True)
     except FileNotFoundError:
         return "is missing"
     except Exception as error:  # pyarrow raises whatever damaged bytes make it stumble over
         return f"is damaged ({' '.join(str(error).split())[:150]})"
-    return "" if table.schema.equals(schema) else "has other columns than ours"
+    return ""
 
 
 def _with_planned_images(store: Checked, problem: Problem) -> Problem:

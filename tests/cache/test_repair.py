@@ -130,6 +130,16 @@ def test_a_damaged_index_and_a_cut_file_cost_only_what_is_gone(store: Store) -> 
     assert equal(store.latents(), before, again)
 
 
+def test_of_two_lost_commit_records_both_come_back(store: Store) -> None:
+    """One missing and one damaged: the log cannot be read as it is, and is not relied on."""
+    (store.out / "manifest/commit/128x128.0.parquet").unlink()
+    flip(store.out / "manifest/commit/192x64.0.parquet", 60)
+    code, found = store.check("--repair")
+    assert (code, [p["kind"] for p in found["problems"]]) == (0, ["commit", "commit"])
+    assert store.check()[0] == 0
+    assert store.build()["encoded"] == 0
+
+
 @pytest.mark.parametrize("damage", ["missing", "flipped", "empty"])
 def test_a_lost_commit_record_is_written_anew_from_its_shard(store: Store, damage: str) -> None:
     path = store.out / "manifest/commit/128x128.0.parquet"
