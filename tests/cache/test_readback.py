@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from tests.support import cache, write_images
@@ -94,22 +93,16 @@ def test_each_of_1000_flipped_bits_is_found_and_none_reaches_a_batch(checked: Ch
         assert lost_reads > 900  # the latent that left training takes the rest
 
 
-def test_a_flipped_bit_in_the_log_is_found_or_changes_nothing(checked: Checked) -> None:
+def test_any_flipped_bit_in_the_log_is_found(checked: Checked) -> None:
     manifest = checked.manifest
     commits = [manifest.commit(unit) for unit in sorted(manifest.committed())]
     paths = manifest.files(1) + commits
-    rng, found = random.Random(0), 0
+    rng = random.Random(0)
     assert verify_log(checked) == []
     for _ in range(300):
         path = rng.choice(paths)
-        before = pq.read_table(path)
         with flipped(path, rng.randrange(8 * path.stat().st_size)):
-            problems = verify_log(checked)
-            assert [checked.name(path)] * len(problems) == [p.where for p in problems]
-            found += bool(problems)
-            if not problems:
-                assert pq.read_table(path).equals(before)
-    assert found > 100
+            assert [problem.where for problem in verify_log(checked)] == [checked.name(path)]
 
 
 def test_a_flipped_bit_in_the_index_is_found_or_changes_nothing(checked: Checked) -> None:

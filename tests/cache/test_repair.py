@@ -16,6 +16,7 @@ import pytest
 from tests.cache.test_build import slow_build
 from tests.support import cache, files, spawn, wait_for, write_images
 from xlsd_cache import UserError
+from xlsd_cache.durable import write_parquet
 from xlsd_cache.manifest import COMMIT, Manifest, Unit
 from xlsd_cache.store import LatentStore
 
@@ -297,7 +298,7 @@ def test_a_latent_of_another_picture_is_encoded_again(store: Store) -> None:
     path = store.out / "manifest/commit/128x128.0.parquet"
     rows = pq.read_table(path).to_pylist()
     rows[1]["crc32c"] = crc
-    pq.write_table(pa.Table.from_pylist(rows, COMMIT), path)
+    write_parquet(path, pa.Table.from_pylist(rows, COMMIT))
     (store.out / "index.arrow").unlink()
     assert store.check()[0] == 0
     code, found = store.check("--decode", 99, "--repair")
