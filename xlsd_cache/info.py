@@ -31,7 +31,7 @@ def info(config: InfoConfig) -> dict[str, Any]:
         return value
     vae, latents = value["vae"], value["latents"]
     rejected = ", ".join(f"{reason} {count}" for reason, count in value["rejected"].items())
-    print(f"{config.store}: {value['live']} live images, {value['bytes'] / 2**20:.1f} MiB", end="")
+    print(f"{config.store}: {value['live']} live images, {_size(value['bytes'])}", end="")
     print(f", {value['pending']} not encoded yet" if value["pending"] else "")
     print(f"  scanned    {value['scanned']}")
     print(f"  encoded    {value['encoded']}\n  reused     {value['reused']}")
@@ -47,7 +47,7 @@ def info(config: InfoConfig) -> dict[str, Any]:
     std = " ".join(f"{x:.3f}" for x in latents["std"])
     print(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
     print(f"             mean by channel {mean}\n             std by channel  {std}")
-    disk = ", ".join(f"{part} {n / 2**20:.1f} MiB" for part, n in value["disk"].items() if n)
+    disk = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in value["disk"].items())
     print(f"  disk       {disk}")
     return value
 
@@ -132,6 +132,11 @@ def _disk_use(root: Path) -> dict[str, int]:
         if stat.S_ISREG(status.st_mode):
             parts[top if top in parts else "other"] += status.st_size
     return parts
+
+
+def _size(nbytes: int) -> str:
+    """For people."""
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
 
 
 def _words(texts: pa.ChunkedArray) -> dict[str, float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlsd_cache.durable import (
@@ -34,6 +34,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(path, float("nan"))
 
 
+@settings(max_examples=40)  # each syncs a file
 @given(st.lists(st.text()), st.integers(min_value=0), st.integers(1, 255))
 def test_a_table_knows_whether_it_is_whole(texts: list[str], place: int, change: int) -> None:
     """Any byte changed, or any end cut off, is noticed; a table of others is none of ours."""
