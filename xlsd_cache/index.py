@@ -83,12 +83,12 @@ def cached_view(root: Path, generation: int) -> View | None:
         source = pa.memory_map(str(root / "index.arrow"))
         table = pa.ipc.open_file(source).read_all()
         told: dict[str, Any] = json.loads(table.schema.metadata[b"xlsd"])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        if told["generation"] != generation:
+            return None
+        ranges = {bucket: (start, stop) for bucket, (start, stop) in told["ranges"].items()}
+        return View(generation, table, ranges, 0, told["fingerprint"])
+    except Exception:  # absent, or damaged in whatever way: it is derived, and made anew
         return None
-    if told["generation"] != generation:
-        return None
-    ranges = {bucket: (start, stop) for bucket, (start, stop) in told["ranges"].items()}
-    return View(generation, table, ranges, 0, told["fingerprint"])
 
 
 def _match(plan: pa.Table, commits: pa.Table) -> NDArray[np.int64]:

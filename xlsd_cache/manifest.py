@@ -44,6 +44,12 @@ COMMIT = pa.schema(
     ]
 )
 REMOVED = pa.schema([("key", pa.string())])
+DAMAGED = pa.schema(
+    [
+        ("bucket", pa.string()),
+        ("row", pa.int64()),  # its latent is not to be used again, by whatever image
+    ]
+)
 CAPTIONS = pa.schema([("key", pa.string()), ("column", pa.string()), ("text", pa.string())])
 
 
@@ -85,7 +91,7 @@ class Manifest:
 
     def make_folders(self) -> None:
         """Create the folders of an empty store."""
-        for kind in ("plan", "commit", "removed"):
+        for kind in ("plan", "commit", "removed", "damaged"):
             (self.root / "manifest" / kind).mkdir(parents=True, exist_ok=True)
         for folder in ("latents.zarr", "captions", "staging"):
             (self.root / folder).mkdir(exist_ok=True)
@@ -102,13 +108,20 @@ class Manifest:
         return {Unit(match[1], int(match[2])) for match in found if match}
 
     def write_plan(
-        self, generation: int, plan: pa.Table, removed: list[str], captions: pa.Table
+        self,
+        generation: int,
+        plan: pa.Table,
+        removed: list[str],
+        captions: pa.Table,
+        damaged: pa.Table | None = None,
     ) -> None:
         """Add a generation. Its plan is written last: only then does the generation exist."""
         gone = pa.table({"key": sorted(removed)}, REMOVED)
+        given_up = DAMAGED.empty_table() if damaged is None else damaged
         for path, table in (
             (self._file("manifest/removed", generation), gone),
             (self._captions(generation), captions),
+            (self._file("manifest/damaged", generation), given_up),
         ):
             if table.num_rows:
                 write_parquet(path, table, self.staging)
@@ -134,6 +147,13 @@ class Manifest:
         tables = [pq.read_table(self._file("manifest/plan", n), schema=PLAN) for n in numbers]
         table = pa.concat_tables([PLAN.empty_table(), *tables])
         return table.filter(pc.greater_equal(table["row"], 0))
+
+    def damaged(self, generation: int) -> pa.Table:
+        """Every place whose latent `check --repair` found damaged, up to a generation."""
+        numbers = [n for n in self.generations() if n <= generation]
+        paths = [self._file("manifest/damaged", n) for n in numbers]
+        tables = [pq.read_table(path, schema=DAMAGED) for path in paths if path.exists()]
+        return pa.concat_tables([DAMAGED.empty_table(), *tables])
 
     def commits(self, units: set[Unit]) -> pa.Table:
         """The commit records of `units` as one table, with the bucket as first column."""
@@ -161,6 +181,7 @@ class Manifest:
             if n <= generation
             for path in (
                 self._file("manifest/removed", n),
+                self._file("manifest/damaged", n),
                 self._file("manifest/plan", n),
                 self._captions(n),
             )

@@ -38,7 +38,7 @@ class Known:
     """What the log says, for planning."""
 
     live: dict[str, Entry]  # key -> entry, its content_hash and reason as committed
-    content: dict[str, Entry]  # content hash -> the entry of its latent, whether live or not
+    content: dict[str, Entry]  # content hash -> the entry of its good latent, live or not
     next_rows: dict[str, int]  # bucket -> the first row of its next shard
     captions: dict[tuple[str, str], str]  # (key, column) -> text
 
@@ -54,13 +54,17 @@ def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
         if row is not None:
             entry["content_hash"] = row["content_hash"] or entry["content_hash"]
             entry["reason"], entry["detail"] = row["reason"], row["detail"]
+    damaged = {(row["bucket"], row["row"]) for row in manifest.damaged(generation).to_pylist()}
     content: dict[str, Entry] = {}
     next_rows: dict[str, int] = defaultdict(int)
     for entry in manifest.planned(generation).to_pylist():
         end = (entry["row"] // rows_per_shard + 1) * rows_per_shard
         next_rows[entry["bucket"]] = max(next_rows[entry["bucket"]], end)
-        row = outcome.get((entry["bucket"], entry["row"]))
-        if row is not None and row["status"] == "encoded":
+        place = entry["bucket"], entry["row"]
+        row = outcome.get(place)
+        if row is None or row["status"] != "encoded" or place in damaged:
+            continue
+        if row["content_hash"]:  # unknown where a lost commit record was mended
             content[row["content_hash"]] = entry
     texts = manifest.captions(generation).to_pylist()
     captions = {(row["key"], row["column"]): row["text"] for row in texts}
