@@ -16,8 +16,8 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "durable interrupt precision identity manifest shard sources decode buckets index store vae "
-    "accounting arrays commit encode plan config pipeline build check info cli __main__"
+    "durable interrupt precision identity manifest shard sources decode buckets index tags store "
+    "vae accounting arrays commit encode plan config pipeline build check info cli __main__"
 ).split()
 TRAIN = (
     "draw schedule captions batches diffusion config model optim step checkpoint sample run "
