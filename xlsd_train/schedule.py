@@ -11,6 +11,7 @@ A bucket with fewer samples than the batch gives batches of all its samples.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,7 @@ from xlsd_train import draw
 _FRACTION = 1 << 16  # the moments within an interval, as integers so that every count is exact
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One batch of the schedule."""
 
     number: int  # 0, 1, ...
@@ -118,7 +118,7 @@ class Schedule:
                 for bucket, span in enumerate(zip(starts, stops, strict=True))
             ]
         )
-        order = np.lexsort((within, which, due))
+        order = np.argsort(due, kind="stable")  # of those due at once, the first bucket's first
         due, which, within = due[order], which[order], within[order]
         sizes = self._sizes[which]
         images_before = self.images(epoch) + np.cumsum(sizes) - sizes
@@ -140,6 +140,7 @@ class Schedule:
         if order is None:
             purpose = f"order/{self.names[bucket]}/{turn}"
             order = draw.permutation(self._seed, purpose, int(self._counts[bucket]))
+            order.setflags(write=False)  # batches are views of it
             self._orders.pop((bucket, turn - 2), None)
             self._orders[bucket, turn] = order
         return order
