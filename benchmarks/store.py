@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import machine
+from benchmarks.synthetic import IDENTITY
 from xlsd_cache import UserError
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.commit import claim
-from xlsd_cache.identity import Identity, attributes_of
+from xlsd_cache.identity import attributes_of
 from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest, Unit
 from xlsd_cache.shard import Row, ShardReader
 from xlsd_cache.store import LatentStore
@@ -120,13 +121,9 @@ def main(config: StoreConfig, command: Sequence[str]) -> bool:
 
 def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
     """A store of these latents in their order, by the writer and the commits of a build."""
-    identity = Identity(
-        "none", "random numbers", "none", "0", 1.0, 0.0, SHAPE[0], "float16", "fp32", 1, 512,
-        "square", 1.0, False,
-    )  # fmt: skip
     manifest, rows = Manifest(root), config.rows_per_shard
     manifest.make_folders()
-    write_group(manifest, attributes_of(identity, rows))
+    write_group(manifest, attributes_of(IDENTITY, rows))
     grow_array(manifest, BUCKET, len(latents), SHAPE, "float16", rows)
     plan = [
         {

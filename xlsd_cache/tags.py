@@ -90,7 +90,9 @@ class _Part:
         sample = pc.list_parent_indices(pieces).to_numpy() + first
         pairs = code << 32 | sample
         nothing = pc.index(tags.dictionary, "").as_py()
-        pairs = np.unique(pairs[code != nothing])  # a tag said twice counts once
+        pairs = pairs[code != nothing]
+        pairs.sort()
+        pairs = pairs[np.diff(pairs, prepend=-1) != 0]  # a tag said twice counts once
         counts = np.bincount(pairs >> 32, minlength=len(tags.dictionary))
         names = tags.dictionary.cast(pa.large_string())
         return cls(names, counts, (pairs & 0xFFFFFFFF).astype(np.int32))
