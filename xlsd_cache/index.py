@@ -61,9 +61,11 @@ def make_view(manifest: Manifest, generation: int, rows_per_shard: int) -> View:
     records = manifest.commits(units, ["row", "status", "crc32c"])
     commit = _find(place, _places(records, buckets))
     pending = int((commit < 0).sum())
+    crcs = records["crc32c"]
     live = commit >= 0
     live[live] = pc.equal(records["status"], "encoded").to_numpy()[commit[live]]
     plan, place, commit = plan[live], place[live], commit[live]
+    del records, live
 
     starts = np.searchsorted(place, np.arange(len(buckets) + 1) * _BUCKET).tolist()
     spans = {bucket: (starts[i], starts[i + 1]) for i, bucket in enumerate(buckets)}
@@ -75,8 +77,8 @@ def make_view(manifest: Manifest, generation: int, rows_per_shard: int) -> View:
     }
     hashes = manifest.commits(units, ["content_hash"])["content_hash"]
     columns["content_hash"] = gather(hashes, commit)
-    columns["crc32c"] = gather(records["crc32c"], commit)
-    del hashes, records
+    columns["crc32c"] = gather(crcs, commit)
+    del hashes
     for name in manifest.caption_columns(generation):
         texts, last = _captions(manifest, generation, name, columns["key"])
         if texts is not None:
@@ -148,6 +150,7 @@ def _captions(
     found = pc.index_in(keys, value_set=said_of.take(last)).fill_null(len(last)).to_numpy()
     at = np.append(last, -1)[found]
     del said_of, found
+    _give_back()
     texts = manifest.caption_lines(generation, column, "text")
     length = pc.binary_length(texts).to_numpy()
     at[length[at] == 0] = -1
@@ -170,12 +173,14 @@ def _gather(
                 yield pa.concat_arrays(column.take(pa.array(places, mask=places < 0)).chunks)
 
     if len(at) > BATCH:
+        _give_back()
         path = temporary_path(staging, "column")
         schema = pa.schema([("column", column.type)])
         try:
             with pa.ipc.new_file(path, schema) as writer:
                 for batch in batches():
                     writer.write_batch(pa.record_batch([batch], schema))
+                    _give_back()
             return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["column"]
         except OSError:
             pass
@@ -183,6 +188,11 @@ def _gather(
             with suppress(OSError):  # Windows keeps a mapped file, and `sweep` removes it later
                 path.unlink()
     return pa.chunked_array(batches(), column.type)
+
+
+def _give_back() -> None:
+    """Arrow's allocator keeps what was freed for later, which of a large store is gigabytes."""
+    pa.default_memory_pool().release_unused()
 
 
 def _fingerprint(manifest: Manifest, generation: int, committed: set[Unit]) -> str:
