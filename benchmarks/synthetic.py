@@ -39,7 +39,7 @@ TAGS = [*SUBJECTS, *QUALITIES] + [
     for quality in QUALITIES
     for subject in SUBJECTS
 ]
-TAGS_A_CAPTION = 13  # about 200 bytes
+TAGS_A_CAPTION = 15  # about 200 bytes
 _CHUNK = 1 << 20  # images made at a time
 
 Ints = NDArray[np.int64]

@@ -5,6 +5,7 @@ generation, which never changes again, so it is fresh exactly when its number is
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -166,11 +167,14 @@ def _gather(
     kernel may take back. It stays in memory where the store is not writable.
     """
 
+    chunks = [*column.chunks, pa.nulls(1, column.type)]
+    starts = np.cumsum([0, *map(len, column.chunks)])
+    at = np.where(at < 0, len(column), at)  # where the null is
+
     def batches() -> Iterator[pa.Array]:
         for start, stop in ranges.values():
             for i in range(start, stop, BATCH):
-                places = at[i : min(i + BATCH, stop)]
-                yield pa.concat_arrays(column.take(pa.array(places, mask=places < 0)).chunks)
+                yield _take(chunks, starts, at[i : min(i + BATCH, stop)])
 
     if len(at) > BATCH:
         _give_back()
@@ -188,6 +192,24 @@ def _gather(
             with suppress(OSError):  # Windows keeps a mapped file, and `sweep` removes it later
                 path.unlink()
     return pa.chunked_array(batches(), column.type)
+
+
+def _take(chunks: list[pa.Array], starts: Ints, at: Ints) -> pa.Array:
+    """What is at these places of the chunks that start at `starts`.
+
+    Arrow's own take would join the chunks first, every time, and fail where they pass 2 GiB.
+    """
+    chunk = np.searchsorted(starts, at, side="right") - 1
+    order = np.argsort(chunk, kind="stable")
+    ends = np.searchsorted(chunk[order], np.arange(len(chunks) + 1))
+    pieces = [
+        chunks[i].take(pa.array(at[order[begin:end]] - starts[i]))
+        for i, (begin, end) in enumerate(itertools.pairwise(ends.tolist()))
+        if begin < end
+    ]
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return pa.concat_arrays(pieces).take(pa.array(back))
 
 
 def _give_back() -> None:

@@ -169,12 +169,12 @@ class Manifest:
 
     def caption_lines(self, generation: int, column: str, field: str) -> pa.ChunkedArray:
         """The keys or texts of all that was said in a caption column, in order."""
-        said = pc.field("column") == column
-        read = [
-            pq.read_table(path, columns=[field], filters=said)
+        chunks = [
+            batch[field].filter(pc.equal(batch["column"], column))
             for path in self._caption_files(generation)
+            for batch in pq.ParquetFile(path).iter_batches(1 << 17, columns=["column", field])
         ]
-        return pa.concat_tables([CAPTIONS.empty_table().select([field]), *read])[field]
+        return pa.chunked_array(chunks, pa.string())
 
     def files(self, generation: int) -> list[Path]:
         """The files of the log up to a generation, commit records apart."""

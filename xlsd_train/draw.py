@@ -48,11 +48,12 @@ def permutation(seed: int, purpose: str, count: int) -> NDArray[np.int64]:
     Sorted with the numbers themselves in the low bits, which is several times faster than an
     argsort; words that are alike in all other bits (70 pairs of 12 million) leave theirs in order.
     """
-    numbers = np.arange(count)
-    keys = words(seed, purpose, numbers)
     low = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
-    keys &= ~low
-    keys |= numbers.view(np.uint64)
+    keys = np.empty(count, np.uint64)
+    for start in range(0, count, 1 << 16):  # blocks that stay in the processor's cache
+        numbers = np.arange(start, min(start + (1 << 16), count))
+        drawn = words(seed, purpose, numbers) & ~low
+        keys[start : start + len(numbers)] = drawn | numbers.view(np.uint64)
     keys.sort()
     keys &= low
     return keys.view(np.int64)
