@@ -166,7 +166,6 @@ def _gather(
     More than one batch's worth is laid aside in a temporary file and mapped: memory that the
     kernel may take back. It stays in memory where the store is not writable.
     """
-
     chunks = [*column.chunks, pa.nulls(1, column.type)]
     starts = np.cumsum([0, *map(len, column.chunks)])
     at = np.where(at < 0, len(column), at)  # where the null is
