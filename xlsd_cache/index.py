@@ -47,29 +47,14 @@ def make_view(manifest: Manifest, generation: int, rows_per_shard: int) -> View:
     Numbers come first: which line of the log each sample's columns are from. Then one column after
     another is gathered, so that of a large store no more than one is ever held in memory.
     """
-    lines = manifest.plan_lines(generation, ["key", "bucket", "row"])
-    buckets = sorted(pc.unique(lines["bucket"]).drop_null().to_pylist())
-    plan = last_rows(lines, ["key"])
-    place = _places(lines, buckets)[plan]
-    placed = np.flatnonzero(place >= 0)
-    placed = placed[np.argsort(place[placed], kind="stable")]
-    plan, place = plan[placed], place[placed]
-    del lines
-
-    shards = np.unique(place // _BUCKET * _BUCKET + place % _BUCKET // rows_per_shard).tolist()
-    units = {Unit(buckets[shard // _BUCKET], shard % _BUCKET) for shard in shards}
-    units &= manifest.committed()
-    records = manifest.commits(units, ["row", "status", "crc32c"])
-    commit = _find(place, _places(records, buckets))
+    plan, place, buckets = _planned(manifest, generation)
+    units = _units(place, buckets, rows_per_shard) & manifest.committed()
+    commit, encoded, crcs = _committed(manifest, units, place, buckets)
     pending = int((commit < 0).sum())
-    crcs = records["crc32c"]
-    live = commit >= 0
-    live[live] = pc.equal(records["status"], "encoded").to_numpy()[commit[live]]
-    plan, place, commit = plan[live], place[live], commit[live]
-    del records, live
+    plan, place, commit = plan[encoded], place[encoded], commit[encoded]
 
     starts = np.searchsorted(place, np.arange(len(buckets) + 1) * _BUCKET).tolist()
-    spans = {bucket: (starts[i], starts[i + 1]) for i, bucket in enumerate(buckets)}
+    spans = dict(zip(buckets, itertools.pairwise(starts), strict=True))
     ranges = {bucket: (start, stop) for bucket, (start, stop) in spans.items() if start < stop}
     gather = partial(_gather, ranges, manifest.staging)
     columns = {
@@ -118,6 +103,37 @@ def cached_view(root: Path, generation: int) -> View | None:
         return None
     ranges = {bucket: (start, stop) for bucket, (start, stop) in told["ranges"].items()}
     return View(generation, table, ranges, 0, told["fingerprint"])
+
+
+def _planned(manifest: Manifest, generation: int) -> tuple[Ints, Ints, list[str]]:
+    """The lines of the plan that give an image a place, by place; the places; the buckets."""
+    lines = manifest.plan_lines(generation, ["key", "bucket", "row"])
+    buckets = sorted(pc.unique(lines["bucket"]).drop_null().to_pylist())
+    last = last_rows(lines, ["key"])
+    place = _places(lines, buckets)[last]
+    order = np.argsort(place, kind="stable")
+    order = order[np.searchsorted(place[order], 0) :]  # those without a place come first
+    return last[order], place[order], buckets
+
+
+def _units(place: Ints, buckets: list[str], rows_per_shard: int) -> set[Unit]:
+    """The shards in which these places are."""
+    shards = np.unique(place // _BUCKET * _BUCKET + place % _BUCKET // rows_per_shard)
+    return {Unit(buckets[shard // _BUCKET], shard % _BUCKET) for shard in shards.tolist()}
+
+
+def _committed(
+    manifest: Manifest, units: set[Unit], place: Ints, buckets: list[str]
+) -> tuple[Ints, NDArray[np.bool_], pa.ChunkedArray]:
+    """Of each place its line in the commit records of `units`, or -1; whether there is a latent.
+
+    And of every line the latent's checksum.
+    """
+    lines = manifest.commits(units, ["row", "status", "crc32c"])
+    commit = _find(place, _places(lines, buckets))
+    encoded = commit >= 0
+    encoded[encoded] = pc.equal(lines["status"], "encoded").to_numpy()[commit[encoded]]
+    return commit, encoded, lines["crc32c"]
 
 
 def _places(lines: pa.Table, buckets: list[str]) -> Ints:
