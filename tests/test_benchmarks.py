@@ -77,7 +77,7 @@ def test_store_reads_the_same_rows_by_every_reader() -> None:
 
 def test_scale_takes_every_step() -> None:
     """Its own assertions: tags are found where the captions have them."""
-    options = ("--rows", "3000", "--rows-per-shard", "64", "--resume-at", "1000")
+    options = ("--rows", "3000", "--rows-per-shard", "256", "--resume-at", "1000")
     lines = run("benchmarks/scale.py", *options)
     assert lines[1] == "command: python benchmarks/scale.py " + " ".join(options)
     steps = [line for line in lines[3:] if line and line not in verdicts(lines)][1:]
