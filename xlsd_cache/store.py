@@ -150,7 +150,7 @@ class LatentStore:
         return mask
 
     def tags(self, column: str) -> Tags:
-        """The tags of a caption column, with the samples that have them. As `tagged`."""
+        """All tags of a caption column, and of each the samples that have it; see `tagged`."""
         if column not in self.caption_columns:
             there = ", ".join(self.caption_columns) or "none"
             raise UserError(

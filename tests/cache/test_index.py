@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xlsd_cache.index
-from xlsd_cache.index import View, cached_view, make_view, save_view
+from xlsd_cache.index import View, _gather, cached_view, make_view, save_view
 from xlsd_cache.manifest import CAPTIONS, COMMIT, PLAN, Manifest, Unit
 
 ROWS = 4  # of a shard
@@ -159,3 +160,13 @@ def test_what_is_saved_is_mapped_bucket_by_bucket(tmp_path: Path) -> None:
     assert cached_view(tmp_path, 1) is None
     for start, stop in mapped.ranges.values():
         assert mapped.samples["row"].slice(start, stop - start).num_chunks == 1
+
+
+@given(st.lists(st.lists(st.sampled_from(["", "a", "bc"]), max_size=4), max_size=5), st.data())
+def test_taking_chunk_by_chunk_is_taking(chunks: list[list[str]], data: st.DataObject) -> None:
+    texts = [text for chunk in chunks for text in chunk]
+    places = st.integers(-1, len(texts) - 1)
+    at = np.array(data.draw(st.lists(places, min_size=1, max_size=9)))
+    column = pa.chunked_array([pa.array(chunk, pa.string()) for chunk in chunks], pa.string())
+    taken = _gather({"64x64": (0, len(at))}, Path("nowhere"), column, at)
+    assert taken.to_pylist() == [texts[place] if place >= 0 else None for place in at.tolist()]
