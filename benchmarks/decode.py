@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import tyro
 from PIL import Image, features
 
 import xlsd_cache.decode
+from benchmarks.machine import machine
 from xlsd_cache import UserError
 from xlsd_cache.decode import DRAFT_MARGIN, FORMATS, Pixels, Rejected, decode, read_header
 from xlsd_cache.guard import Guard
@@ -59,21 +59,14 @@ class DecodeConfig:
 
 def main(config: DecodeConfig, args: Sequence[str]) -> None:
     """Print what was measured, and how."""
-    print(f"machine: {machine()}")
+    turbo = features.version("libjpeg_turbo")
+    print(f"machine: {machine('pillow', 'numpy')}, libjpeg-turbo {turbo}")
     print(f"command: {shlex.join(['python', 'benchmarks/decode.py', *args])}")
     small, large = photos(config, config.megapixels / 24), photos(config, config.megapixels)
     by_format(config, small)
     by_route(config, large)
     margins(large)
     through_guard(config, small)
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    from benchmarks.throughput import cpu_name
-
-    libraries = f"pillow {version('pillow')}, numpy {version('numpy')}"
-    return f"{cpu_name()}; {libraries}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 
 def photos(config: DecodeConfig, megapixels: float) -> list[bytes]:

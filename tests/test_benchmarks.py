@@ -80,3 +80,36 @@ def test_attention_is_counted_on_the_cpu_too() -> None:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         torch.autograd.backward(out.sum())
     assert counter.get_total_flops() == (2 + 5) * 2 * 3 * 64 * 16 * 8
+
+
+def verdicts(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith(("PASS  ", "FAIL  "))]
+
+
+def test_store_reads_the_same_rows_by_every_reader() -> None:
+    """That they are the same rows the benchmark itself asserts, before it measures."""
+    options = (
+        "--samples", "48", "--rows-per-shard", "16", "--rounds", "1", "--cold-rounds", "1",
+        "--batches", "1", "--batch", "8",
+    )  # fmt: skip
+    lines = run("benchmarks/store.py", *options)
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/store.py " + " ".join(options)
+    table = [line.split() for line in lines if line.endswith("x")]
+    assert len(table) == 2 * 11  # warm and cold
+    for *_, wall, cpu, of_memmap, times in table:
+        assert min(float(wall), float(cpu), float(of_memmap), float(times[:-1])) >= 0
+    assert len(verdicts(lines)) == 6
+
+
+def test_scale_takes_every_step() -> None:
+    """Its own assertions: tags are found where the captions have them."""
+    options = ("--rows", "3000", "--rows-per-shard", "256", "--resume-at", "1000")
+    lines = run("benchmarks/scale.py", *options)
+    assert lines[1] == "command: python benchmarks/scale.py " + " ".join(options)
+    steps = [line for line in lines[3:] if line and line not in verdicts(lines)][1:]
+    assert len(steps) == 8
+    assert "3000 images in" in steps[0]
+    assert "3000 samples in 7 buckets" in steps[1]
+    assert "3000 samples in 7 buckets" in steps[2]
+    assert len(verdicts(lines)) == 4

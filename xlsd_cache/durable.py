@@ -43,14 +43,19 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def temporary_path(folder: Path, name: str) -> Path:
+    """A path that no other process uses, and that `sweep` knows."""
+    mine = f"{uuid.uuid4().hex[:8]}.{_HOST}.{os.getpid()}"
+    return folder / f"{name}.{mine}{TEMPORARY}"
+
+
 @contextmanager
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path to write; when the block ends well, it becomes `path`, durably.
 
     The temporary file lies in `staging` (same file system) or, by default, beside `path`.
     """
-    mine = f"{uuid.uuid4().hex[:8]}.{_HOST}.{os.getpid()}"
-    temporary = (staging or path.parent) / f"{path.name}.{mine}{TEMPORARY}"
+    temporary = temporary_path(staging or path.parent, path.name)
     try:
         yield temporary
         fsync_file(temporary)

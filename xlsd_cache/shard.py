@@ -63,7 +63,7 @@ class ShardReader:
 
         Raises CorruptShard where the row is missing, cut short, or its checksum is wrong.
         """
-        offset = int(self.offsets[slot])
+        offset = self.offsets.item(slot)
         if offset == MISSING:
             raise CorruptShard(f"{self.path}: row {slot} is not in the shard")
         crc = bytearray(CRC_NBYTES)
@@ -75,8 +75,9 @@ class ShardReader:
 
     def will_need(self, slot: int) -> None:
         """Hint the kernel to read row `slot` ahead of time; nothing where it takes no hints."""
-        if hasattr(os, "posix_fadvise") and int(self.offsets[slot]) != MISSING:
-            offset, length = int(self.offsets[slot]), self.nbytes + CRC_NBYTES
+        offset = self.offsets.item(slot)
+        if hasattr(os, "posix_fadvise") and offset != MISSING:
+            length = self.nbytes + CRC_NBYTES
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
