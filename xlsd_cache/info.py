@@ -15,10 +15,10 @@ from xlsd_cache import UserError
 from xlsd_cache.accounting import account, saved_accounting
 from xlsd_cache.config import InfoConfig
 from xlsd_cache.identity import read_attributes
-from xlsd_cache.index import make_view
+from xlsd_cache.index import cached_view, make_view
 from xlsd_cache.manifest import Manifest
 from xlsd_cache.store import LatentStore
-from xlsd_cache.survey import are_tags, tag_counts, word_counts
+from xlsd_cache.survey import are_tags, word_counts
 
 MEASURED = 2048  # samples whose latents are read for the statistics: the mean to 0.1% of the spread
 
@@ -74,10 +74,12 @@ def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
     counts = saved_accounting(root, generations[-1])
     if counts is None:
         counts, _ = account(manifest, generations[-1], rows_per_shard, frozenset())
-    view = make_view(manifest, generations[-1], rows_per_shard)
+    view = cached_view(root, generations[-1])
+    view = view or make_view(manifest, generations[-1], rows_per_shard)
     with LatentStore(root, identity, rows_per_shard, view) as store:
         mean, std, measured = _statistics(store)
         texts = {name: store.samples[name] for name in store.caption_columns}
+        tags = {name: store.tags(name).counts(most_tags) for name in texts if are_tags(texts[name])}
     disk = _disk_use(root)
     return {
         "scanned": counts.scanned,
@@ -90,11 +92,7 @@ def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
         "buckets": counts.buckets,
         "captions": {name: len(text) - text.null_count for name, text in texts.items()},
         "words": {name: _words(text) for name, text in texts.items()},
-        "tags": {
-            name: dict(tag_counts(text, most_tags))
-            for name, text in texts.items()
-            if are_tags(text)
-        },
+        "tags": tags,
         "vae": {
             "name": identity.vae_name,
             "source": identity.vae_source,

@@ -13,7 +13,6 @@ from xlsd_cache.config import PreviewConfig
 from xlsd_cache.durable import replacing
 from xlsd_cache.encode import device_of
 from xlsd_cache.store import LatentStore
-from xlsd_cache.survey import has_tags
 from xlsd_cache.vae import Vae, vae_of
 
 CAPTION_LINES = 5
@@ -69,8 +68,8 @@ def _chosen(store: LatentStore, config: PreviewConfig, column: str | None) -> ND
     if config.tags is not None:
         if column is None:
             raise UserError(f"{config.store} has no captions to look for --tags in; leave it out")
-        wanted = [tag.strip() for tag in config.tags.split(",")]
-        among = np.flatnonzero(has_tags(store.samples[column], wanted))
+        having = [store.tagged(column, tag.strip()) for tag in config.tags.split(",")]
+        among = np.flatnonzero(np.all(having, axis=0))
         if not len(among):
             raise UserError(
                 f"no sample of {config.store} has the tags {config.tags!r} in its caption column "

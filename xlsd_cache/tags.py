@@ -38,10 +38,10 @@ class Tags:
         samples: NDArray[np.int32] = self.found[at].values.to_numpy()
         return samples
 
-    def counts(self) -> dict[str, int]:
-        """How many samples have each tag, the most frequent first."""
+    def counts(self, most: int | None = None) -> dict[str, int]:
+        """How many samples have each tag, the most frequent first; of equals the first by name."""
         lengths = self.found.value_lengths().to_numpy()
-        order = np.argsort(-lengths, kind="stable")
+        order = np.argsort(-lengths, kind="stable")[:most]
         names = self.names.take(pa.array(order)).to_pylist()
         return dict(zip(names, lengths[order].tolist(), strict=True))
 

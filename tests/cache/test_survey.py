@@ -1,11 +1,10 @@
-from collections import Counter
 from itertools import pairwise
 
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlsd_cache.survey import are_tags, has_tags, tag_counts, word_counts
+from xlsd_cache.survey import are_tags, word_counts
 
 TEXTS = st.lists(
     st.one_of(
@@ -20,27 +19,6 @@ def column(texts: list[str | None], pieces: int) -> pa.ChunkedArray:
     cuts = [len(texts) * i // pieces for i in range(pieces + 1)]
     parts = [texts[start:stop] for start, stop in pairwise(cuts)]
     return pa.chunked_array(parts, pa.string())
-
-
-def tags_of(text: str | None) -> set[str]:
-    return {tag.strip() for tag in (text or "").replace("\n", ",").split(",")} - {""}
-
-
-@given(TEXTS, st.integers(1, 3))
-def test_tags_are_counted_as_sets_would(texts: list[str | None], pieces: int) -> None:
-    expected = Counter(tag for text in texts for tag in tags_of(text))
-    counted = tag_counts(column(texts, pieces), 99)
-    assert dict(counted) == expected
-    assert counted == sorted(counted, key=lambda pair: (-pair[1], pair[0]))
-    assert tag_counts(column(texts, pieces), 2) == counted[:2]
-
-
-@given(TEXTS, st.integers(1, 3), st.lists(st.sampled_from(["a", "b", "c d", "so"]), max_size=2))
-def test_all_tags_must_be_there_exactly(
-    texts: list[str | None], pieces: int, wanted: list[str]
-) -> None:
-    mask = has_tags(column(texts, pieces), wanted)
-    assert mask.tolist() == [set(wanted) <= tags_of(text) for text in texts]
 
 
 @given(TEXTS)

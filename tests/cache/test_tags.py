@@ -47,6 +47,9 @@ def test_every_tag_has_exactly_the_samples_that_say_it(
     assert as_dict(tags) == expected
     assert tags.names.to_pylist() == sorted(expected)
     assert tags.counts() == {name: len(samples) for name, samples in expected.items()}
+    ranked = list(tags.counts().items())
+    assert ranked == sorted(ranked, key=lambda pair: (-pair[1], pair[0]))
+    assert list(tags.counts(2).items()) == ranked[:2]
     for absent in ("", "a, b", "nothing", "\U0010ffff"):
         assert tags.samples(absent).tolist() == []
 
