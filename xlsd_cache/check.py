@@ -1,7 +1,6 @@
 """`xlsd-cache check`: read everything back, and decode some of it beside its image."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -18,6 +17,7 @@ from xlsd_cache.config import CheckConfig
 from xlsd_cache.decode import Pixels, Rejected, decode
 from xlsd_cache.identity import bucket_shape, read_attributes
 from xlsd_cache.index import cached_view, make_view
+from xlsd_cache.locate import read_source
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.shard import CorruptShard, ShardReader
 from xlsd_cache.store import LatentStore
@@ -142,7 +142,7 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig) -> list[st
 def _pixels(sample: dict[str, Any]) -> Pixels | None:
     """The sample's image as it went into the VAE, if it is still there."""
     try:
-        data = Path(sample["source"]).read_bytes()
+        data = read_source(sample["source"])
     except OSError:
         return None
     if hashlib.sha256(data).hexdigest() != sample["content_hash"]:

@@ -7,12 +7,13 @@ from typing import Annotated
 import tyro
 
 from xlsd_cache import UserError
-from xlsd_cache.config import BuildConfig, CheckConfig, InfoConfig
+from xlsd_cache.config import BuildConfig, CaptionsConfig, CheckConfig, InfoConfig
 
 Command = (
     Annotated[BuildConfig, tyro.conf.subcommand("build")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
     | Annotated[CheckConfig, tyro.conf.subcommand("check")]
+    | Annotated[CaptionsConfig, tyro.conf.subcommand("captions")]
 )
 
 
@@ -36,6 +37,11 @@ def main(args: Sequence[str] | None = None) -> int:
             from xlsd_cache.info import info
 
             info(config)
+            return 0
+        if isinstance(config, CaptionsConfig):
+            from xlsd_cache.recaption import recaption
+
+            recaption(config)
             return 0
         from xlsd_cache.check import check
 

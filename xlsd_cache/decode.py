@@ -58,18 +58,26 @@ def read_size(path: Path) -> tuple[int, int] | Rejected:
     """Width and height of the upright image, from the file's header alone."""
     try:
         with path.open("rb") as file:
-            image = _open(file, path.stat().st_size)
-            if isinstance(image, Rejected):
-                return image
-            with image:
-                width, height = image.size
-                if image.format == "TIFF":  # Pillow gives a TIFF's size upright already
-                    return width, height
-                # PNG's own getexif would decode the whole file to look for a late eXIf chunk.
-                orientation = Image.Image.getexif(image).get(0x0112, 1)
-                return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+            return read_header(file, path.stat().st_size)
     except FileNotFoundError:
         return Rejected("vanished", "gone between the scan and its reading")
+    except OSError as error:
+        return Rejected("unreadable", _told(error))
+
+
+def read_header(file: IO[bytes], nbytes: int) -> tuple[int, int] | Rejected:
+    """Width and height of the upright image in an open file of so many bytes. Never raises."""
+    try:
+        image = _open(file, nbytes)
+        if isinstance(image, Rejected):
+            return image
+        with image:
+            width, height = image.size
+            if image.format == "TIFF":  # Pillow gives a TIFF's size upright already
+                return width, height
+            # PNG's own getexif would decode the whole file to look for a late eXIf chunk.
+            orientation = Image.Image.getexif(image).get(0x0112, 1)
+            return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
     except OSError as error:  # Pillow's own have no number
         return Rejected("unreadable" if error.errno else "corrupt", _told(error))
     except Exception as error:  # Pillow raises whatever a malformed header makes it stumble over

@@ -1,30 +1,39 @@
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
 from tests.support import picture, write_images
 from xlsd_cache.buckets import Buckets
-from xlsd_cache.manifest import PLAN
-from xlsd_cache.plan import Entry, Known, Plan, make_plan
+from xlsd_cache.known import CONTENT, NOTHING, Known
+from xlsd_cache.manifest import CAPTIONS, PLAN
+from xlsd_cache.plan import Entry, Plan, make_plan
 from xlsd_cache.sources import scan
 
 BUCKETS = Buckets.make("square", 64, 4.0, upscale=False)
 
 
-def known(*entries: Entry, encoded: bool = True) -> Known:
-    """The log after these entries, all of them committed or none."""
-    live = {entry["key"]: dict(entry) for entry in entries}
+def known(*entries: Entry, encoded: bool = True, texts: dict[str, str] | None = None) -> Known:
+    """The log after these entries, all of them committed or none, and `txt` captions."""
     placed = [entry for entry in entries if not entry["reason"]]
-    content = {entry["content_hash"]: entry for entry in placed} if encoded else {}
-    return Known(live, content, {"64x64": 8} if placed else {}, {})
+    content = [{name: entry[name] for name in CONTENT.names} for entry in placed]
+    said = [{"key": key, "column": "txt", "text": text} for key, text in (texts or {}).items()]
+    return Known(
+        pa.Table.from_pylist(list(entries), PLAN),
+        pa.Table.from_pylist(content if encoded else [], CONTENT),
+        {"64x64": 8} if placed else {},
+        pa.Table.from_pylist(said, CAPTIONS),
+    )
 
 
-def plan(folder: Path, before: Known | None = None) -> Plan:
-    records = scan((str(folder),), ("txt",)).records
-    return make_plan(records, before or known(), BUCKETS, ("txt",), workers=2)
+def plan(folder: Path, before: Known = NOTHING, staging: Path | None = None) -> Plan:
+    found = scan((str(folder),), ("txt",))
+    return make_plan(found.images, found.captions, ("txt",), before, BUCKETS, 2, staging)
 
 
 @pytest.fixture
@@ -39,38 +48,41 @@ def settled(folder: Path) -> list[Entry]:
 
     return [
         {**entry, "content_hash": hashlib.sha256(Path(entry["source"]).read_bytes()).hexdigest()}
-        for entry in plan(folder).entries
+        for entry in plan(folder).entries.to_pylist()
     ]
 
 
 def by_key(made: Plan) -> dict[str, Entry]:
-    return {entry["key"].removeprefix("in/"): entry for entry in made.entries}
+    return {entry["key"].removeprefix("in/"): entry for entry in made.entries.to_pylist()}
 
 
 def test_a_first_plan_places_every_image_in_a_row_of_its_own(folder: Path) -> None:
     made = plan(folder)
-    assert [set(entry) for entry in made.entries] == [set(PLAN.names)] * 3
-    assert sorted(entry["row"] for entry in made.entries) == [0, 1, 2]
-    assert {entry["bucket"] for entry in made.entries} == {"64x64"}
+    assert [set(entry) for entry in made.entries.to_pylist()] == [set(PLAN.names)] * 3
+    assert sorted(entry["row"] for entry in made.entries.to_pylist()) == [0, 1, 2]
+    assert {entry["bucket"] for entry in made.entries.to_pylist()} == {"64x64"}
     assert made.removed == []
     assert made.captions.num_rows == 3
 
 
 def test_rows_look_random_and_are_always_the_same(tmp_path: Path) -> None:
     write_images(tmp_path / "in", [f"{i:03d}.png" for i in range(40)], width=64, height=64)
-    rows = [entry["row"] for entry in sorted(plan(tmp_path / "in").entries, key=lambda e: e["key"])]
+    rows = [
+        entry["row"]
+        for entry in sorted(plan(tmp_path / "in").entries.to_pylist(), key=lambda e: e["key"])
+    ]
     assert sorted(rows) == list(range(40))
     assert sum(a < b for a, b in itertools.pairwise(rows)) < 30
     again = [
-        entry["row"] for entry in sorted(plan(tmp_path / "in").entries, key=lambda e: e["key"])
+        entry["row"]
+        for entry in sorted(plan(tmp_path / "in").entries.to_pylist(), key=lambda e: e["key"])
     ]
     assert again == rows
 
 
 def test_nothing_new_gives_an_empty_plan(folder: Path) -> None:
-    before = known(*settled(folder))
-    texts = {(f"in/{x}.png", "txt"): f"picture {i}" for i, x in enumerate("abc")}
-    made = plan(folder, Known(before.live, before.content, before.next_rows, texts))
+    texts = {f"in/{x}.png": f"picture {i}" for i, x in enumerate("abc")}
+    made = plan(folder, known(*settled(folder), texts=texts))
     assert made.is_empty
 
 
@@ -91,7 +103,8 @@ def test_renamed_touched_and_returning_images_keep_their_latent(folder: Path) ->
     (folder / "a.png").rename(folder / "renamed.png")
     os.utime(folder / "b.png", ns=(1, 1))
     returned = known(*first)
-    del returned.live["in/c.png"]  # removed in an earlier generation, now back
+    here = pc.not_equal(returned.live["key"], "in/c.png")  # removed earlier, and now back
+    returned = replace(returned, live=returned.live.filter(here))
     made = plan(folder, returned)
     assert {key: entry["row"] for key, entry in by_key(made).items()} == {
         "renamed.png": rows["a.png"], "b.png": rows["b.png"], "c.png": rows["c.png"]
@@ -104,9 +117,9 @@ def test_duplicates_are_placed_once_and_promoted_when_their_original_goes(folder
     first = plan(folder)
     copy = by_key(first)["z.png"]
     assert (copy["reason"], copy["detail"], copy["bucket"]) == ("duplicate", "in/a.png", "")
-    rows = {entry["key"]: entry["row"] for entry in first.entries}
+    rows = {entry["key"]: entry["row"] for entry in first.entries.to_pylist()}
     before = known(*settled(folder))
-    assert not plan(folder, before).entries
+    assert not plan(folder, before).entries.num_rows
     (folder / "a.png").unlink()
     made = plan(folder, before)
     assert by_key(made)["z.png"]["row"] == rows["in/a.png"]
@@ -116,9 +129,9 @@ def test_duplicates_are_placed_once_and_promoted_when_their_original_goes(folder
 def test_a_copy_of_an_image_that_is_planned_and_not_encoded_yet_is_a_duplicate(
     folder: Path,
 ) -> None:
-    before = known(*plan(folder).entries, encoded=False)
+    before = known(*plan(folder).entries.to_pylist(), encoded=False)
     (folder / "z.png").write_bytes((folder / "b.png").read_bytes())
-    (made,) = plan(folder, before).entries
+    (made,) = plan(folder, before).entries.to_pylist()
     assert (made["key"], made["reason"], made["detail"]) == ("in/z.png", "duplicate", "in/b.png")
 
 
@@ -127,8 +140,9 @@ def test_a_moved_source_folder_changes_only_where_images_are(folder: Path) -> No
     moved = folder.parent / "there" / "in"
     moved.parent.mkdir()
     folder.rename(moved)
-    for entry in plan(moved, before).entries:
-        old = before.live[entry["key"]]
+    live = {entry["key"]: entry for entry in before.live.to_pylist()}
+    for entry in plan(moved, before).entries.to_pylist():
+        old = live[entry["key"]]
         assert entry == {**old, "source": str(moved / Path(entry["key"]).name)}
 
 
@@ -149,16 +163,19 @@ def test_images_that_failed_for_a_passing_reason_are_tried_again(folder: Path) -
     for entry, reason in zip(first, ("vanished", "changed", "corrupt"), strict=True):
         entry["reason"] = reason
     made = plan(folder, known(*first))
-    assert {entry["key"] for entry in made.entries} == {first[0]["key"], first[1]["key"]}
-    assert all(entry["reason"] == "" for entry in made.entries)
+    assert {entry["key"] for entry in made.entries.to_pylist()} == {
+        first[0]["key"],
+        first[1]["key"],
+    }
+    assert all(entry["reason"] == "" for entry in made.entries.to_pylist())
 
 
 def test_only_captions_that_changed_are_written(folder: Path) -> None:
-    before = known(*settled(folder))
-    texts = {(f"in/{x}.png", "txt"): f"picture {i}" for i, x in enumerate("abc")}
+    texts = {f"in/{x}.png": f"picture {i}" for i, x in enumerate("abc")}
+    before = known(*settled(folder), texts=texts)
     (folder / "a.txt").write_text("new")
     (folder / "b.txt").unlink()
-    made = plan(folder, Known(before.live, before.content, before.next_rows, texts))
+    made = plan(folder, before)
     assert made.captions.to_pylist() == [
         {"key": "in/a.png", "column": "txt", "text": "new"},
         {"key": "in/b.png", "column": "txt", "text": ""},
