@@ -20,6 +20,7 @@ from xlsd_cache.match import look_up, one
 
 Entry = dict[str, Any]  # one row of manifest.PLAN
 Mask = NDArray[np.bool_]
+_SLICE = 1 << 20  # captions: their texts must stay below the 2 GiB of one Arrow array
 # The journals of a planning, in staging until its plan is written.
 JOURNALS = ("headers.planning", "hashes.planning")
 
@@ -290,16 +291,22 @@ def caption_changes(
     """Captions of these images that differ from the log's, an empty text where one is gone."""
     tables = [CAPTIONS.empty_table()]
     for column in columns:
-        texts = [_texts(table, column, keys) for table in (new, known)]
-        differ = pc.not_equal(*texts)
-        changed = keys.filter(differ)
-        names = pa.array([column] * len(changed), pa.string())
-        tables.append(pa.table([changed, names, texts[0].filter(differ)], schema=CAPTIONS))
+        said = [_texts(table, column, keys) for table in (new, known)]
+        for start in range(0, len(keys), _SLICE):
+            mine = keys.slice(start, _SLICE)
+            text, old = (
+                pc.fill_null(texts.take(pa.array(at, mask=at < 0)), "")
+                for texts, at in ((texts, at[start : start + _SLICE]) for texts, at in said)
+            )
+            differ = pc.not_equal(text, old)
+            changed, text = mine.filter(differ), pc.cast(text.filter(differ), pa.string())
+            named = pa.repeat(column, len(changed))
+            tables.append(pa.table([changed, named, text], schema=CAPTIONS))
     return pa.concat_tables(tables)
 
 
-def _texts(captions: pa.Table, column: str, keys: pa.Array) -> pa.Array:
-    """The text of each key in a column, empty where it has none."""
+def _texts(captions: pa.Table, column: str, keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
+    """A column's texts, and which is each key's, or -1. They may be more than 2 GiB."""
     mine = captions.filter(pc.equal(captions["column"], column))
-    at = look_up(keys, one(mine["key"]))
-    return pc.fill_null(one(mine["text"]).take(pa.array(at, mask=at < 0)), "")
+    texts = pc.cast(mine["text"], pa.large_string())
+    return one(texts), look_up(keys, one(mine["key"]))

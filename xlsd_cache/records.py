@@ -119,19 +119,14 @@ def row_records(name: str, rows: Rows, tally: Tally) -> Iterator[Record]:
 
 
 def _cell_records(name: str, rows: Rows, column: str, tally: Tally) -> Iterator[Record]:
-    """Named by the first of path and key that tells all rows apart, else by row number."""
     mtime_ns = rows.file.stat().st_mtime_ns
-    count = len(rows.path)
-    names = (rows.path, rows.key)
-    telling = (ids for ids in names if not ids.null_count and len(ids.unique()) == count)
-    chosen = next(telling, None)
+    labels = rows.path.to_pylist()
     for row, size in enumerate(cell_sizes(rows.file, column)):
         if not size:
             tally.passed_over["rows without an image"] += 1
             continue
-        label = f"{row:09d}" if chosen is None else chosen[row].as_py().lstrip("/")
-        source = cell(rows.file, column, row, size, label)
-        yield Record(f"{name}/{label}", source, size, mtime_ns, _nothing)
+        source = cell(rows.file, column, row, size, labels[row])
+        yield Record(f"{name}/{labels[row]}", source, size, mtime_ns, _nothing)
 
 
 def _stem(name: str) -> str:

@@ -34,7 +34,7 @@ class Rows:
     """A file's rows, aligned; strings, null where a row has none."""
 
     file: Path
-    path: pa.Array  # of the image, as written
+    path: pa.Array  # of the image, as written; what an image in a cell is called
     key: pa.Array
     url: pa.Array
     captions: dict[str, pa.Array]  # column -> text
@@ -156,7 +156,8 @@ def _read_parquet(file: Path, columns: tuple[Column, ...]) -> Rows:
     ]
     wanted = [name for name in (*ids, *(column.field for column in found)) if name]
     # A file that nothing is asked of still has rows: one column of it tells how many.
-    table = pq.read_table(file, columns=sorted(set(wanted)) or schema.names[:1], use_threads=False)
+    with pq.ParquetFile(file) as opened:
+        table = opened.read(columns=sorted(set(wanted)) or schema.names[:1])
     path, key, url = (_text_array(table, name) for name in ids)
     remarks: Counter[tuple[str, str]] = Counter()
     captions = {}
@@ -167,7 +168,17 @@ def _read_parquet(file: Path, columns: tuple[Column, ...]) -> Rows:
             texts.append(text or None)
             remarks.update((column.name, what) for what in said)
         captions[column.name] = pa.array(texts, pa.string())
+    if cell:
+        path = _labels(path, key)
     return Rows(file, path, key, url, captions, cell, remarks, "")
+
+
+def _labels(path: pa.Array, key: pa.Array) -> pa.Array:
+    """Names for images in cells: the first of path and key that tells all apart, else numbers."""
+    for names in (path, key):
+        if not names.null_count and len(names.unique()) == len(names):
+            return pc.replace_substring_regex(names, "^/+", "")
+    return pa.array([f"{row:09d}" for row in range(len(path))], pa.string())
 
 
 def _pixels(schema: pa.Schema) -> dict[str, str]:
