@@ -54,8 +54,19 @@ class Changes:
 def recaption(config: CaptionsConfig) -> list[Changes]:
     """Log the captions as a generation of their own; returns what changed, a column each.
 
-    Raises UserError, nothing being written, where no caption belongs to any image.
+    Raises UserError, nothing being written, where no caption belongs to any image or the store
+    cannot be written.
     """
+    try:
+        return _recaption(config)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {config.store}: {error.strerror or error}; its captions are as they "
+            f"were, so mend that and run the same command again"
+        ) from error
+
+
+def _recaption(config: CaptionsConfig) -> list[Changes]:
     root = config.store.expanduser()
     _, rows_per_shard = read_attributes(root)
     manifest = Manifest(root)
