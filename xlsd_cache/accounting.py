@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.durable import write_json
-from xlsd_cache.known import find_places
+from xlsd_cache.known import find_places, unit_names
 from xlsd_cache.manifest import Manifest, Unit
 
 
@@ -51,17 +51,17 @@ def account(
     Also returns the table (key, reason, detail) of the rejected and the duplicates, for people.
     """
     live = manifest.live(generation)
-    shards = pc.divide(live["row"], rows_per_shard)
-    named = zip(live["bucket"].to_pylist(), shards.to_pylist(), strict=True)
-    units = [Unit(*place) for place in named]
-    committed = manifest.commits(manifest.committed() & set(units))
+    units = unit_names(live, rows_per_shard)
+    wanted = set(pc.unique(units).to_pylist())
+    committed = manifest.commits({unit for unit in manifest.committed() if unit.name in wanted})
     at = find_places(live, committed)
     has = pa.array(at >= 0)
     rows = committed.take(pa.array(at, mask=at < 0))
     reason, detail = (pc.if_else(has, rows[n], live[n]) for n in ("reason", "detail"))
     out = pc.not_equal(reason, "")
     done = np.asarray(pc.and_(has, pc.invert(out)))
-    was = np.fromiter((unit in before for unit in units), bool, len(units))
+    was = pc.is_in(units, value_set=pa.array([unit.name for unit in before], pa.string()))
+    was = np.asarray(was)
     counted = _counts(reason.filter(out))
     counts = Accounting(
         live.num_rows,

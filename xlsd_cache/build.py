@@ -23,7 +23,7 @@ from xlsd_cache.encode import Encoder
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.interrupt import StopSignal
-from xlsd_cache.known import Known, find_places, read_known
+from xlsd_cache.known import Known, find_places, read_known, unit_names
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.pipeline import Todo, Work
 from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
@@ -161,8 +161,7 @@ def _encode(
 
 def _uncommitted(manifest: Manifest, planned: pa.Table, rows_per_shard: int) -> pa.Table:
     """The planned rows whose shard has no commit record yet."""
-    shard = pc.cast(pc.divide(planned["row"], rows_per_shard), pa.string())
-    names = pc.binary_join_element_wise(planned["bucket"], shard, ".")
+    names = unit_names(planned, rows_per_shard)
     committed = pa.array([unit.name for unit in manifest.committed()], pa.string())
     return planned.filter(pc.invert(pc.is_in(names, value_set=committed)))
 

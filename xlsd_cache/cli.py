@@ -26,8 +26,13 @@ def main(args: Sequence[str] | None = None) -> int:
             description="Encode images once into a zarr store of latents, and look after it.",
             args=args,
         )
+        # Imported late: neither --help nor captions need wait for torch and diffusers.
+        if isinstance(config, CaptionsConfig):
+            from xlsd_cache.recaption import recaption
+
+            recaption(config)
+            return 0
         quiet_libraries()
-        # Imported late: --help need not wait for torch and diffusers.
         if isinstance(config, BuildConfig):
             from xlsd_cache.build import build
 
@@ -37,11 +42,6 @@ def main(args: Sequence[str] | None = None) -> int:
             from xlsd_cache.info import info
 
             info(config)
-            return 0
-        if isinstance(config, CaptionsConfig):
-            from xlsd_cache.recaption import recaption
-
-            recaption(config)
             return 0
         from xlsd_cache.check import check
 

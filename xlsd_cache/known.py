@@ -67,6 +67,12 @@ def find_places(wanted: pa.Table, have: pa.Table) -> NDArray[np.int64]:
     return np.where((there[at] == sought) & (sought >= 0), at, -1)
 
 
+def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
+    """manifest.Unit.name of each row's shard; of no unit where a row has no place."""
+    shard = pc.cast(pc.divide(table["row"], rows_per_shard), pa.string())
+    return pc.binary_join_element_wise(table["bucket"], shard, ".")
+
+
 def _next_rows(planned: pa.Table, rows_per_shard: int) -> dict[str, int]:
     """The first row behind each bucket's last shard."""
     last = planned.group_by("bucket").aggregate([("row", "max")])

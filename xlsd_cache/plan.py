@@ -1,6 +1,5 @@
 """Which image goes where: the scan compared with the log, written down as the next generation."""
 
-import hashlib
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
-from xlsd_cache.buckets import Buckets, Placement
+from xlsd_cache.buckets import Buckets
+from xlsd_cache.delta import caption_changes
 from xlsd_cache.headers import RETRIED, read_hashes, read_headers
 from xlsd_cache.known import Known, find_places
-from xlsd_cache.manifest import CAPTIONS, PLAN
+from xlsd_cache.manifest import PLAN
 from xlsd_cache.match import look_up, one
+from xlsd_cache.place import crop_matrix, give_rows, place
 
 Entry = dict[str, Any]  # one row of manifest.PLAN
 Mask = NDArray[np.bool_]
-_SLICE = 1 << 20  # captions: their texts must stay below the 2 GiB of one Arrow array
 # The journals of a planning, in staging until its plan is written.
 JOURNALS = ("headers.planning", "hashes.planning")
 
@@ -66,12 +66,12 @@ def make_plan(
     changed = images.filter(pa.array(~settled)).combine_chunks()
     copy = copies[~settled]
     facts = _facts(changed, logged.filter(pa.array(~settled)), copy, journals[0], workers)
-    entries = _place(changed, facts, buckets)
+    entries = place(changed, facts, buckets)
     kept = logged.filter(pa.array(settled))
     kept = kept.set_column(1, PLAN.field("source"), images["source"].filter(pa.array(settled)))
     hashes, kept_hashes = _hashes(entries, facts, copy, kept, known, journals[1], workers)
     entries = _settle_copies(entries, hashes, kept, kept_hashes)
-    entries, fresh = _give_places(entries, hashes, known)
+    entries, fresh = give_rows(entries, hashes, known)
     said = known.live.take(pa.array(at[~settled], mask=at[~settled] < 0))
     news = pa.array(fresh | ~_same_rows(entries, said))
     was = known.live.take(pa.array(at[settled]))
@@ -129,40 +129,6 @@ def _facts(
     order = np.empty(len(copy), np.int64)
     order[np.concatenate([np.flatnonzero(~copy), np.flatnonzero(copy)])] = np.arange(len(copy))
     return both.combine_chunks().take(pa.array(order))
-
-
-def _place(images: pa.Table, facts: pa.Table, buckets: Buckets) -> pa.Table:
-    """PLAN of the images by their size in pixels alone, rows not given yet."""
-    width, height = (facts[name].to_numpy().astype(np.int64) for name in ("width", "height"))
-    sizes, which = np.unique((width << 32) + height, return_inverse=True)
-    placed: list[tuple[str, str, str, tuple[float, ...]]] = []
-    for size in sizes.tolist():
-        place = buckets.place(size >> 32, size & 0xFFFFFFFF) if size else None
-        if isinstance(place, Placement):
-            placed.append((place.bucket.name, "", "", place.crop))
-        else:
-            why = (place.reason, place.detail) if place else ("", "")
-            placed.append(("", *why, (0.0, 0.0, 0.0, 0.0)))
-    bucket, reason, detail = (
-        pa.array([row[i] for row in placed], pa.string()).take(pa.array(which)) for i in range(3)
-    )
-    unread = pc.not_equal(one(facts["reason"]), "")
-    n = images.num_rows
-    crops = np.array([row[3] for row in placed], np.float64).reshape(-1, 4)[which]
-    return pa.table(
-        [
-            *(images[name] for name in ("key", "source", "size", "mtime_ns")),
-            facts["width"],
-            facts["height"],
-            _crops(crops),
-            bucket,
-            pa.array(np.full(n, -1)),
-            pa.array([""] * n, pa.string()),
-            pc.if_else(unread, one(facts["reason"]), reason),
-            pc.if_else(unread, one(facts["detail"]), detail),
-        ],
-        schema=PLAN,
-    )
 
 
 def _hashes(
@@ -233,80 +199,10 @@ def _settle_copies(
     return entries
 
 
-def _give_places(entries: pa.Table, hashes: pa.Array, known: Known) -> tuple[pa.Table, Mask]:
-    """Known contents keep their latent; the rest get rows, and are marked in the mask.
-
-    Rows are in an order that looks random and depends on the keys alone, so that a contiguous
-    block of a bucket is a random sample of it, and planning is repeatable.
-    """
-    placed = pc.equal(entries["reason"], "").to_numpy()
-    have = look_up(
-        pc.if_else(pc.equal(hashes, ""), None, hashes), one(known.content["content_hash"])
-    )
-    reused = placed & (have >= 0)
-    fresh = placed & ~reused
-    latent = known.content.take(pa.array(have, mask=~reused))
-    bucket = pc.coalesce(latent["bucket"], entries["bucket"])
-    row = pc.fill_null(latent["row"], -1).to_numpy().copy()
-    crop = np.where(reused[:, None], _matrix(latent["crop"]), _matrix(entries["crop"]))
-    at = np.flatnonzero(fresh)
-    keys = entries["key"].take(pa.array(at)).to_pylist()
-    digests = (hashlib.blake2b(key.encode()).digest()[:8] for key in keys)
-    random = np.frombuffer(b"".join(digests), ">u8")
-    codes = bucket.combine_chunks().take(pa.array(at)).dictionary_encode()
-    ordered = np.lexsort([random, codes.indices.to_numpy()])
-    code = codes.indices.to_numpy()[ordered]
-    starts = np.searchsorted(code, np.arange(len(codes.dictionary)))
-    base = np.array([known.next_rows.get(name, 0) for name in codes.dictionary.to_pylist()], int)
-    row[at[ordered]] = np.arange(len(at)) - starts[code] + base[code]
-    for name, column in (("bucket", bucket), ("row", pa.array(row)), ("crop", _crops(crop))):
-        entries = entries.set_column(PLAN.get_field_index(name), PLAN.field(name), column)
-    return entries, fresh
-
-
 def _same_rows(a: pa.Table, b: pa.Table) -> Mask:
     """Whether each row is the same in both, in every column."""
-    same: Mask = np.all(_matrix(a["crop"]) == _matrix(b["crop"]), axis=1)
+    same: Mask = np.all(crop_matrix(a["crop"]) == crop_matrix(b["crop"]), axis=1)
     for name in PLAN.names:
         if name != "crop":
             same &= _equal(a, b, name)
     return same
-
-
-def _crops(matrix: NDArray[np.float64]) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), 4)
-
-
-def _matrix(column: pa.ChunkedArray) -> NDArray[np.float64]:
-    """float64 [n, 4]; a null's values are whatever they are."""
-    crops = one(column)
-    start = 4 * crops.offset
-    values: NDArray[np.float64] = crops.values.to_numpy(zero_copy_only=False)
-    return values[start : start + 4 * len(crops)].reshape(-1, 4)
-
-
-def caption_changes(
-    keys: pa.Array, new: pa.Table, columns: tuple[str, ...], known: pa.Table
-) -> pa.Table:
-    """Captions of these images that differ from the log's, an empty text where one is gone."""
-    tables = [CAPTIONS.empty_table()]
-    for column in columns:
-        said = [_texts(table, column, keys) for table in (new, known)]
-        for start in range(0, len(keys), _SLICE):
-            mine = keys.slice(start, _SLICE)
-            text, old = (
-                pc.fill_null(texts.take(pa.array(at, mask=at < 0)), "")
-                for texts, at in ((texts, at[start : start + _SLICE]) for texts, at in said)
-            )
-            differ = pc.not_equal(text, old)
-            changed, text = mine.filter(differ), pc.cast(text.filter(differ), pa.string())
-            named = pa.repeat(column, len(changed))
-            tables.append(pa.table([changed, named, text], schema=CAPTIONS))
-    return pa.concat_tables(tables)
-
-
-def _texts(captions: pa.Table, column: str, keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
-    """A column's texts, and which is each key's, or -1. They may be more than 2 GiB."""
-    mine = captions.filter(pc.equal(captions["column"], column))
-    texts = pc.cast(mine["text"], pa.large_string())
-    return one(texts), look_up(keys, one(mine["key"]))

@@ -17,12 +17,12 @@ from xlsd_cache.accounting import save_accounting, saved_accounting
 from xlsd_cache.blocks import in_blocks
 from xlsd_cache.captions import Column, read_captions
 from xlsd_cache.config import CaptionsConfig
+from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import sweep
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
 from xlsd_cache.match import SUFFIX, look_up, match, one, only_once, stems
-from xlsd_cache.plan import caption_changes
 from xlsd_cache.records import Record, Search, Tally
 from xlsd_cache.sources import named_roots, read_urls, records_of
 from xlsd_cache.tables import Rows, is_table, read_rows

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +13,9 @@ import pyarrow.compute as pc
 from xlsd_cache import UserError
 from xlsd_cache.blocks import in_blocks
 from xlsd_cache.captions import Column, read_captions, read_object
+from xlsd_cache.lists import listed
 from xlsd_cache.manifest import CAPTIONS, last_of
-from xlsd_cache.match import SUFFIX, look_up, match, one
+from xlsd_cache.match import SUFFIX, match, one
 from xlsd_cache.records import (
     ARCHIVE_SUFFIXES,
     Record,
@@ -110,7 +110,7 @@ def scan(
             f"no images: the rows of {', '.join(sources)} name no image file that is there; name "
             f"the folder of the images as well"
         )
-    images = _listed(images, only, exclude)
+    images = listed(images, only, exclude)
     captions = last_of(
         pa.concat_tables([CAPTIONS.empty_table(), *found.captions]), ["key", "column"]
     )
@@ -275,36 +275,3 @@ def _each_once(images: pa.Table, tally: Tally) -> pa.Table:
             tally.passed_over["named twice"] += images.num_rows - kept.num_rows
         images = kept
     return images.sort_by("key")
-
-
-def _listed(images: pa.Table, only: tuple[Path, ...], exclude: tuple[Path, ...]) -> pa.Table:
-    """The images that the lists leave."""
-    for file, keep in [(file, True) for file in only] + [(file, False) for file in exclude]:
-        named = _named_in(file, images)
-        if not named.any():
-            raise UserError(
-                f"no line of {file} names an image; write keys (as in rejected.parquet), paths "
-                f"within the source, or paths from the list's own folder"
-            )
-        images = images.filter(pa.array(named == keep))
-    if not images.num_rows:
-        raise UserError("the lists leave no image; mend what --only and --exclude name")
-    return images
-
-
-def _named_in(file: Path, images: pa.Table) -> Any:
-    """Boolean [images]: whether a line is the image's key, its path in its source, or its file."""
-    try:
-        lines = file.expanduser().read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {file}: {error}; it must be UTF-8 text") from error
-    written = [line.strip() for line in lines if line.strip()]
-    folder = file.expanduser().absolute().parent
-    names = pa.array([name.removeprefix("./") for name in written], pa.string())
-    paths = pa.array([str(folder / name) for name in written], pa.string())
-    key = one(images["key"])
-    inside = pc.replace_substring_regex(key, "^[^/]*/", "")
-    named = look_up(key, names) >= 0
-    for wanted, have in ((inside, names), (one(images["source"]), paths)):
-        named |= look_up(wanted, have) >= 0
-    return named

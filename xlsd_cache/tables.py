@@ -1,5 +1,6 @@
 """JSON lines and parquet files: a row an image, told apart by path, key or url."""
 
+import codecs
 import gzip
 import json
 import os
@@ -27,6 +28,8 @@ URLS = ("url", "image_url", "URL")
 PIXELS = ("image", "img", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp", "content", "data")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jgz", ".ndjson")
 _BLOCK = 65536  # rows
+# Nothing at all, a control character, white space that is no single blank, or any at an end.
+_UNTIDY = r"^$|\p{Cc}|[^\PZ ]|  |^ | $"
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,18 @@ def _read_jsonl(file: Path, columns: tuple[Column, ...]) -> Rows:
     broken: list[int] = []
     lines = _Lines(file)
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), strict=False)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            broken.append(number)
+        row = _object(line)
+        if row is None:
+            if line.strip():
+                broken.append(number)
             continue
         for name, fields in (("path", PATHS), ("key", KEYS), ("url", URLS)):
             values[name].append(_identity(row, fields))
         for column in columns:
             text, said = field_text(row, column.field)
             values[column.name].append(text or None)
-            remarks.update((column.name, what) for what in said)
+            for what in said:
+                remarks[column.name, what] += 1
         if len(values["path"]) >= _BLOCK:
             blocks.append(_strings(values))
             values = {name: [] for name in names}
@@ -110,6 +110,14 @@ def _read_jsonl(file: Path, columns: tuple[Column, ...]) -> Rows:
     captions = {column.name: _array(table[column.name]) for column in columns}
     path, key, url = (_array(table[name]) for name in ("path", "key", "url"))
     return Rows(file, path, key, url, captions, None, remarks, damage)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode(), strict=False)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 class _Lines:
@@ -162,15 +170,33 @@ def _read_parquet(file: Path, columns: tuple[Column, ...]) -> Rows:
     remarks: Counter[tuple[str, str]] = Counter()
     captions = {}
     for column in found:
-        texts: list[str | None] = []
-        for value in descend(table, column.field).to_pylist():
-            text, said = value_text(value)
-            texts.append(text or None)
-            remarks.update((column.name, what) for what in said)
-        captions[column.name] = pa.array(texts, pa.string())
+        captions[column.name], said = column_texts(_array(descend(table, column.field)))
+        remarks.update({(column.name, what): count for what, count in said.items()})
     if cell:
         path = _labels(path, key)
     return Rows(file, path, key, url, captions, cell, remarks, "")
+
+
+def column_texts(values: pa.Array) -> tuple[pa.Array, Counter[str]]:
+    """`value_text` of a whole column, null for an empty text, and its remarks.
+
+    A string that is one line and single-spaced is its own text; only the rest is taken up one by
+    one.
+    """
+    if pa.types.is_string(values.type):
+        odd = pc.fill_null(pc.match_substring_regex(values, _UNTIDY), True)
+    else:
+        odd = pa.repeat(True, len(values))
+    texts: list[str | None] = []
+    remarks: Counter[str] = Counter()
+    for value in values.filter(odd).to_pylist():
+        text, said = value_text(value)
+        texts.append(text or None)
+        remarks.update(said)
+    tidied = pa.array(texts, pa.string())
+    if len(tidied) == len(values):
+        return tidied, remarks
+    return pc.replace_with_mask(values, odd, tidied), remarks
 
 
 def _labels(path: pa.Array, key: pa.Array) -> pa.Array:
