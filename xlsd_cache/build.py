@@ -23,8 +23,9 @@ from xlsd_cache.encode import Encoder
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.interrupt import StopSignal
-from xlsd_cache.known import Known, find_places, read_known, unit_names
+from xlsd_cache.known import Known, read_known, unit_names
 from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.match import look_up, one
 from xlsd_cache.pipeline import Todo, Work
 from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
 from xlsd_cache.precision import set_precision
@@ -133,13 +134,17 @@ def _encode(
     planned = _uncommitted(manifest, manifest.planned(generation), rows_per_shard)
     if not planned.num_rows:
         return
+    entries = planned.drop_columns(["content_hash", "reason", "detail"]).to_pylist()
     todo: Todo = {}
-    for entry in planned.to_pylist():
+    for entry in entries:
         unit = Unit(entry["bucket"], entry["row"] // rows_per_shard)
         todo.setdefault(unit, {})[entry["row"] % rows_per_shard] = entry
-    live = manifest.live(generation)
-    live = live.filter(pa.array(find_places(live, planned) >= 0))
-    live = {entry["key"]: entry for entry in live.to_pylist()}
+    now = manifest.live(generation)
+    at = look_up(one(planned["key"]), one(now["key"]))
+    now = now.take(pa.array(at, mask=at < 0))
+    same = pc.and_(*(pc.equal(now[name], planned[name]) for name in ("bucket", "row")))
+    alive = pc.fill_null(same, False).to_pylist()
+    live = {entry["key"]: entry for entry, is_alive in zip(entries, alive, strict=True) if is_alive}
     part, parts = config.part
     units = sorted(todo)
     mine = units[part::parts]

@@ -63,7 +63,7 @@ def find_places(wanted: pa.Table, have: pa.Table) -> NDArray[np.int64]:
     if not len(there):
         return np.full(len(sought), -1)
     order = np.argsort(there, kind="stable")
-    at = order[np.minimum(np.searchsorted(there, sought, sorter=order), len(there) - 1)]
+    at = order[np.minimum(np.searchsorted(there[order], sought), len(there) - 1)]
     return np.where((there[at] == sought) & (sought >= 0), at, -1)
 
 

@@ -21,11 +21,11 @@ def place(images: pa.Table, facts: pa.Table, buckets: Buckets) -> pa.Table:
     sizes, which = np.unique((width << 32) + height, return_inverse=True)
     placed: list[tuple[str, str, str, tuple[float, ...]]] = []
     for size in sizes.tolist():
-        place = buckets.place(size >> 32, size & 0xFFFFFFFF) if size else None
-        if isinstance(place, Placement):
-            placed.append((place.bucket.name, "", "", place.crop))
+        given = buckets.place(size >> 32, size & 0xFFFFFFFF) if size else None
+        if isinstance(given, Placement):
+            placed.append((given.bucket.name, "", "", given.crop))
         else:
-            why = (place.reason, place.detail) if place else ("", "")
+            why = (given.reason, given.detail) if given else ("", "")
             placed.append(("", *why, (0.0, 0.0, 0.0, 0.0)))
     bucket, reason, detail = (
         pa.array([row[i] for row in placed], pa.string()).take(pa.array(which)) for i in range(3)

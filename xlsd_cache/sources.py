@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_cache.blocks import in_blocks
@@ -179,10 +180,12 @@ def _take(
     """The images of one source; captions that lie beside them are added to `found`."""
     tables = [IMAGES.empty_table()]
     read = partial(_read_block, columns=columns, urls=search.tables)
-    for images, captions, remarks in in_blocks(read, stream, _BLOCK, workers):
-        tables.append(images)
-        found.captions.append(captions)
-        found.remarks.update(remarks)
+    with tqdm(desc="scanning", unit="file", delay=2) as bar:  # seconds of silence
+        for images, captions, remarks in in_blocks(read, stream, _BLOCK, workers):
+            tables.append(images)
+            found.captions.append(captions)
+            found.remarks.update(remarks)
+            bar.update(images.num_rows)
     # One piece instead of thousands, which every later step would go through.
     found.images.append(pa.concat_tables(tables).combine_chunks())
     found.captions = [pa.concat_tables([CAPTIONS.empty_table(), *found.captions]).combine_chunks()]
