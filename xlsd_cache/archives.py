@@ -5,9 +5,10 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from xlsd_cache import UserError
-from xlsd_cache.locate import read_source, span
+from xlsd_cache.locate import span
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ def _read_tar(
     found = Members([], {})
     spans: dict[str, tuple[int, int]] = {}
     nbytes = archive.stat().st_size
-    with tarfile.open(archive, "r:") as tar:
-        for member in _tar_members(tar, found):
+    with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in _tar_members(tar, file, found):
             name = member.name.removeprefix("./")
             if member.isdir():
                 continue
@@ -67,7 +68,8 @@ def _read_tar(
                 found.damage = f"it ends within {name}"
             source = span(archive, *at, name)
             if texts(name) and sum(at) <= nbytes:
-                found.texts[name] = read_source(source)
+                file.seek(at[0])
+                found.texts[name] = file.read(at[1])
             if wanted(name):
                 found.members.append(Member(name, source, at[1]))
             elif not texts(name):
@@ -75,7 +77,9 @@ def _read_tar(
     return found
 
 
-def _tar_members(tar: tarfile.TarFile, found: Members) -> Iterator[tarfile.TarInfo]:
+def _tar_members(
+    tar: tarfile.TarFile, file: IO[bytes], found: Members
+) -> Iterator[tarfile.TarInfo]:
     """The members up to the end, or to where the tar is cut or damaged, which `found` then says.
 
     tarfile takes a damaged header for the end of the archive; a real end is two blocks of zeros.
@@ -87,8 +91,6 @@ def _tar_members(tar: tarfile.TarFile, found: Members) -> Iterator[tarfile.TarIn
     except (tarfile.TarError, OSError) as error:
         found.damage = f"from byte {tar.offset} on it cannot be read: {error}"
         return
-    file = tar.fileobj
-    assert file is not None
     file.seek(tar.offset)
     end = file.read(2 * tarfile.BLOCKSIZE)
     if len(end) < tarfile.BLOCKSIZE or any(end):
