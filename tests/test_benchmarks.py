@@ -43,7 +43,7 @@ def test_captions_measures_planning_captions_and_scanning() -> None:
     lines = run("benchmarks/captions.py", *options)
     assert lines[0].startswith("machine: ")
     assert lines[1] == "command: python benchmarks/captions.py " + " ".join(options)
-    items = [line.split()[-4] for line in lines[3:]]
+    items = [line.split()[-5] for line in lines[3:]]
     assert items == ["5,000"] * 7 + ["120"] * 2
 
 

@@ -17,6 +17,7 @@ Beside = Callable[[str], bytes | None]  # suffix -> content of the file beside t
 # What may be said of a caption; the first three leave it out.
 MISSING, EMPTY, NOT_TEXT = "missing", "empty or blank", "not text"
 BROKEN = "in a file that is not JSON"
+_PLAIN = (str, int, float)
 LATIN_1, NUL = "not UTF-8, read as Latin-1", "with NUL removed"
 
 
@@ -127,15 +128,17 @@ def value_text(value: Any) -> tuple[str, list[str]]:
     if isinstance(value, dict):
         value = list(value)
     if isinstance(value, list):
-        if not all(isinstance(item, str | int | float) for item in value):
+        if not all(isinstance(item, _PLAIN) for item in value):
             return "", [NOT_TEXT]
         value = ", ".join(tag for item in value if (tag := str(item).strip()))
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, _PLAIN):
         return "", [NOT_TEXT]
     text = str(value)
     if "\0" in text:
         text = text.replace("\0", "")
         said.append(NUL)
     # A lone surrogate, which JSON may spell, is in no encoding of the store's tables.
-    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()
+    text = " ".join(text.split())
     return text, said if text else [EMPTY]

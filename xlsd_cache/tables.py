@@ -144,8 +144,10 @@ class _Lines:
 def _identity(row: dict[str, Any], fields: tuple[str, ...] | list[str]) -> str | None:
     for field in fields:
         value = row.get(field)
+        if value is None:
+            continue
         if isinstance(value, str) and value and not (fields is PATHS and "://" in value):
-            return value.encode("utf-8", "replace").decode()
+            return value if value.isascii() else value.encode("utf-8", "replace").decode()
         if isinstance(value, int) and fields is KEYS:
             return str(value)
     return None

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import os
 from dataclasses import replace
@@ -6,12 +7,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.support import picture, write_images
 from xlsd_cache.buckets import Buckets
-from xlsd_cache.known import CONTENT, NOTHING, Known
-from xlsd_cache.manifest import CAPTIONS, PLAN
+from xlsd_cache.durable import write_parquet
+from xlsd_cache.known import CONTENT, NOTHING, Known, read_known
+from xlsd_cache.manifest import CAPTIONS, COMMIT, PLAN, Manifest, Unit
 from xlsd_cache.plan import Entry, Plan, make_plan
 from xlsd_cache.sources import scan
 
@@ -44,8 +48,6 @@ def folder(tmp_path: Path) -> Path:
 
 def settled(folder: Path) -> list[Entry]:
     """The entries of a first planning, with the hashes that encoding adds."""
-    import hashlib
-
     return [
         {**entry, "content_hash": hashlib.sha256(Path(entry["source"]).read_bytes()).hexdigest()}
         for entry in plan(folder).entries.to_pylist()
@@ -180,3 +182,74 @@ def test_only_captions_that_changed_are_written(folder: Path) -> None:
         {"key": "in/a.png", "column": "txt", "text": "new"},
         {"key": "in/b.png", "column": "txt", "text": ""},
     ]
+
+
+NAMES = ["a.png", "b.png", "sub/a.png", "sub/c.png"]
+STEPS = st.lists(
+    st.dictionaries(st.sampled_from(NAMES), st.integers(0, 3), min_size=1), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=25)
+@given(steps=STEPS, encoding=st.lists(st.booleans(), min_size=4, max_size=4))
+def test_whatever_files_become_every_name_has_its_contents_latent(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[dict[str, int]], encoding: list[bool]
+) -> None:
+    """Generations of any files; after some of them everything planned is encoded."""
+    root = tmp_path_factory.mktemp("steps")
+    manifest = Manifest(root / "latents")
+    manifest.make_folders()
+    encoded: dict[tuple[str, int], str] = {}  # place -> content, once for ever
+    for number, (files, encode) in enumerate(zip(steps, encoding, strict=False)):
+        folder = root / str(number) / "in"
+        for name, content in files.items():
+            write_images(folder, [name], first_seed=content, width=64, height=64)
+        made = plan(folder, read_known(manifest, 4))
+        manifest.write_plan(number, made.entries, made.removed, made.captions)
+        live = {entry["key"]: entry for entry in manifest.live(number).to_pylist()}
+        assert live.keys() == {f"in/{name}" for name in files}
+        contents = {f"in/{name}": sha256((folder / name).read_bytes()) for name in files}
+        placed = {key: (e["bucket"], e["row"]) for key, e in live.items() if not e["reason"]}
+        assert len(set(placed.values())) == len(placed)
+        for key, entry in live.items():
+            if entry["reason"]:
+                assert entry["reason"] == "duplicate"
+                assert entry["detail"] in placed
+                assert contents[entry["detail"]] == contents[key]
+            else:
+                assert encoded.get(placed[key], contents[key]) == contents[key]
+        assert len({contents[key] for key in placed}) == len(placed)
+        again = plan(folder, read_known(manifest, 4))
+        assert again.is_empty, again.entries.to_pylist()
+        if encode:
+            encoded |= commit_all(manifest, number, contents)
+
+
+def commit_all(
+    manifest: Manifest, generation: int, contents: dict[str, str]
+) -> dict[tuple[str, int], str]:
+    """Commit records as a build writes them; what was overtaken before its turn is rejected."""
+    units: dict[Unit, list[Entry]] = {}
+    live = {entry["key"]: entry for entry in manifest.live(generation).to_pylist()}
+    encoded = {}
+    for entry in manifest.planned(generation).to_pylist():
+        unit = Unit(entry["bucket"], entry["row"] // 4)
+        if unit in manifest.committed():
+            continue
+        now = live.get(entry["key"])
+        alive = now is not None and (now["bucket"], now["row"]) == (entry["bucket"], entry["row"])
+        row = {
+            "row": entry["row"], "key": entry["key"], "detail": "", "crc32c": 0 if alive else None,
+            "content_hash": contents[entry["key"]] if alive else "",
+            "status": "encoded" if alive else "rejected", "reason": "" if alive else "removed",
+        }  # fmt: skip
+        units.setdefault(unit, []).append(row)
+        if alive:
+            encoded[entry["bucket"], entry["row"]] = contents[entry["key"]]
+    for unit, rows in units.items():
+        write_parquet(manifest.commit(unit), pa.Table.from_pylist(rows, COMMIT))
+    return encoded
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
