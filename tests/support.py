@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -56,6 +58,20 @@ def _call(target: Callable[..., Any], args: tuple[object, ...], log: Path) -> No
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)
+
+
+def torchrun(processes: int, module: str, *args: object) -> None:
+    """Several processes of one command line, as torchrun starts them; each must succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", module]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    done = subprocess.run(
+        [*launcher, *map(str, args)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -55,6 +55,20 @@ def test_throughput_of_one_batch_in_memory_needs_no_store() -> None:
     assert [line.split()[:2] for line in lines[-1:]] == [["te", "memory"]]
 
 
+def test_cache_compares_build_with_bare_loops_and_peers() -> None:
+    vae = Path("benchmarks") / "demo" / "vae"
+    options = ("--vae", str(vae), "--images", "3", "--rounds", "1", "--resolution", "64")
+    lines = run("benchmarks/cache.py", *options)
+    table = {line[:22].strip(): line[22:].split() for line in lines[5:11]}
+    assert [name.split(",")[0] for name in table] == [
+        "bare", "bare", "xlsd-cache build", "as OneTrainer", "as a script", "as kohya"
+    ]  # fmt: skip
+    assert max(float(table[name][1]) for name in table if name.startswith("bare")) == 1
+    assert lines[11].startswith("build's time: ")
+    errors = dict(line.split() for line in lines[13:])
+    assert 0 < float(errors["fp32"]) < 1e-4 < float(errors["bf16"]) < 0.1
+
+
 def test_attention_is_counted_on_the_cpu_too() -> None:
     """Two matrix products forward and five backward, one of them forward's again (Dao 2022)."""
     q, k, v = (torch.randn(1, 3, tokens, 8, requires_grad=True) for tokens in (64, 16, 16))

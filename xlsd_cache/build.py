@@ -1,6 +1,7 @@
 """`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +56,8 @@ def build(config: BuildConfig) -> Accounting | None:
     try:
         before = manifest.committed()
         generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets)
-        encoder = Encoder(vae, config.precision, device)
+        largest = max(size.width * size.height for size in buckets.sizes)
+        encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
         _encode(config, manifest, generation, encoder, identity, rows_per_shard)
         counts, left_out = account(manifest, generation, rows_per_shard, before)
         view = make_view(manifest, generation, rows_per_shard)
@@ -150,7 +152,8 @@ def _encode(
     mine = units[part::parts]
     order = mine + [unit for unit in units if unit not in set(mine)]
     dtype = identity.dtype
-    work = Work(manifest, encoder, live, rows_per_shard, dtype, config.batch, config.workers)
+    work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers)
+    print(encoder)
     with StopSignal() as stop:
         work.run(todo, order, stop)
     if stop.asked:
@@ -158,7 +161,7 @@ def _encode(
             f"stopped; every batch encoded so far is kept in {config.out}: run the same command "
             f"again to go on"
         )
-    print(f"time: {work.shares()}")
+    print(f"time: {work.seconds:.2f} s: {work.shares()}")
     if work.rounding:
         rounding = float(np.sqrt(np.mean(np.square(work.rounding))))
         print(f"float16 rounding: {rounding:.1e} of the latents' spread")
@@ -191,11 +194,11 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _say_found(found: Scan, config: BuildConfig) -> None:

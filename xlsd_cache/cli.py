@@ -1,5 +1,6 @@
 """The command line `xlsd-cache`, generated from the dataclasses in config.py."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -55,7 +56,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """No bars and notices of the libraries' own between ours; their errors still raise."""
+    """No bars and notices of the libraries' own between ours; their errors still raise.
+
+    In a log file our own bars are renewed every ten seconds instead of ten times a second.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # tqdm reads it when it is imported
     import diffusers.utils.logging
     import transformers.utils.logging
 

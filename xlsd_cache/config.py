@@ -1,5 +1,6 @@
 """One frozen dataclass a command; the command line is generated from it."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -44,8 +45,8 @@ class BuildConfig:
     upscale: bool = False
     """Enlarge images that are smaller than their bucket instead of rejecting them."""
 
-    batch: int = 8
-    """Images per VAE call."""
+    batch: int | None = None
+    """Images per VAE call. Default: on a CPU one to each core, on a card what fits, up to 32."""
 
     workers: int = 4
     """Threads that read and decode images while the VAE works."""
@@ -69,8 +70,9 @@ class BuildConfig:
     forget: tuple[str, ...] = ()
     """Names of earlier sources that are gone for good: their images leave training."""
 
-    shard: str = "0/1"
-    """i/n: this is process i of n that build one store together; each starts on its own part."""
+    shard: str | None = None
+    """i/n: this is process i of n that build one store together; each starts on its own part and
+    helps the others at the end. Default: as torchrun or accelerate launch started it."""
 
     rows_per_shard: int | None = None
     """Fixed when a store is made. Default: 256 under 30k images, 1024, 4096 above 4 million."""
@@ -83,14 +85,13 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
-        for name in ("batch", "workers", "resolution"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} is less than 1; raise it")
-        if self.rows_per_shard is not None and self.rows_per_shard < 1:
-            raise UserError(f"--rows-per-shard {self.rows_per_shard} is less than 1; raise it")
+        for name in ("batch", "workers", "resolution", "rows_per_shard"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
         if self.max_ratio < 1:
             raise UserError(f"--max-ratio {self.max_ratio} is less than 1, a square's; raise it")
-        number, _, count = self.shard.partition("/")
+        number, _, count = (self.shard or "0/1").partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
         check_columns("--captions", self.caption_columns)
@@ -103,6 +104,8 @@ class BuildConfig:
     @property
     def part(self) -> tuple[int, int]:
         """This process's number and how many there are."""
+        if self.shard is None:
+            return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         number, _, count = self.shard.partition("/")
         return int(number), int(count)
 

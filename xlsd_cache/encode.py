@@ -1,13 +1,19 @@
 """uint8 pixels -> raw latents. Owns the range [-1,1], the dtype, the layout and the device."""
 
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
-from xlsd_cache import Precision
+from xlsd_cache import Precision, UserError
 from xlsd_cache.vae import Vae
 
 
@@ -23,18 +29,73 @@ def to_input(pixels: Tensor) -> Tensor:  # uint8 [B,H,W,3] -> f32 [B,3,H,W] in [
 
 @dataclass(frozen=True)
 class Encoder:
-    """A VAE on its device, at its precision."""
+    """A VAE on its device, at its precision, and how it is called."""
 
     vae: Vae
     precision: Precision
     device: torch.device
+    batch: int = 8  # images a call
+    calls: int = 1  # at once
 
     def __post_init__(self) -> None:
         self.vae.model.to(self.device)
 
-    @torch.inference_mode()
+    def __str__(self) -> str:
+        images = "1 image" if self.batch == 1 else f"{self.batch} images"
+        if self.device.type == "cpu":
+            each = torch.get_num_threads() // self.calls
+            return f"encoding on the CPU: {self.calls} x {images} at once, {each} threads each"
+        return f"encoding on {torch.cuda.get_device_name(self.device)}: {images} at once"
+
+    @classmethod
+    def fitted(
+        cls, vae: Vae, precision: Precision, device: torch.device, batch: int | None, pixels: int
+    ) -> "Encoder":
+        """Called in the way that is fastest for images of up to so many pixels.
+
+        On a CPU that is one image to each core: threads that share a convolution wait for each
+        other, and more images at once leave the cache. On a card it is the largest batch that
+        fits, up to 32. A `batch` that is given is encoded in one call, with all threads.
+        """
+        if batch is not None:
+            return cls(vae, precision, device, batch)
+        # At full resolution about six fp32 tensors of the first width live at once.
+        nbytes = 6 * 4 * pixels * vae.model.config["block_out_channels"][0]
+        if device.type == "cuda":
+            there = torch.cuda.get_device_properties(device).total_memory * 0.7
+            return cls(vae, precision, device, 2 ** min(5, max(0, int(math.log2(there / nbytes)))))
+        fitting = int(psutil.virtual_memory().available * 0.7 / nbytes)
+        return cls(vae, precision, device, 1, max(1, min(torch.get_num_threads(), fitting)))
+
+    @contextmanager
+    def threads(self, spare: int) -> Iterator[ThreadPoolExecutor]:
+        """Threads to call `encode` from, `spare` more than calls, which share torch's own."""
+        before = torch.get_num_threads()
+        each = (before // self.calls,)
+        with ThreadPoolExecutor(self.calls + spare, "encoder", torch.set_num_threads, each) as pool:
+            yield pool
+        torch.set_num_threads(before)
+
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 [B,H,W,3] -> raw latents f32 [B,C,H/8,W/8], the posterior's mean."""
+        """uint8 [B,H,W,3] -> raw latents f32 [B,C,H/8,W/8], the posterior's mean.
+
+        A batch that the card has no room for is encoded in halves. Raises UserError where it has
+        none for a single image: tiles would fit, but their latents are others near every seam.
+        """
+        try:
+            return self._encode(pixels)
+        except torch.OutOfMemoryError as error:
+            count, height, width = pixels.shape[:3]
+            if count == 1:
+                raise UserError(
+                    f"the card has no room to encode one image of {width}x{height}; free some of "
+                    f"its memory, lower --resolution, or use --device cpu"
+                ) from error
+            tqdm.write(f"{count} images of {width}x{height} do not fit the card; halving them")
+        return np.concatenate([self.encode(half) for half in np.array_split(pixels, 2)])
+
+    @torch.inference_mode()
+    def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         batch = torch.from_numpy(pixels)
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)

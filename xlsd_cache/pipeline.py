@@ -1,11 +1,13 @@
-"""Planned units -> committed shards: threads decode ahead while the VAE encodes, each timed."""
+"""Planned units -> committed shards: threads decode ahead while others encode, each timed."""
 
 import hashlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Condition, Lock
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,40 @@ from xlsd_cache.plan import Entry
 from xlsd_cache.shard import Row
 
 Decoded = tuple[str, Pixels | Rejected]  # content hash, and pixels or a reason
+Encoded = tuple[list[Row], dict[int, NDArray[Any]]]  # what became of each row; latents by slot
 Todo = dict[Unit, dict[int, Entry]]  # the planned rows of each unit, by slot
 FLOAT16_MAX = 65504.0
+
+
+class Turns:
+    """Call n may begin once all but `calls` of those before it are written.
+
+    So a kill costs at most the `calls` batches that are being encoded, however they overtake.
+    """
+
+    def __init__(self, calls: int) -> None:
+        self._given = [time.perf_counter()] * calls  # when turn n was given
+        self._changed, self._closed = Condition(), False
+
+    def wait(self, n: int) -> float:
+        """Wait for turn n; returns when it was given. Raises CancelledError after `close`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or n < len(self._given))
+            if self._closed:
+                raise CancelledError
+            return self._given[n]
+
+    def give(self) -> None:
+        """One more call is written."""
+        with self._changed:
+            self._given.append(time.perf_counter())
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody need wait any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 @dataclass
@@ -36,61 +70,77 @@ class Work:
     live: Mapping[str, Entry]  # key -> entry: a planned row may be overtaken by a later change
     rows_per_shard: int
     dtype: str
-    batch: int
     workers: int
     wait_s: float = 0.0  # for decoding: not the time decoding takes, but what it delays
     encode_s: float = 0.0
     write_s: float = 0.0
+    seconds: float = 0.0  # by the clock
     rounding: list[float] = field(default_factory=list)  # of float16, relative to the spread
+    _timing: Lock = field(default_factory=Lock)
 
     def run(self, todo: Todo, order: list[Unit], stop: StopSignal) -> None:
         """Encode and commit the units in this order, waiting at the end for those others hold."""
-        total = sum(len(entries) for entries in todo.values())
+        total, begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
         with (
             tqdm(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
-            ThreadPoolExecutor(self.workers) as pool,
+            ThreadPoolExecutor(self.workers) as decoders,
+            self.encoder.threads(spare=1) as encoders,  # the spare one has its pixels ready
         ):
             while order and not stop.asked:
-                self._pass(todo, order, pool, bar, stop)
+                self._pass(todo, order, decoders, encoders, bar, stop)
                 committed = self.manifest.committed()
                 order = [unit for unit in order if unit not in committed]
                 if order and not stop.asked:  # other processes hold these; one may yet be killed
                     bar.set_postfix_str(f"waiting for {len(order)} shards of other processes")
                     time.sleep(0.2)
             bar.n = total if not order else bar.n
+        self.seconds = time.perf_counter() - begun
 
     def _pass(
-        self, todo: Todo, order: list[Unit], pool: ThreadPoolExecutor, bar: Any, stop: StopSignal
+        self,
+        todo: Todo,
+        order: list[Unit],
+        decoders: ThreadPoolExecutor,
+        encoders: ThreadPoolExecutor,
+        bar: Any,
+        stop: StopSignal,
     ) -> None:
         """Go once through the units that nobody holds, a few batches decoding ahead."""
-        ahead = max(2, 2 * self.workers // self.batch + 1)
+        calls, batch = self.encoder.calls, self.encoder.batch
+        ahead = calls + max(1, 2 * self.workers // batch)
         held: list[Claim] = []
-        queue: deque[tuple[Claim, list[tuple[int, Future[Decoded]]], bool]] = deque()
-        upcoming = self._batches(todo, order, held)
+        queue: deque[tuple[Claim, list[Future[Decoded]], Future[Encoded], bool]] = deque()
+        upcoming, turns, turn = self._batches(todo, order, held), Turns(calls), itertools.count()
         try:
-            while not stop.asked:
-                while len(queue) < ahead and (batch := next(upcoming, None)) is not None:
-                    taken, slots, last = batch
-                    entries = [(slot, taken.entries[slot]) for slot in slots]
-                    futures = [
-                        (slot, pool.submit(_read_and_decode, entry, self._is_live(entry)))
-                        for slot, entry in entries
+            while True:
+                while not stop.asked and len(queue) < ahead and (found := next(upcoming, None)):
+                    taken, slots, last = found
+                    pixels = [
+                        decoders.submit(_read_and_decode, entry, self._is_live(entry))
+                        for entry in map(taken.entries.__getitem__, slots)
                     ]
-                    queue.append((taken, futures, last))
+                    encoded = encoders.submit(self._encode, slots, pixels, turns, next(turn))
+                    queue.append((taken, pixels, encoded, last))
                 if not queue:
                     return
-                taken, futures, last = queue.popleft()
-                self._encode(taken, futures)
+                taken, pixels, encoded, last = queue.popleft()
+                if stop.asked and encoded.cancel():  # it has not begun, nor have those after it
+                    return
+                rows, latents = encoded.result()
+                begun = time.perf_counter()
+                taken.writer.append(rows, latents)
+                turns.give()
                 if last:
-                    begun = time.perf_counter()
                     taken.finish()
                     held.remove(taken)
-                    self.write_s += time.perf_counter() - begun
-                bar.update(len(futures))
-                bar.set_postfix_str(self.shares())
+                self.write_s += time.perf_counter() - begun
+                bar.set_postfix_str(self.shares(), refresh=False)
+                bar.update(len(rows))
         finally:
-            for _, futures, _ in queue:
-                for _, future in futures:
+            turns.close()
+            for _, pixels, encoded, _ in queue:
+                encoded.cancel()
+                for future in pixels:
                     future.cancel()
             for taken in held:
                 taken.release()
@@ -102,7 +152,8 @@ class Work:
         for unit in order:
             shape = bucket_shape(unit.bucket, self.encoder.vae.channels)
             nbytes = int(np.prod(shape)) * np.dtype(self.dtype).itemsize
-            taken = claim(self.manifest, unit, todo[unit], self.batch, self.rows_per_shard, nbytes)
+            batch = self.encoder.batch
+            taken = claim(self.manifest, unit, todo[unit], batch, self.rows_per_shard, nbytes)
             if taken is None:
                 continue
             held.append(taken)
@@ -112,31 +163,33 @@ class Work:
             if not remaining:  # a killed process had written it all
                 yield taken, [], True
 
-    def _encode(self, taken: Claim, futures: list[tuple[int, Future[Decoded]]]) -> None:
-        """One batch: wait for its pixels, encode them, append them to the shard."""
-        begun = time.perf_counter()
-        decoded = [(slot, future.result()) for slot, future in futures]
+    def _encode(
+        self, slots: list[int], futures: list[Future[Decoded]], turns: Turns, turn: int
+    ) -> Encoded:
+        """One batch, in a thread of the encoders: wait for its pixels and its turn, encode."""
+        decoded = dict(zip(slots, (future.result() for future in futures), strict=True))
+        pixels = {s: image for s, (_, image) in decoded.items() if not isinstance(image, Rejected)}
+        refused = {s: image for s, (_, image) in decoded.items() if isinstance(image, Rejected)}
+        stacked = np.stack(list(pixels.values())) if pixels else None
         ready = time.perf_counter()
-        pixels = {s: image for s, (_, image) in decoded if not isinstance(image, Rejected)}
+        given = turns.wait(turn)
+        begun = time.perf_counter()
         latents: dict[int, NDArray[Any]] = {}
-        refused = {s: image for s, (_, image) in decoded if isinstance(image, Rejected)}
-        if pixels:
-            encoded = self.encoder.encode(np.stack(list(pixels.values())))
-            for slot, latent in zip(pixels, encoded, strict=True):
+        if stacked is not None:
+            for slot, latent in zip(pixels, self.encoder.encode(stacked), strict=True):
                 stored = self._stored(latent)
                 if isinstance(stored, Rejected):
                     refused[slot] = stored
                 else:
                     latents[slot] = stored
-        done = time.perf_counter()
+        with self._timing:
+            self.wait_s += max(0.0, ready - given)
+            self.encode_s += time.perf_counter() - begun
         rows = []
-        for slot, (content_hash, _) in decoded:
+        for slot, (content_hash, _) in decoded.items():
             why = refused.get(slot, Rejected(""))
             rows.append(Row(slot, content_hash, reason=why.reason, detail=why.detail))
-        taken.writer.append(rows, latents)
-        self.wait_s += ready - begun
-        self.encode_s += done - ready
-        self.write_s += time.perf_counter() - done
+        return rows, latents
 
     def _stored(self, latent: NDArray[np.float32]) -> NDArray[Any] | Rejected:
         """The latent in the store's dtype, or why it cannot be kept."""
@@ -157,7 +210,12 @@ class Work:
 
     def shares(self) -> str:
         """What the time went into, the slowest station first."""
-        parts = {"encode": self.encode_s, "wait for decode": self.wait_s, "write": self.write_s}
+        calls = self.encoder.calls
+        parts = {
+            "encode": self.encode_s / calls,
+            "wait for decode": self.wait_s / calls,
+            "write": self.write_s,
+        }
         total = sum(parts.values()) or 1.0
         ranked = sorted(parts.items(), key=lambda part: -part[1])
         return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ranked)

@@ -1,8 +1,9 @@
 """Distil a VAE of a few hundred thousand weights from a teacher that speaks SDXL's latents.
 
-This made `benchmarks/demo/vae`: an AutoencoderKL with SDXL's 8x, 4-channel layout and scaling
+`benchmarks/demo/vae` is such a VAE: an AutoencoderKL with SDXL's 8x, 4-channel layout and scaling
 factor, small enough to ship and to run on a laptop, whose latents a person recognises when decoded.
-The teacher was TAESDXL (MIT, Ollin Boer Bohan), the images 121 free photos.
+Its teacher was TAESDXL (MIT, Ollin Boer Bohan), its images 121 free photos. It comes from a run
+before this script had its present form: run again, it gives a VAE like it, not the same bytes.
 
     python -m benchmarks.demo.distill_vae PHOTOS TAESDXL_FOLDER OUT --steps 10000
 """

@@ -49,3 +49,11 @@ def test_unknown_options_and_commands_exit_non_zero(capsys: pytest.CaptureFixtur
             cache(*arguments)
         assert exit_code.value.code == 2
     assert "fp8" in capsys.readouterr().err
+
+
+def test_each_process_has_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BuildConfig().part == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert BuildConfig().part == (2, 4)  # as torchrun and accelerate launch say it
+    assert BuildConfig(shard="1/3").part == (1, 3)

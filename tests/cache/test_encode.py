@@ -9,6 +9,7 @@ from PIL import Image
 
 import xlsd_cache.encode
 from tests.support import cache
+from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected, decode
 from xlsd_cache.encode import Encoder, to_input
 from xlsd_cache.store import LatentStore
@@ -47,6 +48,47 @@ def test_every_latent_is_what_diffusers_own_encode_gives(store: Path, vae: Path)
                 for i, latent in enumerate(stored):
                     alone = reference.encode(x[i : i + 1]).latent_dist.mode()[0]
                     assert (alone - latent).abs().max() < 1e-5 * alone.std()
+
+
+def test_without_a_batch_every_core_encodes_one_image_at_a_time(
+    photos: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--vae", vae, "--resolution", 128)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert cache("build", photos, "--out", tmp_path / "l", *args) == 0
+        assert torch.get_num_threads() == 3
+        assert "3 x 1 image at once, 1 threads each" in capsys.readouterr().out
+        torch.set_num_threads(1)
+        reference, processor = AutoencoderKL.from_pretrained(vae), VaeImageProcessor()
+        with LatentStore.open(tmp_path / "l") as ours, torch.inference_mode():
+            for sample in ours.samples.to_pylist():
+                x = processor.preprocess(pixels_of(sample))
+                stored = torch.from_numpy(ours.read(sample["bucket"], [sample["row"]]))
+                assert torch.equal(stored, reference.encode(x).latent_dist.mode())
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_a_batch_that_does_not_fit_is_halved(vae: Path, room: int) -> None:
+    """The memory ends in the VAE's first layer, as on a card."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    encoder = Encoder(load_vae(str(vae)), "fp32", torch.device("cpu"))
+    expected = encoder.encode(pixels)
+
+    def full(_: object, inputs: tuple[torch.Tensor]) -> None:
+        if len(inputs[0]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = encoder.vae.model.encoder.register_forward_pre_hook(full)
+    assert np.abs(encoder.encode(pixels) - expected).max() < 1e-5 * expected.std()
+    hook.remove()
+    room = 0
+    encoder.vae.model.encoder.register_forward_pre_hook(full)
+    with pytest.raises(UserError, match="no room to encode one image of 64x64"):
+        encoder.encode(pixels)
 
 
 def test_the_input_is_scaled_as_diffusers_scales_it() -> None:

@@ -4,9 +4,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import cache, files, metrics, spawn, train, wait_for
+from tests.support import cache, files, metrics, spawn, torchrun, train, wait_for
 from tests.train.conftest import Open
 from xlsd_train.batches import Batch
 from xlsd_train.checkpoint import checkpoints
@@ -167,29 +164,16 @@ def test_touched_files_act_at_the_next_step(arguments: Arguments, tmp_path: Path
     assert checkpoints(run)[-1].name == f"step-{lines:08d}"
 
 
-def torchrun(processes: int, *args: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "xlsd_train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
-    done = subprocess.run(
-        [*launcher, *map(str, args)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) -> None:
     """Losses equal to rounding, weights too; and a checkpoint of either resumes in the other."""
     given = ["--phase", "both", *arguments, "--optimizer", "adamw", "--out"]
     given[given.index("--lr") + 1] = 1e-5
     given[given.index("--steps") + 1] = 6
     assert train(*given, tmp_path / "one") == 0
-    torchrun(2, *given, tmp_path / "two first", "--stop-after", 3)
+    torchrun(2, "xlsd_train", *given, tmp_path / "two first", "--stop-after", 3)
     assert train(*given, tmp_path / "two first") == 0
     assert train(*given, tmp_path / "one first", "--stop-after", 3) == 0
-    torchrun(2, *given, tmp_path / "one first")
+    torchrun(2, "xlsd_train", *given, tmp_path / "one first")
     one = metrics(tmp_path / "one")
     last = "checkpoints/step-00000006/unet.safetensors"
     weights = load_file(tmp_path / "one" / last)
@@ -214,7 +198,7 @@ def test_a_batch_smaller_than_the_processes_still_trains(
     for option, value in (("--batch", 1), ("--accum", 1), ("--steps", 3), ("--sample-every", 0)):
         given[given.index(option) + 1] = value
     assert train(*given, tmp_path / "one") == 0
-    torchrun(2, *given, tmp_path / "two")
+    torchrun(2, "xlsd_train", *given, tmp_path / "two")
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
 

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,15 @@ def test_a_dry_run_says_everything_and_writes_nothing(
     assert "planned 6 steps" in said
     assert "bucket 192x64 holds 3 images" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_progress_in_a_log_file_does_not_fill_it(arguments: list[object]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "xlsd_train", *map(str, changed(arguments, "--steps", 40))],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "40/40" in done.stderr
+    assert done.stderr.count("step/s") < 10  # a line an epoch, and none a step
 
 
 @pytest.mark.parametrize("phase", ["unet", "te"])
