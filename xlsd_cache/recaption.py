@@ -57,8 +57,12 @@ def recaption(config: CaptionsConfig) -> list[Changes]:
     Raises UserError, nothing being written, where no caption belongs to any image or the store
     cannot be written.
     """
+    root = config.store.expanduser()
+    _, rows_per_shard = read_attributes(root)
+    columns = tuple(map(Column.parse, config.caption_columns))
+    beside, tables = _read(config.source, columns)
     try:
-        return _recaption(config)
+        return _log(config, Manifest(root), rows_per_shard, columns, beside, tables)
     except OSError as error:
         raise UserError(
             f"cannot write {config.store}: {error.strerror or error}; its captions are as they "
@@ -66,19 +70,22 @@ def recaption(config: CaptionsConfig) -> list[Changes]:
         ) from error
 
 
-def _recaption(config: CaptionsConfig) -> list[Changes]:
-    root = config.store.expanduser()
-    _, rows_per_shard = read_attributes(root)
-    manifest = Manifest(root)
-    columns = tuple(map(Column.parse, config.caption_columns))
-    beside, tables = _read(config.source, columns)
+def _log(
+    config: CaptionsConfig,
+    manifest: Manifest,
+    rows_per_shard: int,
+    columns: tuple[Column, ...],
+    beside: pa.Table,
+    tables: list[Rows],
+) -> list[Changes]:
+    root = manifest.root
     with FileLock(manifest.staging / "plan.lock"):
         generations = manifest.generations()
         if not generations:
             raise UserError(f"{root} is not planned yet; run `xlsd-cache build` to finish it")
         newest = generations[-1]
-        images = _images(manifest.live(newest), urls=any(rows.names_urls for rows in tables))
-        matched = [(rows, match(rows, images)) for rows in tables]
+        images = _images(manifest.live(newest))
+        matched = _match_rows(tables, images)
         known = manifest.captions(newest)
         changes = [
             _changes(column, images, known, beside, matched, clear=config.clear_missing)
@@ -156,11 +163,11 @@ def _read_block(
     return pa.Table.from_arrays(arrays, schema=CAPTIONS), remarks
 
 
-def _images(live: pa.Table, *, urls: bool) -> pa.Table:
-    """key, source, relative, url and whether it has a place, of all images that the log knows."""
+def _images(live: pa.Table) -> pa.Table:
+    """What match.match needs of all images that the log knows, and whether they have a place."""
     relative = pc.replace_substring_regex(one(live["key"]), "^[^/]*/", "")
     relative = pc.replace_substring_regex(relative, SUFFIX, "")
-    url = read_urls(live["source"].to_pylist()) if urls else pa.nulls(live.num_rows, pa.string())
+    url = pa.nulls(live.num_rows, pa.string())
     placed = pc.greater_equal(live["row"], 0)
     return pa.table([live["key"], live["source"], relative, url, placed],
                     names=["key", "source", "relative", "url", "placed"])  # fmt: skip
@@ -208,6 +215,24 @@ def _changes(
         bare=int(pc.sum(pc.and_(placed, pc.invert(has))).as_py() or 0),
         unmatched=offered - used,
     )
+
+
+def _match_rows(tables: list[Rows], images: pa.Table) -> list[tuple[Rows, NDArray[np.int64]]]:
+    """Each table with the row of every image, or -1.
+
+    Where an image is from is read beside it only when no name of it was found: a million such
+    files take longer than all the rest.
+    """
+    matched = [(rows, match(rows, images)) for rows in tables]
+    unnamed = np.zeros(images.num_rows, bool)
+    for rows, at in matched:
+        unnamed |= (at < 0) & rows.names_urls
+    if not unnamed.any():
+        return matched
+    sources = images["source"].filter(pa.array(unnamed)).to_pylist()
+    urls = pc.replace_with_mask(one(images["url"]), pa.array(unnamed), read_urls(sources))
+    images = images.set_column(images.schema.get_field_index("url"), "url", urls)
+    return [(rows, match(rows, images)) for rows in tables]
 
 
 def _match_files(captions: pa.Table, images: pa.Table) -> NDArray[np.int64]:

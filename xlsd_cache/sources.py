@@ -112,9 +112,9 @@ def scan(
             f"the folder of the images as well"
         )
     images = listed(images, only, exclude)
-    captions = last_of(
-        pa.concat_tables([CAPTIONS.empty_table(), *found.captions]), ["key", "column"]
-    )
+    captions = pa.concat_tables([CAPTIONS.empty_table(), *found.captions])
+    if search.tables:  # several may say something of one image
+        captions = last_of(captions, ["key", "column"])
     captions = captions.filter(pc.is_in(captions["key"], value_set=one(images["key"])))
     told = found.tally.passed_over, found.remarks, found.tally.damaged
     return Scan(images, captions, tuple(roots), *told)
