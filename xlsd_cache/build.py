@@ -1,7 +1,6 @@
 """`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from filelock import FileLock, Timeout
 
 from xlsd_cache import UserError
@@ -20,7 +18,7 @@ from xlsd_cache.commit import tidy
 from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import PREPROCESSING
 from xlsd_cache.durable import write_parquet
-from xlsd_cache.encode import Encoder
+from xlsd_cache.encode import Encoder, device_of
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.interrupt import StopSignal
@@ -42,7 +40,7 @@ def build(config: BuildConfig) -> Accounting | None:
     """
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision(config.precision))
-    device = _device(config.device)
+    device = device_of(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
     found = scan(config.source, config.caption_columns, config.only, config.exclude, config.workers)
     _say_found(found, config)
@@ -191,14 +189,6 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
         max_ratio=config.max_ratio,
         upscale=config.upscale,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _say_found(found: Scan, config: BuildConfig) -> None:

@@ -8,13 +8,22 @@ from typing import Annotated
 import tyro
 
 from xlsd_cache import UserError
-from xlsd_cache.config import BuildConfig, CaptionsConfig, CheckConfig, InfoConfig
+from xlsd_cache.config import (
+    BuildConfig,
+    CaptionsConfig,
+    CheckConfig,
+    ExportIndexConfig,
+    InfoConfig,
+    PreviewConfig,
+)
 
 Command = (
     Annotated[BuildConfig, tyro.conf.subcommand("build")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
     | Annotated[CheckConfig, tyro.conf.subcommand("check")]
     | Annotated[CaptionsConfig, tyro.conf.subcommand("captions")]
+    | Annotated[PreviewConfig, tyro.conf.subcommand("preview")]
+    | Annotated[ExportIndexConfig, tyro.conf.subcommand("export-index")]
 )
 
 
@@ -43,6 +52,16 @@ def main(args: Sequence[str] | None = None) -> int:
             from xlsd_cache.info import info
 
             info(config)
+            return 0
+        if isinstance(config, PreviewConfig):
+            from xlsd_cache.preview import preview
+
+            preview(config)
+            return 0
+        if isinstance(config, ExportIndexConfig):
+            from xlsd_cache.export_index import export_index
+
+            export_index(config)
             return 0
         from xlsd_cache.check import check
 

@@ -169,15 +169,24 @@ class InfoConfig:
     store: tyro.conf.Positional[Path] = field(default=Path("latents"))
     """The store's folder."""
 
+    tags: int = 20
+    """How many of the most frequent tags to show of a column that holds tags."""
+
     json: bool = False
     """Print JSON for programs."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        if self.tags < 0:
+            raise UserError(f"--tags {self.tags} is less than 0; give 0 for none")
 
 
 @dataclass(frozen=True)
 class CheckConfig:
     """Read everything back: shards present, checksums right, values finite, counts adding up.
 
-    Exits non-zero when anything is wrong, and names the images.
+    Exits non-zero when anything is wrong, and names the images. With --repair, exits zero when the
+    store is right again, and non-zero when `xlsd-cache build` has to encode what was damaged.
     """
 
     store: tyro.conf.Positional[Path] = field(default=Path("latents"))
@@ -189,5 +198,79 @@ class CheckConfig:
     vae: str | None = None
     """The VAE to decode with, where the one that the store names is no longer there."""
 
+    repair: bool = False
+    """Mend what can be proved right, and have the next build encode exactly what cannot."""
+
+    json: bool = False
+    """Print JSON for programs, with the names of all images concerned."""
+
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the graphics card when there is one."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Draw a contact sheet of decoded latents: what training sees, with caption, bucket and crop.
+
+    The images are not needed, only the store and its VAE.
+    """
+
+    store: tyro.conf.Positional[Path]
+    """The store's folder."""
+
+    out: tyro.conf.Positional[Path]
+    """The picture to write: .png, .jpg or .webp."""
+
+    count: int = 24
+    """How many samples to draw, chosen at random."""
+
+    rows: str | None = None
+    """These samples instead: BUCKET:ROW,BUCKET:ROW, say 512x512:0,512x512:7."""
+
+    tags: str | None = None
+    """Only samples whose caption has all of these tags: woman,solo. Exact, between commas."""
+
+    caption: str | None = None
+    """The caption column to show and to look for tags in. Default: the first."""
+
+    seed: int = 0
+    """Another seed chooses other samples."""
+
+    columns: int = 6
+    """Pictures side by side."""
+
+    thumbnail: int = 256
+    """Pixels that the longer side of a picture takes."""
+
+    vae: str | None = None
+    """The VAE to decode with, where the one that the store names is no longer there."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        for name in ("count", "columns"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is less than 1; raise it")
+        if self.thumbnail < 64:
+            raise UserError(f"--thumbnail {self.thumbnail} is less than 64 pixels; raise it")
+        if self.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UserError(f"{self.out} is no picture's name; end it in .png, .jpg or .webp")
+        if self.rows and self.tags:
+            raise UserError("--rows and --tags both choose samples; give one of them")
+
+
+@dataclass(frozen=True)
+class ExportIndexConfig:
+    """Write the samples table as one parquet file that pandas, polars and duckdb read.
+
+    With all captions, and for each latent its shard file, byte offset and length, dtype and shape:
+    enough for any program to read latents without this one.
+    """
+
+    store: tyro.conf.Positional[Path]
+    """The store's folder."""
+
+    out: tyro.conf.Positional[Path]
+    """The file to write."""

@@ -19,7 +19,7 @@ class Known:
     """What the log says. Tables, for a million images are too many for dictionaries."""
 
     live: pa.Table  # PLAN, a row a key; content_hash, reason and detail as committed
-    content: pa.Table  # CONTENT, a row a content hash: its latent's place, whether live or not
+    content: pa.Table  # CONTENT, a row a content hash: its good latent's place, live or not
     next_rows: dict[str, int]  # bucket -> the first row of its next shard
     captions: pa.Table  # manifest.CAPTIONS, the last said of each
 
@@ -46,7 +46,9 @@ def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
     content = planned.set_column(
         planned.schema.get_field_index("content_hash"), "content_hash", said["content_hash"]
     ).filter(pc.fill_null(pc.equal(said["status"], "encoded"), False))
-    content = last_of(content.select(CONTENT.names), ["content_hash"])
+    content = content.filter(pc.not_equal(content["content_hash"], ""))  # of a mended record
+    good = find_places(content, manifest.damaged(generation)) < 0
+    content = last_of(content.filter(pa.array(good)).select(CONTENT.names), ["content_hash"])
     return Known(live, content, _next_rows(planned, rows_per_shard), manifest.captions(generation))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_cache.blocks import in_blocks
@@ -178,6 +177,8 @@ def _take(
     workers: int,
 ) -> pa.Table:
     """The images of one source; captions that lie beside them are added to `found`."""
+    from tqdm import tqdm  # not with the command line, which may yet tell it how often to write
+
     tables = [IMAGES.empty_table()]
     read = partial(_read_block, columns=columns, urls=search.tables)
     with tqdm(desc="scanning", unit="file", delay=2) as bar:  # seconds of silence
