@@ -39,6 +39,15 @@ def test_throughput_measures_every_phase_with_and_without_the_store() -> None:
     assert sum("the loader's share" in line for line in lines) == 3
 
 
+def test_captions_measures_planning_captions_and_scanning() -> None:
+    options = ("--rows", "5000", "--files", "120", "--workers", "2")
+    lines = run("benchmarks/captions.py", *options)
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/captions.py " + " ".join(options)
+    items = [line.split()[-5] for line in lines[3:]]
+    assert items == ["5,000"] * 7 + ["120"] * 2
+
+
 def test_throughput_of_one_batch_in_memory_needs_no_store() -> None:
     lines = run(
         "benchmarks/throughput.py", "--phase", "te", "--steps", "1", "--batch", "1",

@@ -23,6 +23,7 @@ from xlsd_cache.decode import Pixels, Rejected, decode
 from xlsd_cache.encode import device_of
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import View, make_view
+from xlsd_cache.locate import read_source
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.readback import NAMED, Checked, Problem
 from xlsd_cache.repair import Repaired, repair
@@ -180,7 +181,7 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig, say: Say) 
 def _pixels(sample: dict[str, Any]) -> Pixels | None:
     """The sample's image as it went into the VAE, if it is still there."""
     try:
-        data = Path(sample["source"]).read_bytes()
+        data = read_source(sample["source"])
     except OSError:
         return None
     if hashlib.sha256(data).hexdigest() != sample["content_hash"]:

@@ -10,6 +10,7 @@ import tyro
 from xlsd_cache import UserError
 from xlsd_cache.config import (
     BuildConfig,
+    CaptionsConfig,
     CheckConfig,
     ExportIndexConfig,
     InfoConfig,
@@ -20,6 +21,7 @@ Command = (
     Annotated[BuildConfig, tyro.conf.subcommand("build")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
     | Annotated[CheckConfig, tyro.conf.subcommand("check")]
+    | Annotated[CaptionsConfig, tyro.conf.subcommand("captions")]
     | Annotated[PreviewConfig, tyro.conf.subcommand("preview")]
     | Annotated[ExportIndexConfig, tyro.conf.subcommand("export-index")]
 )
@@ -34,8 +36,13 @@ def main(args: Sequence[str] | None = None) -> int:
             description="Encode images once into a zarr store of latents, and look after it.",
             args=args,
         )
+        # Imported late: neither --help nor captions need wait for torch and diffusers.
+        if isinstance(config, CaptionsConfig):
+            from xlsd_cache.recaption import recaption
+
+            recaption(config)
+            return 0
         quiet_libraries()
-        # Imported late: --help need not wait for torch and diffusers.
         if isinstance(config, BuildConfig):
             from xlsd_cache.build import build
 

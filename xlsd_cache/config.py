@@ -3,11 +3,12 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from xlsd_cache import Precision, UserError
+from xlsd_cache.captions import Column
 from xlsd_cache.sources import RESERVED
 
 
@@ -21,7 +22,7 @@ class BuildConfig:
     """
 
     source: tyro.conf.Positional[tuple[str, ...]] = ("images",)
-    """Folders of images, searched at every depth; captions lie beside the images."""
+    """Folders, searched at every depth, and .tar, .zip, .jsonl[.gz], .parquet files; any number."""
 
     out: Path = Path("latents")
     """The store. It alone is needed for training, and may be moved."""
@@ -57,7 +58,17 @@ class BuildConfig:
     """float16 halves the disk; its rounding is 2e-4 of the latents' spread, measured and shown."""
 
     captions: str = "txt"
-    """Caption columns, comma-separated: the suffix of the text file beside each image. `none`."""
+    """Caption columns, comma-separated: the suffix of the text file beside each image; json:FIELD
+    of the .json beside it; jsonl:FIELD, parquet:FIELD of its row in the source's table; or none."""
+
+    only: tuple[Path, ...] = ()
+    """Lists of images, a line each: key, path in the source, or file. No other images are used."""
+
+    exclude: tuple[Path, ...] = ()
+    """Lists of images, as with --only, that are not used."""
+
+    forget: tuple[str, ...] = ()
+    """Names of earlier sources that are gone for good: their images leave training."""
 
     shard: str | None = None
     """i/n: this is process i of n that build one store together; each starts on its own part and
@@ -83,19 +94,12 @@ class BuildConfig:
         number, _, count = (self.shard or "0/1").partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
-        for column in self.caption_columns:
-            if column in RESERVED or not column or ":" in column:
-                raise UserError(
-                    f"--captions {column!r} cannot be a caption column; name the suffix of the "
-                    f"text files beside the images, say txt"
-                )
+        check_columns("--captions", self.caption_columns)
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
         """The caption columns by name."""
-        if self.captions == "none":
-            return ()
-        return tuple(column.strip().lstrip(".") for column in self.captions.split(","))
+        return () if self.captions == "none" else split_columns(self.captions)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -104,6 +108,58 @@ class BuildConfig:
             return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         number, _, count = self.shard.partition("/")
         return int(number), int(count)
+
+
+@dataclass(frozen=True)
+class CaptionsConfig:
+    """Add caption columns to a store, or replace them, without touching a latent.
+
+    Captions are matched with images by key, else by path, url or file stem where that is
+    unambiguous. A column that `build` reads as well is set anew by its next run.
+    """
+
+    store: tyro.conf.Positional[Path]
+    """The store's folder."""
+
+    source: Annotated[tuple[str, ...], tyro.conf.arg(name="from")]
+    """Where the captions are: folders, .tar, .zip, .jsonl, .jsonl.gz, .parquet files."""
+
+    columns: str
+    """Columns, comma-separated, as with build --captions: txt, json:FIELD, jsonl:FIELD, ..."""
+
+    clear_missing: bool = False
+    """Take a column's captions from the images that have none of it in these sources."""
+
+    dry_run: bool = False
+    """Say what would change, and write nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        check_columns("--columns", self.caption_columns)
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The caption columns by name."""
+        return split_columns(self.columns)
+
+
+def split_columns(columns: str) -> tuple[str, ...]:
+    """The names in a comma-separated list, each once."""
+    return tuple(dict.fromkeys(column.strip().lstrip(".") for column in columns.split(",")))
+
+
+def check_columns(option: str, columns: tuple[str, ...]) -> None:
+    """Raise UserError for a name that cannot be a caption column."""
+    for column in columns:
+        try:
+            if column in RESERVED:
+                raise ValueError(column)
+            Column.parse(column)
+        except ValueError:
+            raise UserError(
+                f"{option} {column!r} cannot be a caption column; name the suffix of the text "
+                f"files beside the images, say txt, or json:FIELD, jsonl:FIELD, parquet:FIELD"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Condition, Lock
 from typing import Any
 
@@ -20,6 +19,7 @@ from xlsd_cache.decode import Pixels, Rejected, decode
 from xlsd_cache.encode import Encoder
 from xlsd_cache.identity import bucket_shape
 from xlsd_cache.interrupt import StopSignal
+from xlsd_cache.locate import read_source, stat_source
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.plan import Entry
 from xlsd_cache.shard import Row
@@ -225,15 +225,14 @@ def _read_and_decode(entry: Entry, live: bool) -> Decoded:
     """The pixels of a planned image as it is now; changed since the scan, it is planned anew."""
     if not live:
         return "", Rejected("removed", "removed or changed after it was planned")
-    path = Path(entry["source"])
     try:
-        data = path.read_bytes()
-        status = path.stat()
+        data = read_source(entry["source"])
+        now = stat_source(entry["source"])
     except FileNotFoundError:
         return "", Rejected("vanished", "gone between the scan and its reading")
     except OSError as error:
         return "", Rejected("unreadable", error.strerror or str(error))
-    if (len(data), status.st_mtime_ns) != (entry["size"], entry["mtime_ns"]):
+    if (len(data), *now) != (entry["size"], entry["size"], entry["mtime_ns"]):
         return "", Rejected("changed", "changed between the scan and its reading")
     width, height = map(int, entry["bucket"].split("x"))
     crop = tuple(entry["crop"])

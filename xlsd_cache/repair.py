@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from xlsd_cache.arrays import grow_array, mend_array
 from xlsd_cache.commit import lock_path, planning, write_commit
 from xlsd_cache.durable import fsync_folder, write_bytes
+from xlsd_cache.locate import read_source, stat_source
 from xlsd_cache.manifest import CAPTIONS, COMMIT, DAMAGED, PLAN, Unit
 from xlsd_cache.readback import Checked, Problem, verify_shard
 from xlsd_cache.shard import CRC_NBYTES, CorruptShard, Row, ShardReader, index_of
@@ -228,22 +229,21 @@ def _planned(store: Checked, unit: Unit) -> dict[int, Entry]:
 
 def _content_hash(entry: Entry) -> str:
     """sha256 of the planned image, read again where the log lacks it; empty where it changed."""
-    path = Path(entry["source"])
     if entry["content_hash"]:
         return str(entry["content_hash"])
     try:
-        status = path.stat()
-        same = (status.st_size, status.st_mtime_ns) == (entry["size"], entry["mtime_ns"])
-        return hashlib.sha256(path.read_bytes()).hexdigest() if same else ""
+        same = stat_source(entry["source"]) == (entry["size"], entry["mtime_ns"])
+        return hashlib.sha256(read_source(entry["source"])).hexdigest() if same else ""
     except OSError:
         return ""
 
 
 def _is_there(entry: Entry) -> bool:
     try:
-        return Path(entry["source"]).is_file()
+        stat_source(entry["source"])
     except OSError:
         return False
+    return True
 
 
 def _set_aside(path: Path) -> str:
