@@ -57,6 +57,8 @@ _MAGIC = re.compile(
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|qoif",
     re.DOTALL,
 )
+# Whose header Pillow leaves to a C library, which it gives the whole file.
+PARSED_IN_C = re.compile(rb"RIFF....WEBP|....ftypavi[fs]", re.DOTALL)
 _HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 # What turns a picture upright that is stored with this orientation.
 _UPRIGHT = {
@@ -113,6 +115,11 @@ def read_header(file: IO[bytes], nbytes: int) -> tuple[int, int] | Rejected:
         return _refused(error)
     except Exception as error:  # Pillow raises whatever a malformed header makes it stumble over
         return Rejected("corrupt", _told(error))
+
+
+def header_of(data: bytes) -> tuple[int, int] | Rejected:
+    """`read_header` of a file in memory."""
+    return read_header(io.BytesIO(data), len(data))
 
 
 def decode(

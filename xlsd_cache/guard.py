@@ -5,7 +5,9 @@ torch; it takes the end of its pipe for the end of its parent; and the memory li
 watchdog hit nobody but it.
 """
 
+import atexit
 import faulthandler
+import functools
 import os
 import pickle
 import queue
@@ -21,9 +23,12 @@ from typing import IO, Any, TypeVar, TypeVarTuple
 
 import psutil
 
+from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected
 
 FAILURES = frozenset({"decoder_crashed", "decoder_hung", "too_much_memory"})
+SECONDS = 120.0  # QOI, in plain Python, takes that long for the largest image that is let in
+NBYTES = 3 * 2**30  # what every format needs for it
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 Message = Sequence[bytes | bytearray | memoryview]  # a pickle, and the arrays' bytes left out of it
@@ -105,6 +110,18 @@ class _Child:
                 pipe.close()
 
     def _start(self) -> None:
+        """Start a process that answers; a second time where the first dies, by no call's fault."""
+        for _ in range(2):
+            self._spawn()
+            if not _failed(self._attempt(_pack((os.getpid, ())))):
+                return
+        self.stop()
+        raise UserError(
+            f"no process to decode images in could be started with {sys.executable}; what it "
+            f"printed above says why: mend that"
+        )
+
+    def _spawn(self) -> None:
         self.stop()
         code = "from xlsd_cache.guard import serve; serve()"
         environment = {
@@ -123,11 +140,6 @@ class _Child:
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         self._answered = 0
-        if _failed(self._attempt(_pack((os.getpid, ())))):
-            self.stop()
-            raise RuntimeError(
-                "the process that decodes images does not start; what it printed above says why"
-            )
 
     def _attempt(self, message: Message) -> tuple[bool, Any]:
         assert self._process is not None
@@ -149,6 +161,14 @@ class _Child:
             return True, Rejected("decoder_hung", f"no end after {self._seconds:g} seconds")
         name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         return True, Rejected("decoder_crashed", name)
+
+
+@functools.cache
+def decoders(children: int) -> Guard:
+    """The guard that decodes images: one a number of children and process, until that ends."""
+    guard = Guard(SECONDS, NBYTES, children)
+    atexit.register(guard.close)
+    return guard
 
 
 def _failed(answer: tuple[bool, Any]) -> bool:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.blocks import in_blocks
-from xlsd_cache.decode import Rejected, read_header
+from xlsd_cache.decode import PARSED_IN_C, Rejected, header_of, read_header
+from xlsd_cache.guard import decoders
 from xlsd_cache.locate import open_source, read_source
 from xlsd_cache.match import look_up, one
 
@@ -46,7 +47,7 @@ Row = tuple[Any, ...]
 
 def read_headers(files: pa.Table, journal: Path | None, workers: int) -> pa.Table:
     """HEADERS of `files` (key, source, size, mtime_ns), aligned with it."""
-    return _read(files, HEADERS, _header, journal, workers, "reading headers")
+    return _read(files, HEADERS, partial(_header, workers), journal, workers, "reading headers")
 
 
 def read_hashes(files: pa.Table, journal: Path | None, workers: int) -> pa.Array:
@@ -55,15 +56,19 @@ def read_hashes(files: pa.Table, journal: Path | None, workers: int) -> pa.Array
     return one(table["content_hash"])
 
 
-def _header(file: File) -> Row:
+def _header(workers: int, file: File) -> Row:
     source, nbytes = file
     head, size = "", Rejected("bad_name", "its name is not UTF-8; rename it")
     try:
         if source:
             with open_source(source) as opened:
-                head = hashlib.blake2b(opened.read(_HEAD_BYTES), digest_size=8).hexdigest()
-                opened.seek(0)
-                found = read_header(opened, nbytes)
+                first = opened.read(_HEAD_BYTES)
+                head = hashlib.blake2b(first, digest_size=8).hexdigest()
+                if PARSED_IN_C.match(first):
+                    found = decoders(workers).call(header_of, first + opened.read())
+                else:
+                    opened.seek(0)
+                    found = read_header(opened, nbytes)
             if not isinstance(found, Rejected):
                 return *found, "", "", head
             size = found

@@ -5,10 +5,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -332,6 +334,28 @@ def test_a_full_disk_is_said_and_loses_nothing(images: Path, vae: Path, tmp_path
     assert "Traceback" not in log.read_text()
     assert cache("build", *arguments(images, out, vae)) == 0
     assert cache("check", out) == 0
+
+
+def test_a_decoding_process_that_dies_costs_nothing(
+    images: Path, vae: Path, tmp_path: Path, build: Build
+) -> None:
+    """By no image's fault: another process takes over, also from one that has just begun."""
+    log, out = tmp_path / "log", tmp_path / "killed"
+    process = spawn(slow_build, *arguments(images, out, vae), "--workers", 1, log=log)
+    killed = set[int]()
+    while process.is_alive():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            for child in psutil.Process(process.pid).children():
+                if len(killed) < 3 and child.pid not in killed:
+                    killed.add(child.pid)
+                    time.sleep(0.02 + 0.3 * len(killed))
+                    child.kill()
+        time.sleep(0.01)
+    assert process.exitcode == 0, log.read_text()[-2000:]
+    assert killed
+    assert build() == 0
+    ours = files(out, "latents.zarr/**/*")
+    assert ours == files(tmp_path / "latents", "latents.zarr/**/*")
 
 
 def test_torchrun_shares_one_store_between_its_processes(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from tests.cache import mishaps
 from tests.support import picture, wait_for
+from xlsd_cache import UserError
 from xlsd_cache import guard as guard_module
 from xlsd_cache.decode import REASONS, Rejected, decode
 from xlsd_cache.guard import FAILURES, Guard
@@ -196,7 +197,7 @@ def test_a_child_that_cannot_start_is_an_error_not_a_rejection(
     (tmp_path / "xlsd_cache").mkdir()
     (tmp_path / "xlsd_cache" / "__init__.py").write_text("raise ImportError('broken')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with Guard(60, 512 * MIB) as guard, pytest.raises(RuntimeError, match="does not start"):
+    with Guard(60, 512 * MIB) as guard, pytest.raises(UserError, match="no process to decode"):
         guard.call(os.getpid)
 
 
