@@ -6,7 +6,8 @@ it goes nowhere. Reading the log up to a generation gives the store as it was th
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from xlsd_cache import UserError
 from xlsd_cache.durable import write_parquet
 
 PLAN = pa.schema(
@@ -139,7 +141,7 @@ class Manifest:
     def planned(self, generation: int) -> pa.Table:
         """Every place ever given out up to a generation, its image live or not."""
         numbers = [n for n in self.generations() if n <= generation]
-        tables = [pq.read_table(self._file("manifest/plan", n), schema=PLAN) for n in numbers]
+        tables = [read_log(self._file("manifest/plan", n), PLAN.names) for n in numbers]
         table = pa.concat_tables([PLAN.empty_table(), *tables])
         return table.filter(pc.greater_equal(table["row"], 0))
 
@@ -147,7 +149,7 @@ class Manifest:
         """Every place whose latent `check --repair` found damaged, up to a generation."""
         numbers = [n for n in self.generations() if n <= generation]
         paths = [self._file("manifest/damaged", n) for n in numbers]
-        tables = [pq.read_table(path, schema=DAMAGED) for path in paths if path.exists()]
+        tables = [read_log(path, DAMAGED.names) for path in paths if path.exists()]
         return pa.concat_tables([DAMAGED.empty_table(), *tables])
 
     def commits(self, units: set[Unit], columns: Sequence[str] = COMMIT.names) -> pa.Table:
@@ -155,14 +157,14 @@ class Manifest:
         empty = COMMIT.empty_table().select(columns)
         tables = [empty.add_column(0, "bucket", pa.nulls(0, pa.string()))]
         for unit in sorted(units):
-            table = pq.ParquetFile(self.commit(unit)).read(list(columns))
+            table = read_log(self.commit(unit), columns)
             bucket = pa.repeat(pa.scalar(unit.bucket, pa.string()), table.num_rows)
             tables.append(table.add_column(0, "bucket", bucket))
         return pa.concat_tables(tables)
 
     def captions(self, generation: int) -> pa.Table:
         """(key, column, text) at a generation, the last said of each; empty texts left out."""
-        read = [pq.read_table(path, schema=CAPTIONS) for path in self._caption_files(generation)]
+        read = [read_log(path, CAPTIONS.names) for path in self._caption_files(generation)]
         table = last_of(pa.concat_tables([CAPTIONS.empty_table(), *read]), ["key", "column"])
         return table.filter(pc.not_equal(table["text"], ""))
 
@@ -175,25 +177,25 @@ class Manifest:
         for n in (n for n in self.generations() if n <= generation):
             gone = self._file("manifest/removed", n)
             if gone.exists():
-                kept.append(pq.read_table(gone, schema=REMOVED))
+                kept.append(read_log(gone, REMOVED.names))
             path = self._file("manifest/plan", n)
-            kept.append(pq.read_table(path, columns=list(columns), schema=PLAN))
+            kept.append(read_log(path, columns))
         return pa.concat_tables(kept, promote_options="default").select(columns)
 
     def caption_columns(self, generation: int) -> list[str]:
         """Every caption column of which something was ever said, sorted."""
         names: set[str] = set()
         for path in self._caption_files(generation):
-            names.update(pc.unique(pq.read_table(path, columns=["column"])["column"]).to_pylist())
+            names.update(pc.unique(read_log(path, ["column"])["column"]).to_pylist())
         return sorted(names)
 
     def caption_lines(self, generation: int, column: str, field: str) -> pa.ChunkedArray:
         """The keys or texts of all that was said in a caption column, in order."""
-        chunks = [
-            batch[field].filter(pc.equal(batch["column"], column))
-            for path in self._caption_files(generation)
-            for batch in pq.ParquetFile(path).iter_batches(1 << 17, columns=["column", field])
-        ]
+        chunks = []
+        for path in self._caption_files(generation):
+            with _readable(path):
+                batches = pq.ParquetFile(path).iter_batches(1 << 17, columns=["column", field])
+                chunks += [b[field].filter(pc.equal(b["column"], column)) for b in batches]
         return pa.chunked_array(chunks, pa.string())
 
     def files(self, generation: int) -> list[Path]:
@@ -221,6 +223,24 @@ class Manifest:
     def _captions(self, generation: int) -> Path:
         name = f"delta-{generation:06d}.parquet" if generation else "base.parquet"
         return self.root / "captions" / name
+
+
+def read_log(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Columns of one of the log's tables. Raises UserError where it cannot be read."""
+    with _readable(path):
+        return pq.ParquetFile(path).read(list(columns))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        store = path.parents[1 if path.parent.name == "captions" else 2]
+        raise UserError(
+            f"cannot read {path}, a part of the store's log: {' '.join(str(error).split())[:200]}; "
+            f"`xlsd-cache check {store} --repair` mends what can be mended"
+        ) from error
 
 
 def last_of(table: pa.Table, columns: list[str]) -> pa.Table:

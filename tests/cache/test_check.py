@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -6,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache
+from tests.support import cache, train
 from xlsd_cache.durable import write_parquet
 from xlsd_cache.readback import NAMED, Problem
 from xlsd_cache.store import LatentStore
@@ -140,3 +141,29 @@ def test_another_vae_cannot_judge(copy: Path, capsys: Out, tmp_path: Path) -> No
 
     assert cache("check", copy, "--decode", 1, "--vae", tiny(tmp_path / "tiny")) == 1
     assert "is not the store's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "table", ["manifest/plan/000000.parquet", "manifest/commit/*.parquet", "captions/base.parquet"]
+)
+def test_a_damaged_log_is_one_sentence_everywhere(
+    store: Path, photos: Path, vae: Path, model: Path, tmp_path: Path, table: str, capsys: Out
+) -> None:
+    copy = shutil.copytree(store, tmp_path / "copy")
+    (copy / "index.arrow").unlink()
+    damaged = min(copy.glob(table))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    run = ("--phase", "unet", "--batch", 2, "--data", copy, "--model", model)
+    commands: tuple[Callable[[], int], ...] = (
+        lambda: cache("info", copy),
+        lambda: cache("build", photos, "--out", copy, "--vae", vae, "--resolution", 128),
+        lambda: cache("preview", copy, tmp_path / "sheet.png"),
+        lambda: cache("export-index", copy, tmp_path / "index.parquet"),
+        lambda: train(*run, "--out", tmp_path / "run"),
+    )
+    for command in commands:
+        capsys.readouterr()
+        assert command() == 1
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert f"cannot read {damaged}, a part of the store's log" in said
+        assert f"`xlsd-cache check {copy} --repair`" in said
