@@ -1,7 +1,9 @@
 """The command line `xlsd-cache`, generated from the dataclasses in config.py."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -81,6 +83,9 @@ def quiet_libraries() -> None:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # tqdm reads it when it is imported
+    # What Pillow stumbles over in a file without naming it; the file gets a reason where it matters.
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     import diffusers.utils.logging
     import transformers.utils.logging
 
