@@ -83,7 +83,7 @@ def quiet_libraries() -> None:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # tqdm reads it when it is imported
-    # What Pillow stumbles over in a file without naming it; the file gets a reason where it matters.
+    # What Pillow stumbles over in files that it does not name: they get a reason where it matters.
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"PIL\.")
     import diffusers.utils.logging
