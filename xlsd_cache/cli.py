@@ -8,12 +8,13 @@ from typing import Annotated
 import tyro
 
 from xlsd_cache import UserError
-from xlsd_cache.config import BuildConfig, CheckConfig, InfoConfig
+from xlsd_cache.config import BuildConfig, CheckConfig, ImportConfig, InfoConfig
 
 Command = (
     Annotated[BuildConfig, tyro.conf.subcommand("build")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
     | Annotated[CheckConfig, tyro.conf.subcommand("check")]
+    | Annotated[ImportConfig, tyro.conf.subcommand("import")]
 )
 
 
@@ -37,6 +38,11 @@ def main(args: Sequence[str] | None = None) -> int:
             from xlsd_cache.info import info
 
             info(config)
+            return 0
+        if isinstance(config, ImportConfig):
+            from xlsd_cache.importing import import_caches
+
+            import_caches(config)
             return 0
         from xlsd_cache.check import check
 

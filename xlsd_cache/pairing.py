@@ -1,0 +1,226 @@
+"""Which image each cached latent is of, its bucket and crop; the log's line on each."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm import tqdm
+
+from xlsd_cache.buckets import STEP
+from xlsd_cache.decode import Rejected, read_size
+from xlsd_cache.identity import DOWNSCALE
+from xlsd_cache.peers import CacheFile, Found, Held, peek
+from xlsd_cache.sources import IMAGE_SUFFIXES, Record, scan
+
+Entry = dict[str, Any]  # one row of manifest.PLAN
+Crop = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One latent of a cache, with what is known of its image."""
+
+    key: str  # the image's, or the cache file's where there is none or the latent is rejected
+    origin: str  # CACHE_FOLDER_NAME/path/of/the/file#array: stays whatever becomes of the image
+    file: CacheFile
+    held: Held
+    image: Record | None = None
+    size: tuple[int, int] = (0, 0)  # of the upright image
+    crop: Crop = (0.0, 0.0, 0.0, 0.0)  # in upright pixels
+    bucket: str = ""
+    rejected: Rejected | None = None
+
+    def entry(self) -> Entry:
+        """The log's line. `size` and `mtime_ns` are the cache file's: it is what was read."""
+        why = self.rejected
+        return {
+            "key": self.key,
+            "source": str(self.image.path if self.image else self.file.path),
+            "size": self.file.size,
+            "mtime_ns": self.file.mtime_ns,
+            "width": self.size[0],
+            "height": self.size[1],
+            "crop": list(self.crop),
+            "bucket": self.bucket,
+            "row": -1,
+            "content_hash": "",
+            "reason": why.reason if why else "",
+            "detail": why.detail if why else self.origin,
+        }
+
+
+def image_records(found: Found, images: Path | None, columns: tuple[str, ...]) -> list[Record]:
+    """The images that the latents may be of, with captions: in `images`, else where they lay.
+
+    kohya and the safetensors caches lie beside them; OneTrainer's say where they were.
+    """
+    if images:
+        return scan((str(images),), columns).records
+    roots = set(found.images)
+    for file in found.files:
+        if file.kind == "onetrainer" and Path(file.image).is_file():
+            roots.add(Path(file.image).absolute().parent)
+    outer = [root for root in roots if not roots & set(root.parents)]
+    return scan(tuple(map(str, sorted(outer))), columns).records if outer else []
+
+
+def pair(files: Iterable[CacheFile], records: list[Record]) -> dict[CacheFile, Record]:
+    """The image of each cache file: the one of that name with the most folders in common.
+
+    None where two images fit equally well, or where another cache file fits the image better:
+    nothing is better than the wrong caption.
+    """
+    named = defaultdict(list)
+    for record in records:
+        named[record.path.stem].append(record)
+    found: dict[CacheFile, tuple[float, Record]] = {}
+    best: dict[str, dict[str, float]] = defaultdict(dict)  # image -> name in the cache -> score
+    for file in files:
+        said = PurePosixPath(file.image.replace("\\", "/"))
+        stem = said.stem if said.suffix.lower() in IMAGE_SUFFIXES else said.name
+        scores = [(_in_common(said, record.path), record) for record in named.get(stem, ())]
+        top = max((score for score, _ in scores), default=0.0)
+        fitting = [record for score, record in scores if score == top]
+        if len(fitting) == 1:
+            found[file] = top, fitting[0]
+            best[fitting[0].key][file.image] = top
+    return {
+        file: record
+        for file, (score, record) in found.items()
+        if not any(
+            name != file.image and other >= score for name, other in best[record.key].items()
+        )
+    }
+
+
+def _in_common(said: PurePosixPath, path: Path) -> float:
+    """How many folders, from the file up, have the same names; an equal suffix breaks ties."""
+    count = 0.5 * (said.name == path.name)
+    for mine, theirs in zip(reversed(said.parts[:-1]), reversed(path.parts[:-1]), strict=False):
+        if mine != theirs:
+            break
+        count += 1
+    return count
+
+
+def make_items(
+    found: Found, records: list[Record], channels: int, workers: int
+) -> tuple[list[Item], int]:
+    """Every latent in the cache files, sorted by key, and how many files are of other things."""
+    with ThreadPoolExecutor(workers) as pool:
+        few = len(found.files) < 99
+        peeked = pool.map(peek, found.files)
+        shown = tqdm(peeked, "reading headers", len(found.files), unit="file", disable=few)
+        told = list(zip(found.files, shown, strict=True))
+        paired = pair((file for file, held in told if isinstance(held, list)), records)
+        images = {record.key: record for record in paired.values()}
+        sizes = dict(zip(images, pool.map(_size, images.values()), strict=True))
+        copies = _copies(images, pool)
+    items: list[Item] = []
+    given: set[str] = set()
+    other = 0
+    for file, held in sorted(told, key=lambda pair: (pair[0].variation, pair[0].key)):
+        if held is None:
+            other += 1
+        elif isinstance(held, Rejected):
+            items.append(Item(file.key, file.key, file, Held("", (), False), rejected=held))
+        else:
+            for one in held:
+                origin = f"{file.key}#{one.name}" if len(held) > 1 else file.key
+                image = paired.get(file)
+                item = Item(_unique(image.key, given) if image else origin, origin, file, one)
+                if image:
+                    item = replace(item, image=image, size=sizes[image.key])
+                items.append(_placed(item, channels, copies))
+    return sorted(items, key=lambda item: item.key), other
+
+
+def _unique(key: str, given: set[str]) -> str:
+    """The image's key, numbered where the cache has several latents of it, as augmentations are."""
+    name, number = key, 2
+    while name in given:
+        name, number = f"{key}~{number}", number + 1
+    given.add(name)
+    return name
+
+
+def _size(record: Record) -> tuple[int, int]:
+    """Width and height of the upright image; zeros where its header cannot be read."""
+    size = read_size(record.path)
+    return (0, 0) if isinstance(size, Rejected) else size
+
+
+def _copies(images: dict[str, Record], pool: ThreadPoolExecutor) -> dict[str, str]:
+    """Image -> the first image with the same content. Equal files have equal sizes."""
+    by_size = defaultdict(list)
+    for record in images.values():
+        by_size[record.size].append(record)
+    doubtful = sorted(
+        (record for same in by_size.values() if len(same) > 1 for record in same),
+        key=lambda record: record.key,
+    )
+    first: dict[str, str] = {}
+    copies = {}
+    for record, content in zip(doubtful, pool.map(content_hash, doubtful), strict=True):
+        if content and first.setdefault(content, record.key) != record.key:
+            copies[record.key] = first[content]
+    return copies
+
+
+def content_hash(record: Record | None) -> str:
+    """sha256 of the image; empty where there is none to read."""
+    if record is None:
+        return ""
+    try:
+        return hashlib.sha256(record.read()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _placed(item: Item, channels: int, copies: dict[str, str]) -> Item:
+    """With its bucket and crop; or rejected, and then under the cache file's name."""
+    why = _unfit(item, channels, copies)
+    if why:
+        return replace(item, key=item.origin, rejected=why)
+    _, height, width = (side * DOWNSCALE for side in item.held.shape)
+    crop = (0.0, 0.0, 0.0, 0.0)
+    if all(item.size):
+        crop = crop_box(item.size, (width, height), item.held.offset)
+    return replace(item, bucket=f"{width}x{height}", crop=crop)
+
+
+def _unfit(item: Item, channels: int, copies: dict[str, str]) -> Rejected | None:
+    held = item.held
+    if len(held.shape) != 3 or held.shape[0] != channels:
+        return Rejected("other_shape", f"{held.name} is {held.shape}, the VAE has {channels} rows")
+    if any(not side or side * DOWNSCALE % STEP for side in held.shape[1:]):
+        height, width = (side * DOWNSCALE for side in held.shape[1:])
+        return Rejected("other_size", f"{width}x{height} is not in steps of {STEP} pixels")
+    if held.original and all(item.size) and held.original != item.size:
+        was, now = ("x".join(map(str, size)) for size in (held.original, item.size))
+        return Rejected("changed_image", f"cached from {was}, upright the image is {now} now")
+    if item.image and item.image.key in copies:
+        return Rejected("duplicate", copies[item.image.key])
+    return None
+
+
+def crop_box(
+    size: tuple[int, int], bucket: tuple[int, int], offset: tuple[int, int] | None
+) -> Crop:
+    """The part of an image that fills the bucket, at its centre or at `offset` once scaled.
+
+    kohya's `trim_and_resize_if_required`, mgds' ScaleCropImage and ppbrown's
+    `make_cover_resize_center_crop` agree on it, but for rounding.
+    """
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    free = [max(0.0, side - fill / scale) for side, fill in zip(size, bucket, strict=True)]
+    left, top = (
+        (free[0] / 2, free[1] / 2)
+        if offset is None
+        else (min(offset[0] / scale, free[0]), min(offset[1] / scale, free[1]))
+    )
+    return left, top, left + size[0] - free[0], top + size[1] - free[1]
