@@ -25,7 +25,7 @@ from xlsd_cache.vae import Vae
 
 ALIKE = 0.9  # and more: the same image, crop and VAE, whatever the filter
 OTHER = 0.5  # and less: another image
-OWN = 0.7  # and more: the VAE decodes it to what it encodes to it again
+OWN = 0.6  # and more: the VAE decodes it to what it encodes to it again
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _likeness(sample: Sample, vae: Vae, device: torch.device) -> Likeness:
     guessed = factor if latent.std() < 0.3 / factor and latent.std() > 0.3 else 1.0
     scale = guessed
     if sample.pixels is not None:
-        x = to_input(torch.from_numpy(sample.pixels[None])).to(device)
+        x = to_input(torch.from_numpy(np.stack([sample.pixels]))).to(device)
         # OneTrainer mirrors at random before it caches.
         fresh = [vae.encode(image).cpu().numpy()[0] for image in (x, x.flip(3))]
         alike = max(_correlation(latent, one) for one in fresh)

@@ -1,7 +1,7 @@
 """Which image each cached latent is of, its bucket and crop; the log's line on each."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -119,9 +119,10 @@ def make_items(
         paired = pair((file for file, held in told if isinstance(held, list)), records)
         images = {record.key: record for record in paired.values()}
         sizes = dict(zip(images, pool.map(_size, images.values()), strict=True))
-        copies = _copies(images, pool)
+        hashes = _hashes(images, pool)
     items: list[Item] = []
     given: set[str] = set()
+    claims: dict[str, str] = {}  # content hash -> the first image that has it and a good latent
     other = 0
     for file, held in sorted(told, key=lambda pair: (pair[0].variation, pair[0].key)):
         if held is None:
@@ -135,7 +136,7 @@ def make_items(
                 item = Item(_unique(image.key, given) if image else origin, origin, file, one)
                 if image:
                     item = replace(item, image=image, size=sizes[image.key])
-                items.append(_placed(item, channels, copies))
+                items.append(_placed(item, channels, hashes, claims))
     return sorted(items, key=lambda item: item.key), other
 
 
@@ -154,21 +155,12 @@ def _size(record: Record) -> tuple[int, int]:
     return (0, 0) if isinstance(size, Rejected) else size
 
 
-def _copies(images: dict[str, Record], pool: ThreadPoolExecutor) -> dict[str, str]:
-    """Image -> the first image with the same content. Equal files have equal sizes."""
-    by_size = defaultdict(list)
-    for record in images.values():
-        by_size[record.size].append(record)
-    doubtful = sorted(
-        (record for same in by_size.values() if len(same) > 1 for record in same),
-        key=lambda record: record.key,
-    )
-    first: dict[str, str] = {}
-    copies = {}
-    for record, content in zip(doubtful, pool.map(content_hash, doubtful), strict=True):
-        if content and first.setdefault(content, record.key) != record.key:
-            copies[record.key] = first[content]
-    return copies
+def _hashes(images: dict[str, Record], pool: ThreadPoolExecutor) -> dict[str, str]:
+    """Content hashes of the images that may equal another: equal files have equal sizes."""
+    have = Counter(record.size for record in images.values())
+    doubtful = [key for key, record in images.items() if have[record.size] > 1]
+    hashes = pool.map(content_hash, (images[key] for key in doubtful))
+    return {key: content for key, content in zip(doubtful, hashes, strict=True) if content}
 
 
 def content_hash(record: Record | None) -> str:
@@ -181,9 +173,13 @@ def content_hash(record: Record | None) -> str:
         return ""
 
 
-def _placed(item: Item, channels: int, copies: dict[str, str]) -> Item:
+def _placed(item: Item, channels: int, hashes: dict[str, str], claims: dict[str, str]) -> Item:
     """With its bucket and crop; or rejected, and then under the cache file's name."""
-    why = _unfit(item, channels, copies)
+    why = _unfit(item, channels)
+    content = hashes.get(item.image.key, "") if item.image else ""
+    if why is None and item.image and content:
+        original = claims.setdefault(content, item.image.key)
+        why = None if original == item.image.key else Rejected("duplicate", original)
     if why:
         return replace(item, key=item.origin, rejected=why)
     _, height, width = (side * DOWNSCALE for side in item.held.shape)
@@ -193,7 +189,8 @@ def _placed(item: Item, channels: int, copies: dict[str, str]) -> Item:
     return replace(item, bucket=f"{width}x{height}", crop=crop)
 
 
-def _unfit(item: Item, channels: int, copies: dict[str, str]) -> Rejected | None:
+def _unfit(item: Item, channels: int) -> Rejected | None:
+    """Why the latent cannot be used, if it cannot."""
     held = item.held
     if len(held.shape) != 3 or held.shape[0] != channels:
         return Rejected("other_shape", f"{held.name} is {held.shape}, the VAE has {channels} rows")
@@ -203,8 +200,6 @@ def _unfit(item: Item, channels: int, copies: dict[str, str]) -> Rejected | None
     if held.original and all(item.size) and held.original != item.size:
         was, now = ("x".join(map(str, size)) for size in (held.original, item.size))
         return Rejected("changed_image", f"cached from {was}, upright the image is {now} now")
-    if item.image and item.image.key in copies:
-        return Rejected("duplicate", copies[item.image.key])
     return None
 
 
@@ -223,4 +218,5 @@ def crop_box(
         if offset is None
         else (min(offset[0] / scale, free[0]), min(offset[1] / scale, free[1]))
     )
-    return left, top, left + size[0] - free[0], top + size[1] - free[1]
+    right, bottom = left + size[0] - free[0], top + size[1] - free[1]
+    return left, top, min(right, float(size[0])), min(bottom, float(size[1]))  # rounding
