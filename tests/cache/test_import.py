@@ -1,9 +1,5 @@
-import json
 import os
-import random
 import shutil
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +8,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.cache.peer_caches import (
+    bucket_of,
+    covered,
+    encoded,
     image_files,
     write_kohya,
     write_onetrainer,
     write_safetensors,
 )
-from tests.support import cache, files, metrics, spawn, train, wait_for
-from xlsd_cache import transfer
+from tests.support import cache, files, metrics, train
 from xlsd_cache.identity import read_attributes
-from xlsd_cache.shard import ShardWriter
 from xlsd_cache.store import LatentStore
 
 Out = pytest.CaptureFixture[str]
@@ -350,62 +348,15 @@ def test_bad_requests_are_one_sentence_and_write_nothing(
     assert not out.exists()
 
 
-def slow_import(counter: Path, *args: object) -> int:
-    """`import`, a few latents at a time with a moment before each; counts what it writes."""
-    append = ShardWriter.append
-
-    def slowly(self: ShardWriter, rows: Any, latents: Any) -> None:
-        time.sleep(random.uniform(0, 0.1))
-        with counter.open("ab") as file:
-            file.write(b"." * len(rows))
-        append(self, rows, latents)
-
-    ShardWriter.append = slowly  # type: ignore[method-assign]
-    transfer.BATCH = 4
-    return cache(*args)
-
-
-def test_kill_9_eight_times(images: Path, vae: Path, tmp_path: Path) -> None:
-    """Killed at random moments, an import ends byte-equal; a kill costs at most one batch."""
-    latents = [load_file(path)["latent"] for path in saved(images, vae)]
-    cached = tmp_path / "many"
-    cached.mkdir()
-    for number in range(100):
-        one = latents[number % 8] * (1 + number / 1000)
-        save_file({"latent": one}, cached / f"{number}.safetensors")
-    asked = ("import", cached, "--vae", vae, "--force", "--compare", 8, "--rows-per-shard", 16)
-    assert cache(*asked, "--out", tmp_path / "whole") == 0
-    out, counter, log = tmp_path / "killed", tmp_path / "counter", tmp_path / "log"
-    random.seed(0)
-    kills = 0
-    while kills < 8:
-        before = size(counter)
-        process = spawn(slow_import, counter, *asked, "--out", out, log=log)
-        wait_for(partial(grown, counter, before))
-        time.sleep(random.uniform(0, 0.15))
-        kills += process.is_alive()
-        process.kill()
-        process.join()
-        assert len(list((out / "manifest/commit").iterdir())) < 7, "every kill must hit it at work"
-    process = spawn(slow_import, counter, *asked, "--out", out, log=log)
-    process.join()
-    assert process.exitcode == 0, log.read_text()[-2000:]
-    assert files(out, "latents.zarr/**/*") == files(tmp_path / "whole", "latents.zarr/**/*")
-    assert counter.stat().st_size <= 100 + 4 * kills
-    assert cache("check", out) == 0
-    assert {path.name for path in (out / "staging").iterdir()} == {"plan.lock"}
-    told = json.loads((out / "manifest/accounting.json").read_text())
-    assert told["encoded"] + told["reused"] == told["scanned"] == 100
-
-
-def size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def grown(path: Path, before: int) -> bool:
-    return size(path) > before
-
-
-def saved(images: Path, vae: Path) -> list[Path]:
-    write_safetensors(images, image_files(images), vae)
-    return sorted(images.glob("*.img_sdxl"))
+def test_another_crop_is_doubtful_and_kept_when_forced(
+    images: Path, vae: Path, tmp_path: Path, capsys: Out
+) -> None:
+    for image in image_files(images):
+        x, _ = covered(image, bucket_of(image), Image.Resampling.BICUBIC)
+        shifted = torch.roll(x, 1, 3)  # a crop that nobody told of
+        save_file({"latent": encoded(vae, shifted)}, image.with_suffix(".safetensors"))
+    asked = ("import", images, "--out", tmp_path / "l", "--vae", vae, "--compare", 8)
+    assert cache(*asked) == 1
+    assert "compared are not quite their images' (correlation images/" in error(capsys)
+    assert cache(*asked, "--force") == 0
+    assert "are not quite their images'" in capsys.readouterr().err
