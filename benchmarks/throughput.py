@@ -9,7 +9,6 @@ store's costs more is the loader. FLOPs are counted on the step itself, recomput
 
 import itertools
 import multiprocessing
-import platform
 import shlex
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTokenizer
 
 from benchmarks.demo.pipeline import VAE, make_networks, make_pipeline
+from benchmarks.machine import cpu_name
 from xlsd_cache import Precision, UserError
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.cli import quiet_libraries
@@ -304,16 +304,6 @@ def machine(device: torch.device) -> str:
     card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     cudnn: Any = torch.backends.cudnn
     return f"{card}; CUDA {torch.version.cuda}, cuDNN {cudnn.version()}; {libraries}"
-
-
-def cpu_name() -> str:
-    """The processor as Linux tells it, else as Python does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names: list[Any] = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    return str(names[0]) if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.throughput import flop_counter
+from xlsd_cache.decode import FORMATS
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,12 +39,33 @@ def test_throughput_measures_every_phase_with_and_without_the_store() -> None:
     assert sum("the loader's share" in line for line in lines) == 3
 
 
+def test_captions_measures_planning_captions_and_scanning() -> None:
+    options = ("--rows", "5000", "--files", "120", "--workers", "2")
+    lines = run("benchmarks/captions.py", *options)
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/captions.py " + " ".join(options)
+    items = [line.split()[-5] for line in lines[3:]]
+    assert items == ["5,000"] * 7 + ["120"] * 2
+
+
 def test_throughput_of_one_batch_in_memory_needs_no_store() -> None:
     lines = run(
         "benchmarks/throughput.py", "--phase", "te", "--steps", "1", "--batch", "1",
         "--resolution", "64", "--fake-data", "--precision", "bf16", "--no-gradient-checkpointing",
     )  # fmt: skip
     assert [line.split()[:2] for line in lines[-1:]] == [["te", "memory"]]
+
+
+def test_decoding_is_measured_by_format_route_and_guard() -> None:
+    options = ("--megapixels", "0.8", "--repeats", "1", "--resolution", "64", "--children", "1")
+    lines = run("benchmarks/decode.py", *options)
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/decode.py " + " ".join(options)
+    rows = {line[:17].strip(): line[17:].split() for line in lines}
+    assert {line.split()[0] for line in lines if line} >= set(FORMATS)
+    assert float(rows["full"][1]) == float(rows["pillow, bare"][1]) == 0
+    assert 0 < float(rows["as built"][1]) <= 1  # an 894x894 picture shrinks fourteenfold to 64x64
+    assert all(float(rows[name][0]) > 0 for name in ("in this process", "in one child"))
 
 
 def test_cache_compares_build_with_bare_loops_and_peers() -> None:
@@ -67,3 +89,36 @@ def test_attention_is_counted_on_the_cpu_too() -> None:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         torch.autograd.backward(out.sum())
     assert counter.get_total_flops() == (2 + 5) * 2 * 3 * 64 * 16 * 8
+
+
+def verdicts(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith(("PASS  ", "FAIL  "))]
+
+
+def test_store_reads_the_same_rows_by_every_reader() -> None:
+    """That they are the same rows the benchmark itself asserts, before it measures."""
+    options = (
+        "--samples", "48", "--rows-per-shard", "16", "--rounds", "1", "--cold-rounds", "1",
+        "--batches", "1", "--batch", "8",
+    )  # fmt: skip
+    lines = run("benchmarks/store.py", *options)
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/store.py " + " ".join(options)
+    table = [line.split() for line in lines if line.endswith("x")]
+    assert len(table) == 2 * 11  # warm and cold
+    for *_, wall, cpu, of_memmap, times in table:
+        assert min(float(wall), float(cpu), float(of_memmap), float(times[:-1])) >= 0
+    assert len(verdicts(lines)) == 6
+
+
+def test_scale_takes_every_step() -> None:
+    """Its own assertions: tags are found where the captions have them."""
+    options = ("--rows", "3000", "--rows-per-shard", "256", "--resume-at", "1000")
+    lines = run("benchmarks/scale.py", *options)
+    assert lines[1] == "command: python benchmarks/scale.py " + " ".join(options)
+    steps = [line for line in lines[3:] if line and line not in verdicts(lines)][1:]
+    assert len(steps) == 8
+    assert "3000 images in" in steps[0]
+    assert "3000 samples in 7 buckets" in steps[1]
+    assert "3000 samples in 7 buckets" in steps[2]
+    assert len(verdicts(lines)) == 4

@@ -16,9 +16,11 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "durable interrupt precision identity manifest shard sources decode buckets index store vae "
-    "accounting arrays commit encode plan config pipeline build peers pairing compare transfer "
-    "importing check info cli __main__"
+    "durable interrupt precision identity manifest shard blocks locate captions tables match lists "
+    "folders archives records sources colours decode guard buckets index tags store vae known "
+    "accounting arrays commit encode headers place delta plan config pipeline build readback "
+    "verify repair check survey info preview export_index recaption peers pairing compare transfer "
+    "importing cli __main__"
 ).split()
 TRAIN = (
     "draw schedule captions batches diffusion config model optim step checkpoint sample run "

@@ -1,15 +1,17 @@
 """Nothing disappears: scanned = encoded + reused + duplicate + rejected (by reason) + pending."""
 
 import json
-from collections import Counter
 from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from xlsd_cache.durable import write_json
+from xlsd_cache.known import find_places, unit_names
 from xlsd_cache.manifest import Manifest, Unit
 
 
@@ -48,40 +50,37 @@ def account(
 
     Also returns the table (key, reason, detail) of the rejected and the duplicates, for people.
     """
-    live = manifest.live(generation).to_pylist()
-    units = {entry["key"]: Unit(entry["bucket"], entry["row"] // rows_per_shard) for entry in live}
-    committed = manifest.commits(manifest.committed() & set(units.values()))
-    outcome = {(row["bucket"], row["row"]): row for row in committed.to_pylist()}
-    encoded = reused = duplicate = pending = 0
-    rejected: Counter[str] = Counter()
-    buckets: Counter[str] = Counter()
-    left_out = []
-    for entry in live:
-        row = outcome.get((entry["bucket"], entry["row"]))
-        said = row if row is not None else entry
-        if said["reason"]:
-            left_out.append({name: said[name] for name in ("reason", "detail")})
-            left_out[-1]["key"] = entry["key"]
-            duplicate += said["reason"] == "duplicate"
-            rejected[said["reason"]] += said["reason"] != "duplicate"
-        elif row is None:
-            pending += 1
-        else:
-            buckets[entry["bucket"]] += 1
-            was = units[entry["key"]] in before
-            reused += was
-            encoded += not was
-    names = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+    live = manifest.live(generation)
+    units = unit_names(live, rows_per_shard)
+    wanted = set(pc.unique(units).to_pylist())
+    committed = manifest.commits({unit for unit in manifest.committed() if unit.name in wanted})
+    at = find_places(live, committed)
+    has = pa.array(at >= 0)
+    rows = committed.take(pa.array(at, mask=at < 0))
+    reason, detail = (pc.if_else(has, rows[n], live[n]) for n in ("reason", "detail"))
+    out = pc.not_equal(reason, "")
+    done = np.asarray(pc.and_(has, pc.invert(out)))
+    was = pc.is_in(units, value_set=pa.array([unit.name for unit in before], pa.string()))
+    was = np.asarray(was)
+    counted = _counts(reason.filter(out))
     counts = Accounting(
-        len(live),
-        encoded,
-        reused,
-        duplicate,
-        {reason: rejected[reason] for reason in sorted(+rejected)},
-        pending,
-        {bucket: buckets[bucket] for bucket in sorted(buckets)},
+        live.num_rows,
+        int((done & ~was).sum()),
+        int((done & was).sum()),
+        counted.pop("duplicate", 0),
+        counted,
+        int(pc.sum(pc.invert(pc.or_(has, out))).as_py() or 0),
+        _counts(live["bucket"].filter(pa.array(done))),
     )
-    return counts, pa.Table.from_pylist(left_out, names)
+    columns = [column.filter(out) for column in (reason, detail, live["key"])]
+    left_out = pa.table(columns, names=["reason", "detail", "key"])
+    return counts, left_out.select(["key", "reason", "detail"])
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each value is there, by value."""
+    counts = column.value_counts().to_pylist() if len(column) else []
+    return dict(sorted((count["values"], count["counts"]) for count in counts))
 
 
 def save_accounting(manifest: Manifest, generation: int, counts: Accounting) -> None:

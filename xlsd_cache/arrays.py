@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
+from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
 from xlsd_cache.durable import fsync_folder, write_bytes
@@ -29,15 +31,48 @@ def grow_array(
     One sample is one inner chunk, uncompressed with a crc32c; no fill value is ever stored for a
     missing one. Does nothing where the array is that long already.
     """
-    rows = -(-rows // shard) * shard
     path = manifest.array(bucket) / "zarr.json"
     if path.exists() and json.loads(path.read_bytes())["shape"][0] >= rows:
         return
+    mend_array(manifest, bucket, rows, shape, dtype, shard)
+
+
+def array_fault(
+    manifest: Manifest, bucket: str, rows: int, shape: tuple[int, int, int], dtype: str, shard: int
+) -> str:
+    """What is wrong with the bucket's zarr.json, which is to hold `rows` rows; empty if nothing."""
+    try:
+        there = zarr.open_array(manifest.array(bucket), mode="r").metadata
+    except FileNotFoundError:
+        return "is missing"
+    except Exception as error:  # zarr raises whatever damaged JSON makes it stumble over
+        return f"is not readable: {' '.join(str(error).split())[:200]}"
+    if not isinstance(there, ArrayV3Metadata):
+        return "is of another zarr format"
+    ours = zarr.open_array(_in_memory(bucket, rows, shape, dtype, shard), path=bucket).metadata
+    if there.shape[1:] == ours.shape[1:] and there.shape[0] < ours.shape[0]:
+        return f"is too short: {there.shape[0]} rows, where {ours.shape[0]} are planned"
+    return "" if replace(ours, shape=there.shape) == there else "is not one of ours"
+
+
+def mend_array(
+    manifest: Manifest, bucket: str, rows: int, shape: tuple[int, int, int], dtype: str, shard: int
+) -> None:
+    """Write the bucket's zarr.json, whatever is there: our own reader has no need of it."""
+    memory = _in_memory(bucket, rows, shape, dtype, shard)
+    manifest.array(bucket).mkdir(exist_ok=True)
+    fsync_folder(manifest.array(bucket).parent)
+    _put(memory, f"{bucket}/zarr.json", manifest.array(bucket) / "zarr.json", manifest.staging)
+
+
+def _in_memory(
+    bucket: str, rows: int, shape: tuple[int, int, int], dtype: str, shard: int
+) -> MemoryStore:
+    """A group with the bucket's array, as zarr-python itself makes it."""
     memory = MemoryStore()
-    group = zarr.create_group(memory)
-    group.create_array(
+    zarr.create_group(memory).create_array(
         bucket,
-        shape=(rows, *shape),
+        shape=(-(-rows // shard) * shard, *shape),
         chunks=(1, *shape),
         shards=(shard, *shape),
         dtype=dtype,
@@ -46,9 +81,7 @@ def grow_array(
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=("sample", "channel", "y", "x"),
     )
-    path.parent.mkdir(exist_ok=True)
-    fsync_folder(path.parent.parent)
-    _put(memory, f"{bucket}/zarr.json", path, manifest.staging)
+    return memory
 
 
 def _put(memory: MemoryStore, key: str, path: Path, staging: Path) -> None:

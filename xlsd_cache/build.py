@@ -1,14 +1,13 @@
 """`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
 
 import json
-import os
 import sys
-from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
+import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from xlsd_cache import UserError
@@ -19,13 +18,15 @@ from xlsd_cache.commit import tidy
 from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import PREPROCESSING
 from xlsd_cache.durable import write_parquet
-from xlsd_cache.encode import Encoder
+from xlsd_cache.encode import Encoder, device_of
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.interrupt import StopSignal
-from xlsd_cache.manifest import PLAN, Manifest, Unit
+from xlsd_cache.known import Known, read_known, unit_names
+from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.match import look_up, one
 from xlsd_cache.pipeline import Todo, Work
-from xlsd_cache.plan import Plan, make_plan, read_known
+from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
 from xlsd_cache.precision import set_precision
 from xlsd_cache.sources import Scan, scan
 from xlsd_cache.vae import Vae, load_vae
@@ -39,18 +40,16 @@ def build(config: BuildConfig) -> Accounting | None:
     """
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision(config.precision))
-    device = _device(config.device)
+    device = device_of(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
-    found = scan(config.source, config.caption_columns)
+    found = scan(config.source, config.caption_columns, config.only, config.exclude, config.workers)
     _say_found(found, config)
     vae = load_vae(config.vae, config.vae_scaling_factor)
     identity = _identity(config, vae)
     manifest = Manifest(config.out)
-    rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(found.records))
+    rows_per_shard = agree(config.out, identity, config.rows_per_shard, found.images.num_rows)
     if config.dry_run:
-        known = read_known(manifest, rows_per_shard)
-        columns = config.caption_columns
-        _say_plan(make_plan(found.records, known, buckets, columns, config.workers))
+        _say_plan(_plan(config, read_known(manifest, rows_per_shard), found, buckets))
         return None
     try:
         before = manifest.committed()
@@ -94,25 +93,33 @@ def _write_plan(
         if not (manifest.root / "latents.zarr" / "zarr.json").exists():
             write_group(manifest, attributes_of(identity, rows_per_shard))
         known = read_known(manifest, rows_per_shard)
-        columns = config.caption_columns
-        plan = make_plan(found.records, known, buckets, columns, config.workers)
+        plan = _plan(config, known, found, buckets, manifest.staging)
         _say_plan(plan)
         generations = manifest.generations()
         generation = generations[-1] + 1 if generations else 0
         if plan.is_empty and generations:
             return generations[-1]
-        rows: Counter[str] = Counter()
-        for entry in plan.entries:
-            rows[entry["bucket"]] = max(rows[entry["bucket"]], entry["row"] + 1)
-        rows.pop("", None)
-        for bucket, count in rows.items():
+        placed = plan.entries.filter(pc.greater_equal(plan.entries["row"], 0))
+        last = placed.group_by("bucket").aggregate([("row", "max")]).to_pylist()
+        for bucket, row in ((group["bucket"], group["row_max"]) for group in last):
             shape = bucket_shape(bucket, identity.channels)
-            grow_array(manifest, bucket, count, shape, identity.dtype, rows_per_shard)
-        table = pa.Table.from_pylist(plan.entries, PLAN)
-        manifest.write_plan(generation, table, plan.removed, plan.captions)
+            grow_array(manifest, bucket, row + 1, shape, identity.dtype, rows_per_shard)
+        manifest.write_plan(generation, plan.entries, plan.removed, plan.captions)
+        for name in JOURNALS:
+            (manifest.staging / name).unlink(missing_ok=True)
         return generation
     finally:
         lock.release()
+
+
+def _plan(
+    config: BuildConfig, known: Known, found: Scan, buckets: Buckets, staging: Path | None = None
+) -> Plan:
+    """The next generation. Raises UserError where a source of before is missing."""
+    columns, workers = config.caption_columns, config.workers
+    plan = make_plan(found.images, found.captions, columns, known, buckets, workers, staging)
+    refuse_lost_sources(plan, known, set(found.names), set(config.forget))
+    return plan
 
 
 def _encode(
@@ -124,15 +131,20 @@ def _encode(
     rows_per_shard: int,
 ) -> None:
     """Encode every planned row that is not committed, this process's own part first."""
-    committed = manifest.committed()
-    todo: Todo = {}
-    for entry in manifest.planned(generation).to_pylist():
-        unit = Unit(entry["bucket"], entry["row"] // rows_per_shard)
-        if unit not in committed:
-            todo.setdefault(unit, {})[entry["row"] % rows_per_shard] = entry
-    if not todo:
+    planned = _uncommitted(manifest, manifest.planned(generation), rows_per_shard)
+    if not planned.num_rows:
         return
-    live = {entry["key"]: entry for entry in manifest.live(generation).to_pylist()}
+    entries = planned.drop_columns(["content_hash", "reason", "detail"]).to_pylist()
+    todo: Todo = {}
+    for entry in entries:
+        unit = Unit(entry["bucket"], entry["row"] // rows_per_shard)
+        todo.setdefault(unit, {})[entry["row"] % rows_per_shard] = entry
+    now = manifest.live(generation)
+    at = look_up(one(planned["key"]), one(now["key"]))
+    now = now.take(pa.array(at, mask=at < 0))
+    same = pc.and_(*(pc.equal(now[name], planned[name]) for name in ("bucket", "row")))
+    alive = pc.fill_null(same, False).to_pylist()
+    live = {entry["key"]: entry for entry, is_alive in zip(entries, alive, strict=True) if is_alive}
     part, parts = config.part
     units = sorted(todo)
     mine = units[part::parts]
@@ -151,6 +163,13 @@ def _encode(
     if work.rounding:
         rounding = float(np.sqrt(np.mean(np.square(work.rounding))))
         print(f"float16 rounding: {rounding:.1e} of the latents' spread")
+
+
+def _uncommitted(manifest: Manifest, planned: pa.Table, rows_per_shard: int) -> pa.Table:
+    """The planned rows whose shard has no commit record yet."""
+    names = unit_names(planned, rows_per_shard)
+    committed = pa.array([unit.name for unit in manifest.committed()], pa.string())
+    return planned.filter(pc.invert(pc.is_in(names, value_set=committed)))
 
 
 def _identity(config: BuildConfig, vae: Vae) -> Identity:
@@ -172,36 +191,33 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
     )
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def _say_found(found: Scan, config: BuildConfig) -> None:
-    images = len(found.records)
+    images = found.images.num_rows
     print(f"found {images} images in {', '.join(config.source)}", end="")
-    print(f"; passed over {found.passed_over} other files" if found.passed_over else "")
+    over = ", ".join(f"{count} {kind}" for kind, count in sorted(found.passed_over.items()))
+    print(f"; passed over {over}" if over else "")
+    for sentence in found.damaged:
+        print(f"WARNING: {sentence}", file=sys.stderr)
     for column in config.caption_columns:
-        with_text = sum(column in record.captions for record in found.records)
-        if with_text < images:
-            print(
-                f"no {column!r} caption: {images - with_text} of {images} images", file=sys.stderr
-            )
-    if config.caption_columns and not any(record.captions for record in found.records):
-        suffixes = ", ".join(f".{column}" for column in config.caption_columns)
+        with_text = pc.sum(pc.equal(found.captions["column"], column)).as_py() or 0
+        said = [
+            f"{n} {what}" for (name, what), n in sorted(found.remarks.items()) if name == column
+        ]
+        print(f"{column} captions: {with_text} of {images} images", end="")
+        print(f" ({', '.join(said)})" if said else "")
+    if config.caption_columns and not found.captions.num_rows:
+        columns = ", ".join(config.caption_columns)
         raise UserError(
-            f"no captions: none of the {images} images has a {suffixes} file beside it; write "
-            f"them, name another suffix with --captions, or say --captions none"
+            f"no captions: none of the {images} images has one in {columns}; put them beside the "
+            f"images, name other columns with --captions, or say --captions none"
         )
 
 
 def _say_plan(plan: Plan) -> None:
-    fresh = Counter(entry["bucket"] for entry in plan.entries if not entry["reason"])
-    shown = ", ".join(f"{bucket} {count}" for bucket, count in sorted(fresh.items()))
-    print(f"to place: {sum(fresh.values())} images" + (f" ({shown})" if shown else ""))
+    placed = plan.entries.filter(pc.equal(plan.entries["reason"], ""))
+    fresh = placed["bucket"].value_counts().to_pylist()
+    shown = ", ".join(sorted(f"{count['values']} {count['counts']}" for count in fresh))
+    print(f"to place: {placed.num_rows} images" + (f" ({shown})" if shown else ""))
     if plan.removed:
         print(
             f"{len(plan.removed)} images are no longer among the sources and leave training; "
@@ -215,6 +231,12 @@ def _say_result(config: BuildConfig, counts: Accounting) -> None:
     print(counts)
     if counts.rejected or counts.duplicate:
         print(f"listed in {config.out / 'rejected.parquet'}")
+    if gone := counts.rejected.get("vanished"):
+        print(
+            f"WARNING: {gone} images were gone when their turn came; bring back what holds them "
+            f"and run the same command again, which takes them up",
+            file=sys.stderr,
+        )
     if not counts.live:
         raise UserError(
             f"none of the {counts.scanned} images could be encoded; "

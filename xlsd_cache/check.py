@@ -1,11 +1,15 @@
 """`xlsd-cache check`: read everything back, and decode some of it beside its image."""
 
 import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
@@ -16,101 +20,133 @@ from xlsd_cache import UserError
 from xlsd_cache.accounting import account
 from xlsd_cache.config import CheckConfig
 from xlsd_cache.decode import Pixels, Rejected, decode
-from xlsd_cache.identity import bucket_shape, read_attributes
-from xlsd_cache.index import cached_view, make_view
+from xlsd_cache.encode import device_of
+from xlsd_cache.identity import read_attributes
+from xlsd_cache.index import View, make_view
+from xlsd_cache.locate import read_source
 from xlsd_cache.manifest import Manifest, Unit
-from xlsd_cache.shard import CorruptShard, ShardReader
+from xlsd_cache.readback import NAMED, Checked, Problem
+from xlsd_cache.repair import Repaired, repair
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import Vae, vae_of
+from xlsd_cache.verify import verify, verify_index
 
+Say = Callable[..., None]
 TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels cost far less
 
 
 def check(config: CheckConfig) -> bool:
-    """Print every problem found, with the images it concerns; True when there is none."""
-    root = config.store.expanduser()
+    """Print every problem found, with the images it concerns; True when there is none (left)."""
+    store = _open(config.store.expanduser())
+    say = _silent if config.json else print
+    found, live = _find(store, config, say)
+    for problem in found:
+        say(f"WRONG: {problem}")
+    say(f"{len(found)} problems" if found else f"all {live} latents are right")
+    value: dict[str, Any] = {"right": not found, "live": live, "problems": list(map(asdict, found))}
+    right = not found
+    if config.repair and found:
+        try:
+            repaired = repair(store, found)
+        except OSError as error:
+            raise UserError(
+                f"cannot repair {config.store}: {error.strerror or error}; nothing good is lost, "
+                f"so mend that and run the same command again"
+            ) from error
+        lost_captions = any(problem.kind == "captions" for problem in found)
+        right = _say_repaired(_open(store.manifest.root), repaired, say) and not lost_captions
+        value |= {"right": right, "repaired": asdict(repaired)}
+    if config.json:
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+    return right
+
+
+def _open(root: Path) -> Checked:
     identity, rows_per_shard = read_attributes(root)
     manifest = Manifest(root)
     generations = manifest.generations()
     if not generations:
         raise UserError(f"{root} is not planned yet; run `xlsd-cache build` to finish it")
-    problems = []
-    counts, _ = account(manifest, generations[-1], rows_per_shard, frozenset())
-    print(counts)  # refuses to print sums that are wrong
+    return Checked(manifest, identity, rows_per_shard, generations[-1])
+
+
+def _find(store: Checked, config: CheckConfig, say: Say) -> tuple[list[Problem], int | None]:
+    """All problems, and the number of live images where the log can be read."""
+    manifest, generation, shard = store.manifest, store.generation, store.rows_per_shard
+    problems = verify(store)
+    if not _log_is_readable(store, problems):
+        say("the log is damaged: its sums, and index.arrow, were not checked")
+        return problems, None
+    counts, _ = account(manifest, generation, shard, frozenset())
+    say(counts)  # refuses to print sums that are wrong
     if counts.pending:
-        problems.append(f"{counts.pending} images are not encoded yet; run the build again")
-    view = make_view(manifest, generations[-1], rows_per_shard)
-    cached = cached_view(root, generations[-1])
-    if cached is not None and (
-        cached.fingerprint != view.fingerprint or not cached.samples.equals(view.samples)
-    ):
-        problems.append(f"{root / 'index.arrow'} is stale; delete it, it is made anew")
-    keys = {
-        (row["bucket"], row["row"]): row["key"]
-        for row in view.samples.select(["bucket", "row", "key"]).to_pylist()
-    }
-    for unit in tqdm(sorted(manifest.committed()), "checking", unit="shard"):
-        shape = bucket_shape(unit.bucket, identity.channels)
-        problems += _check_shard(manifest, unit, shape, identity.dtype, rows_per_shard, keys)
+        told = f"holds {counts.live} images; {counts.pending} images are not encoded yet"
+        problems.append(Problem("pending", "the store", f"{told}, run the build again"))
+    view = make_view(manifest, generation, shard)
+    problems = [_with_live_names(problem, view) for problem in problems]
+    problems += verify_index(store, view)
     if config.decode and not problems:
-        with LatentStore(root, identity, rows_per_shard, view) as store:
-            vae = vae_of(identity, config.vae)
-            problems += _check_decoded(store, vae, config)
-    for problem in problems:
-        print(f"WRONG: {problem}")
-    print(f"{len(problems)} problems" if problems else f"all {counts.live} latents are right")
-    return not problems
+        with LatentStore(manifest.root, store.identity, shard, view) as latents:
+            vae = vae_of(store.identity, config.vae)
+            problems += _check_decoded(latents, vae, config, say)
+    return problems, counts.live
 
 
-def _check_shard(
-    manifest: Manifest,
-    unit: Unit,
-    shape: tuple[int, int, int],
-    dtype: str,
-    rows_per_shard: int,
-    keys: dict[tuple[str, int], str],
-) -> list[str]:
-    """What is wrong with one committed shard. Rows of images that left training count as well."""
-    latent = np.empty(shape, dtype)
-    commits = manifest.commits({unit}).to_pylist()
-    try:
-        reader = ShardReader(manifest.shard(unit), rows_per_shard, latent.nbytes)
-    except (CorruptShard, OSError) as error:
-        rows = [row["key"] for row in commits if row["status"] == "encoded"]
-        return [f"{error}: {len(rows)} latents are lost, of {', '.join(rows[:5])} ..."]
-    problems = []
-    for row in commits:
-        if row["status"] != "encoded":
-            continue
-        key = keys.get((unit.bucket, row["row"]), row["key"])
-        try:
-            reader.read_into(row["row"] % rows_per_shard, latent.reshape(-1).view(np.uint8))
-        except CorruptShard as error:
-            problems.append(f"{key}: {error}")
-            continue
-        if google_crc32c.value(latent.reshape(-1).view(np.uint8)) != row["crc32c"]:
-            problems.append(f"{key}: {unit.bucket} row {row['row']} is not what was committed")
-        elif not np.isfinite(latent).all():
-            problems.append(f"{key}: {unit.bucket} row {row['row']} holds NaN or infinity")
-    reader.close()
-    return problems
+def _log_is_readable(store: Checked, problems: list[Problem]) -> bool:
+    """Whether the log can be folded: a missing commit record is no hindrance, a damaged one is."""
+    return not any(
+        problem.kind in ("plan", "captions")
+        or (problem.kind == "commit" and (store.manifest.root / problem.where).exists())
+        for problem in problems
+    )
 
 
-def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig) -> list[str]:
+def _with_live_names(problem: Problem, view: View) -> Problem:
+    """The names that images have now; a commit record holds those they were encoded under."""
+    if problem.unit is None or not problem.rows or problem.unit.bucket not in view.ranges:
+        return problem
+    start, stop = view.ranges[problem.unit.bucket]
+    samples = view.samples.slice(start, stop - start)
+    at = pc.index_in(pa.array(problem.rows, pa.int64()), value_set=samples["row"]).to_pylist()
+    keys = samples["key"]
+    named = tuple(
+        f"{key} (not in training)" if i is None else str(keys[i].as_py())
+        for key, i in zip(problem.images, at, strict=True)
+    )
+    return replace(problem, images=named)
+
+
+def _say_repaired(store: Checked, repaired: Repaired, say: Say) -> bool:
+    """Tell what was done; True when the store is right again without another build."""
+    for problem in repaired.left:
+        say(f"cannot mend {problem.where}: bring it back from a copy, or build the store anew")
+    if repaired.left:
+        return False
+    for done in repaired.done:
+        say(f"mended: {done}")
+    if repaired.gone:
+        named = ", ".join(repaired.gone[:NAMED])
+        say(f"{len(repaired.gone)} images leave training, their files are gone: {named}")
+    counts, _ = account(store.manifest, store.generation, store.rows_per_shard, frozenset())
+    if counts.pending:
+        say(f"{counts.pending} images are to be encoded: run the same `xlsd-cache build` again")
+    else:
+        say(f"all {counts.live} latents are right now")
+    return not counts.pending
+
+
+def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig, say: Say) -> list[Problem]:
     """Compare decoded latents with their images, and with what diffusers makes of those itself.
 
     diffusers' own image processor scales the pixels here, so a latent made from pixels in another
     range than the VAE's [-1, 1] cannot pass.
     """
-    device = torch.device(
-        "cuda"
-        if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        else "cpu"
-    )
+    device = device_of(config.device)
     vae.model.to(device)
     processor = VaeImageProcessor()
     chosen = np.unique(np.linspace(0, len(store) - 1, min(config.decode, len(store))).astype(int))
-    problems, ours, own, gone = [], [], [], 0
+    problems: list[Problem] = []
+    ours, own, gone = [], [], 0
     for index in tqdm(chosen, "decoding", unit="image"):
         sample = store.samples.slice(int(index), 1).to_pylist()[0]
         pixels = _pixels(sample)
@@ -125,14 +161,17 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig) -> list[st
         ours.append(_psnr(stored, x))
         own.append(_psnr(round_trip, x))
         if ours[-1] < own[-1] - TOLERATED_DB:
-            problems.append(
-                f"{sample['key']}: its latent decodes to {ours[-1]:.1f} dB of the image, the VAE's "
-                f"own round trip gives {own[-1]:.1f} dB"
+            bucket, row = sample["bucket"], sample["row"]
+            told = (
+                f"row {row} decodes to {ours[-1]:.1f} dB of its image, where the VAE's own round "
+                f"trip gives {own[-1]:.1f} dB"
             )
+            unit = Unit(bucket, row // store.rows_per_shard)
+            problems.append(Problem("latents", bucket, told, (sample["key"],), unit, (row,)))
     if gone:
-        print(f"{gone} of {len(chosen)} images are gone or changed, and were not compared")
+        say(f"{gone} of {len(chosen)} images are gone or changed, and were not compared")
     if ours:
-        print(
+        say(
             f"decoded {len(ours)}: PSNR {np.mean(ours):.2f} dB (least {min(ours):.2f}), the VAE's "
             f"own round trip {np.mean(own):.2f} dB"
         )
@@ -142,7 +181,7 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig) -> list[st
 def _pixels(sample: dict[str, Any]) -> Pixels | None:
     """The sample's image as it went into the VAE, if it is still there."""
     try:
-        data = Path(sample["source"]).read_bytes()
+        data = read_source(sample["source"])
     except OSError:
         return None
     if hashlib.sha256(data).hexdigest() != sample["content_hash"]:
@@ -151,6 +190,10 @@ def _pixels(sample: dict[str, Any]) -> Pixels | None:
     upright = sample["width"], sample["height"]
     pixels = decode(data, upright, tuple(sample["crop"]), (width, height))
     return None if isinstance(pixels, Rejected) else pixels
+
+
+def _silent(*_: object) -> None:
+    """Say nothing: programs read JSON."""
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -8,12 +8,23 @@ from typing import Annotated
 import tyro
 
 from xlsd_cache import UserError
-from xlsd_cache.config import BuildConfig, CheckConfig, ImportConfig, InfoConfig
+from xlsd_cache.config import (
+    BuildConfig,
+    CaptionsConfig,
+    CheckConfig,
+    ExportIndexConfig,
+    ImportConfig,
+    InfoConfig,
+    PreviewConfig,
+)
 
 Command = (
     Annotated[BuildConfig, tyro.conf.subcommand("build")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
     | Annotated[CheckConfig, tyro.conf.subcommand("check")]
+    | Annotated[CaptionsConfig, tyro.conf.subcommand("captions")]
+    | Annotated[PreviewConfig, tyro.conf.subcommand("preview")]
+    | Annotated[ExportIndexConfig, tyro.conf.subcommand("export-index")]
     | Annotated[ImportConfig, tyro.conf.subcommand("import")]
 )
 
@@ -27,8 +38,13 @@ def main(args: Sequence[str] | None = None) -> int:
             description="Encode images once into a zarr store of latents, and look after it.",
             args=args,
         )
+        # Imported late: neither --help nor captions need wait for torch and diffusers.
+        if isinstance(config, CaptionsConfig):
+            from xlsd_cache.recaption import recaption
+
+            recaption(config)
+            return 0
         quiet_libraries()
-        # Imported late: --help need not wait for torch and diffusers.
         if isinstance(config, BuildConfig):
             from xlsd_cache.build import build
 
@@ -43,6 +59,16 @@ def main(args: Sequence[str] | None = None) -> int:
             from xlsd_cache.importing import import_caches
 
             import_caches(config)
+            return 0
+        if isinstance(config, PreviewConfig):
+            from xlsd_cache.preview import preview
+
+            preview(config)
+            return 0
+        if isinstance(config, ExportIndexConfig):
+            from xlsd_cache.export_index import export_index
+
+            export_index(config)
             return 0
         from xlsd_cache.check import check
 

@@ -1,6 +1,8 @@
 """One shard as a unit of work: claimed by a lock, written or adopted, committed by its record."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class Claim:
         A reader looks at a shard only after its record exists.
         """
         self.writer.finish(self.manifest.shard(self.unit), self.rows_per_shard)
-        _commit(self.manifest, self.unit, self.rows_per_shard, self.entries, self.writer.rows)
+        write_commit(self.manifest, self.unit, self.rows_per_shard, self.entries, self.writer.rows)
         self.writer.discard()
         _drop(self.manifest, self.unit, self.lock)
 
@@ -58,7 +60,7 @@ def claim(
     `entries` are the planned rows by slot. A shard that was put in place by a process killed
     before its commit is adopted if every checksum holds, and made anew otherwise.
     """
-    lock = FileLock(_lock_path(manifest, unit), blocking=False, thread_local=False)
+    lock = FileLock(lock_path(manifest, unit), blocking=False, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
@@ -72,7 +74,7 @@ def claim(
         if final.exists():
             rows = read_journal(journal)
             if rows.keys() >= entries.keys() and _holds(final, rows, rows_per_shard, nbytes):
-                _commit(manifest, unit, rows_per_shard, entries, rows)
+                write_commit(manifest, unit, rows_per_shard, entries, rows)
                 journal.unlink()
                 _drop(manifest, unit, lock)
                 return None
@@ -84,6 +86,21 @@ def claim(
         raise
 
 
+@contextmanager
+def planning(manifest: Manifest) -> Iterator[None]:
+    """Within the block no other process adds a generation; says so where it has to wait."""
+    lock = FileLock(manifest.staging / "plan.lock", thread_local=False)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print("another process is planning; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def tidy(manifest: Manifest) -> None:
     """Remove what processes that were killed between commit and clean-up left in staging."""
     committed = {unit.name for unit in manifest.committed()}
@@ -93,7 +110,8 @@ def tidy(manifest: Manifest) -> None:
     sweep(manifest.staging)
 
 
-def _lock_path(manifest: Manifest, unit: Unit) -> Path:
+def lock_path(manifest: Manifest, unit: Unit) -> Path:
+    """Whoever writes the unit's shard or commit record holds this lock."""
     return manifest.staging / f"{unit.name}.lock"
 
 
@@ -102,7 +120,7 @@ def _drop(manifest: Manifest, unit: Unit, lock: BaseFileLock) -> None:
 
     Safe only after the commit: whoever has locked the removed file then finds no work to do.
     """
-    _lock_path(manifest, unit).unlink(missing_ok=True)
+    lock_path(manifest, unit).unlink(missing_ok=True)
     lock.release()
 
 
@@ -129,13 +147,14 @@ def _holds(final: Path, rows: dict[int, Row], rows_per_shard: int, nbytes: int) 
     return True
 
 
-def _commit(
+def write_commit(
     manifest: Manifest,
     unit: Unit,
     rows_per_shard: int,
     entries: dict[int, dict[str, Any]],
     rows: dict[int, Row],
 ) -> None:
+    """Write the unit's commit record: from then on its shard counts."""
     lines = [
         {
             "row": unit.shard * rows_per_shard + slot,

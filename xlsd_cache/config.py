@@ -3,11 +3,12 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from xlsd_cache import Precision, UserError
+from xlsd_cache.captions import Column
 from xlsd_cache.sources import RESERVED
 
 
@@ -21,7 +22,7 @@ class BuildConfig:
     """
 
     source: tyro.conf.Positional[tuple[str, ...]] = ("images",)
-    """Folders of images, searched at every depth; captions lie beside the images."""
+    """Folders, searched at every depth, and .tar, .zip, .jsonl[.gz], .parquet files; any number."""
 
     out: Path = Path("latents")
     """The store. It alone is needed for training, and may be moved."""
@@ -57,7 +58,17 @@ class BuildConfig:
     """float16 halves the disk; its rounding is 2e-4 of the latents' spread, measured and shown."""
 
     captions: str = "txt"
-    """Caption columns, comma-separated: the suffix of the text file beside each image. `none`."""
+    """Caption columns, comma-separated: the suffix of the text file beside each image; json:FIELD
+    of the .json beside it; jsonl:FIELD, parquet:FIELD of its row in the source's table; or none."""
+
+    only: tuple[Path, ...] = ()
+    """Lists of images, a line each: key, path in the source, or file. No other images are used."""
+
+    exclude: tuple[Path, ...] = ()
+    """Lists of images, as with --only, that are not used."""
+
+    forget: tuple[str, ...] = ()
+    """Names of earlier sources that are gone for good: their images leave training."""
 
     shard: str | None = None
     """i/n: this is process i of n that build one store together; each starts on its own part and
@@ -83,19 +94,12 @@ class BuildConfig:
         number, _, count = (self.shard or "0/1").partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
-        for column in self.caption_columns:
-            if column in RESERVED or not column or ":" in column:
-                raise UserError(
-                    f"--captions {column!r} cannot be a caption column; name the suffix of the "
-                    f"text files beside the images, say txt"
-                )
+        check_columns("--captions", self.caption_columns)
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
         """The caption columns by name."""
-        if self.captions == "none":
-            return ()
-        return tuple(column.strip().lstrip(".") for column in self.captions.split(","))
+        return () if self.captions == "none" else split_columns(self.captions)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -107,21 +111,82 @@ class BuildConfig:
 
 
 @dataclass(frozen=True)
+class CaptionsConfig:
+    """Add caption columns to a store, or replace them, without touching a latent.
+
+    Captions are matched with images by key, else by path, url or file stem where that is
+    unambiguous. A column that `build` reads as well is set anew by its next run.
+    """
+
+    store: tyro.conf.Positional[Path]
+    """The store's folder."""
+
+    source: Annotated[tuple[str, ...], tyro.conf.arg(name="from")]
+    """Where the captions are: folders, .tar, .zip, .jsonl, .jsonl.gz, .parquet files."""
+
+    columns: str
+    """Columns, comma-separated, as with build --captions: txt, json:FIELD, jsonl:FIELD, ..."""
+
+    clear_missing: bool = False
+    """Take a column's captions from the images that have none of it in these sources."""
+
+    dry_run: bool = False
+    """Say what would change, and write nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        check_columns("--columns", self.caption_columns)
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The caption columns by name."""
+        return split_columns(self.columns)
+
+
+def split_columns(columns: str) -> tuple[str, ...]:
+    """The names in a comma-separated list, each once."""
+    return tuple(dict.fromkeys(column.strip().lstrip(".") for column in columns.split(",")))
+
+
+def check_columns(option: str, columns: tuple[str, ...]) -> None:
+    """Raise UserError for a name that cannot be a caption column."""
+    for column in columns:
+        try:
+            if column in RESERVED:
+                raise ValueError(column)
+            Column.parse(column)
+        except ValueError:
+            raise UserError(
+                f"{option} {column!r} cannot be a caption column; name the suffix of the text "
+                f"files beside the images, say txt, or json:FIELD, jsonl:FIELD, parquet:FIELD"
+            ) from None
+
+
+@dataclass(frozen=True)
 class InfoConfig:
     """Say what is in a store: counts, buckets, bytes, VAE, latent statistics, what was rejected."""
 
     store: tyro.conf.Positional[Path] = field(default=Path("latents"))
     """The store's folder."""
 
+    tags: int = 20
+    """How many of the most frequent tags to show of a column that holds tags."""
+
     json: bool = False
     """Print JSON for programs."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        if self.tags < 0:
+            raise UserError(f"--tags {self.tags} is less than 0; give 0 for none")
 
 
 @dataclass(frozen=True)
 class CheckConfig:
     """Read everything back: shards present, checksums right, values finite, counts adding up.
 
-    Exits non-zero when anything is wrong, and names the images.
+    Exits non-zero when anything is wrong, and names the images. With --repair, exits zero when the
+    store is right again, and non-zero when `xlsd-cache build` has to encode what was damaged.
     """
 
     store: tyro.conf.Positional[Path] = field(default=Path("latents"))
@@ -132,6 +197,12 @@ class CheckConfig:
 
     vae: str | None = None
     """The VAE to decode with, where the one that the store names is no longer there."""
+
+    repair: bool = False
+    """Mend what can be proved right, and have the next build encode exactly what cannot."""
+
+    json: bool = False
+    """Print JSON for programs, with the names of all images concerned."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the graphics card when there is one."""
@@ -198,3 +269,71 @@ class ImportConfig:
     def caption_columns(self) -> tuple[str, ...]:
         """The caption columns by name."""
         return BuildConfig(captions=self.captions).caption_columns
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Draw a contact sheet of decoded latents: what training sees, with caption, bucket and crop.
+
+    The images are not needed, only the store and its VAE.
+    """
+
+    store: tyro.conf.Positional[Path]
+    """The store's folder."""
+
+    out: tyro.conf.Positional[Path]
+    """The picture to write: .png, .jpg or .webp."""
+
+    count: int = 24
+    """How many samples to draw, chosen at random."""
+
+    rows: str | None = None
+    """These samples instead: BUCKET:ROW,BUCKET:ROW, say 512x512:0,512x512:7."""
+
+    tags: str | None = None
+    """Only samples whose caption has all of these tags: woman,solo. Exact, between commas."""
+
+    caption: str | None = None
+    """The caption column to show and to look for tags in. Default: the first."""
+
+    seed: int = 0
+    """Another seed chooses other samples."""
+
+    columns: int = 6
+    """Pictures side by side."""
+
+    thumbnail: int = 256
+    """Pixels that the longer side of a picture takes."""
+
+    vae: str | None = None
+    """The VAE to decode with, where the one that the store names is no longer there."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        for name in ("count", "columns"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is less than 1; raise it")
+        if self.thumbnail < 64:
+            raise UserError(f"--thumbnail {self.thumbnail} is less than 64 pixels; raise it")
+        if self.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise UserError(f"{self.out} is no picture's name; end it in .png, .jpg or .webp")
+        if self.rows and self.tags:
+            raise UserError("--rows and --tags both choose samples; give one of them")
+
+
+@dataclass(frozen=True)
+class ExportIndexConfig:
+    """Write the samples table as one parquet file that pandas, polars and duckdb read.
+
+    With all captions, and for each latent its shard file, byte offset and length, dtype and shape:
+    enough for any program to read latents without this one.
+    """
+
+    store: tyro.conf.Positional[Path]
+    """The store's folder."""
+
+    out: tyro.conf.Positional[Path]
+    """The file to write."""

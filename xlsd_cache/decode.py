@@ -1,47 +1,75 @@
 """Bytes of an image file -> upright sRGB uint8 at its bucket's size, or the reason why not.
 
-What `Image.open(path).convert("RGB")` gets silently wrong is done right here: EXIF orientation,
-transparency (hidden colours under alpha), ICC profiles, 16-bit and float samples, and files that
-are truncated, are bombs, or are no image at all.
+What `Image.open(path).convert("RGB")` gets silently wrong is done right here: EXIF orientation, and
+files that are truncated, are bombs, or are no image at all. What it gets wrong of colours is done
+right in colours.py: transparency (hidden colours under alpha), ICC profiles, 16-bit and float.
 """
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
-PREPROCESSING = 1  # part of a store's identity: raise it whenever a pixel may come out different
-MAX_PIXELS = 128_000_000  # an image this large takes about 0.5 GB while it is decoded
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "PPM",
-    "AVIF",
-    "JPEG2000",
-    "QOI",
-)
+from xlsd_cache.colours import UnsupportedSamples, eight_bit, to_srgb
+
+PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
+MAX_PIXELS = 128_000_000  # decoding that many takes 0.5 to 2.3 GiB, by format
+# A JPEG is decoded DCT-scaled where that still leaves this many times the size wanted. The worst of
+# 113 photos is then 0.91 grey levels (RMS) from its full decode; at 3 it is 1.13.
+DRAFT_MARGIN = 3.5
+# Every reason why an image is not in a store, whichever station finds it.
+REASONS = {
+    "not_an_image": "the file is empty, or its first bytes are no image format's",
+    "unsupported": "an image, in a format or variant that is not decoded",
+    "truncated": "the file ends before its picture does",
+    "corrupt": "the file contradicts itself or its format",
+    "too_many_pixels": "its header claims more than MAX_PIXELS",
+    "too_much_memory": "decoding it took more memory than it may",
+    "decoder_crashed": "decoding it ended the process that did",
+    "decoder_hung": "decoding it did not end in time",
+    "vanished": "the file was there when scanned and not when read",
+    "unreadable": "the system does not let the file be read",
+    "changed": "the file is not what it was when scanned",
+    "removed": "the file was removed or replaced after it was planned",
+    "bad_name": "the file's name is not UTF-8",
+    "too_elongated": "its ratio is beyond --max-ratio",
+    "too_small": "it does not fill its bucket, and --upscale is off",
+    "duplicate": "the same bytes as another image",
+    "non_finite": "the VAE gave NaN or infinity",
+    "overflow": "a latent is beyond float16",
+}
+ORIENTATION = 0x0112  # the EXIF tag
+SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
+LANCZOS = Image.Resampling.LANCZOS
+FORMATS = tuple("JPEG PNG WEBP GIF BMP DIB TIFF PPM AVIF JPEG2000 QOI".split())
 # Pillow's own limit only warns up to twice itself; ours is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded side by side already
 
-# Files that Pillow does not identify: what their first bytes say about why.
-_MAGIC = (
-    (b"\xff\xd8\xff", "unsupported"),  # JPEG: 12-bit or lossless
-    (b"\x89PNG\r\n\x1a\n", "corrupt"),
-    (b"GIF8", "corrupt"),
-    (b"BM", "corrupt"),
-    (b"II*\0", "corrupt"),
-    (b"MM\0*", "corrupt"),
+# How files begin that are images even where Pillow does not know them for one.
+_MAGIC = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|BM|II[*+]\0|MM\0[*+]|RIFF....WEBP|....ftypavi[fs]"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|qoif",
+    re.DOTALL,
 )
-_SRGB = ImageCms.createProfile("sRGB")
+# Whose header Pillow leaves to a C library, which it gives the whole file.
+PARSED_IN_C = re.compile(rb"RIFF....WEBP|....ftypavi[fs]", re.DOTALL)
+_HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
+# What turns a picture upright that is stored with this orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
@@ -55,25 +83,43 @@ class Rejected:
 
 
 def read_size(path: Path) -> tuple[int, int] | Rejected:
-    """Width and height of the upright image, from the file's header alone."""
+    """Width and height of the upright image in the file `path`, from its header alone."""
     try:
         with path.open("rb") as file:
-            image = _open(file, path.stat().st_size)
-            if isinstance(image, Rejected):
-                return image
-            with image:
-                width, height = image.size
-                if image.format == "TIFF":  # Pillow gives a TIFF's size upright already
-                    return width, height
-                # PNG's own getexif would decode the whole file to look for a late eXIf chunk.
-                orientation = Image.Image.getexif(image).get(0x0112, 1)
-                return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+            return read_header(file, path.stat().st_size)
     except FileNotFoundError:
         return Rejected("vanished", "gone between the scan and its reading")
-    except OSError as error:  # Pillow's own have no number
-        return Rejected("unreadable" if error.errno else "corrupt", _told(error))
+    except OSError as error:
+        return Rejected("unreadable", _told(error))
+
+
+def read_header(file: IO[bytes], nbytes: int) -> tuple[int, int] | Rejected:
+    """Width and height of the upright image in a seekable file of `nbytes` bytes, at its start.
+
+    Reads the header alone, and never raises for what it holds.
+    """
+    try:
+        image = _open(file, nbytes)
+        if isinstance(image, Rejected):
+            return image
+        with image:
+            width, height = image.size
+            if image.format == "TIFF":  # Pillow gives a TIFF's size upright already
+                return width, height
+            # PNG's own getexif would decode the whole file to look for a late eXIf chunk.
+            orientation = Image.Image.getexif(image).get(ORIENTATION, 1)
+            return (height, width) if orientation in SIDEWAYS else (width, height)
+    except MemoryError:
+        return Rejected("too_much_memory", "reading its header ran out of memory")
+    except OSError as error:
+        return _refused(error)
     except Exception as error:  # Pillow raises whatever a malformed header makes it stumble over
         return Rejected("corrupt", _told(error))
+
+
+def header_of(data: bytes) -> tuple[int, int] | Rejected:
+    """`read_header` of a file in memory."""
+    return read_header(io.BytesIO(data), len(data))
 
 
 def decode(
@@ -85,32 +131,42 @@ def decode(
     """The crop box of the image in `data`, resized to `size` = (width, height).
 
     `crop` is in pixels of the upright image, whose size was `upright_size` when its place in the
-    store was planned. Lanczos over the box, in the image's own colours; sRGB after. Never raises
-    for what `data` holds.
+    store was planned. Lanczos over the box, in the image's own colours and as it is stored; sRGB
+    and upright after. Never raises for what `data` holds.
     """
     try:
         image = _open(io.BytesIO(data), len(data))
         if isinstance(image, Rejected):
             return image
         with image:
+            whole = image.size
+            divisor = _draft(image, crop, size)
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.size != upright_size:
-                detail = f"its header gave {upright_size}, its content {upright.size}"
-                return Rejected("corrupt", detail)
-            samples = _eight_bit(upright)
-            if isinstance(samples, Rejected):
-                return samples
+            whole = whole if divisor > 1 else image.size
+            orientation = image.getexif().get(ORIENTATION, 1)
+            if orientation in SIDEWAYS:
+                whole, size = whole[::-1], size[::-1]
+            if whole != upright_size:
+                return Rejected("corrupt", f"its header gave {upright_size}, its content {whole}")
+            if image.format == "JPEG2000" and _cut_jpeg2000(data):
+                return Rejected("truncated", "the end of its codestream is missing")
+            samples = eight_bit(image)
+            box = _stored_box(crop, upright_size, orientation)
             # reducing_gap stays off: it is faster, and up to several grey levels wrong.
-            resized = samples.resize(size, Image.Resampling.LANCZOS, box=crop)
+            left, top, right, bottom = (edge / divisor for edge in box)
+            resized = samples.resize(size, LANCZOS, (left, top, right, bottom))
             profile = image.info.get("icc_profile")
-            return np.asarray(_on_white(_to_srgb(resized, profile)), dtype=np.uint8)
+            picture = to_srgb(resized, profile)
+            if orientation in _UPRIGHT:
+                picture = picture.transpose(_UPRIGHT[orientation])
+            return np.asarray(picture, dtype=np.uint8)
     except MemoryError:
-        return Rejected("too_many_pixels", "decoding it ran out of memory")
+        return Rejected("too_much_memory", "decoding it ran out of memory")
+    except UnsupportedSamples as error:
+        return Rejected("unsupported", str(error))
     except OSError as error:
-        reason = "truncated" if "truncated" in str(error) or _cut_webp(data) else "corrupt"
-        return Rejected(reason, _told(error))
-    except Exception as error:  # see read_size
+        return _refused(error, _cut_webp(data, len(data)))
+    except Exception as error:  # see read_header
         return Rejected("corrupt", _told(error))
 
 
@@ -123,16 +179,10 @@ def _open(file: IO[bytes], nbytes: int) -> Image.Image | Rejected:
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
-            return Rejected("unsupported", "HEIF, which Pillow does not decode")
-        for magic, reason in _MAGIC:
-            if head.startswith(magic):
-                return Rejected(reason, f"starts like an image ({magic!r}) but is not readable")
-        return Rejected("not_an_image", f"starts with {head!r}")
+        return _unidentified(file, head)
     except OSError as error:
         file.seek(0)
-        reason = "truncated" if _cut_webp(file.read(12), nbytes) else "corrupt"
-        return Rejected(reason, _told(error))
+        return _refused(error, _cut_webp(file.read(12), nbytes))
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
@@ -141,60 +191,68 @@ def _open(file: IO[bytes], nbytes: int) -> Image.Image | Rejected:
     return image
 
 
-def _eight_bit(image: Image.Image) -> Image.Image | Rejected:
-    """The same picture in a mode with 8 bits a sample that Pillow resizes well."""
-    mode = image.mode
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        samples = np.asarray(image, dtype=np.float64)
-        top = float(samples.max(initial=0.0))
-        if not np.isfinite(samples).all() or samples.min(initial=0.0) < 0 or top > 65535:
-            return Rejected("unsupported", f"mode {mode} with values outside 0..65535")
-        # Integers are 16-bit; floats are 0..1 unless they say otherwise.
-        white = 65535 if mode != "F" or top > 255 else 255 if top > 1 else 1
-        grey = Image.fromarray(np.rint(samples * (255 / white)).astype(np.uint8))
-        key = image.info.get("transparency")
-        if isinstance(key, int):  # one grey value is see-through
-            opaque = Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8))
-            return Image.merge("LA", (grey, opaque))
-        return grey
-    if image.has_transparency_data:
-        return image if mode in ("RGBA", "LA") else image.convert("RGBA")
-    return image if mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+def _unidentified(file: IO[bytes], head: bytes) -> Rejected:
+    """Why Pillow knows no format for what begins with `head`."""
+    if _HEIF.match(head):
+        return Rejected("unsupported", "HEIF, which Pillow does not decode")
+    if head.startswith(b"\xff\xd8\xff"):
+        file.seek(0)
+        try:  # as Image.open did, which keeps to itself what it stumbled over
+            JpegImagePlugin.JpegImageFile(file).close()
+        except SyntaxError as error:
+            return Rejected("unsupported" if "-bit" in str(error) else "corrupt", _told(error))
+    if _MAGIC.match(head):
+        return Rejected("corrupt", f"starts like an image but is not readable: {head!r}")
+    return Rejected("not_an_image", f"starts with {head!r}")
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours as sRGB has them; a profile that is broken or does not fit the mode is ignored."""
-    if image.mode == "LAB":
-        return _convert(image, ImageCms.createProfile("LAB"), "RGB")
-    target = "RGBA" if image.mode in ("RGBA", "LA") else "RGB"
-    if profile and image.mode != "LA":
-        try:
-            return _convert(image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), target)
-        except (ImageCms.PyCMSError, OSError):
-            pass
-    return image.convert(target)
+def _draft(
+    image: Image.Image, crop: tuple[float, float, float, float], size: tuple[int, int]
+) -> int:
+    """Have a JPEG decoded at 1/8, 1/4 or 1/2 where that shows nowhere, and return 8, 4, 2, or 1.
+
+    Of an odd size the last pixel then lies partly beyond the edge; pixel x still begins at x times
+    the divisor.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    shrink = min((crop[2] - crop[0]) / size[0], (crop[3] - crop[1]) / size[1])
+    for divisor in (8, 4, 2):
+        if shrink >= divisor * DRAFT_MARGIN:
+            drafted = image.draft(None, (image.width // divisor, image.height // divisor))
+            return divisor if drafted else 1
+    return 1
 
 
-def _convert(image: Image.Image, source: object, mode: str) -> Image.Image:
-    converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode=mode)  # type: ignore[arg-type]
-    assert converted is not None  # only in-place conversion returns None
-    if image.mode == "RGBA":  # LittleCMS leaves alpha undefined
-        converted.putalpha(image.getchannel("A"))
-    return converted
+def _stored_box(
+    crop: tuple[float, float, float, float], upright_size: tuple[int, int], orientation: int
+) -> tuple[float, float, float, float]:
+    """Where a box of the upright image lies in the stored one."""
+    (left, top, right, bottom), (width, height) = crop, upright_size
+    if orientation in (2, 3, 6, 7):
+        left, right = width - right, width - left
+    if orientation in (3, 4, 7, 8):
+        top, bottom = height - bottom, height - top
+    return (top, left, bottom, right) if orientation in SIDEWAYS else (left, top, right, bottom)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """Alpha composited on white."""
-    if image.mode != "RGBA":
-        return image
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+def _refused(error: OSError, cut: bool = False) -> Rejected:
+    """What is behind an OSError: the system's have a number, Pillow's have not."""
+    if error.errno:
+        return Rejected("unreadable", _told(error))
+    cut = cut or "truncated" in str(error).lower()
+    return Rejected("truncated" if cut else "corrupt", _told(error))
 
 
-def _cut_webp(data: bytes, nbytes: int | None = None) -> bool:
-    """Whether a RIFF file is shorter than its own header says."""
-    declared = int.from_bytes(data[4:8], "little") + 8
-    return data[:4] == b"RIFF" and declared > (len(data) if nbytes is None else nbytes)
+def _cut_webp(head: bytes, nbytes: int) -> bool:
+    """Whether a RIFF file of `nbytes` bytes is shorter than its own header says."""
+    return head[:4] == b"RIFF" and int.from_bytes(head[4:8], "little") + 8 > nbytes
+
+
+def _cut_jpeg2000(data: bytes) -> bool:
+    """Whether no end of codestream follows the last tile; Pillow leaves missing tiles black."""
+    last_tile = data.rfind(b"\xff\x90")  # within tiles, no byte above 8F follows an FF
+    return last_tile < 0 or data.find(b"\xff\xd9", last_tile) < 0
 
 
 def _told(error: Exception) -> str:

@@ -5,6 +5,7 @@ loss as well: a rename that was not synced may survive with an empty file behind
 """
 
 import json
+import mmap
 import os
 import re
 import socket
@@ -15,11 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 TEMPORARY = ".tmp"  # the suffix by which a later run knows what a killed one left
+_SUM, _UNKNOWN = b"crc32c=", b"________"
 _HOST = socket.gethostname().partition(".")[0] or "host"
 
 
@@ -40,14 +43,19 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def temporary_path(folder: Path, name: str) -> Path:
+    """A path that no other process uses, and that `sweep` knows."""
+    mine = f"{uuid.uuid4().hex[:8]}.{_HOST}.{os.getpid()}"
+    return folder / f"{name}.{mine}{TEMPORARY}"
+
+
 @contextmanager
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path to write; when the block ends well, it becomes `path`, durably.
 
     The temporary file lies in `staging` (same file system) or, by default, beside `path`.
     """
-    mine = f"{uuid.uuid4().hex[:8]}.{_HOST}.{os.getpid()}"
-    temporary = (staging or path.parent) / f"{path.name}.{mine}{TEMPORARY}"
+    temporary = temporary_path(staging or path.parent, path.name)
     try:
         yield temporary
         fsync_file(temporary)
@@ -70,9 +78,46 @@ def write_json(path: Path, value: Any, staging: Path | None = None) -> None:
 
 
 def write_parquet(path: Path, table: pa.Table, staging: Path | None = None) -> None:
-    """`path` holds `table`, zstd-compressed parquet that pandas, polars and duckdb read."""
+    """`path` holds `table`, zstd-compressed parquet that pandas, polars and duckdb read.
+
+    Its metadata holds a crc32c of the whole file, so that `is_whole` finds any flipped bit:
+    parquet's own checksums say nothing of headers and footers.
+    """
     with replacing(path, staging) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({"xlsd.checksum": (_SUM + _UNKNOWN).decode()})
+        crc, at = _checksum(temporary)
+        with temporary.open("r+b") as file:
+            file.seek(at)
+            file.write(b"%08x" % crc)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file holds the bytes that `write_parquet` wrote, every one. Raises OSError."""
+    try:
+        crc, at = _checksum(path)
+    except ValueError:  # empty, or the checksum itself is gone
+        return False
+    with path.open("rb") as file:
+        file.seek(at)
+        return file.read(len(_UNKNOWN)) == b"%08x" % crc
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    """The crc32c of a parquet file but for its checksum, and where in it that stands.
+
+    Raises ValueError where it stands nowhere.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.rfind(_SUM) + len(_SUM)
+        if at < len(_SUM):
+            raise ValueError
+        crc = 0
+        for first, last in ((0, at), (at + len(_UNKNOWN), len(data))):
+            for start in range(first, last, 1 << 24):
+                crc = google_crc32c.extend(crc, data[start : min(start + (1 << 24), last)])
+        return crc, at
 
 
 def sweep(folder: Path) -> None:

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.accounting import Accounting, account, save_accounting
 from xlsd_cache.arrays import grow_array, write_group
-from xlsd_cache.commit import tidy
+from xlsd_cache.commit import planning, tidy
 from xlsd_cache.compare import Sample, Verdict, compare, judge
 from xlsd_cache.config import ImportConfig
 from xlsd_cache.decode import Rejected, decode
 from xlsd_cache.durable import write_json, write_parquet
+from xlsd_cache.encode import device_of
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
@@ -95,7 +94,6 @@ def _examine(config: ImportConfig, vae: Vae, kind: str, fresh: list[Item]) -> Ve
     """
     if not fresh:
         return None
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     # Spread over all by their names' hashes; those with an image first.
     spread = sorted(fresh, key=lambda i: (i.image is None, order(i.key)))
     samples: list[Sample] = []
@@ -107,7 +105,7 @@ def _examine(config: ImportConfig, vae: Vae, kind: str, fresh: list[Item]) -> Ve
             break
     if not samples:
         return None  # every one of them is damaged, and will be told so
-    likenesses = compare(samples, vae, torch.device("cuda" if cuda else "cpu"))
+    likenesses = compare(samples, vae, device_of(config.device))
     print(f"compared {len(likenesses)} of {len(fresh)} latents with {vae.name}:")
     for likeness in likenesses:
         print(f"  {likeness}")
@@ -180,7 +178,7 @@ def _write_plan(
 ) -> int:
     """Make the store's folders if need be and log the next generation; returns the newest."""
     manifest.make_folders()
-    with FileLock(manifest.staging / "plan.lock", thread_local=False):
+    with planning(manifest):
         tidy(manifest)
         if not (manifest.root / "latents.zarr" / "zarr.json").exists():
             attributes = attributes_of(identity, rows_per_shard)

@@ -5,8 +5,12 @@ generation, which never changes again, so it is fresh exactly when its number is
 """
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.durable import replacing
-from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.durable import replacing, temporary_path
+from xlsd_cache.manifest import Manifest, Unit, last_rows
+
+# Rows of a record batch, at most: its texts must stay below Arrow's 2 GiB. No batch holds rows of
+# two buckets, so a bucket's numbers lie in one piece up to here, and are mapped and not copied.
+BATCH = 1 << 20
+_BUCKET = 1 << 40  # by how much two neighbouring buckets' places differ
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -31,32 +42,35 @@ class View:
 
 
 def make_view(manifest: Manifest, generation: int, rows_per_shard: int) -> View:
-    """Fold the log up to a generation. An incomplete one holds what is committed so far."""
-    plan = manifest.live(generation)
-    plan = plan.filter(pc.greater_equal(plan["row"], 0))
-    shards = (plan["row"].to_numpy() // rows_per_shard).tolist()
-    units = set(map(Unit, plan["bucket"].to_pylist(), shards))
-    committed = units & manifest.committed()
-    commits = manifest.commits(committed)
-    place = _match(plan, commits)
-    encoded = commits["status"].to_numpy(zero_copy_only=False) == "encoded"
-    live = place >= 0
-    live[live] = encoded[place[live]]
-    samples = plan.filter(pa.array(live)).drop_columns(
-        ["content_hash", "reason", "detail", "size", "mtime_ns"]
-    )
-    found = commits.take(place[live])
-    samples = samples.append_column("content_hash", found["content_hash"])
-    samples = samples.append_column("crc32c", found["crc32c"])
-    samples = samples.sort_by([("bucket", "ascending"), ("row", "ascending")])
-    captions = manifest.captions(generation)
-    for column in sorted(pc.unique(captions["column"]).to_pylist()):
-        texts = captions.filter(pc.equal(captions["column"], column))
-        at = pc.index_in(samples["key"], value_set=texts["key"])
-        samples = samples.append_column(column, texts["text"].take(at))
-    pending = int((place < 0).sum())
-    fingerprint = _fingerprint(manifest, generation, committed)
-    return View(generation, samples, _ranges(samples), pending, fingerprint)
+    """Fold the log up to a generation. An incomplete one holds what is committed so far.
+
+    Numbers come first: which line of the log each sample's columns are from. Then one column after
+    another is gathered, so that of a large store no more than one is ever held in memory.
+    """
+    plan, place, buckets = _planned(manifest, generation)
+    units = _units(place, buckets, rows_per_shard) & manifest.committed()
+    commit, encoded, crcs = _committed(manifest, units, place, buckets)
+    pending = int((commit < 0).sum())
+    plan, place, commit = plan[encoded], place[encoded], commit[encoded]
+
+    starts = np.searchsorted(place, np.arange(len(buckets) + 1) * _BUCKET).tolist()
+    spans = dict(zip(buckets, itertools.pairwise(starts), strict=True))
+    ranges = {bucket: (start, stop) for bucket, (start, stop) in spans.items() if start < stop}
+    gather = partial(_gather, ranges, manifest.staging)
+    columns = {
+        name: gather(manifest.plan_lines(generation, [name])[name], plan)
+        for name in ("key", "source", "width", "height", "crop", "bucket", "row")
+    }
+    hashes = manifest.commits(units, ["content_hash"])["content_hash"]
+    columns["content_hash"] = gather(hashes, commit)
+    columns["crc32c"] = gather(crcs, commit)
+    del hashes
+    for name in manifest.caption_columns(generation):
+        texts, last = _captions(manifest, generation, name, columns["key"])
+        if texts is not None:
+            columns[name] = gather(texts, last)
+    fingerprint = _fingerprint(manifest, generation, units)
+    return View(generation, pa.table(columns), ranges, pending, fingerprint)
 
 
 def save_view(root: Path, view: View) -> None:
@@ -72,7 +86,7 @@ def save_view(root: Path, view: View) -> None:
             replacing(root / "index.arrow", root / "staging") as temporary,
             pa.ipc.new_file(temporary, table.schema) as writer,
         ):
-            writer.write_table(table, max_chunksize=65536)
+            writer.write_table(table)  # in the batches in which it was gathered
     except OSError:
         return
 
@@ -83,40 +97,139 @@ def cached_view(root: Path, generation: int) -> View | None:
         source = pa.memory_map(str(root / "index.arrow"))
         table = pa.ipc.open_file(source).read_all()
         told: dict[str, Any] = json.loads(table.schema.metadata[b"xlsd"])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        if told["generation"] != generation:
+            return None
+        ranges = {bucket: (start, stop) for bucket, (start, stop) in told["ranges"].items()}
+        return View(generation, table, ranges, 0, told["fingerprint"])
+    except Exception:  # absent, or damaged in whatever way: it is derived, and made anew
         return None
-    if told["generation"] != generation:
-        return None
-    ranges = {bucket: (start, stop) for bucket, (start, stop) in told["ranges"].items()}
-    return View(generation, table, ranges, 0, told["fingerprint"])
 
 
-def _match(plan: pa.Table, commits: pa.Table) -> NDArray[np.int64]:
-    """For each planned row its row in `commits` by (bucket, row), or -1."""
-    names = pc.unique(plan["bucket"])
+def _planned(manifest: Manifest, generation: int) -> tuple[Ints, Ints, list[str]]:
+    """The lines of the plan that give an image a place, by place; the places; the buckets."""
+    lines = manifest.plan_lines(generation, ["key", "bucket", "row"])
+    buckets = sorted(pc.unique(lines["bucket"]).drop_null().to_pylist())
+    last = last_rows(lines, ["key"])
+    place = _places(lines, buckets)[last]
+    order = np.argsort(place, kind="stable")
+    order = order[np.searchsorted(place[order], 0) :]  # those without a place come first
+    return last[order], place[order], buckets
 
-    def place(table: pa.Table) -> NDArray[np.int64]:
-        buckets = pc.index_in(table["bucket"], value_set=names).to_numpy().astype(np.int64)
-        places: NDArray[np.int64] = (buckets << 40) + table["row"].to_numpy()
-        return places
 
-    wanted, have = place(plan), place(commits)
-    order = np.argsort(have)
+def _units(place: Ints, buckets: list[str], rows_per_shard: int) -> set[Unit]:
+    """The shards in which these places are."""
+    shards = np.unique(place // _BUCKET * _BUCKET + place % _BUCKET // rows_per_shard)
+    return {Unit(buckets[shard // _BUCKET], shard % _BUCKET) for shard in shards.tolist()}
+
+
+def _committed(
+    manifest: Manifest, units: set[Unit], place: Ints, buckets: list[str]
+) -> tuple[Ints, NDArray[np.bool_], pa.ChunkedArray]:
+    """Of each place its line in the commit records of `units`, or -1; whether there is a latent.
+
+    And of every line the latent's checksum.
+    """
+    lines = manifest.commits(units, ["row", "status", "crc32c"])
+    commit = _find(place, _places(lines, buckets))
+    encoded = commit >= 0
+    encoded[encoded] = pc.equal(lines["status"], "encoded").to_numpy()[commit[encoded]]
+    return commit, encoded, lines["crc32c"]
+
+
+def _places(lines: pa.Table, buckets: list[str]) -> Ints:
+    """(bucket, row) as one number each, which sorts as they do; negative without a place."""
+    names = pa.array(buckets, pa.string())
+    codes = pc.index_in(lines["bucket"], value_set=names).fill_null(0).to_numpy()
+    rows: Ints = lines["row"].fill_null(-1).to_numpy()
+    return np.where(rows < 0, -1, codes.astype(np.int64) * _BUCKET + rows)
+
+
+def _find(wanted: Ints, have: Ints) -> Ints:
+    """Where each of the ascending `wanted` is in `have`, or -1."""
+    order = np.argsort(have, kind="stable")
     at = np.searchsorted(have, wanted, sorter=order)
-    found = np.full(len(wanted), -1, np.int64)
+    found = np.full(len(wanted), -1)
     inside = at < len(have)
     candidates = order[at[inside]]
     found[inside] = np.where(have[candidates] == wanted[inside], candidates, -1)
     return found
 
 
-def _ranges(samples: pa.Table) -> dict[str, tuple[int, int]]:
-    counts = samples["bucket"].value_counts().to_pylist() if samples.num_rows else []
-    ranges, start = {}, 0
-    for count in sorted(counts, key=lambda count: count["values"]):
-        ranges[count["values"]] = (start, start + count["counts"])
-        start += count["counts"]
-    return ranges
+def _captions(
+    manifest: Manifest, generation: int, column: str, keys: pa.ChunkedArray
+) -> tuple[pa.ChunkedArray | None, Ints]:
+    """All texts of a caption column, and which is the last said of each key; -1 where empty.
+
+    None where every text was taken back.
+    """
+    said_of = manifest.caption_lines(generation, column, "key")
+    last = last_rows(pa.table({"key": said_of}), ["key"])
+    found = pc.index_in(keys, value_set=said_of.take(last)).fill_null(len(last)).to_numpy()
+    at = np.append(last, -1)[found]
+    del said_of, found
+    _give_back()
+    texts = manifest.caption_lines(generation, column, "text")
+    length = pc.binary_length(texts).to_numpy()
+    at[length[at] == 0] = -1
+    return (texts if length[last].any() else None), at
+
+
+def _gather(
+    ranges: dict[str, tuple[int, int]], staging: Path, column: pa.ChunkedArray, at: Ints
+) -> pa.ChunkedArray:
+    """The column at these places, null at -1, in batches of one bucket.
+
+    More than one batch's worth is laid aside in a temporary file and mapped: memory that the
+    kernel may take back. It stays in memory where the store is not writable.
+    """
+    chunks = [*column.chunks, pa.nulls(1, column.type)]
+    starts = np.cumsum([0, *map(len, column.chunks)])
+    at = np.where(at < 0, len(column), at)  # where the null is
+
+    def batches() -> Iterator[pa.Array]:
+        for start, stop in ranges.values():
+            for i in range(start, stop, BATCH):
+                yield _take(chunks, starts, at[i : min(i + BATCH, stop)])
+
+    if len(at) > BATCH:
+        _give_back()
+        path = temporary_path(staging, "column")
+        schema = pa.schema([("column", column.type)])
+        try:
+            with pa.ipc.new_file(path, schema) as writer:
+                for batch in batches():
+                    writer.write_batch(pa.record_batch([batch], schema))
+                    _give_back()
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["column"]
+        except OSError:
+            pass
+        finally:
+            with suppress(OSError):  # Windows keeps a mapped file, and `sweep` removes it later
+                path.unlink()
+    return pa.chunked_array(batches(), column.type)
+
+
+def _take(chunks: list[pa.Array], starts: Ints, at: Ints) -> pa.Array:
+    """What is at these places of the chunks that start at `starts`.
+
+    Arrow's own take would join the chunks first, every time, and fail where they pass 2 GiB.
+    """
+    chunk = np.searchsorted(starts, at, side="right") - 1
+    order = np.argsort(chunk, kind="stable")
+    ends = np.searchsorted(chunk[order], np.arange(len(chunks) + 1))
+    pieces = [
+        chunks[i].take(pa.array(at[order[begin:end]] - starts[i]))
+        for i, (begin, end) in enumerate(itertools.pairwise(ends.tolist()))
+        if begin < end
+    ]
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return pa.concat_arrays(pieces).take(pa.array(back))
+
+
+def _give_back() -> None:
+    """Arrow's allocator keeps what was freed for later, which of a large store is gigabytes."""
+    pa.default_memory_pool().release_unused()
 
 
 def _fingerprint(manifest: Manifest, generation: int, committed: set[Unit]) -> str:
@@ -125,5 +238,7 @@ def _fingerprint(manifest: Manifest, generation: int, committed: set[Unit]) -> s
     paths = manifest.files(generation) + [manifest.commit(unit) for unit in sorted(committed)]
     for path in paths:
         digest.update(path.relative_to(manifest.root).as_posix().encode())
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -1,34 +1,37 @@
 """`xlsd-cache info`: what is in a store, for people and for programs."""
 
 import json
+import stat
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.accounting import account, saved_accounting
 from xlsd_cache.config import InfoConfig
 from xlsd_cache.identity import read_attributes
-from xlsd_cache.index import make_view
+from xlsd_cache.index import cached_view, make_view
 from xlsd_cache.manifest import Manifest
 from xlsd_cache.store import LatentStore
+from xlsd_cache.survey import are_tags, word_counts
 
 MEASURED = 2048  # samples whose latents are read for the statistics: the mean to 0.1% of the spread
 
 
 def info(config: InfoConfig) -> dict[str, Any]:
     """Print what is in the store, and return it. Reads an unfinished store as well."""
-    value = describe(config.store)
+    value = describe(config.store, config.tags)
     if config.json:
         print(json.dumps(value, indent=2, ensure_ascii=False))
         return value
     vae, latents = value["vae"], value["latents"]
     rejected = ", ".join(f"{reason} {count}" for reason, count in value["rejected"].items())
-    print(f"{config.store}: {value['live']} live images, {value['bytes'] / 2**20:.1f} MiB", end="")
+    print(f"{config.store}: {value['live']} live images, {_size(value['bytes'])}", end="")
     print(f", {value['pending']} not encoded yet" if value["pending"] else "")
     print(f"  scanned    {value['scanned']}")
     print(f"  encoded    {value['encoded']}\n  reused     {value['reused']}")
@@ -37,17 +40,28 @@ def info(config: InfoConfig) -> dict[str, Any]:
         f"  rejected   {sum(value['rejected'].values())}" + (f" ({rejected})" if rejected else "")
     )
     print("  buckets    " + ", ".join(f"{name} {n}" for name, n in value["buckets"].items()))
-    print("  captions   " + ", ".join(f"{name} {n}" for name, n in value["captions"].items()))
+    _say_captions(value)
     print(f"  VAE        {vae['name']} ({vae['sha256'][:12]}), scaling factor", end=" ")
     print(f"{vae['scaling_factor']}, encoded in {vae['precision']}")
     mean = " ".join(f"{x:+.3f}" for x in latents["mean"])
     std = " ".join(f"{x:.3f}" for x in latents["std"])
     print(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
     print(f"             mean by channel {mean}\n             std by channel  {std}")
+    disk = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in value["disk"].items())
+    print(f"  disk       {disk}")
     return value
 
 
-def describe(path: Path) -> dict[str, Any]:
+def _say_captions(value: dict[str, Any]) -> None:
+    for name, count in value["captions"].items():
+        words = value["words"][name]
+        print(f"  captions   {name} {count} of {value['live']} images, words", end=" ")
+        print(f"{words['median']:g} in the median, {words['max']} at most")
+        tags = ", ".join(f"{tag} {n}" for tag, n in value["tags"].get(name, {}).items())
+        print(textwrap.fill(tags, 96, initial_indent=" " * 13, subsequent_indent=" " * 13))
+
+
+def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
     """Everything that `info --json` prints."""
     root = path.expanduser()
     identity, rows_per_shard = read_attributes(root)
@@ -60,13 +74,13 @@ def describe(path: Path) -> dict[str, Any]:
     counts = saved_accounting(root, generations[-1])
     if counts is None:
         counts, _ = account(manifest, generations[-1], rows_per_shard, frozenset())
-    view = make_view(manifest, generations[-1], rows_per_shard)
+    view = cached_view(root, generations[-1])
+    view = view or make_view(manifest, generations[-1], rows_per_shard)
     with LatentStore(root, identity, rows_per_shard, view) as store:
         mean, std, measured = _statistics(store)
-        captions = {
-            name: int(pc.count(store.samples[name]).as_py()) for name in store.caption_columns
-        }
-    files = (file for file in root.rglob("*") if file.is_file())
+        texts = {name: store.samples[name] for name in store.caption_columns}
+        tags = {name: store.tags(name).counts(most_tags) for name in texts if are_tags(texts[name])}
+    disk = _disk_use(root)
     return {
         "scanned": counts.scanned,
         "encoded": counts.encoded,
@@ -76,7 +90,9 @@ def describe(path: Path) -> dict[str, Any]:
         "pending": counts.pending,
         "live": counts.live,
         "buckets": counts.buckets,
-        "captions": captions,
+        "captions": {name: len(text) - text.null_count for name, text in texts.items()},
+        "words": {name: _words(text) for name, text in texts.items()},
+        "tags": tags,
         "vae": {
             "name": identity.vae_name,
             "source": identity.vae_source,
@@ -97,8 +113,35 @@ def describe(path: Path) -> dict[str, Any]:
         "fingerprint": view.fingerprint,
         "rows_per_shard": rows_per_shard,
         "resolution": identity.resolution,
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": sum(disk.values()),
+        "disk": disk,
     }
+
+
+def _disk_use(root: Path) -> dict[str, int]:
+    """Bytes of the store by part; a file that goes away meanwhile counts nothing."""
+    parts = {"latents": 0, "manifest": 0, "captions": 0, "other": 0}
+    for path in root.rglob("*"):
+        top = path.relative_to(root).parts[0].removesuffix(".zarr")
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            parts[top if top in parts else "other"] += status.st_size
+    return parts
+
+
+def _size(nbytes: int) -> str:
+    """For people."""
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
+
+
+def _words(texts: pa.ChunkedArray) -> dict[str, float]:
+    counts = word_counts(texts)
+    if not len(counts):
+        return {"median": 0.0, "max": 0}
+    return {"median": float(np.median(counts)), "max": int(counts.max())}
 
 
 def _statistics(store: LatentStore) -> tuple[list[float], list[float], int]:

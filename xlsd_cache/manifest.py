@@ -6,6 +6,7 @@ it goes nowhere. Reading the log up to a generation gives the store as it was th
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from xlsd_cache.durable import write_parquet
 
@@ -44,6 +46,12 @@ COMMIT = pa.schema(
     ]
 )
 REMOVED = pa.schema([("key", pa.string())])
+DAMAGED = pa.schema(
+    [
+        ("bucket", pa.string()),
+        ("row", pa.int64()),  # its latent is not to be used again, by whatever image
+    ]
+)
 CAPTIONS = pa.schema([("key", pa.string()), ("column", pa.string()), ("text", pa.string())])
 
 
@@ -85,7 +93,7 @@ class Manifest:
 
     def make_folders(self) -> None:
         """Create the folders of an empty store."""
-        for kind in ("plan", "commit", "removed"):
+        for kind in ("plan", "commit", "removed", "damaged"):
             (self.root / "manifest" / kind).mkdir(parents=True, exist_ok=True)
         for folder in ("latents.zarr", "captions", "staging"):
             (self.root / folder).mkdir(exist_ok=True)
@@ -102,13 +110,20 @@ class Manifest:
         return {Unit(match[1], int(match[2])) for match in found if match}
 
     def write_plan(
-        self, generation: int, plan: pa.Table, removed: list[str], captions: pa.Table
+        self,
+        generation: int,
+        plan: pa.Table,
+        removed: list[str],
+        captions: pa.Table,
+        damaged: pa.Table | None = None,
     ) -> None:
         """Add a generation. Its plan is written last: only then does the generation exist."""
         gone = pa.table({"key": sorted(removed)}, REMOVED)
+        given_up = DAMAGED.empty_table() if damaged is None else damaged
         for path, table in (
             (self._file("manifest/removed", generation), gone),
             (self._captions(generation), captions),
+            (self._file("manifest/damaged", generation), given_up),
         ):
             if table.num_rows:
                 write_parquet(path, table, self.staging)
@@ -118,14 +133,7 @@ class Manifest:
 
     def live(self, generation: int) -> pa.Table:
         """The plan at a generation: one row a key, the last said of it, removed keys left out."""
-        kept = []
-        for n in (n for n in self.generations() if n <= generation):
-            gone = self._file("manifest/removed", n)
-            if gone.exists():
-                kept.append(pq.read_table(gone, schema=REMOVED))
-            kept.append(pq.read_table(self._file("manifest/plan", n), schema=PLAN))
-        table = pa.concat_tables(kept, promote_options="default") if kept else PLAN.empty_table()
-        table = last_of(table, ["key"])
+        table = last_of(self.plan_lines(generation), ["key"])
         return table.filter(pc.is_valid(table["row"]))  # a removal has a key and nothing else
 
     def planned(self, generation: int) -> pa.Table:
@@ -135,23 +143,58 @@ class Manifest:
         table = pa.concat_tables([PLAN.empty_table(), *tables])
         return table.filter(pc.greater_equal(table["row"], 0))
 
-    def commits(self, units: set[Unit]) -> pa.Table:
+    def damaged(self, generation: int) -> pa.Table:
+        """Every place whose latent `check --repair` found damaged, up to a generation."""
+        numbers = [n for n in self.generations() if n <= generation]
+        paths = [self._file("manifest/damaged", n) for n in numbers]
+        tables = [pq.read_table(path, schema=DAMAGED) for path in paths if path.exists()]
+        return pa.concat_tables([DAMAGED.empty_table(), *tables])
+
+    def commits(self, units: set[Unit], columns: Sequence[str] = COMMIT.names) -> pa.Table:
         """The commit records of `units` as one table, with the bucket as first column."""
-        tables = [COMMIT.empty_table()]
-        names: list[str] = []
+        empty = COMMIT.empty_table().select(columns)
+        tables = [empty.add_column(0, "bucket", pa.nulls(0, pa.string()))]
         for unit in sorted(units):
-            table = pq.read_table(self.commit(unit), schema=COMMIT)
-            tables.append(table)
-            names += [unit.bucket] * table.num_rows
-        return pa.concat_tables(tables).add_column(0, "bucket", pa.array(names, pa.string()))
+            table = pq.ParquetFile(self.commit(unit)).read(list(columns))
+            bucket = pa.repeat(pa.scalar(unit.bucket, pa.string()), table.num_rows)
+            tables.append(table.add_column(0, "bucket", bucket))
+        return pa.concat_tables(tables)
 
     def captions(self, generation: int) -> pa.Table:
         """(key, column, text) at a generation, the last said of each; empty texts left out."""
-        numbers = [n for n in self.generations() if n <= generation]
-        paths = [path for path in map(self._captions, numbers) if path.exists()]
-        tables = [CAPTIONS.empty_table(), *(pq.read_table(p, schema=CAPTIONS) for p in paths)]
-        table = last_of(pa.concat_tables(tables), ["key", "column"])
+        read = [pq.read_table(path, schema=CAPTIONS) for path in self._caption_files(generation)]
+        table = last_of(pa.concat_tables([CAPTIONS.empty_table(), *read]), ["key", "column"])
         return table.filter(pc.not_equal(table["text"], ""))
+
+    def plan_lines(self, generation: int, columns: Sequence[str] = PLAN.names) -> pa.Table:
+        """All that was planned up to a generation, in order; of a removal all but the key is null.
+
+        Column by column, a log too large for the memory can still be read.
+        """
+        kept = [PLAN.empty_table().select(columns)]
+        for n in (n for n in self.generations() if n <= generation):
+            gone = self._file("manifest/removed", n)
+            if gone.exists():
+                kept.append(pq.read_table(gone, schema=REMOVED))
+            path = self._file("manifest/plan", n)
+            kept.append(pq.read_table(path, columns=list(columns), schema=PLAN))
+        return pa.concat_tables(kept, promote_options="default").select(columns)
+
+    def caption_columns(self, generation: int) -> list[str]:
+        """Every caption column of which something was ever said, sorted."""
+        names: set[str] = set()
+        for path in self._caption_files(generation):
+            names.update(pc.unique(pq.read_table(path, columns=["column"])["column"]).to_pylist())
+        return sorted(names)
+
+    def caption_lines(self, generation: int, column: str, field: str) -> pa.ChunkedArray:
+        """The keys or texts of all that was said in a caption column, in order."""
+        chunks = [
+            batch[field].filter(pc.equal(batch["column"], column))
+            for path in self._caption_files(generation)
+            for batch in pq.ParquetFile(path).iter_batches(1 << 17, columns=["column", field])
+        ]
+        return pa.chunked_array(chunks, pa.string())
 
     def files(self, generation: int) -> list[Path]:
         """The files of the log up to a generation, commit records apart."""
@@ -161,11 +204,16 @@ class Manifest:
             if n <= generation
             for path in (
                 self._file("manifest/removed", n),
+                self._file("manifest/damaged", n),
                 self._file("manifest/plan", n),
                 self._captions(n),
             )
             if path.exists()
         ]
+
+    def _caption_files(self, generation: int) -> list[Path]:
+        numbers = (n for n in self.generations() if n <= generation)
+        return [path for path in map(self._captions, numbers) if path.exists()]
 
     def _file(self, folder: str, generation: int) -> Path:
         return self.root / folder / f"{generation:06d}.parquet"
@@ -177,14 +225,20 @@ class Manifest:
 
 def last_of(table: pa.Table, columns: list[str]) -> pa.Table:
     """The last row of each distinct value of `columns`, in the order of those last rows."""
-    if not table.num_rows:
-        return table
-    codes = np.zeros(table.num_rows, np.int64)
-    for column in columns:
-        encoded = table[column].combine_chunks().dictionary_encode()
-        codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy()
-    _, first_from_the_end = np.unique(codes[::-1], return_index=True)
-    return table.take(np.sort(table.num_rows - 1 - first_from_the_end))
+    return table.take(last_rows(table, columns)) if table.num_rows else table
+
+
+def last_rows(table: pa.Table, columns: list[str]) -> NDArray[np.int64]:
+    """Where those rows are, ascending."""
+    codes, count = np.zeros(table.num_rows, np.int64), 1
+    for column in columns if table.num_rows else []:
+        encoded = table[column].dictionary_encode().chunks  # all by one dictionary
+        codes *= len(encoded[0].dictionary)
+        count *= len(encoded[0].dictionary)
+        codes += np.concatenate([chunk.indices.to_numpy() for chunk in encoded])
+    last = np.full(count, -1)
+    last[codes] = np.arange(table.num_rows)  # of what is assigned to one place, the last stays
+    return np.sort(last[last >= 0])
 
 
 def _numbers(folder: Path, pattern: str) -> list[int]:

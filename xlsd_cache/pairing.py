@@ -4,20 +4,40 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
 from xlsd_cache.buckets import STEP
-from xlsd_cache.decode import Rejected, read_size
+from xlsd_cache.decode import Rejected, read_header
 from xlsd_cache.identity import DOWNSCALE
+from xlsd_cache.locate import BETWEEN, open_source, read_source
 from xlsd_cache.peers import CacheFile, Found, Held, peek
-from xlsd_cache.sources import IMAGE_SUFFIXES, Record, scan
+from xlsd_cache.sources import IMAGE_SUFFIXES, scan
 
 Entry = dict[str, Any]  # one row of manifest.PLAN
 Crop = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image that latents may be of."""
+
+    key: str
+    source: str  # see locate.py
+    size: int  # bytes
+    captions: dict[str, str] = field(default_factory=dict)  # column -> text
+
+    @property
+    def path(self) -> Path:
+        """For its name and folders only: of an archive's member, they end in the archive."""
+        return Path(self.source.replace(BETWEEN, "/"))
+
+    def read(self) -> bytes:
+        """The image file's bytes. Raises OSError."""
+        return read_source(self.source)
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class Item:
         why = self.rejected
         return {
             "key": self.key,
-            "source": str(self.image.path if self.image else self.file.path),
+            "source": self.image.source if self.image else str(self.file.path),
             "size": self.file.size,
             "mtime_ns": self.file.mtime_ns,
             "width": self.size[0],
@@ -58,14 +78,19 @@ def image_records(found: Found, images: Path | None, columns: tuple[str, ...]) -
 
     kohya and the safetensors caches lie beside them; OneTrainer's say where they were.
     """
-    if images:
-        return scan((str(images),), columns).records
-    roots = set(found.images)
-    for file in found.files:
+    roots = {images.expanduser().absolute()} if images else set(found.images)
+    for file in () if images else found.files:
         if file.kind == "onetrainer" and Path(file.image).is_file():
             roots.add(Path(file.image).absolute().parent)
-    outer = [root for root in roots if not roots & set(root.parents)]
-    return scan(tuple(map(str, sorted(outer))), columns).records if outer else []
+    outer = sorted(str(root) for root in roots if not roots & set(root.parents))
+    if not outer:
+        return []
+    seen = scan(tuple(outer), columns)
+    captions: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in seen.captions.to_pylist():
+        captions[row["key"]][row["column"]] = row["text"]
+    rows = seen.images.select(["key", "source", "size"]).to_pylist()
+    return [Record(**row, captions=captions.get(row["key"], {})) for row in rows]
 
 
 def pair(files: Iterable[CacheFile], records: list[Record]) -> dict[CacheFile, Record]:
@@ -151,7 +176,11 @@ def _unique(key: str, given: set[str]) -> str:
 
 def _size(record: Record) -> tuple[int, int]:
     """Width and height of the upright image; zeros where its header cannot be read."""
-    size = read_size(record.path)
+    try:
+        with open_source(record.source) as file:
+            size = read_header(file, record.size)
+    except OSError:
+        return 0, 0
     return (0, 0) if isinstance(size, Rejected) else size
 
 

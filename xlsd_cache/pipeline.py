@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Condition, Lock
 from typing import Any
 
@@ -18,8 +17,10 @@ from tqdm import tqdm
 from xlsd_cache.commit import Claim, claim
 from xlsd_cache.decode import Pixels, Rejected, decode
 from xlsd_cache.encode import Encoder
+from xlsd_cache.guard import Guard, decoders
 from xlsd_cache.identity import bucket_shape
 from xlsd_cache.interrupt import StopSignal
+from xlsd_cache.locate import read_source, stat_source
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.plan import Entry
 from xlsd_cache.shard import Row
@@ -83,11 +84,11 @@ class Work:
         total, begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
         with (
             tqdm(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
-            ThreadPoolExecutor(self.workers) as decoders,
+            ThreadPoolExecutor(self.workers) as readers,
             self.encoder.threads(spare=1) as encoders,  # the spare one has its pixels ready
         ):
             while order and not stop.asked:
-                self._pass(todo, order, decoders, encoders, bar, stop)
+                self._pass(todo, order, readers, encoders, bar, stop)
                 committed = self.manifest.committed()
                 order = [unit for unit in order if unit not in committed]
                 if order and not stop.asked:  # other processes hold these; one may yet be killed
@@ -100,13 +101,13 @@ class Work:
         self,
         todo: Todo,
         order: list[Unit],
-        decoders: ThreadPoolExecutor,
+        readers: ThreadPoolExecutor,
         encoders: ThreadPoolExecutor,
         bar: Any,
         stop: StopSignal,
     ) -> None:
         """Go once through the units that nobody holds, a few batches decoding ahead."""
-        calls, batch = self.encoder.calls, self.encoder.batch
+        calls, batch, guard = self.encoder.calls, self.encoder.batch, decoders(self.workers)
         ahead = calls + max(1, 2 * self.workers // batch)
         held: list[Claim] = []
         queue: deque[tuple[Claim, list[Future[Decoded]], Future[Encoded], bool]] = deque()
@@ -116,7 +117,7 @@ class Work:
                 while not stop.asked and len(queue) < ahead and (found := next(upcoming, None)):
                     taken, slots, last = found
                     pixels = [
-                        decoders.submit(_read_and_decode, entry, self._is_live(entry))
+                        readers.submit(_read_and_decode, entry, self._is_live(entry), guard)
                         for entry in map(taken.entries.__getitem__, slots)
                     ]
                     encoded = encoders.submit(self._encode, slots, pixels, turns, next(turn))
@@ -221,21 +222,20 @@ class Work:
         return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ranked)
 
 
-def _read_and_decode(entry: Entry, live: bool) -> Decoded:
+def _read_and_decode(entry: Entry, live: bool, guard: Guard) -> Decoded:
     """The pixels of a planned image as it is now; changed since the scan, it is planned anew."""
     if not live:
         return "", Rejected("removed", "removed or changed after it was planned")
-    path = Path(entry["source"])
     try:
-        data = path.read_bytes()
-        status = path.stat()
+        data = read_source(entry["source"])
+        now = stat_source(entry["source"])
     except FileNotFoundError:
         return "", Rejected("vanished", "gone between the scan and its reading")
     except OSError as error:
         return "", Rejected("unreadable", error.strerror or str(error))
-    if (len(data), status.st_mtime_ns) != (entry["size"], entry["mtime_ns"]):
+    if (len(data), *now) != (entry["size"], entry["size"], entry["mtime_ns"]):
         return "", Rejected("changed", "changed between the scan and its reading")
     width, height = map(int, entry["bucket"].split("x"))
-    crop = tuple(entry["crop"])
-    pixels = decode(data, (entry["width"], entry["height"]), crop, (width, height))
+    upright, crop = (entry["width"], entry["height"]), tuple(entry["crop"])
+    pixels = guard.call(decode, data, upright, crop, (width, height))
     return hashlib.sha256(data).hexdigest(), pixels

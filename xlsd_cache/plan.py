@@ -1,210 +1,208 @@
 """Which image goes where: the scan compared with the log, written down as the next generation."""
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from xlsd_cache.buckets import Buckets, Placement
-from xlsd_cache.decode import Rejected, read_size
-from xlsd_cache.manifest import CAPTIONS, Manifest
-from xlsd_cache.sources import Record
+from xlsd_cache import UserError
+from xlsd_cache.buckets import Buckets
+from xlsd_cache.delta import caption_changes
+from xlsd_cache.headers import RETRIED, read_hashes, read_headers
+from xlsd_cache.known import Known, find_places
+from xlsd_cache.manifest import PLAN
+from xlsd_cache.match import look_up, one
+from xlsd_cache.place import crop_matrix, give_rows, place
 
-RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the image's
 Entry = dict[str, Any]  # one row of manifest.PLAN
+Mask = NDArray[np.bool_]
+# The journals of a planning, in staging until its plan is written.
+JOURNALS = ("headers.planning", "hashes.planning")
 
 
 @dataclass(frozen=True)
 class Plan:
     """The next generation, not yet written."""
 
-    entries: list[Entry]  # of images that are new, changed, moved, renamed, rejected or duplicates
+    entries: pa.Table  # PLAN of images that are new, changed, moved, renamed, rejected, duplicates
     removed: list[str]  # keys that the scan no longer found
     captions: pa.Table  # what changed of them
 
     @property
     def is_empty(self) -> bool:
         """Whether the log already says what the scan found."""
-        return not (self.entries or self.removed or self.captions.num_rows)
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the log says, for planning."""
-
-    live: dict[str, Entry]  # key -> entry, its content_hash and reason as committed
-    content: dict[str, Entry]  # content hash -> the entry of its latent, whether live or not
-    next_rows: dict[str, int]  # bucket -> the first row of its next shard
-    captions: dict[tuple[str, str], str]  # (key, column) -> text
-
-
-def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
-    """Fold the whole log into dictionaries; an empty store gives empty ones."""
-    generation = max(manifest.generations(), default=-1)
-    committed = manifest.commits(manifest.committed())
-    outcome = {(row["bucket"], row["row"]): row for row in committed.to_pylist()}
-    live = {entry["key"]: entry for entry in manifest.live(generation).to_pylist()}
-    for entry in live.values():
-        row = outcome.get((entry["bucket"], entry["row"]))
-        if row is not None:
-            entry["content_hash"] = row["content_hash"] or entry["content_hash"]
-            entry["reason"], entry["detail"] = row["reason"], row["detail"]
-    content: dict[str, Entry] = {}
-    next_rows: dict[str, int] = defaultdict(int)
-    for entry in manifest.planned(generation).to_pylist():
-        end = (entry["row"] // rows_per_shard + 1) * rows_per_shard
-        next_rows[entry["bucket"]] = max(next_rows[entry["bucket"]], end)
-        row = outcome.get((entry["bucket"], entry["row"]))
-        if row is not None and row["status"] == "encoded":
-            content[row["content_hash"]] = entry
-    texts = manifest.captions(generation).to_pylist()
-    captions = {(row["key"], row["column"]): row["text"] for row in texts}
-    return Known(live, content, next_rows, captions)
+        return not (self.entries.num_rows or self.removed or self.captions.num_rows)
 
 
 def make_plan(
-    records: list[Record], known: Known, buckets: Buckets, columns: tuple[str, ...], workers: int
+    images: pa.Table,
+    captions: pa.Table,
+    columns: tuple[str, ...],
+    known: Known,
+    buckets: Buckets,
+    workers: int,
+    staging: Path | None = None,
 ) -> Plan:
-    """What brings the log up to what the scan found.
+    """What brings the log up to what the scan found: its `images`, and `captions` in `columns`.
 
     A file whose size and mtime are as logged counts as unchanged. Any other is told by its
     content: encoded before, it keeps that latent under its new name; equal to a live image, it is
-    a duplicate; else it gets a row of its own behind its bucket's last shard.
+    a duplicate; else it gets a row of its own behind its bucket's last shard. What is read of
+    files is journaled in `staging`, if given.
     """
-    unsettled = [record for record in records if not _settled(record, known.live.get(record.key))]
-    changed = {record.key for record in unsettled}
-    settled = [known.live[record.key] for record in records if record.key not in changed]
-    sizes = _read_sizes(unsettled, workers)
-    hashes = _read_hashes(records, unsettled, known, workers)
-    claims = {hashes.get(e["key"]) or e["content_hash"]: e["key"] for e in settled if e["bucket"]}
-    claims.pop("", None)
-    entries = [
-        {**entry, "source": str(record.path)}
-        for record, entry in ((r, known.live[r.key]) for r in records if r.key not in changed)
-        if entry["source"] != str(record.path)  # the source folder moved
-    ]
-    fresh: list[Entry] = []
-    for record in unsettled:
-        content_hash = hashes.get(record.key, "")
-        entry = _entry(record, sizes[record.key], content_hash, buckets)
-        if not entry["reason"] and content_hash in claims:
-            original = claims[content_hash]
-            entry |= {"bucket": "", "reason": "duplicate", "detail": original}
-        elif not entry["reason"]:
-            claims |= {content_hash: record.key} if content_hash else {}
-            if content_hash in known.content:
-                latent = known.content[content_hash]
-                entry |= {name: latent[name] for name in ("bucket", "row", "crop")}
-            else:
-                fresh.append(entry)
-                continue
-        if entry != known.live.get(record.key):
-            entries.append(entry)
-    _give_rows(fresh, known.next_rows)
-    removed = sorted(known.live.keys() - {record.key for record in records})
-    return Plan(entries + fresh, removed, _caption_changes(records, columns, known.captions))
+    journals = [staging and staging / name for name in JOURNALS]
+    at = look_up(one(images["key"]), one(known.live["key"]))
+    logged = known.live.take(pa.array(at, mask=at < 0))
+    same = _equal(logged, images, "size") & _equal(logged, images, "mtime_ns")
+    same &= ~_among(logged["reason"], RETRIED)
+    copies = same & _among(logged["reason"], {"duplicate"})  # whose original may be gone
+    settled = same & ~copies
 
-
-def _settled(record: Record, entry: Entry | None) -> bool:
-    """Whether the log's word on this file still stands."""
-    return (
-        entry is not None
-        and (entry["size"], entry["mtime_ns"]) == (record.size, record.mtime_ns)
-        and entry["reason"] not in RETRIED
-        and entry["reason"] != "duplicate"  # its original may be gone
+    changed = images.filter(pa.array(~settled)).combine_chunks()
+    copy = copies[~settled]
+    facts = _facts(changed, logged.filter(pa.array(~settled)), copy, journals[0], workers)
+    entries = place(changed, facts, buckets)
+    kept = logged.filter(pa.array(settled))
+    kept = kept.set_column(1, PLAN.field("source"), images["source"].filter(pa.array(settled)))
+    hashes, kept_hashes = _hashes(entries, facts, copy, kept, known, journals[1], workers)
+    entries = _settle_copies(entries, hashes, kept, kept_hashes)
+    entries, fresh = give_rows(entries, hashes, known)
+    said = known.live.take(pa.array(at[~settled], mask=at[~settled] < 0))
+    news = pa.array(fresh | ~_same_rows(entries, said))
+    was = known.live.take(pa.array(at[settled]))
+    moved = pa.array(~_equal(kept, was, "source"))
+    gone = pc.invert(pc.is_in(known.live["key"], value_set=one(images["key"])))
+    return Plan(
+        pa.concat_tables([kept.filter(moved), entries.filter(news)]),
+        known.live["key"].filter(gone).to_pylist(),
+        caption_changes(one(images["key"]), captions, columns, known.captions),
     )
 
 
-def _read_sizes(records: list[Record], workers: int) -> dict[str, tuple[int, int] | Rejected]:
-    with ThreadPoolExecutor(workers) as pool:
-        sizes = pool.map(lambda record: read_size(record.path), records)
-        shown = tqdm(sizes, "reading headers", len(records), unit="file", disable=len(records) < 99)
-        return dict(zip((record.key for record in records), shown, strict=True))
+def refuse_lost_sources(plan: Plan, known: Known, names: Set[str], forget: Set[str]) -> None:
+    """Raise UserError where a source of before is not named and its images would leave training.
 
-
-def _read_hashes(
-    records: list[Record], unsettled: list[Record], known: Known, workers: int
-) -> dict[str, str]:
-    """Content hashes of the unsettled files that can equal anything, and of what they can equal.
-
-    Equal files have equal sizes, so a file with a size of its own is not read twice.
+    A renamed source is another matter: most of its latents go on under new names.
     """
-    changed = {record.key for record in unsettled}
-    have = Counter(record.size for record in unsettled)
-    have.update({entry["size"] for entry in known.content.values()})
-    have.update({entry["size"] for key, entry in known.live.items() if key not in changed})
-    wanted = {record.size for record in unsettled if have[record.size] > 1}
-    to_read = [
-        record
-        for record in records
-        if record.size in wanted
-        and (record.key in changed or not known.live[record.key]["content_hash"])
-    ]
-    with ThreadPoolExecutor(workers) as pool:
-        hashes = pool.map(hash_file, to_read)
-        shown = tqdm(hashes, "finding duplicates", len(to_read), disable=len(to_read) < 99)
-        return dict(zip((record.key for record in to_read), shown, strict=True))
+    removed = known.live.filter(
+        pc.is_in(known.live["key"], value_set=pa.array(plan.removed, pa.string()))
+    )
+    removed = removed.filter(pa.array(find_places(removed, known.content) >= 0))
+    owner = pc.replace_substring_regex(removed["key"], "/.*", "")
+    kept = find_places(removed, plan.entries) >= 0
+    for name in pc.unique(owner).to_pylist():
+        mine = pc.equal(owner, name).to_numpy()
+        lost = int((mine & ~kept).sum())
+        if name not in names | forget and 2 * lost > mine.sum():
+            raise UserError(
+                f"the {lost} images of the source {name!r} are in the store and {name!r} is not "
+                f"among the sources now; name it as well, or say --forget {name} to let its images "
+                f"leave training"
+            )
 
 
-def hash_file(record: Record) -> str:
-    """sha256 of the file; empty where it cannot be read, which its header or encoding will say."""
-    try:
-        return hashlib.sha256(record.read()).hexdigest()
-    except OSError:
-        return ""
+def _equal(a: pa.Table, b: pa.Table, column: str) -> Mask:
+    """bool, false where either is null."""
+    return np.asarray(pc.fill_null(pc.equal(a[column], b[column]), False))
 
 
-def _entry(
-    record: Record, size: tuple[int, int] | Rejected, content_hash: str, buckets: Buckets
-) -> Entry:
-    """The log's line on a file, its row not given yet."""
-    placed = size if isinstance(size, Rejected) else buckets.place(*size)
-    source = str(record.path).encode(errors="backslashreplace").decode()
-    if source != str(record.path):
-        placed = Rejected("bad_name", "its name is not UTF-8; rename it")
-    width, height = (0, 0) if isinstance(size, Rejected) else size
-    where = placed if isinstance(placed, Placement) else None
-    why = placed if isinstance(placed, Rejected) else Rejected("")
-    return {
-        "key": record.key,
-        "source": source,
-        "size": record.size,
-        "mtime_ns": record.mtime_ns,
-        "width": width,
-        "height": height,
-        "crop": list(where.crop if where else (0.0, 0.0, 0.0, 0.0)),
-        "bucket": where.bucket.name if where else "",
-        "row": -1,
-        "content_hash": content_hash,
-        "reason": why.reason,
-        "detail": why.detail,
-    }
+def _among(column: pa.ChunkedArray, values: Set[str]) -> Mask:
+    return np.asarray(pc.is_in(column, value_set=pa.array(sorted(values))))
 
 
-def _give_rows(entries: list[Entry], next_rows: dict[str, int]) -> None:
-    """Rows in an order that looks random and depends on the keys alone.
-
-    So that a contiguous block of a bucket is a random sample of it, and planning is repeatable.
-    """
-    taken = dict(next_rows)
-    for entry in sorted(entries, key=lambda e: hashlib.blake2b(e["key"].encode()).digest()):
-        entry["row"] = taken.get(entry["bucket"], 0)
-        taken[entry["bucket"]] = entry["row"] + 1
-
-
-def _caption_changes(
-    records: Iterable[Record], columns: tuple[str, ...], known: dict[tuple[str, str], str]
+def _facts(
+    changed: pa.Table, logged: pa.Table, copy: Mask, journal: Path | None, workers: int
 ) -> pa.Table:
-    """Captions that differ from the log's, an empty text where one is gone."""
-    rows = [
-        {"key": record.key, "column": column, "text": record.captions.get(column, "")}
-        for record in records
-        for column in columns
-        if record.captions.get(column, "") != known.get((record.key, column), "")
-    ]
-    return pa.Table.from_pylist(rows, CAPTIONS)
+    """headers.HEADERS and content hash, where known, of changed files; the log has the copies'."""
+    read = read_headers(changed.filter(pa.array(~copy)), journal, workers)
+    unknown = pa.array([""] * read.num_rows, pa.string())
+    read = read.append_column("content_hash", unknown)
+    told = logged.filter(pa.array(copy))
+    empty = pa.array([""] * told.num_rows, pa.string())
+    arrays = [told["width"], told["height"], empty, empty, empty, told["content_hash"]]
+    both = pa.concat_tables([read, pa.table(arrays, schema=read.schema)])
+    order = np.empty(len(copy), np.int64)
+    order[np.concatenate([np.flatnonzero(~copy), np.flatnonzero(copy)])] = np.arange(len(copy))
+    return both.combine_chunks().take(pa.array(order))
+
+
+def _hashes(
+    entries: pa.Table,
+    facts: pa.Table,
+    copy: Mask,
+    kept: pa.Table,
+    known: Known,
+    journal: Path | None,
+    workers: int,
+) -> tuple[pa.Array, pa.Array]:
+    """Content hashes of the entries that can equal anything, and of what they can equal.
+
+    Equal files have equal sizes and equal first bytes, so most files are not read twice.
+    """
+    size = entries["size"].to_numpy()
+    placed = pc.equal(entries["reason"], "").to_numpy()
+    kept_size = kept["size"].to_numpy()
+    has_hash = pc.not_equal(kept["content_hash"], "").to_numpy()
+    elsewhere = [known.content["size"].to_numpy(), kept_size, size[copy]]
+    taken = np.isin(size, np.concatenate(elsewhere))
+    sizes = pc.cast(one(entries["size"]), pa.string())
+    looks = pc.binary_join_element_wise(sizes, one(facts["head"]), "+")
+    twins = look_up(looks, looks) != np.asarray(pc.index_in(looks, value_set=looks))
+    twins = np.asarray(pc.is_in(looks, value_set=looks.filter(pa.array(twins))))
+    wanted = placed & ~copy & (taken | twins)
+    rivals = ~has_hash & np.isin(kept_size, size[placed]) & (kept["row"].to_numpy() >= 0)
+    files = ["key", "source", "size", "mtime_ns"]
+    to_read = [entries.filter(pa.array(wanted)), kept.filter(pa.array(rivals))]
+    read = read_hashes(pa.concat_tables([t.select(files) for t in to_read]), journal, workers)
+    count = int(wanted.sum())
+    return (
+        _scatter(one(facts["content_hash"]), wanted, read.slice(0, count)),
+        _scatter(one(kept["content_hash"]), rivals, read.slice(count)),
+    )
+
+
+def _scatter(values: pa.Array, mask: Mask, new: pa.Array) -> pa.Array:
+    return pc.replace_with_mask(values, pa.array(mask), new)
+
+
+def _settle_copies(
+    entries: pa.Table, hashes: pa.Array, kept: pa.Table, kept_hashes: pa.Array
+) -> pa.Table:
+    """Entries with a live image's content become its duplicates.
+
+    Of several new ones the first by key is the original.
+    """
+    placed = pc.and_(pc.equal(one(entries["reason"]), ""), pc.not_equal(hashes, ""))
+    mine = pc.if_else(placed, hashes, None)
+    claimed = pc.if_else(pc.greater_equal(one(kept["row"]), 0), kept_hashes, None)
+    original = look_up(mine, pc.if_else(pc.equal(claimed, ""), None, claimed))
+    first = pc.index_in(mine, value_set=mine, skip_nulls=True)
+    later = np.asarray(pc.fill_null(pc.less(first, pa.array(np.arange(len(mine)))), False))
+    copies = (original >= 0) | later
+    told = pc.coalesce(
+        one(kept["key"]).take(pa.array(original, mask=original < 0)),
+        one(entries["key"]).take(first),
+    )
+    values = {
+        "content_hash": hashes,
+        "bucket": pc.if_else(copies, "", one(entries["bucket"])),
+        "reason": pc.if_else(copies, "duplicate", one(entries["reason"])),
+        "detail": pc.if_else(copies, told, one(entries["detail"])),
+    }
+    for name, column in values.items():
+        entries = entries.set_column(PLAN.get_field_index(name), PLAN.field(name), column)
+    return entries
+
+
+def _same_rows(a: pa.Table, b: pa.Table) -> Mask:
+    """Whether each row is the same in both, in every column."""
+    same: Mask = np.all(crop_matrix(a["crop"]) == crop_matrix(b["crop"]), axis=1)
+    for name in PLAN.names:
+        if name != "crop":
+            same &= _equal(a, b, name)
+    return same

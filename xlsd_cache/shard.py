@@ -63,7 +63,7 @@ class ShardReader:
 
         Raises CorruptShard where the row is missing, cut short, or its checksum is wrong.
         """
-        offset = int(self.offsets[slot])
+        offset = self.offsets.item(slot)
         if offset == MISSING:
             raise CorruptShard(f"{self.path}: row {slot} is not in the shard")
         crc = bytearray(CRC_NBYTES)
@@ -75,8 +75,9 @@ class ShardReader:
 
     def will_need(self, slot: int) -> None:
         """Hint the kernel to read row `slot` ahead of time; nothing where it takes no hints."""
-        if hasattr(os, "posix_fadvise") and int(self.offsets[slot]) != MISSING:
-            offset, length = int(self.offsets[slot]), self.nbytes + CRC_NBYTES
+        offset = self.offsets.item(slot)
+        if hasattr(os, "posix_fadvise") and offset != MISSING:
+            length = self.nbytes + CRC_NBYTES
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
@@ -115,6 +116,16 @@ class ShardReader:
         if (offsets[present] > size - length - self.nbytes - CRC_NBYTES).any():
             raise CorruptShard(f"{self.path}: its index points beyond its records")
         return offsets
+
+
+def index_of(slots: Sequence[int], rows: int, nbytes: int) -> bytes:
+    """The index of a shard of `rows` rows whose records are those of `slots`, in that order."""
+    index = np.full((rows, 2), MISSING, "<u8")
+    length = nbytes + CRC_NBYTES
+    index[list(slots), 0] = np.arange(len(slots)) * length
+    index[list(slots), 1] = length
+    data = index.tobytes()
+    return data + struct.pack("<I", google_crc32c.value(data))
 
 
 def _journal_lines(rows: Iterable[Row]) -> bytes:
@@ -175,16 +186,12 @@ class ShardWriter:
 
     def finish(self, final: Path, rows: int) -> None:
         """Append the index and move the shard to its place, durably. The journal stays."""
-        index = np.full((rows, 2), MISSING, "<u8")
-        offset = 0
-        for row in self.rows.values():  # in the order in which they were written
-            if row.crc32c is not None:
-                index[row.slot] = offset, self._nbytes + CRC_NBYTES
-                offset += self._nbytes + CRC_NBYTES
-        data = index.tobytes()
+        # in the order in which they were written
+        slots = [row.slot for row in self.rows.values() if row.crc32c is not None]
         with self.part.open("ab") as file:
-            file.truncate(offset)  # an index that a killed run appended
-            file.write(data + struct.pack("<I", google_crc32c.value(data)))
+            # cuts off an index that a killed run appended
+            file.truncate(len(slots) * (self._nbytes + CRC_NBYTES))
+            file.write(index_of(slots, rows, self._nbytes))
             file.flush()
             os.fsync(file.fileno())
         self.part.replace(final)

@@ -4,12 +4,12 @@ store = LatentStore.open("latents")
 store.buckets                       # {"512x512": live row numbers, ...}
 store.read("512x512", rows)         # raw latents [n, C, h, w], every one's crc32c verified
 store.samples                       # Arrow: key, source, bucket, row, ..., caption columns
+store.tagged("txt", "woman")        # which of the samples have that tag
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from xlsd_cache.index import View, cached_view, make_view, save_view
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.shard import CorruptShard, ShardReader
 from xlsd_cache.sources import RESERVED
+from xlsd_cache.tags import Tags, open_tags
 
 __all__ = ["Identity", "LatentStore"]
 
@@ -42,14 +43,17 @@ class LatentStore:
         self.newest_generation = view.generation  # more, where later images are not encoded yet
         self._manifest = Manifest(root)
         self._dtype = np.dtype(identity.dtype)
+        self._tags: dict[str, Tags] = {}
         self._ranges = view.ranges
         self.buckets: dict[str, NDArray[np.int64]] = {
             bucket: view.samples["row"].slice(start, stop - start).to_numpy()
             for bucket, (start, stop) in view.ranges.items()
         }
-        self._shards: OrderedDict[Unit, ShardReader] = OrderedDict()
-        self._most_open = _raise_file_limit()
-        self._lock = Lock()
+        # Those not used for long are dropped, and close when their last reader lets go of them.
+        # A cache without a lock: a process forked while another thread reads can read too.
+        self._shard = lru_cache(_raise_file_limit())(
+            partial(_open_shard, self._manifest, identity, rows_per_shard)
+        )
 
     @classmethod
     def open(cls, path: str | Path, generation: int | None = None) -> "LatentStore":
@@ -73,6 +77,7 @@ class LatentStore:
                 view = make_view(manifest, number, rows_per_shard)
                 if not view.pending and number == generations[-1]:
                     save_view(root, view)
+                    view = cached_view(root, number) or view
             if not view.pending:
                 store = cls(root, identity, rows_per_shard, view)
                 store.newest_generation = generations[-1]
@@ -114,13 +119,13 @@ class LatentStore:
         elif out.shape != shape or out.dtype != self._dtype or not out.flags.c_contiguous:
             raise ValueError(f"out must be C-contiguous {self._dtype}{shape}, not {out.shape}")
         flat = out.reshape(len(rows), int(np.prod(shape[1:]))).view(np.uint8)
-        for target, row in zip(flat, rows, strict=True):
-            number, slot = divmod(int(row), self.rows_per_shard)
+        for number, slot, place in self._in_order(rows):
             try:
-                self._shard(Unit(bucket, number)).read_into(slot, target)
+                self._shard(bucket, number).read_into(slot, flat[place])
             except (CorruptShard, OSError) as error:
+                row = number * self.rows_per_shard + slot
                 raise UserError(
-                    f"cannot read {self._key(bucket, int(row))} (bucket {bucket}, row {row}) from "
+                    f"cannot read {self._key(bucket, row)} (bucket {bucket}, row {row}) from "
                     f"{self.root}: {error}; run `xlsd-cache check {self.root}` to see what is "
                     f"damaged"
                 ) from error
@@ -128,18 +133,39 @@ class LatentStore:
 
     def will_need(self, bucket: str, rows: Sequence[int] | NDArray[np.int64]) -> None:
         """Start reading these rows into the page cache, without waiting: for the coming batch."""
-        for row in rows:
-            number, slot = divmod(int(row), self.rows_per_shard)
+        for number, slot, _ in self._in_order(rows):
             try:
-                self._shard(Unit(bucket, number)).will_need(slot)
+                self._shard(bucket, number).will_need(slot)
             except (CorruptShard, OSError):
                 return  # a hint; `read` is what reports it
 
+    def tagged(self, column: str, tag: str) -> NDArray[np.bool_]:
+        """Which rows of `samples` have exactly this tag in a caption column; combine with & | ~.
+
+        The first call for a column makes its index, which takes a minute for ten million captions.
+        Raises UserError where there is no such column.
+        """
+        mask = np.zeros(len(self), np.bool_)
+        mask[self.tags(column).samples(tag)] = True
+        return mask
+
+    def tags(self, column: str) -> Tags:
+        """All tags of a caption column, and of each the samples that have it; see `tagged`."""
+        if column not in self.caption_columns:
+            there = ", ".join(self.caption_columns) or "none"
+            raise UserError(
+                f"{self.root} has no caption column {column!r} to look for tags in (it has "
+                f"{there}); name another"
+            )
+        if column not in self._tags:
+            self._tags[column] = open_tags(
+                self.root, column, self.samples[column], self.fingerprint
+            )
+        return self._tags[column]
+
     def close(self) -> None:
         """Close all shard files; reading opens them again."""
-        with self._lock:
-            while self._shards:
-                self._shards.popitem()[1].close()
+        self._shard.cache_clear()
 
     def __enter__(self) -> "LatentStore":
         return self
@@ -150,20 +176,12 @@ class LatentStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return LatentStore.open, (self.root, self.generation)
 
-    def _shard(self, unit: Unit) -> ShardReader:
-        with self._lock:
-            shard = self._shards.get(unit)
-            if shard is None:
-                shape = self.shape(unit.bucket)
-                nbytes = int(np.prod(shape)) * self._dtype.itemsize
-                shard = ShardReader(self._manifest.shard(unit), self.rows_per_shard, nbytes)
-                self._shards[unit] = shard
-                # The one dropped closes itself when its last reader lets go of it.
-                if len(self._shards) > self._most_open:
-                    self._shards.popitem(last=False)
-            else:
-                self._shards.move_to_end(unit)
-            return shard
+    def _in_order(self, rows: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        """(shard, slot, place in `rows`) of each row, as they follow each other on the disk."""
+        wanted = np.asarray(rows, np.int64)
+        order = np.argsort(wanted)
+        numbers, slots = np.divmod(wanted[order], self.rows_per_shard)
+        return zip(numbers.tolist(), slots.tolist(), order.tolist(), strict=True)
 
     def _key(self, bucket: str, row: int) -> str:
         rows = self.buckets.get(bucket, np.empty(0, np.int64))
@@ -171,6 +189,14 @@ class LatentStore:
         if at == len(rows) or rows[at] != row:
             return "an image that is not live"
         return str(self.samples["key"][self._ranges[bucket][0] + at])
+
+
+def _open_shard(
+    manifest: Manifest, identity: Identity, rows_per_shard: int, bucket: str, number: int
+) -> ShardReader:
+    shape = bucket_shape(bucket, identity.channels)
+    nbytes = int(np.prod(shape)) * np.dtype(identity.dtype).itemsize
+    return ShardReader(manifest.shard(Unit(bucket, number)), rows_per_shard, nbytes)
 
 
 def _raise_file_limit() -> int:

@@ -49,6 +49,7 @@ def plan_imports(manifest: Manifest, items: list[Item]) -> Imports:
     origins = {e["detail"] if e["row"] >= 0 else e["key"]: e for e in live.values()}
     outcome = manifest.commits(manifest.committed())
     retried = {(r["bucket"], r["row"]) for r in outcome.to_pylist() if r["reason"] in RETRIED}
+    retried |= {(r["bucket"], r["row"]) for r in manifest.damaged(generation).to_pylist()}
     entries, kept = [], set()
     for item in items:
         entry, old = item.entry(), origins.get(item.origin)

@@ -26,11 +26,15 @@ def splitmix64(state: int, positions: NDArray[np.int64]) -> Words:
     Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014), figure 16 with
     Vigna's constants.
     """
-    with np.errstate(over="ignore"):  # modulo 2^64 is meant
-        z = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(state)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    z = positions.astype(np.uint64)
+    z *= np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64, as all of this
+    z += np.uint64(state)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def uniform(seed: int, purpose: str, positions: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -39,8 +43,20 @@ def uniform(seed: int, purpose: str, positions: NDArray[np.int64]) -> NDArray[np
 
 
 def permutation(seed: int, purpose: str, count: int) -> NDArray[np.int64]:
-    """A random order of 0..count-1: the order of their words."""
-    return np.argsort(words(seed, purpose, np.arange(count)), kind="stable")
+    """A random order of 0..count-1: the order of their words.
+
+    Sorted with the numbers themselves in the low bits, which is several times faster than an
+    argsort; words that are alike in all other bits (70 pairs of 12 million) leave theirs in order.
+    """
+    low = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
+    keys = np.empty(count, np.uint64)
+    for start in range(0, count, 1 << 16):  # blocks that stay in the processor's cache
+        numbers = np.arange(start, min(start + (1 << 16), count))
+        drawn = words(seed, purpose, numbers) & ~low
+        keys[start : start + len(numbers)] = drawn | numbers.view(np.uint64)
+    keys.sort()
+    keys &= low
+    return keys.view(np.int64)
 
 
 def noise(seed: int, positions: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:

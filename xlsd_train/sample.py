@@ -127,7 +127,7 @@ def read_prompts(path: Path | None, store: LatentStore, column: str | None, seed
         return [""]
     texts = store.samples[column]
     chosen: dict[str, None] = {}
-    for i in draw.permutation(seed, "sample prompts", len(store)).tolist():
+    for i in map(int, draw.permutation(seed, "sample prompts", len(store))):
         lines = (texts[i].as_py() or "").splitlines()
         if lines:
             chosen[lines[0]] = None

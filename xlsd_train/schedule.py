@@ -11,6 +11,7 @@ A bucket with fewer samples than the batch gives batches of all its samples.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,7 @@ from xlsd_train import draw
 _FRACTION = 1 << 16  # the moments within an interval, as integers so that every count is exact
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One batch of the schedule."""
 
     number: int  # 0, 1, ...
@@ -31,9 +31,15 @@ class Slot:
     epoch: float  # when this batch is due
 
 
-# First batch of an epoch and images before it; of each of its batches when it is due, its bucket,
-# and which of the bucket's batches it is.
-_Epoch = tuple[int, int, NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
+@dataclass(frozen=True)
+class _Epoch:
+    """The batches of one epoch, in order."""
+
+    first: int  # number of the first batch
+    due: NDArray[np.float64]
+    bucket: NDArray[np.int64]
+    start: NDArray[np.int64]  # of the batch in its bucket's stream
+    images_before: NDArray[np.int64]
 
 
 class Schedule:
@@ -67,20 +73,16 @@ class Schedule:
         return int(np.dot(self._due_before(epochs), self._sizes))
 
     def slot(self, number: int) -> Slot:
-        """Batch `number`; following ones are cheap."""
-        first, images, due, which, within = self._epoch_of(number)
-        at = number - first
-        bucket = int(which[at])
-        size = int(self._sizes[bucket])
-        start = int(within[at]) * size
-        stream = np.arange(start, start + size)
-        before = images + int(self._sizes[which[:at]].sum())
+        """Batch `number`; those that follow in the same epoch cost microseconds."""
+        epoch = self._epoch_of(number)
+        at = number - epoch.first
+        bucket = epoch.bucket.item(at)
         return Slot(
             number,
             self.names[bucket],
-            self._stream(bucket, stream),
-            before,
-            float(due[at]),
+            self._stream(bucket, epoch.start.item(at)),
+            epoch.images_before.item(at),
+            epoch.due.item(at),
         )
 
     def _due(self, bucket: int, j: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -100,10 +102,8 @@ class Schedule:
 
     def _epoch_of(self, number: int) -> _Epoch:
         """The epoch in which batch `number` is due; the last one asked for is kept."""
-        if self._epoch is not None:
-            first, _, due, _, _ = self._epoch
-            if first <= number < first + len(due):
-                return self._epoch
+        if self._epoch and 0 <= number - self._epoch.first < len(self._epoch.due):
+            return self._epoch
         epoch = int(number / self.batches_an_epoch)
         while self.batches(epoch) > number:
             epoch -= 1
@@ -118,17 +118,21 @@ class Schedule:
                 for bucket, span in enumerate(zip(starts, stops, strict=True))
             ]
         )
-        order = np.lexsort((within, which, due))
-        images = self.images(epoch)
-        self._epoch = (int(sum(starts)), images, due[order], which[order], within[order])
+        order = np.argsort(due, kind="stable")  # of those due at once, the first bucket's first
+        due, which, within = due[order], which[order], within[order]
+        sizes = self._sizes[which]
+        images_before = self.images(epoch) + np.cumsum(sizes) - sizes
+        self._epoch = _Epoch(int(sum(starts)), due, which, within * sizes, images_before)
         return self._epoch
 
-    def _stream(self, bucket: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples at these positions of a bucket's endless stream."""
-        rounds, places = np.divmod(positions, self._counts[bucket])
-        return np.array(
-            [self._order(bucket, int(r))[p] for r, p in zip(rounds, places, strict=True)], np.int64
-        )
+    def _stream(self, bucket: int, start: int) -> NDArray[np.int64]:
+        """The samples of the batch that starts here in a bucket's endless stream."""
+        count, size = self._counts.item(bucket), self._sizes.item(bucket)
+        turn, place = divmod(start, count)
+        head = self._order(bucket, turn)[place : place + size]
+        if len(head) == size:
+            return head
+        return np.concatenate([head, self._order(bucket, turn + 1)[: size - len(head)]])
 
     def _order(self, bucket: int, turn: int) -> NDArray[np.int64]:
         """The bucket's random order in one round; the last two rounds of each are kept."""
@@ -136,6 +140,7 @@ class Schedule:
         if order is None:
             purpose = f"order/{self.names[bucket]}/{turn}"
             order = draw.permutation(self._seed, purpose, int(self._counts[bucket]))
+            order.setflags(write=False)  # batches are views of it
             self._orders.pop((bucket, turn - 2), None)
             self._orders[bucket, turn] = order
         return order

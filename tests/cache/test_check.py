@@ -3,12 +3,16 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support import cache
+from xlsd_cache.durable import write_parquet
+from xlsd_cache.readback import NAMED, Problem
 from xlsd_cache.store import LatentStore
 
 SHARD = "latents.zarr/128x128/c.0.0.0.0"
+RECORD = 4 * 16 * 16 * 4 + 4  # bytes of a latent and its crc32c
 Out = pytest.CaptureFixture[str]
 
 
@@ -35,7 +39,7 @@ def test_a_flipped_bit_names_the_image(copy: Path, capsys: Out) -> None:
     with LatentStore.open(copy) as ours:
         sample = ours.samples.slice(2, 1).to_pylist()[0]
     content = bytearray((copy / SHARD).read_bytes())
-    content[sample["row"] * (4 * 16 * 16 * 4 + 4) + 77] ^= 8
+    content[sample["row"] * RECORD + 77] ^= 8
     (copy / SHARD).write_bytes(content)
     (line,) = wrong(copy, capsys)
     assert sample["key"] in line
@@ -62,12 +66,40 @@ def test_a_cut_or_missing_shard_names_its_images(copy: Path, capsys: Out, kept: 
     if kept is not None:
         (copy / SHARD).write_bytes(whole[:kept])
     (line,) = wrong(copy, capsys)
-    assert "5 latents are lost, of images/" in line
+    assert "5 latents are lost: images/" in line
 
 
-def test_a_missing_commit_is_unfinished_work(copy: Path, capsys: Out) -> None:
-    (copy / "manifest/commit/192x64.0.parquet").unlink()
-    assert any("3 images are not encoded yet" in line for line in wrong(copy, capsys))
+def test_a_missing_commit_names_its_images(copy: Path, capsys: Out) -> None:
+    record = copy / "manifest/commit/192x64.0.parquet"
+    keys = pq.read_table(record)["key"].to_pylist()
+    record.unlink()
+    missing, unfinished, stale = wrong(copy, capsys)
+    assert "192x64.0.parquet is missing, its shard is there; 3 images: " in missing
+    assert all(key in missing for key in keys)
+    assert "3 images are not encoded yet" in unfinished
+    assert "index.arrow is stale" in stale
+
+
+def test_rows_and_bytes_that_nobody_committed_are_found(copy: Path, capsys: Out) -> None:
+    record = copy / "manifest/commit/192x64.0.parquet"
+    write_parquet(record, pq.read_table(record).slice(1))
+    content = (copy / SHARD).read_bytes()
+    (copy / SHARD).write_bytes(content[: 5 * RECORD] + b"more" + content[5 * RECORD :])
+    lines = wrong(copy, capsys)
+    assert any("holds 1 rows that its commit record does not name" in line for line in lines)
+    assert any("bytes, where its records and index take" in line for line in lines)
+
+
+def test_a_commit_without_a_plan_is_found(copy: Path, capsys: Out) -> None:
+    commits = copy / "manifest/commit"
+    shutil.copy(commits / "192x64.0.parquet", commits / "192x64.9.parquet")
+    assert any("was never planned" in line for line in wrong(copy, capsys))
+
+
+def test_of_many_images_some_are_named_and_the_rest_counted() -> None:
+    keys = tuple(f"images/{i}.jpg" for i in range(NAMED + 7))
+    told = str(Problem("latents", "a shard", "is damaged", keys))
+    assert told.endswith("images/19.jpg and 7 more")
 
 
 def test_a_stale_index_is_found(copy: Path, capsys: Out) -> None:
@@ -81,6 +113,13 @@ def test_a_stale_index_is_found(copy: Path, capsys: Out) -> None:
     index.write_bytes(content)
     (line,) = wrong(copy, capsys)
     assert "index.arrow is stale" in line
+
+
+def test_a_log_that_is_not_the_index_own_is_found(copy: Path, capsys: Out) -> None:
+    attributes = copy / "latents.zarr/zarr.json"
+    attributes.write_bytes(attributes.read_bytes() + b" ")
+    (line,) = wrong(copy, capsys)
+    assert "made of a log with other bytes" in line
 
 
 def test_images_that_are_gone_are_said_and_not_missed(

@@ -1,9 +1,21 @@
 import os
+import tempfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from xlsd_cache.durable import replacing, sweep, write_bytes, write_json
+from xlsd_cache.durable import (
+    is_whole,
+    replacing,
+    sweep,
+    write_bytes,
+    write_json,
+    write_parquet,
+)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -20,6 +32,26 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == '{\n  "name": "写真",\n  "path": "a/b"\n}\n'
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, float("nan"))
+
+
+@settings(max_examples=40)  # each syncs a file
+@given(st.lists(st.text()), st.integers(min_value=0), st.integers(1, 255))
+def test_a_table_knows_whether_it_is_whole(texts: list[str], place: int, change: int) -> None:
+    """Any byte changed, or any end cut off, is noticed; a table of others is none of ours."""
+    table = pa.table({"text": pa.array(texts, pa.string())})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table.parquet"
+        write_parquet(path, table)
+        assert pq.read_table(path).equals(table)
+        assert is_whole(path)
+        data = bytearray(path.read_bytes())
+        path.write_bytes(data[: place % len(data)])
+        assert not is_whole(path)
+        data[place % len(data)] ^= change
+        path.write_bytes(data)
+        assert not is_whole(path)
+        pq.write_table(table, path)
+        assert not is_whole(path)
 
 
 def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:

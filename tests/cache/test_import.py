@@ -21,6 +21,7 @@ from tests.cache.peer_caches import (
     write_safetensors,
 )
 from tests.support import cache, files, metrics, train
+from xlsd_cache.decode import PREPROCESSING
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.store import LatentStore
 
@@ -193,7 +194,7 @@ def test_build_never_adds_to_imported_latents(
     assert cache("import", images, "--out", out, "--vae", vae) == 0
     before = files(out, "**/*")
     assert cache("build", images, "--out", out, "--vae", vae, "--resolution", 128) == 1
-    assert "preprocessing safetensors mean and not 1" in error(capsys)
+    assert f"preprocessing safetensors mean and not {PREPROCESSING}" in error(capsys)
     write_onetrainer(tmp_path / "cache", image_files(images), vae)
     assert cache("import", tmp_path / "cache", "--out", out, "--vae", vae) == 1
     assert "preprocessing safetensors mean and not onetrainer mean" in error(capsys)

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,36 @@ def test_it_tells_what_is_there(store: Path, vae: Path, capsys: pytest.CaptureFi
     assert told["buckets"] == {"128x128": 5, "192x64": 3}
     assert told["captions"] == {"txt": 8}
     assert told["rejected"] == {}
-    on_disk = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    assert told["bytes"] == on_disk
+
+    def on_disk(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    assert told["bytes"] == on_disk(store) == sum(told["disk"].values())
+    assert told["disk"]["latents"] == on_disk(store / "latents.zarr")
+    assert told["disk"]["manifest"] == on_disk(store / "manifest")
+    assert told["disk"]["captions"] == on_disk(store / "captions")
+
+
+def test_it_tells_what_captions_say(
+    store: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [path.read_text().strip() for path in photos.glob("*.txt")]
+    words = [len(text.split()) for text in texts]
+    tags = Counter(tag.strip() for text in texts for tag in set(text.split(",")))
+    capsys.readouterr()
+    assert cache("info", store, "--json", "--tags", 5) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["words"] == {"txt": {"median": np.median(words), "max": max(words)}}
+    ranked = sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))
+    assert list(told["tags"]["txt"].items()) == ranked[:5]
+    assert cache("info", store, "--tags", 0) == 0
+    assert cache("info", store, "--tags", -1) == 1
 
 
 def test_people_read_the_same(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cache("info", store) == 0
     said = capsys.readouterr().out
-    for words in ("8 live images", "128x128 5, 192x64 3", "scaling factor 0.13025", "txt 8"):
+    for words in ("8 live images", "128x128 5, 192x64 3", "scaling factor 0.13025", "txt 8 of 8"):
         assert words in said
 
 

@@ -3,9 +3,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlsd_cache.pairing import crop_box, pair
+from xlsd_cache.pairing import Record, crop_box, pair
 from xlsd_cache.peers import CacheFile
-from xlsd_cache.sources import Record
 
 
 def cached(image: str) -> CacheFile:
@@ -13,7 +12,7 @@ def cached(image: str) -> CacheFile:
 
 
 def records(*paths: str) -> list[Record]:
-    return [Record(path, Path(path), 1, 1) for path in paths]
+    return [Record(path, path, 1) for path in paths]
 
 
 def paired(images: list[str], *paths: str) -> list[str]:

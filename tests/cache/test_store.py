@@ -1,15 +1,21 @@
 import multiprocessing
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import xlsd_cache.store
 from tests.support import cache, write_images
 from xlsd_cache import UserError
 from xlsd_cache.store import Identity, LatentStore
@@ -176,14 +182,81 @@ def test_it_may_be_pickled_and_forked(store: Path) -> None:
         assert np.array_equal(there, expected)
 
 
-def test_few_shards_stay_open(grown: tuple[Path, Callable[..., int]]) -> None:
+@given(st.lists(st.integers(0, 9), max_size=40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_come_in_the_order_asked_for_and_as_often(
+    grown: tuple[Path, Callable[..., int]], wanted: list[int]
+) -> None:
+    with LatentStore.open(grown[0]) as ours:
+        (bucket,) = ours.buckets
+        each = ours.read(bucket, ours.buckets[bucket])
+        assert np.array_equal(ours.read(bucket, ours.buckets[bucket][wanted]), each[wanted])
+
+
+def test_few_shards_stay_open_however_many_threads_read(
+    grown: tuple[Path, Callable[..., int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three shards, of which one may stay open, and a thread never sees another's file."""
+    monkeypatch.setattr(xlsd_cache.store, "_raise_file_limit", lambda: 1)
     out, _ = grown
+    process = psutil.Process()
     with LatentStore.open(out) as ours:
-        ours._most_open = 1
         (bucket,) = ours.buckets
         rows = ours.buckets[bucket]
-        assert np.array_equal(ours.read(bucket, rows)[::-1], ours.read(bucket, rows[::-1]))
-        assert len(ours._shards) == 1
+        expected = ours.read(bucket, rows)
+
+        def read(seed: int) -> bool:
+            orders = (np.random.default_rng([seed, i]).permutation(10) for i in range(50))
+            return all(np.array_equal(ours.read(bucket, rows[o]), expected[o]) for o in orders)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(read, range(8)))
+        assert len(shards_open(process, out)) == 1
+    assert shards_open(process, out) == []
+
+
+def shards_open(process: psutil.Process, store: Path) -> list[str]:
+    zarr_folder = str(store / "latents.zarr")
+    return [file.path for file in process.open_files() if file.path.startswith(zarr_folder)]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_process_forked_while_threads_read_can_read(
+    grown: tuple[Path, Callable[..., int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xlsd_cache.store, "_raise_file_limit", lambda: 1)
+    with LatentStore.open(grown[0]) as ours:
+        (bucket,) = ours.buckets
+        rows = ours.buckets[bucket]
+        expected, done = ours.read(bucket, rows), threading.Event()
+        context = multiprocessing.get_context("fork")
+        ends, other = context.Pipe(duplex=False)
+
+        def keep_reading() -> None:
+            while not done.is_set():
+                ours.read(bucket, rows[::-1])
+
+        threads = [threading.Thread(target=keep_reading) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(10):
+            child = context.Process(target=lambda: other.send(ours.read(bucket, rows)))
+            child.start()
+            assert ends.poll(60), "the child hangs"
+            assert np.array_equal(ends.recv(), expected)
+            child.join()
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_row_numbers_are_mapped_and_not_copied(store: Path) -> None:
+    with LatentStore.open(store) as ours:
+        for bucket, rows in ours.buckets.items():
+            start = ours.sample_index(bucket, np.array([0])).item()
+            column = ours.samples["row"].slice(start, len(rows)).chunk(0)
+            address = column.buffers()[1].address + 8 * column.offset
+            assert rows.__array_interface__["data"] == (address, True)
 
 
 @pytest.mark.parametrize("content", [None, "{}", "nonsense", '{"attributes": {"format": "x"}}'])

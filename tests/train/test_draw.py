@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -60,3 +62,20 @@ def test_permutations_are_permutations(count: int, seed: int) -> None:
     assert sorted(order.tolist()) == list(range(count))
     if count > 20:
         assert not np.array_equal(order, draw.permutation(seed + 1, "order", count))
+
+
+@given(st.integers(0, 300), st.integers(0, 99))
+def test_a_permutation_has_every_number_once(count: int, seed: int) -> None:
+    assert sorted(draw.permutation(seed, "order", count).tolist()) == list(range(count))
+
+
+def test_all_permutations_are_as_likely() -> None:
+    orders = Counter(tuple(draw.permutation(seed, "order", 3).tolist()) for seed in range(6000))
+    assert len(orders) == 6
+    assert all(abs(count - 1000) < 5 * 1000**0.5 for count in orders.values())
+
+
+def test_a_permutation_is_the_order_of_the_words() -> None:
+    words = draw.words(5, "order", POSITIONS)
+    order = draw.permutation(5, "order", len(POSITIONS))
+    assert np.array_equal(order, np.argsort(words, kind="stable"))  # no two are alike on top

@@ -1,6 +1,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,3 +94,15 @@ def test_the_articles_three_epochs() -> None:
     schedule = Schedule({"512x512": 30_000}, 32, 0)
     assert schedule.batches_an_epoch == 937.5
     assert schedule.batches(3) in (2812, 2813)
+
+
+def test_a_batch_across_two_rounds_ends_one_and_begins_the_next() -> None:
+    schedule = Schedule({"a": 10}, 4, 0)
+    stream = np.concatenate([schedule.slot(number).ordinals for number in range(5)])
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+
+
+def test_who_uses_a_batch_cannot_change_the_next_ones() -> None:
+    slot = Schedule({"a": 10}, 4, 0).slot(0)
+    with pytest.raises(ValueError, match="read-only"):
+        slot.ordinals[0] = 7

@@ -1,0 +1,86 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.support import write_images
+from xlsd_cache import headers
+from xlsd_cache.headers import HEADERS, read_hashes, read_headers
+from xlsd_cache.sources import scan
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> pa.Table:
+    write_images(tmp_path / "in", [f"{i:03d}.png" for i in range(200)], width=20, height=10)
+    (tmp_path / "in" / "000.png").write_bytes(b"no image")
+    return scan((str(tmp_path / "in"),), ()).images
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sources that are really opened."""
+    names: list[str] = []
+    for name in ("open_source", "read_source"):
+        real = getattr(headers, name)
+
+        def counting(source: str, real: Any = real) -> Any:
+            names.append(source)
+            return real(source)
+
+        monkeypatch.setattr(headers, name, counting)
+    return names
+
+
+def test_headers_are_in_the_files_order(files: pa.Table) -> None:
+    found = read_headers(files, None, 4)
+    assert found.schema == HEADERS
+    rows = found.to_pylist()
+    assert (rows[0]["width"], rows[0]["reason"]) == (0, "not_an_image")
+    assert {(row["width"], row["height"], row["reason"]) for row in rows[1:]} == {(20, 10, "")}
+    assert len({row["head"] for row in rows}) == 200
+
+
+@pytest.mark.parametrize("torn", ["", '["in/', '{"a": 1}\n["in/', "\0\n"])
+def test_a_killed_reading_goes_on_where_it_was(
+    files: pa.Table, tmp_path: Path, opened: list[str], torn: str
+) -> None:
+    journal = tmp_path / "journal"
+    whole = read_headers(files, journal, 2)
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == len(opened) == 200
+    journal.write_text("".join(lines[:150]) + torn)
+    opened.clear()
+    assert read_headers(files, journal, 2).equals(whole)
+    assert len(opened) == (50 if not torn.startswith("{") else 200)
+    opened.clear()
+    assert read_headers(files, journal, 2).equals(whole)
+    assert not opened
+
+
+def test_a_file_that_changed_since_is_read_again(
+    files: pa.Table, tmp_path: Path, opened: list[str]
+) -> None:
+    journal = tmp_path / "journal"
+    read_headers(files, journal, 2)
+    write_images(tmp_path / "in", ["007.png"], first_seed=500, width=30, height=20)
+    again = scan((str(tmp_path / "in"),), ()).images
+    opened.clear()
+    assert read_headers(again, journal, 2)["width"].to_pylist()[7] == 30
+    assert opened == [str(tmp_path / "in" / "007.png")]
+
+
+def test_what_was_the_moments_fault_is_not_remembered(
+    files: pa.Table, tmp_path: Path, opened: list[str]
+) -> None:
+    journal = tmp_path / "journal"
+    (tmp_path / "in" / "003.png").rename(tmp_path / "away.png")
+    assert read_headers(files, journal, 2)["reason"].to_pylist()[3] == "vanished"
+    assert read_hashes(files, tmp_path / "hashes", 2)[3].as_py() == ""
+    (tmp_path / "away.png").rename(tmp_path / "in" / "003.png")
+    opened.clear()
+    assert read_headers(files, journal, 2)["reason"].to_pylist()[3] == ""
+    assert read_hashes(files, tmp_path / "hashes", 2)[3].as_py() != ""
+    assert opened == [str(tmp_path / "in" / "003.png")] * 2
+    assert all(json.loads(line) for line in journal.read_text().splitlines())

@@ -1,0 +1,144 @@
+"""Caption columns: where each is found beside an image, and its text, whatever wrote it.
+
+Each line of a sidecar is an alternative caption. A field of a JSON or parquet row is one caption:
+line ends in it are spaces, a list is joined as tags, and an object gives its keys.
+"""
+
+import codecs
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["sidecar", "json", "jsonl", "parquet"]
+Beside = Callable[[str], bytes | None]  # suffix -> content of the file beside the image, if any
+
+# What may be said of a caption; the first three leave it out.
+MISSING, EMPTY, NOT_TEXT = "missing", "empty or blank", "not text"
+BROKEN = "in a file that is not JSON"
+_PLAIN = (str, int, float)
+LATIN_1, NUL = "not UTF-8, read as Latin-1", "with NUL removed"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One caption column, under the name by which it is asked for."""
+
+    name: str  # txt | json:caption | jsonl:tags | parquet:caption
+    kind: Kind
+    field: str  # the sidecar's suffix, or the field's name, dotted where it lies deeper
+
+    @classmethod
+    def parse(cls, name: str) -> "Column":
+        """Raises ValueError for a name that says nothing findable."""
+        before, colon, field = name.partition(":")
+        if not colon:
+            if not name or "/" in name:
+                raise ValueError(name)
+            return cls(name, "sidecar", name)
+        kinds: dict[str, Kind] = {"json": "json", "jsonl": "jsonl", "parquet": "parquet"}
+        if before not in kinds or not field:
+            raise ValueError(name)
+        return cls(name, kinds[before], field)
+
+    @property
+    def suffix(self) -> str | None:
+        """Of the file beside the image that holds it; None for a row of the source's table."""
+        return {"sidecar": self.field, "json": "json"}.get(self.kind)
+
+
+def read_captions(
+    columns: tuple[Column, ...], beside: Beside
+) -> tuple[dict[str, str], Counter[Any]]:
+    """Texts by column name from the files beside an image, and (column, what) of each remark."""
+    texts: dict[str, str] = {}
+    remarks: Counter[Any] = Counter()
+    parsed: tuple[Any, list[str]] | None = None
+    for column in columns:
+        if column.kind == "sidecar":
+            data = beside(column.field)
+            text, said = ("", [MISSING]) if data is None else read_text(data)
+        elif column.kind == "json":
+            parsed = parsed or read_object(beside("json"))
+            text, said = field_text(parsed[0], column.field)
+            said = parsed[1] or said
+        else:
+            continue  # matched by name, all rows of a table at once
+        if text:
+            texts[column.name] = text
+        remarks.update((column.name, what) for what in said)
+    return texts, remarks
+
+
+def read_text(data: bytes) -> tuple[str, list[str]]:
+    """A sidecar's text, its lines stripped and blank ones dropped, and remarks."""
+    text, said = decode_text(data)
+    lines = (line.strip() for line in text.splitlines())
+    text = "\n".join(line for line in lines if line)
+    return text, said if text else [EMPTY]
+
+
+def decode_text(data: bytes) -> tuple[str, list[str]]:
+    """UTF-8 with or without BOM, UTF-16 with one, else Latin-1, in which any byte is a character.
+
+    NUL, which no caption means, is taken out.
+    """
+    said = []
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = data.decode("utf-16", "replace")
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")
+            said.append(LATIN_1)
+    if "\0" in text:
+        text = text.replace("\0", "")
+        said.append(NUL)
+    return text, said
+
+
+def read_object(data: bytes | None) -> tuple[Any, list[str]]:
+    """What a JSON file holds, and a remark where it is missing or broken."""
+    if data is None:
+        return None, [MISSING]
+    try:
+        return json.loads(decode_text(data)[0], strict=False), []
+    except ValueError:
+        return None, [BROKEN]
+
+
+def field_text(value: Any, field: str) -> tuple[str, list[str]]:
+    """The caption in a parsed object's field; a field named with its dots wins over a path."""
+    if isinstance(value, dict) and field in value:
+        return value_text(value[field])
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return "", [MISSING]
+        value = value[name]
+    return value_text(value)
+
+
+def value_text(value: Any) -> tuple[str, list[str]]:
+    """One caption of a field's value; lists are tags, and so are an object's keys."""
+    said: list[str] = []
+    if value is None:
+        return "", [MISSING]
+    if isinstance(value, dict):
+        value = list(value)
+    if isinstance(value, list):
+        if not all(isinstance(item, _PLAIN) for item in value):
+            return "", [NOT_TEXT]
+        value = ", ".join(tag for item in value if (tag := str(item).strip()))
+    if isinstance(value, bool) or not isinstance(value, _PLAIN):
+        return "", [NOT_TEXT]
+    text = str(value)
+    if "\0" in text:
+        text = text.replace("\0", "")
+        said.append(NUL)
+    # A lone surrogate, which JSON may spell, is in no encoding of the store's tables.
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()
+    text = " ".join(text.split())
+    return text, said if text else [EMPTY]

@@ -1,0 +1,56 @@
+"""Everything below a folder, in one order on every machine, each linked folder entered once."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from xlsd_cache import UserError
+
+
+def walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files, sorted) of every folder below `root`, `root` first.
+
+    Hidden names are left out; broken links and folders linked twice are counted. Raises UserError
+    for a folder that cannot be read: what is in it would silently be missing.
+    """
+    seen: set[tuple[int, int]] = set()
+    pending = [str(root)]
+    while pending:
+        folder = pending.pop()
+        names, folders = [], []
+        try:
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                passed_over["folders linked again"] += 1
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    kind = _kind(entry)
+                    if kind == "file":
+                        names.append(entry.name)
+                    elif kind == "folder":
+                        folders.append(entry.path)
+                    else:
+                        passed_over[kind] += 1
+        except OSError as error:
+            raise UserError(
+                f"cannot read the folder {folder}: {error.strerror}; make it readable or "
+                f"leave it out, for what is in it would silently be missing"
+            ) from error
+        pending += sorted(folders, reverse=True)
+        yield folder, sorted(names)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "folder"
+    except OSError:  # a link that leads back to itself
+        return "broken links"
+    return "broken links" if entry.is_symlink() else "other files"  # a pipe, a socket, a device

@@ -1,0 +1,170 @@
+"""What planning must read of files: their headers, and where two may be equal their content.
+
+Both go through a journal in staging: a planning that was killed goes on where it was.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from xlsd_cache.blocks import in_blocks
+from xlsd_cache.decode import PARSED_IN_C, Rejected, header_of, read_header
+from xlsd_cache.guard import decoders
+from xlsd_cache.locate import open_source, read_source
+from xlsd_cache.match import look_up, one
+
+RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the image's
+HEADERS = pa.schema(
+    [
+        ("width", pa.int32()),  # of the upright image; 0 where it could not be read
+        ("height", pa.int32()),
+        ("reason", pa.string()),  # empty, or why not
+        ("detail", pa.string()),
+        ("head", pa.string()),  # of the file's first bytes: files that differ here need no hash
+    ]
+)
+_NAMES = [
+    pa.field("key", pa.string()),
+    pa.field("size", pa.int64()),
+    pa.field("mtime_ns", pa.int64()),
+]
+HASHES = pa.schema([("content_hash", pa.string())])  # sha256; empty where it cannot be read
+_HEAD_BYTES = 16384  # what reading the header fetches from the disk anyway
+_BLOCK = 64  # files a thread takes at once
+
+File = tuple[str, int]  # source, bytes
+Row = tuple[Any, ...]
+
+
+def read_headers(files: pa.Table, journal: Path | None, workers: int) -> pa.Table:
+    """HEADERS of `files` (key, source, size, mtime_ns), aligned with it."""
+    return _read(files, HEADERS, partial(_header, workers), journal, workers, "reading headers")
+
+
+def read_hashes(files: pa.Table, journal: Path | None, workers: int) -> pa.Array:
+    """sha256 of `files`, aligned; empty where one cannot be read, which its encoding will say."""
+    table = _read(files, HASHES, _hash, journal, workers, "finding duplicates")
+    return one(table["content_hash"])
+
+
+def _header(workers: int, file: File) -> Row:
+    source, nbytes = file
+    head, size = "", Rejected("bad_name", "its name is not UTF-8; rename it")
+    try:
+        if source:
+            with open_source(source) as opened:
+                first = opened.read(_HEAD_BYTES)
+                head = hashlib.blake2b(first, digest_size=8).hexdigest()
+                if PARSED_IN_C.match(first):
+                    found = decoders(workers).call(header_of, first + opened.read())
+                else:
+                    opened.seek(0)
+                    found = read_header(opened, nbytes)
+            if not isinstance(found, Rejected):
+                return *found, "", "", head
+            size = found
+    except FileNotFoundError:
+        size = Rejected("vanished", "gone between the scan and its reading")
+    except OSError as error:
+        size = Rejected("unreadable", error.strerror or str(error))
+    return 0, 0, size.reason, size.detail.encode("utf-8", "backslashreplace").decode(), head
+
+
+def _hash(file: File) -> Row:
+    try:
+        return (hashlib.sha256(read_source(file[0])).hexdigest(),)
+    except OSError:
+        return ("",)
+
+
+def _read(
+    files: pa.Table,
+    schema: pa.Schema,
+    function: Callable[[File], Row],
+    journal: Path | None,
+    workers: int,
+    doing: str,
+) -> pa.Table:
+    """`function` of each file as a table, what the journal already holds left out of the work."""
+    past, at = _resume(files, schema, journal)
+    todo = np.flatnonzero(at < 0)
+    rows: list[pa.Table] = [past.take(pa.array(at[at >= 0]))]
+    bar = tqdm(
+        desc=doing, total=len(at), initial=len(at) - len(todo), unit="file", disable=len(todo) < 99
+    )
+    with bar:
+        stream = (todo[i : i + 4096] for i in range(0, len(todo), 4096))
+        wanted = (row for part in stream for row in _listed(files, part))
+        # A line a file, a write a block: at a kill only what the threads hold is read again.
+        for block in in_blocks(partial(_each, function), wanted, _BLOCK, workers):
+            rows.append(_table([found for _, found in block], schema))
+            _append(journal, block)
+            bar.update(len(block))
+    order = np.empty(len(at), np.int64)
+    order[np.concatenate([np.flatnonzero(at >= 0), todo])] = np.arange(len(at))
+    return pa.concat_tables(rows).combine_chunks().take(pa.array(order))
+
+
+def _listed(files: pa.Table, at: NDArray[np.int64]) -> list[Row]:
+    part = files.select(["key", "source", "size", "mtime_ns"]).take(pa.array(at))
+    return list(zip(*(column.to_pylist() for column in part.columns), strict=True))
+
+
+def _each(function: Callable[[File], Row], block: list[Row]) -> list[tuple[Row, Row]]:
+    """((key, size, mtime_ns), result) of each."""
+    return [((key, size, time), function((source, size))) for key, source, size, time in block]
+
+
+def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _append(journal: Path | None, block: list[tuple[Row, Row]]) -> None:
+    if journal is None:
+        return
+    # What was the moment's fault, and a hash that could not be had, is not to be believed later.
+    kept = [
+        (*named, *row) for named, row in block if not RETRIED.intersection(row) and row[0] != ""
+    ]
+    with journal.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _resume(
+    files: pa.Table, schema: pa.Schema, journal: Path | None
+) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The journal's results, and which of them is each file's, or -1."""
+    nothing = _table([], schema), np.full(files.num_rows, -1)
+    if journal is None or not journal.exists():
+        return nothing
+    lines: list[Row] = []
+    whole = 0
+    with journal.open("r+b") as file:
+        for line in file:
+            try:
+                lines.append(tuple(json.loads(line)))
+            except (ValueError, TypeError):
+                break
+            whole += len(line)
+        file.truncate(whole)  # a torn line would spoil the next
+    try:
+        journaled = _table(lines, pa.schema([*_NAMES, *schema]))
+    except (ValueError, TypeError, pa.ArrowException):  # not ours, or of another version
+        journal.unlink()
+        return nothing
+    at = look_up(one(files["key"]), one(journaled["key"]))
+    there = journaled.take(pa.array(at, mask=at < 0))
+    same = pc.and_(*(pc.equal(there[name], files[name]) for name in ("size", "mtime_ns")))
+    at = np.where(pc.fill_null(same, False), at, -1)
+    return journaled.select(schema.names), at

@@ -1,0 +1,82 @@
+"""The whole log folded for planning: what is live, which contents have a latent, what is said."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest, last_of
+
+CONTENT = pa.schema(
+    [PLAN.field(name) for name in ("content_hash", "size", "bucket", "row", "crop")]
+)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the log says. Tables, for a million images are too many for dictionaries."""
+
+    live: pa.Table  # PLAN, a row a key; content_hash, reason and detail as committed
+    content: pa.Table  # CONTENT, a row a content hash: its good latent's place, live or not
+    next_rows: dict[str, int]  # bucket -> the first row of its next shard
+    captions: pa.Table  # manifest.CAPTIONS, the last said of each
+
+
+NOTHING = Known(PLAN.empty_table(), CONTENT.empty_table(), {}, CAPTIONS.empty_table())
+
+
+def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
+    """Fold the log; that of an empty store gives empty tables."""
+    generation = max(manifest.generations(), default=-1)
+    committed = manifest.commits(manifest.committed())
+    live = manifest.live(generation)
+    at = find_places(live, committed)
+    for name in ("content_hash", "reason", "detail"):
+        said = committed[name].take(pa.array(at, mask=at < 0))
+        if name == "content_hash":  # of an image rejected unread
+            said = pc.if_else(pc.equal(said, ""), None, said)
+        live = live.set_column(
+            live.schema.get_field_index(name), PLAN.field(name), pc.coalesce(said, live[name])
+        )
+    planned = manifest.planned(generation)
+    at = find_places(planned, committed)
+    said = committed.take(pa.array(at, mask=at < 0))
+    content = planned.set_column(
+        planned.schema.get_field_index("content_hash"), "content_hash", said["content_hash"]
+    ).filter(pc.fill_null(pc.equal(said["status"], "encoded"), False))
+    content = content.filter(pc.not_equal(content["content_hash"], ""))  # of a mended record
+    good = find_places(content, manifest.damaged(generation)) < 0
+    content = last_of(content.filter(pa.array(good)).select(CONTENT.names), ["content_hash"])
+    return Known(live, content, _next_rows(planned, rows_per_shard), manifest.captions(generation))
+
+
+def find_places(wanted: pa.Table, have: pa.Table) -> NDArray[np.int64]:
+    """For each row of `wanted` the row of `have` with the same (bucket, row), or -1."""
+    names = pc.unique(have["bucket"])
+
+    def places(table: pa.Table) -> NDArray[np.int64]:
+        buckets = pc.fill_null(pc.index_in(table["bucket"], value_set=names), -1).to_numpy()
+        places: NDArray[np.int64] = (buckets.astype(np.int64) << 40) + table["row"].to_numpy()
+        return np.where(buckets < 0, -1, places)
+
+    sought, there = places(wanted), places(have)
+    if not len(there):
+        return np.full(len(sought), -1)
+    order = np.argsort(there, kind="stable")
+    at = order[np.minimum(np.searchsorted(there[order], sought), len(there) - 1)]
+    return np.where((there[at] == sought) & (sought >= 0), at, -1)
+
+
+def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
+    """manifest.Unit.name of each row's shard; of no unit where a row has no place."""
+    shard = pc.cast(pc.divide(table["row"], rows_per_shard), pa.string())
+    return pc.binary_join_element_wise(table["bucket"], shard, ".")
+
+
+def _next_rows(planned: pa.Table, rows_per_shard: int) -> dict[str, int]:
+    """The first row behind each bucket's last shard."""
+    last = planned.group_by("bucket").aggregate([("row", "max")])
+    rows = zip(last["bucket"].to_pylist(), last["row_max"].to_pylist(), strict=True)
+    return {bucket: (row // rows_per_shard + 1) * rows_per_shard for bucket, row in rows}
