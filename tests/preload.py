@@ -6,6 +6,7 @@ import transformers.models.clip.modeling_clip
 
 import xlsd_cache.build
 import xlsd_cache.check
+import xlsd_cache.importing
 import xlsd_train.loop
 
 __all__ = ["diffusers", "torch", "transformers", "xlsd_cache", "xlsd_train"]

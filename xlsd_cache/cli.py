@@ -15,6 +15,7 @@ from xlsd_cache.config import (
     CaptionsConfig,
     CheckConfig,
     ExportIndexConfig,
+    ImportConfig,
     InfoConfig,
     PreviewConfig,
 )
@@ -26,6 +27,7 @@ Command = (
     | Annotated[CaptionsConfig, tyro.conf.subcommand("captions")]
     | Annotated[PreviewConfig, tyro.conf.subcommand("preview")]
     | Annotated[ExportIndexConfig, tyro.conf.subcommand("export-index")]
+    | Annotated[ImportConfig, tyro.conf.subcommand("import")]
 )
 
 
@@ -54,6 +56,11 @@ def main(args: Sequence[str] | None = None) -> int:
             from xlsd_cache.info import info
 
             info(config)
+            return 0
+        if isinstance(config, ImportConfig):
+            from xlsd_cache.importing import import_caches
+
+            import_caches(config)
             return 0
         if isinstance(config, PreviewConfig):
             from xlsd_cache.preview import preview

@@ -209,6 +209,69 @@ class CheckConfig:
 
 
 @dataclass(frozen=True)
+class ImportConfig:
+    """Take other programs' cached latents into a store, so that nothing is encoded twice.
+
+    kohya's .npz, OneTrainer's .pt and single .safetensors, each kind into a store of its own, to
+    which no build adds: they were resized otherwise. Some are first compared with their images and
+    with the VAE. Running it again imports only what is new; nothing leaves the store by it.
+    """
+
+    cache: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of cached latents, searched at every depth."""
+
+    vae: str
+    """The VAE that made them: sdxl, sd, a hub id ORG/NAME, a folder, or a .safetensors file."""
+
+    out: Path = Path("latents")
+    """The store."""
+
+    images: Path | None = None
+    """Where the images and their captions lie. Default: beside the latents, or where OneTrainer's
+    cache says that they were."""
+
+    captions: str = "txt"
+    """Caption columns, comma-separated, as for `build`. `none`."""
+
+    force: bool = False
+    """Import what cannot be proved: kohya's random draws in place of means, latents without images
+    to compare them with, other crops, and scaled latents, which are divided by the factor. Latents
+    of another VAE or of other images are refused all the same."""
+
+    compare: int = 4
+    """Latents to compare with their images and with the VAE's own round trip."""
+
+    vae_scaling_factor: float | None = None
+    """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""
+
+    workers: int = 4
+    """Threads that read the cache files."""
+
+    rows_per_shard: int | None = None
+    """Fixed when a store is made, as for `build`."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Of the comparison. auto: the graphics card when there is one."""
+
+    dry_run: bool = False
+    """Find and compare, say what would be done, and write nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        if not self.cache:
+            raise UserError("no CACHE folder is given; name the folders of cached latents")
+        for name in ("compare", "workers", "rows_per_shard"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The caption columns by name."""
+        return BuildConfig(captions=self.captions).caption_columns
+
+
+@dataclass(frozen=True)
 class PreviewConfig:
     """Draw a contact sheet of decoded latents: what training sees, with caption, bucket and crop.
 

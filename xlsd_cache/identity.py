@@ -24,10 +24,10 @@ class Identity:
     shift_factor: float
     channels: int
     dtype: str  # float32 | float16, as stored
-    precision: str  # fp32 | tf32 | bf16, as encoded
-    preprocessing: int  # xlsd_cache.decode.PREPROCESSING
+    precision: str  # fp32 | tf32 | bf16, as encoded; unknown where imported
+    preprocessing: int | str  # xlsd_cache.decode.PREPROCESSING; a peer's name where imported
     resolution: int
-    buckets: str  # aspect | square | sizes
+    buckets: str  # aspect | square | sizes | imported
     max_ratio: float
     upscale: bool
 

@@ -1,22 +1,32 @@
 import subprocess
 import sys
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
 from tests.support import cache
-from xlsd_cache.config import BuildConfig
+from xlsd_cache.config import BuildConfig, ImportConfig
 
 
-def test_help_teaches_every_option() -> None:
+@pytest.mark.parametrize(
+    ("command", "config", "positional", "told"),
+    [
+        ("build", BuildConfig, "source", "Encode every image once"),
+        ("import", ImportConfig, "cache", "Take other programs' cached latents"),
+    ],
+)
+def test_help_teaches_every_option(
+    command: str, config: type[Any], positional: str, told: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "xlsd_cache", "build", "--help"],
+        [sys.executable, "-m", "xlsd_cache", command, "--help"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for field in fields(BuildConfig):
-        if field.name != "source":
+    for field in fields(config):
+        if field.name != positional:
             assert f"--{field.name.replace('_', '-')}" in done.stdout
-    assert "Encode every image once" in done.stdout
+    assert told in done.stdout
 
 
 @pytest.mark.parametrize(
