@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -111,3 +112,14 @@ def write_images(folder: Path, names: Sequence[str], first_seed: int = 0, **size
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(first_seed + i, **size)).save(path)
         path.with_suffix(".txt").write_text(f"picture {first_seed + i}\n")
+
+
+def sums(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What `info --json` says of a store; its sums must be right."""
+    capsys.readouterr()
+    assert cache("info", out, "--json") == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert told["scanned"] == (
+        told["encoded"] + told["reused"] + told["duplicate"] + sum(told["rejected"].values())
+    )
+    return told

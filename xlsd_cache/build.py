@@ -11,16 +11,15 @@ import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from xlsd_cache import UserError
-from xlsd_cache.accounting import Accounting, account, save_accounting
+from xlsd_cache.accounting import Accounting
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.buckets import Buckets
 from xlsd_cache.commit import tidy
+from xlsd_cache.conclude import conclude, writing
 from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import PREPROCESSING
-from xlsd_cache.durable import write_parquet
 from xlsd_cache.encode import Encoder, device_of
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
-from xlsd_cache.index import make_view, save_view
 from xlsd_cache.interrupt import StopSignal
 from xlsd_cache.known import Known, read_known, unit_names
 from xlsd_cache.manifest import Manifest, Unit
@@ -51,23 +50,13 @@ def build(config: BuildConfig) -> Accounting | None:
     if config.dry_run:
         _say_plan(_plan(config, read_known(manifest, rows_per_shard), found, buckets))
         return None
-    try:
+    with writing(config.out):
         before = manifest.committed()
         generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets)
         largest = max(size.width * size.height for size in buckets.sizes)
         encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
         _encode(config, manifest, generation, encoder, identity, rows_per_shard)
-        counts, left_out = account(manifest, generation, rows_per_shard, before)
-        view = make_view(manifest, generation, rows_per_shard)
-        save_view(manifest.root, view)
-        write_parquet(config.out / "rejected.parquet", left_out, manifest.staging)
-        save_accounting(manifest, generation, counts)
-        tidy(manifest)
-    except OSError as error:
-        raise UserError(
-            f"cannot go on writing {config.out}: {error.strerror or error}; what is committed is "
-            f"safe, so mend that and run the same command again"
-        ) from error
+        counts = conclude(manifest, generation, rows_per_shard, before)
     _say_result(config, counts)
     return counts
 

@@ -11,16 +11,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
-from xlsd_cache.accounting import Accounting, account, save_accounting
+from xlsd_cache.accounting import Accounting
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.commit import planning, tidy
 from xlsd_cache.compare import Sample, Verdict, compare, judge
+from xlsd_cache.conclude import conclude, writing
 from xlsd_cache.config import ImportConfig
 from xlsd_cache.decode import Rejected, decode
-from xlsd_cache.durable import write_json, write_parquet
+from xlsd_cache.durable import write_json
 from xlsd_cache.encode import device_of
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
-from xlsd_cache.index import make_view, save_view
 from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
 from xlsd_cache.pairing import Entry, Item, image_records, make_items
 from xlsd_cache.peers import KEEPS, find, read
@@ -58,7 +58,7 @@ def import_caches(config: ImportConfig) -> Accounting | None:
     if config.dry_run:
         print(f"to import: {len(imports.fresh)} latents")
         return None
-    try:
+    with writing(config.out):
         before = manifest.committed()
         generation = _write_plan(config, manifest, items, identity, rows_per_shard)
         transfer = Transfer(manifest, identity, rows_per_shard, config.workers)
@@ -67,16 +67,7 @@ def import_caches(config: ImportConfig) -> Accounting | None:
                 f"stopped; every batch imported so far is kept in {config.out}: run the same "
                 f"command again to go on"
             )
-        counts, left_out = account(manifest, generation, rows_per_shard, before)
-        save_view(manifest.root, make_view(manifest, generation, rows_per_shard))
-        write_parquet(config.out / "rejected.parquet", left_out, manifest.staging)
-        save_accounting(manifest, generation, counts)
-        tidy(manifest)
-    except OSError as error:
-        raise UserError(
-            f"cannot go on writing {config.out}: {error.strerror or error}; what is committed is "
-            f"safe, so mend that and run the same command again"
-        ) from error
+        counts = conclude(manifest, generation, rows_per_shard, before)
     _say_result(config, counts)
     return counts
 

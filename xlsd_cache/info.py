@@ -42,7 +42,9 @@ def info(config: InfoConfig) -> dict[str, Any]:
     print("  buckets    " + ", ".join(f"{name} {n}" for name, n in value["buckets"].items()))
     _say_captions(value)
     print(f"  VAE        {vae['name']} ({vae['sha256'][:12]}), scaling factor", end=" ")
-    print(f"{vae['scaling_factor']}, encoded in {vae['precision']}")
+    imported = isinstance(latents["preprocessing"], str)
+    how = latents["preprocessing"] if imported else vae["precision"]
+    print(f"{vae['scaling_factor']}, {'imported:' if imported else 'encoded in'} {how}")
     mean = " ".join(f"{x:+.3f}" for x in latents["mean"])
     std = " ".join(f"{x:.3f}" for x in latents["std"])
     print(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
@@ -104,6 +106,7 @@ def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
         },
         "latents": {
             "dtype": identity.dtype,
+            "preprocessing": identity.preprocessing,
             "channels": identity.channels,
             "mean": mean,
             "std": std,

@@ -1,4 +1,3 @@
-import json
 import os
 import resource
 import shutil
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support import cache, files, spawn, torchrun, wait_for, write_images
+from tests.support import cache, files, spawn, sums, torchrun, wait_for, write_images
 from xlsd_cache.encode import Encoder
 from xlsd_cache.store import LatentStore
 
@@ -49,30 +48,6 @@ def build(images: Path, vae: Path, tmp_path: Path) -> Build:
 def arguments(images: Path, out: Path, vae: Path) -> tuple[object, ...]:
     return (images, "--out", out, "--vae", vae, "--resolution", 128, "--rows-per-shard", 4,
             "--batch", 3)  # fmt: skip
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the batches that the real encoder encodes."""
-    sizes: list[int] = []
-    encode = Encoder.encode
-
-    def counting(self: Encoder, pixels: Any) -> Any:
-        sizes.append(len(pixels))
-        return encode(self, pixels)
-
-    monkeypatch.setattr(Encoder, "encode", counting)
-    return sizes
-
-
-def sums(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    capsys.readouterr()
-    assert cache("info", out, "--json") == 0
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert told["scanned"] == (
-        told["encoded"] + told["reused"] + told["duplicate"] + sum(told["rejected"].values())
-    )
-    return told
 
 
 def test_every_image_ends_encoded_or_rejected_with_a_reason(

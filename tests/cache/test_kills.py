@@ -3,7 +3,6 @@
 pytest -m slow tests/cache/test_kills.py      a hundred kills, minutes
 """
 
-import json
 import os
 import random
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support import cache, files, spawn, write_images
+from tests.support import cache, files, spawn, sums, write_images
 from xlsd_cache.encode import Encoder
 from xlsd_cache.manifest import Manifest
 from xlsd_cache.store import LatentStore
@@ -78,16 +77,6 @@ def run_to_the_end(workers: int, start: Start, log: Path) -> None:
     for process in [start(part) for part in range(workers)]:
         process.join()
         assert process.exitcode == 0, log.read_text()[-2000:]
-
-
-def sums(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    capsys.readouterr()
-    assert cache("info", out, "--json") == 0
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert told["scanned"] == (
-        told["encoded"] + told["reused"] + told["duplicate"] + sum(told["rejected"].values())
-    )
-    return told
 
 
 def test_thirty_kills_with_three_workers(

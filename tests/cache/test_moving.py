@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache, files, spawn, wait_for, write_images
+from tests.support import cache, files, spawn, sums, wait_for, write_images
 from xlsd_cache import headers
 from xlsd_cache.decode import read_header
 from xlsd_cache.encode import Encoder
@@ -23,29 +23,8 @@ SIZE = {"width": 64, "height": 64}
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the batches that the real encoder encodes."""
-    sizes: list[int] = []
-    encode = Encoder.encode
-
-    def counting(self: Encoder, pixels: Any) -> Any:
-        sizes.append(len(pixels))
-        return encode(self, pixels)
-
-    monkeypatch.setattr(Encoder, "encode", counting)
-    return sizes
-
-
-@pytest.fixture
 def rest(tmp_path: Path, vae: Path) -> tuple[object, ...]:
     return ("--out", tmp_path / "latents", "--vae", vae, "--resolution", 64, "--batch", 4)
-
-
-def sums(store: Path, capsys: Out) -> dict[str, Any]:
-    capsys.readouterr()
-    assert cache("info", store, "--json") == 0
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return told
 
 
 def raw(store: Path) -> dict[str, bytes]:

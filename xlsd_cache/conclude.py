@@ -1,0 +1,36 @@
+"""The end of a build or an import: the sums, the index, what was left out and why."""
+
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+from xlsd_cache import UserError
+from xlsd_cache.accounting import Accounting, account, save_accounting
+from xlsd_cache.commit import tidy
+from xlsd_cache.durable import write_parquet
+from xlsd_cache.index import make_view, save_view
+from xlsd_cache.manifest import Manifest, Unit
+
+
+def conclude(
+    manifest: Manifest, generation: int, rows_per_shard: int, before: Set[Unit]
+) -> Accounting:
+    """Write what is derived from the log; `before` are the shards committed at the beginning."""
+    counts, left_out = account(manifest, generation, rows_per_shard, before)
+    save_view(manifest.root, make_view(manifest, generation, rows_per_shard))
+    write_parquet(manifest.root / "rejected.parquet", left_out, manifest.staging)
+    save_accounting(manifest, generation, counts)
+    tidy(manifest)
+    return counts
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What the disk refuses within becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot go on writing {out}: {error.strerror or error}; what is committed is safe, "
+            f"so mend that and run the same command again"
+        ) from error
