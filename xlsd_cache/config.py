@@ -48,8 +48,8 @@ class BuildConfig:
     batch: int | None = None
     """Images per VAE call. Default: on a CPU one to each core, on a card what fits, up to 32."""
 
-    workers: int = 4
-    """Threads that read and decode images while the VAE works."""
+    workers: int = os.cpu_count() or 4
+    """Images that are read and decoded at once while the VAE works. Default: one a core."""
 
     precision: Precision = "fp32"
     """What the VAE computes in. fp32 has no TF32 anywhere."""
