@@ -58,7 +58,8 @@ class Encoder:
         images = "1 image" if self.batch == 1 else f"{self.batch} images"
         if self.device.type == "cpu":
             each = torch.get_num_threads() // self.calls
-            return f"encoding on the CPU: {self.calls} x {images} at once, {each} threads each"
+            threads = "1 thread" if each == 1 else f"{each} threads"
+            return f"encoding on the CPU: {self.calls} x {images} at once, {threads} each"
         return f"encoding on {torch.cuda.get_device_name(self.device)}: {images} at once"
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -92,7 +93,8 @@ class Work:
                 committed = self.manifest.committed()
                 order = [unit for unit in order if unit not in committed]
                 if order and not stop.asked:  # other processes hold these; one may yet be killed
-                    bar.set_postfix_str(f"waiting for {len(order)} shards of other processes")
+                    waiting = f"waiting for {len(order)} shards of other processes"
+                    bar.set_postfix_str(waiting, refresh=sys.stderr.isatty())
                     time.sleep(0.2)
             bar.n = total if not order else bar.n
         self.seconds = time.perf_counter() - begun

@@ -59,7 +59,7 @@ def test_without_a_batch_every_core_encodes_one_image_at_a_time(
     try:
         assert cache("build", photos, "--out", tmp_path / "l", *args) == 0
         assert torch.get_num_threads() == 3
-        assert "3 x 1 image at once, 1 threads each" in capsys.readouterr().out
+        assert "3 x 1 image at once, 1 thread each" in capsys.readouterr().out
         torch.set_num_threads(1)
         reference, processor = AutoencoderKL.from_pretrained(vae), VaeImageProcessor()
         with LatentStore.open(tmp_path / "l") as ours, torch.inference_mode():
