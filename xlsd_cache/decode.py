@@ -42,6 +42,12 @@ REASONS = {
     "duplicate": "the same bytes as another image",
     "non_finite": "the VAE gave NaN or infinity",
     "overflow": "a latent is beyond float16",
+    # Of latents that other programs cached:
+    "foreign": "it holds no latent under the names that its program uses",
+    "unsafe": "its pickle asks to run code",
+    "other_shape": "its latent has other channels than the VAE's",
+    "other_size": "its latent's size is no bucket's",
+    "changed_image": "its image has another size than when it was cached",
 }
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height

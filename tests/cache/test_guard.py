@@ -151,11 +151,16 @@ def test_closing_ends_every_child_and_a_later_call_starts_one() -> None:
 
 def test_an_interrupted_call_s_answer_is_never_the_next_call_s(guard: Guard) -> None:
     guard.call(os.getpid)
+    # A shell's background jobs, and so their tests, are started with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
-        guard.call(time.sleep, 30)
-    interrupt.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            guard.call(time.sleep, 30)
+        interrupt.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert guard.call(math.sqrt, 4.0) == 2
 
 
