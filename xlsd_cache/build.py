@@ -8,26 +8,26 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock, Timeout
 
 from xlsd_cache import UserError
 from xlsd_cache.accounting import Accounting
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.buckets import Buckets
-from xlsd_cache.commit import tidy
-from xlsd_cache.conclude import conclude, writing
+from xlsd_cache.commit import planning, tidy
+from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import PREPROCESSING
 from xlsd_cache.encode import Encoder, device_of
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.interrupt import StopSignal
-from xlsd_cache.known import Known, read_known, unit_names
-from xlsd_cache.manifest import Manifest, Unit
-from xlsd_cache.match import look_up, one
-from xlsd_cache.pipeline import Todo, Work
+from xlsd_cache.known import Known, by_unit, read_known, uncommitted
+from xlsd_cache.manifest import Manifest
+from xlsd_cache.match import look_up
+from xlsd_cache.pipeline import Work
 from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
 from xlsd_cache.precision import set_precision
 from xlsd_cache.sources import Scan, scan
+from xlsd_cache.tables import one
 from xlsd_cache.vae import Vae, load_vae
 
 
@@ -71,13 +71,7 @@ def _write_plan(
 ) -> int:
     """Make the store's folders if need be and log the next generation; returns the newest."""
     manifest.make_folders()
-    lock = FileLock(manifest.staging / "plan.lock", thread_local=False)
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        print("another process is planning; waiting for it")
-        lock.acquire()
-    try:
+    with planning(manifest):
         tidy(manifest)
         if not (manifest.root / "latents.zarr" / "zarr.json").exists():
             write_group(manifest, attributes_of(identity, rows_per_shard))
@@ -97,8 +91,6 @@ def _write_plan(
         for name in JOURNALS:
             (manifest.staging / name).unlink(missing_ok=True)
         return generation
-    finally:
-        lock.release()
 
 
 def _plan(
@@ -120,14 +112,11 @@ def _encode(
     rows_per_shard: int,
 ) -> None:
     """Encode every planned row that is not committed, this process's own part first."""
-    planned = _uncommitted(manifest, manifest.planned(generation), rows_per_shard)
+    planned = uncommitted(manifest, generation, rows_per_shard)
     if not planned.num_rows:
         return
     entries = planned.drop_columns(["content_hash", "reason", "detail"]).to_pylist()
-    todo: Todo = {}
-    for entry in entries:
-        unit = Unit(entry["bucket"], entry["row"] // rows_per_shard)
-        todo.setdefault(unit, {})[entry["row"] % rows_per_shard] = entry
+    todo = by_unit(entries, rows_per_shard)
     now = manifest.live(generation)
     at = look_up(one(planned["key"]), one(now["key"]))
     now = now.take(pa.array(at, mask=at < 0))
@@ -152,13 +141,6 @@ def _encode(
     if work.rounding:
         rounding = float(np.sqrt(np.mean(np.square(work.rounding))))
         print(f"float16 rounding: {rounding:.1e} of the latents' spread")
-
-
-def _uncommitted(manifest: Manifest, planned: pa.Table, rows_per_shard: int) -> pa.Table:
-    """The planned rows whose shard has no commit record yet."""
-    names = unit_names(planned, rows_per_shard)
-    committed = pa.array([unit.name for unit in manifest.committed()], pa.string())
-    return planned.filter(pc.invert(pc.is_in(names, value_set=committed)))
 
 
 def _identity(config: BuildConfig, vae: Vae) -> Identity:
@@ -215,19 +197,11 @@ def _say_plan(plan: Plan) -> None:
 
 
 def _say_result(config: BuildConfig, counts: Accounting) -> None:
-    for bucket, count in counts.buckets.items():
-        print(f"  {bucket:>9} {count:>9}")
-    print(counts)
-    if counts.rejected or counts.duplicate:
-        print(f"listed in {config.out / 'rejected.parquet'}")
+    say_sums(config.out, counts)
     if gone := counts.rejected.get("vanished"):
         print(
             f"WARNING: {gone} images were gone when their turn came; bring back what holds them "
             f"and run the same command again, which takes them up",
             file=sys.stderr,
         )
-    if not counts.live:
-        raise UserError(
-            f"none of the {counts.scanned} images could be encoded; "
-            f"{config.out / 'rejected.parquet'} says why of each"
-        )
+    refuse_nothing(config.out, counts, "images could be encoded")

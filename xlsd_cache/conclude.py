@@ -24,6 +24,23 @@ def conclude(
     return counts
 
 
+def say_sums(out: Path, counts: Accounting) -> None:
+    """Print what became of every image."""
+    for bucket, count in counts.buckets.items():
+        print(f"  {bucket:>9} {count:>9}")
+    print(counts)
+    if counts.rejected or counts.duplicate:
+        print(f"listed in {out / 'rejected.parquet'}")
+
+
+def refuse_nothing(out: Path, counts: Accounting, done: str) -> None:
+    """Raise UserError for a store of which nothing is live; `done` as in "images could be read"."""
+    if not counts.live:
+        raise UserError(
+            f"none of the {counts.scanned} {done}; {out / 'rejected.parquet'} says why of each"
+        )
+
+
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
     """What the disk refuses within becomes a UserError."""

@@ -99,7 +99,7 @@ class BuildConfig:
     @property
     def caption_columns(self) -> tuple[str, ...]:
         """The caption columns by name."""
-        return () if self.captions == "none" else split_columns(self.captions)
+        return columns_or_none(self.captions)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -141,6 +141,11 @@ class CaptionsConfig:
     def caption_columns(self) -> tuple[str, ...]:
         """The caption columns by name."""
         return split_columns(self.columns)
+
+
+def columns_or_none(captions: str) -> tuple[str, ...]:
+    """The names in --captions of a command that may do without any."""
+    return () if captions == "none" else split_columns(captions)
 
 
 def split_columns(columns: str) -> tuple[str, ...]:
@@ -260,6 +265,7 @@ class ImportConfig:
         """Refuse what cannot work before anything is read."""
         if not self.cache:
             raise UserError("no CACHE folder is given; name the folders of cached latents")
+        check_columns("--captions", self.caption_columns)
         for name in ("compare", "workers", "rows_per_shard"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -268,7 +274,7 @@ class ImportConfig:
     @property
     def caption_columns(self) -> tuple[str, ...]:
         """The caption columns by name."""
-        return BuildConfig(captions=self.captions).caption_columns
+        return columns_or_none(self.captions)
 
 
 @dataclass(frozen=True)

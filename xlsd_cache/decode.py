@@ -49,6 +49,7 @@ REASONS = {
     "other_size": "its latent's size is no bucket's",
     "changed_image": "its image has another size than when it was cached",
 }
+RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the file's
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 LANCZOS = Image.Resampling.LANCZOS

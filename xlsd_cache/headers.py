@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.blocks import in_blocks
-from xlsd_cache.decode import PARSED_IN_C, Rejected, header_of, read_header
+from xlsd_cache.decode import PARSED_IN_C, RETRIED, Rejected, header_of, read_header
 from xlsd_cache.guard import decoders
 from xlsd_cache.locate import open_source, read_source
-from xlsd_cache.match import look_up, one
+from xlsd_cache.match import look_up
+from xlsd_cache.tables import one
 
-RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the image's
 HEADERS = pa.schema(
     [
         ("width", pa.int32()),  # of the upright image; 0 where it could not be read

@@ -15,9 +15,10 @@ from xlsd_cache.accounting import Accounting
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.commit import planning, tidy
 from xlsd_cache.compare import Sample, Verdict, compare, judge
-from xlsd_cache.conclude import conclude, writing
+from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import ImportConfig
 from xlsd_cache.decode import Rejected, decode
+from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import write_json
 from xlsd_cache.encode import device_of
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
@@ -68,7 +69,8 @@ def import_caches(config: ImportConfig) -> Accounting | None:
                 f"command again to go on"
             )
         counts = conclude(manifest, generation, rows_per_shard, before)
-    _say_result(config, counts)
+    say_sums(config.out, counts)
+    refuse_nothing(config.out, counts, "latents could be imported")
     return counts
 
 
@@ -203,17 +205,15 @@ def _write_plan(
 
 def _caption_changes(manifest: Manifest, items: list[Item], columns: tuple[str, ...]) -> pa.Table:
     """Captions of the images that are there, where they differ from the log's."""
-    texts = manifest.captions(max(manifest.generations(), default=-1)).to_pylist()
-    known = {(row["key"], row["column"]): row["text"] for row in texts}
-    rows = [
-        {"key": item.key, "column": column, "text": item.image.captions.get(column, "")}
-        for item in items
-        for column in columns
-        if item.image
-        and not item.rejected
-        and item.image.captions.get(column, "") != known.get((item.key, column), "")
+    images = [(item.key, item.image) for item in items if item.image and not item.rejected]
+    texts = [
+        {"key": key, "column": column, "text": text}
+        for key, image in images
+        for column, text in image.captions.items()
     ]
-    return pa.Table.from_pylist(rows, CAPTIONS)
+    keys = pa.array([key for key, _ in images], pa.string())
+    known = manifest.captions(max(manifest.generations(), default=-1))
+    return caption_changes(keys, pa.Table.from_pylist(texts, CAPTIONS), columns, known)
 
 
 def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportConfig) -> None:
@@ -229,16 +229,3 @@ def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportCon
                 f"no {column!r} caption: {len(items) - texts} of {len(items)} latents",
                 file=sys.stderr,
             )
-
-
-def _say_result(config: ImportConfig, counts: Accounting) -> None:
-    for bucket, count in counts.buckets.items():
-        print(f"  {bucket:>9} {count:>9}")
-    print(counts)
-    if counts.rejected or counts.duplicate:
-        print(f"listed in {config.out / 'rejected.parquet'}")
-    if not counts.live:
-        raise UserError(
-            f"none of the {counts.scanned} latents could be imported; "
-            f"{config.out / 'rejected.parquet'} says why of each"
-        )

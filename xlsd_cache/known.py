@@ -1,13 +1,14 @@
 """The whole log folded for planning: what is live, which contents have a latent, what is said."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest, last_of
+from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest, Unit, last_of
 
 CONTENT = pa.schema(
     [PLAN.field(name) for name in ("content_hash", "size", "bucket", "row", "crop")]
@@ -73,6 +74,25 @@ def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
     """manifest.Unit.name of each row's shard; of no unit where a row has no place."""
     shard = pc.cast(pc.divide(table["row"], rows_per_shard), pa.string())
     return pc.binary_join_element_wise(table["bucket"], shard, ".")
+
+
+def uncommitted(manifest: Manifest, generation: int, rows_per_shard: int) -> pa.Table:
+    """The planned rows (manifest.PLAN) whose shard has no commit record yet."""
+    planned = manifest.planned(generation)
+    committed = pa.array([unit.name for unit in manifest.committed()], pa.string())
+    names = unit_names(planned, rows_per_shard)
+    return planned.filter(pc.invert(pc.is_in(names, value_set=committed)))
+
+
+def by_unit(
+    entries: list[dict[str, Any]], rows_per_shard: int
+) -> dict[Unit, dict[int, dict[str, Any]]]:
+    """The entries of each shard, by slot."""
+    units: dict[Unit, dict[int, dict[str, Any]]] = {}
+    for entry in entries:
+        shard, slot = divmod(entry["row"], rows_per_shard)
+        units.setdefault(Unit(entry["bucket"], shard), {})[slot] = entry
+    return units
 
 
 def _next_rows(planned: pa.Table, rows_per_shard: int) -> dict[str, int]:

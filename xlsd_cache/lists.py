@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
-from xlsd_cache.match import look_up, one
+from xlsd_cache.match import look_up
+from xlsd_cache.tables import one
 
 
 def listed(images: pa.Table, only: tuple[Path, ...], exclude: tuple[Path, ...]) -> pa.Table:

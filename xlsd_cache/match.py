@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.tables import Rows
+from xlsd_cache.tables import Rows, one
 
 SUFFIX = r"\.[^./]*$"
 FOLDERS = r"^.*/"
@@ -55,11 +55,6 @@ def only_once(names: pa.Array) -> pa.Array:
     counts = pc.value_counts(names)
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     return pc.if_else(pc.is_in(names, value_set=repeated), pa.scalar(None, pa.string()), names)
-
-
-def one(column: pa.ChunkedArray) -> pa.Array:
-    """The column as one array."""
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def _absolute(folder: Path, written: pa.Array) -> pa.Array:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from xlsd_cache.buckets import Buckets, Placement
 from xlsd_cache.known import Known
 from xlsd_cache.manifest import PLAN
-from xlsd_cache.match import look_up, one
+from xlsd_cache.match import look_up
+from xlsd_cache.tables import one
 
 Mask = NDArray[np.bool_]
 

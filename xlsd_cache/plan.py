@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.buckets import Buckets
+from xlsd_cache.decode import RETRIED
 from xlsd_cache.delta import caption_changes
-from xlsd_cache.headers import RETRIED, read_hashes, read_headers
+from xlsd_cache.headers import read_hashes, read_headers
 from xlsd_cache.known import Known, find_places
 from xlsd_cache.manifest import PLAN
-from xlsd_cache.match import look_up, one
+from xlsd_cache.match import look_up
 from xlsd_cache.place import crop_matrix, give_rows, place
+from xlsd_cache.tables import one
 
 Entry = dict[str, Any]  # one row of manifest.PLAN
 Mask = NDArray[np.bool_]

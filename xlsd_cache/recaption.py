@@ -22,10 +22,10 @@ from xlsd_cache.durable import sweep
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
-from xlsd_cache.match import SUFFIX, look_up, match, one, only_once, stems
+from xlsd_cache.match import SUFFIX, look_up, match, only_once, stems
 from xlsd_cache.records import Record, Search, Tally
 from xlsd_cache.sources import named_roots, read_urls, records_of
-from xlsd_cache.tables import Rows, is_table, read_rows
+from xlsd_cache.tables import Rows, is_table, one, read_rows
 
 _BLOCK = 256  # files a thread takes at once
 

@@ -15,7 +15,7 @@ from xlsd_cache.blocks import in_blocks
 from xlsd_cache.captions import Column, read_captions, read_object
 from xlsd_cache.lists import listed
 from xlsd_cache.manifest import CAPTIONS, last_of
-from xlsd_cache.match import SUFFIX, match, one
+from xlsd_cache.match import SUFFIX, match
 from xlsd_cache.records import (
     ARCHIVE_SUFFIXES,
     Record,
@@ -25,7 +25,7 @@ from xlsd_cache.records import (
     folder_records,
     row_records,
 )
-from xlsd_cache.tables import JSONL_SUFFIXES, URLS, Rows, is_table, read_rows
+from xlsd_cache.tables import JSONL_SUFFIXES, URLS, Rows, is_table, one, read_rows
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}

@@ -107,8 +107,8 @@ def _read_jsonl(file: Path, columns: tuple[Column, ...]) -> Rows:
         raise UserError(
             f"no rows in {file}{damage and ': '}{damage}; it must hold a JSON object a line"
         )
-    captions = {column.name: _array(table[column.name]) for column in columns}
-    path, key, url = (_array(table[name]) for name in ("path", "key", "url"))
+    captions = {column.name: one(table[column.name]) for column in columns}
+    path, key, url = (one(table[name]) for name in ("path", "key", "url"))
     return Rows(file, path, key, url, captions, None, remarks, damage)
 
 
@@ -172,7 +172,7 @@ def _read_parquet(file: Path, columns: tuple[Column, ...]) -> Rows:
     remarks: Counter[tuple[str, str]] = Counter()
     captions = {}
     for column in found:
-        captions[column.name], said = column_texts(_array(descend(table, column.field)))
+        captions[column.name], said = column_texts(one(descend(table, column.field)))
         remarks.update({(column.name, what): count for what, count in said.items()})
     if cell:
         path = _labels(path, key)
@@ -236,14 +236,15 @@ def _is_text(schema: pa.Schema, name: str) -> bool:
 def _text_array(table: pa.Table, name: str | None) -> pa.Array:
     if name is None:
         return pa.nulls(table.num_rows, pa.string())
-    return _array(pc.cast(descend(table, name), pa.string()))
+    return one(pc.cast(descend(table, name), pa.string()))
 
 
 def _strings(values: dict[str, list[str | None]]) -> pa.Table:
     return pa.table({name: pa.array(column, pa.string()) for name, column in values.items()})
 
 
-def _array(column: pa.ChunkedArray) -> pa.Array:
+def one(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array."""
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.commit import Claim, claim
-from xlsd_cache.decode import Rejected
+from xlsd_cache.decode import RETRIED, Rejected
 from xlsd_cache.identity import Identity, bucket_shape
 from xlsd_cache.interrupt import StopSignal
+from xlsd_cache.known import by_unit, uncommitted
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.pairing import Entry, Item, content_hash
 from xlsd_cache.peers import read
 from xlsd_cache.shard import Row
 
 BATCH = 64  # latents read at once: what a kill costs
-RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the file's
 DIVIDED = " divided by "  # in the identity's preprocessing: the latents were scaled
 
 
@@ -109,13 +109,8 @@ class Transfer:
 
     def _todo(self, generation: int) -> dict[Unit, dict[int, Entry]]:
         """The planned rows of each unit that is not committed, by slot."""
-        committed = self.manifest.committed()
-        todo: dict[Unit, dict[int, Entry]] = {}
-        for entry in self.manifest.planned(generation).to_pylist():
-            unit = Unit(entry["bucket"], entry["row"] // self.rows_per_shard)
-            if unit not in committed:
-                todo.setdefault(unit, {})[entry["row"] % self.rows_per_shard] = entry
-        return todo
+        planned = uncommitted(self.manifest, generation, self.rows_per_shard)
+        return by_unit(planned.to_pylist(), self.rows_per_shard)
 
     def _claim(self, unit: Unit, entries: dict[int, Entry]) -> Claim | None:
         shape = bucket_shape(unit.bucket, self.identity.channels)
