@@ -3,8 +3,8 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,11 +32,15 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; from pinned memory the copy is asynchronous."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("latents", "noise", "timesteps", "input_ids")
-        }
-        return Batch(**{**self.__dict__, **moved})
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def part(self, a: int, b: int) -> "Batch":
+        """Of this process's samples those from a to b; views of them."""
+        return self._with(lambda tensor: tensor[a:b])
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        names = ("latents", "noise", "timesteps", "input_ids")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)

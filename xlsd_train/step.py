@@ -1,23 +1,56 @@
-"""One optimizer step: forward, loss, backward, update. What `benchmarks/throughput.py` times."""
+"""One optimizer step: forward, loss, backward, update. What `benchmarks/throughput.py` times.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+A batch passes in one of two manners, which the plan names (memory.py chooses it). No sample sees
+another in SD1.5, so both give the gradient of the whole batch, but for the order of sums:
+
+- micro-batches pass one after another through all layers, and their gradients add up. What a layer
+  keeps for its backward pass is all, or what `cheap` and `feed-forward` in layers.py leave.
+- `sliced`: the whole batch passes layer after layer, slice by slice, and only the layers' inputs
+  are kept. Backward takes the layers in reverse: it passes a layer's slices again, differentiates
+  them, steps that layer's weights and frees their gradients, before it comes to the next.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Parameter
+from tqdm import tqdm
 
-from xlsd_cache import UserError
 from xlsd_train.batches import Batch
 from xlsd_train.diffusion import add_noise, loss_of_each
+from xlsd_train.layers import EPSILON, INPUT_IDS, NOISY, TIMESTEPS, Layer, Recompute, make_layers
 from xlsd_train.model import Model
+from xlsd_train.optim import finish
+from xlsd_train.sliced import SlicedPass
 
 MESSAGE = 2**24  # elements that processes exchange at once: 64 MiB
+Way = Literal["plain", "cheap", "feed-forward", "sliced"]
 
 
-@dataclass(frozen=True)
+class Plan(NamedTuple):
+    """How a batch passes."""
+
+    way: Way
+    micro_batch: int  # samples at once; if sliced, in the widest layers, and more in the others
+
+    @property
+    def recompute(self) -> Recompute:
+        """What its layers rebuild; a slice's activations live but a moment, so nothing there."""
+        return "nothing" if self.way in {"plain", "sliced"} else self.way  # type: ignore[return-value]
+
+    def tighter(self) -> "Plan | None":
+        """The next plan that needs less memory; None when there is none."""
+        if self.micro_batch > 1:
+            return Plan(self.way, self.micro_batch // 2)
+        return None if self.way == "sliced" else Plan("sliced", 1)
+
+
+@dataclass
 class Step:
     """The parts of a step; call it with the batches to accumulate and the learning rate."""
 
@@ -26,74 +59,166 @@ class Step:
     optimizer: torch.optim.Optimizer
     abar: Tensor  # alphas_cumprod, f32 [T], on the device
     accelerator: Accelerator
+    plan: Plan
+    layers: list[Layer] = field(init=False)
+    _norms: list[Tensor] = field(default_factory=list, init=False)  # of the gradients so far
 
-    def __call__(self, batches: Sequence[Batch], lr: float) -> tuple[float, float]:
-        """Update the weights; returns the mean loss over all images, and the gradient's norm.
+    def __post_init__(self) -> None:
+        model = self.model
+        self.layers = make_layers(model.unet, model.text_encoder, self.encode)
 
-        Raises UserError for a loss that is not finite, before it reaches the weights.
+    def __call__(self, batches: Sequence[Batch], lr: float) -> tuple[Tensor, Tensor]:
+        """Update the weights; returns mean loss over all images and gradient norm, on the device.
+
+        Nothing here waits for the device, so a loss that is not finite is the caller's to find.
+        Raises UserError where its memory is full and no plan is tighter.
         """
         images = sum(batch.images for batch in batches)
-        total = torch.zeros((), device=self.accelerator.device)
-        for batch in batches:
-            loss = self.loss(batch).sum() / images
-            shared = self._sum(loss.detach().clone())
-            if not torch.isfinite(shared):  # waits for the device
-                raise UserError(
-                    f"the loss of batch {batch.number} is {shared.item()}; the weights are as they "
-                    f"were before it: go on from the last checkpoint with a lower --lr"
-                )
-            total += shared
-            if loss.requires_grad:
-                self.accelerator.backward(loss)
-        self._share_gradients()
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total.item(), norm.item()  # waits for the device
+        self._norms.clear()
+        loss = None
+        while loss is None and self.plan.way != "sliced":
+            try:
+                loss = self._micro_batched(batches, images)
+            except torch.OutOfMemoryError as error:  # no weight has changed: all of it again
+                self._tighten(error)
+                _drop_gradients(self.parameters)
+        if loss is None:
+            loss = self._sliced(batches, images)
+        else:
+            self._update(self.parameters)
+        finish(self.optimizer)
+        return self._sum(loss), torch.linalg.vector_norm(torch.stack(self._norms))
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean squared error of each of this process's samples, f32 [n]; n may be 0."""
         if not len(batch.timesteps):
             return torch.zeros(0, device=self.accelerator.device)
-        vae = self.model.vae
-        latents = (batch.latents.float() - vae.shift_factor) * vae.scaling_factor
-        noisy = add_noise(latents, batch.noise, batch.timesteps, self.abar)
-        with self.accelerator.autocast():
-            epsilon = self.model.unet(noisy, batch.timesteps, self.encode(batch.input_ids)).sample
-        return loss_of_each(epsilon, batch.noise)
+        return loss_of_each(self._predict(batch, "nothing"), batch.noise)
 
     def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
         """The text encoder's last hidden states; its graph is kept only where it trains."""
-        trains = any(p.requires_grad for p in self.model.text_encoder.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            states: Any = self.model.text_encoder(input_ids).last_hidden_state
+        states: Any = self.model.text_encoder(input_ids).last_hidden_state
         assert isinstance(states, Tensor)
         return states
+
+    def _mixed(self) -> AbstractContextManager[None]:
+        """Where bf16 is asked for, convolutions and matmuls compute in it."""
+        mixed: AbstractContextManager[None] = self.accelerator.autocast()
+        return mixed
+
+    def _start(self, batch: Batch) -> dict[str, Tensor]:
+        """The values that the layers begin with."""
+        vae = self.model.vae
+        latents = (batch.latents.float() - vae.shift_factor) * vae.scaling_factor
+        noisy = add_noise(latents, batch.noise, batch.timesteps, self.abar)
+        return {NOISY: noisy, TIMESTEPS: batch.timesteps, INPUT_IDS: batch.input_ids}
+
+    def _predict(self, batch: Batch, recompute: Recompute) -> Tensor:
+        """All layers, one after another; a value goes when the last layer that takes it ran."""
+        values = self._start(batch)
+        last_use = {name: layer for layer in self.layers for name in layer.inputs}
+        with self._mixed():
+            for layer in self.layers:
+                values[layer.output] = layer.run(recompute, *[values[x] for x in layer.inputs])
+                for name in layer.inputs:
+                    if last_use[name] is layer:
+                        values.pop(name, None)
+        return values[EPSILON]
+
+    def _micro_batched(self, batches: Sequence[Batch], images: int) -> Tensor:
+        """This process's part of the loss; leaves the gradient of all weights."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            for a in range(0, len(batch.timesteps), self.plan.micro_batch):
+                part = batch.part(a, a + self.plan.micro_batch)
+                epsilon = self._predict(part, self.plan.recompute)
+                loss = loss_of_each(epsilon, part.noise).sum() / images
+                del epsilon
+                total += loss.detach()
+                torch.autograd.backward(loss)
+        return total
+
+    def _sliced(self, batches: Sequence[Batch], images: int) -> Tensor:
+        """This process's part of the loss; every weight is stepped when its layer is done."""
+        total = torch.zeros((), device=self.accelerator.device)
+        sums: dict[Parameter, Tensor] = {}  # gradients of the batches so far
+        for batch in batches:
+
+            def loss_of(epsilon: Tensor, a: int, b: int, batch: Batch = batch) -> Tensor:
+                return loss_of_each(epsilon, batch.noise[a:b]).sum() / images
+
+            here = len(batch.timesteps) > 0
+            passing = SlicedPass(self.layers, self._start(batch), loss_of, self._each, self._mixed)
+            if here:
+                passing.forward()
+            for layer in reversed(self.layers):
+                if here:
+                    passing.backward(layer, sums)
+                if batch is batches[-1] and layer.trained:
+                    for parameter in layer.trained:
+                        parameter.grad = sums.pop(parameter, None)
+                    self._update(layer.trained)
+            total += passing.loss
+        return total
+
+    def _each(self, layer: Layer, count: int, work: Callable[[int, int], None]) -> None:
+        """Do the work of a layer on slices a:b of `count` samples; a slice that fails is halved."""
+        a = 0
+        while a < count:
+            b = min(count, a + self.plan.micro_batch * layer.room)
+            try:
+                work(a, b)
+                a = b
+            except torch.OutOfMemoryError as error:
+                self._tighten(error)
+
+    def _tighten(self, error: torch.OutOfMemoryError) -> None:
+        """Go over to a plan that needs less, and say so; raises the error where there is none."""
+        plan = self.plan.tighter()
+        alone = self.accelerator.num_processes == 1
+        if plan is None or (plan.way != self.plan.way and not alone):
+            raise error
+        tqdm.write(
+            f"out of memory with {self.plan}: it is done again with {plan}, on the same data and "
+            f"noise, and so is all that follows"
+        )
+        self.plan = plan
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _update(self, parameters: Sequence[Parameter]) -> None:
+        """Step these weights, whose gradients are complete, and free those."""
+        if self.accelerator.num_processes > 1:
+            _share_gradients(parameters)
+        self._norms += torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        self.optimizer.step()
+        _drop_gradients(parameters)
 
     def _sum(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(value)
         return value
 
-    def _share_gradients(self) -> None:
-        """Sum the processes' gradients, each of which is already divided by all images."""
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.parameters:
-            if parameter.grad is None:  # this process had no sample
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        for group in _groups(gradients):
-            # One message for many small tensors, whose latency would cost more than their bytes.
-            flat = torch.cat([gradient.reshape(-1) for gradient in group])
-            torch.distributed.all_reduce(flat)
-            summed = torch.split(flat, [gradient.numel() for gradient in group])
-            for gradient, part in zip(group, summed, strict=True):
-                gradient.copy_(part.view_as(gradient))
+
+def _drop_gradients(parameters: Sequence[Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _share_gradients(parameters: Sequence[Parameter]) -> None:
+    """Sum the processes' gradients, each of which is already divided by all images."""
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no sample
+            parameter.grad = torch.zeros_like(parameter)
+    for group in _groups([p.grad for p in parameters if p.grad is not None]):
+        # One message for many small tensors, whose latency would cost more than their bytes.
+        flat = torch.cat([gradient.reshape(-1) for gradient in group])
+        torch.distributed.all_reduce(flat)
+        summed = torch.split(flat, [gradient.numel() for gradient in group])
+        for gradient, part in zip(group, summed, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,0 +1,171 @@
+"""What a training step takes: its memory, FLOPs and traffic, found by running it on fake tensors.
+
+Fake tensors have shapes and no data. The very step that trains runs on them, and a tracker logs
+what PyTorch would allocate and free, and what each kernel would compute and move. CPU tensors are
+faked, on any machine: their attention kernel keeps what CUDA's memory-efficient one keeps.
+
+Two runs with different batches log the same events, each of a size that is affine in the batch, so
+the peak of any batch follows without a further run.
+"""
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+ROUND = 512  # CUDA's caching allocator hands out multiples of it
+CUBLAS = 32 * 2**20  # bytes of workspace, as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks
+WEIGHTS, FROZEN, STATE, GRADIENTS = "weights", "frozen weights", "optimizer", "gradients"
+WORKSPACE, ACTIVATIONS = "workspaces", "activations"
+_aten = torch.ops.aten
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+# cuDNN may repack input, weight and output into its own layout: an upper bound, not measured.
+_CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
+_FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of every kernel that runs, with the CPU's attention, which it leaves out."""
+    counter = FlopCounterMode(display=False)
+    for ours, known in _ATTENTION.items():
+        counter.flop_registry[ours] = counter.flop_registry[known]
+    return counter
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one run logged. Sizes are floats: of another batch they are interpolated."""
+
+    sign: NDArray[np.int64]  # of each event: a storage was allocated (1) or freed (-1)
+    number: NDArray[np.int64]  # of each event: the storage
+    nbytes: NDArray[np.float64]  # of each storage
+    labels: tuple[str, ...]  # of each storage
+    kind: NDArray[np.int64]  # of each kernel, an index into KINDS
+    flop: NDArray[np.float64]
+    moved: NDArray[np.float64]  # bytes
+    times: NDArray[np.float64]  # how many kernels it stands for
+    update: int  # the first kernel of the optimizer's step
+
+    def at(self, batch: float, own: float, other: "Footprint", others: float) -> "Footprint":
+        """Of `batch` samples, when this one is of `own` and another of the same run of `others`.
+
+        Raises ValueError where the two runs did not do the same.
+        """
+        if not (np.array_equal(self.sign, other.sign) and np.array_equal(self.number, other.number)):
+            raise ValueError("these are footprints of different runs")
+        share = (batch - own) / (others - own)
+
+        def line(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
+            return mine + share * (theirs - mine)
+
+        return replace(
+            self,
+            nbytes=line(self.nbytes, other.nbytes),
+            flop=line(self.flop, other.flop),
+            moved=line(self.moved, other.moved),
+            times=line(self.times, other.times),
+        )
+
+    def peak(self, again: bool = False) -> dict[str, int]:
+        """Bytes by item at the moment when all of it is the most.
+
+        `again`: of a micro-batch that finds the gradients of those before it, and adds its own.
+        """
+        sizes = (np.ceil(self.nbytes / ROUND) * ROUND).astype(np.int64)
+        labels = np.array(self.labels)[self.number]
+        change = self.sign * sizes[self.number]
+        items = {name: np.cumsum(np.where(labels == name, change, 0)) for name in sorted({*labels})}
+        if again and GRADIENTS in items:
+            arriving = np.where((labels == GRADIENTS) & (self.sign > 0), change, 0)
+            items[GRADIENTS] = arriving.sum() + arriving  # until it is added
+        at = int(np.argmax(sum(items.values())))
+        return {name: int(curve[at]) for name, curve in items.items() if curve[at]}
+
+
+class Tracker(TorchDispatchMode):
+    """Logs storages and kernels while it is entered; `hold` names what was there before."""
+
+    def __init__(self, workspaces: bool = False) -> None:
+        """With `workspaces` of what CUDA's libraries are known or assumed to take besides."""
+        super().__init__()
+        self.events: list[tuple[int, int]] = []  # (+1 or -1, storage number)
+        self.nbytes: list[int] = []  # of storages
+        self.label: dict[int, str] = {}  # of storages
+        self.kernels: list[tuple[int, float, float, float]] = []  # kind, FLOP, bytes moved, times
+        self.times = 1.0  # how many kernels the next ones stand for
+        self.update: int | None = None  # the first kernel of the optimizer's step
+        self._workspaces = workspaces
+        self._numbers: dict[int, int] = {}  # storage's address -> its number, while it lives
+        self._flops = flop_counter().flop_registry
+
+    def hold(self, tensors: Any, label: str) -> None:
+        """Name the storages of these tensors; those not seen so far are there from here on."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                self.label[self._see(tensor)] = label
+
+    def _see(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        number = self._numbers.get(address)
+        if number is None:
+            number = self._numbers[address] = len(self.nbytes)
+            self.nbytes.append(storage.nbytes())
+            self.events.append((1, number))
+            weakref.finalize(storage, self._free, address, number).atexit = False
+        return number
+
+    def _free(self, address: int, number: int) -> None:
+        self.events.append((-1, number))
+        del self._numbers[address]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        there = {x.untyped_storage()._cdata for x in inputs}
+        new = [x for x in outputs if x.untyped_storage()._cdata not in there]
+        for tensor in new:
+            self._see(tensor)
+        written = new if not func._schema.is_mutable else outputs
+        if written and packet.__name__ not in _FREE:  # what is left are views
+            moved = sum(x.numel() * x.element_size() for x in (*inputs, *written))
+            count = self._flops.get(packet)
+            flop = count(*args, **(kwargs or {}), out_val=out) if count else 0
+            kind = 0 if not flop else 2 if packet in _ATTENTION else 1
+            self.kernels.append((kind, flop, moved, self.times))
+            if self._workspaces and packet in _CONVOLUTIONS:
+                self._pass(moved)
+        return out
+
+    def _pass(self, nbytes: int) -> None:
+        """A workspace, taken and given back within a kernel."""
+        number = len(self.nbytes)
+        self.nbytes.append(nbytes)
+        self.label[number] = WORKSPACE
+        self.events += [(1, number), (-1, number)]
+
+    def footprint(self) -> Footprint:
+        """All that was logged so far."""
+        sign, number = np.array(self.events).T
+        kind, flop, moved, times = np.array(self.kernels).T
+        labels = tuple(self.label.get(i, ACTIVATIONS) for i in range(len(self.nbytes)))
+        return Footprint(
+            sign, number, np.array(self.nbytes, np.float64), labels, kind.astype(np.int64), flop,
+            moved, times, len(self.kernels) if self.update is None else self.update,
+        )  # fmt: skip

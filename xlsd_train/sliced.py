@@ -1,0 +1,130 @@
+"""A whole batch through the layers, one layer after another, each slice by slice.
+
+Between layers only their inputs are kept, for the whole batch; within a layer, activations live for
+one slice. Backward passes each slice of a layer again and differentiates it. So memory is almost
+independent of the batch, and it costs one more forward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from xlsd_train.layers import Layer
+
+Work = Callable[[int, int], None]
+
+
+class SlicedPass:
+    """One batch on its way: `forward`, then `backward` of every layer from last to first."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        values: dict[str, Tensor],
+        loss_of: Callable[[Tensor, int, int], Tensor],
+        each: Callable[[Layer, int, Work], None],
+        mixed: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`values` are what the batch begins with, [B, ...] each.
+
+        `loss_of(out, a, b)` is the loss of slice a:b of the last layer's output; `each(layer, B,
+        work)` calls work(a, b) over slices, and again with a smaller one where it ran out of memory.
+        """
+        self._layers, self._values, self._loss_of = layers, values, loss_of
+        self._each, self._mixed = each, mixed
+        self._count = len(next(iter(values.values())))
+        self._gradients: dict[str, Tensor] = {}  # of values, for the whole batch
+        self._first_use: dict[str, Layer] = {}  # in backward it is the last
+        self._differentiated: set[str] = set()  # values on which a trained weight has an effect
+        for layer in layers:
+            for name in layer.inputs:
+                self._first_use.setdefault(name, layer)
+            if layer.trained or self._differentiated & set(layer.inputs):
+                self._differentiated.add(layer.output)
+        self.loss = torch.zeros((), device=next(iter(values.values())).device)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """All layers but the last, which only backward passes."""
+        for layer in self._layers[:-1]:
+            inputs = [self._values[name] for name in layer.inputs]
+            out: list[Tensor] = []
+
+            def work(
+                a: int, b: int, layer: Layer = layer, inputs: list[Tensor] = inputs,
+                out: list[Tensor] = out,
+            ) -> None:  # fmt: skip
+                with self._mixed():
+                    part = layer.run("nothing", *(value[a:b] for value in inputs))
+                if b - a == self._count:
+                    out.append(part)
+                    return
+                if not out:
+                    out.append(part.new_empty((self._count, *part.shape[1:])))
+                out[0][a:b] = part
+
+            self._each(layer, self._count, work)
+            self._values[layer.output] = out.pop()
+
+    def backward(self, layer: Layer, sums: dict[Parameter, Tensor]) -> None:
+        """Differentiate a layer, all layers after it being done.
+
+        Adds the gradients of its trained parameters to `sums`; those of its inputs are kept here,
+        for the layers before it.
+        """
+        if layer.output not in self._differentiated:
+            return
+        wanted = [name for name in layer.inputs if name in self._differentiated]
+        fresh = {name for name in wanted if name not in self._gradients}
+        given = self._gradients.pop(layer.output, None)  # none of the last layer, which has a loss
+
+        def work(a: int, b: int) -> None:
+            parts = {name: self._values[name][a:b].detach() for name in layer.inputs}
+            for name in wanted:
+                parts[name].requires_grad_()
+            trained = layer.trained
+            with torch.enable_grad():
+                with self._mixed():
+                    out = layer.run("nothing", *parts.values())
+                if given is None:
+                    out = self._loss_of(out, a, b)
+            leaves = [*(parts[name] for name in wanted), *trained]
+            to_out = None if given is None else given[a:b]
+            gradients = torch.autograd.grad(out, leaves, to_out, allow_unused=True)
+            # Nothing after this takes memory that could lack, so no slice is added twice.
+            if given is None:
+                self.loss += out.detach()
+            for name, gradient in zip(wanted, gradients, strict=False):
+                if gradient is not None:
+                    self._keep(name, gradient, a, b, name in fresh, layer)
+            for parameter, gradient in zip(trained, gradients[len(wanted) :], strict=True):
+                if gradient is not None and parameter in sums:
+                    sums[parameter] += gradient
+                elif gradient is not None:
+                    sums[parameter] = gradient
+
+        self._each(layer, self._count, work)
+        for name in layer.inputs:
+            if self._first_use[name] is layer:
+                self._values.pop(name, None)
+
+    def _keep(
+        self, name: str, gradient: Tensor, a: int, b: int, fresh: bool, layer: Layer
+    ) -> None:
+        """Write a slice of the gradient of a value, or add it to what other layers have given."""
+        if not fresh:
+            self._gradients[name][a:b] += gradient
+        elif b - a == self._count:
+            # One half of what a join gives would keep the other half alive.
+            alone = gradient.untyped_storage().nbytes() == gradient.nbytes
+            self._gradients[name] = gradient if alone else gradient.clone()
+        else:
+            if name not in self._gradients:
+                # No layer before this one takes the value: its own memory, slice by slice.
+                value = self._values[name]
+                last = self._first_use[name] is layer
+                self._gradients[name] = value if last else torch.empty_like(value)
+            self._gradients[name][a:b] = gradient
