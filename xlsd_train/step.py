@@ -13,6 +13,7 @@ from xlsd_cache import UserError
 from xlsd_train.batches import Batch
 from xlsd_train.diffusion import add_noise, loss_of_each
 from xlsd_train.model import Model
+from xlsd_train.optim import finish
 
 MESSAGE = 2**24  # elements that processes exchange at once: 64 MiB
 
@@ -52,6 +53,7 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        finish(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         return total.item(), norm.item()  # waits for the device
 
