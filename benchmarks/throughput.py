@@ -87,7 +87,7 @@ class ThroughputConfig:
     precision: Precision = "fp32"
     """As in xlsd-train."""
 
-    optimizer: Literal["lion", "adamw"] = "lion"
+    optimizer: Literal["lion", "dlion", "adamw"] = "lion"
     """As in xlsd-train."""
 
     gradient_checkpointing: bool = True

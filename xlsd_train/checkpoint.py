@@ -3,9 +3,10 @@
 checkpoints/step-00000250/
   unet.safetensors, text_encoder.safetensors    under SD1.5's names; what is frozen is a link
   optimizer.safetensors                         NAME/STATE, say unet.conv_in.weight/exp_avg
-  state.json                                    where the run stands
+  state.json                                    where the run stands; the optimizer's numbers
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.nn import Parameter
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_json
 from xlsd_train.model import TEXT_ENCODER, UNET, Model
+from xlsd_train.optim import numbers, set_numbers
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
@@ -55,7 +57,8 @@ def save_checkpoint(
             for key, value in optimizer.state[parameter].items()
         }
         save_file(tensors, folder / OPTIMIZER, {"format": "pt"})
-        write_json(folder / STATE, state)
+        found = numbers(optimizer)
+        write_json(folder / STATE, {**state, "optimizer": found} if found else state)
         for path in folder.iterdir():
             fsync_file(path)
         fsync_folder(folder)
@@ -70,21 +73,24 @@ def save_checkpoint(
 def load_optimizer(
     checkpoint: Path, named: dict[str, Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the checkpoint's optimizer state beside parameters that are loaded already.
+    """Load the checkpoint's optimizer state into an optimizer whose state is allocated.
 
     Raises UserError where the file is damaged or another model's.
     """
     try:
         tensors: dict[str, Tensor] = load_file(checkpoint / OPTIMIZER)
+        there = {f"{name}/{key}" for name, p in named.items() for key in optimizer.state[p]}
+        if there != tensors.keys():
+            raise ValueError(f"{min(there ^ tensors.keys())} is in only one of them")
         for path, value in tensors.items():
             name, _, key = path.rpartition("/")
-            parameter = named[name]
-            if value.dim() and value.shape != parameter.shape:
+            target = optimizer.state[named[name]][key]
+            if value.shape != target.shape:
                 raise ValueError(f"{path} has shape {tuple(value.shape)}")
-            # AdamW's step counter is a scalar that torch keeps on the CPU.
-            device = parameter.device if value.dim() else torch.device("cpu")
-            optimizer.state[parameter][key] = value.to(device)
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+            target.copy_(value)
+        state = json.loads((checkpoint / STATE).read_bytes())
+        set_numbers(optimizer, state.get("optimizer", {}))
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint / OPTIMIZER} does not fit this run ({error}); it is damaged or another "
             f"run's: remove {checkpoint} to go on from the checkpoint before it"

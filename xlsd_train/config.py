@@ -7,6 +7,7 @@ from typing import Literal
 from xlsd_cache import Precision, UserError
 
 Phase = Literal["unet", "te", "both"]
+D0 = 1e-6  # where dlion's d begins
 
 # What may differ when a run goes on: none of these changes a weight at any step.
 FREE = frozenset(
@@ -54,16 +55,22 @@ class TrainConfig:
     """Stop after this step without changing the planned length, so no learning rate changes."""
 
     lr: float | None = None
-    """Learning rate. Default: 3e-6 for te and both; 5e-6 for unet."""
+    """Learning rate. Default: 3e-6 for te and both; 5e-6 for unet; 1 for dlion, times its d."""
 
     warmup: str | None = None
     """Steps (200), percent of the plan (10%), epochs (0.5e). Default: 10%; for unet at most 200."""
 
-    optimizer: Literal["lion", "adamw"] = "lion"
-    """lion: lion-pytorch's. adamw: torch's, with twice the state."""
+    optimizer: Literal["lion", "dlion", "adamw"] = "lion"
+    """lion; dlion: finds Lion's rate, as dadaptation 3.2 does; adamw: torch's, twice the state."""
 
     betas: tuple[float, float] | None = None
-    """Default: 0.9 0.99 for lion, 0.9 0.999 for adamw."""
+    """Default: 0.9 0.99 for lion, else 0.9 0.999."""
+
+    d_max: float | None = None
+    """The most that dlion's d may become. Default: no limit."""
+
+    d_growth: float | None = None
+    """The most that dlion's d may grow by in one step, as a factor. Default: no limit."""
 
     weight_decay: float = 0.0
     """Decoupled weight decay."""
@@ -147,6 +154,18 @@ class TrainConfig:
             raise UserError(f"--caption-dropout {self.caption_dropout:g} is not within 0 to 1")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
+        self._check_d()
+
+    def _check_d(self) -> None:
+        """D-Lion's limits."""
+        for name, least in (("d_max", D0), ("d_growth", 1.0)):
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is not None and self.optimizer != "dlion":
+                raise UserError(
+                    f"{option} is for --optimizer dlion, not {self.optimizer}; leave it out"
+                )
+            if value is not None and not least < value < float("inf"):
+                raise UserError(f"{option} {value:g} is not above {least:g}; raise it")
 
     def resolved(self) -> "TrainConfig":
         """With the defaults that depend on the phase and the optimizer filled in."""
@@ -154,12 +173,15 @@ class TrainConfig:
         steps, epochs = self.steps, self.epochs
         if steps is None and epochs is None:
             steps, epochs = (1_000_000, None) if unet else (None, 3.0)
+        # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
+        lr = 5e-6 if unet else 3e-6
+        if self.optimizer == "dlion":
+            lr = 1.0
         betas = (0.9, 0.99) if self.optimizer == "lion" else (0.9, 0.999)
         return replace(
             self,
             steps=steps,
             epochs=epochs,
-            # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
-            lr=self.lr if self.lr is not None else 5e-6 if unet else 3e-6,
+            lr=self.lr if self.lr is not None else lr,
             betas=self.betas or betas,
         )

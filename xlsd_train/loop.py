@@ -16,7 +16,7 @@ from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import prune, save_checkpoint
 from xlsd_train.config import TrainConfig
-from xlsd_train.optim import learning_rate
+from xlsd_train.optim import learning_rate, rates
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
 
@@ -80,8 +80,7 @@ def _train(session: Session, stop: StopSignal) -> None:
                 "epoch": state["images_seen"] / len(session.source.store),
                 "loss": loss,
                 "loss_smoothed": (total + loss) / (weight + 1),
-                "lr": lr,
-                "lr_effective": lr,  # what Lion moves each weight by; D-Lion's will differ
+                **rates(session.take_step.optimizer),
                 "grad_norm": norm,
                 "images_per_s": sum(batch.images for batch in micro) / seconds,
                 "wait_s": loader.wait_s - waited,

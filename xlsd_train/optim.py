@@ -1,25 +1,90 @@
-"""Optimizers, and the learning rate as a pure function of the step."""
+"""Optimizers, and the learning rate as a pure function of the step.
 
+A training step is `step()`, or several of them for parts of the parameters, and then `finish()`.
+"""
+
+import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from lion_pytorch import Lion
 from torch.nn import Parameter
 
 from xlsd_cache import UserError
 from xlsd_train.config import TrainConfig
+from xlsd_train.lion import DLion, Lion
+
+EVOLVING = ("d", "k", "numerator_weighted")  # numbers of a group that steps change
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a resolved config; its learning rate is set anew at every step."""
+    """The optimizer of a resolved config, its state allocated beside the parameters.
+
+    Its learning rate is set anew at every step.
+    """
     assert config.lr is not None
     assert config.betas is not None
-    kind = {"lion": Lion, "adamw": torch.optim.AdamW}[config.optimizer]
-    optimizer: torch.optim.Optimizer = kind(
-        list(parameters), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )
+    common: dict[str, Any] = {
+        "params": list(parameters),
+        "lr": config.lr,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+    }
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "lion":
+        optimizer = Lion(**common)
+    elif config.optimizer == "dlion":
+        limits = {"d_max": config.d_max or math.inf, "d_growth": config.d_growth or math.inf}
+        optimizer = DLion(**common | limits)
+    else:
+        optimizer = torch.optim.AdamW(**common, fused=True)  # without temporaries
+    allocate(optimizer)
     return optimizer
+
+
+def allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Make all state as the first step would: what does not fit is known before it."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if isinstance(optimizer, (Lion, DLion)):
+            optimizer.allocate(parameter)
+        elif not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+
+def finish(optimizer: torch.optim.Optimizer) -> None:
+    """End a training step, after each parameter with a gradient was stepped."""
+    if isinstance(optimizer, DLion):
+        optimizer.finish()
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """For the metrics of the step that ended last: `lr`, `lr_effective`, and D-Lion's `d`.
+
+    The effective rate is what Lion moves each weight by.
+    """
+    lr: float = optimizer.param_groups[0]["lr"]
+    if isinstance(optimizer, DLion):
+        return {"lr": lr, "lr_effective": optimizer.used_d * lr, "d": optimizer.used_d}
+    return {"lr": lr, "lr_effective": lr}
+
+
+def numbers(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What a checkpoint must hold beside the parameters' state."""
+    (group,) = optimizer.param_groups
+    return {key: group[key] for key in EVOLVING if key in group}
+
+
+def set_numbers(optimizer: torch.optim.Optimizer, values: dict[str, float]) -> None:
+    """Put back what `numbers` gave. Raises ValueError where they are another optimizer's."""
+    (group,) = optimizer.param_groups
+    if values.keys() != numbers(optimizer).keys():
+        raise ValueError(f"its optimizer has the numbers {', '.join(values) or 'none'}")
+    group.update(values)
 
 
 def warmup_steps(warmup: str, planned_steps: int, steps_an_epoch: float) -> float:

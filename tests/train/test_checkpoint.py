@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.train.conftest import Open
 from xlsd_cache import UserError
 from xlsd_train.checkpoint import checkpoints, load_optimizer, prune, save_checkpoint
+from xlsd_train.optim import numbers, set_numbers
 from xlsd_train.session import Session
 
 
@@ -25,7 +26,7 @@ def save(session: Session, step: int = 1) -> Path:
     )
 
 
-@pytest.mark.parametrize("optimizer", ["lion", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lion", "dlion", "adamw"])
 def test_what_is_saved_is_loaded_bit_for_bit(
     open_run: Open, tmp_path: Path, optimizer: str
 ) -> None:
@@ -36,7 +37,10 @@ def test_what_is_saved_is_loaded_bit_for_bit(
     }  # fmt: skip
     weights = load_file(checkpoint / "unet.safetensors")
     assert all(torch.equal(v, session.named[f"unet.{k}"]) for k, v in weights.items())
-    assert json.loads((checkpoint / "state.json").read_text()) == {"step": 1}
+    state = json.loads((checkpoint / "state.json").read_text())
+    scalars = numbers(session.take_step.optimizer)
+    assert bool(scalars) == (optimizer == "dlion")
+    assert state == {"step": 1, **({"optimizer": scalars} if scalars else {})}
     other = open_run(optimizer=optimizer, out=tmp_path / "other")
     load_optimizer(checkpoint, other.named, other.take_step.optimizer)
     for name, parameter in session.named.items():
@@ -44,6 +48,27 @@ def test_what_is_saved_is_loaded_bit_for_bit(
         theirs = other.take_step.optimizer.state[other.named[name]]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert numbers(other.take_step.optimizer) == scalars
+
+
+def test_the_numbers_of_dlion_survive_to_the_last_bit(open_run: Open, tmp_path: Path) -> None:
+    session = stepped(open_run, optimizer="dlion")
+    odd = {"d": 0.1 + 0.2, "k": 12_345_678, "numerator_weighted": -5e-324}
+    set_numbers(session.take_step.optimizer, odd)
+    checkpoint = save(session)
+    other = open_run(optimizer="dlion", out=tmp_path / "other")
+    load_optimizer(checkpoint, other.named, other.take_step.optimizer)
+    assert numbers(other.take_step.optimizer) == odd
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("lion", "dlion"), ("dlion", "lion")])
+def test_another_optimizers_state_is_refused(
+    open_run: Open, tmp_path: Path, saved: str, resumed: str
+) -> None:
+    checkpoint = save(stepped(open_run, optimizer=saved))
+    other = open_run(optimizer=resumed, out=tmp_path / "other")
+    with pytest.raises(UserError, match="does not fit this run"):
+        load_optimizer(checkpoint, other.named, other.take_step.optimizer)
 
 
 def test_a_checkpoint_appears_whole_or_not(open_run: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ def test_defaults_are_the_articles() -> None:
         1_000_000, None, "fp32", "lion"
     )  # fmt: skip
     assert TrainConfig(phase="unet", epochs=2).resolved().steps is None
+    dlion = TrainConfig(phase="unet", optimizer="dlion").resolved()
+    assert (dlion.lr, dlion.betas) == (1.0, (0.9, 0.999))
 
 
 def test_what_may_differ_on_a_resume_are_fields() -> None:
@@ -46,6 +48,10 @@ def test_help_teaches_every_option() -> None:
         (("--betas", 0.9, 1), "--betas"),
         (("--keep", -1), "--keep -1"),
         (("--weight-decay", -1), "--weight-decay -1"),
+        (("--d-max", 1e-5), "--d-max is for --optimizer dlion, not lion"),
+        (("--d-growth", 2, "--optimizer", "adamw"), "--d-growth is for --optimizer dlion"),
+        (("--d-max", 1e-7, "--optimizer", "dlion"), "--d-max 1e-07 is not above 1e-06"),
+        (("--d-growth", 1, "--optimizer", "dlion"), "--d-growth 1 is not above 1"),
         (("--data", "nowhere"), "no latent store in nowhere"),
         (("--device", "cuda"), "--device cuda"),
     ],

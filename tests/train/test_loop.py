@@ -54,6 +54,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert samples.items() <= files(tmp_path / "parts", "samples/step*/*.png").items()
 
 
+@pytest.mark.parametrize("optimizer", ["dlion", "adamw"])
+def test_every_optimizer_resumes_to_the_bit(
+    arguments: Arguments, tmp_path: Path, optimizer: str
+) -> None:
+    """Also the numbers that D-Lion keeps beside its tensors, and what it says of its rate."""
+    given = ["--phase", "te", *arguments, "--optimizer", optimizer, "--sample-every", 0]
+    given[given.index("--lr") + 1] = 1.0 if optimizer == "dlion" else 1e-3
+    assert train(*given, "--out", tmp_path / "whole") == 0
+    for stop in (1, 8, 10):
+        assert train(*given, "--out", tmp_path / "parts", "--stop-after", stop) == 0
+    last = "checkpoints/step-00000010/*"
+    assert files(tmp_path / "parts", last) == files(tmp_path / "whole", last)
+    lines = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "parts") == lines
+    if optimizer == "dlion":
+        assert [line["lr_effective"] for line in lines] == [x["d"] * x["lr"] for x in lines]
+        assert lines[0]["d"] == 1e-6 < lines[7]["d"] < lines[9]["d"]
+
+
 @pytest.mark.parametrize("phase", ["unet", "te"])
 def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str) -> None:
     """Weights, optimizer state, samples and metrics are bit-equal to the uninterrupted run's."""
