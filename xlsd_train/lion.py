@@ -131,6 +131,10 @@ class DLion(torch.optim.Optimizer):
             d = min(found, d * self.d_growth, self.d_max)
         group.update(d=d, k=group["k"] + 1, numerator_weighted=weighted)
 
+    def forget(self) -> None:
+        """End a training step on fake tensors, whose sums have no values."""
+        self._sums.clear()
+
     def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
         """A parameter's state; zeros where it has none yet."""
         return _zeros(self.state[parameter], parameter, "exp_avg", "s")

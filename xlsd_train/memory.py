@@ -4,12 +4,11 @@ Nothing is estimated by rules of thumb: each way is run once or twice on fake te
 (footprint.py), by the step that will train, and gives its peak and its time on a card at most.
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import takewhile
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +17,21 @@ from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from xlsd_cache import UserError
 from xlsd_train.batches import Batch
 from xlsd_train.cards import CARDS, Card
 from xlsd_train.config import TrainConfig
-from xlsd_train.footprint import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
+from xlsd_train.footprint import (
+    CUBLAS, FROZEN, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Footprint, Tracker,
+)  # fmt: skip
 from xlsd_train.layers import Layer
-from xlsd_train.optim import allocate, make_optimizer
+from xlsd_train.lion import DLion
+from xlsd_train.optim import make_optimizer
 from xlsd_train.sliced import Work
 from xlsd_train.step import Plan, Step, Way
 
 GIB = 2**30
 SLICES = (4, 2, 1)  # samples at once in the widest layers, the fastest first
+REFERENCE = "RTX 4090"  # the card for which the fastest plan is chosen
 KERNEL_S = 5e-6  # no kernel is done sooner: an assumption that keeps micro-batches from vanishing
 
 
@@ -72,6 +74,11 @@ class Rehearsal(Step):
     def _mixed(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.accelerator.mixed)
 
+    def _finish(self) -> None:
+        """D-Lion's sums have no values."""
+        if isinstance(self.optimizer, DLion):
+            self.optimizer.forget()
+
     def _each(self, layer: Layer, count: int, work: Work) -> None:
         size = self.plan.micro_batch * layer.room
         for a in range(0, min(count, 2 * size), size):
@@ -98,14 +105,13 @@ class Planner:
             unet.requires_grad_(config.phase != "te").train()
             text_encoder.requires_grad_(config.phase != "unet").train()
             trained = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
-            optimizer = make_optimizer(config, trained)
-            allocate(optimizer)
             vae = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
             model: Any = SimpleNamespace(unet=unet, text_encoder=text_encoder, vae=vae)
             alone: Any = SimpleNamespace(
                 device=torch.device("cpu"), num_processes=1, mixed=config.precision == "bf16"
             )
             abar = torch.ones(1000)
+            optimizer = make_optimizer(config, trained)
             self._step = Rehearsal(model, trained, optimizer, abar, alone, Plan("plain", 1))
         self._tokens = text_encoder.config.max_position_embeddings
         optimizer.register_step_pre_hook(self._before_update)
@@ -158,7 +164,77 @@ class Planner:
         items = print_.peak(again=passes > 1)
         if self._workspaces:
             items[WORKSPACE] = items.get(WORKSPACE, 0) + CUBLAS
-        flop = _total(print_.flop * print_.times) * batch / together
+        flop = float(np.dot(print_.flop, print_.times)) * batch / together
         plain = self._footprint(Plan("plain", batch), batch, size)
-        seconds = {name: self._seconds(print_, passes, batch / together, card) for name, card in CARDS.items()}
+        seconds = {
+            name: self._seconds(print_, batch / together, passes, card)
+            for name, card in CARDS.items()
+        }
         return Prediction(plan, batch, items, flop / 1e12, flop / plain.flop.sum(), seconds)
+
+    def _seconds(self, print_: Footprint, times: float, passes: int, card: Card) -> float:
+        """Each kernel at the card's peak, or at its bandwidth, or at a kernel's least time."""
+        precision = self._config.precision
+        peaks = np.array([1e30, card.tflops(precision) * 1e12, card.attention_tflops(precision) * 1e12])
+        moved = print_.moved / (card.bandwidth * 1e9)
+        each = np.maximum(np.maximum(print_.flop / peaks[print_.kind], moved), KERNEL_S)
+        each *= print_.times
+        if passes == 1:
+            return float(each.sum())
+        added = 3 * sum(p.numel() * p.element_size() for p in self._step.parameters)
+        adding = (passes - 1) * added / (card.bandwidth * 1e9)
+        return float(times * each[: print_.update].sum() + adding + each[print_.update :].sum())
+
+    def largest_pass(self, way: Way, size: tuple[int, int], limit: float, most: int) -> Plan | None:
+        """The plan of one way that passes the most samples at once within `limit` bytes."""
+        if way == "sliced":
+            plans = (Plan(way, n) for n in SLICES)
+            return next((p for p in plans if self.predict(p, most, size).peak <= limit), None)
+
+        def fits(count: int) -> bool:
+            return self.predict(Plan(way, count), most, size).peak <= limit
+
+        count = _last(fits, most)
+        if not count:
+            return None
+        return Plan(way, ceil(most / ceil(most / count)))  # as even parts as can be
+
+    def fastest(
+        self, batch: int, size: tuple[int, int], limit: float, way: Way | None = None
+    ) -> Prediction | None:
+        """Of the plans within `limit` bytes the fastest, or that of one way; None: there is none.
+
+        Slicing, which passes everything forward twice, is looked at where nothing else fits.
+        """
+        ways = (way,) if way else ("plain", "cheap", "feed-forward")
+        plans = [self.largest_pass(x, size, limit, batch) for x in ways]
+        if not any(plans) and not way:
+            plans = [self.largest_pass("sliced", size, limit, batch)]
+        found = [self.predict(plan, batch, size) for plan in plans if plan]
+        return min(found, key=lambda x: x.seconds[REFERENCE], default=None)
+
+    def largest_batch(
+        self, way: Way, size: tuple[int, int], limit: float, slice_: int = SLICES[0]
+    ) -> int:
+        """How many samples pass at once within `limit` bytes, gradients and all; 0: not one."""
+
+        def fits(count: int) -> bool:
+            plan = Plan(way, slice_ if way == "sliced" else count)
+            return self.predict(plan, count, size).peak <= limit
+
+        return _last(fits)
+
+
+def _last(fits: Callable[[int], bool], most: int | None = None) -> int:
+    """The largest number up to `most` that fits, where all below it do."""
+    low, high = 0, 1
+    while (most is None or high < most) and fits(high):
+        low, high = high, 2 * high
+    if most is not None and high >= most:
+        if fits(most):
+            return most
+        high = most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -88,7 +88,7 @@ class Step:
             loss = self._sliced(batches, images)
         else:
             self._update(self.parameters)
-        finish(self.optimizer)
+        self._finish()
         return self._sum(loss), torch.linalg.vector_norm(torch.stack(self._norms))
 
     def loss(self, batch: Batch) -> Tensor:
@@ -195,6 +195,9 @@ class Step:
         self._norms += torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
         self.optimizer.step()
         _drop_gradients(parameters)
+
+    def _finish(self) -> None:
+        finish(self.optimizer)
 
     def _sum(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes > 1:
