@@ -27,11 +27,28 @@ class TrainConfig:
     phase: Phase
     """What trains: the UNet with the text encoder frozen, the reverse, or both."""
 
-    batch: int = 32
-    """Images per batch. Each batch comes from one bucket."""
+    batch: int | Literal["auto"] = 32
+    """Images per batch, all from one bucket. auto: as many as can pass at once."""
 
     accum: int = 1
     """Batches per optimizer step; their gradients are averaged over all images."""
+
+    memory: Literal["fastest", "largest", "plain", "cheap", "feed-forward", "sliced"] = "fastest"
+    """How a batch passes, `xlsd-train plan` shows what each takes. fastest: the fastest that fits.
+    plain: all is kept. cheap: norms and activations are rebuilt. feed-forward: its projection too.
+    sliced, largest: layer by layer, stepped inside the backward pass; largest by single images."""
+
+    micro_batch: int | None = None
+    """Images that pass at once; sliced: in the widest layers. Default: as many as fit."""
+
+    vram: float | None = None
+    """GB of the card to plan for and to stay within. Default: what is free; no limit on a CPU."""
+
+    channels_last: bool = False
+    """Convolutions on channels-last memory. Other kernels, so other rounding."""
+
+    compile: bool = False
+    """torch.compile the UNet's blocks. Other kernels, so other rounding; minutes to begin."""
 
     data: Path = Path("latents")
     """The latent store that `xlsd-cache build` made."""
@@ -77,9 +94,6 @@ class TrainConfig:
 
     precision: Precision = "fp32"
     """fp32: no TF32 anywhere. bf16: autocast over fp32 weights."""
-
-    gradient_checkpointing: bool = True
-    """Recompute activations in backward: a quarter more work, a quarter of the memory."""
 
     caption: str | None = None
     """Caption column. Default: the store's only one."""
@@ -127,6 +141,7 @@ class TrainConfig:
         """Refuse what cannot work before anything is loaded."""
         for name in (
             "batch",
+            "micro_batch",
             "accum",
             "steps",
             "stop_after",
@@ -135,7 +150,7 @@ class TrainConfig:
             "threads",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in {None, "auto"} and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
         for name in ("sample_every", "keep", "weight_decay", "sample_guidance"):
             if getattr(self, name) < 0:
@@ -148,6 +163,8 @@ class TrainConfig:
             )
         if self.epochs is not None and self.epochs <= 0:
             raise UserError(f"--epochs {self.epochs:g} is not above 0; raise it")
+        if self.vram is not None and not 1 < self.vram < float("inf"):
+            raise UserError(f"--vram {self.vram:g} is not above 1 GB; give your card's, say 24")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise UserError(f"--lr {self.lr:g} is not a positive number; give say 3e-6")
         if not 0 <= self.caption_dropout <= 1:

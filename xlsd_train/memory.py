@@ -238,3 +238,44 @@ def _last(fits: Callable[[int], bool], most: int | None = None) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def choose(
+    config: TrainConfig, model: Model, buckets: Mapping[str, int], processes: int, limit: float | None
+) -> tuple[int, Plan, Prediction | None]:
+    """(batch, how it passes, what that is predicted to take) of a new run.
+
+    `buckets` are names and numbers of images, of which the largest pictures decide; `limit` is in
+    bytes, None: without. Raises UserError where nothing fits.
+    """
+    way, part = WAYS.get(config.memory), config.micro_batch
+    if limit is None:
+        if config.batch == "auto":
+            raise UserError("--batch auto needs a memory limit, and there is no card; give --vram")
+        share = ceil(config.batch / processes)
+        plan = Plan(way or "plain", part or (share if way != "sliced" else _slice(config)))
+        return config.batch, plan, None
+    planner = Planner(config, model.unet.config, model.text_encoder.config.to_dict())
+    size, images = _largest(buckets)
+    batch = config.batch
+    if batch == "auto":
+        fits = planner.largest_batch(way or "sliced", size, limit, part or _slice(config))
+        batch = min(processes * fits, images)
+    share = ceil(batch / processes)
+    found = planner.fastest(share, size, limit, way, part) if share else None
+    if found is None:
+        ...
+    return batch, found.plan, found
+
+
+def limit_of(config: TrainConfig, device: torch.device) -> float | None:
+    """Bytes that torch's tensors may take; None: no limit is known.
+
+    Of a card, a twelfth and at least 1 GiB goes to CUDA's context, libraries and fragmentation.
+    """
+    if config.vram is not None:
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, config.vram * GIB / total), device)
+        return (config.vram - max(1.0, config.vram / 12)) * GIB
+    return 0.96 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -51,12 +51,10 @@ class Model:
         """Length of the text encoder's input: 77 for CLIP-L."""
         return int(self.text_encoder.config.max_position_embeddings)
 
-    def prepare(self, phase: Phase, gradient_checkpointing: bool) -> dict[str, Parameter]:
+    def prepare(self, phase: Phase) -> dict[str, Parameter]:
         """Freeze what does not train; returns what does, by name.
 
-        A frozen UNet stays in training mode: in eval mode diffusers drops gradient checkpointing,
-        and the TE phase differentiates through it. Dropout would be random state that no resume
-        restores, so there must be none.
+        Dropout would be random state that no resume restores, so there must be none.
         """
         trains = {"unet": phase != "te", "text_encoder": phase != "unet"}
         named: dict[str, Parameter] = {}
@@ -72,12 +70,6 @@ class Model:
                 f"{self.source} has dropout; set it to 0 in its unet/config.json and "
                 f"text_encoder/config.json, for a run with it could not be resumed exactly"
             )
-        if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-            if trains["text_encoder"]:
-                encoder = self.text_encoder
-                old = encoder.gradient_checkpointing_enable  # its name until transformers 5.x
-                getattr(encoder, "activation_checkpointing_enable", old)({"use_reentrant": False})
         return named
 
     def sha256(self) -> dict[str, str]:
