@@ -39,8 +39,13 @@ class Batch:
         return self._with(lambda tensor: tensor[a:b])
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        names = ("latents", "noise", "timesteps", "input_ids")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        return replace(
+            self,
+            latents=change(self.latents),
+            noise=change(self.noise),
+            timesteps=change(self.timesteps),
+            input_ids=change(self.input_ids),
+        )
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,19 @@ class Footprint:
     times: NDArray[np.float64]  # how many kernels it stands for
     update: int  # the first kernel of the optimizer's step
 
+    @property
+    def tflop(self) -> float:
+        """Of all kernels."""
+        return float(np.dot(self.flop, self.times)) / 1e12
+
     def at(self, batch: float, own: float, other: "Footprint", others: float) -> "Footprint":
         """Of `batch` samples, when this one is of `own` and another of the same run of `others`.
 
         Raises ValueError where the two runs did not do the same.
         """
-        if not (np.array_equal(self.sign, other.sign) and np.array_equal(self.number, other.number)):
+        if not (
+            np.array_equal(self.sign, other.sign) and np.array_equal(self.number, other.number)
+        ):
             raise ValueError("these are footprints of different runs")
         share = (batch - own) / (others - own)
 
@@ -94,12 +101,12 @@ class Footprint:
         return {name: int(curve[at]) for name, curve in items.items() if curve[at]}
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
     """Logs storages and kernels while it is entered; `hold` names what was there before."""
 
     def __init__(self, workspaces: bool = False) -> None:
         """With `workspaces` of what CUDA's libraries are known or assumed to take besides."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []  # (+1 or -1, storage number)
         self.nbytes: list[int] = []  # of storages
         self.label: dict[int, str] = {}  # of storages

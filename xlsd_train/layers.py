@@ -245,7 +245,9 @@ class _NormedLinears(Function):
         y = norm.flatten(0, -2).to(gradients[0].dtype)
         del norm
         to_y, to_weights = None, []
-        for gradient, weight in zip(gradients[::-1], weights[::-1], strict=True):  # as autograd sums
+        for gradient, weight in zip(
+            gradients[::-1], weights[::-1], strict=True
+        ):  # as autograd sums
             flat = gradient.flatten(0, -2)
             to_weights.append((y.t() @ flat).t().to(weight.dtype) if needs[4] else None)
             part = flat @ weight.to(flat.dtype)

@@ -1,6 +1,5 @@
 """`xlsd-train`: the training loop, on one page."""
 
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
@@ -16,11 +15,10 @@ from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import prune, save_checkpoint
 from xlsd_train.config import TrainConfig
+from xlsd_train.meter import Meter
 from xlsd_train.optim import learning_rate, rates
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
-
-SMOOTHING = 0.99  # weight of the past in the smoothed loss, a step
 
 
 def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
@@ -36,8 +34,8 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
                 _train(session, stop)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"batch {config.batch} needs more memory than the card has; lower --batch and "
-                f"raise --accum by the same factor, or leave --gradient-checkpointing on"
+                f"memory is full with {session.take_step.plan}, and no plan takes less; the last "
+                f"complete checkpoint stands: lower --batch, or free the card of other programs"
             ) from error
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -59,50 +57,61 @@ def _train(session: Session, stop: StopSignal) -> None:
         ) as loader,
         tqdm(total=last, initial=first - 1, unit="step", disable=not session.main) as bar,
     ):
-        batches = iter(loader)
+        batches, meter = iter(loader), Meter(state["smoothed"])
+
+        def log(lines: list[dict[str, Any]]) -> None:
+            for line in lines:
+                line["peak_gib"] = peak_gib(session.accelerator.device)
+                if session.main:
+                    run.log(line)
+                bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
+
+        meter.begin()
         for step in range(first, last + 1):
-            begun, waited = time.perf_counter(), loader.wait_s
+            waited = loader.wait_s
             micro = list(islice(batches, accum))
             lr = learning_rate(config.lr or 0.0, session.warmup_steps, step)
             loss, norm = session.take_step(micro, lr)
-            seconds = time.perf_counter() - begun
-
-            total, weight = (SMOOTHING * part for part in state["smoothed"])
-            state = {
-                "step": step,
-                "images_seen": micro[-1].images_before + micro[-1].images,
-                "smoothed": [total + loss, weight + 1],  # their ratio needs no start-up correction
-                "phase": config.phase,
-            }
+            images_seen = micro[-1].images_before + micro[-1].images
             line = {
                 "step": step,
-                "images_seen": state["images_seen"],
-                "epoch": state["images_seen"] / len(session.source.store),
-                "loss": loss,
-                "loss_smoothed": (total + loss) / (weight + 1),
+                "images_seen": images_seen,
+                "epoch": images_seen / len(session.source.store),
                 **rates(session.take_step.optimizer),
-                "grad_norm": norm,
-                "images_per_s": sum(batch.images for batch in micro) / seconds,
                 "wait_s": loader.wait_s - waited,
-                "peak_gib": peak_gib(session.accelerator.device),
             }
-            if session.main:
-                run.log(line)
-                _say_epoch(session, micro)
-            bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
+            log(meter.add(line, sum(batch.images for batch in micro), loss, norm))
             bar.update()
+            if session.main:
+                _say_epoch(session, micro)
 
             asked = _asked(session, stop)
             ends = step == last or "STOP" in asked
-            due = config.sample_every and (step == last or step % config.sample_every == 0)
-            if due or "SAMPLE" in asked:
+            samples = "SAMPLE" in asked or _due(config.sample_every, step, last)
+            saves = "SAVE" in asked or ends or step % config.save_every == 0
+            if samples or saves:
+                log(meter.flush())  # whose loss must be a number
+            if samples:
                 _sample(session, step)
-            if "SAVE" in asked or ends or step % config.save_every == 0:
+            if saves:
+                state = {
+                    "step": step,
+                    "images_seen": images_seen,
+                    "smoothed": meter.smoothed,
+                    "phase": config.phase,
+                    "plan": session.take_step.plan,
+                }
                 _save(session, state)  # last: what belongs to the step is on the disk before it
+            if samples or saves:
+                meter.begin()
             if ends:
                 break
     if session.main:
         _say_end(session, state["step"], stop.asked)
+
+
+def _due(every: int, step: int, last: int) -> bool:
+    return every > 0 and (step == last or step % every == 0)
 
 
 def _sample(session: Session, step: int) -> None:

@@ -1,37 +1,29 @@
 """The memory plan: how a batch passes so that it fits, and of all the ways that fit the fastest.
 
-Nothing is estimated by rules of thumb: each way is run once or twice on fake tensors
-(footprint.py), by the step that will train, and gives its peak and its time on a card at most.
+Nothing is estimated by rules of thumb: each way is run once or twice on fake tensors, by the step
+that will train, which gives its peak, and its time on a card that does all it can.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from xlsd_train.batches import Batch
+from xlsd_cache import UserError
 from xlsd_train.cards import CARDS, Card
 from xlsd_train.config import TrainConfig
-from xlsd_train.footprint import (
-    CUBLAS, FROZEN, GRADIENTS, STATE, WEIGHTS, WORKSPACE, Footprint, Tracker,
-)  # fmt: skip
-from xlsd_train.layers import Layer
-from xlsd_train.lion import DLion
-from xlsd_train.optim import make_optimizer
-from xlsd_train.sliced import Work
-from xlsd_train.step import Plan, Step, Way
+from xlsd_train.footprint import CUBLAS, WORKSPACE, Footprint
+from xlsd_train.rehearsal import Rehearsal, Size
+from xlsd_train.step import Plan, Way
 
 GIB = 2**30
+KEEPING: tuple[Way, ...] = ("plain", "cheap", "feed-forward")  # micro-batches, gradients kept
 SLICES = (4, 2, 1)  # samples at once in the widest layers, the fastest first
 REFERENCE = "RTX 4090"  # the card for which the fastest plan is chosen
+CLOSE = 1.02  # times this near are equal: fewer passes win, whose kernels are larger
 KERNEL_S = 5e-6  # no kernel is done sooner: an assumption that keeps micro-batches from vanishing
 
 
@@ -51,231 +43,174 @@ class Prediction:
         """Bytes."""
         return sum(self.items.values())
 
+    @property
+    def passes(self) -> int:
+        """How often the networks are passed; a sliced batch passes once."""
+        return 1 if self.plan.way == "sliced" else ceil(self.batch / self.plan.micro_batch)
+
     def __str__(self) -> str:
-        parts = ", ".join(
-            f"{name} {nbytes / GIB:.2f}"
-            for name, nbytes in sorted(self.items.items(), key=lambda item: -item[1])
-        )
-        plan, count = self.plan, ceil(self.batch / self.plan.micro_batch)
-        how = f"{count} x {ceil(self.batch / count)} {plan.way}"
-        if plan.way == "sliced":
-            how = f"sliced by {plan.micro_batch}"
+        items = sorted(self.items.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in items)
         return (
-            f"batch {self.batch} as {how}: predicted peak {self.peak / GIB:.2f} GiB ({parts}), "
+            f"batch {self.batch}, {self.plan}: predicted peak {self.peak / GIB:.2f} GiB ({parts}), "
             f"{self.factor:.3f} of the plain step's FLOPs"
         )
 
 
-class Rehearsal(Step):
-    """The step on fake tensors. Of a layer's slices it runs two, which stand for all of them."""
-
-    tracker: Tracker
-
-    def _mixed(self) -> Any:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.accelerator.mixed)
-
-    def _finish(self) -> None:
-        """D-Lion's sums have no values."""
-        if isinstance(self.optimizer, DLion):
-            self.optimizer.forget()
-
-    def _each(self, layer: Layer, count: int, work: Work) -> None:
-        size = self.plan.micro_batch * layer.room
-        for a in range(0, min(count, 2 * size), size):
-            self.tracker.times = count / min(count, 2 * size)
-            work(a, min(count, a + size))
-        self.tracker.times = 1.0
-
-
 class Planner:
-    """Predicts steps of one phase, model, optimizer and precision, whatever their batch and size.
-
-    `workspaces` are counted for a CUDA card; the CPU's libraries take none from torch.
-    """
+    """Predicts and compares the steps of one phase, model, optimizer and precision."""
 
     def __init__(
         self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool = True
     ) -> None:
-        self._config, self._workspaces = config, workspaces
-        self._channels = unet_config["in_channels"]
-        self._logs: dict[tuple[Plan, int, tuple[int, int]], Footprint] = {}
-        with FakeTensorMode() as self._fake:
-            unet = UNet2DConditionModel.from_config(dict(unet_config))
-            text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
-            unet.requires_grad_(config.phase != "te").train()
-            text_encoder.requires_grad_(config.phase != "unet").train()
-            trained = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
-            vae = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
-            model: Any = SimpleNamespace(unet=unet, text_encoder=text_encoder, vae=vae)
-            alone: Any = SimpleNamespace(
-                device=torch.device("cpu"), num_processes=1, mixed=config.precision == "bf16"
-            )
-            abar = torch.ones(1000)
-            optimizer = make_optimizer(config, trained)
-            self._step = Rehearsal(model, trained, optimizer, abar, alone, Plan("plain", 1))
-        self._tokens = text_encoder.config.max_position_embeddings
-        optimizer.register_step_pre_hook(self._before_update)
+        self._rehearse = Rehearsal(config, unet_config, text_config, workspaces)
+        self._precision, self._workspaces = config.precision, workspaces
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Here, and only here, the gradients are all known to be gradients."""
-        tracker = self._step.tracker
-        gradients = [p.grad for p in self._step.parameters if p.grad is not None]
-        tracker.hold(gradients, GRADIENTS)
-        if tracker.update is None:
-            tracker.update = len(tracker.kernels)
-
-    def _log(self, plan: Plan, batch: int, size: tuple[int, int]) -> Footprint:
-        """Run one step; `size` is the latents' height and width."""
-        key = plan, batch, size
-        if key not in self._logs:
-            step, tracker = self._step, Tracker(self._workspaces)
-            step.plan, step.tracker = plan, tracker
-            with self._fake:
-                tracker.hold(step.parameters, WEIGHTS)
-                model = (step.model.unet, step.model.text_encoder)
-                for tensor in (x for m in model for x in (*m.parameters(), *m.buffers())):
-                    if not tensor.requires_grad:
-                        tracker.hold(tensor, FROZEN)
-                tracker.hold(list(step.optimizer.state.values()), STATE)
-                latents = torch.empty(batch, self._channels, *size)
-                ids = torch.empty(batch, self._tokens, dtype=torch.int64)
-                given = latents, torch.empty_like(latents), ids[:, 0].clone(), ids
-                tracker.hold(given, "batch")
-                with tracker:
-                    step([Batch(0, "", 0.0, 0, batch, *given)], 0.0)
-            self._logs[key] = tracker.footprint()
-        return self._logs[key]
-
-    def _footprint(self, plan: Plan, batch: int, size: tuple[int, int]) -> Footprint:
-        """Of one pass of `batch` samples, from two runs where that is exact."""
-        low, high = (2, 3) if plan.way != "sliced" else (32 * plan.micro_batch, 48 * plan.micro_batch)
-        if batch < low:  # sliced, some layers then have but one slice
-            return self._log(plan, batch, size)
-        if plan.way != "sliced":
-            plan = Plan(plan.way, high)
-        first, second = (self._log(plan, n, size) for n in (low, high))
-        return first.at(batch, low, second, high)
-
-    def predict(self, plan: Plan, batch: int, size: tuple[int, int]) -> Prediction:
+    def predict(self, plan: Plan, batch: int, size: Size) -> Prediction:
         """What a step takes at its worst, and how fast cards can do it at most."""
         together = batch if plan.way == "sliced" else min(batch, plan.micro_batch)
-        print_ = self._footprint(plan, together, size)
+        print_ = self._rehearse(plan, together, size)
         passes = ceil(batch / together)
         items = print_.peak(again=passes > 1)
         if self._workspaces:
             items[WORKSPACE] = items.get(WORKSPACE, 0) + CUBLAS
-        flop = float(np.dot(print_.flop, print_.times)) * batch / together
-        plain = self._footprint(Plan("plain", batch), batch, size)
+        tflop = print_.tflop * batch / together
+        plain = self._rehearse(Plan("plain", batch), batch, size).tflop
         seconds = {
             name: self._seconds(print_, batch / together, passes, card)
             for name, card in CARDS.items()
         }
-        return Prediction(plan, batch, items, flop / 1e12, flop / plain.flop.sum(), seconds)
+        return Prediction(plan, batch, items, tflop, tflop / plain, seconds)
 
-    def _seconds(self, print_: Footprint, times: float, passes: int, card: Card) -> float:
-        """Each kernel at the card's peak, or at its bandwidth, or at a kernel's least time."""
-        precision = self._config.precision
-        peaks = np.array([1e30, card.tflops(precision) * 1e12, card.attention_tflops(precision) * 1e12])
-        moved = print_.moved / (card.bandwidth * 1e9)
-        each = np.maximum(np.maximum(print_.flop / peaks[print_.kind], moved), KERNEL_S)
-        each *= print_.times
+    def _seconds(self, print_: Footprint, parts: float, passes: int, card: Card) -> float:
+        """Of `parts` micro-batches, in `passes` passes, the last of which may be a smaller one."""
+        bandwidth = card.bandwidth * 1e9
+        peaks = (np.inf, card.tflops(self._precision), card.attention_tflops(self._precision))
+        computing = print_.flop / (np.array(peaks)[print_.kind] * 1e12)
+        each = np.maximum(np.maximum(computing, print_.moved / bandwidth), KERNEL_S) * print_.times
+        adding = (passes - 1) * 3 * self._rehearse.gradients_nbytes / bandwidth
+        passing, updating = each[: print_.update], each[print_.update :]
         if passes == 1:
             return float(each.sum())
-        added = 3 * sum(p.numel() * p.element_size() for p in self._step.parameters)
-        adding = (passes - 1) * added / (card.bandwidth * 1e9)
-        return float(times * each[: print_.update].sum() + adding + each[print_.update :].sum())
+        return float(parts * passing.sum() + adding + updating.sum())
 
-    def largest_pass(self, way: Way, size: tuple[int, int], limit: float, most: int) -> Plan | None:
-        """The plan of one way that passes the most samples at once within `limit` bytes."""
-        if way == "sliced":
-            plans = (Plan(way, n) for n in SLICES)
-            return next((p for p in plans if self.predict(p, most, size).peak <= limit), None)
+    def largest_batch(self, plan: Plan, size: Size, limit: float) -> int:
+        """How many samples pass at once within `limit` bytes, by the way of a plan; 0: not one."""
 
         def fits(count: int) -> bool:
-            return self.predict(Plan(way, count), most, size).peak <= limit
+            micro_batch = plan.micro_batch if plan.way == "sliced" else count
+            return self.predict(Plan(plan.way, micro_batch), count, size).peak <= limit
 
-        count = _last(fits, most)
-        if not count:
-            return None
-        return Plan(way, ceil(most / ceil(most / count)))  # as even parts as can be
+        return last(fits)
 
     def fastest(
-        self, batch: int, size: tuple[int, int], limit: float, way: Way | None = None
+        self, batch: int, size: Size, limit: float, way: Way | None, part: int | None
     ) -> Prediction | None:
-        """Of the plans within `limit` bytes the fastest, or that of one way; None: there is none.
+        """Of the plans within `limit` bytes the fastest; None: there is none.
 
-        Slicing, which passes everything forward twice, is looked at where nothing else fits.
+        `way` and `part`, the micro-batch, are given or free. Slicing passes everything forward
+        twice, and is looked at where nothing else fits.
         """
-        ways = (way,) if way else ("plain", "cheap", "feed-forward")
-        plans = [self.largest_pass(x, size, limit, batch) for x in ways]
-        if not any(plans) and not way:
-            plans = [self.largest_pass("sliced", size, limit, batch)]
-        found = [self.predict(plan, batch, size) for plan in plans if plan]
-        return min(found, key=lambda x: x.seconds[REFERENCE], default=None)
+        found: list[Prediction] = []
+        for one in (way,) if way else (*KEEPING, "sliced"):
+            if one != "sliced" or not found:
+                found += self._fitting(one, batch, size, limit, part)
+        best = min((x.seconds[REFERENCE] for x in found), default=0.0)
+        close = [x for x in found if x.seconds[REFERENCE] <= CLOSE * best]
+        return min(close, key=lambda x: x.passes, default=None)
 
-    def largest_batch(
-        self, way: Way, size: tuple[int, int], limit: float, slice_: int = SLICES[0]
-    ) -> int:
-        """How many samples pass at once within `limit` bytes, gradients and all; 0: not one."""
+    def _fitting(
+        self, way: Way, batch: int, size: Size, limit: float, part: int | None
+    ) -> list[Prediction]:
+        """The best plan of one way, or none."""
 
         def fits(count: int) -> bool:
-            plan = Plan(way, slice_ if way == "sliced" else count)
-            return self.predict(plan, count, size).peak <= limit
+            return self.predict(Plan(way, count), batch, size).peak <= limit
 
-        return _last(fits)
+        if part:
+            parts = [part]
+        elif way == "sliced":
+            parts = list(SLICES)
+        else:
+            count = last(fits, batch)
+            parts = [ceil(batch / ceil(batch / count))] if count else []  # as even as can be
+        return [self.predict(Plan(way, x), batch, size) for x in parts if fits(x)][:1]
 
 
-def _last(fits: Callable[[int], bool], most: int | None = None) -> int:
-    """The largest number up to `most` that fits, where all below it do."""
+def last(fits: Callable[[int], bool], most: int | None = None) -> int:
+    """The largest number up to `most` that fits, where all below it do; 0 where not even 1."""
     low, high = 0, 1
-    while (most is None or high < most) and fits(high):
+    while (most is None or high <= most) and fits(high):
         low, high = high, 2 * high
-    if most is not None and high >= most:
-        if fits(most):
-            return most
-        high = most
+    if most is not None:
+        high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def choose(
-    config: TrainConfig, model: Model, buckets: Mapping[str, int], processes: int, limit: float | None
-) -> tuple[int, Plan, Prediction | None]:
-    """(batch, how it passes, what that is predicted to take) of a new run.
+def asked(config: TrainConfig) -> tuple[Way | None, int | None]:
+    """The way and the micro-batch that --memory and --micro-batch name; None is free."""
+    if config.memory == "fastest":
+        return None, config.micro_batch
+    if config.memory == "largest":
+        return "sliced", config.micro_batch or 1
+    return config.memory, config.micro_batch
 
-    `buckets` are names and numbers of images, of which the largest pictures decide; `limit` is in
-    bytes, None: without. Raises UserError where nothing fits.
+
+def choose(
+    config: TrainConfig, planner: Callable[[], Planner], buckets: Mapping[str, int], processes: int,
+    limit: float | None,
+) -> tuple[int, Plan, Prediction | None]:  # fmt: skip
+    """(batch, its plan in each process, what that is predicted to take) of a new run.
+
+    `buckets` are names and numbers of images: the largest picture decides. `limit` is in bytes;
+    without one nothing is predicted. Raises UserError where nothing fits.
     """
-    way, part = WAYS.get(config.memory), config.micro_batch
+    way, part = asked(config)
     if limit is None:
         if config.batch == "auto":
-            raise UserError("--batch auto needs a memory limit, and there is no card; give --vram")
+            raise UserError(
+                "--batch auto needs to know the memory, and no card is seen; add --vram"
+            )
         share = ceil(config.batch / processes)
-        plan = Plan(way or "plain", part or (share if way != "sliced" else _slice(config)))
-        return config.batch, plan, None
-    planner = Planner(config, model.unet.config, model.text_encoder.config.to_dict())
-    size, images = _largest(buckets)
-    batch = config.batch
-    if batch == "auto":
-        fits = planner.largest_batch(way or "sliced", size, limit, part or _slice(config))
-        batch = min(processes * fits, images)
+        default = SLICES[0] if way == "sliced" else share
+        return config.batch, Plan(way or "plain", part or default), None
+    plans, size = planner(), largest(buckets)
+    if config.batch == "auto":
+        most = plans.largest_batch(Plan(way or "sliced", part or SLICES[0]), size, limit)
+        batch = max(1, min(processes * most, sum(buckets.values())))
+    else:
+        batch = config.batch
     share = ceil(batch / processes)
-    found = planner.fastest(share, size, limit, way, part) if share else None
+    found = plans.fastest(share, size, limit, way, part)
     if found is None:
-        ...
+        tightest = plans.predict(Plan(way or "sliced", part or 1), share, size)
+        raise UserError(
+            f"a batch of {share} images of {8 * size[1]}x{8 * size[0]} does not fit: {tightest}, "
+            f"and there are {limit / GIB:.2f} GiB; lower --batch, leave out --memory and "
+            f"--micro-batch, or raise --vram"
+        )
     return batch, found.plan, found
 
 
-def limit_of(config: TrainConfig, device: torch.device) -> float | None:
-    """Bytes that torch's tensors may take; None: no limit is known.
+def largest(buckets: Mapping[str, int]) -> Size:
+    """Height and width of the latents that decide: those of the bucket of most pixels."""
+    sizes = [tuple(int(side) // 8 for side in name.split("x")) for name in buckets]
+    width, height = max(sizes, key=lambda size: (size[0] * size[1], size))
+    return height, width
 
-    Of a card, a twelfth and at least 1 GiB goes to CUDA's context, libraries and fragmentation.
+
+def limit_of(config: TrainConfig, device: torch.device) -> float | None:
+    """Bytes that torch's tensors may take on this device; None: no limit is known.
+
+    Of --vram a twelfth, at least 1 GiB, is left to CUDA's context, libraries and fragmentation. A
+    card is kept from giving more than --vram.
     """
     if config.vram is not None:
         if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, config.vram * GIB / total), device)
+            share = config.vram * GIB / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         return (config.vram - max(1.0, config.vram / 12)) * GIB
     return 0.96 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -20,12 +20,13 @@ from xlsd_train.captions import Captions
 from xlsd_train.checkpoint import load_optimizer
 from xlsd_train.config import TrainConfig
 from xlsd_train.diffusion import alphas_cumprod
+from xlsd_train.memory import Planner, choose, limit_of
 from xlsd_train.model import Model, load_model
 from xlsd_train.optim import make_optimizer, warmup_steps
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
-from xlsd_train.step import Step
+from xlsd_train.step import Plan, Step
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
     with LatentStore.open(config.data, run.generation) as store, closing(run):
-        schedule = _schedule(config, store)
         column = _caption_column(config, store)
         shared = settings(config, store, device)
         run.compare(shared, config.force)
-        planned, warmup = _length(config, schedule)
         prompts = read_prompts(config.sample_prompts, store, column, config.seed)
         resumed = run.checkpoint
         if resumed:
@@ -74,11 +73,18 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         else:
             model = load_model(config.model, config.vae, store.identity)
         abar = alphas_cumprod(model.scheduler_config)
-        named = model.prepare(config.phase, config.gradient_checkpointing)
+        named = model.prepare(config.phase)
+        batch, plan, told = _plan(config, run, store, model, accelerator)
+        sizes = {name: len(rows) for name, rows in store.buckets.items()}
+        schedule = Schedule(sizes, batch, config.seed)
+        planned, warmup = _length(config, schedule)
         record = {
             "command": list(command),
             "config": asdict(config),
             "precision": precision,
+            "batch": batch,
+            "plan": plan,
+            "memory": told,
             "planned_steps": planned,
             "warmup_steps": warmup,
             "prompts": prompts,
@@ -104,6 +110,8 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             run.begin(record, model, config)
         accelerator.wait_for_everyone()
         model.unet.to(device)
+        if config.channels_last:
+            model.unet.to(memory_format=torch.channels_last)
         model.text_encoder.to(device)
         optimizer = make_optimizer(config, named.values())
         if resumed:
@@ -118,7 +126,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             BatchSource(store, schedule, captions, column, len(abar), rank, processes),
             model,
             named,
-            Step(model, list(named.values()), optimizer, abar.to(device), accelerator),
+            Step(model, list(named.values()), optimizer, abar.to(device), accelerator, plan),
             Sampler(
                 prompts,
                 *sample_size(store),
@@ -148,16 +156,32 @@ def _start(config: TrainConfig) -> tuple[Accelerator, str]:
     return Accelerator(mixed_precision=mixed, cpu=cpu), precision
 
 
-def _schedule(config: TrainConfig, store: LatentStore) -> Schedule:
+def _plan(
+    config: TrainConfig, run: Run, store: LatentStore, model: Model, accelerator: Accelerator
+) -> tuple[int, Plan, str]:
+    """(batch, how it passes, what is said of it): of a run begun before what it began with."""
     if not len(store):
         raise UserError(f"{config.data} holds no live image; build it from images that load")
-    if config.batch > len(store):
+    limit = limit_of(config, accelerator.device)
+    if config.batch != "auto" and config.batch > len(store):
         raise UserError(
             f"--batch {config.batch} is larger than the {len(store)} images of {config.data}; "
             f"lower it to {len(store)} or less"
         )
-    sizes = {name: len(rows) for name, rows in store.buckets.items()}
-    return Schedule(sizes, config.batch, config.seed)
+    if run.before and not config.force:
+        plan = Plan(*run.state().get("plan", run.before["plan"]))
+        return run.before["batch"], plan, run.before["memory"]
+    found: list[Any] = [None]
+    if accelerator.is_main_process:  # memory that is free differs between cards; sums must not
+        buckets = {name: len(rows) for name, rows in store.buckets.items() if len(rows)}
+        configs = model.unet.config, model.text_encoder.config.to_dict()
+        batch, plan, prediction = choose(
+            config, lambda: Planner(config, *configs), buckets, accelerator.num_processes, limit
+        )
+        unknown = f"batch {batch}, {plan}: no memory limit is known here; --vram sets one"
+        found = [(batch, plan, str(prediction or unknown))]
+    batch, plan, told = broadcast_object_list(found)[0]
+    return batch, plan, told
 
 
 def _caption_column(config: TrainConfig, store: LatentStore) -> str:
@@ -213,8 +237,9 @@ def _say(
     )
     later = store["newest_generation"] - store["generation"]
     print(f", without the {later} later ones, unfinished or newer than the run" if later else "")
-    for bucket, count in schedule.small_buckets(config.batch):
-        print(f"  bucket {bucket} holds {count} images, so its batches do, not {config.batch}")
+    print(record["memory"])
+    for bucket, count in schedule.small_buckets(record["batch"]):
+        print(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
     an_epoch = schedule.batches_an_epoch / config.accum
     print(
         f"planned {record['planned_steps']} steps, {an_epoch:.1f} an epoch; warm-up over "

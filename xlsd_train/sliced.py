@@ -31,7 +31,7 @@ class SlicedPass:
         """`values` are what the batch begins with, [B, ...] each.
 
         `loss_of(out, a, b)` is the loss of slice a:b of the last layer's output; `each(layer, B,
-        work)` calls work(a, b) over slices, and again with a smaller one where it ran out of memory.
+        work)` calls work(a, b) over slices, again with a smaller one where it ran out of memory.
         """
         self._layers, self._values, self._loss_of = layers, values, loss_of
         self._each, self._mixed = each, mixed
@@ -82,28 +82,14 @@ class SlicedPass:
         given = self._gradients.pop(layer.output, None)  # none of the last layer, which has a loss
 
         def work(a: int, b: int) -> None:
-            parts = {name: self._values[name][a:b].detach() for name in layer.inputs}
-            for name in wanted:
-                parts[name].requires_grad_()
-            trained = layer.trained
-            with torch.enable_grad():
-                with self._mixed():
-                    out = layer.run("nothing", *parts.values())
-                if given is None:
-                    out = self._loss_of(out, a, b)
-            leaves = [*(parts[name] for name in wanted), *trained]
-            to_out = None if given is None else given[a:b]
-            gradients = torch.autograd.grad(out, leaves, to_out, allow_unused=True)
+            inner, outer = self._differentiate(layer, wanted, given, a, b)
             # Nothing after this takes memory that could lack, so no slice is added twice.
-            if given is None:
-                self.loss += out.detach()
-            for name, gradient in zip(wanted, gradients, strict=False):
-                if gradient is not None:
-                    self._keep(name, gradient, a, b, name in fresh, layer)
-            for parameter, gradient in zip(trained, gradients[len(wanted) :], strict=True):
-                if gradient is not None and parameter in sums:
+            for name, gradient in inner.items():
+                self._keep(name, gradient, a, b, name in fresh, layer)
+            for parameter, gradient in outer.items():
+                if parameter in sums:
                     sums[parameter] += gradient
-                elif gradient is not None:
+                else:
                     sums[parameter] = gradient
 
         self._each(layer, self._count, work)
@@ -111,9 +97,32 @@ class SlicedPass:
             if self._first_use[name] is layer:
                 self._values.pop(name, None)
 
-    def _keep(
-        self, name: str, gradient: Tensor, a: int, b: int, fresh: bool, layer: Layer
-    ) -> None:
+    def _differentiate(
+        self, layer: Layer, wanted: list[str], given: Tensor | None, a: int, b: int
+    ) -> tuple[dict[str, Tensor], dict[Parameter, Tensor]]:
+        """Gradients of a slice of the wanted inputs, and by it of the layer's parameters."""
+        parts = [self._values[name][a:b].detach() for name in layer.inputs]
+        leaves = [
+            part.requires_grad_()
+            for name, part in zip(layer.inputs, parts, strict=True)
+            if name in wanted
+        ]
+        trained = layer.trained
+        with torch.enable_grad():
+            with self._mixed():
+                out = layer.run("nothing", *parts)
+            if given is None:
+                out = self._loss_of(out, a, b)
+        to_out = None if given is None else given[a:b]
+        gradients = torch.autograd.grad(out, [*leaves, *trained], to_out, allow_unused=True)
+        if given is None:
+            self.loss += out.detach()
+        found = [*zip([*wanted, *trained], gradients, strict=True)]
+        inner = {k: g for k, g in found[: len(wanted)] if g is not None}
+        outer = {k: g for k, g in found[len(wanted) :] if g is not None}
+        return inner, outer  # type: ignore[return-value]
+
+    def _keep(self, name: str, gradient: Tensor, a: int, b: int, fresh: bool, layer: Layer) -> None:
         """Write a slice of the gradient of a value, or add it to what other layers have given."""
         if not fresh:
             self._gradients[name][a:b] += gradient

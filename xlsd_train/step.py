@@ -43,6 +43,9 @@ class Plan(NamedTuple):
         """What its layers rebuild; a slice's activations live but a moment, so nothing there."""
         return "nothing" if self.way in {"plain", "sliced"} else self.way  # type: ignore[return-value]
 
+    def __str__(self) -> str:
+        return f"{self.way} by {self.micro_batch}"
+
     def tighter(self) -> "Plan | None":
         """The next plan that needs less memory; None when there is none."""
         if self.micro_batch > 1:
@@ -192,7 +195,9 @@ class Step:
         """Step these weights, whose gradients are complete, and free those."""
         if self.accelerator.num_processes > 1:
             _share_gradients(parameters)
-        self._norms += torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._norms += torch._foreach_norm(gradients)  # noqa: SLF001 (it has no public name)
+        del gradients
         self.optimizer.step()
         _drop_gradients(parameters)
 

@@ -1,0 +1,60 @@
+"""What each step was, written down one step late: so the host never waits for the device's newest.
+
+A step's loss is read when the next step is already under way, or when the run is about to keep
+something of it, a checkpoint or a sample. So a loss that is not finite is found one step late, and
+never by a checkpoint.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlsd_cache import UserError
+
+SMOOTHING = 0.99  # weight of the past in the smoothed loss, a step
+
+
+@dataclass
+class Meter:
+    """Takes the steps in order; `flush` and `add` give the lines that are due for the metrics."""
+
+    smoothed: list[float]  # [sum, weight], whose ratio needs no start-up correction
+    _pending: tuple[dict[str, Any], int, Tensor, Tensor] | None = None
+    _begun: float = 0.0
+
+    def begin(self) -> None:
+        """The first step begins, or goes on after something that is not training."""
+        self._begun = time.perf_counter()
+
+    def add(self, line: dict[str, Any], images: int, loss: Tensor, norm: Tensor) -> list[Any]:
+        """A step that is under way; gives the line of the one before it, if there is one."""
+        due = self.flush()
+        self._pending = line, images, loss, norm
+        return due
+
+    def flush(self) -> list[dict[str, Any]]:
+        """The line of the step that is pending, for which this waits.
+
+        Raises UserError for a loss that is not finite.
+        """
+        if self._pending is None:
+            return []
+        (line, images, loss, norm), self._pending = self._pending, None
+        both = torch.stack([loss, norm]).tolist()  # waits for the device
+        now = time.perf_counter()
+        seconds, self._begun = now - self._begun, now
+        if not math.isfinite(both[0]):
+            raise UserError(
+                f"the loss of step {line['step']} is {both[0]}; nothing of it was kept: go on from "
+                f"the last checkpoint with a lower --lr"
+            )
+        total, weight = (SMOOTHING * part for part in self.smoothed)
+        self.smoothed = [total + both[0], weight + 1]
+        line["loss"], line["grad_norm"] = both
+        line["loss_smoothed"] = self.smoothed[0] / self.smoothed[1]
+        line["images_per_s"] = images / seconds
+        return [line]

@@ -1,0 +1,115 @@
+"""The training step on fake tensors: any batch of any size, in seconds and without the memory."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from xlsd_train.batches import Batch
+from xlsd_train.config import TrainConfig
+from xlsd_train.footprint import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
+from xlsd_train.layers import Layer
+from xlsd_train.lion import DLion
+from xlsd_train.optim import make_optimizer
+from xlsd_train.sliced import Work
+from xlsd_train.step import Plan, Step
+
+Size = tuple[int, int]  # height and width of latents
+
+
+class FakeStep(Step):
+    """The step; of a layer's slices it runs two, which stand for all of them."""
+
+    tracker: Tracker
+
+    def _mixed(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.accelerator.mixed)
+
+    def _each(self, layer: Layer, count: int, work: Work) -> None:
+        size = self.plan.micro_batch * layer.room
+        for a in range(0, min(count, 2 * size), size):
+            self.tracker.times = count / min(count, 2 * size)
+            work(a, min(count, a + size))
+        self.tracker.times = 1.0
+
+    def _finish(self) -> None:
+        if isinstance(self.optimizer, DLion):
+            self.optimizer.forget()
+
+
+class Rehearsal:
+    """Runs steps of one phase, model, optimizer and precision, and logs what they take.
+
+    `workspaces` are counted for a CUDA card; the CPU's libraries take none from torch.
+    """
+
+    def __init__(
+        self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool
+    ) -> None:
+        self._workspaces, self._channels = workspaces, unet_config["in_channels"]
+        self._logs: dict[tuple[Plan, int, Size], Footprint] = {}
+        with FakeTensorMode() as self._fake:
+            unet = UNet2DConditionModel.from_config(dict(unet_config))
+            text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
+            unet.requires_grad_(config.phase != "te").train()
+            text_encoder.requires_grad_(config.phase != "unet").train()
+            tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]
+            trained = [x for x in tensors if x.requires_grad]
+            vae = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
+            model: Any = SimpleNamespace(unet=unet, text_encoder=text_encoder, vae=vae)
+            alone: Any = SimpleNamespace(
+                device=torch.device("cpu"), num_processes=1, mixed=config.precision == "bf16"
+            )
+            optimizer, abar = make_optimizer(config, trained), torch.ones(1000)
+            self._step = FakeStep(model, trained, optimizer, abar, alone, Plan("plain", 1))
+        self._frozen = [x for x in tensors if not x.requires_grad]
+        self._tokens = text_encoder.config.max_position_embeddings
+        optimizer.register_step_pre_hook(self._before_update)
+
+    @property
+    def gradients_nbytes(self) -> int:
+        """Of all trained weights."""
+        return sum(p.numel() * p.element_size() for p in self._step.parameters)
+
+    def __call__(self, plan: Plan, batch: int, size: Size) -> Footprint:
+        """The footprint of one step of `batch` samples in one pass.
+
+        It is interpolated between two runs, where that is exact: where both do the same with
+        tensors of other sizes.
+        """
+        if plan.way == "sliced":
+            slices = 2 * 16 * plan.micro_batch  # from here on each layer has two whole ones
+            runs = (plan, slices), (plan, slices + slices // 2)
+        else:
+            runs = (Plan(plan.way, 2), 2), (Plan(plan.way, 3), 3)
+        if batch < runs[0][1]:
+            return self._log(plan, batch, size)
+        first, second = (self._log(*run, size) for run in runs)
+        return first.at(batch, runs[0][1], second, runs[1][1])
+
+    def _log(self, plan: Plan, batch: int, size: Size) -> Footprint:
+        key = plan, batch, size
+        if key not in self._logs:
+            step, tracker = self._step, Tracker(self._workspaces)
+            step.plan, step.tracker = plan, tracker
+            with self._fake:
+                tracker.hold(step.parameters, WEIGHTS)
+                tracker.hold(self._frozen, FROZEN)
+                tracker.hold(list(step.optimizer.state.values()), STATE)
+                latents = torch.empty(batch, self._channels, *size)
+                ids = torch.empty(batch, self._tokens, dtype=torch.int64)
+                given = latents, torch.empty_like(latents), ids[:, 0].clone(), ids
+                with tracker:
+                    step([Batch(0, "", 0.0, 0, batch, *given)], 0.0)
+            self._logs[key] = tracker.footprint()
+        return self._logs[key]
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Here, and only here, the gradients are all known to be gradients."""
+        tracker = self._step.tracker
+        tracker.hold([p.grad for p in self._step.parameters if p.grad is not None], GRADIENTS)
+        if tracker.update is None:
+            tracker.update = len(tracker.kernels)
