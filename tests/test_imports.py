@@ -23,7 +23,7 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule captions batches diffusion config model optim step checkpoint sample run "
+    "draw schedule captions batches diffusion fold config model optim step checkpoint sample run "
     "session loop cli __main__"
 ).split()
 
