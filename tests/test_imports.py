@@ -23,8 +23,8 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule captions batches diffusion fold config model optim step checkpoint sample run "
-    "session loop cli __main__"
+    "draw schedule captions batches diffusion sd15 names fold tensors foreign parts find config "
+    "model optim step checkpoint sample run session loop cli __main__"
 ).split()
 
 
