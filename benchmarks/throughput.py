@@ -236,7 +236,9 @@ def make_model(config: ThroughputConfig, folder: Path) -> tuple[Model, Captions]
     unet, text_encoder = make_networks(config.model, vocabulary)
     scheduler = dict(DDPMScheduler.load_config(folder / "demo" / "scheduler"))
     vae = load_vae(str(VAE))
-    model = Model(unet, text_encoder, vae, tokenizer, scheduler, config.model, folder / "demo")
+    model = Model(
+        unet, text_encoder, vae, tokenizer, scheduler, config.model, folder / "demo/tokenizer"
+    )
     return model, Captions(tokenizer, model.tokens, 0, 0.0)
 
 

@@ -23,8 +23,9 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule captions batches diffusion config model lion optim step checkpoint sample run "
-    "session loop cli __main__"
+    "draw schedule captions batches diffusion sd15 names fold tensors foreign parts find config "
+    "model cards lion optim layers sliced step footprint rehearsal memory checkpoint meter sample "
+    "run session loop plan cli __main__"
 ).split()
 
 

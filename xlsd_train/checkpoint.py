@@ -20,7 +20,8 @@ from torch.nn import Parameter
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_json
-from xlsd_train.model import TEXT_ENCODER, UNET, Model
+from xlsd_train.find import TEXT_ENCODER, UNET
+from xlsd_train.model import Model
 from xlsd_train.optim import numbers, set_numbers
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"

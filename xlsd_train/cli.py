@@ -9,7 +9,7 @@ import tyro
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
-from xlsd_train.config import TrainConfig
+from xlsd_train.config import PlanConfig, TrainConfig
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
@@ -19,9 +19,16 @@ def _run(config: TrainConfig, command: Sequence[str]) -> None:
     train(config, command)
 
 
+def _plan(config: PlanConfig, _: Sequence[str]) -> None:
+    from xlsd_train.plan import show
+
+    show(config)
+
+
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
+    "plan": (PlanConfig, _plan),
 }
 
 

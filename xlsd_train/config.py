@@ -139,23 +139,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        for name in (
-            "batch",
-            "micro_batch",
-            "accum",
-            "steps",
-            "stop_after",
-            "save_every",
-            "sample_steps",
-            "threads",
-        ):
-            value = getattr(self, name)
-            if value not in {None, "auto"} and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
-        for name in ("sample_every", "keep", "weight_decay", "sample_guidance"):
-            if getattr(self, name) < 0:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
+        self._check_numbers()
         if self.steps is not None and self.epochs is not None:
             raise UserError(
                 f"--steps {self.steps} and --epochs {self.epochs:g} both give the planned length; "
@@ -163,8 +147,6 @@ class TrainConfig:
             )
         if self.epochs is not None and self.epochs <= 0:
             raise UserError(f"--epochs {self.epochs:g} is not above 0; raise it")
-        if self.vram is not None and not 1 < self.vram < float("inf"):
-            raise UserError(f"--vram {self.vram:g} is not above 1 GB; give your card's, say 24")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise UserError(f"--lr {self.lr:g} is not a positive number; give say 3e-6")
         if not 0 <= self.caption_dropout <= 1:
@@ -172,6 +154,21 @@ class TrainConfig:
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
         self._check_d()
+
+    def _check_numbers(self) -> None:
+        counts = (
+            "batch micro_batch accum steps stop_after save_every sample_steps threads"
+        ).split()
+        for name in counts:
+            value = getattr(self, name)
+            if value not in {None, "auto"} and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
+        for name in ("sample_every", "keep", "weight_decay", "sample_guidance"):
+            if getattr(self, name) < 0:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
+        if self.vram is not None and not 1 < self.vram < float("inf"):
+            raise UserError(f"--vram {self.vram:g} is not above 1 GB; give your card's, say 24")
 
     def _check_d(self) -> None:
         """D-Lion's limits."""
@@ -202,3 +199,19 @@ class TrainConfig:
             lr=self.lr if self.lr is not None else lr,
             betas=self.betas or betas,
         )
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Show what a run would take, before it takes it: peak memory by item, and how fast it can be.
+
+    The flags are those of training. No card and no images are needed: every way of passing the
+    batch is run on tensors without data, which takes some seconds. Speeds are what a card does at
+    100% of its peaks; half of that is good.
+    """
+
+    size: tuple[str, ...] = ()
+    """Pictures, say 512x512. Default: the buckets of --data where it exists, else 512x512."""
+
+    json: bool = False
+    """Print JSON."""

@@ -85,10 +85,7 @@ def _train(session: Session, stop: StopSignal) -> None:
             if session.main:
                 _say_epoch(session, micro)
 
-            asked = _asked(session, stop)
-            ends = step == last or "STOP" in asked
-            samples = "SAMPLE" in asked or _due(config.sample_every, step, last)
-            saves = "SAVE" in asked or ends or step % config.save_every == 0
+            samples, saves, ends = _due(session, stop, step, last)
             if samples or saves:
                 log(meter.flush())  # whose loss must be a number
             if samples:
@@ -110,8 +107,13 @@ def _train(session: Session, stop: StopSignal) -> None:
         _say_end(session, state["step"], stop.asked)
 
 
-def _due(every: int, step: int, last: int) -> bool:
-    return every > 0 and (step == last or step % every == 0)
+def _due(session: Session, stop: StopSignal, step: int, last: int) -> tuple[bool, bool, bool]:
+    """Whether to sample, to save and to end after this step."""
+    config, asked = session.config, _asked(session, stop)
+    ends = step == last or "STOP" in asked
+    every = config.sample_every
+    samples = "SAMPLE" in asked or (every > 0 and (step == last or step % every == 0))
+    return samples, "SAVE" in asked or ends or step % config.save_every == 0, ends
 
 
 def _sample(session: Session, step: int) -> None:

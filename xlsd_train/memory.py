@@ -202,15 +202,17 @@ def largest(buckets: Mapping[str, int]) -> Size:
     return height, width
 
 
-def limit_of(config: TrainConfig, device: torch.device) -> float | None:
-    """Bytes that torch's tensors may take on this device; None: no limit is known.
+def limit_of(config: TrainConfig, device: torch.device | None) -> float | None:
+    """Bytes that torch's tensors may take on a device, if there is one; None: no limit is known.
 
     Of --vram a twelfth, at least 1 GiB, is left to CUDA's context, libraries and fragmentation. A
     card is kept from giving more than --vram.
     """
     if config.vram is not None:
-        if device.type == "cuda":
+        if device and device.type == "cuda":
             share = config.vram * GIB / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         return (config.vram - max(1.0, config.vram / 12)) * GIB
-    return 0.96 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device is None or device.type != "cuda":
+        return None
+    return 0.96 * torch.cuda.mem_get_info(device)[0]

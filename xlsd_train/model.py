@@ -1,37 +1,24 @@
-"""The model in parts: UNet, text encoder, VAE, tokenizer; where they come from and what trains.
+"""The model as training has it: UNet, text encoder, VAE, tokenizer; what of it trains."""
 
-`--model` names a pipeline folder, a hub id, or what we trained before. A checkpoint of ours holds
-the UNet's and the text encoder's weights; everything else lies once in its run's `base/`.
-"""
-
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from xlsd_cache import UserError
 from xlsd_cache.store import Identity
-from xlsd_cache.vae import Vae, load_vae, tensors_sha256, vae_of
+from xlsd_cache.vae import Vae, tensors_sha256, vae_of
 from xlsd_train.config import Phase
-
-SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-# Of the hub's folder only what is used: no fp16 copies, no pickles.
-FILES = (
-    "model_index.json scheduler/*.json tokenizer/* text_encoder/config.json "
-    "text_encoder/model.safetensors unet/config.json unet/diffusion_pytorch_model*.safetensors"
-)
-UNET, TEXT_ENCODER = "unet.safetensors", "text_encoder.safetensors"  # in a checkpoint
-# transformers 5 drops this from its names; SD1.5's file and every other program have it.
-PREFIX = "text_model."
+from xlsd_train.find import TEXT_ENCODER, UNET, Parts, completed, find
+from xlsd_train.parts import PREFIX, Part, build
+from xlsd_train.sd15 import HUB_ID
 
 
 @dataclass
@@ -44,7 +31,7 @@ class Model:
     tokenizer: Any  # CLIPTokenizer
     scheduler_config: dict[str, Any]
     source: str  # as it was asked for
-    folder: Path  # with tokenizer/ and scheduler/ in it
+    tokenizer_folder: Path
 
     @property
     def tokens(self) -> int:
@@ -87,8 +74,10 @@ class Model:
 
     def save_base(self, folder: Path, phase: Phase) -> None:
         """Everything that training does not change: a pipeline without its trained weights."""
-        for part in ("tokenizer", "scheduler"):
-            shutil.copytree(self.folder / part, folder / part)
+        shutil.copytree(self.tokenizer_folder, folder / "tokenizer")
+        (folder / "scheduler").mkdir()
+        scheduler = json.dumps(self.scheduler_config, indent=2) + "\n"
+        (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
         self.unet.save_config(folder / "unet")
         self.text_encoder.config.save_pretrained(folder / "text_encoder")
         self.vae.model.save_pretrained(folder / "vae")
@@ -98,45 +87,66 @@ class Model:
             save_file(self.weights("text_encoder"), folder / TEXT_ENCODER, {"format": "pt"})
 
 
-def load_model(spec: str | None, vae_spec: str | None, identity: Identity) -> Model:
-    """The model named by `--model` and `--vae`, its VAE checked to be the store's.
+def load_model(
+    spec: str | None,
+    vae_spec: str | None,
+    identity: Identity,
+    *,
+    unet: Path | None = None,
+    text_encoder: Path | None = None,
+    tokenizer: Path | None = None,
+    ema: bool = False,
+) -> Model:
+    """The model of `--model` and `--vae`, with parts of it replaced, its VAE the store's.
 
-    Raises UserError where there is none, it is no SD1.5-like pipeline, or cannot decode the store.
+    Raises UserError where there is none, it is no SD1.5-like model, or cannot decode the store.
     """
-    source = spec or SD15
-    folder, checkpoint = _locate(source)
-    try:
-        if checkpoint is not None:
-            unet, text_encoder = _from_checkpoint(folder, checkpoint)
-        else:
-            unet, text_encoder = _from_pipeline(folder, source)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        scheduler_config = dict(DDPMScheduler.load_config(folder, subfolder="scheduler"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"cannot load the model {source}: {told}; give an SD1.5 pipeline folder, hub id or "
-            f"checkpoint as --model"
-        ) from error
-    channels = unet.config.in_channels
+    own_vae = spec is not None and vae_spec is None
+    parts = find(
+        spec or HUB_ID,
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        ema=ema,
+        vae=own_vae,
+    )
+    channels = parts.unet.tensors["conv_in.weight"].shape[1]
     if channels != identity.channels:
         raise UserError(
-            f"the UNet of {source} takes {channels} latent channels and the store holds "
+            f"the UNet of {parts.source} takes {channels} latent channels and the store holds "
             f"{identity.channels}; give another --model or --data"
         )
-    vae = _vae(source, spec, vae_spec, folder, identity)
-    return Model(unet, text_encoder, vae, tokenizer, scheduler_config, source, folder)
+    if own_vae and parts.vae is not None:
+        return assemble(parts, _store_vae(parts.source, parts.vae, identity))
+    return assemble(parts, vae_of(identity, vae_spec))
 
 
-def _vae(
-    source: str, spec: str | None, vae_spec: str | None, folder: Path, identity: Identity
-) -> Vae:
-    """The model's own VAE, or the one swapped in; either must be the store's."""
-    if vae_spec is not None or spec is None:
-        return vae_of(identity, vae_spec)
-    if not (folder / "vae").is_dir():  # a hub id, of which the VAE was not fetched so far
-        _fetch(source, ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"))
-    vae = load_vae(str(folder), subfolder="vae")
+def assemble(parts: Parts, vae: Vae) -> Model:
+    """The model with its weights read. Raises UserError where a part is not to be had."""
+    parts = completed(parts)
+    assert parts.text_encoder is not None
+    assert parts.tokenizer is not None
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(parts.tokenizer)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"cannot load the model {parts.source}: its tokenizer, {parts.tokenizer}, fails: "
+            f"{told}; name a folder with vocab.json and merges.txt as --tokenizer"
+        ) from error
+    unet, text_encoder = build(parts.unet), build(parts.text_encoder)
+    return Model(unet, text_encoder, vae, tokenizer, parts.scheduler, parts.source, parts.tokenizer)
+
+
+def model_vae(source: str, part: Part) -> Vae:
+    """A model's own VAE."""
+    model = build(part).requires_grad_(False)
+    return Vae(source, part.source, model, tensors_sha256(model.state_dict()))
+
+
+def _store_vae(source: str, part: Part, identity: Identity) -> Vae:
+    """The model's own VAE, which must be the store's."""
+    vae = model_vae(source, part)
     if vae.sha256 != identity.vae_sha256:
         raise UserError(
             f"{source} has the VAE {vae.sha256[:12]} (scaling factor {vae.scaling_factor:g}), and "
@@ -145,81 +155,3 @@ def _vae(
             f"{identity.vae_name} to swap that one in, or give another --data"
         )
     return vae
-
-
-def _locate(source: str) -> tuple[Path, Path | None]:
-    """(pipeline folder or base, checkpoint or None) of a model's name."""
-    path = Path(source).expanduser()
-    if (path / "checkpoints").is_dir():
-        found = sorted((path / "checkpoints").glob("step-*"))
-        if not found:
-            raise UserError(f"the run {source} has no checkpoint yet; train it further first")
-        path = found[-1]
-    if (path / "state.json").is_file():
-        return path.parent.parent / "base", path
-    if path.is_dir():
-        if not (path / "unet").is_dir():
-            raise UserError(
-                f"{source} is no model: it has no unet/ as a pipeline folder and no state.json as "
-                f"a checkpoint; name a folder that has"
-            )
-        return path, None
-    if path.exists() or path.is_absolute() or source.count("/") != 1 or source.startswith("."):
-        raise UserError(
-            f"no model {source}: it is neither a folder that exists nor a hub id ORG/NAME; name a "
-            f"pipeline folder, a checkpoint or a hub id"
-        )
-    return _fetch(source, tuple(FILES.split())), None
-
-
-def _fetch(source: str, files: tuple[str, ...]) -> Path:
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(files)))
-    except (OSError, ValueError, RuntimeError) as error:  # what the hub's client raises
-        told = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot fetch the model {source} from the hub: {told}; check the name and the "
-            f"network, or give a local folder as --model"
-        ) from error
-
-
-def _from_pipeline(folder: Path, source: str) -> tuple[Any, Any]:
-    unet, told = UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", torch_dtype=torch.float32, output_loading_info=True
-    )
-    missing = list(told["missing_keys"])
-    text_encoder, told = CLIPTextModel.from_pretrained(
-        folder / "text_encoder", dtype=torch.float32, output_loading_info=True
-    )
-    missing += list(told["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{source} lacks {len(missing)} weights, {missing[0]} among them; give a whole model"
-        )
-    return unet, text_encoder
-
-
-def _from_checkpoint(base: Path, checkpoint: Path) -> tuple[Any, Any]:
-    unet = UNet2DConditionModel.from_config(
-        UNet2DConditionModel.load_config(base, subfolder="unet")
-    )
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(base / "text_encoder"))
-    load_weights(unet, checkpoint / UNET)
-    load_weights(text_encoder, checkpoint / TEXT_ENCODER)
-    return unet, text_encoder
-
-
-def load_weights(module: Any, path: Path) -> None:
-    """Load a checkpoint's file into a module, every name and shape as it must be.
-
-    Raises UserError where the file is another model's, or is damaged.
-    """
-    try:
-        state = {key.removeprefix(PREFIX): value for key, value in load_file(path).items()}
-        module.load_state_dict(state)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path} does not fit this model's {type(module).__name__}: {told}; it belongs to "
-            f"another model, or is damaged"
-        ) from error

@@ -107,7 +107,7 @@ class Rehearsal:
             self._logs[key] = tracker.footprint()
         return self._logs[key]
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_update(self, *_: Any) -> None:
         """Here, and only here, the gradients are all known to be gradients."""
         tracker = self._step.tracker
         tracker.hold([p.grad for p in self._step.parameters if p.grad is not None], GRADIENTS)

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from xlsd_train import sd15
+
 VAE = Path(__file__).parent / "vae"
 Size = Literal["nano", "demo", "keys", "sd15"]
 
@@ -40,7 +42,7 @@ SHAPES: dict[str, Shape] = {
     "nano": Shape((16, 32, 32, 32), 1, 2, 8, 32, 2, 2),  # tests
     "demo": Shape((32, 64, 96, 96), 1, 4, 16, 64, 2, 4),  # make demo
     "keys": Shape((32, 64, 96, 96), 2, 8, 32, 64, 12, 4),  # exactly SD1.5's state-dict keys
-    "sd15": Shape((320, 640, 1280, 1280), 2, 8, 32, 768, 12, 12),  # SD1.5 itself: benchmarks
+    "sd15": Shape(sd15.UNET["block_out_channels"], 2, 8, 32, 768, 12, 12),  # itself: benchmarks
 }
 
 
@@ -48,15 +50,15 @@ def make_networks(size: Size, vocabulary: int, seed: int = 0) -> tuple[Any, Any]
     """The UNet and the text encoder with random weights; the same seed gives the same ones."""
     shape = SHAPES[size]
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=shape.unet,
-        layers_per_block=shape.layers,
-        attention_head_dim=shape.heads,
-        norm_num_groups=shape.groups,
-        cross_attention_dim=shape.text,
+    unet = UNet2DConditionModel.from_config(
+        {
+            **sd15.UNET,
+            "block_out_channels": shape.unet,
+            "layers_per_block": shape.layers,
+            "attention_head_dim": shape.heads,
+            "norm_num_groups": shape.groups,
+            "cross_attention_dim": shape.text,
+        }
     )
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -65,8 +67,8 @@ def make_networks(size: Size, vocabulary: int, seed: int = 0) -> tuple[Any, Any]
             intermediate_size=4 * shape.text,
             num_hidden_layers=shape.text_layers,
             num_attention_heads=shape.text_heads,
-            max_position_embeddings=77,
-            hidden_act="quick_gelu",
+            max_position_embeddings=sd15.TEXT_ENCODER["max_position_embeddings"],
+            hidden_act=sd15.TEXT_ENCODER["hidden_act"],
             bos_token_id=vocabulary - 2,
             eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
@@ -83,27 +85,9 @@ def make_pipeline(out: Path, size: Size, captions: list[str], seed: int = 0) -> 
     # SD1.5's names, which transformers 5 no longer writes.
     state = {f"text_model.{key}": value for key, value in text_encoder.state_dict().items()}
     save_file(state, out / "text_encoder" / "model.safetensors", {"format": "pt"})
-    PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        set_alpha_to_one=False,
-        skip_prk_steps=True,
-        steps_offset=1,
-    ).save_pretrained(out / "scheduler")
+    PNDMScheduler.from_config(sd15.SCHEDULER).save_pretrained(out / "scheduler")
     shutil.copytree(VAE, out / "vae", dirs_exist_ok=True)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (out / "model_index.json").write_text(json.dumps(sd15.INDEX, indent=2) + "\n")
 
 
 def _write_tokenizer(folder: Path, captions: list[str]) -> int:

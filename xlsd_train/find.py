@@ -1,0 +1,227 @@
+"""Where a model lies: a hub id, a folder, a single file, or what we trained before, in its parts.
+
+A checkpoint of ours holds the UNet's and the text encoder's weights; everything else lies once in
+its run's `base/`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from xlsd_cache import UserError
+from xlsd_train import names, sd15
+from xlsd_train.foreign import TEXT_ENCODER_ALONE, UNET_ALONE, VAE_ALONE, kind_of
+from xlsd_train.parts import (
+    Kind,
+    Part,
+    check,
+    folder_part,
+    ldm_part,
+    plain_part,
+    read_config,
+    read_json,
+)
+from xlsd_train.tensors import open_tensors
+
+# Of the hub's folder only what is used: no fp16 copies, no pickles.
+FILES = (
+    "model_index.json scheduler/*.json tokenizer/* text_encoder/config.json "
+    "text_encoder/model.safetensors unet/config.json unet/diffusion_pytorch_model*.safetensors "
+    "unet/*.index.json"
+).split()
+VAE_FILES = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+UNET, TEXT_ENCODER = "unet.safetensors", "text_encoder.safetensors"  # in a checkpoint
+CONFIGS = "xlsd.configs"  # in the metadata of a single file of ours
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model in parts. What a single file lacks is None."""
+
+    source: str  # as it was asked for
+    unet: Part
+    text_encoder: Part | None
+    vae: Part | None
+    tokenizer: Path | None  # a folder
+    scheduler: dict[str, Any]
+    checkpoint: Path | None = None  # of ours, in its run
+
+
+def find(
+    source: str,
+    *,
+    unet: Path | None = None,
+    text_encoder: Path | None = None,
+    tokenizer: Path | None = None,
+    ema: bool = False,
+    vae: bool = True,
+) -> Parts:
+    """The parts of the model that `source` names, with those replaced that are given by path.
+
+    `ema` takes a single file's moving averages; `vae` says whether a hub's VAE is wanted. Raises
+    UserError where there is no such model, or it is another architecture's.
+    """
+    found = _find(source, ema, vae)
+    if unet is not None:
+        found = replace(found, unet=part_of("unet", unet, found.unet.config, "--unet"))
+    if text_encoder is not None:
+        config = found.text_encoder.config if found.text_encoder else sd15.TEXT_ENCODER
+        encoder = part_of("text_encoder", text_encoder, config, "--text-encoder")
+        found = replace(found, text_encoder=encoder)
+    if tokenizer is not None:
+        folder = tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer
+        found = replace(found, tokenizer=folder)
+    for part in (found.unet, found.text_encoder, found.vae):
+        if part is not None:
+            check(part)
+    return found
+
+
+def completed(parts: Parts) -> Parts:
+    """The same with a text encoder and a tokenizer, from the hub's SD1.5 where a file has none."""
+    if parts.text_encoder is None:
+        folder = fetch(sd15.HUB_ID, ["text_encoder/config.json", "text_encoder/model.safetensors"])
+        part = folder_part("text_encoder", folder / "text_encoder", sd15.HUB_ID)
+        print(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
+        check(part)
+        parts = replace(parts, text_encoder=part)
+    if parts.tokenizer is None:
+        parts = replace(parts, tokenizer=fetch(sd15.HUB_ID, ["tokenizer/*"]) / "tokenizer")
+    return parts
+
+
+def fetch(source: str, files: list[str]) -> Path:
+    """The folder of a hub's repository with these files in it. Raises UserError where it cannot."""
+    try:
+        return Path(snapshot_download(source, allow_patterns=files))
+    except (OSError, ValueError, RuntimeError) as error:  # what the hub's client raises
+        told = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot fetch {source} from the hub: {told}; check the name and the network, or give "
+            f"a local folder (--model; --text-encoder and --tokenizer for what a file lacks)"
+        ) from error
+
+
+def part_of(kind: Kind, path: Path, config: Mapping[str, Any], option: str) -> Part:
+    """One part from a folder, a run or a file of its own; a file without a config has `config`."""
+    path = path.expanduser()
+    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+        part = getattr(_find(str(path), False, False), kind)
+        assert isinstance(part, Part)
+        return part
+    if path.is_dir():
+        return folder_part(kind, path / kind if (path / kind).is_dir() else path, str(path))
+    if not path.is_file():
+        raise UserError(f"{option} {path}: there is no such folder or file; name one")
+    tensors, metadata = open_tensors(path)
+    known = _configs(path, metadata)
+    if kind in known:
+        config = known[kind]
+    elif (path.parent / "config.json").is_file():
+        config = read_config(kind, path.parent)
+    prefix = {"unet": names.UNET, "text_encoder": names.TEXT_ENCODER, "vae": names.VAE}[kind]
+    if kind == "unet" and "input_blocks.0.0.weight" in tensors:
+        tensors = {prefix + name: stored for name, stored in tensors.items()}
+    if any(name.startswith(prefix) for name in tensors):
+        part = ldm_part(kind, config, tensors, str(path), ema=False)
+        assert part is not None
+        return part
+    marks = {"unet": "conv_in.weight", "text_encoder": "token_embedding.weight"}
+    if not any(name.endswith(marks.get(kind, "")) for name in tensors):
+        told = kind_of(tensors) or "unknown here"
+        raise UserError(f"{option} {path} holds no {kind.replace('_', ' ')}: it is {told}")
+    return plain_part(kind, config, tensors, str(path))
+
+
+def _find(source: str, ema: bool, vae: bool) -> Parts:
+    path = Path(source).expanduser()
+    if (path / "checkpoints").is_dir():
+        found = sorted((path / "checkpoints").glob("step-????????"))
+        if not found:
+            raise UserError(f"the run {source} has no checkpoint yet; train it further first")
+        path = found[-1]
+    if (path / "state.json").is_file():
+        return _in_checkpoint(path, source)
+    if path.is_dir():
+        return _in_folder(path, source)
+    if path.is_file():
+        return _in_file(path, source, ema)
+    if path.exists() or path.is_absolute() or source.count("/") != 1 or source.startswith("."):
+        raise UserError(
+            f"no model {source}: it is neither a folder or file that exists nor a hub id ORG/NAME; "
+            f"name a pipeline folder, a single file, a checkpoint or a hub id"
+        )
+    return _in_folder(fetch(source, FILES + (VAE_FILES if vae else [])), source)
+
+
+def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
+    base = checkpoint.parent.parent / "base"
+    parts = {}
+    for kind, file in (("unet", UNET), ("text_encoder", TEXT_ENCODER)):
+        path = checkpoint / file
+        tensors, _ = open_tensors(path)
+        parts[kind] = plain_part(kind, read_config(kind, base / kind), tensors, str(path))  # type: ignore[arg-type]
+    vae = folder_part("vae", base / "vae", source)
+    return Parts(
+        source, parts["unet"], parts["text_encoder"], vae, base / "tokenizer", _scheduler(base),
+        checkpoint,
+    )  # fmt: skip
+
+
+def _in_folder(folder: Path, source: str) -> Parts:
+    if not (folder / "unet").is_dir():
+        raise UserError(
+            f"{source} is no model: it has no unet/ as a pipeline folder and no state.json as "
+            f"a checkpoint; name a folder that has"
+        )
+    unet = folder_part("unet", folder / "unet", source)
+    text_encoder = folder_part("text_encoder", folder / "text_encoder", source)
+    has_vae = (folder / "vae").is_dir()
+    vae = folder_part("vae", folder / "vae", source) if has_vae else None
+    return Parts(source, unet, text_encoder, vae, folder / "tokenizer", _scheduler(folder))
+
+
+def _in_file(path: Path, source: str, ema: bool) -> Parts:
+    """A single file under LDM's names; what it lacks may lie beside it as in a pipeline folder."""
+    tensors, metadata = open_tensors(path)
+    kind = kind_of(tensors)
+    whole = any(name.startswith(names.UNET) for name in tensors)
+    if not whole or kind not in (None, UNET_ALONE):
+        told = kind or "unknown here"
+        raise UserError(f"{source} is no SD1.5 in a single file: it is {told}" + _remedy(kind))
+    configs = {"unet": sd15.UNET, "text_encoder": sd15.TEXT_ENCODER, "vae": sd15.VAE}
+    configs |= _configs(path, metadata)
+    found = {
+        name: ldm_part(name, config, tensors, source, ema)  # type: ignore[arg-type]
+        for name, config in configs.items()
+    }
+    unet, beside = found["unet"], path.parent / "tokenizer"
+    assert unet is not None
+    tokenizer = beside if beside.is_dir() else None
+    scheduler = _scheduler(path.parent) if (path.parent / "scheduler").is_dir() else sd15.SCHEDULER
+    return Parts(source, unet, found["text_encoder"], found["vae"], tokenizer, scheduler)
+
+
+def _remedy(kind: str | None) -> str:
+    options = {UNET_ALONE: "--unet", TEXT_ENCODER_ALONE: "--text-encoder", VAE_ALONE: "--vae"}
+    if kind in options:
+        return f"; give it as {options[kind]}, beside a whole --model"
+    return "; give a whole SD1.5"
+
+
+def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What a single file's metadata, or the folder in which it lies, says of its parts."""
+    if CONFIGS in metadata:
+        told: dict[str, dict[str, Any]] = json.loads(metadata[CONFIGS])
+        return told
+    kinds: tuple[Kind, ...] = ("unet", "text_encoder", "vae")
+    beside = {kind: path.parent / kind for kind in kinds}
+    return {k: read_config(k, at) for k, at in beside.items() if (at / "config.json").is_file()}
+
+
+def _scheduler(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "scheduler" / "scheduler_config.json")

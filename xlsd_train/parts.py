@@ -1,0 +1,196 @@
+"""One network of a model: its config, and its weights by the names of SD1.5's folder, not read yet.
+
+Whatever it comes from, a folder of diffusers or transformers, old or new, or a single file under
+latent-diffusion's names: what training loads and what export writes both come from here.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from xlsd_cache import UserError
+from xlsd_cache.vae import CLASSES
+from xlsd_train import names
+from xlsd_train.tensors import Stored, open_tensors
+
+Kind = Literal["unet", "text_encoder", "vae"]
+# transformers 5 drops this from its names; SD1.5's file and every other program have it.
+PREFIX = "text_model."
+# Beside CLIP's text encoder in files of the whole of CLIP, or of older transformers.
+_BESIDE = ("text_model.embeddings.position_ids", "vision_model.", "visual_projection.",
+           "text_projection.", "logit_scale")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network: its config.json, and its weights under the names that SD1.5's folder has."""
+
+    kind: Kind
+    config: dict[str, Any]
+    tensors: Mapping[str, Stored]
+    source: str  # for messages
+
+
+def empty(kind: Kind, config: Mapping[str, Any]) -> Any:
+    """The network of a config, its weights without memory: their names and shapes."""
+    with init_empty_weights():
+        if kind == "unet":
+            return UNet2DConditionModel.from_config(dict(config))
+        if kind == "text_encoder":
+            return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+        return CLASSES[config.get("_class_name", "AutoencoderKL")].from_config(dict(config))
+
+
+def build(part: Part) -> Any:
+    """The network with its weights, fp32 on the CPU, in evaluation mode."""
+    module = empty(part.kind, part.config)
+    state = {
+        name.removeprefix(PREFIX): stored.read().to(torch.float32, copy=True)
+        for name, stored in part.tensors.items()
+    }
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def ldm_part(
+    kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Stored], source: str, ema: bool
+) -> Part | None:
+    """A part of a single file, or None where it holds nothing of it."""
+    prefix = {"unet": names.UNET, "text_encoder": names.TEXT_ENCODER, "vae": names.VAE}[kind]
+    if not any(name.startswith(prefix) for name in tensors):
+        return None
+    averages = ema and kind == "unet"
+    if averages and sum(name.startswith(names.EMA) for name in tensors) < 100:
+        raise UserError(f"{source} holds no moving averages; leave out --model-ema")
+    network = empty(kind, config)
+    taken, ldm = {}, ldm_names(kind, network)
+    for name, (key, shape) in ldm.items():
+        keys = [names.ema_name(key) if averages else prefix + key]
+        if kind == "text_encoder":  # files of 2022 have the names of an older transformers
+            keys.append(prefix + key.removeprefix(PREFIX))
+        for there in filter(tensors.__contains__, keys):
+            stored = tensors[there]
+            fits = len(stored.shape) != len(shape) and stored.shape[: len(shape)] == shape
+            taken[name] = stored.reshaped(*shape) if fits else stored
+    return Part(kind, config_of(kind, network, config), taken, source)
+
+
+def ldm_names(kind: Kind, network: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name in SD1.5's folder -> (LDM's name without prefix, shape in the folder) of each weight."""
+    shapes = shapes_of(kind, network)
+    if kind == "text_encoder":
+        return {name: (name, shape) for name, shape in shapes.items()}
+    config = network.config
+    if kind == "vae":
+        count = len(config.block_out_channels)
+        return {name: (names.vae_name(name, count), shape) for name, shape in shapes.items()}
+    attended = ["CrossAttn" in block for block in config.up_block_types]
+    layers = config.layers_per_block
+    return {
+        name: (names.unet_name(name, layers, attended), shape) for name, shape in shapes.items()
+    }
+
+
+def shapes_of(kind: Kind, network: Any) -> dict[str, tuple[int, ...]]:
+    """Name in SD1.5's folder -> shape of each weight of a network."""
+    prefix = PREFIX if kind == "text_encoder" else ""
+    return {prefix + name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
+def config_of(kind: Kind, network: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json should say: all of it, where SD1.5's constants leave out the defaults."""
+    if kind == "text_encoder":
+        return {**network.config.to_dict(), "architectures": ["CLIPTextModel"]}
+    told = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    return {"_class_name": type(network).__name__, **told, **given}
+
+
+def plain_part(
+    kind: Kind, config: Mapping[str, Any], tensors: dict[str, Stored], source: str
+) -> Part:
+    """A part under diffusers' or transformers' own names, old or new."""
+    if kind == "text_encoder":
+        if not any(name.startswith(PREFIX) for name in tensors):
+            tensors = {PREFIX + name: stored for name, stored in tensors.items()}
+        tensors = {name: it for name, it in tensors.items() if not name.startswith(_BESIDE)}
+        length = tensors.get("text_model.embeddings.position_embedding.weight")
+        if length is not None:  # LongCLIP's 248, where only the file is given
+            config = {**config, "max_position_embeddings": length.shape[0]}
+    if kind == "vae":
+        shapes = shapes_of(kind, empty(kind, config))
+        modern = {names.modern_vae_name(name): stored for name, stored in tensors.items()}
+        tensors = {  # the sdxl-vae of 2023 has 1x1 convolutions where diffusers has matrices
+            name: it.reshaped(*shapes[name]) if it.shape[:2] == shapes.get(name) else it
+            for name, it in modern.items()
+        }
+    return Part(kind, dict(config), tensors, source)
+
+
+def folder_part(kind: Kind, folder: Path, source: str) -> Part:
+    """A part in a folder of its own, with its config.json."""
+    return plain_part(kind, read_config(kind, folder), _weights(folder, source), str(folder))
+
+
+def _weights(folder: Path, source: str) -> dict[str, Stored]:
+    """Of a folder of diffusers or transformers: one file or several, fp16 or a pickle at last."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+            return {k: v for file in files for k, v in open_tensors(folder / file)[0].items()}
+        for end in (".safetensors", ".fp16.safetensors", ".bin"):
+            path = folder / (("pytorch_model" if end == ".bin" and stem == "model" else stem) + end)
+            if path.is_file():
+                return open_tensors(path)[0]
+    raise UserError(f"{source} holds no weights in {folder}; give a whole model")
+
+
+def read_config(kind: Kind, folder: Path) -> dict[str, Any]:
+    """The config.json of a part. Raises UserError where it is missing, or another class's."""
+    config = read_json(folder / "config.json")
+    if kind == "text_encoder" and "text_config" in config:  # of the whole of CLIP
+        return {**config["text_config"], "architectures": ["CLIPTextModel"]}
+    if kind == "vae" and config.get("_class_name") not in CLASSES:
+        raise UserError(
+            f"{folder} holds a {config.get('_class_name')}, which is no VAE known here; give an "
+            f"{' or '.join(CLASSES)}"
+        )
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A model's JSON file. Raises UserError where it is missing or damaged."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_bytes())
+        return value
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the model: {path} is missing or damaged ({error}); give a whole model"
+        ) from error
+
+
+def check(part: Part) -> None:
+    """Raises UserError where names or shapes are not those of the part's config."""
+    network = empty(part.kind, part.config)
+    shapes = shapes_of(part.kind, network)
+    what = type(network).__name__
+    missing = sorted(shapes.keys() - part.tensors.keys())
+    if missing:
+        raise UserError(
+            f"{part.source} lacks {len(missing)} weights, {missing[0]} among them; give a whole "
+            f"model"
+        )
+    for name, stored in part.tensors.items():
+        if stored.shape != shapes.get(name):
+            there = f"of shape {shapes[name]}" if name in shapes else "unknown"
+            raise UserError(
+                f"{part.source} does not fit this model's {what}: {name} has shape "
+                f"{stored.shape} and is {there} there; it belongs to another model, or is damaged"
+            )

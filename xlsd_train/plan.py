@@ -1,0 +1,128 @@
+"""`xlsd-train plan`: what each way of passing a batch takes, and the largest batch of each."""
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+from xlsd_cache import UserError
+from xlsd_cache.store import LatentStore
+from xlsd_train import sd15
+from xlsd_train.cards import CARDS
+from xlsd_train.config import PlanConfig
+from xlsd_train.find import find
+from xlsd_train.memory import GIB, KEEPING, SLICES, Planner, Prediction, asked, largest, limit_of
+from xlsd_train.rehearsal import Size
+from xlsd_train.step import Plan, Way
+
+VRAM = 24.0  # GB, where --vram is not given
+_ITEMS = ("weights", "gradients", "optimizer", "frozen weights", "activations", "workspaces")
+
+
+def show(config: PlanConfig) -> None:
+    """Print the table, or JSON. Raises UserError for a size or a model that cannot be."""
+    config = replace(config.resolved(), vram=config.vram or VRAM)
+    limit = limit_of(config, None) or 0.0
+    unet, text_encoder = _configs(config)
+    size = largest(_buckets(config))
+    planner = Planner(config, unet, text_encoder)
+    most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in WAYS}
+    way, part = asked(config)
+    batch = max(1, most[way or "sliced"]) if config.batch == "auto" else config.batch
+    rows = [_row(planner, x, batch, size, limit, part) for x in WAYS]
+    chosen = planner.fastest(batch, size, limit, way, part)
+    told = {
+        "phase": config.phase,
+        "optimizer": config.optimizer,
+        "precision": config.precision,
+        "size": f"{8 * size[1]}x{8 * size[0]}",
+        "tokens": text_encoder["max_position_embeddings"],
+        "batch": batch,
+        "vram_gb": config.vram,
+        "limit_gib": limit / GIB,
+        "plans": [_told(row, limit, most) for row in rows],
+        "chosen": _told(chosen, limit, most) if chosen else None,
+        "largest_batch": max(most.values()),
+    }
+    print(json.dumps(told, indent=2) if config.json else _table(told))
+
+
+WAYS: tuple[Way, ...] = (*KEEPING, "sliced")
+
+
+def _buckets(config: PlanConfig) -> dict[str, int]:
+    """Names and images of the buckets to plan for."""
+    for name in config.size:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name) or any(
+            int(side) % 64 for side in name.split("x")
+        ):
+            raise UserError(f"--size {name} is not WIDTHxHEIGHT in multiples of 64, as 512x768 is")
+    if config.size:
+        return dict.fromkeys(config.size, 1)
+    if not config.data.is_dir():
+        return {"512x512": 1}
+    with LatentStore.open(config.data) as store:
+        return {name: len(rows) for name, rows in store.buckets.items() if len(rows)}
+
+
+def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of UNet and text encoder; SD1.5's where no model is named, without fetching it."""
+    unet, text_encoder = {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER
+    if config.model is not None:
+        parts = find(config.model, vae=False)
+        unet = parts.unet.config
+        text_encoder = parts.text_encoder.config if parts.text_encoder else text_encoder
+    return unet, text_encoder
+
+
+def _row(
+    planner: Planner, way: Way, batch: int, size: Size, limit: float, part: int | None
+) -> Prediction:
+    """The best plan of one way that fits, else the one that takes least."""
+    found = planner.fastest(batch, size, limit, way, part)
+    return found or planner.predict(Plan(way, part or 1), batch, size)
+
+
+def _told(found: Prediction, limit: float, most: dict[Way, int]) -> dict[str, Any]:
+    return {
+        "way": found.plan.way,
+        "micro_batch": found.plan.micro_batch,
+        "passes": found.passes,
+        "peak_gib": found.peak / GIB,
+        "items_gib": {name: nbytes / GIB for name, nbytes in found.items.items()},
+        "fits": found.peak <= limit,
+        "tflop": found.tflop,
+        "flops_factor": found.factor,
+        "images_per_s": {name: found.batch / s for name, s in found.seconds.items()},
+        "largest_pass": most[found.plan.way],
+    }
+
+
+def _table(told: dict[str, Any]) -> str:
+    """For people: memory in GiB at its peak, images/s that cards reach at most."""
+    lines = [
+        "{phase}, {optimizer}, {precision}, {size}, {tokens} tokens, batch {batch}; of {vram_gb:g} "
+        "GB the run may take {limit_gib:.2f} GiB".format(**told),
+        "largest: the most samples that pass at once. images/s: at 100% of the card",
+        "",
+        f"{'':24}{'peak':>7}" + "".join(f"{x.split()[0]:>12}" for x in _ITEMS)
+        + f"{'FLOPs':>8}{'largest':>9}" + "".join(f"{x.split()[-1]:>7}" for x in CARDS),
+    ]  # fmt: skip
+    for row in told["plans"]:
+        name = f"{row['way']} by {row['micro_batch']}"
+        items = "".join(f"{row['items_gib'].get(x, 0):12.2f}" for x in _ITEMS)
+        speeds = "".join(f"{x:7.1f}" for x in row["images_per_s"].values())
+        lines.append(
+            f"{name:<24}{row['peak_gib']:7.2f}{items}{row['flops_factor']:8.3f}"
+            f"{row['largest_pass']:9}{speeds}" + ("" if row["fits"] else "  does not fit")
+        )
+    chosen = told["chosen"]
+    if chosen is None:
+        lines.append(f"\nno plan fits; the largest batch that does is {told['largest_batch']}")
+    else:
+        lines.append(
+            f"\nthe run would take: {chosen['way']} by {chosen['micro_batch']}, "
+            f"{chosen['passes']} passes, {chosen['peak_gib']:.2f} GiB; the largest batch in one "
+            f"pass is {told['largest_batch']}"
+        )
+    return "\n".join(lines)

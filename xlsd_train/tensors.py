@@ -1,0 +1,200 @@
+"""Tensors on the disk, read one at a time and written one at a time.
+
+So a model passes from one file to another in little more memory than its largest tensor. The
+format is safetensors': eight bytes of length, a JSON header, the tensors without gaps.
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from xlsd_cache import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+HASH, UNKNOWN = "modelspec.hash_sha256", "0x" + "_" * 64
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is read when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size on the disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def reshaped(self, *shape: int) -> "Stored":
+        """The same numbers in another shape."""
+        return replace(self, shape=shape, read=lambda: self.read().reshape(shape))
+
+    def to(self, dtype: torch.dtype) -> "Stored":
+        """In another dtype; integers stay. Reading raises OverflowError where it cannot hold it."""
+        if dtype == self.dtype or not self.dtype.is_floating_point:
+            return self
+
+        def read() -> Tensor:
+            old = self.read()
+            new = old.to(dtype)
+            if torch.isfinite(old).all() and not torch.isfinite(new).all():
+                raise OverflowError(f"{old.abs().max():g} is too large for {dtype}")
+            return new
+
+        return replace(self, dtype=dtype, read=read)
+
+
+def in_memory(tensor: Tensor) -> Stored:
+    """A tensor that is there already."""
+    return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a .safetensors file, or of a pickle that runs no code; and its metadata.
+
+    Raises UserError for a file that is neither, is cut short, or could run code.
+    """
+    try:
+        if _is_pickle(path):
+            return _open_pickle(path), {}
+        with safe_open(path, "pt") as file:
+            stored = {}
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                piece = file.get_slice(name)
+                dtype = DTYPES[piece.get_dtype()]
+                stored[name] = Stored(tuple(piece.get_shape()), dtype, partial(_read, path, name))
+            return stored, dict(file.metadata() or {})
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"cannot read {path}: {_why(path, error)}; fetch or write it anew"
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file, holding one tensor at a time.
+
+    The metadata gains modelspec.hash_sha256, of all that follows the header. Raises what reading
+    a tensor raises, and leaves half a file then: write under a temporary name.
+    """
+    # Wider ones first, so that each begins at a multiple of its own size; then as given.
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {**metadata, HASH: UNKNOWN}}
+    end = 0
+    for name in order:
+        it, begin = tensors[name], end
+        end += it.nbytes
+        about = {"dtype": CODES[it.dtype], "shape": it.shape, "data_offsets": [begin, end]}
+        header[name] = about
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            data = _bytes(tensors[name].read())
+            digest.update(data.data)
+            file.write(data.data)
+        file.seek(8 + text.index(UNKNOWN.encode()))
+        file.write(b"0x" + digest.hexdigest().encode())
+
+
+def compare_tensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Read a file back with safetensors itself; RuntimeError where it is not these, bit for bit."""
+    written, _ = open_tensors(path)
+    if written.keys() != tensors.keys():
+        raise RuntimeError(f"{path} holds other names than were written")
+    for name, there in written.items():
+        ours = tensors[name]
+        same = (there.shape, there.dtype) == (ours.shape, ours.dtype)
+        if not same or not np.array_equal(_bytes(there.read()), _bytes(ours.read())):
+            raise RuntimeError(f"{path}: {name} is not what was written")
+
+
+def sha256_of(path: Path) -> str:
+    """Of the whole file, as model sites list it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path, name: str) -> Tensor:
+    # Opened anew each time: pages of a file that stays mapped would count as our memory.
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    bare: NDArray[np.uint8] = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return bare
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether torch.save wrote it, in its zip format or the older one."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    # A safetensors header begins with { after its length, and no pickle has one there.
+    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:] != b"{")
+
+
+def _open_pickle(path: Path) -> dict[str, Stored]:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is a pickle that does not load as bare weights, so loading it could run code, "
+            f"or it is damaged ({told[told.find('GLOBAL') :][:120]}); give the .safetensors of it"
+        ) from error
+    while isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
+        held = held["state_dict"]
+    items = held.items() if isinstance(held, dict) else ()
+    return {str(name): in_memory(value) for name, value in items if isinstance(value, Tensor)}
+
+
+def _why(path: Path, error: Exception) -> str:
+    """In words: what a broken file is, as far as its first bytes and its length tell."""
+    if not isinstance(error, SafetensorError):
+        return " ".join(str(error).split())[:200]
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(100)
+        if head.startswith(b"version https://git-lfs"):
+            return "it is a pointer of git LFS and not the file itself"
+        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            return "it is a web page"
+        length = int.from_bytes(head[:8], "little")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(min(length, size)))
+            spans = (it["data_offsets"][1] for name, it in header.items() if name[:2] != "__")
+            needs = 8 + length + max(spans, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"it is no .safetensors file, or its header is cut short ({error})"
+    return f"its header speaks of {needs} bytes and it has {size}, so it is cut short or damaged"
