@@ -27,11 +27,11 @@ demo: $(INSTALLED)
 	$(BIN)/xlsd-cache check demo/latents --decode 8
 	$(BIN)/xlsd-train --phase unet --batch 5 --data demo/latents --model demo/model \
 		--out demo/unet --caption txt --caption-dropout 0.1 --steps 1000 --lr 3e-4 \
-		--warmup 50 --no-gradient-checkpointing --sample-every 250 --sample-guidance 3 \
+		--warmup 50 --sample-every 250 --sample-guidance 3 \
 		--sample-prompts benchmarks/demo/tags.txt
 	$(BIN)/xlsd-train --phase te --batch 5 --data demo/latents --model demo/unet \
 		--out demo/te --caption title --steps 120 --lr 1e-3 \
-		--no-gradient-checkpointing --sample-every 60 --sample-guidance 3 \
+		--sample-every 60 --sample-guidance 3 \
 		--sample-prompts benchmarks/demo/titles.txt
 	@echo
 	@echo "The UNet learns to draw from tags:         demo/unet/samples/grid.png"

@@ -31,7 +31,6 @@ import tyro
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTokenizer
 
 from benchmarks.demo.pipeline import VAE, make_networks, make_pipeline
@@ -44,22 +43,16 @@ from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import load_vae
 from xlsd_train.batches import Batch, BatchSource, Loader
 from xlsd_train.captions import Captions
+from xlsd_train.cards import card_named
 from xlsd_train.config import Phase, TrainConfig
 from xlsd_train.diffusion import alphas_cumprod
+from xlsd_train.footprint import flop_counter
+from xlsd_train.memory import SLICES
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.run import peak_gib
 from xlsd_train.schedule import Schedule
-from xlsd_train.step import Step
-
-# Dense TFLOP/s by NVIDIA's data sheets: fp32, tf32, bf16 with fp32 accumulation.
-PEAKS: dict[str, dict[str, float]] = {
-    "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "bf16": 71.0},
-    "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2},
-    "A100": {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0},
-    "H100": {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4},
-    "H200": {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4},
-}
+from xlsd_train.step import Plan, Step
 
 
 @dataclass(frozen=True)
@@ -90,8 +83,11 @@ class ThroughputConfig:
     optimizer: Literal["lion", "dlion", "adamw"] = "lion"
     """As in xlsd-train."""
 
-    gradient_checkpointing: bool = True
+    memory: Literal["plain", "cheap", "feed-forward", "sliced"] = "plain"
     """As in xlsd-train."""
+
+    micro_batch: int | None = None
+    """As in xlsd-train. Default: the batch; 4 where it is sliced."""
 
     deterministic: bool = True
     """As in xlsd-train."""
@@ -131,11 +127,10 @@ def main(config: ThroughputConfig, command: Sequence[str]) -> None:
             print(f"command: {shlex.join(('python', 'benchmarks/throughput.py', *command))}")
             print(f"precision: {found.precision}")
             print(f"peak: {found.peak:.3g} TFLOP/s ({found.peak_source})")
-            checkpointing = "on" if config.gradient_checkpointing else "off"
             print(
                 f"{config.model}, {side}x{side}, batch {config.batch}, {config.optimizer}, ", end=""
             )
-            print(f"gradient checkpointing {checkpointing}, median of {config.steps} steps")
+            print(f"{plan_of(config)}, median of {config.steps} steps")
             print("".join(f"{name:>11}" for name in columns))
         for data, seconds in found.seconds.items():
             rate, share = found.tflop / seconds, 100 * found.tflop / seconds / found.peak
@@ -179,14 +174,14 @@ def measure(
         phase=config.phase[0], batch=config.batch, precision=config.precision,
         optimizer=config.optimizer,
     ).resolved()  # fmt: skip
-    named = model.prepare(settings.phase, config.gradient_checkpointing)
+    named = model.prepare(settings.phase)
     model.unet.to(device)
     model.text_encoder.to(device)
     mixed = "bf16" if config.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
     optimizer = make_optimizer(settings, named.values())
     abar = alphas_cumprod(model.scheduler_config).to(device)
-    step = Step(model, list(named.values()), optimizer, abar, accelerator)
+    step = Step(model, list(named.values()), optimizer, abar, accelerator, plan_of(config))
     batch = fake_batch(config, captions).to(device)
     with flop_counter() as counter:
         step([batch], 1e-9)  # the warm-up: it allocates the optimizer's state as well
@@ -207,24 +202,21 @@ def measure(
     return medians, counter.get_total_flops() / 1e12
 
 
-def flop_counter() -> FlopCounterMode:
-    """Torch's counter of every kernel that runs, with the CPU's attention, which it leaves out."""
-    counter = FlopCounterMode(display=False)
-    for suffix in ("", "_backward"):
-        name = f"_scaled_dot_product_flash_attention{{}}{suffix}"
-        known = counter.flop_registry[getattr(torch.ops.aten, name.format(""))]
-        counter.flop_registry[getattr(torch.ops.aten, name.format("_for_cpu"))] = known
-    return counter
+def plan_of(config: ThroughputConfig) -> Plan:
+    """How the batch passes."""
+    default = SLICES[0] if config.memory == "sliced" else config.batch
+    return Plan(config.memory, config.micro_batch or default)
 
 
 def run(
     step: Step, feeds: dict[str, Iterator[Batch]], times: dict[str, list[float]], steps: int
 ) -> None:
-    """Time the steps, the feeds taking turns. The step ends with its loss on the host."""
+    """Time the steps, the feeds taking turns. A step ends with its loss on the host."""
     for _ in range(steps):
         for name, feed in feeds.items():
             begun = time.perf_counter()
-            step([next(feed)], 1e-9)  # a rate at which no loss runs away over many steps
+            loss, _ = step([next(feed)], 1e-9)  # a rate at which no loss runs away over many steps
+            loss.item()  # waits for the device
             times[name].append(time.perf_counter() - begun)
 
 
@@ -284,9 +276,8 @@ def peak_tflops(config: ThroughputConfig, device: torch.device) -> tuple[float, 
         return config.peak_tflops, "as stated"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for card, peaks in PEAKS.items():
-            if card in name:
-                return peaks[config.precision], f"data sheet of the {card}"
+        if card := card_named(name):
+            return card.tflops(config.precision), f"data sheet of the {name}"
         raise UserError(f"no peak is known of the {name}; state it with --peak-tflops")
     side, best = 2048, float("inf")
     a = torch.randn(side, side)

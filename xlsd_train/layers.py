@@ -196,7 +196,8 @@ def _block(m: Any, recompute: Recompute, h: Tensor, states: Tensor) -> Tensor:
         del z
     else:
         weights = (a.to_q.weight, a.to_k.weight, a.to_v.weight)
-        q, k, v = _NormedLinears.apply(h, m.norm1.weight, m.norm1.bias, m.norm1.eps, *weights)  # type: ignore[no-untyped-call]
+        norm = (m.norm1.weight, m.norm1.bias, m.norm1.eps)
+        q, k, v = _NormedLinears.apply(h, *norm, *weights)  # type: ignore[no-untyped-call]
     h = _attention(a, q, k, v) + h
     del q, k, v
     a = m.attn2
@@ -241,7 +242,7 @@ class _NormedLinears(Function):
         x, w, b, *weights = ctx.saved_tensors
         needs, x32 = ctx.needs_input_grad, x.to(w.dtype)
         norm, mean, rstd = torch.native_layer_norm(x32, x.shape[-1:], w, b, ctx.eps)
-        # Under autocast gradients are bfloat16 and weights are not, as in a linear layer's backward.
+        # Under autocast gradients are bfloat16, as those of a linear layer are; weights are not.
         y = norm.flatten(0, -2).to(gradients[0].dtype)
         del norm
         to_y, to_weights = None, []

@@ -59,13 +59,6 @@ def _train(session: Session, stop: StopSignal) -> None:
     ):
         batches, meter = iter(loader), Meter(state["smoothed"])
 
-        def log(lines: list[dict[str, Any]]) -> None:
-            for line in lines:
-                line["peak_gib"] = peak_gib(session.accelerator.device)
-                if session.main:
-                    run.log(line)
-                bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
-
         meter.begin()
         for step in range(first, last + 1):
             waited = loader.wait_s
@@ -80,14 +73,15 @@ def _train(session: Session, stop: StopSignal) -> None:
                 **rates(session.take_step.optimizer),
                 "wait_s": loader.wait_s - waited,
             }
-            log(meter.add(line, sum(batch.images for batch in micro), loss, norm))
+            images = sum(batch.images for batch in micro)
+            _log(session, bar, meter.add(line, images, loss, norm))
             bar.update()
             if session.main:
                 _say_epoch(session, micro)
 
             samples, saves, ends = _due(session, stop, step, last)
             if samples or saves:
-                log(meter.flush())  # whose loss must be a number
+                _log(session, bar, meter.flush())  # its loss must be a number
             if samples:
                 _sample(session, step)
             if saves:
@@ -105,6 +99,14 @@ def _train(session: Session, stop: StopSignal) -> None:
                 break
     if session.main:
         _say_end(session, state["step"], stop.asked)
+
+
+def _log(session: Session, bar: Any, lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        line["peak_gib"] = peak_gib(session.accelerator.device)
+        if session.main:
+            session.run.log(line)
+        bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
 
 
 def _due(session: Session, stop: StopSignal, step: int, last: int) -> tuple[bool, bool, bool]:

@@ -101,7 +101,8 @@ class Planner:
             micro_batch = plan.micro_batch if plan.way == "sliced" else count
             return self.predict(Plan(plan.way, micro_batch), count, size).peak <= limit
 
-        return last(fits)
+        # From there on two rehearsals are enough for all batches.
+        return last(fits, start=32 * plan.micro_batch if plan.way == "sliced" else 4)
 
     def fastest(
         self, batch: int, size: Size, limit: float, way: Way | None, part: int | None
@@ -137,9 +138,9 @@ class Planner:
         return [self.predict(Plan(way, x), batch, size) for x in parts if fits(x)][:1]
 
 
-def last(fits: Callable[[int], bool], most: int | None = None) -> int:
+def last(fits: Callable[[int], bool], most: int | None = None, start: int = 4) -> int:
     """The largest number up to `most` that fits, where all below it do; 0 where not even 1."""
-    low, high = 0, 1
+    low, high = 0, start
     while (most is None or high <= most) and fits(high):
         low, high = high, 2 * high
     if most is not None:

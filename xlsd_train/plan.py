@@ -21,11 +21,11 @@ _ITEMS = ("weights", "gradients", "optimizer", "frozen weights", "activations", 
 
 def show(config: PlanConfig) -> None:
     """Print the table, or JSON. Raises UserError for a size or a model that cannot be."""
-    config = replace(config.resolved(), vram=config.vram or VRAM)
+    config = replace(config, vram=config.vram or VRAM)
     limit = limit_of(config, None) or 0.0
     unet, text_encoder = _configs(config)
     size = largest(_buckets(config))
-    planner = Planner(config, unet, text_encoder)
+    planner = Planner(config.resolved(), unet, text_encoder)
     most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in WAYS}
     way, part = asked(config)
     batch = max(1, most[way or "sliced"]) if config.batch == "auto" else config.batch

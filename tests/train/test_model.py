@@ -171,7 +171,7 @@ def test_dropout_is_refused(copy: Path, identity: Identity) -> None:
     config["attention_dropout"] = 0.1
     (copy / "text_encoder/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="has dropout"):
-        load_model(str(copy), None, identity).prepare("unet", gradient_checkpointing=False)
+        load_model(str(copy), None, identity).prepare("unet")
 
 
 def test_saved_text_encoders_load_in_transformers(
