@@ -47,9 +47,6 @@ class TrainConfig:
     channels_last: bool = False
     """Convolutions on channels-last memory. Other kernels, so other rounding."""
 
-    compile: bool = False
-    """torch.compile the UNet's blocks. Other kernels, so other rounding; minutes to begin."""
-
     data: Path = Path("latents")
     """The latent store that `xlsd-cache build` made."""
 

@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import metrics, train
+
+
+def plan(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    capsys.readouterr()
+    assert train("plan", "--phase", "unet", *args) == 0
+    return capsys.readouterr().out
+
+
+def test_a_table_of_all_ways_and_the_one_that_the_run_would_take(
+    model: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--model", model, "--data", store, "--batch", 6)
+    lines = plan(capsys, *given).splitlines()
+    assert "batch 6; of 24 GB the run may take 22.00 GiB" in lines[0]
+    assert [line.split()[0] for line in lines[4:8]] == ["plain", "cheap", "feed-forward", "sliced"]
+    assert "the run would take: plain by 6, 1 passes" in lines[-1]
+    told = json.loads(plan(capsys, *given, "--json", "--memory", "sliced", "--micro-batch", 2))
+    assert (
+        told["size"] in {"160x96", "128x128", "192x64", "128x64", "64x192", "96x160"}
+        or told["size"]
+    )
+    for row in (*told["plans"], told["chosen"]):
+        assert row["peak_gib"] == pytest.approx(sum(row["items_gib"].values()))
+        assert set(row["images_per_s"]) == {"RTX 3090", "RTX 4090", "A100", "H100", "H200"}
+        assert row["fits"]
+    assert (told["chosen"]["way"], told["chosen"]["micro_batch"]) == ("sliced", 2)
+
+
+def test_sizes_may_be_named_and_must_be_sizes(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--model", model, "--data", "nowhere", "--batch", 2, "--json")
+    assert json.loads(plan(capsys, *given))["size"] == "512x512"
+    told = json.loads(plan(capsys, *given, "--size", "128x192", "64x64"))
+    assert told["size"] == "128x192"
+    assert train("plan", "--phase", "unet", *given, "--size", "100x100") == 1
+    assert "--size 100x100 is not WIDTHxHEIGHT" in capsys.readouterr().err
+
+
+def test_an_automatic_batch_is_the_same_in_the_plan_and_in_the_run(
+    model: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--model", model, "--data", store, "--batch", "auto", "--vram", 1.04)
+    told = json.loads(plan(capsys, *given, "--json"))
+    assert 1 <= told["batch"] == told["plans"][3]["largest_pass"]
+    run = ("--phase", "unet", *given, "--steps", 4, "--sample-every", 0, "--threads", 1)
+    assert train(*run, "--out", tmp_path / "whole") == 0
+    said = capsys.readouterr().out
+    before = json.loads((tmp_path / "whole/config.json").read_text())
+    assert before["batch"] == min(told["batch"], before["store"]["images"])
+    assert before["memory"] in said
+    assert "predicted peak" in said
+    assert train(*run, "--out", tmp_path / "parts", "--stop-after", 2) == 0
+    assert train(*run, "--out", tmp_path / "parts") == 0
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
