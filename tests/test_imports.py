@@ -23,8 +23,8 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule captions batches diffusion config model lion optim step checkpoint sample run "
-    "session loop cli __main__"
+    "draw schedule captions batches diffusion choose config reinit model lion rate optim plateau "
+    "step checkpoint sample run session loop cli __main__"
 ).split()
 
 

@@ -16,7 +16,9 @@ from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import prune, save_checkpoint
 from xlsd_train.config import TrainConfig
-from xlsd_train.optim import learning_rate, rates
+from xlsd_train.optim import rates
+from xlsd_train.plateau import PlateauWatch
+from xlsd_train.rate import learning_rate
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
 
@@ -53,6 +55,7 @@ def _train(session: Session, stop: StopSignal) -> None:
     first, last = state["step"] + 1, min(session.planned_steps, config.stop_after or 2**62)
     if config.sample_every and first == 1:
         _sample(session, 0)
+    watch = PlateauWatch.of_run(config, run.folder / "metrics.jsonl")
     with (
         closing(
             Loader(session.source, (first - 1) * accum, last * accum, session.accelerator.device)
@@ -63,7 +66,10 @@ def _train(session: Session, stop: StopSignal) -> None:
         for step in range(first, last + 1):
             begun, waited = time.perf_counter(), loader.wait_s
             micro = list(islice(batches, accum))
-            lr = learning_rate(config.lr or 0.0, session.warmup_steps, step)
+            lr = learning_rate(
+                config.lr or 0.0, session.warmup_steps, step,
+                config.scheduler, session.planned_steps, config.lr_floor or 0.0,
+            )  # fmt: skip
             loss, norm = session.take_step(micro, lr)
             seconds = time.perf_counter() - begun
 
@@ -88,6 +94,7 @@ def _train(session: Session, stop: StopSignal) -> None:
             }
             if session.main:
                 run.log(line)
+                watch.see(line)
                 _say_epoch(session, micro)
             bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
             bar.update()

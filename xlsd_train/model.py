@@ -21,7 +21,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from xlsd_cache import UserError
 from xlsd_cache.store import Identity
 from xlsd_cache.vae import Vae, load_vae, tensors_sha256, vae_of
+from xlsd_train.choose import choose, split
 from xlsd_train.config import Phase
+from xlsd_train.reinit import reinitialise
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Of the hub's folder only what is used: no fp16 copies, no pickles.
@@ -51,8 +53,10 @@ class Model:
         """Length of the text encoder's input: 77 for CLIP-L."""
         return int(self.text_encoder.config.max_position_embeddings)
 
-    def prepare(self, phase: Phase, gradient_checkpointing: bool) -> dict[str, Parameter]:
-        """Freeze what does not train; returns what does, by name.
+    def prepare(
+        self, phase: Phase, gradient_checkpointing: bool, train: str | None = None
+    ) -> dict[str, Parameter]:
+        """Freeze what does not train; returns what does, by name: of the phase, or `--train` of it.
 
         A frozen UNet stays in training mode: in eval mode diffusers drops gradient checkpointing,
         and the TE phase differentiates through it. Dropout would be random state that no resume
@@ -65,6 +69,8 @@ class Model:
             module.requires_grad_(trained).train()
             if trained:
                 named |= {f"{name}.{key}": value for key, value in module.named_parameters()}
+        if train is not None:
+            named = _only(named, split(train, "--train", phase))
         modules = (*self.unet.modules(), *self.text_encoder.modules())
         rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
         if any((*rates, self.text_encoder.config.attention_dropout)):
@@ -79,6 +85,11 @@ class Model:
                 old = encoder.gradient_checkpointing_enable  # its name until transformers 5.x
                 getattr(encoder, "activation_checkpointing_enable", old)({"use_reentrant": False})
         return named
+
+    def reinitialise(self, named: dict[str, Parameter], phase: Phase, only: str, seed: int) -> None:
+        """Draw anew the weights of `--reinit` among those that train."""
+        names = choose(named, split(only, "--reinit", phase), "--reinit")
+        reinitialise(self.unet, names, seed)
 
     def sha256(self) -> dict[str, str]:
         """Hashes of the weights of each part."""
@@ -104,6 +115,17 @@ class Model:
             save_file(self.weights("unet"), folder / UNET, {"format": "pt"})
         if phase == "unet":
             save_file(self.weights("text_encoder"), folder / TEXT_ENCODER, {"format": "pt"})
+
+
+def _only(named: dict[str, Parameter], patterns: list[str]) -> dict[str, Parameter]:
+    """Those that patterns of SD1.5's names choose; the others are frozen."""
+    names = {  # as the files have them, which users read
+        name.replace("text_encoder.", f"text_encoder.{PREFIX}", 1): name for name in named
+    }
+    chosen = {names[name] for name in choose(names, patterns, "--train")}
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+    return {name: parameter for name, parameter in named.items() if name in chosen}
 
 
 def load_model(spec: str | None, vae_spec: str | None, identity: Identity) -> Model:

@@ -34,7 +34,7 @@ from xlsd_train.checkpoint import STATE, checkpoints
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.model import Model
 
-NUMERIC = ("torch", "diffusers", "transformers", "numpy")  # they decide the bits
+NUMERIC = ("torch", "diffusers", "transformers", "prodigyopt", "numpy")  # they decide the bits
 
 
 @dataclass

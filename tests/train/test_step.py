@@ -71,6 +71,16 @@ def test_only_what_the_phase_says_trains(open_run: Open, phase: str) -> None:
         assert all(p.grad is None for p in getattr(model, name).parameters())
 
 
+def test_only_what_train_says_trains(open_run: Open) -> None:
+    session = open_run(train="unet.attn2,unet.conv_in")
+    before = copy.deepcopy(session.model.unet.state_dict())
+    for batch in batches(session, 3):
+        session.take_step([batch], 1e-3)
+    after = session.model.unet.state_dict()
+    changed = {f"unet.{key}" for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == session.named.keys()
+
+
 @pytest.mark.parametrize("phase", ["unet", "te", "both"])
 def test_checkpointing_changes_not_one_bit(open_run: Open, tmp_path: Path, phase: str) -> None:
     results = []
