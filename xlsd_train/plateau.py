@@ -74,7 +74,7 @@ class PlateauWatch:
 
     def next(self, line: Mapping[str, Any]) -> Plateau | None:
         """The plateau that this step's metrics end the search for; at later steps None again."""
-        if self._done:
+        if self._done or "d" not in line:
             return None
         d = line["d"]
         self._first = d if self._first is None else self._first

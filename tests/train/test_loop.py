@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import xlsd_train.plateau
 from tests.support import cache, files, metrics, spawn, torchrun, train, wait_for
 from tests.train.conftest import Open
 from xlsd_train.batches import Batch
@@ -98,6 +99,22 @@ def test_rate_options_act_and_a_stop_step_changes_no_rate(
     )
 
 
+def test_the_first_plateau_is_said_once(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With bounds that d, which the first steps leave where it began, meets at once."""
+    monkeypatch.setattr(xlsd_train.plateau, "RISE", 1.0)
+    monkeypatch.setattr(xlsd_train.plateau, "WINDOW", 1)
+    given = ["--phase", "te", *arguments, "--sample-every", 0, "--optimizer", "dlion"]
+    given[given.index("--lr") + 1] = 1.0
+    for stop in (1, 3, 4):
+        assert train(*given, "--out", tmp_path / "run", "--stop-after", stop) == 0
+    (said,) = [x for x in capsys.readouterr().out.splitlines() if "first plateau" in x]
+    assert said.startswith("d reached its first plateau at step 1: from there to step 2 ")
+    assert said.endswith("--optimizer lion --lr 6.7e-07 goes on at this rate")
+
+
 def test_reinitialised_layers_begin_anew_once(
     arguments: Arguments, model: Path, tmp_path: Path
 ) -> None:
@@ -117,10 +134,12 @@ def test_reinitialised_layers_begin_anew_once(
     assert far == {"conv_in.weight", "conv_in.bias"}
 
 
-@pytest.mark.parametrize("phase", ["unet", "te"])
-def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str) -> None:
+@pytest.mark.parametrize(("phase", "optimizer"), [("unet", "lion"), ("te", "dlion")])
+def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str, optimizer: str) -> None:
     """Weights, optimizer state, samples and metrics are bit-equal to the uninterrupted run's."""
-    given = ["--phase", phase, *arguments]
+    given = ["--phase", phase, *arguments, "--optimizer", optimizer]
+    if optimizer == "dlion":
+        given[given.index("--lr") + 1] = 1.0
     assert train(*given, "--out", tmp_path / "whole") == 0
     expected = left(tmp_path / "whole")
 

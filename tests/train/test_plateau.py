@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from xlsd_train.config import TrainConfig
-from xlsd_train.plateau import WINDOW, Plateau, PlateauWatch, first_plateau
+from xlsd_train.config import Optimizer, TrainConfig
+from xlsd_train.plateau import WINDOW, PlateauWatch, first_plateau
 
 Line = dict[str, float]
 
@@ -68,6 +68,10 @@ def test_a_run_says_it_once_however_often_it_is_resumed(
 
 
 def test_only_dlion_is_watched(tmp_path: Path) -> None:
-    watch = PlateauWatch.of_run(TrainConfig(phase="unet"), tmp_path / "metrics.jsonl")
-    assert watch.next({"step": 1, "lr": 1e-6}) is None
-    assert isinstance(Plateau(1, 2, 1e-5, 1e-5), Plateau)
+    lines = run(START + [START[-1]] * 150)
+    expected: dict[Optimizer, bool] = {"dlion": True, "prodigy": False, "lion": False}
+    for optimizer, found in expected.items():
+        config = TrainConfig(phase="unet", optimizer=optimizer)
+        watch = PlateauWatch.of_run(config, tmp_path / "metrics.jsonl")
+        assert any(watch.next(line) for line in lines) == found
+    assert first_plateau([{"step": step, "lr_effective": 1e-6} for step in range(300)]) is None
