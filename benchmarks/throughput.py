@@ -44,7 +44,7 @@ from xlsd_cache.vae import load_vae
 from xlsd_train.batches import Batch, BatchSource, Loader
 from xlsd_train.captions import Captions
 from xlsd_train.cards import card_named
-from xlsd_train.config import Phase, TrainConfig
+from xlsd_train.config import Optimizer, Phase, TrainConfig
 from xlsd_train.diffusion import alphas_cumprod
 from xlsd_train.footprint import flop_counter
 from xlsd_train.memory import SLICES
@@ -80,7 +80,7 @@ class ThroughputConfig:
     precision: Precision = "fp32"
     """As in xlsd-train."""
 
-    optimizer: Literal["lion", "dlion", "adamw"] = "lion"
+    optimizer: Optimizer = "lion"
     """As in xlsd-train."""
 
     memory: Literal["plain", "cheap", "feed-forward", "sliced"] = "plain"

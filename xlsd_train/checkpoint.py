@@ -53,7 +53,7 @@ def save_checkpoint(
             else:
                 _link_or_copy(run / "base" / file, folder / file)
         tensors = {
-            f"{name}/{key}": value.contiguous()
+            f"{name}/{key}": torch.as_tensor(value).contiguous()  # Prodigy's step is an int
             for name, parameter in named.items()
             for key, value in optimizer.state[parameter].items()
         }
@@ -85,12 +85,15 @@ def load_optimizer(
             raise ValueError(f"{min(there ^ tensors.keys())} is in only one of them")
         for path, value in tensors.items():
             name, _, key = path.rpartition("/")
-            target = optimizer.state[named[name]][key]
-            if value.shape != target.shape:
+            state = optimizer.state[named[name]]
+            if value.shape != torch.as_tensor(state[key]).shape:
                 raise ValueError(f"{path} has shape {tuple(value.shape)}")
-            target.copy_(value)
-        state = json.loads((checkpoint / STATE).read_bytes())
-        set_numbers(optimizer, state.get("optimizer", {}))
+            if isinstance(state[key], Tensor):
+                state[key].copy_(value)
+            else:
+                state[key] = value.item()
+        told = json.loads((checkpoint / STATE).read_bytes())
+        set_numbers(optimizer, told.get("optimizer", {}))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint / OPTIMIZER} does not fit this run ({error}); it is damaged or another "

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from xlsd_cache import Precision, UserError
+from xlsd_train.choose import split
 
 Phase = Literal["unet", "te", "both"]
+Scheduler = Literal["constant", "linear", "cosine", "rex"]
+Optimizer = Literal["lion", "dlion", "adamw", "prodigy", "adafactor"]
+FINDS_RATE = ("dlion", "prodigy")
 D0 = 1e-6  # where dlion's d begins
 
 # What may differ when a run goes on: none of these changes a weight at any step.
@@ -26,6 +30,12 @@ class TrainConfig:
 
     phase: Phase
     """What trains: the UNet with the text encoder frozen, the reverse, or both."""
+
+    train: str | None = None
+    """Of that only these weights, say unet.attn2,unet.conv_in: parts of their dotted names."""
+
+    reinit: str | None = None
+    """Draw these weights of the UNet anew when the run begins; named as in --train."""
 
     batch: int | Literal["auto"] = 32
     """Images per batch, all from one bucket. auto: as many as can pass at once."""
@@ -69,22 +79,30 @@ class TrainConfig:
     """Stop after this step without changing the planned length, so no learning rate changes."""
 
     lr: float | None = None
-    """Learning rate. Default: 3e-6 for te and both; 5e-6 for unet; 1 for dlion, times its d."""
+    """Learning rate. Default: 3e-6 for te and both; 5e-6 for unet. For dlion and prodigy it is a
+    factor of what they find, 1; for adafactor a part of the weights' size, 1e-3."""
 
     warmup: str | None = None
     """Steps (200), percent of the plan (10%), epochs (0.5e). Default: 10%; for unet at most 200."""
 
-    optimizer: Literal["lion", "dlion", "adamw"] = "lion"
-    """lion; dlion: finds Lion's rate, as dadaptation 3.2 does; adamw: torch's, twice the state."""
+    scheduler: Scheduler = "constant"
+    """How the rate goes from the end of the warm-up to the planned end; rex falls late."""
+
+    lr_floor: float | None = None
+    """The rate at the planned end, in the unit of --lr, for linear, cosine and rex. Default: 0."""
+
+    optimizer: Optimizer = "lion"
+    """lion; dlion: finds Lion's rate, as dadaptation 3.2 does; adamw, adafactor: torch's; prodigy:
+    prodigyopt's, which finds Adam's rate."""
 
     betas: tuple[float, float] | None = None
-    """Default: 0.9 0.99 for lion, else 0.9 0.999."""
+    """Default: 0.9 0.99 for lion, else 0.9 0.999. Adafactor has none."""
 
     d_max: float | None = None
     """The most that dlion's d may become. Default: no limit."""
 
     d_growth: float | None = None
-    """The most that dlion's d may grow by in one step, as a factor. Default: no limit."""
+    """The most that dlion's or prodigy's d may grow by in one step, as a factor; above 1."""
 
     weight_decay: float = 0.0
     """Decoupled weight decay."""
@@ -150,7 +168,8 @@ class TrainConfig:
             raise UserError(f"--caption-dropout {self.caption_dropout:g} is not within 0 to 1")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
-        self._check_d()
+        self._check_rates()
+        self._check_patterns()
 
     def _check_numbers(self) -> None:
         counts = (
@@ -167,16 +186,49 @@ class TrainConfig:
         if self.vram is not None and not 1 < self.vram < float("inf"):
             raise UserError(f"--vram {self.vram:g} is not above 1 GB; give your card's, say 24")
 
-    def _check_d(self) -> None:
-        """D-Lion's limits."""
-        for name, least in (("d_max", D0), ("d_growth", 1.0)):
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value is not None and self.optimizer != "dlion":
+    def _check_patterns(self) -> None:
+        """Which weights train, and which begin anew."""
+        if self.train is not None:
+            parts = {name.partition(".")[0] for name in split(self.train, "--train", self.phase)}
+            if self.phase == "both" and len(parts) == 1:
                 raise UserError(
-                    f"{option} is for --optimizer dlion, not {self.optimizer}; leave it out"
+                    f"--train {self.train} is all of one part and --phase both trains two; choose "
+                    f"--phase {'unet' if 'unet' in parts else 'te'}"
+                )
+        for pattern in (
+            split(self.reinit, "--reinit", self.phase) if self.reinit is not None else []
+        ):
+            if not pattern.startswith("unet"):
+                raise UserError(
+                    f"--reinit {pattern} is of the text encoder, which no VAE touches; leave it out"
+                )
+
+    def _check_rates(self) -> None:
+        """What the optimizer and the schedule take."""
+        kind = self.optimizer
+        for name, least, takers in (("d_max", D0, ("dlion",)), ("d_growth", 1.0, FINDS_RATE)):
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is not None and kind not in takers:
+                raise UserError(
+                    f"{option} is for --optimizer {' or '.join(takers)}, not {kind}; leave it out"
                 )
             if value is not None and not least < value < float("inf"):
                 raise UserError(f"{option} {value:g} is not above {least:g}; raise it")
+        if kind == "prodigy" and self.memory in {"sliced", "largest"}:
+            raise UserError(
+                f"--optimizer prodigy steps all weights at once and --memory {self.memory} each "
+                f"layer by itself; choose --memory fastest, or another optimizer"
+            )
+        if self.betas and kind == "adafactor":
+            raise UserError("--betas are not for --optimizer adafactor, which has none; leave them")
+        floor = self.lr_floor
+        if floor is not None and self.scheduler == "constant":
+            raise UserError(
+                f"--lr-floor {floor:g} is never reached by a constant rate; leave it out, or "
+                f"choose --scheduler linear, cosine or rex"
+            )
+        if floor is not None and self.lr is not None and not 0 <= floor < self.lr:
+            raise UserError(f"--lr-floor {floor:g} is not between 0 and --lr {self.lr:g}; lower it")
 
     def resolved(self) -> "TrainConfig":
         """With the defaults that depend on the phase and the optimizer filled in."""
@@ -186,9 +238,10 @@ class TrainConfig:
             steps, epochs = (1_000_000, None) if unet else (None, 3.0)
         # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
         lr = 5e-6 if unet else 3e-6
-        if self.optimizer == "dlion":
-            lr = 1.0
-        betas = (0.9, 0.99) if self.optimizer == "lion" else (0.9, 0.999)
+        # T5's for fine-tuning (Raffel et al. 2020, arXiv 1910.10683, 2.1); the paper's 1e-2 trains
+        # from nothing.
+        lr = {"dlion": 1.0, "prodigy": 1.0, "adafactor": 1e-3}.get(self.optimizer, lr)
+        betas = {"lion": (0.9, 0.99), "adafactor": None}.get(self.optimizer, (0.9, 0.999))
         return replace(
             self,
             steps=steps,

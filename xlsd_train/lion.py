@@ -59,7 +59,8 @@ class DLion(torch.optim.Optimizer):
     Lion's rate, and d, which never falls, is estimated after each training step from the signs and
     their weighted sum s. A training step is any number of `step()`, which together take each
     parameter at most once, in any order, and a `finish()`. State of each parameter: `exp_avg` and
-    `s`, like it; of all: `d`, `k` and `numerator_weighted` in the one group.
+    `s`, like it; of all: `d`, `k` and `numerator_weighted` in the one group, and `used_d`, by which
+    the step under way or ended last was made.
     """
 
     def __init__(
@@ -73,11 +74,10 @@ class DLion(torch.optim.Optimizer):
         d_growth: float = math.inf,
     ) -> None:
         """`d0` is the first d, `d_max` the largest, `d_growth` its largest factor in one step."""
-        own = {"d": d0, "k": 0, "numerator_weighted": 0.0}
+        own = {"d": d0, "k": 0, "numerator_weighted": 0.0, "used_d": d0}
         given = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, given | own)
         self.d_max, self.d_growth = d_max, d_growth
-        self.used_d = d0  # by the last training step, or by the one under way
         self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}  # sign * s, |s|: on the device
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class DLion(torch.optim.Optimizer):
         Raises RuntimeError for a parameter that this training step has updated already.
         """
         (group,) = self.param_groups
-        self.used_d = group["d"]
+        group["used_d"] = group["d"]
         rate, (beta1, beta2) = group["d"] * group["lr"], group["betas"]
         root = beta2**0.5
         for chunk in chunks(group["params"]):

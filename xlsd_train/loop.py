@@ -16,7 +16,9 @@ from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import prune, save_checkpoint
 from xlsd_train.config import TrainConfig
 from xlsd_train.meter import Meter
-from xlsd_train.optim import learning_rate, rates
+from xlsd_train.optim import rates
+from xlsd_train.plateau import PlateauWatch
+from xlsd_train.rate import learning_rate
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
 
@@ -51,6 +53,7 @@ def _train(session: Session, stop: StopSignal) -> None:
     first, last = state["step"] + 1, min(session.planned_steps, config.stop_after or 2**62)
     if config.sample_every and first == 1:
         _sample(session, 0)
+    watch = PlateauWatch.of_run(config, run.folder / "metrics.jsonl")
     with (
         closing(
             Loader(session.source, (first - 1) * accum, last * accum, session.accelerator.device)
@@ -63,7 +66,10 @@ def _train(session: Session, stop: StopSignal) -> None:
         for step in range(first, last + 1):
             waited = loader.wait_s
             micro = list(islice(batches, accum))
-            lr = learning_rate(config.lr or 0.0, session.warmup_steps, step)
+            lr = learning_rate(
+                config.lr or 0.0, session.warmup_steps, step,
+                config.scheduler, session.planned_steps, config.lr_floor or 0.0,
+            )  # fmt: skip
             loss, norm = session.take_step(micro, lr)
             images_seen = micro[-1].images_before + micro[-1].images
             line = {
@@ -74,14 +80,14 @@ def _train(session: Session, stop: StopSignal) -> None:
                 "wait_s": loader.wait_s - waited,
             }
             images = sum(batch.images for batch in micro)
-            _log(session, bar, meter.add(line, images, loss, norm))
+            _log(session, watch, bar, meter.add(line, images, loss, norm))
             bar.update()
             if session.main:
                 _say_epoch(session, micro)
 
             samples, saves, ends = _due(session, stop, step, last)
             if samples or saves:
-                _log(session, bar, meter.flush())  # its loss must be a number
+                _log(session, watch, bar, meter.flush())  # its loss must be a number
             if samples:
                 _sample(session, step)
             if saves:
@@ -101,11 +107,12 @@ def _train(session: Session, stop: StopSignal) -> None:
         _say_end(session, state["step"], stop.asked)
 
 
-def _log(session: Session, bar: Any, lines: list[dict[str, Any]]) -> None:
+def _log(session: Session, watch: PlateauWatch, bar: Any, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         line["peak_gib"] = peak_gib(session.accelerator.device)
         if session.main:
             session.run.log(line)
+            watch.see(line)
         bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
 
 

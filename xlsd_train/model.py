@@ -15,9 +15,11 @@ from transformers import CLIPTokenizer
 from xlsd_cache import UserError
 from xlsd_cache.store import Identity
 from xlsd_cache.vae import Vae, tensors_sha256, vae_of
+from xlsd_train.choose import choose, split
 from xlsd_train.config import Phase
 from xlsd_train.find import TEXT_ENCODER, UNET, Parts, completed, find
 from xlsd_train.parts import PREFIX, Part, build
+from xlsd_train.reinit import reinitialise
 from xlsd_train.sd15 import HUB_ID
 
 
@@ -38,8 +40,8 @@ class Model:
         """Length of the text encoder's input: 77 for CLIP-L."""
         return int(self.text_encoder.config.max_position_embeddings)
 
-    def prepare(self, phase: Phase) -> dict[str, Parameter]:
-        """Freeze what does not train; returns what does, by name.
+    def prepare(self, phase: Phase, train: str | None = None) -> dict[str, Parameter]:
+        """Freeze what does not train; returns what does, by name: of the phase, or `--train` of it.
 
         Dropout would be random state that no resume restores, so there must be none.
         """
@@ -50,6 +52,8 @@ class Model:
             module.requires_grad_(trained).train()
             if trained:
                 named |= {f"{name}.{key}": value for key, value in module.named_parameters()}
+        if train is not None:
+            named = _only(named, split(train, "--train", phase))
         modules = (*self.unet.modules(), *self.text_encoder.modules())
         rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
         if any((*rates, self.text_encoder.config.attention_dropout)):
@@ -58,6 +62,11 @@ class Model:
                 f"text_encoder/config.json, for a run with it could not be resumed exactly"
             )
         return named
+
+    def reinitialise(self, named: dict[str, Parameter], phase: Phase, only: str, seed: int) -> None:
+        """Draw anew the weights of `--reinit` among those that train."""
+        names = choose(named, split(only, "--reinit", phase), "--reinit")
+        reinitialise(self.unet, names, seed)
 
     def sha256(self) -> dict[str, str]:
         """Hashes of the weights of each part."""
@@ -85,6 +94,17 @@ class Model:
             save_file(self.weights("unet"), folder / UNET, {"format": "pt"})
         if phase == "unet":
             save_file(self.weights("text_encoder"), folder / TEXT_ENCODER, {"format": "pt"})
+
+
+def _only(named: dict[str, Parameter], patterns: list[str]) -> dict[str, Parameter]:
+    """Those that patterns of SD1.5's names choose; the others are frozen."""
+    names = {  # as the files have them, which users read
+        name.replace("text_encoder.", f"text_encoder.{PREFIX}", 1): name for name in named
+    }
+    chosen = {names[name] for name in choose(names, patterns, "--train")}
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+    return {name: parameter for name, parameter in named.items() if name in chosen}
 
 
 def load_model(

@@ -11,7 +11,7 @@ from xlsd_train import sd15
 from xlsd_train.cards import CARDS
 from xlsd_train.config import PlanConfig
 from xlsd_train.find import find
-from xlsd_train.memory import GIB, KEEPING, SLICES, Planner, Prediction, asked, largest, limit_of
+from xlsd_train.memory import GIB, SLICES, Planner, Prediction, asked, largest, limit_of
 from xlsd_train.rehearsal import Size
 from xlsd_train.step import Plan, Way
 
@@ -26,10 +26,10 @@ def show(config: PlanConfig) -> None:
     unet, text_encoder = _configs(config)
     size = largest(_buckets(config))
     planner = Planner(config.resolved(), unet, text_encoder)
-    most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in WAYS}
+    most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in planner.ways}
     way, part = asked(config)
-    batch = max(1, most[way or "sliced"]) if config.batch == "auto" else config.batch
-    rows = [_row(planner, x, batch, size, limit, part) for x in WAYS]
+    batch = max(1, most[way or planner.ways[-1]]) if config.batch == "auto" else config.batch
+    rows = [_row(planner, x, batch, size, limit, part) for x in planner.ways]
     chosen = planner.fastest(batch, size, limit, way, part)
     told = {
         "phase": config.phase,
@@ -45,9 +45,6 @@ def show(config: PlanConfig) -> None:
         "largest_batch": max(most.values()),
     }
     print(json.dumps(told, indent=2) if config.json else _table(told))
-
-
-WAYS: tuple[Way, ...] = (*KEEPING, "sliced")
 
 
 def _buckets(config: PlanConfig) -> dict[str, int]:

@@ -1,21 +1,26 @@
 """The training step on fake tensors: any batch of any size, in seconds and without the memory."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
+from torch.optim import AdamW
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from xlsd_train.batches import Batch
 from xlsd_train.config import TrainConfig
 from xlsd_train.footprint import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
 from xlsd_train.layers import Layer
-from xlsd_train.lion import DLion
+from xlsd_train.lion import DLion, Lion
+from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.sliced import Work
-from xlsd_train.step import Plan, Step
+from xlsd_train.step import Plan, Step, drop_gradients
 
 Size = tuple[int, int]  # height and width of latents
 
@@ -34,6 +39,18 @@ class FakeStep(Step):
             self.tracker.times = count / min(count, 2 * size)
             work(a, min(count, a + size))
         self.tracker.times = 1.0
+
+    def _update(self, parameters: Sequence[Parameter]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self.tracker.hold(gradients, GRADIENTS)
+        if self.tracker.update is None:
+            self.tracker.update = len(self.tracker.kernels)
+        del gradients
+        if isinstance(self.optimizer, (Lion, DLion, AdamW)):
+            super()._update(parameters)
+        else:  # others read values, and step after the peak
+            self._norms.append(torch.zeros(()))
+            drop_gradients(parameters)
 
     def _finish(self) -> None:
         if isinstance(self.optimizer, DLion):
@@ -54,12 +71,10 @@ class Rehearsal:
         with FakeTensorMode() as self._fake:
             unet = UNet2DConditionModel.from_config(dict(unet_config))
             text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
-            unet.requires_grad_(config.phase != "te").train()
-            text_encoder.requires_grad_(config.phase != "unet").train()
+            vae: Any = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
+            model = Model(unet, text_encoder, vae, None, {}, "the model", Path())
+            trained = list(model.prepare(config.phase, config.train).values())
             tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]
-            trained = [x for x in tensors if x.requires_grad]
-            vae = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
-            model: Any = SimpleNamespace(unet=unet, text_encoder=text_encoder, vae=vae)
             alone: Any = SimpleNamespace(
                 device=torch.device("cpu"), num_processes=1, mixed=config.precision == "bf16"
             )
@@ -67,7 +82,6 @@ class Rehearsal:
             self._step = FakeStep(model, trained, optimizer, abar, alone, Plan("plain", 1))
         self._frozen = [x for x in tensors if not x.requires_grad]
         self._tokens = text_encoder.config.max_position_embeddings
-        optimizer.register_step_pre_hook(self._before_update)
 
     @property
     def gradients_nbytes(self) -> int:
@@ -106,10 +120,3 @@ class Rehearsal:
                     step([Batch(0, "", 0.0, 0, batch, *given)], 0.0)
             self._logs[key] = tracker.footprint()
         return self._logs[key]
-
-    def _before_update(self, *_: Any) -> None:
-        """Here, and only here, the gradients are all known to be gradients."""
-        tracker = self._step.tracker
-        tracker.hold([p.grad for p in self._step.parameters if p.grad is not None], GRADIENTS)
-        if tracker.update is None:
-            tracker.update = len(tracker.kernels)

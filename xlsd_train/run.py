@@ -34,7 +34,7 @@ from xlsd_train.checkpoint import STATE, checkpoints
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.model import Model
 
-NUMERIC = ("torch", "diffusers", "transformers", "numpy")  # they decide the bits
+NUMERIC = ("torch", "diffusers", "transformers", "prodigyopt", "numpy")  # they decide the bits
 
 
 @dataclass
@@ -152,8 +152,9 @@ class Run:
         assert self._board is not None
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name in ("loss", "loss_smoothed", "lr_effective", "grad_norm", "images_per_s"):
-            self._board.add_scalar(name, line[name], line["step"])
+        for name in ("loss", "loss_smoothed", "lr_effective", "d", "grad_norm", "images_per_s"):
+            if name in line:  # d is D-Lion's and Prodigy's
+                self._board.add_scalar(name, line[name], line["step"])
 
     def sync(self) -> None:
         """The metrics so far are on the disk when this returns: called before a checkpoint."""

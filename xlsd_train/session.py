@@ -22,7 +22,8 @@ from xlsd_train.config import TrainConfig
 from xlsd_train.diffusion import alphas_cumprod
 from xlsd_train.memory import Planner, choose, limit_of
 from xlsd_train.model import Model, load_model
-from xlsd_train.optim import make_optimizer, warmup_steps
+from xlsd_train.optim import make_optimizer
+from xlsd_train.rate import warmup_steps
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
@@ -73,7 +74,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         else:
             model = load_model(config.model, config.vae, store.identity)
         abar = alphas_cumprod(model.scheduler_config)
-        named = model.prepare(config.phase)
+        named = model.prepare(config.phase, config.train)
+        if config.reinit is not None and not resumed:
+            model.reinitialise(named, config.phase, config.reinit, config.seed)
         batch, plan, told = _plan(config, run, store, model, accelerator)
         sizes = {name: len(rows) for name, rows in store.buckets.items()}
         schedule = Schedule(sizes, batch, config.seed)
@@ -241,8 +244,10 @@ def _say(
     for bucket, count in schedule.small_buckets(record["batch"]):
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
     an_epoch = schedule.batches_an_epoch / config.accum
+    falls = config.scheduler != "constant"
+    then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
     print(
         f"planned {record['planned_steps']} steps, {an_epoch:.1f} an epoch; warm-up over "
-        f"{record['warmup_steps']:g} steps to {config.lr:g}"
+        f"{record['warmup_steps']:g} steps to {config.lr:g}{then}"
     )
     print(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))

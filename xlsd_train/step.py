@@ -25,7 +25,7 @@ from xlsd_train.batches import Batch
 from xlsd_train.diffusion import add_noise, loss_of_each
 from xlsd_train.layers import EPSILON, INPUT_IDS, NOISY, TIMESTEPS, Layer, Recompute, make_layers
 from xlsd_train.model import Model
-from xlsd_train.optim import finish
+from xlsd_train.optim import finish, steps_in_parts
 from xlsd_train.sliced import SlicedPass
 
 MESSAGE = 2**24  # elements that processes exchange at once: 64 MiB
@@ -86,7 +86,7 @@ class Step:
                 loss = self._micro_batched(batches, images)
             except torch.OutOfMemoryError as error:  # no weight has changed: all of it again
                 self._tighten(error)
-                _drop_gradients(self.parameters)
+                drop_gradients(self.parameters)
         if loss is None:
             loss = self._sliced(batches, images)
         else:
@@ -180,8 +180,9 @@ class Step:
     def _tighten(self, error: torch.OutOfMemoryError) -> None:
         """Go over to a plan that needs less, and say so; raises the error where there is none."""
         plan = self.plan.tighter()
-        alone = self.accelerator.num_processes == 1
-        if plan is None or (plan.way != self.plan.way and not alone):
+        # Another way sums gradients in other messages; and not every optimizer steps in parts.
+        stays = self.accelerator.num_processes > 1 or not steps_in_parts(self.optimizer)
+        if plan is None or (plan.way != self.plan.way and stays):
             raise error
         tqdm.write(
             f"out of memory with {self.plan}: it is done again with {plan}, on the same data and "
@@ -199,7 +200,7 @@ class Step:
         self._norms += torch._foreach_norm(gradients)  # noqa: SLF001 (it has no public name)
         del gradients
         self.optimizer.step()
-        _drop_gradients(parameters)
+        drop_gradients(parameters)
 
     def _finish(self) -> None:
         finish(self.optimizer)
@@ -210,7 +211,8 @@ class Step:
         return value
 
 
-def _drop_gradients(parameters: Sequence[Parameter]) -> None:
+def drop_gradients(parameters: Sequence[Parameter]) -> None:
+    """Free them."""
     for parameter in parameters:
         parameter.grad = None
 

@@ -114,6 +114,16 @@ def distance(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> 
     return math.sqrt(squares / sum(float(b.square().sum()) for _, b in pairs))
 
 
+def test_only_what_train_says_trains(open_run: Open) -> None:
+    session = open_run(train="unet.attn2,unet.conv_in")
+    before = copy.deepcopy(session.model.unet.state_dict())
+    for batch in batches(session, 3):
+        session.take_step([batch], 1e-3)
+    after = session.model.unet.state_dict()
+    changed = {f"unet.{key}" for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == session.named.keys()
+
+
 @pytest.mark.parametrize("accum", [1, 2])
 @pytest.mark.parametrize("phase", ["unet", "te", "both"])
 def test_every_plan_gives_the_plain_steps_gradients(open_run: Open, phase: str, accum: int) -> None:

@@ -1,0 +1,68 @@
+"""The learning rate as a pure function of the step and the planned length.
+
+A run that is stopped, early or for ever, had at every step the rate that it would have had.
+"""
+
+import math
+import re
+
+from xlsd_cache import UserError
+from xlsd_train.config import Scheduler
+
+
+def warmup_steps(warmup: str, planned_steps: int, steps_an_epoch: float) -> float:
+    """`200`, `10%` of the planned length, or `0.5e` epochs, in steps; not rounded.
+
+    Raises UserError for anything else, and for a warm-up longer than the plan.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|e?)", warmup.strip())
+    if not match:
+        raise UserError(
+            f"--warmup {warmup!r} is neither steps (200), percent (10%) nor epochs (0.5e)"
+        )
+    number, unit = float(match[1]), match[2]
+    steps = {
+        "": number,
+        "%": number / 100 * planned_steps,
+        "e": number * steps_an_epoch,
+    }[unit]
+    if steps > planned_steps:
+        raise UserError(
+            f"--warmup {warmup} is {steps:g} steps and the planned length only {planned_steps}; "
+            f"shorten the one or lengthen the other"
+        )
+    return steps
+
+
+def learning_rate(
+    lr: float,
+    warmup: float,
+    step: int,
+    scheduler: Scheduler = "constant",
+    planned: int = 0,
+    floor: float = 0.0,
+) -> float:
+    """The rate of step 1, 2, ..., `planned`.
+
+    It rises in proportion to the step up to `warmup`, where it is `lr`, then falls as the scheduler
+    has it: with x from 0 there to 1 at the planned end, where it is `floor`.
+    """
+    if step <= warmup:
+        return lr * min(1.0, step / warmup)
+    if scheduler == "constant":
+        return lr
+    x = min(1.0, (step - warmup) / (planned - warmup))
+    return floor + (lr - floor) * left(scheduler, x)
+
+
+def left(scheduler: Scheduler, x: float) -> float:
+    """The part of the way from the floor to the full rate that is left at x, 0 to 1.
+
+    Cosine: Loshchilov and Hutter 2017 (arXiv 1608.03983, eq. 5, one cycle). REX: Chen, Wolfe and
+    Kyrillidis 2021 (arXiv 2107.04197), changed at every step.
+    """
+    if scheduler == "cosine":
+        return (1 + math.cos(math.pi * x)) / 2
+    if scheduler == "rex":
+        return (1 - x) / (0.5 + 0.5 * (1 - x))
+    return 1 - x if scheduler == "linear" else 1.0
