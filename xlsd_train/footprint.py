@@ -85,12 +85,12 @@ class Footprint:
             times=line(self.times, other.times),
         )
 
-    def peak(self, again: bool = False) -> dict[str, int]:
-        """Bytes by item at the moment when all of it is the most.
+    def peak(self, again: bool = False, unit: int = ROUND) -> dict[str, int]:
+        """Bytes by item at the moment when all of it is the most, every storage in whole units.
 
         `again`: of a micro-batch that finds the gradients of those before it, and adds its own.
         """
-        sizes = (np.ceil(self.nbytes / ROUND) * ROUND).astype(np.int64)
+        sizes = (np.ceil(self.nbytes / unit) * unit).astype(np.int64)
         labels = np.array(self.labels)[self.number]
         change = self.sign * sizes[self.number]
         items = {name: np.cumsum(np.where(labels == name, change, 0)) for name in sorted({*labels})}
@@ -98,7 +98,7 @@ class Footprint:
             arriving = np.where((labels == GRADIENTS) & (self.sign > 0), change, 0)
             items[GRADIENTS] = arriving.sum() + arriving  # until it is added
         at = int(np.argmax(sum(items.values())))
-        return {name: int(curve[at]) for name, curve in items.items() if curve[at]}
+        return {str(name): int(curve[at]) for name, curve in items.items() if curve[at]}
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base

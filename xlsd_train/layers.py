@@ -27,6 +27,7 @@ Recompute = Literal["nothing", "cheap", "feed-forward"]
 NOISY, TIMESTEPS, INPUT_IDS = "noisy latents", "timesteps", "input_ids"
 STATES, EPSILON = "encoder_hidden_states", "epsilon"
 _TEMB = "time embedding"
+WHOLE = 4096  # the room of what is so small that any batch passes at once
 # What the forward pass below is written for: SD1.5's architecture, at any size.
 _EXPECTED = {
     "act_fn": "silu", "attention_type": "default", "center_input_sample": False,
@@ -79,7 +80,7 @@ def make_layers(unet: Any, text_encoder: Any, encode: Callable[[Tensor], Tensor]
 
     tokens = text_encoder.config.max_position_embeddings
     add(STATES, (INPUT_IDS,), [text_encoder], max(1, 4 * 77 // tokens), lambda _, ids: encode(ids))
-    add(_TEMB, (TIMESTEPS,), [unet.time_embedding], 4096, _time_embedding(unet))
+    add(_TEMB, (TIMESTEPS,), [unet.time_embedding], WHOLE, _time_embedding(unet))
     h = add("conv_in", (NOISY,), [unet.conv_in], 1, lambda _, x: unet.conv_in(x))
     skips = [h]
     for i, block in enumerate(unet.down_blocks):

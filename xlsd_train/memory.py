@@ -15,7 +15,7 @@ import torch
 from xlsd_cache import UserError
 from xlsd_train.cards import CARDS, Card
 from xlsd_train.config import TrainConfig
-from xlsd_train.footprint import CUBLAS, WORKSPACE, Footprint
+from xlsd_train.footprint import CUBLAS, ROUND, WORKSPACE, Footprint
 from xlsd_train.rehearsal import Rehearsal, Size
 from xlsd_train.step import Plan, Way
 
@@ -74,7 +74,7 @@ class Planner:
         together = batch if plan.way == "sliced" else min(batch, plan.micro_batch)
         print_ = self._rehearse(plan, together, size)
         passes = ceil(batch / together)
-        items = print_.peak(again=passes > 1)
+        items = print_.peak(again=passes > 1, unit=ROUND if self._workspaces else 1)
         if self._workspaces:
             items[WORKSPACE] = items.get(WORKSPACE, 0) + CUBLAS
         tflop = print_.tflop * batch / together
@@ -104,8 +104,10 @@ class Planner:
             micro_batch = plan.micro_batch if plan.way == "sliced" else count
             return self.predict(Plan(plan.way, micro_batch), count, size).peak <= limit
 
-        # From there on two rehearsals are enough for all batches.
-        return last(fits, start=32 * plan.micro_batch if plan.way == "sliced" else 4)
+        # From there on two rehearsals serve all batches.
+        return last(
+            fits, start=self._rehearse.two_slices * plan.micro_batch if plan.way == "sliced" else 4
+        )
 
     def fastest(
         self, batch: int, size: Size, limit: float, way: Way | None, part: int | None

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from xlsd_train.batches import Batch
 from xlsd_train.config import TrainConfig
 from xlsd_train.footprint import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
-from xlsd_train.layers import Layer
+from xlsd_train.layers import WHOLE, Layer
 from xlsd_train.lion import DLion, Lion
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
@@ -84,6 +84,11 @@ class Rehearsal:
         self._tokens = text_encoder.config.max_position_embeddings
 
     @property
+    def two_slices(self) -> int:
+        """From so many times a slice on, every layer has two whole ones, or takes all at once."""
+        return 2 * max(layer.room for layer in self._step.layers if layer.room < WHOLE)
+
+    @property
     def gradients_nbytes(self) -> int:
         """Of all trained weights."""
         return sum(p.numel() * p.element_size() for p in self._step.parameters)
@@ -95,7 +100,7 @@ class Rehearsal:
         tensors of other sizes.
         """
         if plan.way == "sliced":
-            slices = 2 * 16 * plan.micro_batch  # from here on each layer has two whole ones
+            slices = self.two_slices * plan.micro_batch
             runs = (plan, slices), (plan, slices + slices // 2)
         else:
             runs = (Plan(plan.way, 2), 2), (Plan(plan.way, 3), 3)
@@ -116,6 +121,7 @@ class Rehearsal:
                 latents = torch.empty(batch, self._channels, *size)
                 ids = torch.empty(batch, self._tokens, dtype=torch.int64)
                 given = latents, torch.empty_like(latents), ids[:, 0].clone(), ids
+                tracker.hold(given, "batch")
                 with tracker:
                     step([Batch(0, "", 0.0, 0, batch, *given)], 0.0)
             self._logs[key] = tracker.footprint()

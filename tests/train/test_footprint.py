@@ -102,8 +102,9 @@ def test_workspaces_are_counted_at_convolutions_where_asked() -> None:
             with tracker:
                 torch.nn.functional.conv2d(x, w, padding=1)
             peaks.append(sum(tracker.footprint().peak().values()))
-    needed = 4 * (2 * x.numel() + w.numel())
-    assert peaks == [needed, 2 * needed]
+    needed = sum(-4 * t.numel() // 512 * -512 for t in (x, x, w))
+    assert peaks[0] == needed
+    assert needed < peaks[1] <= 2 * needed
 
 
 def test_kernels_have_the_flops_that_the_counter_counts() -> None:

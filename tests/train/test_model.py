@@ -188,7 +188,7 @@ def test_saved_text_encoders_load_in_transformers(
 
 def test_patterns_choose_what_trains_and_freeze_the_rest(model: Path, identity: Identity) -> None:
     loaded = load_model(str(model), None, identity)
-    named = loaded.prepare("unet", True, "unet.attn2,unet.conv_in")
+    named = loaded.prepare("unet", "unet.attn2,unet.conv_in")
     every = {f"unet.{name}" for name, _ in loaded.unet.named_parameters()}
     wanted = {name for name in every if ".attn2." in name or name.startswith("unet.conv_in.")}
     assert named.keys() == wanted
@@ -196,9 +196,7 @@ def test_patterns_choose_what_trains_and_freeze_the_rest(model: Path, identity: 
     for part in ("unet", "text_encoder"):
         for name, parameter in getattr(loaded, part).named_parameters():
             assert parameter.requires_grad == (f"{part}.{name}" in wanted)
-    te = loaded.prepare(
-        "te", True, "text_encoder.text_model.encoder.layers.0,text_encoder.layers.1"
-    )
+    te = loaded.prepare("te", "text_encoder.text_model.encoder.layers.0,text_encoder.layers.1")
     assert {name.split(".")[3] for name in te} == {"0", "1"}
     with pytest.raises(UserError, match="--train unet.attn3 matches no weight; did you mean"):
-        loaded.prepare("unet", True, "unet.attn3")
+        loaded.prepare("unet", "unet.attn3")
