@@ -23,7 +23,7 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule captions batches diffusion sd15 names fold tensors foreign parts find choose "
+    "draw schedule captions batches diffusion sd15 names fold tensors foreign network find choose "
     "config reinit model cards lion rate optim layers sliced step footprint rehearsal memory plateau "
     "checkpoint meter sample run session loop plan cli __main__"
 ).split()

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from xlsd_cache import UserError
 from xlsd_train import names, sd15
 from xlsd_train.foreign import TEXT_ENCODER_ALONE, UNET_ALONE, VAE_ALONE, kind_of
-from xlsd_train.parts import (
+from xlsd_train.network import (
     Kind,
     Part,
     check,
