@@ -16,6 +16,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if given[:1] == ["run"]:  # `xlsd-train run ...` says the same
         given = given[1:]
     try:
+        if given[:1] == ["tags"]:
+            from xlsd_train.tags import TagsConfig, tags
+
+            tags(tyro.cli(TagsConfig, prog="xlsd-train tags", args=given[1:]))
+            return 0
         config = tyro.cli(TrainConfig, prog="xlsd-train", args=given)
         quiet_libraries()
         from xlsd_train.loop import train

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from xlsd_cache import Precision, UserError
+from xlsd_train.parts import Parts, Shuffle, require_and_forbid, tag_list
 
 Phase = Literal["unet", "te", "both"]
 
@@ -75,10 +76,46 @@ class TrainConfig:
     """Recompute activations in backward: a quarter more work, a quarter of the memory."""
 
     caption: str | None = None
-    """Caption column. Default: the store's only one."""
+    """Caption column, or a mix by weight: txt=3,jsonl:wd=1. Default: the store's only one."""
+
+    require_tags: str | None = None
+    """Train only on samples that have all of these tags, A,B: each whole and as it is written."""
+
+    forbid_tags: str | None = None
+    """Train on no sample that has any of these tags, A,B: each whole and as it is written."""
+
+    tags: bool = False
+    """Captions are tags, split by comma: each is kept once. The options for tags imply it."""
+
+    drop_tags: str | None = None
+    """Leave these tags, A,B, out of captions: each whole and as it is written."""
+
+    underscores_to_spaces: bool = False
+    """In tags of more than three characters, which leaves faces like ^_^ alone."""
+
+    shuffle: Shuffle = "none"
+    """The order of a caption's tags, or of its sentences (split by full stop), anew each time."""
+
+    keep_first: int = 0
+    """So many first tags (or sentences) stay first, and are not subject to --tag-dropout."""
+
+    tag_dropout: float = 0.0
+    """How often each tag is left out, 0 to 1."""
+
+    max_tags: int | None = None
+    """At most so many tags, cut after shuffling."""
 
     caption_dropout: float = 0.0
     """How often a caption is left out, which classifier-free guidance wants; 0 to 1."""
+
+    text_encoder: str | None = None
+    """Swap this one into --model: folder or hub id of a CLIP, say zer0int/LongCLIP-L-Diffusers."""
+
+    tokens: Literal[248] | None = None
+    """Stretch a text encoder of 77 tokens to 248, as LongCLIP does. Default: its own length."""
+
+    clip_skip: int = 0
+    """Layers of the text encoder before its last whose states are used; A1111's 2 is 1 here."""
 
     sample_every: int = 250
     """Draw samples every so many steps, at step 0 and at the end; 0 never."""
@@ -126,11 +163,19 @@ class TrainConfig:
             "save_every",
             "sample_steps",
             "threads",
+            "max_tags",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
-        for name in ("sample_every", "keep", "weight_decay", "sample_guidance"):
+        for name in (
+            "sample_every",
+            "keep",
+            "weight_decay",
+            "sample_guidance",
+            "keep_first",
+            "clip_skip",
+        ):
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
@@ -147,6 +192,42 @@ class TrainConfig:
             raise UserError(f"--caption-dropout {self.caption_dropout:g} is not within 0 to 1")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
+
+        self.parts()
+        self.selected_tags()
+
+    def parts(self) -> Parts | None:
+        """What becomes of captions' parts; None: nothing.
+
+        Raises UserError for options that do not go together.
+        """
+        of_tags = {
+            "--tags": self.tags,
+            "--drop-tags": self.drop_tags is not None,
+            "--underscores-to-spaces": self.underscores_to_spaces,
+            "--tag-dropout": self.tag_dropout,
+            "--max-tags": self.max_tags is not None,
+        }
+        given = [option for option, value in of_tags.items() if value]
+        if self.shuffle == "sentences" and given:
+            raise UserError(
+                f"--shuffle sentences does not go with {given[0]}, which is about tags; shuffle "
+                f"tags, or leave {given[0]} out"
+            )
+        parts = Parts(
+            sentences=self.shuffle == "sentences",
+            drop=frozenset(tag_list("--drop-tags", self.drop_tags)),
+            spaces=self.underscores_to_spaces,
+            keep_first=self.keep_first,
+            dropout=self.tag_dropout,
+            shuffle=self.shuffle != "none",
+            most=self.max_tags,
+        )
+        return parts if given or parts.shuffle else None
+
+    def selected_tags(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(required, forbidden) tags of the samples to train on."""
+        return require_and_forbid(self.require_tags, self.forbid_tags)
 
     def resolved(self) -> "TrainConfig":
         """With the defaults that depend on the phase and the optimizer filled in."""

@@ -77,7 +77,7 @@ def _train(session: Session, stop: StopSignal) -> None:
             line = {
                 "step": step,
                 "images_seen": state["images_seen"],
-                "epoch": state["images_seen"] / len(session.source.store),
+                "epoch": state["images_seen"] / len(session.source.selection),
                 "loss": loss,
                 "loss_smoothed": (total + loss) / (weight + 1),
                 "lr": lr,
@@ -142,7 +142,7 @@ def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
         ended = batch.number + 1 == schedule.batches(epoch)
         if ended and (schedule.batches_an_epoch >= 20 or epoch.bit_count() == 1):
             used = schedule.images(epoch) - schedule.images(epoch - 1)
-            there = len(session.source.store)
+            there = len(session.source.selection)
             tqdm.write(
                 f"epoch {epoch} ended: it used {used} samples of {there}; so far each was used "
                 f"{epoch} times, give or take one"

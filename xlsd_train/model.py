@@ -22,6 +22,13 @@ from xlsd_cache import UserError
 from xlsd_cache.store import Identity
 from xlsd_cache.vae import Vae, load_vae, tensors_sha256, vae_of
 from xlsd_train.config import Phase
+from xlsd_train.text import (
+    copy_tokenizer,
+    hidden_states,
+    load_text_encoder,
+    skipped_layers,
+    stretch,
+)
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Of the hub's folder only what is used: no fp16 copies, no pickles.
@@ -45,11 +52,39 @@ class Model:
     scheduler_config: dict[str, Any]
     source: str  # as it was asked for
     folder: Path  # with tokenizer/ and scheduler/ in it
+    tokenizer_folder: Path | None = None  # where it is another text encoder's
+    clip_skip: int = 0  # layers before the last whose states the UNet sees
 
     @property
     def tokens(self) -> int:
         """Length of the text encoder's input: 77 for CLIP-L."""
         return int(self.text_encoder.config.max_position_embeddings)
+
+    def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
+        """What the UNet sees of captions: in training, samples and validation alike."""
+        return hidden_states(self.text_encoder, input_ids, self.clip_skip)
+
+    def fit_text_encoder(self, source: str | None, tokens: int | None) -> None:
+        """Swap in another text encoder, and stretch it; in place.
+
+        Raises UserError where the UNet or the tokenizer does not fit it.
+        """
+        if source is not None:
+            self.text_encoder, folder = load_text_encoder(source)
+            if folder is not None:
+                self.tokenizer_folder = folder
+                self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+            config = self.text_encoder.config
+            wanted, words = self.unet.config.cross_attention_dim, len(self.tokenizer)
+            if (config.hidden_size, config.vocab_size) != (wanted, words):
+                raise UserError(
+                    f"--text-encoder {source} gives states of width {config.hidden_size} of "
+                    f"{config.vocab_size} kinds of tokens, and the UNet of {self.source} takes "
+                    f"width {wanted} and the tokenizer gives {words} kinds; name one that fits"
+                )
+        if tokens is not None:
+            stretch(self.text_encoder, tokens)
+        self.tokenizer.model_max_length = self.tokens
 
     def prepare(self, phase: Phase, gradient_checkpointing: bool) -> dict[str, Parameter]:
         """Freeze what does not train; returns what does, by name.
@@ -63,8 +98,11 @@ class Model:
         for name, trained in trains.items():
             module = getattr(self, name)
             module.requires_grad_(trained).train()
+            for layer in skipped_layers(self.text_encoder, self.clip_skip):
+                layer.requires_grad_(False)  # no gradient reaches them
             if trained:
-                named |= {f"{name}.{key}": value for key, value in module.named_parameters()}
+                parameters = module.named_parameters()
+                named |= {f"{name}.{key}": p for key, p in parameters if p.requires_grad}
         modules = (*self.unet.modules(), *self.text_encoder.modules())
         rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
         if any((*rates, self.text_encoder.config.attention_dropout)):
@@ -95,8 +133,10 @@ class Model:
 
     def save_base(self, folder: Path, phase: Phase) -> None:
         """Everything that training does not change: a pipeline without its trained weights."""
-        for part in ("tokenizer", "scheduler"):
-            shutil.copytree(self.folder / part, folder / part)
+        shutil.copytree(self.folder / "scheduler", folder / "scheduler")
+        copy_tokenizer(
+            self.tokenizer_folder or self.folder / "tokenizer", folder / "tokenizer", self.tokens
+        )
         self.unet.save_config(folder / "unet")
         self.text_encoder.config.save_pretrained(folder / "text_encoder")
         self.vae.model.save_pretrained(folder / "vae")

@@ -16,15 +16,17 @@ from xlsd_cache import UserError, __version__
 from xlsd_cache.precision import set_precision
 from xlsd_cache.store import LatentStore
 from xlsd_train.batches import BatchSource
-from xlsd_train.captions import Captions
+from xlsd_train.captions import Captions, Columns
 from xlsd_train.checkpoint import load_optimizer
 from xlsd_train.config import TrainConfig
 from xlsd_train.diffusion import alphas_cumprod
+from xlsd_train.lengths import cut, told
 from xlsd_train.model import Model, load_model
 from xlsd_train.optim import make_optimizer, warmup_steps
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
+from xlsd_train.selection import Selection, select
 from xlsd_train.step import Step
 
 
@@ -62,19 +64,30 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
     with LatentStore.open(config.data, run.generation) as store, closing(run):
-        schedule = _schedule(config, store)
-        column = _caption_column(config, store)
+        columns = Columns.parse(config.caption, store.caption_columns, config.data)
+        selection = select(store, columns.names, *config.selected_tags())
+        schedule = _schedule(config, selection)
         shared = settings(config, store, device)
         run.compare(shared, config.force)
         planned, warmup = _length(config, schedule)
-        prompts = read_prompts(config.sample_prompts, store, column, config.seed)
+        parts = config.parts()
+        prompts = read_prompts(config.sample_prompts, store, selection, columns, parts, config.seed)
         resumed = run.checkpoint
         if resumed:
             model = load_model(str(resumed), None, store.identity)
         else:
             model = load_model(config.model, config.vae, store.identity)
+            model.fit_text_encoder(config.text_encoder, config.tokens)
+        model.clip_skip = config.clip_skip
         abar = alphas_cumprod(model.scheduler_config)
         named = model.prepare(config.phase, config.gradient_checkpointing)
+        captions = Captions(
+            model.tokenizer, model.tokens, config.seed, config.caption_dropout, parts
+        )
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        source = BatchSource(
+            store, selection, schedule, captions, columns, len(abar), rank, processes
+        )
         record = {
             "command": list(command),
             "config": asdict(config),
@@ -88,7 +101,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
                 "fingerprint": store.fingerprint,
                 "newest_generation": store.newest_generation,
                 "images": len(store),
+                "selected": len(selection),
             },
+            "captions": cut(source),
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
             "settings": shared,
@@ -98,7 +113,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         }
         run.compare_model(record, config.force)
         if accelerator.is_main_process:
-            _say(config, record, schedule, named, run)
+            _say(config, record, schedule, named, run, selection.unknown)
         accelerator.wait_for_everyone()  # all have looked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
             run.begin(record, model, config)
@@ -108,20 +123,18 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         optimizer = make_optimizer(config, named.values())
         if resumed:
             load_optimizer(resumed, named, optimizer)
-        captions = Captions(model.tokenizer, model.tokens, config.seed, config.caption_dropout)
-        rank, processes = accelerator.process_index, accelerator.num_processes
         yield Session(
             config,
             accelerator,
             run,
             schedule,
-            BatchSource(store, schedule, captions, column, len(abar), rank, processes),
+            source,
             model,
             named,
             Step(model, list(named.values()), optimizer, abar.to(device), accelerator),
             Sampler(
                 prompts,
-                *sample_size(store),
+                *sample_size(selection.sizes),
                 config.sample_steps,
                 config.sample_guidance,
                 config.seed,
@@ -148,35 +161,17 @@ def _start(config: TrainConfig) -> tuple[Accelerator, str]:
     return Accelerator(mixed_precision=mixed, cpu=cpu), precision
 
 
-def _schedule(config: TrainConfig, store: LatentStore) -> Schedule:
-    if not len(store):
+def _schedule(config: TrainConfig, selection: Selection) -> Schedule:
+    count = len(selection)
+    if not count:
         raise UserError(f"{config.data} holds no live image; build it from images that load")
-    if config.batch > len(store):
+    if config.batch > count:
+        which = "images" if count == selection.of else "selected images"
         raise UserError(
-            f"--batch {config.batch} is larger than the {len(store)} images of {config.data}; "
-            f"lower it to {len(store)} or less"
+            f"--batch {config.batch} is larger than the {count} {which} of {config.data}; "
+            f"lower it to {count} or less"
         )
-    sizes = {name: len(rows) for name, rows in store.buckets.items()}
-    return Schedule(sizes, config.batch, config.seed)
-
-
-def _caption_column(config: TrainConfig, store: LatentStore) -> str:
-    columns = store.caption_columns
-    if config.caption in columns:
-        return str(config.caption)
-    there = ", ".join(columns) or "none"
-    if config.caption is not None:
-        raise UserError(
-            f"{config.data} has no caption column {config.caption!r} (it has {there}); name "
-            f"another, or run `xlsd-cache build` with --captions {config.caption}"
-        )
-    if len(columns) != 1:
-        raise UserError(
-            f"{config.data} has the caption columns {there}; choose one with --caption"
-            if columns
-            else f"{config.data} has no captions; run `xlsd-cache build` with --captions again"
-        )
-    return columns[0]
+    return Schedule(selection.sizes, config.batch, config.seed)
 
 
 def _length(config: TrainConfig, schedule: Schedule) -> tuple[int, float]:
@@ -200,6 +195,7 @@ def _say(
     schedule: Schedule,
     named: dict[str, Parameter],
     run: Run,
+    unknown: Sequence[str],
 ) -> None:
     """What will run, in full, before it does."""
     for name, value in asdict(config).items():
@@ -213,6 +209,11 @@ def _say(
     )
     later = store["newest_generation"] - store["generation"]
     print(f", without the {later} later ones, unfinished or newer than the run" if later else "")
+    if store["selected"] < store["images"]:
+        print(f"  {store['selected']} of {store['images']} images are selected by their tags")
+    for tag in unknown:
+        print(f"  no image has the tag {tag!r} that --forbid-tags names")
+    print(told(record["captions"]))
     for bucket, count in schedule.small_buckets(config.batch):
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {config.batch}")
     an_epoch = schedule.batches_an_epoch / config.accum

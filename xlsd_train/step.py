@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -67,12 +66,10 @@ class Step:
         return loss_of_each(epsilon, batch.noise)
 
     def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
-        """The text encoder's last hidden states; its graph is kept only where it trains."""
+        """The text encoder's hidden states; its graph is kept only where it trains."""
         trains = any(p.requires_grad for p in self.model.text_encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            states: Any = self.model.text_encoder(input_ids).last_hidden_state
-        assert isinstance(states, Tensor)
-        return states
+            return self.model.encode(input_ids)
 
     def _sum(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes > 1:
