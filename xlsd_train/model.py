@@ -134,9 +134,8 @@ class Model:
     def save_base(self, folder: Path, phase: Phase) -> None:
         """Everything that training does not change: a pipeline without its trained weights."""
         shutil.copytree(self.folder / "scheduler", folder / "scheduler")
-        copy_tokenizer(
-            self.tokenizer_folder or self.folder / "tokenizer", folder / "tokenizer", self.tokens
-        )
+        tokenizer = self.tokenizer_folder or self.folder / "tokenizer"
+        copy_tokenizer(tokenizer, folder / "tokenizer", self.tokens)
         self.unet.save_config(folder / "unet")
         self.text_encoder.config.save_pretrained(folder / "text_encoder")
         self.vae.model.save_pretrained(folder / "vae")

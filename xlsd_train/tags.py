@@ -103,10 +103,8 @@ def _table(told: dict[str, Any], selection: Selection) -> None:
         print(f"no image has the tag {tag!r} that --forbid-tags names")
     for name, found in told["tags"].items():
         more = told["different"][name] - len(found)
-        print(
-            f"\n{told['different'][name]} tags in {name}"
-            + (", the rarest left out" if more else "")
-        )
+        print(f"\n{told['different'][name]} tags in {name}", end="")
+        print(f", the most frequent {len(found)}:" if more else ":")
         width = max((len(str(count)) for count in found.values()), default=0)
         for tag, count in found.items():
             print(f"  {count:>{width}}  {count / told['selected']:>6.1%}  {tag}")

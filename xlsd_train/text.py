@@ -83,7 +83,9 @@ def stretch(encoder: Any, tokens: int) -> None:
         )
     old = embeddings.position_embedding
     weight = stretched(old.weight.detach())
-    embeddings.position_embedding = torch.nn.Embedding(*weight.shape, _weight=weight)
+    embeddings.position_embedding = torch.nn.Embedding(*weight.shape)
+    with torch.no_grad():
+        embeddings.position_embedding.weight.copy_(weight)
     embeddings.position_ids = torch.arange(tokens).expand((1, -1))  # a buffer, not saved
     config.max_position_embeddings = tokens
 
