@@ -235,3 +235,20 @@ def test_what_is_no_fitting_text_encoder_is_one_sentence(
     with pytest.raises(UserError, match=told) as error:
         open_run(text_encoder=str(long_clip))
     assert "\n" not in str(error.value)
+
+
+def test_text_encoders_come_from_the_hub_too(
+    long_clip: Path, open_run: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache as the hub's client has it; and what is not there is one sentence."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, commit = tmp_path / "hub" / "models--zer0int--LongCLIP-L-Diffusers", "1" * 40
+    shutil.copytree(long_clip, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    session = open_run(text_encoder="zer0int/LongCLIP-L-Diffusers")
+    assert session.model.tokens == session.source.captions.length == 248
+    with pytest.raises(UserError, match="cannot fetch the text encoder zer0int/Nothing") as error:
+        open_run(text_encoder="zer0int/Nothing", out=tmp_path / "other")
+    assert "\n" not in str(error.value)
