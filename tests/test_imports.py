@@ -23,8 +23,8 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule parts captions selection batches lengths diffusion config text model optim step "
-    "checkpoint sample run session loop tags cli __main__"
+    "draw schedule parts captions selection batches lengths diffusion config text model swap optim "
+    "step checkpoint sample run session loop tags cli __main__"
 ).split()
 
 

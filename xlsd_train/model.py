@@ -22,13 +22,7 @@ from xlsd_cache import UserError
 from xlsd_cache.store import Identity
 from xlsd_cache.vae import Vae, load_vae, tensors_sha256, vae_of
 from xlsd_train.config import Phase
-from xlsd_train.text import (
-    copy_tokenizer,
-    hidden_states,
-    load_text_encoder,
-    skipped_layers,
-    stretch,
-)
+from xlsd_train.text import copy_tokenizer, hidden_states, skipped_layers
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Of the hub's folder only what is used: no fp16 copies, no pickles.
@@ -63,28 +57,6 @@ class Model:
     def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
         """What the UNet sees of captions: in training, samples and validation alike."""
         return hidden_states(self.text_encoder, input_ids, self.clip_skip)
-
-    def fit_text_encoder(self, source: str | None, tokens: int | None) -> None:
-        """Swap in another text encoder, and stretch it; in place.
-
-        Raises UserError where the UNet or the tokenizer does not fit it.
-        """
-        if source is not None:
-            self.text_encoder, folder = load_text_encoder(source)
-            if folder is not None:
-                self.tokenizer_folder = folder
-                self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-            config = self.text_encoder.config
-            wanted, words = self.unet.config.cross_attention_dim, len(self.tokenizer)
-            if (config.hidden_size, config.vocab_size) != (wanted, words):
-                raise UserError(
-                    f"--text-encoder {source} gives states of width {config.hidden_size} of "
-                    f"{config.vocab_size} kinds of tokens, and the UNet of {self.source} takes "
-                    f"width {wanted} and the tokenizer gives {words} kinds; name one that fits"
-                )
-        if tokens is not None:
-            stretch(self.text_encoder, tokens)
-        self.tokenizer.model_max_length = self.tokens
 
     def prepare(self, phase: Phase, gradient_checkpointing: bool) -> dict[str, Parameter]:
         """Freeze what does not train; returns what does, by name.

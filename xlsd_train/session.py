@@ -28,6 +28,7 @@ from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
 from xlsd_train.selection import Selection, select
 from xlsd_train.step import Step
+from xlsd_train.swap import fit_text_encoder
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             model = load_model(str(resumed), None, store.identity)
         else:
             model = load_model(config.model, config.vae, store.identity)
-            model.fit_text_encoder(config.text_encoder, config.tokens)
+            fit_text_encoder(model, config.text_encoder, config.tokens)
         model.clip_skip = config.clip_skip
         abar = alphas_cumprod(model.scheduler_config)
         named = model.prepare(config.phase, config.gradient_checkpointing)

@@ -1,4 +1,4 @@
-"""Text encoders: which states the UNet sees, longer ones, and one swapped in for the model's.
+"""Text encoders: which of their states the UNet sees, and longer ones.
 
 LongCLIP-L is CLIP-L with 248 positions in place of 77 (arXiv 2403.15378); `--tokens 248` begins
 with the positions from which its authors began training theirs.
@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import write_json
 
 KEPT, FACTOR = 20, 4  # LongCLIP: positions that stay as they are; how many one of the rest becomes
-WEIGHTS, TOKENIZER_CONFIG = "model.safetensors", "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = (
     "vocab.json", "merges.txt", "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json",
     "added_tokens.json",
@@ -90,37 +87,6 @@ def stretch(encoder: Any, tokens: int) -> None:
     config.max_position_embeddings = tokens
 
 
-def load_text_encoder(source: str) -> tuple[Any, Path | None]:
-    """(CLIPTextModel in fp32, folder of its tokenizer or None) of a folder or a hub id.
-
-    A folder is a pipeline's with `text_encoder/`, a text encoder's own, or a whole CLIP's with its
-    tokenizer beside the weights, as zer0int/LongCLIP-L-Diffusers. Raises UserError for others.
-    """
-    folder = _folder(source)
-    inside = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
-    tokenizers = [path for path in (folder / "tokenizer", folder) if _is_tokenizer(path)]
-    try:
-        config = CLIPTextConfig.from_pretrained(inside)  # of a whole CLIP its text part
-        # The weights decide: copies of LongCLIP are about whose configuration says 77.
-        config.max_position_embeddings = _positions(inside / WEIGHTS)
-        encoder, told = CLIPTextModel.from_pretrained(
-            inside, config=config, dtype=torch.float32, output_loading_info=True
-        )
-        missing = list(told["missing_keys"])
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot load the text encoder {source}: {said}; give the folder or hub id of a CLIP "
-            f"with config.json and {WEIGHTS} as --text-encoder"
-        ) from error
-    if missing:
-        raise UserError(
-            f"--text-encoder {source} lacks {len(missing)} weights, {missing[0]} among them; give "
-            f"a whole one"
-        )
-    return encoder, tokenizers[0] if tokenizers else None
-
-
 def copy_tokenizer(source: Path, target: Path, tokens: int) -> None:
     """A tokenizer's files, and in them the length that other programs cut captions to."""
     target.mkdir(parents=True)
@@ -135,36 +101,3 @@ def copy_tokenizer(source: Path, target: Path, tokens: int) -> None:
 
 def _text_model(encoder: Any) -> Any:
     return getattr(encoder, "text_model", encoder)  # transformers 5 has no such level any more
-
-
-def _positions(weights: Path) -> int:
-    name = "embeddings.position_embedding.weight"
-    with safe_open(weights, "pt") as file:
-        prefixed = f"text_model.{name}"  # without it a whole CLIP's would be its vision part's
-        there = prefixed if prefixed in set(file.keys()) else name
-        return int(file.get_slice(there).get_shape()[0])
-
-
-def _is_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-
-
-def _folder(source: str) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or path.is_absolute() or source.count("/") != 1 or source.startswith("."):
-        raise UserError(
-            f"no text encoder {source}: it is neither a folder nor a hub id ORG/NAME; give one as "
-            f"--text-encoder"
-        )
-    files = [*TOKENIZER, "config.json", WEIGHTS, "text_encoder/config.json"]
-    files += [f"text_encoder/{WEIGHTS}", *(f"tokenizer/{name}" for name in TOKENIZER)]
-    try:
-        return Path(snapshot_download(source, allow_patterns=files))
-    except (OSError, ValueError, RuntimeError) as error:  # what the hub's client raises
-        said = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot fetch the text encoder {source} from the hub: {said}; check the name and the "
-            f"network, or give a local folder as --text-encoder"
-        ) from error
