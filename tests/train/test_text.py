@@ -93,6 +93,23 @@ def test_what_is_skipped_does_not_train(open_run: Open, tmp_path: Path) -> None:
         open_run(clip_skip=2, out=tmp_path / "none")
 
 
+def test_checkpointing_changes_not_one_bit_of_skipped_states(
+    open_run: Open, tmp_path: Path
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        settings = {"phase": "te", "clip_skip": 1, "gradient_checkpointing": checkpointing}
+        session = open_run(**settings, out=tmp_path / str(checkpointing))
+        losses = [
+            session.take_step([session.source.make(session.schedule.slot(number))], 1e-3)
+            for number in range(2)
+        ]
+        results.append((losses, session.model.weights("text_encoder")))
+    assert results[0][0] == results[1][0]
+    for name, value in results[0][1].items():
+        assert torch.equal(value, results[1][1][name]), name
+
+
 def written_out(positions: torch.Tensor) -> torch.Tensor:
     """The published scheme a position at a time: 20 stay, then four for each one."""
     rows, last = [], len(positions) - 1
