@@ -99,7 +99,7 @@ def main(config: ScaleConfig, command: Sequence[str]) -> bool:
         case = Case(config, Path(folder) / "latents")
         for take in (
             case.make, case.index, case.open, case.epoch, case.resume, case.tag_index, case.tags,
-            case.reads,
+            case.select, case.reads,
         ):  # fmt: skip
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 step = found[take.__name__] = process.submit(take).result()
@@ -196,6 +196,25 @@ class Case:
         said = f"{each} ms; {both} have {asked[0]} and {asked[1]}"
         return Step("find a tag", max(seconds), memory.peak_gb, memory.own_gb, said)
 
+    def select(self) -> Step:
+        """Two required tags and two forbidden: what `xlsd-train` trains on, and its schedule."""
+        from xlsd_train.schedule import Schedule
+        from xlsd_train.selection import select
+
+        require, forbid = (TAGS[0], TAGS[15]), (TAGS[1], TAGS[100])
+        with LatentStore.open(self.root) as store, Memory() as memory:
+            begun = time.perf_counter()
+            selection = select(store, ["txt"], require, forbid)
+            Schedule(selection.sizes, self.config.batch, 0)
+            seconds = time.perf_counter() - begun
+            wanted = np.flatnonzero(
+                np.all([store.tagged("txt", tag) for tag in require], axis=0)
+                & ~np.any([store.tagged("txt", tag) for tag in forbid], axis=0)
+            )
+            assert np.array_equal(selection.rows(store, np.arange(len(selection))), wanted)
+        said = f"{len(selection)} have {' and '.join(require)}, not {' nor '.join(forbid)}"
+        return Step("select samples by four tags", seconds, memory.peak_gb, memory.own_gb, said)
+
     def reads(self) -> Step:
         """Random batches, no two of their rows in one shard: each in a file of its own."""
         rng = np.random.default_rng(0)
@@ -220,6 +239,7 @@ def targets(found: dict[str, Step]) -> bool:
         ("GB to open", found["open"].peak_gb, 1.0),
         ("s to plan an epoch", found["epoch"].seconds, 3.0),
         ("s a tag", found["tags"].seconds, 0.1),
+        ("s to select", found["select"].seconds, 1.0),
     ]
     print()
     for what, value, limit in met:

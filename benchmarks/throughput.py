@@ -42,7 +42,7 @@ from xlsd_cache.precision import set_precision
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import load_vae
 from xlsd_train.batches import Batch, BatchSource, Loader
-from xlsd_train.captions import Captions
+from xlsd_train.captions import Captions, Columns
 from xlsd_train.cards import card_named
 from xlsd_train.config import Optimizer, Phase, TrainConfig
 from xlsd_train.diffusion import alphas_cumprod
@@ -52,6 +52,7 @@ from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.run import peak_gib
 from xlsd_train.schedule import Schedule
+from xlsd_train.selection import select
 from xlsd_train.step import Plan, Step
 
 
@@ -191,9 +192,10 @@ def measure(
         run(step, feeds, times, config.steps)
     else:
         with LatentStore.open(make_store(config, folder)) as store:
-            sizes = {name: len(rows) for name, rows in store.buckets.items()}
-            schedule = Schedule(sizes, config.batch, 0)
-            source = BatchSource(store, schedule, captions, "txt", len(abar), 0, 1)
+            selection = select(store, ["txt"], [], [])
+            schedule = Schedule(selection.sizes, config.batch, 0)
+            columns = Columns(("txt",), (1.0,))
+            source = BatchSource(store, selection, schedule, captions, columns, len(abar), 0, 1)
             with closing(Loader(source, 0, config.steps + 1, device)) as loader:
                 feeds["store"], times["store"] = iter(loader), []
                 step([next(feeds["store"])], 1e-9)

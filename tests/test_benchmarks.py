@@ -105,8 +105,8 @@ def test_scale_takes_every_step() -> None:
     lines = run("benchmarks/scale.py", *options)
     assert lines[1] == "command: python benchmarks/scale.py " + " ".join(options)
     steps = [line for line in lines[3:] if line and line not in verdicts(lines)][1:]
-    assert len(steps) == 8
+    assert len(steps) == 9
     assert "3000 images in" in steps[0]
     assert "3000 samples in 7 buckets" in steps[1]
     assert "3000 samples in 7 buckets" in steps[2]
-    assert len(verdicts(lines)) == 4
+    assert len(verdicts(lines)) == 5

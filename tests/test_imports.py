@@ -23,9 +23,10 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule captions batches diffusion sd15 names fold tensors foreign network find choose "
-    "config reinit model cards lion rate optim layers sliced step footprint rehearsal memory plateau "
-    "checkpoint meter sample run session loop plan cli __main__"
+    "draw schedule parts captions selection batches lengths diffusion sd15 names fold tensors "
+    "foreign network find choose config reinit text model swap cards lion rate optim layers sliced "
+    "step footprint rehearsal memory plateau checkpoint meter sample run announce session loop "
+    "plan tags cli __main__"
 ).split()
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xlsd_cache.store import LatentStore
 from xlsd_train import draw
-from xlsd_train.captions import Captions
+from xlsd_train.captions import Captions, Columns
 from xlsd_train.schedule import Schedule, Slot
+from xlsd_train.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class BatchSource:
     """Makes any batch of the run, by its number alone."""
 
     store: LatentStore
-    schedule: Schedule
+    selection: Selection
+    schedule: Schedule  # over what is selected
     captions: Captions
-    column: str | None  # caption column; None trains without captions
+    columns: Columns
     timestep_count: int
     rank: int
     processes: int
@@ -73,7 +76,8 @@ class BatchSource:
         seed = self.captions.seed
         noise = draw.noise(seed, positions, shape)
         timesteps = draw.timesteps(seed, positions, self.timestep_count)
-        input_ids = self.captions.tokens(self._texts(slot.bucket, ordinals), positions)
+        texts = self._texts(self.store.sample_index(slot.bucket, ordinals), positions)
+        input_ids = self.captions.tokens(texts, positions)
         if pin:
             noise, timesteps, input_ids = (
                 noise.pin_memory(),
@@ -101,17 +105,31 @@ class BatchSource:
         count = len(slot.ordinals)
         begin = count * self.rank // self.processes
         end = count * (self.rank + 1) // self.processes
-        ordinals = slot.ordinals[begin:end]
+        ordinals = self.selection.ordinals(slot.bucket, slot.ordinals[begin:end])
         positions = slot.images_before + np.arange(begin, end)
         return ordinals, positions, self.store.buckets[slot.bucket][ordinals]
 
-    def _texts(
-        self, bucket: str, ordinals: np.ndarray[tuple[int], np.dtype[np.int64]]
-    ) -> list[str | None]:
-        if self.column is None:
-            return [None] * len(ordinals)
-        texts = self.store.samples[self.column]
-        return [texts[int(i)].as_py() for i in self.store.sample_index(bucket, ordinals)]
+    def lengths(self, most: int) -> NDArray[np.int64]:
+        """How many tokens captions would be if none were cut; 0 for samples that have none.
+
+        Of all selected samples, or where there are more of a random `most` of them.
+        """
+        seed, count = self.captions.seed, len(self.selection)
+        numbers = np.arange(min(count, most))
+        if count > most:
+            drawn = draw.words(seed, "caption lengths", numbers) % np.uint64(count)
+            numbers = np.unique(drawn).astype(np.int64)
+        texts = self._texts(self.selection.rows(self.store, numbers), numbers)
+        lengths = self.captions.lengths(self.captions.lines(texts, numbers))
+        lengths[[not text for text in texts]] = 0
+        return lengths
+
+    def _texts(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> list[str | None]:
+        """Of each sample, by its row of `store.samples`, the text of the column that is drawn."""
+        columns = [self.store.samples[name] for name in self.columns.names]
+        texts = [[column[row].as_py() for row in rows.tolist()] for column in columns]
+        words = draw.words(self.captions.seed, "caption column", positions)
+        return self.columns.mix(texts, words)
 
 
 class Loader:

@@ -9,7 +9,7 @@ import tyro
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
-from xlsd_train.config import PlanConfig, TrainConfig
+from xlsd_train.config import PlanConfig, TagsConfig, TrainConfig
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
@@ -25,10 +25,17 @@ def _plan(config: PlanConfig, _: Sequence[str]) -> None:
     show(config)
 
 
+def _tags(config: TagsConfig, _: Sequence[str]) -> None:
+    from xlsd_train.tags import tags
+
+    tags(config)
+
+
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
     "plan": (PlanConfig, _plan),
+    "tags": (TagsConfig, _tags),
 }
 
 

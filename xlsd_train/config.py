@@ -4,8 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 from xlsd_cache import Precision, UserError
 from xlsd_train.choose import split
+from xlsd_train.parts import Parts, Shuffle, require_and_forbid, tag_list
 
 Phase = Literal["unet", "te", "both"]
 Scheduler = Literal["constant", "linear", "cosine", "rex"]
@@ -111,10 +114,46 @@ class TrainConfig:
     """fp32: no TF32 anywhere. bf16: autocast over fp32 weights."""
 
     caption: str | None = None
-    """Caption column. Default: the store's only one."""
+    """Caption column, or a mix by weight: txt=3,jsonl:wd=1. Default: the store's only one."""
+
+    require_tags: str | None = None
+    """Train only on samples that have all of these tags, A,B: each whole and as it is written."""
+
+    forbid_tags: str | None = None
+    """Train on no sample that has any of these tags, A,B: each whole and as it is written."""
+
+    tags: bool = False
+    """Captions are tags, split by comma: each is kept once. The options for tags imply it."""
+
+    drop_tags: str | None = None
+    """Leave these tags, A,B, out of captions: each whole and as it is written."""
+
+    underscores_to_spaces: bool = False
+    """In tags of more than three characters, which leaves faces like ^_^ alone."""
+
+    shuffle: Shuffle = "none"
+    """The order of a caption's tags, or of its sentences (split by full stop), anew each time."""
+
+    keep_first: int = 0
+    """So many first tags (or sentences) stay first, and are not subject to --tag-dropout."""
+
+    tag_dropout: float = 0.0
+    """How often each tag is left out, 0 to 1."""
+
+    max_tags: int | None = None
+    """At most so many tags, cut after shuffling."""
 
     caption_dropout: float = 0.0
     """How often a caption is left out, which classifier-free guidance wants; 0 to 1."""
+
+    text_encoder: str | None = None
+    """Swap this one into --model: folder or hub id of a CLIP, say zer0int/LongCLIP-L-Diffusers."""
+
+    tokens: Literal[248] | None = None
+    """Stretch a text encoder of 77 tokens to 248, as LongCLIP does. Default: its own length."""
+
+    clip_skip: int = 0
+    """Layers of the text encoder before its last whose states are used; A1111's 2 is 1 here."""
 
     sample_every: int = 250
     """Draw samples every so many steps, at step 0 and at the end; 0 never."""
@@ -170,16 +209,18 @@ class TrainConfig:
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
         self._check_rates()
         self._check_patterns()
+        self.parts()
+        self.selected_tags()
 
     def _check_numbers(self) -> None:
         counts = (
-            "batch micro_batch accum steps stop_after save_every sample_steps threads"
+            "batch micro_batch accum steps stop_after save_every sample_steps threads max_tags"
         ).split()
         for name in counts:
             value = getattr(self, name)
             if value not in {None, "auto"} and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
-        for name in ("sample_every", "keep", "weight_decay", "sample_guidance"):
+        for name in ("sample_every keep weight_decay sample_guidance keep_first clip_skip").split():
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
@@ -230,6 +271,39 @@ class TrainConfig:
         if floor is not None and self.lr is not None and not 0 <= floor < self.lr:
             raise UserError(f"--lr-floor {floor:g} is not between 0 and --lr {self.lr:g}; lower it")
 
+    def parts(self) -> Parts | None:
+        """What becomes of captions' parts; None: nothing.
+
+        Raises UserError for options that do not go together.
+        """
+        of_tags = {
+            "--tags": self.tags,
+            "--drop-tags": self.drop_tags is not None,
+            "--underscores-to-spaces": self.underscores_to_spaces,
+            "--tag-dropout": self.tag_dropout,
+            "--max-tags": self.max_tags is not None,
+        }
+        given = [option for option, value in of_tags.items() if value]
+        if self.shuffle == "sentences" and given:
+            raise UserError(
+                f"--shuffle sentences does not go with {given[0]}, which is about tags; shuffle "
+                f"tags, or leave {given[0]} out"
+            )
+        parts = Parts(
+            sentences=self.shuffle == "sentences",
+            drop=frozenset(tag_list("--drop-tags", self.drop_tags)),
+            spaces=self.underscores_to_spaces,
+            keep_first=self.keep_first,
+            dropout=self.tag_dropout,
+            shuffle=self.shuffle != "none",
+            most=self.max_tags,
+        )
+        return parts if given or parts.shuffle else None
+
+    def selected_tags(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(required, forbidden) tags of the samples to train on."""
+        return require_and_forbid(self.require_tags, self.forbid_tags)
+
     def resolved(self) -> "TrainConfig":
         """With the defaults that depend on the phase and the optimizer filled in."""
         unet = self.phase == "unet"
@@ -265,3 +339,32 @@ class PlanConfig(TrainConfig):
 
     json: bool = False
     """Print JSON."""
+
+
+@dataclass(frozen=True)
+class TagsConfig:
+    """Count the tags of a store's captions, and what a selection by tags leaves."""
+
+    store: Positional[Path]
+    """The latent store that `xlsd-cache build` made."""
+
+    caption: str | None = None
+    """Caption columns as in training: txt, or txt=3,jsonl:wd=1. Default: the store's only one."""
+
+    require_tags: str | None = None
+    """Count only samples that have all of these tags, A,B: each whole and as it is written."""
+
+    forbid_tags: str | None = None
+    """Count no sample that has any of these tags, A,B: each whole and as it is written."""
+
+    most: int = 50
+    """Tell so many tags of each column, the most frequent first; 0: all."""
+
+    json: bool = False
+    """For programs."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before the store is opened."""
+        if self.most < 0:
+            raise UserError(f"--most {self.most} is negative; 0 tells all")
+        require_and_forbid(self.require_tags, self.forbid_tags)

@@ -39,7 +39,12 @@ def splitmix64(state: int, positions: NDArray[np.int64]) -> Words:
 
 def uniform(seed: int, purpose: str, positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), 53 bits each."""
-    return (words(seed, purpose, positions) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return unit(words(seed, purpose, positions))
+
+
+def unit(drawn: Words) -> NDArray[np.float64]:
+    """Words as numbers in [0, 1), by their upper 53 bits."""
+    return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, purpose: str, count: int) -> NDArray[np.int64]:

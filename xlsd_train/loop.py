@@ -75,7 +75,7 @@ def _train(session: Session, stop: StopSignal) -> None:
             line = {
                 "step": step,
                 "images_seen": images_seen,
-                "epoch": images_seen / len(session.source.store),
+                "epoch": images_seen / len(session.source.selection),
                 **rates(session.take_step.optimizer),
                 "wait_s": loader.wait_s - waited,
             }
@@ -161,7 +161,7 @@ def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
         ended = batch.number + 1 == schedule.batches(epoch)
         if ended and (schedule.batches_an_epoch >= 20 or epoch.bit_count() == 1):
             used = schedule.images(epoch) - schedule.images(epoch - 1)
-            there = len(session.source.store)
+            there = len(session.source.selection)
             tqdm.write(
                 f"epoch {epoch} ended: it used {used} samples of {there}; so far each was used "
                 f"{epoch} times, give or take one"

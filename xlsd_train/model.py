@@ -1,7 +1,6 @@
 """The model as training has it: UNet, text encoder, VAE, tokenizer; what of it trains."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from xlsd_train.find import TEXT_ENCODER, UNET, Parts, completed, find
 from xlsd_train.network import PREFIX, Part, build
 from xlsd_train.reinit import reinitialise
 from xlsd_train.sd15 import HUB_ID
+from xlsd_train.text import copy_tokenizer, hidden_states, skipped_layers
 
 
 @dataclass
@@ -34,11 +34,16 @@ class Model:
     scheduler_config: dict[str, Any]
     source: str  # as it was asked for
     tokenizer_folder: Path
+    clip_skip: int = 0  # layers before the last whose states the UNet sees
 
     @property
     def tokens(self) -> int:
         """Length of the text encoder's input: 77 for CLIP-L."""
         return int(self.text_encoder.config.max_position_embeddings)
+
+    def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
+        """What the UNet sees of captions: in training, samples and validation alike."""
+        return hidden_states(self.text_encoder, input_ids, self.clip_skip)
 
     def prepare(self, phase: Phase, train: str | None = None) -> dict[str, Parameter]:
         """Freeze what does not train; returns what does, by name: of the phase, or `--train` of it.
@@ -50,8 +55,11 @@ class Model:
         for name, trained in trains.items():
             module = getattr(self, name)
             module.requires_grad_(trained).train()
+            for layer in skipped_layers(self.text_encoder, self.clip_skip):
+                layer.requires_grad_(False)  # no gradient reaches them
             if trained:
-                named |= {f"{name}.{key}": value for key, value in module.named_parameters()}
+                parameters = module.named_parameters()
+                named |= {f"{name}.{key}": p for key, p in parameters if p.requires_grad}
         if train is not None:
             named = _only(named, split(train, "--train", phase))
         modules = (*self.unet.modules(), *self.text_encoder.modules())
@@ -83,7 +91,7 @@ class Model:
 
     def save_base(self, folder: Path, phase: Phase) -> None:
         """Everything that training does not change: a pipeline without its trained weights."""
-        shutil.copytree(self.tokenizer_folder, folder / "tokenizer")
+        copy_tokenizer(self.tokenizer_folder, folder / "tokenizer", self.tokens)
         (folder / "scheduler").mkdir()
         scheduler = json.dumps(self.scheduler_config, indent=2) + "\n"
         (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)

@@ -7,7 +7,23 @@ import math
 import re
 
 from xlsd_cache import UserError
-from xlsd_train.config import Scheduler
+from xlsd_train.config import Scheduler, TrainConfig
+from xlsd_train.schedule import Schedule
+
+
+def planned_steps(config: TrainConfig, schedule: Schedule) -> tuple[int, float]:
+    """Planned length and warm-up, in steps."""
+    planned = config.steps
+    if planned is None:
+        assert config.epochs is not None
+        whole, part = divmod(config.epochs, 1)
+        batches = schedule.batches(int(whole))
+        batches += math.ceil(part * (schedule.batches(int(whole) + 1) - batches))
+        planned = max(1, math.ceil(batches / config.accum))
+    steps_an_epoch = schedule.batches_an_epoch / config.accum
+    if config.warmup is None and config.phase == "unet":
+        return planned, min(200.0, planned / 10)
+    return planned, warmup_steps(config.warmup or "10%", planned, steps_an_epoch)
 
 
 def warmup_steps(warmup: str, planned_steps: int, steps_an_epoch: float) -> float:

@@ -72,7 +72,7 @@ class Rehearsal:
             unet = UNet2DConditionModel.from_config(dict(unet_config))
             text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
             vae: Any = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
-            model = Model(unet, text_encoder, vae, None, {}, "the model", Path())
+            model = Model(unet, text_encoder, vae, None, {}, "the model", Path(), config.clip_skip)
             trained = list(model.prepare(config.phase, config.train).values())
             tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]
             alone: Any = SimpleNamespace(

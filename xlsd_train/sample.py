@@ -1,10 +1,12 @@
 """Samples of the live model, by diffusers' own pipeline, that leave training untouched."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -15,7 +17,10 @@ from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
 from xlsd_cache.store import LatentStore
 from xlsd_train import draw
+from xlsd_train.captions import Columns, tokenize
 from xlsd_train.model import Model
+from xlsd_train.parts import Parts
+from xlsd_train.selection import Selection
 
 PROMPTS = 4  # taken from the store where no file is given
 GRID_ROWS, LABEL_HEIGHT = 10, 16
@@ -57,9 +62,15 @@ class Sampler:
             part.eval()
         try:
             for i, prompt in enumerate(self.prompts):
+                ids = tokenize(model.tokenizer, [prompt, ""], model.tokens).to(device)
                 with accelerator.autocast():
+                    # The same states as in training; each alone, so that no prompt's depend on
+                    # another's.
+                    with torch.no_grad():
+                        states, none = (model.encode(one[None]) for one in ids)
                     image = pipeline(
-                        prompt,
+                        prompt_embeds=states,
+                        negative_prompt_embeds=none,
                         width=self.width,
                         height=self.height,
                         num_inference_steps=self.steps,
@@ -110,8 +121,18 @@ class Sampler:
         return path
 
 
-def read_prompts(path: Path | None, store: LatentStore, column: str | None, seed: int) -> list[str]:
-    """The prompts of a file, or captions of the store. Raises UserError for a file without any."""
+def read_prompts(
+    path: Path | None,
+    store: LatentStore,
+    selection: Selection,
+    columns: Columns,
+    parts: Parts | None,
+    seed: int,
+) -> list[str]:
+    """The prompts of a file, or captions of the selected samples, in order.
+
+    Raises UserError for a file without any.
+    """
     if path is not None:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -123,21 +144,24 @@ def read_prompts(path: Path | None, store: LatentStore, column: str | None, seed
         if not prompts:
             raise UserError(f"--sample-prompts {path} is empty; write one prompt a line")
         return prompts
-    if column is None:
-        return [""]
-    texts = store.samples[column]
+    texts = [store.samples[name] for name in columns.names]
     chosen: dict[str, None] = {}
-    for i in map(int, draw.permutation(seed, "sample prompts", len(store))):
-        lines = (texts[i].as_py() or "").splitlines()
-        if lines:
-            chosen[lines[0]] = None
+    for number in draw.permutation(seed, "sample prompts", len(selection)):
+        at = np.array([number])
+        (row,) = selection.rows(store, at).tolist()
+        words = draw.words(seed, "sample prompt", at)
+        (text,) = columns.mix([[column[row].as_py()] for column in texts], words)
+        line = next(iter((text or "").splitlines()), "")
+        prompt = parts.plain.apply(line, 0, 0) if parts else line
+        if prompt:
+            chosen[prompt] = None
         if len(chosen) == PROMPTS:
             break
     return list(chosen) or [""]
 
 
-def sample_size(store: LatentStore) -> tuple[int, int]:
-    """(width, height) of the store's fullest bucket."""
-    bucket = max(store.buckets, key=lambda name: (len(store.buckets[name]), name))
+def sample_size(sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(width, height) of the bucket with the most samples."""
+    bucket = max(sizes, key=lambda name: (sizes[name], name))
     width, height = map(int, bucket.split("x"))
     return width, height

@@ -1,6 +1,5 @@
 """Everything a run needs, opened and checked before the first step, and closed after the last."""
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,19 +14,23 @@ from torch.nn import Parameter
 from xlsd_cache import UserError, __version__
 from xlsd_cache.precision import set_precision
 from xlsd_cache.store import LatentStore
+from xlsd_train.announce import announce
 from xlsd_train.batches import BatchSource
-from xlsd_train.captions import Captions
+from xlsd_train.captions import Captions, Columns
 from xlsd_train.checkpoint import load_optimizer
 from xlsd_train.config import TrainConfig
 from xlsd_train.diffusion import alphas_cumprod
+from xlsd_train.lengths import cut
 from xlsd_train.memory import Planner, choose, limit_of
 from xlsd_train.model import Model, load_model
 from xlsd_train.optim import make_optimizer
-from xlsd_train.rate import warmup_steps
+from xlsd_train.rate import planned_steps
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
+from xlsd_train.selection import Selection, select
 from xlsd_train.step import Plan, Step
+from xlsd_train.swap import fit_text_encoder
 
 
 @dataclass(frozen=True)
@@ -64,23 +67,34 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
     with LatentStore.open(config.data, run.generation) as store, closing(run):
-        column = _caption_column(config, store)
+        columns = Columns.parse(config.caption, store.caption_columns, config.data)
+        selection = select(store, columns.names, *config.selected_tags())
+        _check_batch(config, selection)
         shared = settings(config, store, device)
         run.compare(shared, config.force)
-        prompts = read_prompts(config.sample_prompts, store, column, config.seed)
+        parts = config.parts()
+        prompts = read_prompts(config.sample_prompts, store, selection, columns, parts, config.seed)
         resumed = run.checkpoint
         if resumed:
             model = load_model(str(resumed), None, store.identity)
         else:
             model = load_model(config.model, config.vae, store.identity)
+            fit_text_encoder(model, config.text_encoder, config.tokens)
+        model.clip_skip = config.clip_skip
         abar = alphas_cumprod(model.scheduler_config)
         named = model.prepare(config.phase, config.train)
         if config.reinit is not None and not resumed:
             model.reinitialise(named, config.phase, config.reinit, config.seed)
-        batch, plan, told = _plan(config, run, store, model, accelerator)
-        sizes = {name: len(rows) for name, rows in store.buckets.items()}
-        schedule = Schedule(sizes, batch, config.seed)
-        planned, warmup = _length(config, schedule)
+        batch, plan, told = _plan(config, run, selection, model, accelerator)
+        schedule = Schedule(selection.sizes, batch, config.seed)
+        planned, warmup = planned_steps(config, schedule)
+        captions = Captions(
+            model.tokenizer, model.tokens, config.seed, config.caption_dropout, parts
+        )
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        source = BatchSource(
+            store, selection, schedule, captions, columns, len(abar), rank, processes
+        )
         record = {
             "command": list(command),
             "config": asdict(config),
@@ -97,7 +111,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
                 "fingerprint": store.fingerprint,
                 "newest_generation": store.newest_generation,
                 "images": len(store),
+                "selected": len(selection),
             },
+            "captions": cut(source),
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
             "settings": shared,
@@ -107,7 +123,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         }
         run.compare_model(record, config.force)
         if accelerator.is_main_process:
-            _say(config, record, schedule, named, run)
+            announce(config, record, schedule, named, run, selection.unknown)
         accelerator.wait_for_everyone()  # all have looked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
             run.begin(record, model, config)
@@ -119,20 +135,18 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         optimizer = make_optimizer(config, named.values())
         if resumed:
             load_optimizer(resumed, named, optimizer)
-        captions = Captions(model.tokenizer, model.tokens, config.seed, config.caption_dropout)
-        rank, processes = accelerator.process_index, accelerator.num_processes
         yield Session(
             config,
             accelerator,
             run,
             schedule,
-            BatchSource(store, schedule, captions, column, len(abar), rank, processes),
+            source,
             model,
             named,
             Step(model, list(named.values()), optimizer, abar.to(device), accelerator, plan),
             Sampler(
                 prompts,
-                *sample_size(store),
+                *sample_size(selection.sizes),
                 config.sample_steps,
                 config.sample_guidance,
                 config.seed,
@@ -159,95 +173,38 @@ def _start(config: TrainConfig) -> tuple[Accelerator, str]:
     return Accelerator(mixed_precision=mixed, cpu=cpu), precision
 
 
+def _check_batch(config: TrainConfig, selection: Selection) -> None:
+    """Refuse a batch that is larger than what is selected, before the model is loaded."""
+    count = len(selection)
+    if not count:
+        raise UserError(f"{config.data} holds no live image; build it from images that load")
+    if config.batch != "auto" and config.batch > count:
+        which = "images" if count == selection.of else "selected images"
+        raise UserError(
+            f"--batch {config.batch} is larger than the {count} {which} of {config.data}; "
+            f"lower it to {count} or less"
+        )
+
+
 def _plan(
-    config: TrainConfig, run: Run, store: LatentStore, model: Model, accelerator: Accelerator
+    config: TrainConfig, run: Run, selection: Selection, model: Model, accelerator: Accelerator
 ) -> tuple[int, Plan, str]:
     """(batch, how it passes, what is said of it): of a run begun before what it began with."""
-    if not len(store):
-        raise UserError(f"{config.data} holds no live image; build it from images that load")
     limit = limit_of(config, accelerator.device)
-    if config.batch != "auto" and config.batch > len(store):
-        raise UserError(
-            f"--batch {config.batch} is larger than the {len(store)} images of {config.data}; "
-            f"lower it to {len(store)} or less"
-        )
     if run.before and not config.force:
         plan = Plan(*run.state().get("plan", run.before["plan"]))
         return run.before["batch"], plan, run.before["memory"]
     found: list[Any] = [None]
     if accelerator.is_main_process:  # memory that is free differs between cards; sums must not
-        buckets = {name: len(rows) for name, rows in store.buckets.items() if len(rows)}
         configs = model.unet.config, model.text_encoder.config.to_dict()
         batch, plan, prediction = choose(
-            config, lambda: Planner(config, *configs), buckets, accelerator.num_processes, limit
+            config,
+            lambda: Planner(config, *configs),
+            selection.sizes,
+            accelerator.num_processes,
+            limit,
         )
         unknown = f"batch {batch}, {plan}: no memory limit is known here; --vram sets one"
         found = [(batch, plan, str(prediction or unknown))]
     batch, plan, told = broadcast_object_list(found)[0]
     return batch, plan, told
-
-
-def _caption_column(config: TrainConfig, store: LatentStore) -> str:
-    columns = store.caption_columns
-    if config.caption in columns:
-        return str(config.caption)
-    there = ", ".join(columns) or "none"
-    if config.caption is not None:
-        raise UserError(
-            f"{config.data} has no caption column {config.caption!r} (it has {there}); name "
-            f"another, or run `xlsd-cache build` with --captions {config.caption}"
-        )
-    if len(columns) != 1:
-        raise UserError(
-            f"{config.data} has the caption columns {there}; choose one with --caption"
-            if columns
-            else f"{config.data} has no captions; run `xlsd-cache build` with --captions again"
-        )
-    return columns[0]
-
-
-def _length(config: TrainConfig, schedule: Schedule) -> tuple[int, float]:
-    """Planned length and warm-up, in steps."""
-    planned = config.steps
-    if planned is None:
-        assert config.epochs is not None
-        whole, part = divmod(config.epochs, 1)
-        batches = schedule.batches(int(whole))
-        batches += math.ceil(part * (schedule.batches(int(whole) + 1) - batches))
-        planned = max(1, math.ceil(batches / config.accum))
-    steps_an_epoch = schedule.batches_an_epoch / config.accum
-    if config.warmup is None and config.phase == "unet":
-        return planned, min(200.0, planned / 10)
-    return planned, warmup_steps(config.warmup or "10%", planned, steps_an_epoch)
-
-
-def _say(
-    config: TrainConfig,
-    record: dict[str, Any],
-    schedule: Schedule,
-    named: dict[str, Parameter],
-    run: Run,
-) -> None:
-    """What will run, in full, before it does."""
-    for name, value in asdict(config).items():
-        print(f"  {name:<24}{value}")
-    weights = sum(parameter.numel() for parameter in named.values())
-    print(record["precision"])
-    print(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
-    store = record["store"]
-    print(
-        f"store {store['path']}: {store['images']} images, generation {store['generation']}", end=""
-    )
-    later = store["newest_generation"] - store["generation"]
-    print(f", without the {later} later ones, unfinished or newer than the run" if later else "")
-    print(record["memory"])
-    for bucket, count in schedule.small_buckets(record["batch"]):
-        print(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
-    an_epoch = schedule.batches_an_epoch / config.accum
-    falls = config.scheduler != "constant"
-    then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
-    print(
-        f"planned {record['planned_steps']} steps, {an_epoch:.1f} an epoch; warm-up over "
-        f"{record['warmup_steps']:g} steps to {config.lr:g}{then}"
-    )
-    print(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))

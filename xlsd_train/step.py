@@ -13,7 +13,7 @@ another in SD1.5, so both give the gradient of the whole batch, but for the orde
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -101,10 +101,8 @@ class Step:
         return loss_of_each(self._predict(batch, "nothing"), batch.noise)
 
     def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
-        """The text encoder's last hidden states; its graph is kept only where it trains."""
-        states: Any = self.model.text_encoder(input_ids).last_hidden_state
-        assert isinstance(states, Tensor)
-        return states
+        """The text encoder's hidden states; its graph is kept only where it trains."""
+        return self.model.encode(input_ids)
 
     def _mixed(self) -> AbstractContextManager[None]:
         """Where bf16 is asked for, convolutions and matmuls compute in it."""

@@ -47,7 +47,14 @@ def test_processes_cut_the_same_batch(source: BatchSource, processes: int) -> No
         whole = source.make(slot)
         parts = [
             BatchSource(
-                source.store, source.schedule, source.captions, "txt", 1000, rank, processes
+                source.store,
+                source.selection,
+                source.schedule,
+                source.captions,
+                source.columns,
+                1000,
+                rank,
+                processes,
             ).make(slot)
             for rank in range(processes)
         ]

@@ -10,7 +10,9 @@ from tests.support import files
 from tests.train.conftest import Open
 from xlsd_cache import UserError
 from xlsd_cache.store import LatentStore
+from xlsd_train.captions import Columns
 from xlsd_train.sample import read_prompts, sample_size
+from xlsd_train.selection import select
 
 
 def draw(open_run: Open, out: Path, **settings: object) -> dict[str, bytes]:
@@ -61,17 +63,18 @@ def test_the_grid_has_steps_down_and_prompts_across(open_run: Open, tmp_path: Pa
 
 
 def test_prompts_come_from_the_file_or_from_the_store(store: Path, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
+    path, txt = tmp_path / "prompts.txt", Columns(("txt",), (1.0,))
     path.write_text("\ufeffa cat\n\n  a rocket  \n", encoding="utf-8")
     with LatentStore.open(store) as ours:
-        assert read_prompts(path, ours, "txt", 0) == ["a cat", "a rocket"]
-        drawn = read_prompts(None, ours, "txt", 0)
+        every = select(ours, ["txt"], [], [])
+        assert read_prompts(path, ours, every, txt, None, 0) == ["a cat", "a rocket"]
+        drawn = read_prompts(None, ours, every, txt, None, 0)
         assert len(set(drawn)) == 4
         assert set(drawn) <= set(ours.samples["txt"].to_pylist())
-        assert read_prompts(None, ours, "txt", 0) == drawn
-        assert sample_size(ours) == (128, 128)
+        assert read_prompts(None, ours, every, txt, None, 0) == drawn
+        assert sample_size(every.sizes) == (128, 128)
         path.write_text("\n")
         with pytest.raises(UserError, match="is empty"):
-            read_prompts(path, ours, "txt", 0)
+            read_prompts(path, ours, every, txt, None, 0)
         with pytest.raises(UserError, match="cannot read --sample-prompts"):
-            read_prompts(tmp_path / "gone", ours, "txt", 0)
+            read_prompts(tmp_path / "gone", ours, every, txt, None, 0)

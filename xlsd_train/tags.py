@@ -1,0 +1,78 @@
+"""`xlsd-train tags STORE`: which tags captions have, and what a selection by tags leaves."""
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xlsd_cache.store import LatentStore
+from xlsd_train.captions import Columns
+from xlsd_train.config import TagsConfig
+from xlsd_train.parts import require_and_forbid
+from xlsd_train.selection import Selection, select
+
+AT_ONCE = 1 << 24  # entries of the index that are counted together: bounds the memory
+
+
+def tags(config: TagsConfig) -> None:
+    """Print the counts. Raises UserError where no sample is left or a column is not there."""
+    with LatentStore.open(config.store) as store:
+        columns = Columns.parse(config.caption, store.caption_columns, config.store)
+        require, forbid = require_and_forbid(config.require_tags, config.forbid_tags)
+        selection = select(store, columns.names, require, forbid)
+        counts = {name: tag_counts(store, name, selection) for name in columns.names}
+    told = {
+        "images": selection.of,
+        "selected": len(selection),
+        "buckets": selection.sizes,
+        "different": {name: len(found) for name, found in counts.items()},
+        "tags": {
+            name: dict(list(found.items())[: config.most or None]) for name, found in counts.items()
+        },
+    }
+    if config.json:
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        _table(told, selection)
+
+
+def tag_counts(store: LatentStore, column: str, selection: Selection) -> dict[str, int]:
+    """How many of the selected samples have each tag, the most frequent first; none is left out."""
+    tags = store.tags(column)
+    if selection.chosen is None:
+        return tags.counts()
+    mask = np.zeros(len(store), np.bool_)
+    mask[selection.rows(store, np.arange(len(selection)))] = True
+    counts = _counts(mask, tags.found.values.to_numpy(), tags.found.offsets.to_numpy())
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    names = tags.names.take(order).to_pylist()
+    return dict(zip(names, counts[order].tolist(), strict=True))
+
+
+def _counts(
+    mask: NDArray[np.bool_], samples: NDArray[np.int32], offsets: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Of each list of samples, from one offset to the next, how many are in the mask."""
+    before = np.zeros(len(offsets), np.int64)  # in the mask, up to each offset
+    total = 0
+    for start in range(int(offsets[0]), int(offsets[-1]), AT_ONCE):
+        sums = np.cumsum(mask[samples[start : start + AT_ONCE]])
+        inside = (offsets > start) & (offsets <= start + len(sums))
+        before[inside] = total + sums[offsets[inside] - start - 1]
+        total += int(sums[-1])
+    return np.diff(before)
+
+
+def _table(told: dict[str, Any], selection: Selection) -> None:
+    print(f"{told['selected']} of {told['images']} images")
+    print("buckets: " + ", ".join(f"{name} {n}" for name, n in told["buckets"].items()))
+    for tag in selection.unknown:
+        print(f"no image has the tag {tag!r} that --forbid-tags names")
+    for name, found in told["tags"].items():
+        more = told["different"][name] - len(found)
+        print(f"\n{told['different'][name]} tags in {name}", end="")
+        print(f", the most frequent {len(found)}:" if more else ":")
+        width = max((len(str(count)) for count in found.values()), default=0)
+        for tag, count in found.items():
+            print(f"  {count:>{width}}  {count / told['selected']:>6.1%}  {tag}")
