@@ -9,6 +9,7 @@ import tyro
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
+from xlsd_train.commands import ExportConfig
 from xlsd_train.config import TrainConfig
 
 
@@ -19,9 +20,16 @@ def _run(config: TrainConfig, command: Sequence[str]) -> None:
     train(config, command)
 
 
+def _export(config: ExportConfig, _: Sequence[str]) -> None:
+    from xlsd_train.export import export
+
+    export(config)
+
+
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
+    "export": (ExportConfig, _export),
 }
 
 

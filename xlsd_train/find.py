@@ -81,15 +81,15 @@ def find(
     return found
 
 
-def completed(parts: Parts) -> Parts:
-    """The same with a text encoder and a tokenizer, from the hub's SD1.5 where a file has none."""
+def completed(parts: Parts, tokenizer: bool = True) -> Parts:
+    """The same with a text encoder and, if wanted, a tokenizer: the hub's SD1.5's where missing."""
     if parts.text_encoder is None:
         folder = fetch(sd15.HUB_ID, ["text_encoder/config.json", "text_encoder/model.safetensors"])
         part = folder_part("text_encoder", folder / "text_encoder", sd15.HUB_ID)
         print(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
         check(part)
         parts = replace(parts, text_encoder=part)
-    if parts.tokenizer is None:
+    if parts.tokenizer is None and tokenizer:
         parts = replace(parts, tokenizer=fetch(sd15.HUB_ID, ["tokenizer/*"]) / "tokenizer")
     return parts
 

@@ -7,6 +7,7 @@ format is safetensors': eight bytes of length, a JSON header, the tensors withou
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -165,12 +166,14 @@ def _is_pickle(path: Path) -> bool:
 
 def _open_pickle(path: Path) -> dict[str, Stored]:
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # of a path torch.load believes the suffix
+            held = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        told = " ".join(str(error).split())
+        names = re.search(r"GLOBAL (\S+)", str(error))
+        told = f"it holds {names[1]}, so" if names else "damaged, or"
         raise UserError(
-            f"{path} is a pickle that does not load as bare weights, so loading it could run code, "
-            f"or it is damaged ({told[told.find('GLOBAL') :][:120]}); give the .safetensors of it"
+            f"{path} is a pickle that is no bare weights: {told} loading it could run code; give "
+            f"the .safetensors of it"
         ) from error
     while isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
         held = held["state_dict"]

@@ -1,0 +1,61 @@
+"""One frozen dataclass for each command beside training; their command lines are generated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from xlsd_cache import UserError
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model for other programs.
+
+    As a folder of diffusers, or as one file with the names of SD1.5's own, which ComfyUI, A1111,
+    Forge and diffusers' from_single_file load as an ordinary SD1.5: its VAE's scaling factor is
+    folded into the weights. What was written is read back and compared before it has its name.
+    """
+
+    checkpoint: Positional[str]
+    """A run (its newest checkpoint), a checkpoint, a pipeline folder, a single file or a hub id."""
+
+    out: Positional[Path]
+    """The folder to make, or the .safetensors file."""
+
+    format: Literal["diffusers", "single-file"] = "diffusers"
+    """diffusers: SD1.5's folders. single-file: one .safetensors under latent-diffusion's names."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of all weights."""
+
+    scaling_factor: float | None = None
+    """Fold the VAE to this factor. Default: 0.18215 for single-file; for diffusers its own."""
+
+    tokenizer: Path | None = None
+    """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        factor = self.scaling_factor
+        if factor is not None and not 0 < factor < float("inf"):
+            raise UserError(f"--scaling-factor {factor:g} is not a positive number; give 0.18215")
+        single = self.format == "single-file"
+        if single and self.out.suffix != ".safetensors":
+            raise UserError(
+                f"{self.out} does not end in .safetensors, which programs tell a single file by; "
+                f"name it so, or leave out --format single-file"
+            )
+        if not single and self.out.suffix == ".safetensors":
+            raise UserError(
+                f"{self.out} names a file and --format diffusers writes a folder; add "
+                f"--format single-file, or name a folder"
+            )
+        refuse_existing(self.out)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises UserError where something that is not an empty folder has this name already."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already and is not overwritten; remove it or name another")
