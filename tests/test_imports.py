@@ -24,7 +24,7 @@ CACHE = (
 ).split()
 TRAIN = (
     "draw schedule captions batches diffusion sd15 names fold tensors foreign parts find config "
-    "model optim step checkpoint sample run session loop commands single_file card export cli "
+    "model optim step checkpoint sample run session loop commands single_file card export swap cli "
     "__main__"
 ).split()
 

@@ -9,7 +9,7 @@ import tyro
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
-from xlsd_train.commands import ExportConfig
+from xlsd_train.commands import ExportConfig, SwapConfig
 from xlsd_train.config import TrainConfig
 
 
@@ -26,10 +26,17 @@ def _export(config: ExportConfig, _: Sequence[str]) -> None:
     export(config)
 
 
+def _swap(config: SwapConfig, _: Sequence[str]) -> None:
+    from xlsd_train.swap import swap
+
+    swap(config)
+
+
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
     "export": (ExportConfig, _export),
+    "swap": (SwapConfig, _swap),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from xlsd_cache import UserError
+from xlsd_train.sd15 import HUB_ID
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ExportConfig:
     scaling_factor: float | None = None
     """Fold the VAE to this factor. Default: 0.18215 for single-file; for diffusers its own."""
 
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
 
     def __post_init__(self) -> None:
@@ -52,6 +53,36 @@ class ExportConfig:
                 f"{self.out} names a file and --format diffusers writes a folder; add "
                 f"--format single-file, or name a folder"
             )
+        refuse_existing(self.out)
+
+
+@dataclass(frozen=True)
+class SwapConfig:
+    """Write SD1.5 with another VAE in it, untrained: where training with that VAE begins.
+
+    A folder of diffusers, whose VAE's config says its own scaling factor.
+    """
+
+    out: Positional[Path]
+    """The folder to make."""
+
+    model: str = HUB_ID
+    """A hub id, pipeline folder, single file, checkpoint or run."""
+
+    vae: str = "sdxl"
+    """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id, a folder or a .safetensors file."""
+
+    vae_scaling_factor: float | None = None
+    """Of a --vae in a single file, which does not say it: 0.13025 for SDXL's, 0.18215 for SD's."""
+
+    text_encoder: str | None = None
+    """Take the text encoder from here: a folder, say of LongCLIP, a file, a checkpoint or run."""
+
+    tokenizer: str | None = None
+    """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
         refuse_existing(self.out)
 
 

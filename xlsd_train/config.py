@@ -36,7 +36,19 @@ class TrainConfig:
     """The latent store that `xlsd-cache build` made."""
 
     model: str | None = None
-    """A hub id, pipeline folder, checkpoint or run. Default: hub's SD1.5, with the store's VAE."""
+    """A hub id, folder, file, checkpoint or run. Default: hub's SD1.5, with the store's VAE."""
+
+    model_ema: bool = False
+    """Of a single file that holds moving averages, take these."""
+
+    unet: str | None = None
+    """Take the UNet from here instead: a folder, a file, a checkpoint or run."""
+
+    text_encoder: str | None = None
+    """Take the text encoder from here instead: a folder, a file, a checkpoint or run."""
+
+    tokenizer: str | None = None
+    """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
 
     vae: str | None = None
     """Swap this VAE into --model, where the model's own is not the store's. Names as in build."""

@@ -16,6 +16,7 @@ from xlsd_cache import UserError
 from xlsd_train import names, sd15
 from xlsd_train.foreign import TEXT_ENCODER_ALONE, UNET_ALONE, VAE_ALONE, kind_of
 from xlsd_train.parts import (
+    PREFIX,
     Kind,
     Part,
     check,
@@ -54,9 +55,9 @@ class Parts:
 def find(
     source: str,
     *,
-    unet: Path | None = None,
-    text_encoder: Path | None = None,
-    tokenizer: Path | None = None,
+    unet: str | None = None,
+    text_encoder: str | None = None,
+    tokenizer: str | None = None,
     ema: bool = False,
     vae: bool = True,
 ) -> Parts:
@@ -73,11 +74,14 @@ def find(
         encoder = part_of("text_encoder", text_encoder, config, "--text-encoder")
         found = replace(found, text_encoder=encoder)
     if tokenizer is not None:
-        folder = tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer
-        found = replace(found, tokenizer=folder)
+        folder = Path(tokenizer).expanduser()
+        inner = folder / "tokenizer"
+        found = replace(found, tokenizer=inner if inner.is_dir() else folder)
     for part in (found.unet, found.text_encoder, found.vae):
         if part is not None:
             check(part)
+    if found.text_encoder is not None:
+        _agree(found.unet, found.text_encoder)
     return found
 
 
@@ -94,6 +98,15 @@ def completed(parts: Parts, tokenizer: bool = True) -> Parts:
     return parts
 
 
+def _agree(unet: Part, text_encoder: Part) -> None:
+    width, wanted = text_encoder.config["hidden_size"], unet.config["cross_attention_dim"]
+    if width != wanted:
+        raise UserError(
+            f"the text encoder {text_encoder.source} is {width} wide and the UNet {unet.source} "
+            f"listens to {wanted}; give parts of one kind of model"
+        )
+
+
 def fetch(source: str, files: list[str]) -> Path:
     """The folder of a hub's repository with these files in it. Raises UserError where it cannot."""
     try:
@@ -106,9 +119,9 @@ def fetch(source: str, files: list[str]) -> Path:
         ) from error
 
 
-def part_of(kind: Kind, path: Path, config: Mapping[str, Any], option: str) -> Part:
+def part_of(kind: Kind, source: str, config: Mapping[str, Any], option: str) -> Part:
     """One part from a folder, a run or a file of its own; a file without a config has `config`."""
-    path = path.expanduser()
+    path = Path(source).expanduser()
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         part = getattr(_find(str(path), False, False), kind)
         assert isinstance(part, Part)
@@ -130,8 +143,8 @@ def part_of(kind: Kind, path: Path, config: Mapping[str, Any], option: str) -> P
         part = ldm_part(kind, config, tensors, str(path), ema=False)
         assert part is not None
         return part
-    marks = {"unet": "conv_in.weight", "text_encoder": "token_embedding.weight"}
-    if not any(name.endswith(marks.get(kind, "")) for name in tensors):
+    mark = "conv_in.weight" if kind == "unet" else "embeddings.token_embedding.weight"
+    if not {mark, PREFIX + mark} & tensors.keys():
         told = kind_of(tensors) or "unknown here"
         raise UserError(f"{option} {path} holds no {kind.replace('_', ' ')}: it is {told}")
     return plain_part(kind, config, tensors, str(path))

@@ -100,9 +100,9 @@ def load_model(
     vae_spec: str | None,
     identity: Identity,
     *,
-    unet: Path | None = None,
-    text_encoder: Path | None = None,
-    tokenizer: Path | None = None,
+    unet: str | None = None,
+    text_encoder: str | None = None,
+    tokenizer: str | None = None,
     ema: bool = False,
 ) -> Model:
     """The model of `--model` and `--vae`, with parts of it replaced, its VAE the store's.

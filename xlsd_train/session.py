@@ -72,7 +72,15 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         if resumed:
             model = load_model(str(resumed), None, store.identity)
         else:
-            model = load_model(config.model, config.vae, store.identity)
+            model = load_model(
+                config.model,
+                config.vae,
+                store.identity,
+                unet=config.unet,
+                text_encoder=config.text_encoder,
+                tokenizer=config.tokenizer,
+                ema=config.model_ema,
+            )
         abar = alphas_cumprod(model.scheduler_config)
         named = model.prepare(config.phase, config.gradient_checkpointing)
         record = {
