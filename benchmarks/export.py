@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from anywhere, uni
 from benchmarks.demo.pipeline import make_pipeline
 from benchmarks.machine import machine
 from xlsd_train import sd15
-from xlsd_train.parts import Kind, config_of, empty, shapes_of
+from xlsd_train.network import Kind, config_of, empty, shapes_of
 from xlsd_train.tensors import Stored, write_tensors
 
 # What the process says of itself, before and after: its own high-water mark, read from the kernel.
@@ -46,6 +46,12 @@ class ExportBenchmark:
 
     size: str = "sd15"
     """sd15, or nano for a try."""
+
+    formats: tuple[str, ...] = ("diffusers", "single-file")
+    """Of `xlsd-train export`."""
+
+    dtypes: tuple[str, ...] = ("fp32", "fp16")
+    """Of `xlsd-train export`."""
 
     folder: Path | None = None
     """Where to write; needs twice the model's size. Default: the system's temporary folder."""
@@ -107,8 +113,8 @@ def main(config: ExportBenchmark) -> None:
               f"largest tensor {largest / 2**30:.3f} GiB")  # fmt: skip
         print(f"{'format':<14}{'dtype':<8}{'GB':>8}{'GiB before':>12}{'GiB peak':>10}"
               f"{'GiB more':>10}{'s':>8}{'MB/s':>8}")  # fmt: skip
-        for form in ("diffusers", "single-file"):
-            for dtype in ("fp32", "fp16"):
+        for form in config.formats:
+            for dtype in config.dtypes:
                 out = folder / ("out.safetensors" if form == "single-file" else "out")
                 written, before, peak, seconds = measure(
                     source, out, "--format", form, "--dtype", dtype

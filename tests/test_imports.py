@@ -23,9 +23,9 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule captions batches diffusion sd15 names fold tensors foreign parts find config "
-    "model optim step checkpoint sample run session loop commands single_file card export swap cli "
-    "__main__"
+    "draw schedule captions batches diffusion sd15 names fold tensors foreign network find config "
+    "model optim step checkpoint sample run session loop commands single_file card export merge "
+    "cli __main__"
 ).split()
 
 

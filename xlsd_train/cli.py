@@ -27,7 +27,7 @@ def _export(config: ExportConfig, _: Sequence[str]) -> None:
 
 
 def _swap(config: SwapConfig, _: Sequence[str]) -> None:
-    from xlsd_train.swap import swap
+    from xlsd_train.merge import swap
 
     swap(config)
 

@@ -19,7 +19,7 @@ from xlsd_train.card import History
 from xlsd_train.commands import ExportConfig
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
-from xlsd_train.parts import Part
+from xlsd_train.network import Part
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored, compare_tensors, in_memory, sha256_of, write_tensors
 
@@ -44,7 +44,8 @@ def write_model(
     """A whole model, as a single file or as a folder of diffusers, durably or not at all."""
     if parts.vae is None:
         raise UserError(f"{parts.source} holds no VAE; export a model that has one")
-    vae, folded = fold_vae(parts.vae, SD15_FACTOR if single and factor is None else factor)
+    factor = SD15_FACTOR if single and factor is None else factor
+    vae, folded = fold_vae(parts.vae, factor, parts.trained)
     history = History.of(parts.source, parts.checkpoint)
     parts = replace(parts, vae=vae)
     title = out.stem if single else out.name
@@ -71,9 +72,16 @@ def write_model(
     return out
 
 
-def fold_vae(part: Part, factor: float | None) -> tuple[Part, str]:
-    """The VAE for loaders that scale by `factor` alone (None: its own), and what was done to it."""
-    trained, own = Normalisation.of(part.config), float(part.config["scaling_factor"])
+def fold_vae(
+    part: Part, factor: float | None = None, trained: Normalisation | None = None
+) -> tuple[Part, str]:
+    """The VAE for loaders that scale by `factor` alone, and in words what was done to it.
+
+    None: its own factor; and trained with it. Raises UserError where nothing can be folded.
+    """
+    own = float(part.config["scaling_factor"])
+    what = "normalisation of each channel" if trained else f"scaling factor {own:g}"
+    trained = trained or Normalisation.of(part.config)
     factor = own if factor is None else factor
     if trained.is_factor(factor):
         return part, f"The VAE is as it was trained with: its scaling factor is {factor:g}."
@@ -86,8 +94,8 @@ def fold_vae(part: Part, factor: float | None) -> tuple[Part, str]:
     folded = {name: in_memory(value) for name, value in fold(weights, trained, factor).items()}
     config = {**part.config, "scaling_factor": factor, "shift_factor": None}
     told = (
-        f"The VAE's scaling factor {own:g} is folded into its quant_conv and post_quant_conv, so "
-        f"that {factor:g} is right for it."
+        f"The VAE's {what} is folded into its quant_conv and post_quant_conv, so that the factor "
+        f"{factor:g} is right for it."
     )
     return replace(part, config=config, tensors={**part.tensors, **folded}), told
 

@@ -14,8 +14,9 @@ from huggingface_hub import snapshot_download
 
 from xlsd_cache import UserError
 from xlsd_train import names, sd15
+from xlsd_train.fold import Normalisation
 from xlsd_train.foreign import TEXT_ENCODER_ALONE, UNET_ALONE, VAE_ALONE, kind_of
-from xlsd_train.parts import (
+from xlsd_train.network import (
     PREFIX,
     Kind,
     Part,
@@ -50,6 +51,7 @@ class Parts:
     tokenizer: Path | None  # a folder
     scheduler: dict[str, Any]
     checkpoint: Path | None = None  # of ours, in its run
+    trained: Normalisation | None = None  # of latents, where it is not the VAE's own factor
 
 
 def find(
@@ -181,8 +183,15 @@ def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
     vae = folder_part("vae", base / "vae", source)
     return Parts(
         source, parts["unet"], parts["text_encoder"], vae, base / "tokenizer", _scheduler(base),
-        checkpoint,
+        checkpoint, _trained(base / "latents.json"),
     )  # fmt: skip
+
+
+def _trained(path: Path) -> Normalisation | None:
+    """What a run says that it made of raw latents, (raw - shift) * scale of each channel."""
+    if not path.is_file() or not (told := read_json(path))["normalized"]:
+        return None
+    return Normalisation(tuple(told["shift"]), tuple(1 / scale for scale in told["scale"]))
 
 
 def _in_folder(folder: Path, source: str) -> Parts:

@@ -17,7 +17,7 @@ from xlsd_cache.store import Identity
 from xlsd_cache.vae import Vae, tensors_sha256, vae_of
 from xlsd_train.config import Phase
 from xlsd_train.find import TEXT_ENCODER, UNET, Parts, completed, find
-from xlsd_train.parts import PREFIX, Part, build
+from xlsd_train.network import PREFIX, Part, build
 from xlsd_train.sd15 import HUB_ID
 
 

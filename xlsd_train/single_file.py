@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from xlsd_train import names
-from xlsd_train.parts import Part, empty, ldm_names
+from xlsd_train.network import Part, empty, ldm_names
 from xlsd_train.tensors import Stored, in_memory
 
 _PREFIX = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.TEXT_ENCODER}

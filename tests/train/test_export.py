@@ -20,7 +20,7 @@ from xlsd_train import sd15
 from xlsd_train.export import fold_vae
 from xlsd_train.find import find
 from xlsd_train.fold import SD15_FACTOR
-from xlsd_train.parts import Part, build, config_of, empty, shapes_of
+from xlsd_train.network import Part, build, config_of, empty, shapes_of
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored
 
@@ -259,10 +259,29 @@ def test_a_single_file_says_what_was_folded_and_is_the_same_every_time(
         told = file.metadata()
     assert "0.13025 is folded" in told["xlsd.folded"]
     assert told["modelspec.title"] == "one"
-    assert "0.18215 is right" in first.with_suffix(".md").read_text()
+    assert "the factor 0.18215 is right" in first.with_suffix(".md").read_text()
     assert sorted(path.name for path in first.parent.iterdir()) == [
         "one.md", "one.safetensors", "one.samples.png"
     ]  # fmt: skip
+
+
+def test_a_normalisation_of_each_channel_is_folded_too(run: Path, tmp_path: Path) -> None:
+    """As RUN/base/latents.json tells it: the UNet was trained on (raw - shift) * scale."""
+    copy, out = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "one.safetensors"
+    shift, scale = [0.3, -0.2, 0.5, 0.1], [0.1, 0.2, 0.15, 0.12]
+    told = {"normalized": True, "shift": shift, "scale": scale}
+    (copy / "base/latents.json").write_text(json.dumps(told))
+    export(copy, out, "--format", "single-file")
+    config = assuming(export(copy, tmp_path / "folder"), tmp_path / "sd15")
+    theirs = AutoencoderKL.from_single_file(str(out), config=config, subfolder="vae")
+    ours = AutoencoderKL.from_pretrained(copy / "base/vae")
+    folder = AutoencoderKL.from_pretrained(tmp_path / "folder", subfolder="vae")
+    latents = torch.randn(1, 4, 8, 8)
+    raw = latents / torch.tensor(scale).view(-1, 1, 1) + torch.tensor(shift).view(-1, 1, 1)
+    with torch.inference_mode():
+        want = ours.decode(raw).sample
+        for vae, factor in ((theirs, SD15_FACTOR), (folder, 0.13025)):
+            assert torch.allclose(vae.decode(latents / factor).sample, want, atol=1e-5)
 
 
 def test_a_tokenizer_in_one_json_gives_vocabulary_and_merges(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from xlsd_cache.store import Identity, LatentStore
 from xlsd_train.find import completed, find
 from xlsd_train.model import load_model
 from xlsd_train.names import EMA, UNET, ema_name
-from xlsd_train.parts import Part, build
+from xlsd_train.network import Part, build
 
 Out = pytest.CaptureFixture[str]
 State = dict[str, Tensor]

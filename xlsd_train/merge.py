@@ -8,7 +8,7 @@ from xlsd_cache.vae import load_vae
 from xlsd_train.commands import SwapConfig
 from xlsd_train.export import write_model
 from xlsd_train.find import completed, find
-from xlsd_train.parts import Part
+from xlsd_train.network import Part
 from xlsd_train.tensors import in_memory
 
 
