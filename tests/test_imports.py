@@ -25,7 +25,7 @@ CACHE = (
 TRAIN = (
     "draw schedule captions batches diffusion sd15 names fold tensors foreign network find config "
     "model optim step checkpoint sample run session loop commands single_file card export merge "
-    "cli __main__"
+    "prompts page compare cli __main__"
 ).split()
 
 

@@ -9,7 +9,7 @@ import tyro
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
-from xlsd_train.commands import ExportConfig, SwapConfig
+from xlsd_train.commands import ExportConfig, SampleConfig, SwapConfig
 from xlsd_train.config import TrainConfig
 
 
@@ -32,11 +32,18 @@ def _swap(config: SwapConfig, _: Sequence[str]) -> None:
     swap(config)
 
 
+def _sample(config: SampleConfig, _: Sequence[str]) -> None:
+    from xlsd_train.compare import compare
+
+    compare(config)
+
+
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
     "export": (ExportConfig, _export),
     "swap": (SwapConfig, _swap),
+    "sample": (SampleConfig, _sample),
 }
 
 

@@ -86,6 +86,62 @@ class SwapConfig:
         refuse_existing(self.out)
 
 
+Scheduler = Literal["dpm++", "dpm++-karras", "euler", "euler-a", "ddim", "unipc"]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw the same prompts from the same seeds with one model or several, and compare them.
+
+    Writes a PNG for each picture, whose metadata say how it was made, OUT/grid.png (models down,
+    prompts across) and OUT/index.html, one page that needs nothing else, with a slider between any
+    two models. Each model draws with its own VAE.
+
+    A line of --prompts may carry its own settings after the prompt, as in `a cat, solo --seed 5
+    --steps 30 --guidance 4 --size 512x768 --negative blurry, text`: these five, in any order, each
+    up to the next.
+    """
+
+    models: Positional[tuple[str, ...]]
+    """Runs, checkpoints, pipeline folders, single files or hub ids; NAME=... gives one a name."""
+
+    prompts: Path
+    """A text file of prompts, one a line."""
+
+    out: Path = Path("comparison")
+    """The folder to make."""
+
+    scheduler: Scheduler = "dpm++"
+    """DPM++ 2M, the same with Karras' noise levels, Euler, Euler ancestral, DDIM, or UniPC."""
+
+    steps: int = 20
+    """Denoising steps a picture."""
+
+    guidance: float = 7.5
+    """Classifier-free guidance."""
+
+    negative: str = ""
+    """What pictures should not show."""
+
+    size: str = "512x512"
+    """Width and height in pixels, multiples of 8."""
+
+    seed: int = 0
+    """Of the first prompt; each following one has the next."""
+
+    tokenizer: str | None = None
+    """A folder with vocab.json and merges.txt, for single files. Default: the hub's SD1.5's."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        if not self.models:
+            raise UserError("no model is named; give one or several, and --prompts FILE")
+        refuse_existing(self.out)
+
+
 def refuse_existing(out: Path) -> None:
     """Raises UserError where something that is not an empty folder has this name already."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -143,6 +143,8 @@ def assemble(parts: Parts, vae: Vae) -> Model:
             f"{told}; name a folder with vocab.json and merges.txt as --tokenizer"
         ) from error
     unet, text_encoder = build(parts.unet), build(parts.text_encoder)
+    # Diffusers' pipelines cut prompts to what the tokenizer says, which is 77 whatever reads them.
+    tokenizer.model_max_length = text_encoder.config.max_position_embeddings
     return Model(unet, text_encoder, vae, tokenizer, parts.scheduler, parts.source, parts.tokenizer)
 
 
