@@ -54,6 +54,8 @@ class ExportConfig:
                 f"--format single-file, or name a folder"
             )
         refuse_existing(self.out)
+        if single:
+            refuse_existing(self.out.with_suffix(".md"))  # its card
 
 
 @dataclass(frozen=True)

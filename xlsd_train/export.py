@@ -84,7 +84,7 @@ def fold_vae(
     trained = trained or Normalisation.of(part.config)
     factor = own if factor is None else factor
     if trained.is_factor(factor):
-        return part, f"The VAE is as it was trained with: its scaling factor is {factor:g}."
+        return part, f"The VAE is unchanged: its scaling factor is {factor:g}."
     if part.config.get("_class_name") != "AutoencoderKL":
         raise UserError(
             f"{part.source} is an {part.config.get('_class_name')}, into which no scaling factor "

@@ -101,11 +101,12 @@ def completed(parts: Parts, tokenizer: bool = True) -> Parts:
 
 
 def _agree(unet: Part, text_encoder: Part) -> None:
-    width, wanted = text_encoder.config["hidden_size"], unet.config["cross_attention_dim"]
-    if width != wanted:
+    width = text_encoder.tensors[f"{PREFIX}embeddings.token_embedding.weight"].shape[1]
+    listens = {it.shape[1] for name, it in unet.tensors.items() if "attn2.to_k." in name}
+    if listens != {width}:
         raise UserError(
             f"the text encoder {text_encoder.source} is {width} wide and the UNet {unet.source} "
-            f"listens to {wanted}; give parts of one kind of model"
+            f"listens to {max(listens)}; give parts of one kind of model"
         )
 
 

@@ -53,6 +53,19 @@ def test_a_single_file_vae_and_another_text_encoder(
     assert all(torch.equal(value, state[name] + 1) for name, value in made.items())
 
 
+def test_a_vae_file_that_does_not_say_its_factor_needs_it(
+    theirs: Path, vae: Path, tmp_path: Path, capsys: Out
+) -> None:
+    file = tmp_path / "alone" / "vae.safetensors"
+    file.parent.mkdir()
+    shutil.copy(vae / "diffusion_pytorch_model.safetensors", file)
+    options = ("--model", theirs, "--vae", file)
+    assert train("swap", tmp_path / "new", *options) == 1
+    assert "--vae-scaling-factor" in capsys.readouterr().err
+    assert train("swap", tmp_path / "new", *options, "--vae-scaling-factor", 0.13025) == 1
+    assert "cannot load the VAE" in capsys.readouterr().err  # it is smaller than SDXL's
+
+
 def test_what_cannot_be_merged_is_refused(theirs: Path, tmp_path: Path, capsys: Out) -> None:
     assert train("swap", theirs, "--model", theirs) == 1
     assert "exists already" in capsys.readouterr().err
