@@ -85,6 +85,9 @@ class SwapConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
+        factor = self.vae_scaling_factor
+        if factor is not None and not 0 < factor < float("inf"):
+            raise UserError(f"--vae-scaling-factor {factor:g} is not a positive number")
         refuse_existing(self.out)
 
 

@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from safetensors import SafetensorError
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_bytes, write_json
@@ -19,7 +22,7 @@ from xlsd_train.card import History
 from xlsd_train.commands import ExportConfig
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
-from xlsd_train.network import Part
+from xlsd_train.network import Part, empty
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored, compare_tensors, in_memory, sha256_of, write_tensors
 
@@ -60,6 +63,11 @@ def write_model(
                 f"{parts.source} has weights that {dtype} cannot hold: {error}; give --dtype bf16 "
                 f"or fp32"
             ) from error
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot export {parts.source} to {out}: {error}; nothing was written there: mend "
+                f"that and run the same again"
+            ) from error
         card = history.card(title, folded, dtype, hashes, grid if history.grid else None)
         beside = out.parent if single else temporary
         write_bytes(beside / (f"{title}.md" if single else "README.md"), card.encode())
@@ -79,25 +87,26 @@ def fold_vae(
 
     None: its own factor; and trained with it. Raises UserError where nothing can be folded.
     """
-    own = float(part.config["scaling_factor"])
+    config = empty("vae", part.config).config  # with the defaults that older files rely on
+    own = float(config["scaling_factor"])
     what = "normalisation of each channel" if trained else f"scaling factor {own:g}"
-    trained = trained or Normalisation.of(part.config)
+    trained = trained or Normalisation.of(config)
     factor = own if factor is None else factor
     if trained.is_factor(factor):
         return part, f"The VAE is unchanged: its scaling factor is {factor:g}."
-    if part.config.get("_class_name") != "AutoencoderKL":
+    if part.config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(
-            f"{part.source} is an {part.config.get('_class_name')}, into which no scaling factor "
+            f"{part.source} is an {part.config['_class_name']}, into which no scaling factor "
             f"can be folded; export with --format diffusers and without --scaling-factor"
         )
     weights = {name: part.tensors[name].read() for name in part.tensors if "quant_conv" in name}
     folded = {name: in_memory(value) for name, value in fold(weights, trained, factor).items()}
-    config = {**part.config, "scaling_factor": factor, "shift_factor": None}
     told = (
         f"The VAE's {what} is folded into its quant_conv and post_quant_conv, so that the factor "
         f"{factor:g} is right for it."
     )
-    return replace(part, config=config, tensors={**part.tensors, **folded}), told
+    changed = {**part.config, "scaling_factor": factor, "shift_factor": None}
+    return replace(part, config=changed, tensors={**part.tensors, **folded}), told
 
 
 def _write_file(
@@ -132,7 +141,8 @@ def _write_folder(
     write_json(temporary / "scheduler" / "scheduler_config.json", parts.scheduler)
     index = {**sd15.INDEX, "_diffusers_version": version("diffusers")}
     index["scheduler"] = ["diffusers", parts.scheduler.get("_class_name", "PNDMScheduler")]
-    index["vae"] = ["diffusers", parts.vae.config["_class_name"] if parts.vae else "AutoencoderKL"]
+    assert parts.vae is not None
+    index["vae"] = ["diffusers", parts.vae.config.get("_class_name", "AutoencoderKL")]
     write_json(temporary / "model_index.json", index)
     return hashes
 
@@ -173,6 +183,9 @@ def _write_tokenizer(source: Path | None, target: Path) -> None:
 def _appearing(out: Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends well, it becomes `out`, durably and whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{escape(out.name)}.*{TEMPORARY}"):  # by a killed export
+        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary

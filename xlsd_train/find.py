@@ -68,6 +68,11 @@ def find(
     `ema` takes a single file's moving averages; `vae` says whether a hub's VAE is wanted. Raises
     UserError where there is no such model, or it is another architecture's.
     """
+    if ema and not Path(source).expanduser().is_file():
+        raise UserError(
+            f"--model-ema: {source} is no single file, which alone holds moving averages; leave it "
+            f"out"
+        )
     found = _find(source, ema, vae)
     if unet is not None:
         found = replace(found, unet=part_of("unet", unet, found.unet.config, "--unet"))

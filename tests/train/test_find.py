@@ -112,6 +112,8 @@ def test_moving_averages_are_taken_when_asked_for(foreign: Path, model: Path) ->
     state = load_file(foreign)
     with pytest.raises(UserError, match="holds no moving averages; leave out --model-ema"):
         find(str(foreign), ema=True)
+    with pytest.raises(UserError, match="--model-ema: .* is no single file"):
+        find(str(model), ema=True)
     averages = {
         ema_name(name.removeprefix(UNET)): value + 1
         for name, value in state.items()
