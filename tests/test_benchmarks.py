@@ -36,6 +36,18 @@ def test_throughput_measures_every_phase_with_and_without_the_store() -> None:
     assert sum("the loader's share" in line for line in lines) == 3
 
 
+def test_export_measures_memory_and_time() -> None:
+    options = ("--size", "nano", "--formats", "single-file", "--dtypes", "fp16")
+    lines = run("benchmarks/export.py", *options)
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/export.py " + " ".join(options)
+    ((form, dtype, _, before, peak, more, seconds, _),) = (line.split() for line in lines[4:])
+    assert (form, dtype) == ("single-file", "fp16")
+    assert abs(float(before) + float(more) - float(peak)) < 0.002
+    assert 0 <= float(more) < 0.2
+    assert float(seconds) > 0
+
+
 def test_captions_measures_planning_captions_and_scanning() -> None:
     options = ("--rows", "5000", "--files", "120", "--workers", "2")
     lines = run("benchmarks/captions.py", *options)

@@ -24,9 +24,10 @@ CACHE = (
 ).split()
 TRAIN = (
     "draw schedule parts captions selection batches lengths diffusion sd15 names fold tensors "
-    "foreign network find choose config reinit text model swap cards lion rate optim layers sliced "
-    "step footprint rehearsal memory plateau checkpoint meter sample run announce session loop "
-    "plan tags cli __main__"
+    "foreign network hub find choose config commands reinit text model cards lion rate optim "
+    "layers sliced step footprint rehearsal memory plateau checkpoint meter picture sample run "
+    "announce session loop plan tags single_file card export merge prompts page compare cli "
+    "__main__"
 ).split()
 
 

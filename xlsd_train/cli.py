@@ -9,7 +9,8 @@ import tyro
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
-from xlsd_train.config import PlanConfig, TagsConfig, TrainConfig
+from xlsd_train.commands import ExportConfig, PlanConfig, SampleConfig, SwapConfig, TagsConfig
+from xlsd_train.config import TrainConfig
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
@@ -31,11 +32,32 @@ def _tags(config: TagsConfig, _: Sequence[str]) -> None:
     tags(config)
 
 
+def _export(config: ExportConfig, _: Sequence[str]) -> None:
+    from xlsd_train.export import export
+
+    export(config)
+
+
+def _swap(config: SwapConfig, _: Sequence[str]) -> None:
+    from xlsd_train.merge import swap
+
+    swap(config)
+
+
+def _sample(config: SampleConfig, _: Sequence[str]) -> None:
+    from xlsd_train.compare import compare
+
+    compare(config)
+
+
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
     "plan": (PlanConfig, _plan),
     "tags": (TagsConfig, _tags),
+    "sample": (SampleConfig, _sample),
+    "export": (ExportConfig, _export),
+    "swap": (SwapConfig, _swap),
 }
 
 

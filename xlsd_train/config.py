@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
-
 from xlsd_cache import Precision, UserError
 from xlsd_train.choose import split
 from xlsd_train.parts import Parts, Shuffle, require_and_forbid, tag_list
@@ -64,7 +62,19 @@ class TrainConfig:
     """The latent store that `xlsd-cache build` made."""
 
     model: str | None = None
-    """A hub id, pipeline folder, checkpoint or run. Default: hub's SD1.5, with the store's VAE."""
+    """A hub id, folder, file, checkpoint or run. Default: hub's SD1.5, with the store's VAE."""
+
+    model_ema: bool = False
+    """Of a single file that holds moving averages, take these."""
+
+    unet: str | None = None
+    """Take the UNet from here instead: a folder, a file, a checkpoint or run."""
+
+    text_encoder: str | None = None
+    """Take the text encoder from here instead: hub id, folder, file or run; say LongCLIP's."""
+
+    tokenizer: str | None = None
+    """A folder with vocab.json and merges.txt. Default: that of --text-encoder, else --model."""
 
     vae: str | None = None
     """Swap this VAE into --model, where the model's own is not the store's. Names as in build."""
@@ -145,9 +155,6 @@ class TrainConfig:
 
     caption_dropout: float = 0.0
     """How often a caption is left out, which classifier-free guidance wants; 0 to 1."""
-
-    text_encoder: str | None = None
-    """Swap this one into --model: folder or hub id of a CLIP, say zer0int/LongCLIP-L-Diffusers."""
 
     tokens: Literal[248] | None = None
     """Stretch a text encoder of 77 tokens to 248, as LongCLIP does. Default: its own length."""
@@ -323,48 +330,3 @@ class TrainConfig:
             lr=self.lr if self.lr is not None else lr,
             betas=self.betas or betas,
         )
-
-
-@dataclass(frozen=True)
-class PlanConfig(TrainConfig):
-    """Show what a run would take, before it takes it: peak memory by item, and how fast it can be.
-
-    The flags are those of training. No card and no images are needed: every way of passing the
-    batch is run on tensors without data, which takes some seconds. Speeds are what a card does at
-    100% of its peaks; half of that is good.
-    """
-
-    size: tuple[str, ...] = ()
-    """Pictures, say 512x512. Default: the buckets of --data where it exists, else 512x512."""
-
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True)
-class TagsConfig:
-    """Count the tags of a store's captions, and what a selection by tags leaves."""
-
-    store: Positional[Path]
-    """The latent store that `xlsd-cache build` made."""
-
-    caption: str | None = None
-    """Caption columns as in training: txt, or txt=3,jsonl:wd=1. Default: the store's only one."""
-
-    require_tags: str | None = None
-    """Count only samples that have all of these tags, A,B: each whole and as it is written."""
-
-    forbid_tags: str | None = None
-    """Count no sample that has any of these tags, A,B: each whole and as it is written."""
-
-    most: int = 50
-    """Tell so many tags of each column, the most frequent first; 0: all."""
-
-    json: bool = False
-    """For programs."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before the store is opened."""
-        if self.most < 0:
-            raise UserError(f"--most {self.most} is negative; 0 tells all")
-        require_and_forbid(self.require_tags, self.forbid_tags)

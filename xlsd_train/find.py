@@ -1,7 +1,6 @@
 """Where a model lies: a hub id, a folder, a single file, or what we trained before, in its parts.
 
-A checkpoint of ours holds the UNet's and the text encoder's weights; everything else lies once in
-its run's `base/`.
+A checkpoint of ours holds the trained networks' weights; all else lies once in its run's `base/`.
 """
 
 import json
@@ -10,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from xlsd_cache import UserError
 from xlsd_train import names, sd15
-from xlsd_train.foreign import TEXT_ENCODER_ALONE, UNET_ALONE, VAE_ALONE, kind_of
+from xlsd_train.fold import Normalisation
+from xlsd_train.foreign import UNET_ALONE, kind_of, remedy
+from xlsd_train.hub import FILES, TEXT_ENCODER_FILES, VAE_FILES, fetch, is_hub_id
 from xlsd_train.network import (
+    PREFIX,
     Kind,
     Part,
     check,
@@ -27,13 +27,6 @@ from xlsd_train.network import (
 )
 from xlsd_train.tensors import open_tensors
 
-# Of the hub's folder only what is used: no fp16 copies, no pickles.
-FILES = (
-    "model_index.json scheduler/*.json tokenizer/* text_encoder/config.json "
-    "text_encoder/model.safetensors unet/config.json unet/diffusion_pytorch_model*.safetensors "
-    "unet/*.index.json"
-).split()
-VAE_FILES = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
 UNET, TEXT_ENCODER = "unet.safetensors", "text_encoder.safetensors"  # in a checkpoint
 CONFIGS = "xlsd.configs"  # in the metadata of a single file of ours
 
@@ -49,14 +42,16 @@ class Parts:
     tokenizer: Path | None  # a folder
     scheduler: dict[str, Any]
     checkpoint: Path | None = None  # of ours, in its run
+    trained: Normalisation | None = None  # of latents, where it is not the VAE's own factor
+    clip_skip: int = 0  # with which it was trained here
 
 
 def find(
     source: str,
     *,
-    unet: Path | None = None,
-    text_encoder: Path | None = None,
-    tokenizer: Path | None = None,
+    unet: str | None = None,
+    text_encoder: str | None = None,
+    tokenizer: str | None = None,
     ema: bool = False,
     vae: bool = True,
 ) -> Parts:
@@ -65,50 +60,73 @@ def find(
     `ema` takes a single file's moving averages; `vae` says whether a hub's VAE is wanted. Raises
     UserError where there is no such model, or it is another architecture's.
     """
+    if ema and not Path(source).expanduser().is_file():
+        raise UserError(
+            f"--model-ema: {source} is no single file, which alone holds moving averages; leave it "
+            f"out"
+        )
     found = _find(source, ema, vae)
     if unet is not None:
         found = replace(found, unet=part_of("unet", unet, found.unet.config, "--unet"))
     if text_encoder is not None:
         config = found.text_encoder.config if found.text_encoder else sd15.TEXT_ENCODER
-        encoder = part_of("text_encoder", text_encoder, config, "--text-encoder")
-        found = replace(found, text_encoder=encoder)
+        encoder, own = text_encoder_of(text_encoder, config)
+        found = replace(found, text_encoder=encoder, tokenizer=own or found.tokenizer)
     if tokenizer is not None:
-        folder = tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer
-        found = replace(found, tokenizer=folder)
+        folder = Path(tokenizer).expanduser()
+        inner = folder / "tokenizer"
+        found = replace(found, tokenizer=inner if inner.is_dir() else folder)
     for part in (found.unet, found.text_encoder, found.vae):
         if part is not None:
             check(part)
+    if found.text_encoder is not None:
+        _agree(found.unet, found.text_encoder)
     return found
 
 
-def completed(parts: Parts) -> Parts:
-    """The same with a text encoder and a tokenizer, from the hub's SD1.5 where a file has none."""
+def completed(parts: Parts, tokenizer: bool = True) -> Parts:
+    """The same with a text encoder and, if wanted, a tokenizer: the hub's SD1.5's where missing."""
     if parts.text_encoder is None:
         folder = fetch(sd15.HUB_ID, ["text_encoder/config.json", "text_encoder/model.safetensors"])
         part = folder_part("text_encoder", folder / "text_encoder", sd15.HUB_ID)
         print(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
         check(part)
         parts = replace(parts, text_encoder=part)
-    if parts.tokenizer is None:
+    if parts.tokenizer is None and tokenizer:
         parts = replace(parts, tokenizer=fetch(sd15.HUB_ID, ["tokenizer/*"]) / "tokenizer")
     return parts
 
 
-def fetch(source: str, files: list[str]) -> Path:
-    """The folder of a hub's repository with these files in it. Raises UserError where it cannot."""
-    try:
-        return Path(snapshot_download(source, allow_patterns=files))
-    except (OSError, ValueError, RuntimeError) as error:  # what the hub's client raises
-        told = " ".join(str(error).split())[:200]
+def text_encoder_of(source: str, config: Mapping[str, Any]) -> tuple[Part, Path | None]:
+    """That of --text-encoder, and the folder of the tokenizer that lies with it, if one does."""
+    at = Path(source).expanduser()
+    if not at.exists() and is_hub_id(source):
+        at = fetch(source, TEXT_ENCODER_FILES)
+    return part_of("text_encoder", str(at), config, "--text-encoder"), _tokenizer_of(at)
+
+
+def _tokenizer_of(text_encoder: Path) -> Path | None:
+    """The tokenizer that lies with a text encoder: a pipeline's, a whole CLIP's or a run's."""
+    for base in (text_encoder, text_encoder / "base", text_encoder.parent.parent / "base"):
+        for folder in (base / "tokenizer", base):
+            if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+                return folder
+    return None
+
+
+def _agree(unet: Part, text_encoder: Part) -> None:
+    width = text_encoder.tensors[f"{PREFIX}embeddings.token_embedding.weight"].shape[1]
+    listens = {it.shape[1] for name, it in unet.tensors.items() if "attn2.to_k." in name}
+    if listens != {width}:
         raise UserError(
-            f"cannot fetch {source} from the hub: {told}; check the name and the network, or give "
-            f"a local folder (--model; --text-encoder and --tokenizer for what a file lacks)"
-        ) from error
+            f"the text encoder {text_encoder.source} is {width} wide and the UNet {unet.source} "
+            f"listens to {max(listens)}; give parts of one kind of model"
+        )
 
 
-def part_of(kind: Kind, path: Path, config: Mapping[str, Any], option: str) -> Part:
+def part_of(kind: Kind, source: str, config: Mapping[str, Any], option: str) -> Part:
     """One part from a folder, a run or a file of its own; a file without a config has `config`."""
-    path = path.expanduser()
+    path = Path(source).expanduser()
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         part = getattr(_find(str(path), False, False), kind)
         assert isinstance(part, Part)
@@ -130,8 +148,8 @@ def part_of(kind: Kind, path: Path, config: Mapping[str, Any], option: str) -> P
         part = ldm_part(kind, config, tensors, str(path), ema=False)
         assert part is not None
         return part
-    marks = {"unet": "conv_in.weight", "text_encoder": "token_embedding.weight"}
-    if not any(name.endswith(marks.get(kind, "")) for name in tensors):
+    mark = "conv_in.weight" if kind == "unet" else "embeddings.token_embedding.weight"
+    if not {mark, PREFIX + mark} & tensors.keys():
         told = kind_of(tensors) or "unknown here"
         raise UserError(f"{option} {path} holds no {kind.replace('_', ' ')}: it is {told}")
     return plain_part(kind, config, tensors, str(path))
@@ -150,7 +168,7 @@ def _find(source: str, ema: bool, vae: bool) -> Parts:
         return _in_folder(path, source)
     if path.is_file():
         return _in_file(path, source, ema)
-    if path.exists() or path.is_absolute() or source.count("/") != 1 or source.startswith("."):
+    if path.exists() or not is_hub_id(source):
         raise UserError(
             f"no model {source}: it is neither a folder or file that exists nor a hub id ORG/NAME; "
             f"name a pipeline folder, a single file, a checkpoint or a hub id"
@@ -168,8 +186,20 @@ def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
     vae = folder_part("vae", base / "vae", source)
     return Parts(
         source, parts["unet"], parts["text_encoder"], vae, base / "tokenizer", _scheduler(base),
-        checkpoint,
+        checkpoint, _trained(base / "latents.json"), _clip_skip(base.parent / "config.json"),
     )  # fmt: skip
+
+
+def _trained(path: Path) -> Normalisation | None:
+    """What a run says that it made of raw latents, (raw - shift) * scale of each channel."""
+    if not path.is_file() or not (told := read_json(path))["normalized"]:
+        return None
+    return Normalisation(tuple(told["shift"]), tuple(1 / scale for scale in told["scale"]))
+
+
+def _clip_skip(record: Path) -> int:
+    """What a run says that its --clip-skip was."""
+    return read_json(record)["config"].get("clip_skip", 0) if record.is_file() else 0
 
 
 def _in_folder(folder: Path, source: str) -> Parts:
@@ -192,7 +222,7 @@ def _in_file(path: Path, source: str, ema: bool) -> Parts:
     whole = any(name.startswith(names.UNET) for name in tensors)
     if not whole or kind not in (None, UNET_ALONE):
         told = kind or "unknown here"
-        raise UserError(f"{source} is no SD1.5 in a single file: it is {told}" + _remedy(kind))
+        raise UserError(f"{source} is no SD1.5 in a single file: it is {told}" + remedy(kind))
     configs = {"unet": sd15.UNET, "text_encoder": sd15.TEXT_ENCODER, "vae": sd15.VAE}
     configs |= _configs(path, metadata)
     found = {
@@ -204,13 +234,6 @@ def _in_file(path: Path, source: str, ema: bool) -> Parts:
     tokenizer = beside if beside.is_dir() else None
     scheduler = _scheduler(path.parent) if (path.parent / "scheduler").is_dir() else sd15.SCHEDULER
     return Parts(source, unet, found["text_encoder"], found["vae"], tokenizer, scheduler)
-
-
-def _remedy(kind: str | None) -> str:
-    options = {UNET_ALONE: "--unet", TEXT_ENCODER_ALONE: "--text-encoder", VAE_ALONE: "--vae"}
-    if kind in options:
-        return f"; give it as {options[kind]}, beside a whole --model"
-    return "; give a whole SD1.5"
 
 
 def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -20,8 +20,8 @@ _BY_NAME = (
 )
 UNET_ALONE, VAE_ALONE = "a UNet alone", "a VAE alone"
 TEXT_ENCODER_ALONE = "a text encoder alone"
-_PARTS = (
-    (("model.diffusion_model.", "down_blocks.0.resnets", "input_blocks.0.0"), UNET_ALONE),
+_PARTS = (  # by how names begin
+    (("model.diffusion_model.", "down_blocks.0.", "input_blocks.0."), UNET_ALONE),
     (("first_stage_model.", "quant_conv.", "decoder.conv_in."), VAE_ALONE),
     (("text_model.", "cond_stage_model.", "encoder.layers.0."), TEXT_ENCODER_ALONE),
 )
@@ -45,9 +45,17 @@ def kind_of(tensors: Mapping[str, Stored]) -> str | None:
         return "an SD2"
     if 2048 in contexts:
         return "SDXL's UNet"
-    parts = [kind for marks, kind in _PARTS if _any(tensors, marks)]
+    parts = [kind for marks, kind in _PARTS if any(name.startswith(marks) for name in tensors)]
     return parts[0] if len(parts) == 1 else None
 
 
 def _any(names: Iterable[str], marks: tuple[str, ...]) -> bool:
     return any(mark in name for name in names for mark in marks)
+
+
+def remedy(kind: str | None) -> str:
+    """What to do with a file of this kind."""
+    options = {UNET_ALONE: "--unet", TEXT_ENCODER_ALONE: "--text-encoder", VAE_ALONE: "--vae"}
+    if kind in options:
+        return f"; give it as {options[kind]}, beside a whole --model"
+    return "; give a whole SD1.5"

@@ -20,7 +20,7 @@ from xlsd_train.find import TEXT_ENCODER, UNET, Parts, completed, find
 from xlsd_train.network import PREFIX, Part, build
 from xlsd_train.reinit import reinitialise
 from xlsd_train.sd15 import HUB_ID
-from xlsd_train.text import copy_tokenizer, hidden_states, skipped_layers
+from xlsd_train.text import copy_tokenizer, hidden_states, skipped_layers, stretch
 
 
 @dataclass
@@ -120,13 +120,15 @@ def load_model(
     vae_spec: str | None,
     identity: Identity,
     *,
-    unet: Path | None = None,
-    text_encoder: Path | None = None,
-    tokenizer: Path | None = None,
+    unet: str | None = None,
+    text_encoder: str | None = None,
+    tokenizer: str | None = None,
     ema: bool = False,
+    tokens: int | None = None,
 ) -> Model:
     """The model of `--model` and `--vae`, with parts of it replaced, its VAE the store's.
 
+    `tokens` stretches a text encoder that reads fewer.
     Raises UserError where there is none, it is no SD1.5-like model, or cannot decode the store.
     """
     own_vae = spec is not None and vae_spec is None
@@ -145,11 +147,13 @@ def load_model(
             f"{identity.channels}; give another --model or --data"
         )
     if own_vae and parts.vae is not None:
-        return assemble(parts, _store_vae(parts.source, parts.vae, identity))
-    return assemble(parts, vae_of(identity, vae_spec))
+        vae = _store_vae(parts.source, parts.vae, identity)
+    else:
+        vae = vae_of(identity, vae_spec)
+    return assemble(parts, vae, tokens)
 
 
-def assemble(parts: Parts, vae: Vae) -> Model:
+def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
     """The model with its weights read. Raises UserError where a part is not to be had."""
     parts = completed(parts)
     assert parts.text_encoder is not None
@@ -163,7 +167,20 @@ def assemble(parts: Parts, vae: Vae) -> Model:
             f"{told}; name a folder with vocab.json and merges.txt as --tokenizer"
         ) from error
     unet, text_encoder = build(parts.unet), build(parts.text_encoder)
-    return Model(unet, text_encoder, vae, tokenizer, parts.scheduler, parts.source, parts.tokenizer)
+    if len(tokenizer) > (known := text_encoder.config.vocab_size):
+        raise UserError(
+            f"the tokenizer {parts.tokenizer} has {len(tokenizer)} words and the text encoder "
+            f"{parts.text_encoder.source} knows {known}; name the one that belongs to it as "
+            f"--tokenizer"
+        )
+    if tokens is not None:
+        stretch(text_encoder, tokens)
+    # Diffusers' pipelines cut prompts to what the tokenizer says, which is 77 whatever reads them.
+    tokenizer.model_max_length = text_encoder.config.max_position_embeddings
+    return Model(
+        unet, text_encoder, vae, tokenizer, parts.scheduler, parts.source, parts.tokenizer,
+        parts.clip_skip,
+    )  # fmt: skip
 
 
 def model_vae(source: str, part: Part) -> Vae:

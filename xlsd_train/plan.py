@@ -9,8 +9,8 @@ from xlsd_cache import UserError
 from xlsd_cache.store import LatentStore
 from xlsd_train import sd15
 from xlsd_train.cards import CARDS
-from xlsd_train.config import PlanConfig
-from xlsd_train.find import find
+from xlsd_train.commands import PlanConfig
+from xlsd_train.find import find, part_of, text_encoder_of
 from xlsd_train.memory import GIB, SLICES, Planner, Prediction, asked, largest, limit_of
 from xlsd_train.rehearsal import Size
 from xlsd_train.step import Plan, Way
@@ -66,9 +66,19 @@ def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of UNet and text encoder; SD1.5's where no model is named, without fetching it."""
     unet, text_encoder = {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER
     if config.model is not None:
-        parts = find(config.model, vae=False)
+        parts = find(
+            config.model, unet=config.unet, text_encoder=config.text_encoder, ema=config.model_ema,
+            vae=False,
+        )  # fmt: skip
         unet = parts.unet.config
         text_encoder = parts.text_encoder.config if parts.text_encoder else text_encoder
+    else:
+        if config.unet is not None:
+            unet = part_of("unet", config.unet, unet, "--unet").config
+        if config.text_encoder is not None:
+            text_encoder = text_encoder_of(config.text_encoder, text_encoder)[0].config
+    if config.tokens is not None:
+        text_encoder = {**text_encoder, "max_position_embeddings": config.tokens}
     return unet, text_encoder
 
 

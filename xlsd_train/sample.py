@@ -1,25 +1,21 @@
 """Samples of the live model, by diffusers' own pipeline, that leave training untouched."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
 from xlsd_cache.store import LatentStore
 from xlsd_train import draw
-from xlsd_train.captions import Columns, tokenize
+from xlsd_train.captions import Columns
 from xlsd_train.model import Model
 from xlsd_train.parts import Parts
+from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture
 from xlsd_train.selection import Selection
 
 PROMPTS = 4  # taken from the store where no file is given
@@ -43,60 +39,25 @@ class Sampler:
         The noise is drawn on the CPU from generators of its own, and the modules are back in
         training mode and the VAE off the card after.
         """
-        device = accelerator.device
-        scheduler: Any = DPMSolverMultistepScheduler.from_config(model.scheduler_config)
-        pipeline: Any = StableDiffusionPipeline(
-            vae=model.vae.model.to(device),
-            text_encoder=model.text_encoder,
-            tokenizer=model.tokenizer,
-            unet=model.unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
+        model.vae.model.to(accelerator.device)
+        pipeline = pipeline_of(model)
         target = folder / "samples" / f"step-{step:08d}"
         target.mkdir(parents=True, exist_ok=True)
         for part in (model.unet, model.text_encoder):
             part.eval()
         try:
             for i, prompt in enumerate(self.prompts):
-                ids = tokenize(model.tokenizer, [prompt, ""], model.tokens).to(device)
+                asked = Picture(
+                    prompt, "", self.seed + i, self.steps, self.guidance, self.width, self.height
+                )
                 with accelerator.autocast():
-                    # The same states as in training; each alone, so that no prompt's depend on
-                    # another's.
-                    with torch.no_grad():
-                        states, none = (model.encode(one[None]) for one in ids)
-                    image = pipeline(
-                        prompt_embeds=states,
-                        negative_prompt_embeds=none,
-                        width=self.width,
-                        height=self.height,
-                        num_inference_steps=self.steps,
-                        guidance_scale=self.guidance,
-                        generator=torch.Generator().manual_seed(self.seed + i),
-                    ).images[0]
-                self._save(image, target / f"{i:02d}.png", prompt, step, i)
+                    image = draw_picture(model, pipeline, asked)
+                save_picture(image, target / f"{i:02d}.png", asked, training_step=step)
         finally:
             for part in (model.unet, model.text_encoder):
                 part.train()
             model.vae.model.to("cpu")
         return self._grid(folder / "samples")
-
-    def _save(self, image: Image.Image, path: Path, prompt: str, step: int, i: int) -> None:
-        told = {
-            "prompt": prompt,
-            "seed": self.seed + i,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "scheduler": "DPM++ 2M",
-            "training_step": step,
-        }
-        info = PngInfo()
-        info.add_text("xlsd", json.dumps(told, ensure_ascii=False))
-        with replacing(path) as temporary:
-            image.save(temporary, "PNG", pnginfo=info)
 
     def _grid(self, samples: Path) -> Path:
         """Steps down, prompts across; of many steps some, the first and last among them."""
@@ -121,6 +82,18 @@ class Sampler:
         return path
 
 
+def read_lines(path: Path, option: str) -> list[str]:
+    """The lines of a text file that hold anything. Raises UserError where there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {option} {path}: {error}; give a text file") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{option} {path} is empty; write one prompt a line")
+    return prompts
+
+
 def read_prompts(
     path: Path | None,
     store: LatentStore,
@@ -134,16 +107,7 @@ def read_prompts(
     Raises UserError for a file without any.
     """
     if path is not None:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read --sample-prompts {path}: {error}; give a text file"
-            ) from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"--sample-prompts {path} is empty; write one prompt a line")
-        return prompts
+        return read_lines(path, "--sample-prompts")
     texts = [store.samples[name] for name in columns.names]
     chosen: dict[str, None] = {}
     for number in draw.permutation(seed, "sample prompts", len(selection)):

@@ -30,7 +30,6 @@ from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
 from xlsd_train.selection import Selection, select
 from xlsd_train.step import Plan, Step
-from xlsd_train.swap import fit_text_encoder
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,16 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         if resumed:
             model = load_model(str(resumed), None, store.identity)
         else:
-            model = load_model(config.model, config.vae, store.identity)
-            fit_text_encoder(model, config.text_encoder, config.tokens)
+            model = load_model(
+                config.model,
+                config.vae,
+                store.identity,
+                unet=config.unet,
+                text_encoder=config.text_encoder,
+                tokenizer=config.tokenizer,
+                ema=config.model_ema,
+                tokens=config.tokens,
+            )
         model.clip_skip = config.clip_skip
         abar = alphas_cumprod(model.scheduler_config)
         named = model.prepare(config.phase, config.train)

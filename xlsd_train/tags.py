@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from xlsd_cache.store import LatentStore
 from xlsd_train.captions import Columns
-from xlsd_train.config import TagsConfig
+from xlsd_train.commands import TagsConfig
 from xlsd_train.parts import require_and_forbid
 from xlsd_train.selection import Selection, select
 

@@ -6,7 +6,9 @@ format is safetensors': eight bytes of length, a JSON header, the tensors withou
 
 import hashlib
 import json
+import math
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,7 +66,7 @@ class Stored:
         def read() -> Tensor:
             old = self.read()
             new = old.to(dtype)
-            if torch.isfinite(old).all() and not torch.isfinite(new).all():
+            if not _finite(new) and _finite(old):
                 raise OverflowError(f"{old.abs().max():g} is too large for {dtype}")
             return new
 
@@ -133,7 +135,8 @@ def compare_tensors(path: Path, tensors: Mapping[str, Stored]) -> None:
     for name, there in written.items():
         ours = tensors[name]
         same = (there.shape, there.dtype) == (ours.shape, ours.dtype)
-        if not same or not np.array_equal(_bytes(there.read()), _bytes(ours.read())):
+        # By their hashes, so that never two of them are in memory.
+        if not same or _digest(there.read()) != _digest(ours.read()):
             raise RuntimeError(f"{path}: {name} is not what was written")
 
 
@@ -155,6 +158,15 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
     return bare
 
 
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(_bytes(tensor).data).digest()
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Without the temporaries that torch.isfinite makes."""
+    return not tensor.numel() or all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
+
+
 def _is_pickle(path: Path) -> bool:
     """Whether torch.save wrote it, in its zip format or the older one."""
     with path.open("rb") as file:
@@ -165,12 +177,14 @@ def _is_pickle(path: Path) -> bool:
 
 def _open_pickle(path: Path) -> dict[str, Stored]:
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # of a path torch.load believes the suffix
+            held = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        told = " ".join(str(error).split())
+        names = re.search(r"GLOBAL (\S+)", str(error))
+        told = f"it holds {names[1]}, so" if names else "damaged, or"
         raise UserError(
-            f"{path} is a pickle that does not load as bare weights, so loading it could run code, "
-            f"or it is damaged ({told[told.find('GLOBAL') :][:120]}); give the .safetensors of it"
+            f"{path} is a pickle that is no bare weights: {told} loading it could run code; give "
+            f"the .safetensors of it"
         ) from error
     while isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
         held = held["state_dict"]

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import write_json
+from xlsd_train.hub import TOKENIZER_FILES
 
 KEPT, FACTOR = 20, 4  # LongCLIP: positions that stay as they are; how many one of the rest becomes
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER = (
-    "vocab.json", "merges.txt", "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json",
-    "added_tokens.json",
-)  # fmt: skip
 
 
 def hidden_states(encoder: Any, input_ids: Tensor, skip: int) -> Tensor:
@@ -90,7 +87,7 @@ def stretch(encoder: Any, tokens: int) -> None:
 def copy_tokenizer(source: Path, target: Path, tokens: int) -> None:
     """A tokenizer's files, and in them the length that other programs cut captions to."""
     target.mkdir(parents=True)
-    for name in TOKENIZER:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     path = target / TOKENIZER_CONFIG

@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 
 from tests.support import train
@@ -31,3 +33,11 @@ def test_an_unknown_command_exits_non_zero() -> None:
     with pytest.raises(SystemExit) as exit_code:
         train("nothing")
     assert exit_code.value.code == 2
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "run"])
+def test_each_commands_help_teaches_every_option(name: str, capsys: Out) -> None:
+    shown = help_of(name, capsys=capsys)
+    for field in fields(COMMANDS[name][0]):
+        option = f"--{field.name.replace('_', '-')}"
+        assert option in shown or field.name in ("checkpoint", "out", "models")

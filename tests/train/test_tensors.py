@@ -1,0 +1,140 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from xlsd_cache import UserError
+from xlsd_train.tensors import compare_tensors, in_memory, open_tensors, write_tensors
+
+MIXED = {
+    "b": torch.randn(3, 5),
+    "a": torch.arange(7),
+    "half": torch.randn(2, 3, 1, 1).half(),
+    "brain": torch.randn(9).bfloat16(),
+    "nothing": torch.empty(0, 4),
+    "scalar": torch.tensor(2.5),
+    "turned": torch.randn(4, 6).T,
+    "nan": torch.tensor([float("nan"), float("inf")]),
+}
+
+
+def stored() -> dict[str, object]:
+    return {name: in_memory(value) for name, value in MIXED.items()}
+
+
+def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, stored(), {"format": "pt", "über": "ß"})  # type: ignore[arg-type]
+    read = load_file(path)
+    assert read.keys() == MIXED.keys()
+    for name, value in MIXED.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name].nan_to_num(7), value.nan_to_num(7))
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["über"] == "ß"
+    header = json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
+    for name, about in header.items():
+        if name != "__metadata__":  # memory-mapped readers want each at its own size's multiple
+            assert about["data_offsets"][0] % MIXED[name].element_size() == 0
+    compare_tensors(path, stored())  # type: ignore[arg-type]
+
+
+def test_a_file_that_was_spoilt_is_not_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, stored(), {})  # type: ignore[arg-type]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RuntimeError, match="is not what was written"):
+        compare_tensors(path, stored())  # type: ignore[arg-type]
+    fewer = {name: it for name, it in stored().items() if name != "b"}
+    with pytest.raises(RuntimeError, match="other names"):
+        compare_tensors(path, fewer)  # type: ignore[arg-type]
+
+
+def test_tensors_are_read_only_when_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(4, 2), "b": torch.ones(3).half()}, path, {"format": "pt"})
+    tensors, metadata = open_tensors(path)
+    assert metadata == {"format": "pt"}
+    assert {name: (it.shape, it.dtype) for name, it in tensors.items()} == {
+        "a": ((4, 2), torch.float32), "b": ((3,), torch.float16)
+    }  # fmt: skip
+    save_file({"a": torch.full((4, 2), 5.0)}, path, {"format": "pt"})
+    assert torch.equal(tensors["a"].read(), torch.full((4, 2), 5.0))
+
+
+def test_a_pickle_of_bare_tensors_is_read_as_its_state_dict(tmp_path: Path) -> None:
+    held = {"global_step": 7, "state_dict": {"x": torch.ones(2), "y": 3}}
+    for legacy in (False, True):
+        path = tmp_path / f"{legacy}.ckpt"
+        torch.save(held, path, _use_new_zipfile_serialization=not legacy)
+        tensors, _ = open_tensors(path)
+        assert list(tensors) == ["x"]
+        assert torch.equal(tensors["x"].read(), torch.ones(2))
+
+
+class Runs:
+    """What an attacker pickles: loading it opens a file for writing."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.trace), "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_runs_no_code(tmp_path: Path, legacy: bool) -> None:
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "was here"
+    held = {"state_dict": {"x": torch.ones(2), "y": Runs(trace)}}
+    torch.save(held, path, _use_new_zipfile_serialization=not legacy)
+    for name in ("evil.ckpt", "evil.safetensors"):  # whatever it calls itself
+        with pytest.raises(UserError, match="it holds io.open, so loading it could run code"):
+            open_tensors(path.rename(tmp_path / name))
+        path = tmp_path / name
+    assert not trace.exists()
+    with path.open("rb") as file:
+        torch.load(file, weights_only=False)["state_dict"]["y"].close()
+    assert trace.exists()  # it is a real one
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "pointer of git"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"", "no .safetensors file"),
+        (b"\x10", "no .safetensors file"),
+        (b"garbage" * 99, "no .safetensors file"),
+        (b"PK\x03\x04 and then nothing", "pickle that is no bare weights: damaged"),
+    ],
+)
+def test_what_is_no_file_of_weights_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=told) as error:
+        open_tensors(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_cut_short_says_by_how_much(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=f"speaks of {size} bytes and it has {size - 30}"):
+        open_tensors(path)
+
+
+def test_too_large_a_number_for_half_is_an_error_and_infinity_is_not() -> None:
+    large = in_memory(torch.tensor([1e5]))
+    with pytest.raises(OverflowError, match="too large"):
+        large.to(torch.float16).read()
+    assert large.to(torch.bfloat16).read().isfinite().all()
+    assert in_memory(torch.tensor([float("inf")])).to(torch.float16).read().isinf().all()
+    whole = in_memory(torch.arange(3))
+    assert whole.to(torch.float16) is whole

@@ -1,0 +1,193 @@
+"""What is known of a model that is exported: for its metadata, and as a model card for people."""
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from xlsd_cache import __version__
+
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: text-to-image
+{%- if hub_base %}
+base_model: {{ hub_base }}
+{%- endif %}
+tags:
+- stable-diffusion
+- xlsd
+---
+# {{ title }}
+
+A model of SD1.5's shape. {{ folded }}
+The licence is that of the base model.
+
+{% if single -%}
+Put `{{ files[0][0] }}` where your program keeps SD1.5 models; it needs nothing else.
+{%- else -%}
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{{ title }}")
+```
+{%- endif %}
+
+| | |
+|---|---|
+{%- for name, value in facts %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+{%- if grid %}
+
+![samples: training steps down, prompts across]({{ grid }})
+{% for prompt in prompts %}
+- {{ prompt }}
+{%- endfor %}
+{%- endif %}
+{%- if recipe %}
+
+The run's settings:
+
+```json
+{{ recipe }}
+```
+{%- endif %}
+
+| file | sha256 |
+|---|---|
+{%- for name, hash in files %}
+| {{ name }} | `{{ hash }}` |
+{%- endfor %}
+"""
+
+
+@dataclass(frozen=True)
+class History:
+    """Where a model comes from, as far as its run's folder tells; {} and None without a run."""
+
+    source: str
+    record: dict[str, Any]  # config.json
+    state: dict[str, Any]  # of the checkpoint
+    last: dict[str, Any]  # its line of metrics.jsonl
+    validation: dict[str, Any]  # the newest line of validation.jsonl up to the checkpoint
+    date: str | None  # of the checkpoint
+    grid: Path | None  # its run's sample grid
+
+    @classmethod
+    def of(cls, source: str, checkpoint: Path | None) -> "History":
+        """Of a checkpoint in its run; what is missing there is left out."""
+        if checkpoint is None:
+            return cls(source, {}, {}, {}, {}, None, None)
+        run, state = checkpoint.parent.parent, checkpoint / "state.json"
+        seen = json.loads(state.read_bytes())
+        record = run / "config.json"
+        grid = run / "samples" / "grid.png"
+        return cls(
+            source,
+            json.loads(record.read_bytes()) if record.is_file() else {},
+            seen,
+            _line(run / "metrics.jsonl", seen["step"]),
+            _line(run / "validation.jsonl", seen["step"]),
+            datetime.fromtimestamp(int(state.stat().st_mtime), UTC).isoformat(),
+            grid if grid.is_file() else None,
+        )
+
+    @property
+    def _batch(self) -> Any:
+        """Where --batch is auto, what was found; older runs keep none beside it."""
+        return self.record.get("batch") or self.record["config"]["batch"]
+
+    def metadata(self, title: str, folded: str, scheduler: dict[str, Any]) -> dict[str, str]:
+        """For a safetensors header: modelspec's keys (sai_model_spec 1.0.0), and ours."""
+        config = _public(self.record.get("config", {}))
+        prediction = scheduler.get("prediction_type", "epsilon")
+        told = {
+            "format": "pt",
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": "stable-diffusion-v1",
+            "modelspec.title": title,
+            "modelspec.resolution": "512x512",
+            "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
+            "modelspec.date": self.date,
+            "modelspec.description": folded,
+            "xlsd.version": __version__,
+            "xlsd.source": _public(self.source),
+            "xlsd.folded": folded,
+            "xlsd.phase": config.get("phase"),
+            "xlsd.step": self.state.get("step"),
+            "xlsd.images_seen": self.state.get("images_seen"),
+            "xlsd.store": self.record.get("store", {}).get("fingerprint"),
+            "xlsd.recipe": json.dumps(config) if config else None,
+        }
+        return {name: str(value) for name, value in told.items() if value is not None}
+
+    def card(
+        self, title: str, folded: str, dtype: str, files: dict[str, str], grid: str | None
+    ) -> str:
+        """README.md. `files` maps names to hashes, one alone is a single file; `grid` is a name."""
+        config, store = _public(self.record.get("config", {})), self.record.get("store", {})
+        base = _public(self.record.get("model", {}).get("source", self.source))
+        facts = {
+            "trained from": base,
+            "what trained": config.get("phase"),
+            "steps": self.state.get("step"),
+            "images seen": self.state.get("images_seen"),
+            "images in the store": store.get("images"),
+            "the store's fingerprint": store.get("fingerprint"),
+            "images selected": store.get("selected"),
+            "batch": config.get("batch") and f"{self._batch} x {config.get('accum', 1)}",
+            "clip skip": config.get("clip_skip") or None,
+            "optimizer": config.get("optimizer"),
+            "learning rate": config.get("lr"),
+            "computed in": self.record.get("precision"),
+            "loss, smoothed": _short(self.last.get("loss_smoothed")),
+            **{f"validation: {k}": _short(v) for k, v in self.validation.items() if k != "step"},
+            "weights": dtype,
+            "made by": f"xlsd {__version__}",
+        }
+        environment = Environment(undefined=StrictUndefined, autoescape=False)  # noqa: S701 - Markdown
+        return environment.from_string(CARD).render(
+            title=title,
+            folded=folded,
+            hub_base=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+            facts=[(name, _cell(value)) for name, value in facts.items() if value is not None],
+            grid=grid,
+            prompts=[_cell(prompt) for prompt in self.record.get("prompts", ())],
+            recipe=json.dumps(config, indent=2) if config else None,
+            single=len(files) == 1,
+            files=list(files.items()),
+        )
+
+
+def _line(path: Path, step: int) -> dict[str, Any]:
+    """The newest line of a log up to this step; {} where there is none."""
+    found: dict[str, Any] = {}
+    if path.is_file():
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                told = json.loads(line) if line.endswith("\n") else {}
+                if told.get("step", step + 1) <= step:
+                    found = told
+    return found
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def _public(value: Any) -> Any:
+    """Without this machine's folders: of what names an absolute path its last part alone."""
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items()}
+    path = Path(value) if isinstance(value, str) else Path()
+    return path.name if path.is_absolute() else value
+
+
+def _cell(value: Any) -> str:
+    """Text that ends no row of a table and begins no markup."""
+    return re.sub(r"([|<\\`\[\]])", r"\\\1", " ".join(str(value).split()))

@@ -1,0 +1,200 @@
+"""One frozen dataclass for each command beside training; their command lines are generated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from xlsd_cache import UserError
+from xlsd_train.config import TrainConfig
+from xlsd_train.parts import require_and_forbid
+from xlsd_train.sd15 import HUB_ID
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Show what a run would take, before it takes it: peak memory by item, and how fast it can be.
+
+    The flags are those of training. No card and no images are needed: every way of passing the
+    batch is run on tensors without data, which takes some seconds. Speeds are what a card does at
+    100% of its peaks; half of that is good.
+    """
+
+    size: tuple[str, ...] = ()
+    """Pictures, say 512x512. Default: the buckets of --data where it exists, else 512x512."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class TagsConfig:
+    """Count the tags of a store's captions, and what a selection by tags leaves."""
+
+    store: Positional[Path]
+    """The latent store that `xlsd-cache build` made."""
+
+    caption: str | None = None
+    """Caption columns as in training: txt, or txt=3,jsonl:wd=1. Default: the store's only one."""
+
+    require_tags: str | None = None
+    """Count only samples that have all of these tags, A,B: each whole and as it is written."""
+
+    forbid_tags: str | None = None
+    """Count no sample that has any of these tags, A,B: each whole and as it is written."""
+
+    most: int = 50
+    """Tell so many tags of each column, the most frequent first; 0: all."""
+
+    json: bool = False
+    """For programs."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before the store is opened."""
+        if self.most < 0:
+            raise UserError(f"--most {self.most} is negative; 0 tells all")
+        require_and_forbid(self.require_tags, self.forbid_tags)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model for other programs.
+
+    As a folder of diffusers, or as one file with the names of SD1.5's own, which ComfyUI, A1111,
+    Forge and diffusers' from_single_file load as an ordinary SD1.5: its VAE's scaling factor is
+    folded into the weights. What was written is read back and compared before it has its name.
+    """
+
+    checkpoint: Positional[str]
+    """A run (its newest checkpoint), a checkpoint, a pipeline folder, a single file or a hub id."""
+
+    out: Positional[Path]
+    """The folder to make, or the .safetensors file."""
+
+    format: Literal["diffusers", "single-file"] = "diffusers"
+    """diffusers: SD1.5's folders. single-file: one .safetensors under latent-diffusion's names."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of all weights."""
+
+    scaling_factor: float | None = None
+    """Fold the VAE to this factor. Default: 0.18215 for single-file; for diffusers its own."""
+
+    tokenizer: str | None = None
+    """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        factor = self.scaling_factor
+        if factor is not None and not 0 < factor < float("inf"):
+            raise UserError(f"--scaling-factor {factor:g} is not a positive number; give 0.18215")
+        single = self.format == "single-file"
+        if single and self.out.suffix != ".safetensors":
+            raise UserError(
+                f"{self.out} does not end in .safetensors, which programs tell a single file by; "
+                f"name it so, or leave out --format single-file"
+            )
+        if not single and self.out.suffix == ".safetensors":
+            raise UserError(
+                f"{self.out} names a file and --format diffusers writes a folder; add "
+                f"--format single-file, or name a folder"
+            )
+        refuse_existing(self.out)
+        if single:
+            refuse_existing(self.out.with_suffix(".md"))  # its card
+
+
+@dataclass(frozen=True)
+class SwapConfig:
+    """Write SD1.5 with another VAE in it, untrained: where training with that VAE begins.
+
+    A folder of diffusers, whose VAE's config says its own scaling factor.
+    """
+
+    out: Positional[Path]
+    """The folder to make."""
+
+    model: str = HUB_ID
+    """A hub id, pipeline folder, single file, checkpoint or run."""
+
+    vae: str = "sdxl"
+    """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id, a folder or a .safetensors file."""
+
+    vae_scaling_factor: float | None = None
+    """Of a --vae in a single file, which does not say it: 0.13025 for SDXL's, 0.18215 for SD's."""
+
+    text_encoder: str | None = None
+    """Take the text encoder from here: a hub id, a folder, say of LongCLIP, a file or a run."""
+
+    tokenizer: str | None = None
+    """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        factor = self.vae_scaling_factor
+        if factor is not None and not 0 < factor < float("inf"):
+            raise UserError(f"--vae-scaling-factor {factor:g} is not a positive number")
+        refuse_existing(self.out)
+
+
+Scheduler = Literal["dpm++", "dpm++-karras", "euler", "euler-a", "ddim", "unipc"]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw the same prompts from the same seeds with one model or several, and compare them.
+
+    Writes a PNG for each picture, whose metadata say how it was made, OUT/grid.png (models down,
+    prompts across) and OUT/index.html, one page that needs nothing else, with a slider between any
+    two models. Each model draws with its own VAE.
+
+    A line of --prompts may carry its own settings after the prompt, as in `a cat, solo --seed 5
+    --steps 30 --guidance 4 --size 512x768 --negative blurry, text`: these five, in any order, each
+    up to the next.
+    """
+
+    models: Positional[tuple[str, ...]]
+    """Runs, checkpoints, pipeline folders, single files or hub ids; NAME=... gives one a name."""
+
+    prompts: Path
+    """A text file of prompts, one a line."""
+
+    out: Path = Path("comparison")
+    """The folder to make."""
+
+    scheduler: Scheduler = "dpm++"
+    """DPM++ 2M, the same with Karras' noise levels, Euler, Euler ancestral, DDIM, or UniPC."""
+
+    steps: int = 20
+    """Denoising steps a picture."""
+
+    guidance: float = 7.5
+    """Classifier-free guidance."""
+
+    negative: str = ""
+    """What pictures should not show."""
+
+    size: str = "512x512"
+    """Width and height in pixels, multiples of 8."""
+
+    seed: int = 0
+    """Of the first prompt; each following one has the next."""
+
+    tokenizer: str | None = None
+    """A folder with vocab.json and merges.txt, for single files. Default: the hub's SD1.5's."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        if not self.models:
+            raise UserError("no model is named; give one or several, and --prompts FILE")
+        refuse_existing(self.out)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises UserError where something that is not an empty folder has this name already."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already and is not overwritten; remove it or name another")

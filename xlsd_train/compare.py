@@ -1,0 +1,119 @@
+"""`xlsd-train sample`: the same prompts and seeds drawn by several models, side by side."""
+
+import gc
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from xlsd_cache import UserError
+from xlsd_cache.durable import replacing, write_bytes
+from xlsd_cache.precision import set_precision
+from xlsd_train.commands import SampleConfig
+from xlsd_train.export import fold_vae
+from xlsd_train.find import Parts, find
+from xlsd_train.model import assemble, model_vae
+from xlsd_train.page import grid, page
+from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture
+from xlsd_train.prompts import pictures
+from xlsd_train.tensors import sha256_of
+
+# Of a model's scheduler what belongs to the model. Where steps fall and how they are taken is the
+# same for all models compared, whatever their files say.
+NOISE = (
+    "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "
+    "rescale_betas_zero_snr steps_offset set_alpha_to_one use_flow_sigmas flow_shift"
+).split()
+
+
+def compare(config: SampleConfig) -> Path:
+    """Draw everything, one model in memory at a time; returns OUT/index.html.
+
+    Raises UserError before the first picture where a prompt or a model cannot be drawn.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu" if cpu else "cuda")
+    print(set_precision("fp32"))
+    asked = pictures(config)
+    names = _names(config.models)
+    models = [find(source, tokenizer=_tokenizer(source, config)) for source in names.values()]
+    for parts in models:
+        if parts.vae is None:
+            raise UserError(f"{parts.source} holds no VAE to draw with; export it with one first")
+    config.out.mkdir(parents=True, exist_ok=True)
+    files = []
+    with tqdm(total=len(models) * len(asked), unit="image") as bar:
+        for number, (name, parts) in enumerate(zip(names, models, strict=True)):
+            folder = config.out / f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
+            folder.mkdir()
+            files.append(_draw(name, parts, asked, folder, device, config.scheduler, bar))
+    with replacing(config.out / "grid.png") as temporary:
+        grid(list(names), asked, files).save(temporary, "PNG")
+    html = config.out / "index.html"
+    write_bytes(html, page(list(names), asked, files).encode())
+    print(f"pictures and grid {config.out / 'grid.png'}; to compare any two: {html}")
+    return html
+
+
+def _draw(
+    name: str,
+    parts: Parts,
+    asked: list[Picture],
+    folder: Path,
+    device: torch.device,
+    scheduler: str,
+    bar: Any,
+) -> list[Path]:
+    """One model's pictures."""
+    assert parts.vae is not None
+    # Diffusers' pipeline knows one factor: whatever else a VAE's latents need is folded into it.
+    vae, _ = fold_vae(parts.vae, trained=parts.trained)
+    noise = {name: parts.scheduler[name] for name in NOISE if name in parts.scheduler}
+    parts = replace(parts, vae=vae, scheduler={**noise, "clip_sample": False})
+    model = assemble(parts, model_vae(parts.source, vae))
+    model.text_encoder.requires_grad_(False)
+    pipeline = pipeline_of(model, scheduler).to(device)
+    source = Path(parts.source)
+    model_hash = sha256_of(source)[:10] if source.is_file() else None  # as A1111 writes it
+    paths = []
+    for i, picture in enumerate(asked):
+        path = folder / f"{i:02d}.png"
+        try:
+            image = draw_picture(model, pipeline, picture)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"a picture of {picture.width}x{picture.height} needs more memory than the card "
+                f"has; give a smaller --size, or --device cpu"
+            ) from error
+        save_picture(image, path, picture, name, model_hash, source=_last(parts))
+        paths.append(path)
+        bar.update()
+    del pipeline, model
+    gc.collect()  # before the next one is loaded
+    return paths
+
+
+def _names(models: tuple[str, ...]) -> dict[str, str]:
+    """A name for each model, given as NAME=MODEL or the last part of where it lies -> the model."""
+    names: dict[str, str] = {}
+    for given in models:
+        name, _, source = given.rpartition("=")
+        named = bool(name) and not Path(given).exists()
+        name, source = (name, source) if named else (Path(given).name or given, given)
+        while name in names:
+            name += "'"
+        names[name] = source
+    return names
+
+
+def _tokenizer(source: str, config: SampleConfig) -> str | None:
+    return config.tokenizer if Path(source).is_file() else None
+
+
+def _last(parts: Parts) -> str:
+    return Path(parts.source).name + (f"/{parts.checkpoint.name}" if parts.checkpoint else "")

@@ -1,0 +1,201 @@
+"""`xlsd-train export`: a model for other programs, written a tensor at a time and read back."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from glob import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+
+from xlsd_cache import UserError
+from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_bytes, write_json
+from xlsd_train import sd15
+from xlsd_train.card import History
+from xlsd_train.commands import ExportConfig
+from xlsd_train.find import CONFIGS, Parts, completed, find
+from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
+from xlsd_train.network import Part, empty
+from xlsd_train.single_file import single_file
+from xlsd_train.tensors import Stored, compare_tensors, in_memory, sha256_of, write_tensors
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the model and its card; prints each file's sha256. Returns `config.out`.
+
+    Raises UserError for a model that is damaged, or that cannot be had in this form.
+    """
+    single = config.format == "single-file"
+    parts = completed(find(config.checkpoint, tokenizer=config.tokenizer), not single)
+    return write_model(parts, config.out, single, config.dtype, config.scaling_factor)
+
+
+def write_model(
+    parts: Parts, out: Path, single: bool, dtype: str = "fp32", factor: float | None = None
+) -> Path:
+    """A whole model, as a single file or as a folder of diffusers, durably or not at all."""
+    if parts.vae is None:
+        raise UserError(f"{parts.source} holds no VAE; export a model that has one")
+    factor = SD15_FACTOR if single and factor is None else factor
+    vae, folded = fold_vae(parts.vae, factor, parts.trained)
+    history = History.of(parts.source, parts.checkpoint)
+    parts = replace(parts, vae=vae)
+    title = out.stem if single else out.name
+    metadata = history.metadata(title, folded, parts.scheduler)
+    grid = f"{title}.samples.png" if single else "samples.png"
+    write = _write_file if single else _write_folder
+    with _appearing(out) as temporary:
+        try:
+            hashes = write(parts, temporary, out, DTYPES[dtype], metadata)
+        except OverflowError as error:
+            raise UserError(
+                f"{parts.source} has weights that {dtype} cannot hold: {error}; give --dtype bf16 "
+                f"or fp32"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot export {parts.source} to {out}: {error}; nothing was written there: mend "
+                f"that and run the same again"
+            ) from error
+        card = history.card(title, folded, dtype, hashes, grid if history.grid else None)
+        beside = out.parent if single else temporary
+        write_bytes(beside / (f"{title}.md" if single else "README.md"), card.encode())
+        if history.grid is not None:
+            write_bytes(beside / grid, history.grid.read_bytes())
+    print(folded)
+    for file, digest in hashes.items():
+        path = out if single else out / file
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
+    return out
+
+
+def fold_vae(
+    part: Part, factor: float | None = None, trained: Normalisation | None = None
+) -> tuple[Part, str]:
+    """The VAE for loaders that scale by `factor` alone, and in words what was done to it.
+
+    None: its own factor; and trained with it. Raises UserError where nothing can be folded.
+    """
+    config = empty("vae", part.config).config  # with the defaults that older files rely on
+    own = float(config["scaling_factor"])
+    what = "normalisation of each channel" if trained else f"scaling factor {own:g}"
+    trained = trained or Normalisation.of(config)
+    factor = own if factor is None else factor
+    if trained.is_factor(factor):
+        return part, f"The VAE is unchanged: its scaling factor is {factor:g}."
+    if part.config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise UserError(
+            f"{part.source} is an {part.config['_class_name']}, into which no scaling factor "
+            f"can be folded; export with --format diffusers and without --scaling-factor"
+        )
+    weights = {name: part.tensors[name].read() for name in part.tensors if "quant_conv" in name}
+    folded = {name: in_memory(value) for name, value in fold(weights, trained, factor).items()}
+    told = (
+        f"The VAE's {what} is folded into its quant_conv and post_quant_conv, so that the factor "
+        f"{factor:g} is right for it."
+    )
+    changed = {**part.config, "scaling_factor": factor, "shift_factor": None}
+    return replace(part, config=changed, tensors={**part.tensors, **folded}), told
+
+
+def _write_file(
+    parts: Parts, temporary: Path, out: Path, dtype: torch.dtype, metadata: dict[str, str]
+) -> dict[str, str]:
+    assert parts.text_encoder is not None
+    assert parts.vae is not None
+    tensors = single_file(parts.unet, parts.text_encoder, parts.vae, parts.scheduler, dtype)
+    configs = {part.kind: part.config for part in (parts.unet, parts.text_encoder, parts.vae)}
+    told = {**metadata, "modelspec.implementation": "sgm", CONFIGS: json.dumps(configs)}
+    return {out.name: _write_weights(temporary, tensors, told)}
+
+
+def _write_folder(
+    parts: Parts, temporary: Path, _: Path, dtype: torch.dtype, metadata: dict[str, str]
+) -> dict[str, str]:
+    told, hashes = {**metadata, "modelspec.implementation": "diffusers"}, {}
+    temporary.mkdir(parents=True)
+    for part in (parts.unet, parts.text_encoder, parts.vae):
+        assert part is not None
+        (temporary / part.kind).mkdir()
+        config = {k: v for k, v in part.config.items() if k != "_name_or_path"}
+        if part.kind == "text_encoder":
+            config = {k: v for k, v in config.items() if k != "dtype"}
+            config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        write_json(temporary / part.kind / "config.json", config)
+        tensors = {name: stored.to(dtype) for name, stored in part.tensors.items()}
+        file = f"{part.kind}/{FILES[part.kind]}"
+        hashes[file] = _write_weights(temporary / file, tensors, told)
+    _write_tokenizer(parts.tokenizer, temporary / "tokenizer")
+    (temporary / "scheduler").mkdir()
+    write_json(temporary / "scheduler" / "scheduler_config.json", parts.scheduler)
+    index = {**sd15.INDEX, "_diffusers_version": version("diffusers")}
+    index["scheduler"] = ["diffusers", parts.scheduler.get("_class_name", "PNDMScheduler")]
+    assert parts.vae is not None
+    index["vae"] = ["diffusers", parts.vae.config.get("_class_name", "AutoencoderKL")]
+    write_json(temporary / "model_index.json", index)
+    return hashes
+
+
+def _write_weights(path: Path, tensors: Mapping[str, Stored], metadata: dict[str, str]) -> str:
+    """Write, force to the disk, read back and compare; returns the file's sha256."""
+    write_tensors(path, tensors, metadata)
+    fsync_file(path)
+    compare_tensors(path, tensors)
+    return sha256_of(path)
+
+
+def _write_tokenizer(source: Path | None, target: Path) -> None:
+    """vocab.json and merges.txt, which every program reads, and what lies beside them.
+
+    Today's transformers may write both into tokenizer.json alone: they are taken out of it.
+    """
+    assert source is not None
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".json", ".txt"):
+            shutil.copyfile(path, target / path.name)
+    if not (target / "vocab.json").exists() or not (target / "merges.txt").exists():
+        try:
+            model: dict[str, Any] = json.loads((source / "tokenizer.json").read_bytes())["model"]
+            pairs = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+            vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the tokenizer in {source} has neither vocab.json and merges.txt nor a "
+                f"tokenizer.json of their kind ({error}); give a whole model"
+            ) from error
+        write_bytes(target / "vocab.json", vocabulary.encode())
+        write_bytes(target / "merges.txt", "\n".join(["#version: 0.2", *pairs, ""]).encode())
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """Yield a temporary path; when the block ends well, it becomes `out`, durably and whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{escape(out.name)}.*{TEMPORARY}"):  # by a killed export
+        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        yield temporary
+        for path in [temporary, *temporary.rglob("*")]:
+            fsync_folder(path) if path.is_dir() else fsync_file(path)
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        temporary.rename(out)
+        fsync_folder(out.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
