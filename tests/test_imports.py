@@ -24,8 +24,8 @@ CACHE = (
 ).split()
 TRAIN = (
     "draw schedule captions batches diffusion sd15 names fold tensors foreign parts find choose "
-    "config reinit model cards lion rate optim layers sliced step footprint rehearsal memory plateau "
-    "checkpoint meter sample run session loop plan cli __main__"
+    "config reinit model cards lion rate optim layers sliced step footprint rehearsal memory "
+    "plateau checkpoint meter sample run session loop plan cli __main__"
 ).split()
 
 
