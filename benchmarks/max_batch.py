@@ -26,6 +26,7 @@ import tyro
 
 from benchmarks.allocations import peak_of
 from benchmarks.real_step import (
+    deterministic,
     drawn_batch,
     here,
     limit_card,
@@ -33,7 +34,7 @@ from benchmarks.real_step import (
     model_of,
     networks,
     step_of,
-)  # fmt: skip
+)
 from xlsd_cache import Precision, UserError
 from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.precision import set_precision
@@ -112,12 +113,14 @@ def main(config: MaxBatchConfig, command: Sequence[str]) -> None:
         print("predicted only: nothing is measured, for there is no CUDA card here")
     else:
         limit_card(limit / GIB)
+        deterministic()
     columns = ["phase", "optimizer", "tokens", "size", "way", "largest", "FLOPs"]
     columns += ["measured", "batch", "GiB", "allocated", "error", "reserved"] * (device == "cuda")
     print(row(columns))
     for phase, optimizer, tokens in cases(config):
         settings = TrainConfig(phase, optimizer=optimizer, precision=config.precision).resolved()
         planner = planner_of(config, settings, tokens, workspaces=True)
+        trial: Trial | None = None  # the last one's model goes before the next is made
         trial = Trial(config, settings, tokens) if device == "cuda" else None
         for name in config.size:
             size = latents(name)

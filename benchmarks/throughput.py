@@ -34,6 +34,7 @@ from benchmarks.plain_loop import PlainLoop, optimizer_of, vae_of
 from benchmarks.real_step import (
     CAPTIONS,
     captions_of,
+    deterministic,
     drawn_batch,
     here,
     limit_card,
@@ -41,7 +42,7 @@ from benchmarks.real_step import (
     model_of,
     peak_tflops,
     step_of,
-)  # fmt: skip
+)
 from benchmarks.turns import Contestant, Result, take_turns
 from xlsd_cache import Precision, UserError
 from xlsd_cache.cli import main as xlsd_cache
@@ -193,7 +194,8 @@ def measure_phase(config: ThroughputConfig) -> Measured:
     if device == "cuda":
         if config.limit_gib:
             limit_card(config.limit_gib)
-        torch.use_deterministic_algorithms(config.deterministic)
+        if config.deterministic:
+            deterministic()
     peak, source = peak_tflops(config.precision, config.peak_tflops, device)
     model, settings = model_of(config.model), settings_of(config)
     plan = plan_of(config, settings, model)
@@ -223,6 +225,7 @@ def contestants_of(
     if not config.fake_data:
         found[STORE] = ours(step, open_feed(config, folder, step, stack))
     if config.channels_last:
+        model.unet.to(memory_format=torch.channels_last)  # and so is the optimizer's state
         other = step_of(Step, model, settings, plan, device)
         found[LAST] = ours(other, itertools.repeat(batch), torch.channels_last)
     if config.against:
