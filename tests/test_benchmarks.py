@@ -71,14 +71,13 @@ def test_throughput_against_a_plain_loop_needs_no_store() -> None:
 
 def test_max_batch_predicts_what_the_allocator_holds() -> None:
     lines = run(
-        "benchmarks/max_batch.py", "--model", "nano", "--check", "--phase", "unet", "te",
-        "--size", "256x192", "--batch", "2", "--slices", "1", "--way", "plain", "feed-forward",
-        "sliced",
+        "benchmarks/max_batch.py", "--model", "nano", "--check", "--phase", "te",
+        "--size", "256x192", "--batch", "2", "--slices", "1", "--way", "plain", "sliced",
     )  # fmt: skip
     errors = [float(line.split()[-2].rstrip("%")) for line in lines if line.split()[-2][-1] == "%"]
-    assert len(errors) == 2 * 5
+    assert len(errors) == 3
     assert 0 < max(map(abs, errors)) <= 3
-    assert verdicts(lines)[0].startswith("PASS  10 of 10")
+    assert verdicts(lines)[0].startswith("PASS  3 of 3")
 
 
 def test_max_batch_finds_the_largest_batch() -> None:
