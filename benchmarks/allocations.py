@@ -34,8 +34,8 @@ def peak_of(step: Step, batches: Sequence[Batch]) -> int:
                 events.append((event.start_time_ns, fields.total_allocated, fields.alloc_size))
     events.sort(key=lambda event: event[0])
     _, total, size = events[0]
-    peak: int = there + max(now for _, now, _ in events) - (total - size)
-    return peak
+    most: int = max(now for _, now, _ in events) - (total - size)
+    return there + most
 
 
 def held(step: Step) -> int:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
-from benchmarks.throughput import machine
+from benchmarks.real_step import machine
 from xlsd_cache import Precision, UserError
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.cli import quiet_libraries
@@ -78,7 +78,7 @@ def main(config: CacheConfig, command: Sequence[str]) -> None:
         spec = str(make_vae(folder / "vae")) if config.vae == "shape" else config.vae
         vae = load_vae(spec)
         paths = make_photos(folder / "images", config.images)
-        print(f"machine: {machine(device)}")
+        print(f"machine: {machine(device.type)}")
         print(f"command: {shlex.join(('python', 'benchmarks/cache.py', *command))}")
         print(f"precision: {set_precision(config.precision)}")
         print(f"VAE: {config.vae}; {config.images} photos to {config.resolution}x", end="")

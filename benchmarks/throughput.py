@@ -2,55 +2,58 @@
 
     python benchmarks/throughput.py                            a small model, any machine
     python benchmarks/throughput.py --model sd15 --batch 32    SD1.5's shapes, random weights
+    python benchmarks/throughput.py --against diffusers        beside the loop that most people use
 
-The two feeds take turns in one run, so their ratio holds when the machine's speed drifts; what the
-store's costs more is the loader. FLOPs are counted on the step itself, recomputation included.
+All that is measured takes turns in one run, so ratios hold when the machine's speed drifts; what
+the store's feed costs more is the loader. FLOPs are counted on the steps themselves, recomputation
+included.
 """
 
 import itertools
 import multiprocessing
 import shlex
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a file
 
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from PIL import Image
-from transformers import CLIPTokenizer
+from torch import Tensor
 
-from benchmarks.demo.pipeline import VAE, make_networks, make_pipeline
-from benchmarks.machine import cpu_name
+from benchmarks.demo.pipeline import VAE
+from benchmarks.plain_loop import PlainLoop, optimizer_of, vae_of
+from benchmarks.real_step import (
+    CAPTIONS,
+    captions_of,
+    deterministic,
+    drawn_batch,
+    here,
+    limit_card,
+    machine,
+    model_of,
+    peak_tflops,
+    step_of,
+)
+from benchmarks.turns import Contestant, Result, take_turns
 from xlsd_cache import Precision, UserError
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.precision import set_precision
 from xlsd_cache.store import LatentStore
-from xlsd_cache.vae import load_vae
 from xlsd_train.batches import Batch, BatchSource, Loader
-from xlsd_train.captions import Captions, Columns
-from xlsd_train.cards import card_named
+from xlsd_train.captions import Columns
 from xlsd_train.config import Optimizer, Phase, TrainConfig
-from xlsd_train.diffusion import alphas_cumprod
-from xlsd_train.footprint import flop_counter
-from xlsd_train.memory import SLICES
+from xlsd_train.memory import GIB, SLICES, Planner, limit_of
 from xlsd_train.model import Model
-from xlsd_train.optim import make_optimizer
-from xlsd_train.run import peak_gib
 from xlsd_train.schedule import Schedule
 from xlsd_train.selection import select
 from xlsd_train.step import Plan, Step
@@ -84,8 +87,15 @@ class ThroughputConfig:
     optimizer: Optimizer = "lion"
     """As in xlsd-train."""
 
-    memory: Literal["plain", "cheap", "feed-forward", "sliced"] = "plain"
-    """As in xlsd-train."""
+    against: Literal["diffusers"] | None = None
+    """Also a plain loop: UNet2DConditionModel with gradient checkpointing and the libraries'
+    optimizers, once with cached latents, once with the VAE's encoding in every step."""
+
+    channels_last: bool = False
+    """Also our step on channels-last memory."""
+
+    memory: Literal["fastest", "plain", "cheap", "feed-forward", "sliced"] = "plain"
+    """As in xlsd-train. fastest: what it would choose for --limit-gib or the whole card."""
 
     micro_batch: int | None = None
     """As in xlsd-train. Default: the batch; 4 where it is sliced."""
@@ -111,15 +121,18 @@ class Measured:
     precision: str
     peak: float  # TFLOP/s
     peak_source: str
-    tflop: float  # a step, by every kernel that ran
-    seconds: dict[str, float]  # feed -> median of a step
-    peak_gib: float
+    plan: str
+    results: dict[str, Result]  # by what was measured
+
+
+COLUMNS = ("phase", "data", "steps/s", "images/s", "TFLOP/step", "TFLOP/s", "% of peak", "GiB")
+DEFAULT_RESOLUTION = {"demo": 256, "sd15": 512}
+MEMORY, STORE, LAST, CACHED, ENCODED = "memory", "store", "ch. last", "plain", "plain+VAE"
 
 
 def main(config: ThroughputConfig, command: Sequence[str]) -> None:
     """Measure each phase in a process of its own, whose memory's peak is its own; one table."""
-    side = config.resolution or DEFAULT_RESOLUTION[config.model]
-    columns = ("phase", "data", "steps/s", "images/s", "TFLOP/step", "TFLOP/s", "% of peak", "GiB")
+    side = side_of(config)
     for phase in config.phase:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             found = process.submit(measure_phase, replace(config, phase=(phase,))).result()
@@ -129,126 +142,145 @@ def main(config: ThroughputConfig, command: Sequence[str]) -> None:
             print(f"precision: {found.precision}")
             print(f"peak: {found.peak:.3g} TFLOP/s ({found.peak_source})")
             print(
-                f"{config.model}, {side}x{side}, batch {config.batch}, {config.optimizer}, ", end=""
+                f"{config.model}, {side}x{side}, batch {config.batch}, {config.optimizer}, "
+                f"{found.plan}, median of {config.steps} steps"
             )
-            print(f"{plan_of(config)}, median of {config.steps} steps")
-            print("".join(f"{name:>11}" for name in columns))
-        for data, seconds in found.seconds.items():
-            rate, share = found.tflop / seconds, 100 * found.tflop / seconds / found.peak
-            cells = [f"{1 / seconds:.4g}", f"{config.batch / seconds:.4g}", f"{found.tflop:.4g}"]
-            cells += [f"{rate:.4g}", f"{share:.1f}", f"{found.peak_gib:.2f}"]
-            print("".join(f"{cell:>11}" for cell in (phase, data, *cells)))
-        if len(found.seconds) == 2:
-            fake, store = found.seconds["memory"], found.seconds["store"]
-            print(f"{'':>11}the loader's share of the step: {100 * (store - fake) / store:+.1f}%")
+            if config.against:
+                print(f"{CACHED}: a loop as diffusers' example has it; {ENCODED}: it encodes, too")
+            print("".join(f"{name:>11}" for name in COLUMNS))
+        for name, result in found.results.items():
+            print("".join(f"{cell:>11}" for cell in row(phase, name, result, config, found.peak)))
+        for line in compared(found.results):
+            print(f"{'':>11}{line}")
         sys.stdout.flush()
 
 
-DEFAULT_RESOLUTION = {"demo": 256, "sd15": 512}
+def row(phase: str, name: str, result: Result, config: ThroughputConfig, peak: float) -> list[str]:
+    """Of the table."""
+    if result.seconds is None:
+        return [phase, name, "out of memory"]
+    rate = result.tflop / result.seconds
+    cells = [f"{1 / result.seconds:.4g}", f"{config.batch / result.seconds:.4g}"]
+    cells += [f"{result.tflop:.4g}", f"{rate:.4g}", f"{100 * rate / peak:.1f}"]
+    return [phase, name, *cells, f"{result.peak_gib:.2f}"]
+
+
+def compared(results: dict[str, Result]) -> list[str]:
+    """What the rows mean for each other."""
+    seconds = {name: result.seconds for name, result in results.items() if result.seconds}
+    lines = []
+    if MEMORY in seconds and STORE in seconds:
+        share = 100 * (seconds[STORE] - seconds[MEMORY]) / seconds[STORE]
+        lines.append(f"the loader's share of the step: {share:+.1f}%")
+    pairs = [(x, y) for x in (MEMORY, STORE, LAST) for y in (CACHED, ENCODED)]
+    lines += [
+        f"images/s, {x} / {y}: {seconds[y] / seconds[x]:.3f}"
+        for x, y in [*pairs, (LAST, MEMORY)]
+        if x in seconds and y in seconds
+    ]
+    return lines
+
+
+def side_of(config: ThroughputConfig) -> int:
+    """Pixels of a side."""
+    return config.resolution or DEFAULT_RESOLUTION[config.model]
 
 
 def measure_phase(config: ThroughputConfig) -> Measured:
     """Everything about `config.phase[0]`, in this process."""
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     if config.threads:
         torch.set_num_threads(config.threads)
     precision = set_precision(config.precision)
-    if device.type == "cuda":
+    if device == "cuda":
         if config.limit_gib:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(config.limit_gib * 2**30 / total)
-        torch.use_deterministic_algorithms(config.deterministic)
-    peak, source = peak_tflops(config, device)
-    with tempfile.TemporaryDirectory() as folder:
-        seconds, tflop = measure(config, device, Path(folder))
-    told = machine(device), precision, peak, source
-    return Measured(*told, tflop, seconds, peak_gib(device))
+            limit_card(config.limit_gib)
+        if config.deterministic:
+            deterministic()
+    peak, source = peak_tflops(config.precision, config.peak_tflops, device)
+    model, settings = model_of(config.model), settings_of(config)
+    plan = plan_of(config, settings, model)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        contestants = contestants_of(config, settings, model, plan, device, Path(folder), stack)
+        results = take_turns(model, contestants, config.steps, device)
+    return Measured(machine(device), precision, peak, source, str(plan), results)
 
 
-def measure(
-    config: ThroughputConfig, device: torch.device, folder: Path
-) -> tuple[dict[str, float], float]:
-    """Median seconds a step by feed, and TFLOP a step."""
-    model, captions = make_model(config, folder)
-    settings = TrainConfig(
+def settings_of(config: ThroughputConfig) -> TrainConfig:
+    """As a run would have them."""
+    return TrainConfig(
         phase=config.phase[0], batch=config.batch, precision=config.precision,
         optimizer=config.optimizer,
     ).resolved()  # fmt: skip
-    named = model.prepare(settings.phase)
-    model.unet.to(device)
-    model.text_encoder.to(device)
-    mixed = "bf16" if config.precision == "bf16" else "no"
-    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
-    optimizer = make_optimizer(settings, named.values())
-    abar = alphas_cumprod(model.scheduler_config).to(device)
-    step = Step(model, list(named.values()), optimizer, abar, accelerator, plan_of(config))
-    batch = fake_batch(config, captions).to(device)
-    with flop_counter() as counter:
-        step([batch], 1e-9)  # the warm-up: it allocates the optimizer's state as well
-    feeds: dict[str, Iterator[Batch]] = {"memory": itertools.repeat(batch)}
-    times: dict[str, list[float]] = {"memory": []}
-    if config.fake_data:
-        run(step, feeds, times, config.steps)
-    else:
-        with LatentStore.open(make_store(config, folder)) as store:
-            selection = select(store, ["txt"], [], [])
-            schedule = Schedule(selection.sizes, config.batch, 0)
-            columns = Columns(("txt",), (1.0,))
-            source = BatchSource(store, selection, schedule, captions, columns, len(abar), 0, 1)
-            with closing(Loader(source, 0, config.steps + 1, device)) as loader:
-                feeds["store"], times["store"] = iter(loader), []
-                step([next(feeds["store"])], 1e-9)
-                run(step, feeds, times, config.steps)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    return medians, counter.get_total_flops() / 1e12
 
 
-def plan_of(config: ThroughputConfig) -> Plan:
+def contestants_of(
+    config: ThroughputConfig, settings: TrainConfig, model: Model, plan: Plan, device: str,
+    folder: Path, stack: ExitStack,
+) -> dict[str, Contestant]:  # fmt: skip
+    """All that is to be measured; the store's loader is closed with the stack."""
+    step = step_of(Step, model, settings, plan, device)
+    side = side_of(config) // 8
+    batch = drawn_batch(model, config.batch, (side, side), device)
+    found = {MEMORY: ours(step, itertools.repeat(batch))}
+    if not config.fake_data:
+        found[STORE] = ours(step, open_feed(config, folder, step, stack))
+    if config.channels_last:
+        model.unet.to(memory_format=torch.channels_last)  # and so is the optimizer's state
+        other = step_of(Step, model, settings, plan, device)
+        found[LAST] = ours(other, itertools.repeat(batch), torch.channels_last)
+    if config.against:
+        optimizer, mixed = optimizer_of(settings, model), config.precision == "bf16"
+        latents = batch.latents * model.vae.scaling_factor
+        pixels = torch.rand(config.batch, 3, 8 * side, 8 * side, device=device) * 2 - 1
+        cached = PlainLoop(model, optimizer, mixed, batch.input_ids, latents)
+        encoding = replace(cached, pixels=pixels, vae=vae_of(config.model, device))
+        found[CACHED] = Contestant(cached, optimizer, checkpointing=True)
+        found[ENCODED] = Contestant(encoding, optimizer, checkpointing=True)
+    return found
+
+
+def ours(
+    step: Step, feed: Iterator[Batch], layout: torch.memory_format = torch.contiguous_format
+) -> Contestant:
+    """Our step with batches from a feed."""
+
+    def take() -> Tensor:
+        loss, _ = step([next(feed)], 1e-9)  # a rate at which no loss runs away over many steps
+        return loss
+
+    return Contestant(take, step.optimizer, layout=layout)
+
+
+def open_feed(
+    config: ThroughputConfig, folder: Path, step: Step, stack: ExitStack
+) -> Iterator[Batch]:
+    """Batches of a store made here."""
+    store = stack.enter_context(LatentStore.open(make_store(config, folder)))
+    selection, columns = select(store, ["txt"], [], []), Columns(("txt",), (1.0,))
+    schedule, captions = Schedule(selection.sizes, config.batch, 0), captions_of(folder)
+    source = BatchSource(store, selection, schedule, captions, columns, len(step.abar), 0, 1)
+    steps = 2 * config.steps + 1  # on a card each timed one follows another
+    loader = Loader(source, 0, steps, step.accelerator.device)
+    return iter(stack.enter_context(closing(loader)))
+
+
+def plan_of(config: ThroughputConfig, settings: TrainConfig, model: Model) -> Plan:
     """How the batch passes."""
+    if config.memory == "fastest":
+        device = torch.device(here())
+        limit = limit_of(replace(settings, vram=config.limit_gib), device)
+        if limit is None:
+            raise UserError("--memory fastest needs to know the memory; add --limit-gib")
+        side = side_of(config) // 8
+        planner = Planner(settings, model.unet.config, model.text_encoder.config.to_dict())
+        found = planner.fastest(config.batch, (side, side), limit, None, config.micro_batch)
+        if found is None:
+            raise UserError(f"no plan fits {limit / GIB:.2f} GiB; lower --batch")
+        return found.plan
     default = SLICES[0] if config.memory == "sliced" else config.batch
     return Plan(config.memory, config.micro_batch or default)
-
-
-def run(
-    step: Step, feeds: dict[str, Iterator[Batch]], times: dict[str, list[float]], steps: int
-) -> None:
-    """Time the steps, the feeds taking turns. A step ends with its loss on the host."""
-    for _ in range(steps):
-        for name, feed in feeds.items():
-            begun = time.perf_counter()
-            loss, _ = step([next(feed)], 1e-9)  # a rate at which no loss runs away over many steps
-            loss.item()  # waits for the device
-            times[name].append(time.perf_counter() - begun)
-
-
-def make_model(config: ThroughputConfig, folder: Path) -> tuple[Model, Captions]:
-    """The networks in memory; the small model's tokenizer serves both sizes."""
-    make_pipeline(folder / "demo", "nano", CAPTIONS)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "demo" / "tokenizer")
-    vocabulary = 49408 if config.model == "sd15" else len(tokenizer)
-    unet, text_encoder = make_networks(config.model, vocabulary)
-    scheduler = dict(DDPMScheduler.load_config(folder / "demo" / "scheduler"))
-    vae = load_vae(str(VAE))
-    model = Model(
-        unet, text_encoder, vae, tokenizer, scheduler, config.model, folder / "demo/tokenizer"
-    )
-    return model, Captions(tokenizer, model.tokens, 0, 0.0)
-
-
-CAPTIONS = ["woman, solo, smiling, outdoors", "a cup of coffee on a wooden table. it is morning."]
-
-
-def fake_batch(config: ThroughputConfig, captions: Captions) -> Batch:
-    """One batch of the right shapes, drawn once."""
-    side = (config.resolution or DEFAULT_RESOLUTION[config.model]) // 8
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn((2, config.batch, 4, side, side), generator=generator)
-    timesteps = torch.randint(0, 1000, (config.batch,), generator=generator)
-    texts = list(itertools.islice(itertools.cycle(CAPTIONS), config.batch))
-    input_ids = captions.tokenize(texts)
-    n = config.batch
-    return Batch(0, "memory", 0.0, 0, n, latents / 0.13025, noise, timesteps, input_ids)
 
 
 def make_store(config: ThroughputConfig, folder: Path) -> Path:
@@ -270,35 +302,6 @@ def make_store(config: ThroughputConfig, folder: Path) -> Path:
     finally:
         sys.stdout = printed
     return folder / "latents"
-
-
-def peak_tflops(config: ThroughputConfig, device: torch.device) -> tuple[float, str]:
-    """The peak to hold the step against, and where it is from."""
-    if config.peak_tflops:
-        return config.peak_tflops, "as stated"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if card := card_named(name):
-            return card.tflops(config.precision), f"data sheet of the {name}"
-        raise UserError(f"no peak is known of the {name}; state it with --peak-tflops")
-    side, best = 2048, float("inf")
-    a = torch.randn(side, side)
-    for _ in range(20):
-        begun = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * side**3 / best / 1e12, f"the best of 20 {side}x{side} fp32 matmuls here"
-
-
-def machine(device: torch.device) -> str:
-    """What the figures were measured on."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "numpy"))
-    if device.type == "cpu":
-        return f"{cpu_name()}, {torch.get_num_threads()} threads; {libraries}"
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
-    card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    cudnn: Any = torch.backends.cudnn
-    return f"{card}; CUDA {torch.version.cuda}, cuDNN {cudnn.version()}; {libraries}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks.max_batch import nearest
 from xlsd_cache.decode import FORMATS
 
 ROOT = Path(__file__).parent.parent
@@ -57,12 +61,57 @@ def test_captions_measures_planning_captions_and_scanning() -> None:
     assert items == ["5,000"] * 7 + ["120"] * 2
 
 
-def test_throughput_of_one_batch_in_memory_needs_no_store() -> None:
+def test_throughput_against_a_plain_loop_needs_no_store() -> None:
     lines = run(
         "benchmarks/throughput.py", "--phase", "te", "--steps", "1", "--batch", "1",
         "--resolution", "64", "--fake-data", "--precision", "bf16", "--memory", "cheap",
+        "--against", "diffusers", "--channels-last",
     )  # fmt: skip
-    assert [line.split()[:2] for line in lines[-1:]] == [["te", "memory"]]
+    table = {line[11:22].strip(): line.split() for line in lines if line.split()[0] == "te"}
+    assert [*table] == ["memory", "ch. last", "plain", "plain+VAE"]
+    images = {name: float(cells[-5]) for name, cells in table.items()}
+    tflop = {name: float(cells[-4]) for name, cells in table.items()}
+    # Checkpointing computes what is kept here, and the VAE comes on top of that.
+    assert tflop["memory"] == tflop["ch. last"] < tflop["plain"] < tflop["plain+VAE"]
+    said = [line.strip().removeprefix("images/s, ").split(": ") for line in lines[-5:]]
+    assert len(said) == 5
+    for names, ratio in said:
+        ours, theirs = names.split(" / ")
+        assert abs(float(ratio) / (images[ours] / images[theirs]) - 1) < 0.01
+
+
+def test_max_batch_predicts_what_the_allocator_holds() -> None:
+    lines = run(
+        "benchmarks/max_batch.py", "--model", "nano", "--check", "--phase", "te",
+        "--size", "256x192", "--batch", "2", "--slices", "1", "--way", "plain", "sliced",
+    )  # fmt: skip
+    errors = [float(line.split()[-2].rstrip("%")) for line in lines if line.split()[-2][-1] == "%"]
+    assert len(errors) == 3
+    assert 0 < max(map(abs, errors)) <= 3
+    assert verdicts(lines)[0].startswith("PASS  3 of 3")
+
+
+def test_max_batch_finds_the_largest_batch() -> None:
+    options = ("--model", "nano", "--phase", "te", "--size", "64x64", "--way", "plain", "cheap")
+    lines = run("benchmarks/max_batch.py", *options, "--vram", "2")
+    assert lines[3].endswith("of which the run gets 1.00 GiB")
+    if not torch.cuda.is_available():
+        assert lines[4].startswith("predicted only")
+    plain, cheap = (int(line.split()[5]) for line in lines[-2:])
+    assert 100 < plain < cheap < 10_000
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 64, 65, 90, 300])
+@pytest.mark.parametrize("guess", [0, 1, 64, 70])
+def test_the_search_finds_what_fits_from_any_guess(guess: int, most: int) -> None:
+    asked = []
+
+    def fits(count: int) -> bool:
+        asked.append(count)
+        return count <= most
+
+    assert nearest(fits, guess) == most
+    assert 0 not in asked
 
 
 def test_decoding_is_measured_by_format_route_and_guard() -> None:

@@ -105,9 +105,8 @@ class Planner:
             return self.predict(Plan(plan.way, micro_batch), count, size).peak <= limit
 
         # From there on two rehearsals serve all batches.
-        return last(
-            fits, start=self._rehearse.two_slices * plan.micro_batch if plan.way == "sliced" else 4
-        )
+        start = self._rehearse.two_slices * plan.micro_batch if plan.way == "sliced" else 4
+        return last(fits, start=start)
 
     def fastest(
         self, batch: int, size: Size, limit: float, way: Way | None, part: int | None

@@ -20,7 +20,7 @@ from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.checkpoint import checkpoints
 from xlsd_train.config import FINDS_RATE
 from xlsd_train.schedule import Slot
-from xlsd_train.step import Step
+from xlsd_train.step import Plan, Step
 
 Arguments = list[object]
 
@@ -133,6 +133,43 @@ def test_reinitialised_layers_begin_anew_once(
     new = load_file(tmp_path / "whole/checkpoints/step-00000010/unet.safetensors")
     far = {key for key in old if (old[key] - new[key]).abs().max() > 1e-3}
     assert far == {"conv_in.weight", "conv_in.bias"}
+
+
+def test_a_run_that_steps_inside_backward_resumes_exactly(
+    arguments: Arguments, tmp_path: Path
+) -> None:
+    given = ["--phase", "both", *arguments, "--memory", "sliced", "--micro-batch", 1]
+    given[given.index("--steps") + 1] = 6
+    assert train(*given, "--out", tmp_path / "whole") == 0
+    for stop in (2, 6):
+        assert train(*given, "--out", tmp_path / "parts", "--stop-after", stop) == 0
+    last = "checkpoints/step-00000006/*"
+    assert files(tmp_path / "parts", last) == files(tmp_path / "whole", last)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_a_plan_that_was_tightened_stays_so_after_a_resume(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card is full once, in step 2; going on from step 3 is bit-equal to never stopping."""
+    given = ["--phase", "unet", *arguments]
+    given[given.index("--steps") + 1] = 6
+    start = Step._start
+
+    def full_once(self: Step, batch: Batch) -> Any:
+        if batch.number == 2 and self.plan == Plan("plain", 4):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return start(self, batch)
+
+    monkeypatch.setattr(Step, "_start", full_once)
+    assert train(*given, "--out", tmp_path / "whole") == 0
+    assert train(*given, "--out", tmp_path / "parts", "--stop-after", 3) == 0
+    monkeypatch.undo()
+    state = tmp_path / "parts/checkpoints/step-00000003/state.json"
+    assert json.loads(state.read_text())["plan"] == ["plain", 2]
+    assert train(*given, "--out", tmp_path / "parts") == 0
+    last = "checkpoints/step-00000006/*"
+    assert files(tmp_path / "parts", last) == files(tmp_path / "whole", last)
 
 
 @pytest.mark.parametrize(("phase", "optimizer"), [("unet", "lion"), ("te", "dlion")])
@@ -271,6 +308,17 @@ def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) 
         for name, value in load_file(tmp_path / other / last).items():
             assert torch.allclose(value, weights[name], atol=1e-5), name
     assert json.loads((tmp_path / "two first/config.json").read_text())["processes"] == 2
+
+
+def test_two_processes_step_their_layers_together(arguments: Arguments, tmp_path: Path) -> None:
+    given = ["--phase", "unet", *arguments, "--memory", "sliced", "--micro-batch", 1, "--out"]
+    for option, value in (("--steps", 3), ("--sample-every", 0), ("--lr", 1e-5)):
+        given[given.index(option) + 1] = value
+    assert train(*given, tmp_path / "one") == 0
+    torchrun(2, "xlsd_train", *given, tmp_path / "two")
+    for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
 
 
 def test_a_batch_smaller_than_the_processes_still_trains(

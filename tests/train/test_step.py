@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from lion_pytorch import Lion
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -265,11 +266,23 @@ def test_accumulating_is_one_larger_batch(open_run: Open) -> None:
     assert got == pytest.approx(norm, rel=1e-5)
 
 
+def test_channels_last_is_the_same_step_to_rounding(open_run: Open, tmp_path: Path) -> None:
+    usual = open_run()
+    parts = batches(usual, 1, first=1)
+    loss, _, expected, _ = one_step(usual, parts, Plan("plain", 4))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    other = open_run(channels_last=True, out=tmp_path / "channels last")
+    weight = other.model.unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    for plan in (Plan("plain", 4), Plan("cheap", 2), Plan("sliced", 1)):
+        got_loss, _, got, _ = one_step(other, parts, plan)
+        assert got_loss == pytest.approx(loss, rel=1e-5)
+        assert distance(got, expected) < 1e-5
+
+
 def test_precision_changes_the_arithmetic_and_never_the_weights_type(
     open_run: Open, tmp_path: Path
 ) -> None:
-    from accelerate.state import AcceleratorState
-
     exact = open_run()
     (batch,) = batches(exact, 1)
     expected = exact.take_step.loss(batch).detach()
