@@ -42,10 +42,11 @@ from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.precision import set_precision
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import load_vae
-from xlsd_train.batches import Batch, BatchSource, Loader
+from xlsd_train.batches import Batch, BatchSource, Loader, Noising
 from xlsd_train.captions import Captions
 from xlsd_train.config import Phase, TrainConfig
-from xlsd_train.diffusion import alphas_cumprod
+from xlsd_train.diffusion import make_objective
+from xlsd_train.latents import own_scaling
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.run import peak_gib
@@ -185,8 +186,9 @@ def measure(
     mixed = "bf16" if config.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
     optimizer = make_optimizer(settings, named.values())
-    abar = alphas_cumprod(model.scheduler_config).to(device)
-    step = Step(model, list(named.values()), optimizer, abar, accelerator)
+    objective = make_objective("eps", "none", 0, model.scheduler_config).to(device)
+    model.scaling = model.scaling.to(device)
+    step = Step(model, list(named.values()), optimizer, objective, accelerator)
     batch = fake_batch(config, captions).to(device)
     with flop_counter() as counter:
         step([batch], 1e-9)  # the warm-up: it allocates the optimizer's state as well
@@ -198,7 +200,8 @@ def measure(
         with LatentStore.open(make_store(config, folder)) as store:
             sizes = {name: len(rows) for name, rows in store.buckets.items()}
             schedule = Schedule(sizes, config.batch, 0)
-            source = BatchSource(store, schedule, captions, "txt", len(abar), 0, 1)
+            noising = Noising(objective.first, objective.count)
+            source = BatchSource(store, schedule, captions, "txt", noising, 0, 1)
             with closing(Loader(source, 0, config.steps + 1, device)) as loader:
                 feeds["store"], times["store"] = iter(loader), []
                 step([next(feeds["store"])], 1e-9)
@@ -236,7 +239,8 @@ def make_model(config: ThroughputConfig, folder: Path) -> tuple[Model, Captions]
     unet, text_encoder = make_networks(config.model, vocabulary)
     scheduler = dict(DDPMScheduler.load_config(folder / "demo" / "scheduler"))
     vae = load_vae(str(VAE))
-    model = Model(unet, text_encoder, vae, tokenizer, scheduler, config.model, folder / "demo")
+    parts = (unet, text_encoder, vae, tokenizer, scheduler)
+    model = Model(*parts, config.model, folder / "demo", own_scaling(vae))
     return model, Captions(tokenizer, model.tokens, 0, 0.0)
 
 

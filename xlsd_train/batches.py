@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xlsd_cache.store import LatentStore
@@ -40,6 +41,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Noising:
+    """How the noise and the timesteps of batches are drawn."""
+
+    first: int  # the first timestep, and how many there are: an objective's
+    count: int
+    stratified: bool = False  # spread evenly over each batch
+    offset: float = 0.0  # of the noise's mean by channel
+
+    def timesteps(
+        self, seed: int, slot: Slot, places: NDArray[np.int64]
+    ) -> Tensor:  # int64 [n], of these places in the batch
+        """As drawn for these places of a batch, whoever asks for which part of it."""
+        if self.stratified:
+            size = len(slot.ordinals)
+            drawn = draw.stratified_timesteps(seed, slot.number, size, places, self.count)
+        else:
+            drawn = draw.timesteps(seed, slot.images_before + places, self.count)
+        return drawn + self.first
+
+
+@dataclass(frozen=True)
 class BatchSource:
     """Makes any batch of the run, by its number alone."""
 
@@ -47,7 +69,7 @@ class BatchSource:
     schedule: Schedule
     captions: Captions
     column: str | None  # caption column; None trains without captions
-    timestep_count: int
+    noising: Noising
     rank: int
     processes: int
 
@@ -62,8 +84,8 @@ class BatchSource:
         )
         self.store.read(slot.bucket, rows, latents.numpy())
         seed = self.captions.seed
-        noise = draw.noise(seed, positions, shape)
-        timesteps = draw.timesteps(seed, positions, self.timestep_count)
+        noise = draw.noise(seed, positions, shape, self.noising.offset)
+        timesteps = self.noising.timesteps(seed, slot, positions - slot.images_before)
         input_ids = self.captions.tokens(self._texts(slot.bucket, ordinals), positions)
         if pin:
             noise, timesteps, input_ids = (

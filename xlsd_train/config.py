@@ -7,6 +7,8 @@ from typing import Literal
 from xlsd_cache import Precision, UserError
 
 Phase = Literal["unet", "te", "both"]
+Kind = Literal["eps", "v", "flow"]
+Weighting = Literal["none", "min-snr", "debiased"]
 
 # What may differ when a run goes on: none of these changes a weight at any step.
 FREE = frozenset(
@@ -80,6 +82,24 @@ class TrainConfig:
     caption_dropout: float = 0.0
     """How often a caption is left out, which classifier-free guidance wants; 0 to 1."""
 
+    objective: Kind | None = None
+    """eps: noise. v: velocity, with zero terminal SNR. flow: rectified. Default: --model's own."""
+
+    loss_weight: Weighting = "none"
+    """By timestep. min-snr: for eps and v, whose last step then weighs nothing. debiased: eps."""
+
+    min_snr_gamma: float | None = None
+    """With --loss-weight min-snr: the SNR above which timesteps weigh less. Default: 5."""
+
+    noise_offset: float = 0.0
+    """Spread of a random shift of each channel's noise, say 0.05, for darker and lighter images."""
+
+    timesteps: Literal["uniform", "stratified"] = "uniform"
+    """Each image's drawn alone, or spread evenly over each batch, for a less noisy gradient."""
+
+    normalize_latents: bool = False
+    """Mean 0 and spread 1 in every channel, by the store's statistics; kept with the model."""
+
     sample_every: int = 250
     """Draw samples every so many steps, at step 0 and at the end; 0 never."""
 
@@ -130,7 +150,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
-        for name in ("sample_every", "keep", "weight_decay", "sample_guidance"):
+        for name in ("sample_every", "keep", "weight_decay", "sample_guidance", "noise_offset"):
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
@@ -148,6 +168,21 @@ class TrainConfig:
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
 
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        if self.objective is not None:
+            check_weighting(self.objective, self.loss_weight)
+        if self.min_snr_gamma is not None and self.loss_weight != "min-snr":
+            raise UserError(
+                f"--min-snr-gamma {self.min_snr_gamma:g} does nothing with --loss-weight "
+                f"{self.loss_weight}; add --loss-weight min-snr or leave it out"
+            )
+        if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < float("inf"):
+            raise UserError(f"--min-snr-gamma {self.min_snr_gamma:g} is not above 0; give say 5")
+        if not self.noise_offset < float("inf"):
+            raise UserError(f"--noise-offset {self.noise_offset:g} is no number; give say 0.05")
+
     def resolved(self) -> "TrainConfig":
         """With the defaults that depend on the phase and the optimizer filled in."""
         unet = self.phase == "unet"
@@ -162,4 +197,15 @@ class TrainConfig:
             # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
             lr=self.lr if self.lr is not None else 5e-6 if unet else 3e-6,
             betas=self.betas or betas,
+            min_snr_gamma=self.min_snr_gamma or (5.0 if self.loss_weight == "min-snr" else None),
+        )
+
+
+def check_weighting(objective: Kind, weighting: Weighting) -> None:
+    """Refuse a loss weight that is not defined for what is predicted."""
+    known: dict[Weighting, tuple[Kind, ...]] = {"min-snr": ("eps", "v"), "debiased": ("eps",)}
+    if objective not in known.get(weighting, (objective,)):
+        raise UserError(
+            f"--loss-weight {weighting} is defined for {' and '.join(known[weighting])}, not for "
+            f"--objective {objective}; take --loss-weight none"
         )

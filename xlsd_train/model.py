@@ -19,9 +19,11 @@ from torch.nn import Parameter
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from xlsd_cache import UserError
+from xlsd_cache.durable import write_json
 from xlsd_cache.store import Identity
 from xlsd_cache.vae import Vae, load_vae, tensors_sha256, vae_of
 from xlsd_train.config import Phase
+from xlsd_train.latents import Scaling, load_scaling, save_scaling
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Of the hub's folder only what is used: no fp16 copies, no pickles.
@@ -45,6 +47,7 @@ class Model:
     scheduler_config: dict[str, Any]
     source: str  # as it was asked for
     folder: Path  # with tokenizer/ and scheduler/ in it
+    scaling: Scaling  # between raw latents and what the UNet sees
 
     @property
     def tokens(self) -> int:
@@ -95,8 +98,10 @@ class Model:
 
     def save_base(self, folder: Path, phase: Phase) -> None:
         """Everything that training does not change: a pipeline without its trained weights."""
-        for part in ("tokenizer", "scheduler"):
-            shutil.copytree(self.folder / part, folder / part)
+        shutil.copytree(self.folder / "tokenizer", folder / "tokenizer")
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler_config)
+        save_scaling(self.scaling, self.vae, folder)
         self.unet.save_config(folder / "unet")
         self.text_encoder.config.save_pretrained(folder / "text_encoder")
         self.vae.model.save_pretrained(folder / "vae")
@@ -133,7 +138,8 @@ def load_model(spec: str | None, vae_spec: str | None, identity: Identity) -> Mo
             f"{identity.channels}; give another --model or --data"
         )
     vae = _vae(source, spec, vae_spec, folder, identity)
-    return Model(unet, text_encoder, vae, tokenizer, scheduler_config, source, folder)
+    scaling = load_scaling(source, folder, vae)
+    return Model(unet, text_encoder, vae, tokenizer, scheduler_config, source, folder, scaling)
 
 
 def _vae(

@@ -58,14 +58,17 @@ class Sampler:
         try:
             for i, prompt in enumerate(self.prompts):
                 with accelerator.autocast():
-                    image = pipeline(
+                    latents = pipeline(
                         prompt,
                         width=self.width,
                         height=self.height,
                         num_inference_steps=self.steps,
                         guidance_scale=self.guidance,
                         generator=torch.Generator().manual_seed(self.seed + i),
-                    ).images[0]
+                        output_type="latent",
+                    ).images
+                    decoded = model.vae.decode(model.scaling.raw(latents))
+                image = pipeline.image_processor.postprocess(decoded)[0]
                 self._save(image, target / f"{i:02d}.png", prompt, step, i)
         finally:
             for part in (model.unet, model.text_encoder):

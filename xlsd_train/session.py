@@ -1,5 +1,6 @@
 """Everything a run needs, opened and checked before the first step, and closed after the last."""
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,12 @@ from torch.nn import Parameter
 from xlsd_cache import UserError, __version__
 from xlsd_cache.precision import set_precision
 from xlsd_cache.store import LatentStore
-from xlsd_train.batches import BatchSource
+from xlsd_train.batches import BatchSource, Noising
 from xlsd_train.captions import Captions
 from xlsd_train.checkpoint import load_optimizer
 from xlsd_train.config import TrainConfig
-from xlsd_train.diffusion import alphas_cumprod
+from xlsd_train.diffusion import make_objective, prediction_type
+from xlsd_train.latents import normalising
 from xlsd_train.model import Model, load_model
 from xlsd_train.optim import make_optimizer, warmup_steps
 from xlsd_train.run import Run, machine, settings
@@ -73,7 +75,14 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             model = load_model(str(resumed), None, store.identity)
         else:
             model = load_model(config.model, config.vae, store.identity)
-        abar = alphas_cumprod(model.scheduler_config)
+        if config.normalize_latents and not model.scaling.normalized:
+            model.scaling = normalising(store)
+        objective = make_objective(
+            config.objective, config.loss_weight, config.min_snr_gamma or 0, model.scheduler_config
+        )
+        was = prediction_type(model.scheduler_config)
+        model.scheduler_config = objective.scheduler_config
+        will = prediction_type(model.scheduler_config)
         named = model.prepare(config.phase, config.gradient_checkpointing)
         record = {
             "command": list(command),
@@ -91,6 +100,8 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             },
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
+            "objective": {"kind": objective.kind, "before": was, "anew": was != will},
+            "latents": model.scaling.record(),
             "settings": shared,
             "machine": machine(device),
             "processes": accelerator.num_processes,
@@ -105,20 +116,23 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         accelerator.wait_for_everyone()
         model.unet.to(device)
         model.text_encoder.to(device)
+        model.scaling = model.scaling.to(device)
         optimizer = make_optimizer(config, named.values())
         if resumed:
             load_optimizer(resumed, named, optimizer)
         captions = Captions(model.tokenizer, model.tokens, config.seed, config.caption_dropout)
+        stratified = config.timesteps == "stratified"
+        noising = Noising(objective.first, objective.count, stratified, config.noise_offset)
         rank, processes = accelerator.process_index, accelerator.num_processes
         yield Session(
             config,
             accelerator,
             run,
             schedule,
-            BatchSource(store, schedule, captions, column, len(abar), rank, processes),
+            BatchSource(store, schedule, captions, column, noising, rank, processes),
             model,
             named,
-            Step(model, list(named.values()), optimizer, abar.to(device), accelerator),
+            Step(model, list(named.values()), optimizer, objective.to(device), accelerator),
             Sampler(
                 prompts,
                 *sample_size(store),
@@ -207,6 +221,13 @@ def _say(
     weights = sum(parameter.numel() for parameter in named.values())
     print(record["precision"])
     print(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
+    objective = record["objective"]
+    weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
+    print(f"objective {objective['kind']}{weight}, {config.timesteps} timesteps", end="")
+    anew = f"; the model predicted {objective['before']} so far, and learns to anew"
+    print(anew if objective["anew"] else "")
+    if record["latents"]["normalized"]:
+        print("latents are normalised by channel, with " + json.dumps(record["latents"]))
     store = record["store"]
     print(
         f"store {store['path']}: {store['images']} images, generation {store['generation']}", end=""

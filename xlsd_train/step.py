@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from xlsd_cache import UserError
 from xlsd_train.batches import Batch
-from xlsd_train.diffusion import add_noise, loss_of_each
+from xlsd_train.diffusion import Objective
 from xlsd_train.model import Model
 
 MESSAGE = 2**24  # elements that processes exchange at once: 64 MiB
@@ -24,7 +24,7 @@ class Step:
     model: Model
     parameters: list[Parameter]
     optimizer: torch.optim.Optimizer
-    abar: Tensor  # alphas_cumprod, f32 [T], on the device
+    objective: Objective  # on the device
     accelerator: Accelerator
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> tuple[float, float]:
@@ -56,15 +56,16 @@ class Step:
         return total.item(), norm.item()  # waits for the device
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of each of this process's samples, f32 [n]; n may be 0."""
+        """The objective's loss of each of this process's samples, f32 [n]; n may be 0."""
         if not len(batch.timesteps):
             return torch.zeros(0, device=self.accelerator.device)
-        vae = self.model.vae
-        latents = (batch.latents.float() - vae.shift_factor) * vae.scaling_factor
-        noisy = add_noise(latents, batch.noise, batch.timesteps, self.abar)
+        noisy, target, weight = self.objective.corrupt(
+            self.model.scaling(batch.latents), batch.noise, batch.timesteps
+        )
         with self.accelerator.autocast():
-            epsilon = self.model.unet(noisy, batch.timesteps, self.encode(batch.input_ids)).sample
-        return loss_of_each(epsilon, batch.noise)
+            states = self.encode(batch.input_ids)
+            prediction = self.model.unet(noisy, batch.timesteps, states).sample
+        return self.objective.loss(prediction, target, weight)
 
     def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
         """The text encoder's last hidden states; its graph is kept only where it trains."""
