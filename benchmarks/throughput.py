@@ -51,6 +51,7 @@ from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.run import peak_gib
 from xlsd_train.schedule import Schedule
+from xlsd_train.selection import selected
 from xlsd_train.step import Step
 
 # Dense TFLOP/s by NVIDIA's data sheets: fp32, tf32, bf16 with fp32 accumulation.
@@ -198,10 +199,10 @@ def measure(
         run(step, feeds, times, config.steps)
     else:
         with LatentStore.open(make_store(config, folder)) as store:
-            sizes = {name: len(rows) for name, rows in store.buckets.items()}
-            schedule = Schedule(sizes, config.batch, 0)
+            selection = selected(store, np.ones(len(store), np.bool_))
+            schedule = Schedule(selection.sizes, config.batch, 0)
             noising = Noising(objective.first, objective.count)
-            source = BatchSource(store, schedule, captions, "txt", noising, 0, 1)
+            source = BatchSource(store, selection, schedule, captions, "txt", noising, 0, 1)
             with closing(Loader(source, 0, config.steps + 1, device)) as loader:
                 feeds["store"], times["store"] = iter(loader), []
                 step([next(feeds["store"])], 1e-9)

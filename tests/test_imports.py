@@ -24,8 +24,8 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule captions batches config diffusion latents model optim step checkpoint sample "
-    "run session loop cli __main__"
+    "draw schedule selection captions batches config diffusion latents model optim step verdict "
+    "validate checkpoint sample run session loop cli __main__"
 ).split()
 
 

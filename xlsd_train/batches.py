@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from xlsd_cache.store import LatentStore
 from xlsd_train import draw
 from xlsd_train.captions import Captions
 from xlsd_train.schedule import Schedule, Slot
+from xlsd_train.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class BatchSource:
     """Makes any batch of the run, by its number alone."""
 
     store: LatentStore
-    schedule: Schedule
+    selection: Selection
+    schedule: Schedule  # over what is selected
     captions: Captions
     column: str | None  # caption column; None trains without captions
     noising: Noising
@@ -105,6 +107,39 @@ class BatchSource:
             input_ids,
         )
 
+    def fixed(
+        self,
+        bucket: str,
+        ordinals: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        timesteps: NDArray[np.int64],
+        seed: int,
+    ) -> Batch:
+        """These live samples of a bucket, their noise and captions drawn for `positions` alone.
+
+        To measure, not to train: no caption is dropped and no noise offset. Batch 0 of nothing.
+        """
+        rows = self.store.buckets[bucket][ordinals]
+        captions = replace(self.captions, seed=seed, dropout=0.0)
+        return Batch(
+            0,
+            bucket,
+            0.0,
+            0,
+            len(rows),
+            torch.from_numpy(self.store.read(bucket, rows)),
+            draw.noise(seed, positions, self.store.shape(bucket)),
+            torch.from_numpy(timesteps),
+            captions.tokens(self._texts(bucket, ordinals), positions),
+        )
+
+    def keys(self, bucket: str, ordinals: NDArray[np.int64]) -> list[str]:
+        """The keys of live samples of a bucket."""
+        keys: list[str] = (
+            self.store.samples["key"].take(self.store.sample_index(bucket, ordinals)).to_pylist()
+        )
+        return keys
+
     def will_need(self, slot: Slot) -> None:
         """Have the kernel read a coming batch from the disk meanwhile."""
         self.store.will_need(slot.bucket, self._part(slot)[2])
@@ -114,7 +149,7 @@ class BatchSource:
         count = len(slot.ordinals)
         begin = count * self.rank // self.processes
         end = count * (self.rank + 1) // self.processes
-        ordinals = slot.ordinals[begin:end]
+        ordinals = self.selection.ordinals(slot.bucket, slot.ordinals[begin:end])
         positions = slot.images_before + np.arange(begin, end)
         return ordinals, positions, self.store.buckets[slot.bucket][ordinals]
 

@@ -29,6 +29,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was saved."""
+    return int(checkpoint.name[5:])
+
+
 def save_checkpoint(
     run: Path,
     model: Model,
@@ -91,11 +96,16 @@ def load_optimizer(
         ) from error
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0: none), and what killed saves left."""
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints (0: none) and step `best`'s.
+
+    And what killed saves left.
+    """
     for folder in (run / "checkpoints").glob(f".*{TEMPORARY}"):
         shutil.rmtree(folder, ignore_errors=True)
     for checkpoint in checkpoints(run)[:-keep] if keep else []:
+        if step_of(checkpoint) == best:
+            continue
         doomed = checkpoint.with_name(f".{checkpoint.name}{TEMPORARY}")
         checkpoint.rename(doomed)  # so that a kill leaves no half of one that looks whole
         shutil.rmtree(doomed, ignore_errors=True)

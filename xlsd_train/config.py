@@ -13,7 +13,7 @@ Weighting = Literal["none", "min-snr", "debiased"]
 # What may differ when a run goes on: none of these changes a weight at any step.
 FREE = frozenset(
     {"out", "stop_after", "save_every", "keep", "dry_run", "force"}
-    | {"sample_every", "sample_prompts", "sample_steps", "sample_guidance"}
+    | {"validate_every", "sample_every", "sample_prompts", "sample_steps", "sample_guidance"}
 )
 
 
@@ -112,6 +112,15 @@ class TrainConfig:
     sample_guidance: float = 7.5
     """Classifier-free guidance of samples."""
 
+    validate_every: int = 0
+    """Measure the loss on held-out images every so many steps, at step 0 and the end; 0 never."""
+
+    validation_fraction: float | None = None
+    """Share of the images, by their content, that never trains. Default: 0.01 if validated."""
+
+    validation_images: int = 256
+    """Measure at most so many held-out images and as many that train, at ten timesteps each."""
+
     save_every: int = 500
     """Write a checkpoint every so many steps, and at the end."""
 
@@ -146,11 +155,19 @@ class TrainConfig:
             "save_every",
             "sample_steps",
             "threads",
+            "validation_images",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
-        for name in ("sample_every", "keep", "weight_decay", "sample_guidance", "noise_offset"):
+        for name in (
+            "sample_every",
+            "keep",
+            "weight_decay",
+            "sample_guidance",
+            "noise_offset",
+            "validate_every",
+        ):
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
@@ -169,6 +186,19 @@ class TrainConfig:
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
 
         self._check_objective()
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        fraction = self.validation_fraction
+        if fraction is not None and not 0 <= fraction < 1:
+            raise UserError(
+                f"--validation-fraction {fraction:g} is not within 0 to 1; give say 0.01"
+            )
+        if self.validate_every and fraction == 0:
+            raise UserError(
+                f"--validate-every {self.validate_every} has nothing to measure with "
+                f"--validation-fraction 0; give say 0.01"
+            )
 
     def _check_objective(self) -> None:
         if self.objective is not None:
@@ -189,6 +219,9 @@ class TrainConfig:
         steps, epochs = self.steps, self.epochs
         if steps is None and epochs is None:
             steps, epochs = (1_000_000, None) if unet else (None, 3.0)
+        fraction = self.validation_fraction
+        if fraction is None:
+            fraction = 0.01 if self.validate_every else 0.0
         betas = (0.9, 0.99) if self.optimizer == "lion" else (0.9, 0.999)
         return replace(
             self,
@@ -197,6 +230,7 @@ class TrainConfig:
             # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
             lr=self.lr if self.lr is not None else 5e-6 if unet else 3e-6,
             betas=self.betas or betas,
+            validation_fraction=fraction,
             min_snr_gamma=self.min_snr_gamma or (5.0 if self.loss_weight == "min-snr" else None),
         )
 

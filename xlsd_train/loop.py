@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from tqdm import tqdm
 from xlsd_cache import UserError
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
-from xlsd_train.checkpoint import prune, save_checkpoint
+from xlsd_train.checkpoint import checkpoints, prune, save_checkpoint, step_of
 from xlsd_train.config import TrainConfig
 from xlsd_train.optim import learning_rate
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
+from xlsd_train.validate import best_of, say
 
 SMOOTHING = 0.99  # weight of the past in the smoothed loss, a step
 
@@ -53,6 +54,8 @@ def _train(session: Session, stop: StopSignal) -> None:
     first, last = state["step"] + 1, min(session.planned_steps, config.stop_after or 2**62)
     if config.sample_every and first == 1:
         _sample(session, 0)
+    if config.validate_every and first == 1:
+        _validate(session, state)
     with (
         closing(
             Loader(session.source, (first - 1) * accum, last * accum, session.accelerator.device)
@@ -77,7 +80,7 @@ def _train(session: Session, stop: StopSignal) -> None:
             line = {
                 "step": step,
                 "images_seen": state["images_seen"],
-                "epoch": state["images_seen"] / len(session.source.store),
+                "epoch": state["images_seen"] / len(session.source.selection),
                 "loss": loss,
                 "loss_smoothed": (total + loss) / (weight + 1),
                 "lr": lr,
@@ -98,6 +101,9 @@ def _train(session: Session, stop: StopSignal) -> None:
             due = config.sample_every and (step == last or step % config.sample_every == 0)
             if due or "SAMPLE" in asked:
                 _sample(session, step)
+            due = config.validate_every and (step == last or step % config.validate_every == 0)
+            if due:
+                _validate(session, state)
             if "SAVE" in asked or ends or step % config.save_every == 0:
                 _save(session, state)  # last: what belongs to the step is on the disk before it
             if ends:
@@ -112,12 +118,20 @@ def _sample(session: Session, step: int) -> None:
     session.accelerator.wait_for_everyone()
 
 
+def _validate(session: Session, state: dict[str, Any]) -> None:
+    if session.main and session.validator:
+        losses = session.validator(session.take_step, {"live": nullcontext()})
+        session.run.log_validation(state["step"], state["images_seen"], losses)
+    session.accelerator.wait_for_everyone()
+
+
 def _save(session: Session, state: dict[str, Any]) -> None:
     if session.main:
         run, step = session.run, session.take_step
         run.sync()
         save_checkpoint(run.folder, session.model, session.named, step.optimizer, state)
-        prune(run.folder, session.config.keep)
+        best = best_of(run.folder, map(step_of, checkpoints(run.folder)))
+        prune(run.folder, session.config.keep, best.best[0] if best else None)
     session.accelerator.wait_for_everyone()
 
 
@@ -142,7 +156,7 @@ def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
         ended = batch.number + 1 == schedule.batches(epoch)
         if ended and (schedule.batches_an_epoch >= 20 or epoch.bit_count() == 1):
             used = schedule.images(epoch) - schedule.images(epoch - 1)
-            there = len(session.source.store)
+            there = len(session.source.selection)
             tqdm.write(
                 f"epoch {epoch} ended: it used {used} samples of {there}; so far each was used "
                 f"{epoch} times, give or take one"
@@ -154,5 +168,8 @@ def _say_end(session: Session, step: int, signalled: int) -> None:
     print(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
     if session.config.sample_every:
         print(f"samples {run.folder / 'samples' / 'grid.png'}")
+    best = best_of(run.folder, (0, *map(step_of, checkpoints(run.folder))))
+    if best:
+        print(say(best))
     if signalled or step < planned:
         print(f"to go on from here, to the bit: the same command with --out {run.folder}")

@@ -27,7 +27,9 @@ from xlsd_train.optim import make_optimizer, warmup_steps
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
+from xlsd_train.selection import Selection, held_out, selected
 from xlsd_train.step import Step
+from xlsd_train.validate import HELD_OUT, Validator, make_validator
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Session:
     sampler: Sampler
     planned_steps: int
     warmup_steps: float
+    validator: Validator | None
 
     @property
     def main(self) -> bool:
@@ -64,7 +67,10 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
     with LatentStore.open(config.data, run.generation) as store, closing(run):
-        schedule = _schedule(config, store)
+        held = held_out(store, config.validation_fraction or 0)
+        trains = ~held
+        selection = selected(store, trains)
+        schedule = _schedule(config, selection)
         column = _caption_column(config, store)
         shared = settings(config, store, device)
         run.compare(shared, config.force)
@@ -84,6 +90,13 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         model.scheduler_config = objective.scheduler_config
         will = prediction_type(model.scheduler_config)
         named = model.prepare(config.phase, config.gradient_checkpointing)
+        captions = Captions(model.tokenizer, model.tokens, config.seed, config.caption_dropout)
+        stratified = config.timesteps == "stratified"
+        noising = Noising(objective.first, objective.count, stratified, config.noise_offset)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        source = BatchSource(store, selection, schedule, captions, column, noising, rank, processes)
+        validates = config.validate_every > 0
+        validator = make_validator(source, held, trains, config) if validates else None
         record = {
             "command": list(command),
             "config": asdict(config),
@@ -97,11 +110,13 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
                 "fingerprint": store.fingerprint,
                 "newest_generation": store.newest_generation,
                 "images": len(store),
+                "selected": len(selection),
             },
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
             "objective": {"kind": objective.kind, "before": was, "anew": was != will},
             "latents": model.scaling.record(),
+            "validation": validator.keys() if validator else {},
             "settings": shared,
             "machine": machine(device),
             "processes": accelerator.num_processes,
@@ -120,16 +135,12 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         optimizer = make_optimizer(config, named.values())
         if resumed:
             load_optimizer(resumed, named, optimizer)
-        captions = Captions(model.tokenizer, model.tokens, config.seed, config.caption_dropout)
-        stratified = config.timesteps == "stratified"
-        noising = Noising(objective.first, objective.count, stratified, config.noise_offset)
-        rank, processes = accelerator.process_index, accelerator.num_processes
         yield Session(
             config,
             accelerator,
             run,
             schedule,
-            BatchSource(store, schedule, captions, column, noising, rank, processes),
+            source,
             model,
             named,
             Step(model, list(named.values()), optimizer, objective.to(device), accelerator),
@@ -142,6 +153,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             ),
             planned,
             warmup,
+            validator,
         )
 
 
@@ -162,16 +174,17 @@ def _start(config: TrainConfig) -> tuple[Accelerator, str]:
     return Accelerator(mixed_precision=mixed, cpu=cpu), precision
 
 
-def _schedule(config: TrainConfig, store: LatentStore) -> Schedule:
-    if not len(store):
+def _schedule(config: TrainConfig, selection: Selection) -> Schedule:
+    count = len(selection)
+    if not selection.of:
         raise UserError(f"{config.data} holds no live image; build it from images that load")
-    if config.batch > len(store):
+    if config.batch > count:
+        which = "images" if count == selection.of else "selected images"
         raise UserError(
-            f"--batch {config.batch} is larger than the {len(store)} images of {config.data}; "
-            f"lower it to {len(store)} or less"
+            f"--batch {config.batch} is larger than the {count} {which} of {config.data}; "
+            f"lower it to {count} or less"
         )
-    sizes = {name: len(rows) for name, rows in store.buckets.items()}
-    return Schedule(sizes, config.batch, config.seed)
+    return Schedule(selection.sizes, config.batch, config.seed)
 
 
 def _caption_column(config: TrainConfig, store: LatentStore) -> str:
@@ -234,6 +247,13 @@ def _say(
     )
     later = store["newest_generation"] - store["generation"]
     print(f", without the {later} later ones, unfinished or newer than the run" if later else "")
+    if store["selected"] < store["images"]:
+        print(
+            f"  {store['images'] - store['selected']} of them are held out for validation", end=""
+        )
+        measured = len(record["validation"].get(HELD_OUT, ()))
+        some = f", where {measured} of them are measured beside {measured} that train"
+        print(some if measured else "")
     for bucket, count in schedule.small_buckets(config.batch):
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {config.batch}")
     an_epoch = schedule.batches_an_epoch / config.accum

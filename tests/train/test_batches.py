@@ -52,10 +52,7 @@ def test_processes_cut_the_same_batch(
         slot = source.schedule.slot(number)
         whole = source.make(slot)
         parts = [
-            BatchSource(
-                source.store, source.schedule, source.captions, "txt", noising, rank, processes
-            ).make(slot)
-            for rank in range(processes)
+            replace(source, rank=rank, processes=processes).make(slot) for rank in range(processes)
         ]
         for name in ("latents", "noise", "timesteps", "input_ids"):
             joined = torch.cat([getattr(part, name) for part in parts])
