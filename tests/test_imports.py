@@ -24,8 +24,8 @@ CACHE = (
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule selection captions batches config diffusion latents model optim step verdict "
-    "validate checkpoint sample run session loop cli __main__"
+    "draw schedule selection captions batches config diffusion latents model optim step power ema "
+    "verdict validate checkpoint posthoc sample run session loop cli __main__"
 ).split()
 
 

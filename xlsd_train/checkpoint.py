@@ -3,6 +3,7 @@
 checkpoints/step-00000250/
   unet.safetensors, text_encoder.safetensors    under SD1.5's names; what is frozen is a link
   optimizer.safetensors                         NAME/STATE, say unet.conv_in.weight/exp_avg
+  ema.safetensors                               with --ema: see ema.py
   state.json                                    where the run stands
 """
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from xlsd_cache import UserError
-from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_json
+from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
+from xlsd_train.ema import Ema
 from xlsd_train.model import TEXT_ENCODER, UNET, Model
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -40,6 +42,7 @@ def save_checkpoint(
     named: dict[str, Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    ema: Ema | None = None,
 ) -> Path:
     """Write the checkpoint of `state["step"]`; its folder appears when all of it is on the disk."""
     final = run / "checkpoints" / f"step-{state['step']:08d}"
@@ -53,13 +56,15 @@ def save_checkpoint(
             if part in trained:
                 save_file(model.weights(part), folder / file, {"format": "pt"})
             else:
-                _link_or_copy(run / "base" / file, folder / file)
+                link_or_copy(run / "base" / file, folder / file)
         tensors = {
             f"{name}/{key}": value.contiguous()
             for name, parameter in named.items()
             for key, value in optimizer.state[parameter].items()
         }
         save_file(tensors, folder / OPTIMIZER, {"format": "pt"})
+        if ema:
+            ema.save(folder)
         write_json(folder / STATE, state)
         for path in folder.iterdir():
             fsync_file(path)
@@ -109,11 +114,3 @@ def prune(run: Path, keep: int, best: int | None = None) -> None:
         doomed = checkpoint.with_name(f".{checkpoint.name}{TEMPORARY}")
         checkpoint.rename(doomed)  # so that a kill leaves no half of one that looks whole
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """The same content under a second name, taking no space where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

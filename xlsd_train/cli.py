@@ -1,30 +1,72 @@
-"""The command line `xlsd-train`, generated from the dataclass in config.py."""
+"""The command line `xlsd-train`, generated from each command's dataclass."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import getdoc
+from typing import Any
 
 import tyro
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
-from xlsd_train.config import TrainConfig
+from xlsd_train.config import EmaConfig, TrainConfig
+
+
+# One a command, each importing late: --help need not wait for torch and diffusers.
+def _run(config: TrainConfig, command: Sequence[str]) -> None:
+    from xlsd_train.loop import train
+
+    train(config, command)
+
+
+def _ema(config: EmaConfig, _: Sequence[str]) -> None:
+    from xlsd_train.posthoc import reconstruct
+
+    reconstruct(config)
+
+
+# command -> (its dataclass, what runs it given that and the words of the command line)
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
+    "run": (TrainConfig, _run),
+    "ema": (EmaConfig, _ema),
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train; returns the exit code. A user's mistake is one sentence, without a traceback."""
-    given = list(sys.argv[1:] if args is None else args)
-    if given[:1] == ["run"]:  # `xlsd-train run ...` says the same
-        given = given[1:]
-    try:
-        config = tyro.cli(TrainConfig, prog="xlsd-train", args=given)
-        quiet_libraries()
-        from xlsd_train.loop import train
+    """Run one command; returns the exit code. A user's mistake is one sentence, no traceback.
 
-        train(config, ["xlsd-train", *given])
+    Without a command's name it is `run`, which trains.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    named = given[:1] if given[:1] and given[0] in COMMANDS else []
+    kind, run = COMMANDS[named[0] if named else "run"]
+    try:
+        config = tyro.cli(
+            kind,
+            prog=" ".join(["xlsd-train", *named]),
+            description=_describe(kind),
+            args=given[len(named) :],
+        )
+        quiet_libraries()
+        run(config, ["xlsd-train", *given])
         return 0
     except UserError as error:
         print(f"xlsd-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("xlsd-train: stopped at once; the last checkpoint stands", file=sys.stderr)
+        told = "; the last checkpoint stands" if kind is TrainConfig else ""
+        print(f"xlsd-train: stopped at once{told}", file=sys.stderr)
         return 130
+
+
+def _describe(kind: type[Any]) -> str:
+    """A command's description; training's also lists the other commands."""
+    text = getdoc(kind) or ""
+    if kind is not TrainConfig or len(COMMANDS) == 1:
+        return text
+    lines = [
+        f"  xlsd-train {name:<8} {(getdoc(other) or '').partition(chr(10))[0]}"
+        for name, (other, _) in COMMANDS.items()
+        if other is not kind
+    ]
+    return "\n".join([text, "", "Other commands, each with its own --help:", *lines])

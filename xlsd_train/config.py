@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from xlsd_cache import Precision, UserError
 
 Phase = Literal["unet", "te", "both"]
@@ -13,7 +15,14 @@ Weighting = Literal["none", "min-snr", "debiased"]
 # What may differ when a run goes on: none of these changes a weight at any step.
 FREE = frozenset(
     {"out", "stop_after", "save_every", "keep", "dry_run", "force"}
-    | {"validate_every", "sample_every", "sample_prompts", "sample_steps", "sample_guidance"}
+    | {
+        "ema_snapshots",
+        "validate_every",
+        "sample_every",
+        "sample_prompts",
+        "sample_steps",
+        "sample_guidance",
+    }
 )
 
 
@@ -121,6 +130,15 @@ class TrainConfig:
     validation_images: int = 256
     """Measure at most so many held-out images and as many that train, at ten timesteps each."""
 
+    ema: bool = False
+    """Keep two averages of the weights on the CPU, from which `xlsd-train ema` makes others."""
+
+    ema_every: int | None = None
+    """With --ema: take in the weights every so many steps, which is cheaper. Default: 1."""
+
+    ema_snapshots: int | None = None
+    """With --ema: keep at most so many snapshots of the averages, in RUN/ema. Default: 12."""
+
     save_every: int = 500
     """Write a checkpoint every so many steps, and at the end."""
 
@@ -156,6 +174,8 @@ class TrainConfig:
             "sample_steps",
             "threads",
             "validation_images",
+            "ema_every",
+            "ema_snapshots",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -194,6 +214,10 @@ class TrainConfig:
             raise UserError(
                 f"--validation-fraction {fraction:g} is not within 0 to 1; give say 0.01"
             )
+        for name in ("ema_every", "ema_snapshots"):
+            if getattr(self, name) is not None and not self.ema:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)} does nothing without --ema")
         if self.validate_every and fraction == 0:
             raise UserError(
                 f"--validate-every {self.validate_every} has nothing to measure with "
@@ -231,6 +255,8 @@ class TrainConfig:
             lr=self.lr if self.lr is not None else 5e-6 if unet else 3e-6,
             betas=self.betas or betas,
             validation_fraction=fraction,
+            ema_every=self.ema_every or (1 if self.ema else None),
+            ema_snapshots=self.ema_snapshots or (12 if self.ema else None),
             min_snr_gamma=self.min_snr_gamma or (5.0 if self.loss_weight == "min-snr" else None),
         )
 
@@ -243,3 +269,32 @@ def check_weighting(objective: Kind, weighting: Weighting) -> None:
             f"--loss-weight {weighting} is defined for {' and '.join(known[weighting])}, not for "
             f"--objective {objective}; take --loss-weight none"
         )
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Make an average of a run's weights, of any length, from the snapshots that --ema kept.
+
+    The length is relative to the training so far: sigma_rel, the spread of the moments that count
+    (arXiv 2312.02696). What is written is as --model takes it.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+
+    out: tyro.conf.Positional[Path]
+    """A new folder for the average."""
+
+    sigma_rel: float = 0.10
+    """Length of the average, above 0 and below 0.288, which is all of training alike."""
+
+    step: int | None = None
+    """The average as of this step. Default: the newest snapshot's."""
+
+    def __post_init__(self) -> None:
+        """Refuse lengths that no power function has."""
+        if not 0 < self.sigma_rel < 12**-0.5:
+            raise UserError(
+                f"--sigma-rel {self.sigma_rel:g} is not above 0 and below {12**-0.5:.3f}; give say "
+                f"0.1"
+            )

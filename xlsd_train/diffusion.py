@@ -44,6 +44,11 @@ class Objective:
         signal, sigma, weight = (x.to(device) for x in (self.signal, self.sigma, self.weight))
         return replace(self, signal=signal, sigma=sigma, weight=weight)
 
+    def record(self, before: dict[str, Any]) -> dict[str, Any]:
+        """For config.json: what is predicted, and what the scheduler's config said before."""
+        said, says = map(prediction_type, (before, self.scheduler_config))
+        return {"kind": self.kind, "before": said, "anew": said != says}
+
     def corrupt(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

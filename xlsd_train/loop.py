@@ -16,6 +16,7 @@ from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import checkpoints, prune, save_checkpoint, step_of
 from xlsd_train.config import TrainConfig
+from xlsd_train.ema import keep_snapshots
 from xlsd_train.optim import learning_rate
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
@@ -52,10 +53,10 @@ def _train(session: Session, stop: StopSignal) -> None:
     config, run, accum = session.config, session.run, session.config.accum
     state = run.state()  # of the newest checkpoint; step 0 for a new run
     first, last = state["step"] + 1, min(session.planned_steps, config.stop_after or 2**62)
-    if config.sample_every and first == 1:
-        _sample(session, 0)
-    if config.validate_every and first == 1:
-        _validate(session, state)
+    if first == 1:
+        if config.sample_every:
+            _sample(session, 0)
+        _validate(session, state, last)
     with (
         closing(
             Loader(session.source, (first - 1) * accum, last * accum, session.accelerator.device)
@@ -68,6 +69,7 @@ def _train(session: Session, stop: StopSignal) -> None:
             micro = list(islice(batches, accum))
             lr = learning_rate(config.lr or 0.0, session.warmup_steps, step)
             loss, norm = session.take_step(micro, lr)
+            session.average(step)
             seconds = time.perf_counter() - begun
 
             total, weight = (SMOOTHING * part for part in state["smoothed"])
@@ -101,9 +103,7 @@ def _train(session: Session, stop: StopSignal) -> None:
             due = config.sample_every and (step == last or step % config.sample_every == 0)
             if due or "SAMPLE" in asked:
                 _sample(session, step)
-            due = config.validate_every and (step == last or step % config.validate_every == 0)
-            if due:
-                _validate(session, state)
+            _validate(session, state, last)
             if "SAVE" in asked or ends or step % config.save_every == 0:
                 _save(session, state)  # last: what belongs to the step is on the disk before it
             if ends:
@@ -118,10 +118,15 @@ def _sample(session: Session, step: int) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def _validate(session: Session, state: dict[str, Any]) -> None:
+def _validate(session: Session, state: dict[str, Any], last: int) -> None:
+    """Measure held-out images, where that is due at this step."""
+    step, every = state["step"], session.config.validate_every
+    if not every or (step % every and step != last):
+        return
     if session.main and session.validator:
-        losses = session.validator(session.take_step, {"live": nullcontext()})
-        session.run.log_validation(state["step"], state["images_seen"], losses)
+        averages = session.ema.contexts() if session.ema else {}
+        losses = session.validator(session.take_step, {"live": nullcontext(), **averages})
+        session.run.log_validation(step, state["images_seen"], losses)
     session.accelerator.wait_for_everyone()
 
 
@@ -129,7 +134,12 @@ def _save(session: Session, state: dict[str, Any]) -> None:
     if session.main:
         run, step = session.run, session.take_step
         run.sync()
-        save_checkpoint(run.folder, session.model, session.named, step.optimizer, state)
+        save_checkpoint(
+            run.folder, session.model, session.named, step.optimizer, state, session.ema
+        )
+        if session.ema:
+            most = session.config.ema_snapshots or 0
+            keep_snapshots(run.folder, checkpoints(run.folder), most)
         best = best_of(run.folder, map(step_of, checkpoints(run.folder)))
         prune(run.folder, session.config.keep, best.best[0] if best else None)
     session.accelerator.wait_for_everyone()

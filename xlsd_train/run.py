@@ -32,6 +32,7 @@ from xlsd_cache.durable import (
 from xlsd_cache.store import LatentStore
 from xlsd_train.checkpoint import STATE, checkpoints
 from xlsd_train.config import FREE, TrainConfig
+from xlsd_train.ema import forget_snapshots_after
 from xlsd_train.model import Model
 from xlsd_train.validate import SETS, forget_after, save_losses, summaries
 from xlsd_train.verdict import Losses
@@ -146,6 +147,7 @@ class Run:
         for name in (METRICS, VALIDATION):
             _cut(self.folder / name, last)
         forget_after(self.folder, last)
+        forget_snapshots_after(self.folder, last)
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 

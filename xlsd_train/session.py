@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from xlsd_train.batches import BatchSource, Noising
 from xlsd_train.captions import Captions
 from xlsd_train.checkpoint import load_optimizer
 from xlsd_train.config import TrainConfig
-from xlsd_train.diffusion import make_objective, prediction_type
+from xlsd_train.diffusion import make_objective
+from xlsd_train.ema import Ema, averaging
 from xlsd_train.latents import normalising
 from xlsd_train.model import Model, load_model
 from xlsd_train.optim import make_optimizer, warmup_steps
@@ -48,6 +49,12 @@ class Session:
     planned_steps: int
     warmup_steps: float
     validator: Validator | None
+    ema: Ema | None  # of the main process
+
+    def average(self, step: int) -> None:
+        """Take the weights of a step into the averages, with --ema."""
+        if self.ema:
+            self.ema.update(step)
 
     @property
     def main(self) -> bool:
@@ -66,7 +73,11 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     # The default folder's name holds the time, which processes would read differently.
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
-    with LatentStore.open(config.data, run.generation) as store, closing(run):
+    with (
+        LatentStore.open(config.data, run.generation) as store,
+        closing(run),
+        ExitStack() as stack,
+    ):
         held = held_out(store, config.validation_fraction or 0)
         trains = ~held
         selection = selected(store, trains)
@@ -83,12 +94,11 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             model = load_model(config.model, config.vae, store.identity)
         if config.normalize_latents and not model.scaling.normalized:
             model.scaling = normalising(store)
+        before = model.scheduler_config
         objective = make_objective(
-            config.objective, config.loss_weight, config.min_snr_gamma or 0, model.scheduler_config
+            config.objective, config.loss_weight, config.min_snr_gamma or 0, before
         )
-        was = prediction_type(model.scheduler_config)
         model.scheduler_config = objective.scheduler_config
-        will = prediction_type(model.scheduler_config)
         named = model.prepare(config.phase, config.gradient_checkpointing)
         captions = Captions(model.tokenizer, model.tokens, config.seed, config.caption_dropout)
         stratified = config.timesteps == "stratified"
@@ -114,7 +124,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             },
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
-            "objective": {"kind": objective.kind, "before": was, "anew": was != will},
+            "objective": objective.record(before),
             "latents": model.scaling.record(),
             "validation": validator.keys() if validator else {},
             "settings": shared,
@@ -135,6 +145,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         optimizer = make_optimizer(config, named.values())
         if resumed:
             load_optimizer(resumed, named, optimizer)
+        averages = averaging(named, optimizer, config.ema_every, resumed)
         yield Session(
             config,
             accelerator,
@@ -154,6 +165,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             planned,
             warmup,
             validator,
+            stack.enter_context(averages) if config.ema and accelerator.is_main_process else None,
         )
 
 
@@ -254,6 +266,12 @@ def _say(
         measured = len(record["validation"].get(HELD_OUT, ()))
         some = f", where {measured} of them are measured beside {measured} that train"
         print(some if measured else "")
+    if config.ema:
+        gib = 2 * 4 * weights / 2**30
+        print(
+            f"EMA: two averages in {gib:.1f} GiB of the CPU's memory, and at most "
+            f"{config.ema_snapshots} snapshots of as much in {run.folder / 'ema'}"
+        )
     for bucket, count in schedule.small_buckets(config.batch):
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {config.batch}")
     an_epoch = schedule.batches_an_epoch / config.accum
