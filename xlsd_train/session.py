@@ -268,9 +268,10 @@ def _say(
         print(some if measured else "")
     if config.ema:
         gib = 2 * 4 * weights / 2**30
+        held = gib * 1.5 if record["settings"]["device"] == "cuda" else gib  # a copy on its way
         print(
-            f"EMA: two averages in {gib:.1f} GiB of the CPU's memory, and at most "
-            f"{config.ema_snapshots} snapshots of as much in {run.folder / 'ema'}"
+            f"EMA: two averages in {held:.1f} GiB of the CPU's memory, and at most "
+            f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {run.folder / 'ema'}"
         )
     for bucket, count in schedule.small_buckets(config.batch):
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {config.batch}")
