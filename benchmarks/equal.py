@@ -1,4 +1,4 @@
-"""Are the gradients of every memory plan, on SD1.5's real shapes, those of the plain step?
+"""Whether every memory plan's gradients, on SD1.5's real shapes, are those of the plain step.
 
     python benchmarks/equal.py                        minutes, and 16 GB
     python benchmarks/equal.py --model demo           a small model, seconds

@@ -21,7 +21,8 @@ from xlsd_train.batches import Batch
 from xlsd_train.captions import Captions
 from xlsd_train.cards import card_named
 from xlsd_train.config import TrainConfig
-from xlsd_train.diffusion import alphas_cumprod
+from xlsd_train.diffusion import make_objective
+from xlsd_train.latents import own_scaling
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.step import Plan, Step
@@ -43,7 +44,8 @@ def networks(size: Size, tokens: int = 77) -> tuple[Any, Any]:
 def model_of(size: Size, tokens: int = 77) -> Model:
     """A model without a tokenizer: its batches are drawn, not read."""
     scheduler = dict(DDPMScheduler.from_config(sd15.SCHEDULER).config)
-    return Model(*networks(size, tokens), load_vae(str(VAE)), None, scheduler, size, VAE)
+    vae = load_vae(str(VAE))
+    return Model(*networks(size, tokens), vae, None, scheduler, size, VAE, own_scaling(vae))
 
 
 CAPTIONS = ["woman, solo, smiling, outdoors", "a cup of coffee on a wooden table. it is morning."]
@@ -64,8 +66,9 @@ def step_of(kind: type[S], model: Model, config: TrainConfig, plan: Plan, device
     mixed = "bf16" if config.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=device == "cpu")
     optimizer = make_optimizer(config, named.values())
-    abar = alphas_cumprod(model.scheduler_config).to(device)
-    return kind(model, list(named.values()), optimizer, abar, accelerator, plan)
+    objective = make_objective("eps", "none", 0, model.scheduler_config).to(torch.device(device))
+    model.scaling = model.scaling.to(torch.device(device))
+    return kind(model, list(named.values()), optimizer, objective, accelerator, plan)
 
 
 def drawn_batch(model: Model, batch: int, size: tuple[int, int], device: str) -> Batch:

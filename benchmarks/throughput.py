@@ -49,13 +49,13 @@ from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.precision import set_precision
 from xlsd_cache.store import LatentStore
-from xlsd_train.batches import Batch, BatchSource, Loader
+from xlsd_train.batches import Batch, BatchSource, Loader, Noising
 from xlsd_train.captions import Columns
 from xlsd_train.config import Optimizer, Phase, TrainConfig
 from xlsd_train.memory import GIB, SLICES, Planner, limit_of
 from xlsd_train.model import Model
 from xlsd_train.schedule import Schedule
-from xlsd_train.selection import select
+from xlsd_train.selection import selected
 from xlsd_train.step import Plan, Step
 
 
@@ -258,9 +258,10 @@ def open_feed(
 ) -> Iterator[Batch]:
     """Batches of a store made here."""
     store = stack.enter_context(LatentStore.open(make_store(config, folder)))
-    selection, columns = select(store, ["txt"], [], []), Columns(("txt",), (1.0,))
+    selection, columns = selected(store, np.ones(len(store), np.bool_)), Columns(("txt",), (1.0,))
     schedule, captions = Schedule(selection.sizes, config.batch, 0), captions_of(folder)
-    source = BatchSource(store, selection, schedule, captions, columns, len(step.abar), 0, 1)
+    noising = Noising(step.objective.first, step.objective.count)
+    source = BatchSource(store, selection, schedule, captions, columns, noising, 0, 1)
     steps = 2 * config.steps + 1  # on a card each timed one follows another
     loader = Loader(source, 0, steps, step.accelerator.device)
     return iter(stack.enter_context(closing(loader)))

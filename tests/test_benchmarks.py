@@ -171,3 +171,13 @@ def test_scale_takes_every_step() -> None:
     assert "3000 samples in 7 buckets" in steps[1]
     assert "3000 samples in 7 buckets" in steps[2]
     assert len(verdicts(lines)) == 5
+
+
+def test_overtrain_tells_every_checkpoint_and_the_best() -> None:
+    lines = run("benchmarks/overtrain.py", "--steps", "2", "--tiles", "20", "--held-out", "0.4")
+    assert lines[0].startswith("machine: ")
+    assert lines[1] == "command: python benchmarks/overtrain.py --steps 2 --tiles 20 --held-out 0.4"
+    assert "held out are measured" in lines[2]
+    assert [line.split()[0] for line in lines[4:7]] == ["0", "1", "2"]
+    assert lines[7].startswith("best on held-out images: step ")
+    assert [line.split()[2] for line in lines[8:10]] == ["training", "held-out"]

@@ -10,6 +10,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache.durable",
     "xlsd_cache.identity",
     "xlsd_cache.interrupt",
+    "xlsd_cache.moments",
     "xlsd_cache.precision",
     "xlsd_cache.store",
     "xlsd_cache.vae",
@@ -17,17 +18,17 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
     "durable interrupt precision identity manifest shard blocks locate captions tables match lists "
-    "folders archives records sources colours decode guard buckets index tags store vae known "
-    "accounting arrays commit conclude encode headers place delta plan config pipeline build "
+    "folders archives records sources colours decode guard buckets index tags store moments vae "
+    "known accounting arrays commit conclude encode headers place delta plan config pipeline build "
     "readback verify repair check survey info preview export_index recaption peers pairing compare "
     "transfer importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule parts captions selection batches lengths diffusion sd15 names fold tensors "
-    "foreign network hub find choose config commands reinit text model cards lion rate optim "
-    "layers sliced step footprint rehearsal memory plateau checkpoint meter picture sample run "
-    "announce session loop plan tags single_file card export merge prompts page compare cli "
-    "__main__"
+    "draw schedule parts captions selection batches lengths sd15 names fold tensors foreign "
+    "network hub find choose config diffusion latents commands reinit text model cards lion rate "
+    "optim layers sliced step footprint rehearsal memory plateau power ema verdict validate "
+    "checkpoint posthoc meter picture sample run announce prepare session loop plan tags "
+    "single_file card export merge prompts page compare cli __main__"
 ).split()
 
 

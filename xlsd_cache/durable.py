@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
@@ -63,6 +64,15 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """The same content under a second name, taking no space where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with replacing(Path(target)) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def write_bytes(path: Path, data: bytes, staging: Path | None = None) -> None:

@@ -3,13 +3,11 @@
 import json
 import stat
 import textwrap
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.accounting import account, saved_accounting
@@ -17,10 +15,9 @@ from xlsd_cache.config import InfoConfig
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import cached_view, make_view
 from xlsd_cache.manifest import Manifest
+from xlsd_cache.moments import moments
 from xlsd_cache.store import LatentStore
 from xlsd_cache.survey import are_tags, word_counts
-
-MEASURED = 2048  # samples whose latents are read for the statistics: the mean to 0.1% of the spread
 
 
 def info(config: InfoConfig) -> dict[str, Any]:
@@ -79,7 +76,7 @@ def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
     view = cached_view(root, generations[-1])
     view = view or make_view(manifest, generations[-1], rows_per_shard)
     with LatentStore(root, identity, rows_per_shard, view) as store:
-        mean, std, measured = _statistics(store)
+        mean, std, measured = moments(store)
         texts = {name: store.samples[name] for name in store.caption_columns}
         tags = {name: store.tags(name).counts(most_tags) for name in texts if are_tags(texts[name])}
     disk = _disk_use(root)
@@ -145,22 +142,3 @@ def _words(texts: pa.ChunkedArray) -> dict[str, float]:
     if not len(counts):
         return {"median": 0.0, "max": 0}
     return {"median": float(np.median(counts)), "max": int(counts.max())}
-
-
-def _statistics(store: LatentStore) -> tuple[list[float], list[float], int]:
-    """Mean and standard deviation by channel over up to MEASURED samples, evenly spread."""
-    stride = max(1, len(store) // MEASURED)
-    sums: Counter[str] = Counter()
-    total = np.zeros(store.identity.channels)
-    squares = np.zeros(store.identity.channels)
-    for bucket, rows in store.buckets.items():
-        for row in rows[::stride]:
-            latent: NDArray[np.float64] = store.read(bucket, [row])[0].astype(np.float64)
-            total += latent.sum(axis=(1, 2))
-            squares += np.square(latent).sum(axis=(1, 2))
-            sums.update(samples=1, values=latent[0].size)
-    if not sums["samples"]:
-        return [], [], 0
-    mean = total / sums["values"]
-    std = np.sqrt(np.maximum(0, squares / sums["values"] - mean**2))
-    return mean.tolist(), std.tolist(), sums["samples"]

@@ -1,6 +1,6 @@
 """What a run is about to do, in full, before it does it."""
 
-from collections.abc import Sequence
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +10,7 @@ from xlsd_train.config import TrainConfig
 from xlsd_train.lengths import told
 from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
+from xlsd_train.validate import HELD_OUT
 
 
 def announce(
@@ -18,7 +19,6 @@ def announce(
     schedule: Schedule,
     named: dict[str, Parameter],
     run: Run,
-    unknown: Sequence[str],
 ) -> None:
     """Print it, from the record that config.json keeps."""
     for name, value in asdict(config).items():
@@ -26,18 +26,39 @@ def announce(
     weights = sum(parameter.numel() for parameter in named.values())
     print(record["precision"])
     print(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
+    objective = record["objective"]
+    weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
+    anew = f"; the model predicted {objective['before']} so far, and learns to anew"
+    print(
+        f"objective {objective['kind']}{weight}, {config.timesteps} timesteps"
+        + (anew if objective["anew"] else "")
+    )
+    if record["latents"]["normalized"]:
+        print("latents are normalised by channel, with " + json.dumps(record["latents"]))
     store = record["store"]
     print(
         f"store {store['path']}: {store['images']} images, generation {store['generation']}", end=""
     )
     later = store["newest_generation"] - store["generation"]
     print(f", without the {later} later ones, unfinished or newer than the run" if later else "")
-    if store["selected"] < store["images"]:
-        print(f"  {store['selected']} of {store['images']} images are selected by their tags")
-    for tag in unknown:
+    if store["tagged"] < store["images"]:
+        print(f"  {store['tagged']} of {store['images']} images are selected by their tags")
+    for tag in store["unknown_tags"]:
         print(f"  no image has the tag {tag!r} that --forbid-tags names")
+    if store["selected"] < store["tagged"]:
+        measured = len(record["validation"].get(HELD_OUT, ()))
+        some = f", where {measured} of them are measured beside {measured} that train"
+        held = store["tagged"] - store["selected"]
+        print(f"  {held} of them are held out for validation{some if measured else ''}")
     print(told(record["captions"]))
     print(record["memory"])
+    if config.ema:
+        gib = 2 * 4 * weights / 2**30
+        held = gib * 1.5 if record["settings"]["device"] == "cuda" else gib  # a copy on its way
+        print(
+            f"EMA: two averages in {held:.1f} GiB of the CPU's memory, and at most "
+            f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {run.folder / 'ema'}"
+        )
     for bucket, count in schedule.small_buckets(record["batch"]):
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
     an_epoch = schedule.batches_an_epoch / config.accum

@@ -51,6 +51,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Noising:
+    """How the noise and the timesteps of batches are drawn."""
+
+    first: int  # the first timestep, and how many there are: an objective's
+    count: int
+    stratified: bool = False  # spread evenly over each batch
+    offset: float = 0.0  # of the noise's mean by channel
+
+    def timesteps(
+        self, seed: int, slot: Slot, places: NDArray[np.int64]
+    ) -> Tensor:  # int64 [n], of these places in the batch
+        """As drawn for these places of a batch, whoever asks for which part of it."""
+        if self.stratified:
+            size = len(slot.ordinals)
+            drawn = draw.stratified_timesteps(seed, slot.number, size, places, self.count)
+        else:
+            drawn = draw.timesteps(seed, slot.images_before + places, self.count)
+        return drawn + self.first
+
+
+@dataclass(frozen=True)
 class BatchSource:
     """Makes any batch of the run, by its number alone."""
 
@@ -59,7 +80,7 @@ class BatchSource:
     schedule: Schedule  # over what is selected
     captions: Captions
     columns: Columns
-    timestep_count: int
+    noising: Noising
     rank: int
     processes: int
 
@@ -74,9 +95,9 @@ class BatchSource:
         )
         self.store.read(slot.bucket, rows, latents.numpy())
         seed = self.captions.seed
-        noise = draw.noise(seed, positions, shape)
-        timesteps = draw.timesteps(seed, positions, self.timestep_count)
-        texts = self._texts(self.store.sample_index(slot.bucket, ordinals), positions)
+        noise = draw.noise(seed, positions, shape, self.noising.offset)
+        timesteps = self.noising.timesteps(seed, slot, positions - slot.images_before)
+        texts = self._texts(self.store.sample_index(slot.bucket, ordinals), positions, seed)
         input_ids = self.captions.tokens(texts, positions)
         if pin:
             noise, timesteps, input_ids = (
@@ -95,6 +116,43 @@ class BatchSource:
             timesteps,
             input_ids,
         )
+
+    def fixed(
+        self,
+        bucket: str,
+        ordinals: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        timesteps: NDArray[np.int64],
+        seed: int,
+    ) -> Batch:
+        """These live samples of a bucket, their noise and captions drawn for `positions` alone.
+
+        To measure, not to train: captions as written, and no noise offset. Batch 0 of nothing.
+        """
+        rows = self.store.buckets[bucket][ordinals]
+        parts = self.captions.parts
+        captions = replace(
+            self.captions, seed=seed, dropout=0.0, parts=parts.plain if parts else None
+        )
+        texts = self._texts(self.store.sample_index(bucket, ordinals), positions, seed)
+        return Batch(
+            0,
+            bucket,
+            0.0,
+            0,
+            len(rows),
+            torch.from_numpy(self.store.read(bucket, rows)),
+            draw.noise(seed, positions, self.store.shape(bucket)),
+            torch.from_numpy(timesteps),
+            captions.tokens(texts, positions),
+        )
+
+    def keys(self, bucket: str, ordinals: NDArray[np.int64]) -> list[str]:
+        """The keys of live samples of a bucket."""
+        keys: list[str] = (
+            self.store.samples["key"].take(self.store.sample_index(bucket, ordinals)).to_pylist()
+        )
+        return keys
 
     def will_need(self, slot: Slot) -> None:
         """Have the kernel read a coming batch from the disk meanwhile."""
@@ -119,16 +177,18 @@ class BatchSource:
         if count > most:
             drawn = draw.words(seed, "caption lengths", numbers) % np.uint64(count)
             numbers = np.unique(drawn).astype(np.int64)
-        texts = self._texts(self.selection.rows(self.store, numbers), numbers)
+        texts = self._texts(self.selection.rows(self.store, numbers), numbers, seed)
         lengths = self.captions.lengths(self.captions.lines(texts, numbers))
         lengths[[not text for text in texts]] = 0
         return lengths
 
-    def _texts(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> list[str | None]:
+    def _texts(
+        self, rows: NDArray[np.int64], positions: NDArray[np.int64], seed: int
+    ) -> list[str | None]:
         """Of each sample, by its row of `store.samples`, the text of the column that is drawn."""
         columns = [self.store.samples[name] for name in self.columns.names]
         texts = [[column[row].as_py() for row in rows.tolist()] for column in columns]
-        words = draw.words(self.captions.seed, "caption column", positions)
+        words = draw.words(seed, "caption column", positions)
         return self.columns.mix(texts, words)
 
 

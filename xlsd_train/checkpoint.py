@@ -3,6 +3,7 @@
 checkpoints/step-00000250/
   unet.safetensors, text_encoder.safetensors    under SD1.5's names; what is frozen is a link
   optimizer.safetensors                         NAME/STATE, say unet.conv_in.weight/exp_avg
+  ema.safetensors                               with --ema: see ema.py
   state.json                                    where the run stands; the optimizer's numbers
 """
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from xlsd_cache import UserError
-from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_json
+from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
+from xlsd_train.ema import Ema
 from xlsd_train.find import TEXT_ENCODER, UNET
 from xlsd_train.model import Model
 from xlsd_train.optim import numbers, set_numbers
@@ -32,12 +34,18 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was saved."""
+    return int(checkpoint.name[5:])
+
+
 def save_checkpoint(
     run: Path,
     model: Model,
     named: dict[str, Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    ema: Ema | None = None,
 ) -> Path:
     """Write the checkpoint of `state["step"]`; its folder appears when all of it is on the disk."""
     final = run / "checkpoints" / f"step-{state['step']:08d}"
@@ -51,13 +59,15 @@ def save_checkpoint(
             if part in trained:
                 save_file(model.weights(part), folder / file, {"format": "pt"})
             else:
-                _link_or_copy(run / "base" / file, folder / file)
+                link_or_copy(run / "base" / file, folder / file)
         tensors = {
             f"{name}/{key}": torch.as_tensor(value).contiguous()  # Prodigy's step is an int
             for name, parameter in named.items()
             for key, value in optimizer.state[parameter].items()
         }
         save_file(tensors, folder / OPTIMIZER, {"format": "pt"})
+        if ema:
+            ema.save(folder)
         found = numbers(optimizer)
         write_json(folder / STATE, {**state, "optimizer": found} if found else state)
         for path in folder.iterdir():
@@ -101,19 +111,16 @@ def load_optimizer(
         ) from error
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0: none), and what killed saves left."""
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints (0: none) and step `best`'s.
+
+    And what killed saves left.
+    """
     for folder in (run / "checkpoints").glob(f".*{TEMPORARY}"):
         shutil.rmtree(folder, ignore_errors=True)
     for checkpoint in checkpoints(run)[:-keep] if keep else []:
+        if step_of(checkpoint) == best:
+            continue
         doomed = checkpoint.with_name(f".{checkpoint.name}{TEMPORARY}")
         checkpoint.rename(doomed)  # so that a kill leaves no half of one that looks whole
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """The same content under a second name, taking no space where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

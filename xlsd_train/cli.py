@@ -9,7 +9,14 @@ import tyro
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
-from xlsd_train.commands import ExportConfig, PlanConfig, SampleConfig, SwapConfig, TagsConfig
+from xlsd_train.commands import (
+    EmaConfig,
+    ExportConfig,
+    PlanConfig,
+    SampleConfig,
+    SwapConfig,
+    TagsConfig,
+)
 from xlsd_train.config import TrainConfig
 
 
@@ -44,6 +51,12 @@ def _swap(config: SwapConfig, _: Sequence[str]) -> None:
     swap(config)
 
 
+def _ema(config: EmaConfig, _: Sequence[str]) -> None:
+    from xlsd_train.posthoc import reconstruct
+
+    reconstruct(config)
+
+
 def _sample(config: SampleConfig, _: Sequence[str]) -> None:
     from xlsd_train.compare import compare
 
@@ -55,6 +68,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
     "plan": (PlanConfig, _plan),
     "tags": (TagsConfig, _tags),
+    "ema": (EmaConfig, _ema),
     "sample": (SampleConfig, _sample),
     "export": (ExportConfig, _export),
     "swap": (SwapConfig, _swap),

@@ -58,6 +58,35 @@ class TagsConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """Make an average of a run's weights, of any length, from the snapshots that --ema kept.
+
+    The length is relative to the training so far: sigma_rel, the spread of the moments that count
+    (arXiv 2312.02696). What is written is as --model takes it.
+    """
+
+    run: Positional[Path]
+    """The run's folder."""
+
+    out: Positional[Path]
+    """A new folder for the average."""
+
+    sigma_rel: float = 0.10
+    """Length of the average, above 0 and below 0.288, which is all of training alike."""
+
+    step: int | None = None
+    """The average as of this step. Default: the newest snapshot's."""
+
+    def __post_init__(self) -> None:
+        """Refuse lengths that no power function has."""
+        if not 0 < self.sigma_rel < 12**-0.5:
+            raise UserError(
+                f"--sigma-rel {self.sigma_rel:g} is not above 0 and below {12**-0.5:.3f}; give say "
+                f"0.1"
+            )
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """Write a model for other programs.
 

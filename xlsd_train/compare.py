@@ -74,8 +74,10 @@ def _draw(
     # Diffusers' pipeline knows one factor: whatever else a VAE's latents need is folded into it.
     vae, _ = fold_vae(parts.vae, trained=parts.trained)
     noise = {name: parts.scheduler[name] for name in NOISE if name in parts.scheduler}
-    parts = replace(parts, vae=vae, scheduler={**noise, "clip_sample": False})
-    model = assemble(parts, model_vae(parts.source, vae))
+    if noise.get("rescale_betas_zero_snr"):
+        noise["timestep_spacing"] = "trailing"  # the last timestep, all noise, must be among them
+    whole = replace(parts, scheduler={**noise, "clip_sample": False}, checkpoint=None)
+    model = assemble(whole, model_vae(parts.source, vae))
     model.text_encoder.requires_grad_(False)
     pipeline = pipeline_of(model, scheduler).to(device)
     source = Path(parts.source)

@@ -13,11 +13,20 @@ Scheduler = Literal["constant", "linear", "cosine", "rex"]
 Optimizer = Literal["lion", "dlion", "adamw", "prodigy", "adafactor"]
 FINDS_RATE = ("dlion", "prodigy")
 D0 = 1e-6  # where dlion's d begins
+Kind = Literal["eps", "v", "flow"]
+Weighting = Literal["none", "min-snr", "debiased"]
 
 # What may differ when a run goes on: none of these changes a weight at any step.
 FREE = frozenset(
     {"out", "stop_after", "save_every", "keep", "dry_run", "force"}
-    | {"sample_every", "sample_prompts", "sample_steps", "sample_guidance"}
+    | {
+        "ema_snapshots",
+        "validate_every",
+        "sample_every",
+        "sample_prompts",
+        "sample_steps",
+        "sample_guidance",
+    }
 )
 
 
@@ -161,6 +170,23 @@ class TrainConfig:
 
     clip_skip: int = 0
     """Layers of the text encoder before its last whose states are used; A1111's 2 is 1 here."""
+    objective: Kind | None = None
+    """eps: noise. v: velocity, with zero terminal SNR. flow: rectified. Default: --model's own."""
+
+    loss_weight: Weighting = "none"
+    """By timestep. min-snr: for eps and v, whose last step then weighs nothing. debiased: eps."""
+
+    min_snr_gamma: float | None = None
+    """With --loss-weight min-snr: the SNR above which timesteps weigh less. Default: 5."""
+
+    noise_offset: float = 0.0
+    """Spread of a random shift of each channel's noise, say 0.05, for darker and lighter images."""
+
+    timesteps: Literal["uniform", "stratified"] = "uniform"
+    """Each image's drawn alone, or spread evenly over each batch, for a less noisy gradient."""
+
+    normalize_latents: bool = False
+    """Mean 0 and spread 1 in every channel, by the store's statistics; kept with the model."""
 
     sample_every: int = 250
     """Draw samples every so many steps, at step 0 and at the end; 0 never."""
@@ -173,6 +199,24 @@ class TrainConfig:
 
     sample_guidance: float = 7.5
     """Classifier-free guidance of samples."""
+
+    validate_every: int = 0
+    """Measure the loss on held-out images every so many steps, at step 0 and the end; 0 never."""
+
+    validation_fraction: float | None = None
+    """Share of the images, by their content, that never trains. Default: 0.01 if validated."""
+
+    validation_images: int = 256
+    """Measure at most so many held-out images and as many that train, at ten timesteps each."""
+
+    ema: bool = False
+    """Keep two averages of the weights on the CPU, from which `xlsd-train ema` makes others."""
+
+    ema_every: int | None = None
+    """With --ema: take in the weights every so many steps, which is cheaper. Default: 1."""
+
+    ema_snapshots: int | None = None
+    """With --ema: keep at most so many snapshots of the averages, in RUN/ema. Default: 12."""
 
     save_every: int = 500
     """Write a checkpoint every so many steps, and at the end."""
@@ -216,18 +260,25 @@ class TrainConfig:
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
         self._check_rates()
         self._check_patterns()
+        self._check_objective()
+        self._check_validation()
         self.parts()
         self.selected_tags()
 
     def _check_numbers(self) -> None:
         counts = (
-            "batch micro_batch accum steps stop_after save_every sample_steps threads max_tags"
+            "batch micro_batch accum steps stop_after save_every sample_steps threads max_tags "
+            "validation_images ema_every ema_snapshots"
         ).split()
         for name in counts:
             value = getattr(self, name)
             if value not in {None, "auto"} and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
-        for name in ("sample_every keep weight_decay sample_guidance keep_first clip_skip").split():
+        switches = (
+            "sample_every keep weight_decay sample_guidance keep_first clip_skip noise_offset "
+            "validate_every"
+        ).split()
+        for name in switches:
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
@@ -311,6 +362,35 @@ class TrainConfig:
         """(required, forbidden) tags of the samples to train on."""
         return require_and_forbid(self.require_tags, self.forbid_tags)
 
+    def _check_validation(self) -> None:
+        fraction = self.validation_fraction
+        if fraction is not None and not 0 <= fraction < 1:
+            raise UserError(
+                f"--validation-fraction {fraction:g} is not within 0 to 1; give say 0.01"
+            )
+        for name in ("ema_every", "ema_snapshots"):
+            if getattr(self, name) is not None and not self.ema:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)} does nothing without --ema")
+        if self.validate_every and fraction == 0:
+            raise UserError(
+                f"--validate-every {self.validate_every} has nothing to measure with "
+                f"--validation-fraction 0; give say 0.01"
+            )
+
+    def _check_objective(self) -> None:
+        if self.objective is not None:
+            check_weighting(self.objective, self.loss_weight)
+        if self.min_snr_gamma is not None and self.loss_weight != "min-snr":
+            raise UserError(
+                f"--min-snr-gamma {self.min_snr_gamma:g} does nothing with --loss-weight "
+                f"{self.loss_weight}; add --loss-weight min-snr or leave it out"
+            )
+        if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < float("inf"):
+            raise UserError(f"--min-snr-gamma {self.min_snr_gamma:g} is not above 0; give say 5")
+        if not self.noise_offset < float("inf"):
+            raise UserError(f"--noise-offset {self.noise_offset:g} is no number; give say 0.05")
+
     def resolved(self) -> "TrainConfig":
         """With the defaults that depend on the phase and the optimizer filled in."""
         unet = self.phase == "unet"
@@ -323,10 +403,27 @@ class TrainConfig:
         # from nothing.
         lr = {"dlion": 1.0, "prodigy": 1.0, "adafactor": 1e-3}.get(self.optimizer, lr)
         betas = {"lion": (0.9, 0.99), "adafactor": None}.get(self.optimizer, (0.9, 0.999))
+        fraction = self.validation_fraction
+        if fraction is None:
+            fraction = 0.01 if self.validate_every else 0.0
         return replace(
             self,
             steps=steps,
             epochs=epochs,
             lr=self.lr if self.lr is not None else lr,
             betas=self.betas or betas,
+            validation_fraction=fraction,
+            ema_every=self.ema_every or (1 if self.ema else None),
+            ema_snapshots=self.ema_snapshots or (12 if self.ema else None),
+            min_snr_gamma=self.min_snr_gamma or (5.0 if self.loss_weight == "min-snr" else None),
+        )
+
+
+def check_weighting(objective: Kind, weighting: Weighting) -> None:
+    """Refuse a loss weight that is not defined for what is predicted."""
+    known: dict[Weighting, tuple[Kind, ...]] = {"min-snr": ("eps", "v"), "debiased": ("eps",)}
+    if objective not in known.get(weighting, (objective,)):
+        raise UserError(
+            f"--loss-weight {weighting} is defined for {' and '.join(known[weighting])}, not for "
+            f"--objective {objective}; take --loss-weight none"
         )

@@ -1,39 +1,170 @@
 """The diffusion itself. Pure: latents, noise and timesteps in, noisy latents and loss out.
 
-DDPM (Ho, Jain, Abbeel 2020, arXiv 2006.11239): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon
-(eq. 4), trained by the plain mean squared error of the predicted epsilon (eq. 14).
+Every objective mixes x_t = signal_t x_0 + sigma_t noise and has the network predict a mixture of
+both; they differ in the two factors, in what is predicted, and in what a timestep's error weighs.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
 from xlsd_cache import UserError
+from xlsd_train.config import Kind, Weighting, check_weighting
+
+# What a scheduler's config says of the objective; all else in it is the noise schedule's.
+_OURS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "use_flow_sigmas")
+_PREDICTIONS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}
+SNR_CAP = 1000.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained, as tables by timestep. Calls on any slice of a batch give the same values.
+
+    Timesteps are first..first + count - 1, and what the network is told.
+    """
+
+    kind: Kind
+    signal: Tensor  # f32 [first + count], factor of the latents in x_t
+    sigma: Tensor  # f32, factor of the noise
+    weight: Tensor  # f32, what a timestep's squared error weighs
+    first: int  # the first timestep: 0, but 1 for flow, whose timestep 0 has no noise to predict
+    scheduler_config: dict[str, Any]  # what samples this model rightly in diffusers
+
+    @property
+    def count(self) -> int:
+        """How many timesteps there are."""
+        return len(self.signal) - self.first
+
+    def to(self, device: torch.device) -> "Objective":
+        """The same with its tables on a device."""
+        signal, sigma, weight = (x.to(device) for x in (self.signal, self.sigma, self.weight))
+        return replace(self, signal=signal, sigma=sigma, weight=weight)
+
+    def record(self, before: dict[str, Any]) -> dict[str, Any]:
+        """For config.json: what is predicted, and what the scheduler's config said before."""
+        said, says = map(prediction_type, (before, self.scheduler_config))
+        return {"kind": self.kind, "before": said, "anew": said != says}
+
+    def corrupt(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(noisy latents, target, weight f32 [B]) of scaled latents [B, C, h, w] at timesteps [B].
+
+        DDPM (arXiv 2006.11239) eq. 4 for eps and v; rectified flow (arXiv 2209.03003) eq. 1, in the
+        direction and with the timesteps sigma = t / T of Stable Diffusion 3 (arXiv 2403.03206).
+        """
+        signal, sigma = (table[timesteps].view(-1, 1, 1, 1) for table in (self.signal, self.sigma))
+        noisy = signal * latents + sigma * noise
+        if self.kind == "eps":
+            target = noise  # DDPM, eq. 14
+        elif self.kind == "v":
+            target = signal * noise - sigma * latents  # arXiv 2202.00512, appendix D
+        else:
+            target = noise - latents  # dx_t / dt of rectified flow, eq. 1
+        return noisy, target, self.weight[timesteps]
+
+    def loss(self, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """Weighted mean squared error of each sample, f32 [B] (DDPM, eq. 14)."""
+        return (prediction.float() - target).square().mean(dim=(1, 2, 3)) * weight
+
+
+def make_objective(
+    kind: Kind | None, weighting: Weighting, gamma: float, scheduler_config: dict[str, Any]
+) -> Objective:
+    """The objective on a model's noise schedule; None is what the model predicts already.
+
+    Raises UserError where the model's scheduler or the weighting does not allow it.
+    """
+    kind = kind or predicts(scheduler_config)
+    check_weighting(kind, weighting)
+    config = scheduler_for(kind, scheduler_config)
+    if kind == "flow":
+        count = int(config.get("num_train_timesteps", 1000))
+        sigma = torch.arange(count + 1, dtype=torch.float32) / count
+        return Objective(kind, 1 - sigma, sigma, torch.ones_like(sigma), 1, config)
+    abar = alphas_cumprod(config)
+    signal, sigma = abar.sqrt(), (1 - abar).sqrt()
+    weight = loss_weights(kind, weighting, gamma, (signal / sigma).square())
+    if not torch.isfinite(weight).all():
+        raise UserError(
+            f"--loss-weight {weighting} is not finite where the model's scheduler leaves no signal "
+            f"(rescale_betas_zero_snr); take --objective v, or --loss-weight none"
+        )
+    return Objective(kind, signal, sigma, weight, 0, config)
+
+
+def predicts(scheduler_config: dict[str, Any]) -> Kind:
+    """What a model was trained to predict. Raises UserError for what is not trained here."""
+    said = prediction_type(scheduler_config)
+    if said not in _PREDICTIONS:
+        raise UserError(
+            f"the model's scheduler says prediction_type {said}, which is not trained here; say "
+            f"what it is to learn to predict with --objective"
+        )
+    return _PREDICTIONS[said]
+
+
+def prediction_type(scheduler_config: dict[str, Any]) -> str:
+    """As the scheduler's config says, in diffusers' words."""
+    if str(scheduler_config.get("_class_name", "")).startswith("FlowMatch"):
+        return "flow_prediction"
+    return str(scheduler_config.get("prediction_type", "epsilon"))
+
+
+def scheduler_for(kind: Kind, scheduler_config: dict[str, Any]) -> dict[str, Any]:
+    """The model's scheduler config, made to say what it will predict and how to sample it.
+
+    v: zero terminal SNR and trailing timesteps, as arXiv 2305.08891, sections 3.1 to 3.3, wants.
+    flow: diffusers' DPM-Solver with sigma = t / T, which StableDiffusionPipeline can drive;
+    FlowMatchEulerDiscreteScheduler lacks what that pipeline asks of a scheduler.
+    Raises UserError for a flow model's scheduler, which has no betas to train eps or v on.
+    """
+    said = prediction_type(scheduler_config)
+    if kind == "eps" and said == "epsilon":
+        return scheduler_config
+    if kind != "flow" and said == "flow_prediction" and "beta_start" not in scheduler_config:
+        raise UserError(
+            f"--objective {kind} needs a noise schedule, and the model's "
+            f"{scheduler_config['_class_name']} has none; take --objective flow"
+        )
+    kept = {key: value for key, value in scheduler_config.items() if key not in _OURS}
+    if kind == "eps":
+        return {**kept, "prediction_type": "epsilon"}
+    kept["_class_name"] = "DPMSolverMultistepScheduler"
+    if kind == "v":
+        kept |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+        return {**kept, "timestep_spacing": "trailing"}
+    shift = kept.pop("shift", kept.pop("flow_shift", 1.0))
+    kept |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return {**kept, "flow_shift": shift}
 
 
 def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
-    """abar_t, f32 [T], of the model's own noise schedule; SD1.5's betas are scaled_linear.
+    """abar_t, f32 [T] (DDPM, eq. 4); SD1.5's betas are scaled_linear.
 
-    Raises UserError for a model that predicts something else than epsilon.
+    With rescale_betas_zero_snr those of arXiv 2305.08891, algorithm 1: abar_T is 0.
     """
-    prediction = scheduler_config.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise UserError(
-            f"the model's scheduler says prediction_type {prediction}; only epsilon is trained "
-            f"here: give an epsilon model as --model"
-        )
     scheduler: Any = DDPMScheduler.from_config(scheduler_config)
     abar: Tensor = scheduler.alphas_cumprod
     return abar
 
 
-def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, abar: Tensor) -> Tensor:
-    """x_t of scaled latents [B, C, h, w] at timesteps [B] (eq. 4)."""
-    at = abar[timesteps].view(-1, 1, 1, 1)
-    return at.sqrt() * latents + (1 - at).sqrt() * noise
+def loss_weights(kind: Kind, weighting: Weighting, gamma: float, snr: Tensor) -> Tensor:
+    """What each timestep's squared error weighs, f32 [T], by its signal-to-noise ratio.
 
-
-def loss_of_each(epsilon: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of each sample, f32 [B] (eq. 14)."""
-    return (epsilon.float() - noise).square().mean(dim=(1, 2, 3))
+    min-snr (arXiv 2303.09556, section 3.4): min(SNR, gamma) / SNR for eps and
+    min(SNR, gamma) / (SNR + 1) for v, both of them min(SNR, gamma) on the error of x_0. So a v
+    model's last timestep, all noise, weighs nothing.
+    debiased (arXiv 2310.08442): 1 / sqrt(SNR) for eps. SNR counts as at most 1000, as in kohya's
+    sd-scripts, with which XLLSD was trained; of SD1.5's timesteps that changes the first.
+    """
+    if weighting == "none":
+        return torch.ones_like(snr)
+    if weighting == "debiased":
+        return snr.clamp(max=SNR_CAP).rsqrt()
+    clamped = snr.clamp(max=gamma)
+    return clamped / (snr + 1 if kind == "v" else snr)

@@ -64,13 +64,25 @@ def permutation(seed: int, purpose: str, count: int) -> NDArray[np.int64]:
     return keys.view(np.int64)
 
 
-def noise(seed: int, positions: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:
+def noise(
+    seed: int, positions: NDArray[np.int64], shape: tuple[int, ...], offset: float = 0.0
+) -> Tensor:
     """Standard normal f32 [n, *shape], each sample from a generator of its own.
 
-    Always drawn on the CPU: the same on every device, and in the loader's thread for nothing.
+    `offset` times a normal number a channel is added, the same over the whole picture (Guttenberg,
+    Diffusion with offset noise, 2023). Always drawn on the CPU: the same on every device, and in
+    the loader's thread for nothing.
     """
-    out = torch.empty((len(positions), *shape))
-    for target, word in zip(out, words(seed, "noise", positions).tolist(), strict=True):
+    out = _normal(words(seed, "noise", positions), shape)
+    if offset:
+        channels = (shape[0], *(1 for _ in shape[1:]))
+        out += offset * _normal(words(seed, "noise offset", positions), channels)
+    return out
+
+
+def _normal(drawn: Words, shape: tuple[int, ...]) -> Tensor:
+    out = torch.empty((len(drawn), *shape))
+    for target, word in zip(out, drawn.tolist(), strict=True):
         generator = torch.Generator().manual_seed(word - 2**63)
         torch.randn(shape, generator=generator, out=target)
     return out
@@ -80,3 +92,17 @@ def timesteps(seed: int, positions: NDArray[np.int64], count: int) -> Tensor:
     """Timesteps int64 [n], uniform over 0..count-1 (the bias of the remainder is below 1e-16)."""
     drawn = words(seed, "timestep", positions) % np.uint64(count)
     return torch.from_numpy(drawn.astype(np.int64))
+
+
+def stratified_timesteps(
+    seed: int, batch: int, size: int, places: NDArray[np.int64], count: int
+) -> Tensor:
+    """Timesteps int64 of some places in a batch of `size`: one in each of `size` equal strata.
+
+    The strata fall to the places in a random order, so at each place every timestep is as likely,
+    and any part of the batch is mixed. Stratified sampling, as in arXiv 2107.00630, appendix I.1.
+    """
+    strata = permutation(seed, f"strata/{batch}", size)[places]
+    within = uniform(seed, f"stratum/{batch}", places)
+    drawn = ((strata + within) * (count / size)).astype(np.int64)
+    return torch.from_numpy(np.minimum(drawn, count - 1))  # where rounding reached the end

@@ -186,7 +186,7 @@ def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
     vae = folder_part("vae", base / "vae", source)
     return Parts(
         source, parts["unet"], parts["text_encoder"], vae, base / "tokenizer", _scheduler(base),
-        checkpoint, _trained(base / "latents.json"), _clip_skip(base.parent / "config.json"),
+        checkpoint, _trained(base / "latents.json"), _clip_skip(base / "captions.json"),
     )  # fmt: skip
 
 
@@ -197,9 +197,9 @@ def _trained(path: Path) -> Normalisation | None:
     return Normalisation(tuple(told["shift"]), tuple(1 / scale for scale in told["scale"]))
 
 
-def _clip_skip(record: Path) -> int:
+def _clip_skip(path: Path) -> int:
     """What a run says that its --clip-skip was."""
-    return read_json(record)["config"].get("clip_skip", 0) if record.is_file() else 0
+    return int(read_json(path)["clip_skip"]) if path.is_file() else 0
 
 
 def _in_folder(folder: Path, source: str) -> Parts:

@@ -1,10 +1,10 @@
 """`xlsd-train`: the training loop, on one page."""
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -13,14 +13,16 @@ from tqdm import tqdm
 from xlsd_cache import UserError
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
-from xlsd_train.checkpoint import prune, save_checkpoint
+from xlsd_train.checkpoint import checkpoints, prune, save_checkpoint, step_of
 from xlsd_train.config import TrainConfig
+from xlsd_train.ema import keep_snapshots
 from xlsd_train.meter import Meter
 from xlsd_train.optim import rates
 from xlsd_train.plateau import PlateauWatch
 from xlsd_train.rate import learning_rate
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
+from xlsd_train.validate import best_of, say
 
 
 def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
@@ -51,8 +53,8 @@ def _train(session: Session, stop: StopSignal) -> None:
     config, run, accum = session.config, session.run, session.config.accum
     state = run.state()  # of the newest checkpoint; step 0 for a new run
     first, last = state["step"] + 1, min(session.planned_steps, config.stop_after or 2**62)
-    if config.sample_every and first == 1:
-        _sample(session, 0)
+    if first == 1:
+        _pause(session, Due(config.sample_every > 0, config.validate_every > 0, False, False), 0, 0)
     watch = PlateauWatch.of_run(config, run.folder / "metrics.jsonl")
     with (
         closing(
@@ -71,6 +73,7 @@ def _train(session: Session, stop: StopSignal) -> None:
                 config.scheduler, session.planned_steps, config.lr_floor or 0.0,
             )  # fmt: skip
             loss, norm = session.take_step(micro, lr)
+            session.average(step)
             images_seen = micro[-1].images_before + micro[-1].images
             line = {
                 "step": step,
@@ -85,12 +88,11 @@ def _train(session: Session, stop: StopSignal) -> None:
             if session.main:
                 _say_epoch(session, micro)
 
-            samples, saves, ends = _due(session, stop, step, last)
-            if samples or saves:
+            due = _due(session, stop, step, last)
+            if due.pauses:
                 _log(session, watch, bar, meter.flush())  # its loss must be a number
-            if samples:
-                _sample(session, step)
-            if saves:
+            _pause(session, due, step, images_seen)
+            if due.saves:
                 state = {
                     "step": step,
                     "images_seen": images_seen,
@@ -99,9 +101,9 @@ def _train(session: Session, stop: StopSignal) -> None:
                     "plan": session.take_step.plan,
                 }
                 _save(session, state)  # last: what belongs to the step is on the disk before it
-            if samples or saves:
+            if due.pauses:
                 meter.begin()
-            if ends:
+            if due.ends:
                 break
     if session.main:
         _say_end(session, state["step"], stop.asked)
@@ -116,13 +118,37 @@ def _log(session: Session, watch: PlateauWatch, bar: Any, lines: list[dict[str, 
         bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
 
 
-def _due(session: Session, stop: StopSignal, step: int, last: int) -> tuple[bool, bool, bool]:
-    """Whether to sample, to save and to end after this step."""
+class Due(NamedTuple):
+    """What is due after a step."""
+
+    samples: bool
+    validates: bool
+    saves: bool
+    ends: bool
+
+    @property
+    def pauses(self) -> bool:
+        """Whether something comes between this step and the next."""
+        return self.samples or self.validates or self.saves
+
+
+def _due(session: Session, stop: StopSignal, step: int, last: int) -> Due:
     config, asked = session.config, _asked(session, stop)
     ends = step == last or "STOP" in asked
-    every = config.sample_every
-    samples = "SAMPLE" in asked or (every > 0 and (step == last or step % every == 0))
-    return samples, "SAVE" in asked or ends or step % config.save_every == 0, ends
+    samples, validates = (
+        every > 0 and (step == last or step % every == 0)
+        for every in (config.sample_every, config.validate_every)
+    )
+    saves = "SAVE" in asked or ends or step % config.save_every == 0
+    return Due(samples or "SAMPLE" in asked, validates, saves, ends)
+
+
+def _pause(session: Session, due: Due, step: int, images_seen: int) -> None:
+    """What looks at the weights and leaves them."""
+    if due.samples:
+        _sample(session, step)
+    if due.validates:
+        _validate(session, step, images_seen)
 
 
 def _sample(session: Session, step: int) -> None:
@@ -131,12 +157,27 @@ def _sample(session: Session, step: int) -> None:
     session.accelerator.wait_for_everyone()
 
 
+def _validate(session: Session, step: int, images_seen: int) -> None:
+    """Measure held-out images, of the weights and of their averages."""
+    if session.main and session.validator:
+        averages = session.ema.contexts() if session.ema else {}
+        losses = session.validator(session.take_step, {"live": nullcontext(), **averages})
+        session.run.log_validation(step, images_seen, losses)
+    session.accelerator.wait_for_everyone()
+
+
 def _save(session: Session, state: dict[str, Any]) -> None:
     if session.main:
         run, step = session.run, session.take_step
         run.sync()
-        save_checkpoint(run.folder, session.model, session.named, step.optimizer, state)
-        prune(run.folder, session.config.keep)
+        save_checkpoint(
+            run.folder, session.model, session.named, step.optimizer, state, session.ema
+        )
+        if session.ema:
+            most = session.config.ema_snapshots or 0
+            keep_snapshots(run.folder, checkpoints(run.folder), most)
+        best = best_of(run.folder, map(step_of, checkpoints(run.folder)))
+        prune(run.folder, session.config.keep, best.best[0] if best else None)
     session.accelerator.wait_for_everyone()
 
 
@@ -173,5 +214,8 @@ def _say_end(session: Session, step: int, signalled: int) -> None:
     print(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
     if session.config.sample_every:
         print(f"samples {run.folder / 'samples' / 'grid.png'}")
+    best = best_of(run.folder, (0, *map(step_of, checkpoints(run.folder))))
+    if best:
+        print(say(best))
     if signalled or step < planned:
         print(f"to go on from here, to the bit: the same command with --out {run.folder}")

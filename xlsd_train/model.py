@@ -1,6 +1,5 @@
 """The model as training has it: UNet, text encoder, VAE, tokenizer; what of it trains."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ from torch.nn import Parameter
 from transformers import CLIPTokenizer
 
 from xlsd_cache import UserError
+from xlsd_cache.durable import write_json
 from xlsd_cache.store import Identity
 from xlsd_cache.vae import Vae, tensors_sha256, vae_of
 from xlsd_train.choose import choose, split
 from xlsd_train.config import Phase
 from xlsd_train.find import TEXT_ENCODER, UNET, Parts, completed, find
+from xlsd_train.latents import Scaling, load_scaling, own_scaling, save_scaling
 from xlsd_train.network import PREFIX, Part, build
 from xlsd_train.reinit import reinitialise
 from xlsd_train.sd15 import HUB_ID
@@ -34,6 +35,7 @@ class Model:
     scheduler_config: dict[str, Any]
     source: str  # as it was asked for
     tokenizer_folder: Path
+    scaling: Scaling  # between raw latents and what the UNet sees
     clip_skip: int = 0  # layers before the last whose states the UNet sees
 
     @property
@@ -93,8 +95,9 @@ class Model:
         """Everything that training does not change: a pipeline without its trained weights."""
         copy_tokenizer(self.tokenizer_folder, folder / "tokenizer", self.tokens)
         (folder / "scheduler").mkdir()
-        scheduler = json.dumps(self.scheduler_config, indent=2) + "\n"
-        (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
+        write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler_config)
+        write_json(folder / "captions.json", {"clip_skip": self.clip_skip})
+        save_scaling(self.scaling, self.vae, folder)
         self.unet.save_config(folder / "unet")
         self.text_encoder.config.save_pretrained(folder / "text_encoder")
         self.vae.model.save_pretrained(folder / "vae")
@@ -166,6 +169,10 @@ def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
             f"cannot load the model {parts.source}: its tokenizer, {parts.tokenizer}, fails: "
             f"{told}; name a folder with vocab.json and merges.txt as --tokenizer"
         ) from error
+    if parts.checkpoint is not None:
+        scaling = load_scaling(parts.source, parts.checkpoint.parent.parent / "base", vae)
+    else:
+        scaling = own_scaling(vae)
     unet, text_encoder = build(parts.unet), build(parts.text_encoder)
     if len(tokenizer) > (known := text_encoder.config.vocab_size):
         raise UserError(
@@ -179,7 +186,7 @@ def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
     tokenizer.model_max_length = text_encoder.config.max_position_embeddings
     return Model(
         unet, text_encoder, vae, tokenizer, parts.scheduler, parts.source, parts.tokenizer,
-        parts.clip_skip,
+        scaling, parts.clip_skip,
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def draw_picture(model: Model, pipeline: Any, asked: Picture) -> Image.Image:
     ids = tokenize(model.tokenizer, [asked.prompt, asked.negative], model.tokens)
     # Each by itself, so that no prompt's states depend on another's.
     states, negative = (model.encode(one[None].to(model.unet.device)) for one in ids)
-    drawn: Image.Image = pipeline(
+    latents = pipeline(
         prompt_embeds=states,
         negative_prompt_embeds=negative,
         width=asked.width,
@@ -98,7 +98,10 @@ def draw_picture(model: Model, pipeline: Any, asked: Picture) -> Image.Image:
         num_inference_steps=asked.steps,
         guidance_scale=asked.guidance,
         generator=torch.Generator().manual_seed(asked.seed),
-    ).images[0]
+        output_type="latent",
+    ).images
+    decoded = model.vae.decode(model.scaling.to(latents.device).raw(latents))
+    drawn: Image.Image = pipeline.image_processor.postprocess(decoded)[0]
     return drawn
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,7 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from xlsd_train.batches import Batch
 from xlsd_train.config import TrainConfig
+from xlsd_train.diffusion import Objective
 from xlsd_train.footprint import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
+from xlsd_train.latents import Scaling
 from xlsd_train.layers import WHOLE, Layer
 from xlsd_train.lion import DLion, Lion
 from xlsd_train.model import Model
@@ -71,15 +73,19 @@ class Rehearsal:
         with FakeTensorMode() as self._fake:
             unet = UNet2DConditionModel.from_config(dict(unet_config))
             text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
-            vae: Any = SimpleNamespace(shift_factor=0.0, scaling_factor=1.0)
-            model = Model(unet, text_encoder, vae, None, {}, "the model", Path(), config.clip_skip)
+            channels = torch.ones(self._channels, 1, 1)
+            model = Model(
+                unet, text_encoder, cast("Any", None), None, {}, "the model", Path(),
+                Scaling(channels, channels, normalized=False), config.clip_skip,
+            )  # fmt: skip
             trained = list(model.prepare(config.phase, config.train).values())
             tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]
             alone: Any = SimpleNamespace(
                 device=torch.device("cpu"), num_processes=1, mixed=config.precision == "bf16"
             )
-            optimizer, abar = make_optimizer(config, trained), torch.ones(1000)
-            self._step = FakeStep(model, trained, optimizer, abar, alone, Plan("plain", 1))
+            optimizer, table = make_optimizer(config, trained), torch.ones(1000)
+            objective = Objective(config.objective or "eps", table, table, table, 0, {})
+            self._step = FakeStep(model, trained, optimizer, objective, alone, Plan("plain", 1))
         self._frozen = [x for x in tensors if not x.requires_grad]
         self._tokens = text_encoder.config.max_position_embeddings
 

@@ -1,7 +1,7 @@
 """The run folder: what was asked, what came of it step by step, and whether a resume is the same.
 
-RUN/config.json, metrics.jsonl, samples/, checkpoints/, tensorboard/, base/; and the files SAVE,
-SAMPLE and STOP, which a user touches to have it done at the next step.
+RUN/config.json, metrics.jsonl, validation.jsonl, validation/, samples/, checkpoints/, tensorboard/,
+base/; and the files SAVE, SAMPLE and STOP, which a user touches to have it done at the next step.
 """
 
 import json
@@ -32,8 +32,12 @@ from xlsd_cache.durable import (
 from xlsd_cache.store import LatentStore
 from xlsd_train.checkpoint import STATE, checkpoints
 from xlsd_train.config import FREE, TrainConfig
+from xlsd_train.ema import forget_snapshots_after
 from xlsd_train.model import Model
+from xlsd_train.validate import SETS, forget_after, save_losses, summaries
+from xlsd_train.verdict import Losses
 
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 NUMERIC = ("torch", "diffusers", "transformers", "prodigyopt", "numpy")  # they decide the bits
 
 
@@ -138,12 +142,13 @@ class Run:
             fsync_folder(self.folder)
         for folder in (self.folder, *self.folder.glob("samples/**")):
             sweep(folder)
-        step, metrics = self.state()["step"], self.folder / "metrics.jsonl"
-        if metrics.exists():
-            lines = metrics.read_bytes().splitlines(keepends=True)
-            whole = (line for line in lines if line.endswith(b"\n"))
-            write_bytes(metrics, b"".join(x for x in whole if json.loads(x)["step"] <= step))
-        self._metrics = metrics.open("a", encoding="utf-8")
+        step = self.state()["step"]
+        last = step if self.checkpoint else -1  # without one even step 0 is measured again
+        for name in (METRICS, VALIDATION):
+            _cut(self.folder / name, last)
+        forget_after(self.folder, last)
+        forget_snapshots_after(self.folder, last)
+        self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -155,6 +160,20 @@ class Run:
         for name in ("loss", "loss_smoothed", "lr_effective", "d", "grad_norm", "images_per_s"):
             if name in line:  # d is D-Lion's and Prodigy's
                 self._board.add_scalar(name, line[name], line["step"])
+
+    def log_validation(self, step: int, images_seen: int, losses: dict[str, Losses]) -> None:
+        """Keep what a validation measured, WEIGHTS/SET -> losses, and a line for each WEIGHTS."""
+        assert self._board is not None
+        save_losses(self.folder, step, losses)
+        with (self.folder / VALIDATION).open("a", encoding="utf-8") as file:
+            for weights, found in summaries(losses).items():
+                at = {"step": step, "images_seen": images_seen, "weights": weights}
+                file.write(json.dumps({**at, **found}) + "\n")
+                for name in (*SETS, "gap"):
+                    mean = found[name]["mean"]
+                    self._board.add_scalar(f"validation/{weights}/{name}", mean, step)
+            file.flush()
+            os.fsync(file.fileno())
 
     def sync(self) -> None:
         """The metrics so far are on the disk when this returns: called before a checkpoint."""
@@ -177,6 +196,14 @@ class Run:
             self._board.close()
         if self._lock is not None:
             self._lock.release()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leave the whole lines of a log up to a step."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = (line for line in lines if line.endswith(b"\n"))
+        write_bytes(path, b"".join(x for x in whole if json.loads(x)["step"] <= step))
 
 
 def _foreign(path: Path) -> bool:

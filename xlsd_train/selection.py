@@ -1,18 +1,22 @@
-"""Which samples of a store a run uses: all, or those that have and have not certain tags.
+"""Which samples of a store a run uses: by their tags, and by what validation holds out.
 
-A tag is matched whole and as it is written, by the store's index of tags.
+A mask is a boolean for each row of `store.samples`; masks are combined with & | ~. A tag is matched
+whole and as it is written, by the store's index of tags.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.store import LatentStore
 
 Ordinals = NDArray[np.int64]  # of a bucket's live samples
+Mask = NDArray[np.bool_]  # of the rows of store.samples
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,6 @@ class Selection:
     sizes: dict[str, int]  # bucket -> how many of it; none is 0
     of: int  # samples of the store
     chosen: dict[str, Ordinals] | None = None  # ascending; None: all samples of every bucket
-    unknown: tuple[str, ...] = ()  # forbidden tags that no sample has: a slip of the pen?
 
     def __len__(self) -> int:
         """Selected samples of all buckets."""
@@ -45,15 +48,30 @@ class Selection:
         return rows
 
 
-def select(
+def selected(store: LatentStore, mask: Mask) -> Selection:
+    """The samples that a mask leaves."""
+    if mask.all():
+        return Selection({name: len(rows) for name, rows in store.buckets.items()}, len(store))
+    chosen = {name: _of_bucket(store, name, mask) for name in store.buckets}
+    chosen = {name: ordinals for name, ordinals in chosen.items() if len(ordinals)}
+    sizes = {name: len(ordinals) for name, ordinals in chosen.items()}
+    return Selection(sizes, len(store), chosen)
+
+
+class Tagged(NamedTuple):
+    """What tags leave."""
+
+    mask: Mask
+    unknown: tuple[str, ...]  # forbidden tags that no sample has: a slip of the pen?
+
+
+def by_tags(
     store: LatentStore, columns: Sequence[str], require: Sequence[str], forbid: Sequence[str]
-) -> Selection:
+) -> Tagged:
     """Samples with all the required tags and none of the forbidden, in any of the columns.
 
     Raises UserError where no sample is left, or none has a required tag.
     """
-    if not require and not forbid:
-        return Selection({name: len(rows) for name, rows in store.buckets.items()}, len(store))
     mask = np.ones(len(store), np.bool_)
     for tag in require:
         having = _having(store, columns, tag)
@@ -69,25 +87,47 @@ def select(
         mask &= ~having
         if not having.any():
             unknown.append(tag)
-    chosen = {name: _of_bucket(store, name, mask) for name in store.buckets}
-    chosen = {name: ordinals for name, ordinals in chosen.items() if len(ordinals)}
-    if not chosen:
+    if (require or forbid) and not mask.any():
         raise UserError(
             f"--require-tags {','.join(require) or '(none)'} and --forbid-tags "
             f"{','.join(forbid) or '(none)'} leave none of the {len(store)} samples of "
             f"{store.root}; require or forbid fewer"
         )
-    sizes = {name: len(ordinals) for name, ordinals in chosen.items()}
-    return Selection(sizes, len(store), chosen, tuple(unknown))
+    return Tagged(mask, tuple(unknown))
 
 
-def _having(store: LatentStore, columns: Sequence[str], tag: str) -> NDArray[np.bool_]:
+def held_out(store: LatentStore, fraction: float) -> Mask:
+    """Which samples validation alone may use: those whose content's hash is below the fraction.
+
+    sha256 is as good as uniform, so its first 64 bits decide: the same image is always on the same
+    side, in whatever store and however that grows, and duplicates are together. Samples that were
+    imported without their images go by their latent's crc32c.
+    """
+    if fraction <= 0:
+        return np.zeros(len(store), np.bool_)
+    hashes = store.samples["content_hash"]
+    below = pc.less(pc.utf8_slice_codeunits(hashes, 0, 16), f"{int(fraction * 2**64):016x}")
+    crc = store.samples["crc32c"].to_numpy().astype(np.float64) < fraction * 2**32
+    mask: Mask = np.where(pc.equal(hashes, "").to_numpy(), crc, below.to_numpy())
+    return mask
+
+
+def evenly(mask: Mask, count: int) -> Mask:
+    """At most `count` of the samples that a mask leaves, spread over all buckets and rows."""
+    rows = np.flatnonzero(mask)
+    count = min(count, len(rows))
+    some = np.zeros_like(mask)
+    some[rows[np.arange(count) * len(rows) // max(count, 1)]] = True
+    return some
+
+
+def _having(store: LatentStore, columns: Sequence[str], tag: str) -> Mask:
     mask = store.tagged(columns[0], tag)
     for column in columns[1:]:
         mask |= store.tagged(column, tag)
     return mask
 
 
-def _of_bucket(store: LatentStore, bucket: str, mask: NDArray[np.bool_]) -> Ordinals:
+def _of_bucket(store: LatentStore, bucket: str, mask: Mask) -> Ordinals:
     ends = store.sample_index(bucket, np.array([0, len(store.buckets[bucket])]))
     return np.flatnonzero(mask[slice(*ends.tolist())])

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from xlsd_train.batches import Batch
-from xlsd_train.diffusion import add_noise, loss_of_each
+from xlsd_train.diffusion import Objective
 from xlsd_train.layers import EPSILON, INPUT_IDS, NOISY, TIMESTEPS, Layer, Recompute, make_layers
 from xlsd_train.model import Model
 from xlsd_train.optim import finish, steps_in_parts
@@ -60,7 +60,7 @@ class Step:
     model: Model
     parameters: list[Parameter]
     optimizer: torch.optim.Optimizer
-    abar: Tensor  # alphas_cumprod, f32 [T], on the device
+    objective: Objective  # on the device
     accelerator: Accelerator
     plan: Plan
     layers: list[Layer] = field(init=False)
@@ -95,10 +95,12 @@ class Step:
         return self._sum(loss), torch.linalg.vector_norm(torch.stack(self._norms))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of each of this process's samples, f32 [n]; n may be 0."""
+        """The objective's loss of each of this process's samples, f32 [n]; n may be 0."""
         if not len(batch.timesteps):
             return torch.zeros(0, device=self.accelerator.device)
-        return loss_of_each(self._predict(batch, "nothing"), batch.noise)
+        size = self.plan.micro_batch  # so that validating needs no more memory than training
+        starts = range(0, len(batch.timesteps), size)
+        return torch.cat([self._loss(batch.part(a, a + size), "nothing") for a in starts])
 
     def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
         """The text encoder's hidden states; its graph is kept only where it trains."""
@@ -109,16 +111,21 @@ class Step:
         mixed: AbstractContextManager[None] = self.accelerator.autocast()
         return mixed
 
-    def _start(self, batch: Batch) -> dict[str, Tensor]:
-        """The values that the layers begin with."""
-        vae = self.model.vae
-        latents = (batch.latents.float() - vae.shift_factor) * vae.scaling_factor
-        noisy = add_noise(latents, batch.noise, batch.timesteps, self.abar)
-        return {NOISY: noisy, TIMESTEPS: batch.timesteps, INPUT_IDS: batch.input_ids}
+    def _start(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The values that the layers begin with; the target, and each sample's weight."""
+        noisy, target, weight = self.objective.corrupt(
+            self.model.scaling(batch.latents), batch.noise, batch.timesteps
+        )
+        values = {NOISY: noisy, TIMESTEPS: batch.timesteps, INPUT_IDS: batch.input_ids}
+        return values, target, weight
 
-    def _predict(self, batch: Batch, recompute: Recompute) -> Tensor:
+    def _loss(self, batch: Batch, recompute: Recompute) -> Tensor:
+        """Of each sample, in one pass."""
+        values, target, weight = self._start(batch)
+        return self.objective.loss(self._predict(values, recompute), target, weight)
+
+    def _predict(self, values: dict[str, Tensor], recompute: Recompute) -> Tensor:
         """All layers, one after another; a value goes when the last layer that takes it ran."""
-        values = self._start(batch)
         last_use = {name: layer for layer in self.layers for name in layer.inputs}
         with self._mixed():
             for layer in self.layers:
@@ -134,9 +141,7 @@ class Step:
         for batch in batches:
             for a in range(0, len(batch.timesteps), self.plan.micro_batch):
                 part = batch.part(a, a + self.plan.micro_batch)
-                epsilon = self._predict(part, self.plan.recompute)
-                loss = loss_of_each(epsilon, part.noise).sum() / images
-                del epsilon
+                loss = self._loss(part, self.plan.recompute).sum() / images
                 total += loss.detach()
                 torch.autograd.backward(loss)
         return total
@@ -146,12 +151,15 @@ class Step:
         total = torch.zeros((), device=self.accelerator.device)
         sums: dict[Parameter, Tensor] = {}  # gradients of the batches so far
         for batch in batches:
+            values, target, weight = self._start(batch)
 
-            def loss_of(epsilon: Tensor, a: int, b: int, batch: Batch = batch) -> Tensor:
-                return loss_of_each(epsilon, batch.noise[a:b]).sum() / images
+            def loss_of(
+                out: Tensor, a: int, b: int, target: Tensor = target, weight: Tensor = weight
+            ) -> Tensor:
+                return self.objective.loss(out, target[a:b], weight[a:b]).sum() / images
 
             here = len(batch.timesteps) > 0
-            passing = SlicedPass(self.layers, self._start(batch), loss_of, self._each, self._mixed)
+            passing = SlicedPass(self.layers, values, loss_of, self._each, self._mixed)
             if here:
                 passing.forward()
             for layer in reversed(self.layers):

@@ -10,7 +10,7 @@ from xlsd_cache.store import LatentStore
 from xlsd_train.captions import Columns
 from xlsd_train.commands import TagsConfig
 from xlsd_train.parts import require_and_forbid
-from xlsd_train.selection import Selection, select
+from xlsd_train.selection import Selection, by_tags, selected
 
 AT_ONCE = 1 << 24  # entries of the index that are counted together: bounds the memory
 
@@ -20,7 +20,8 @@ def tags(config: TagsConfig) -> None:
     with LatentStore.open(config.store) as store:
         columns = Columns.parse(config.caption, store.caption_columns, config.store)
         require, forbid = require_and_forbid(config.require_tags, config.forbid_tags)
-        selection = select(store, columns.names, require, forbid)
+        tagged = by_tags(store, columns.names, require, forbid)
+        selection = selected(store, tagged.mask)
         counts = {name: tag_counts(store, name, selection) for name in columns.names}
     told = {
         "images": selection.of,
@@ -34,7 +35,7 @@ def tags(config: TagsConfig) -> None:
     if config.json:
         print(json.dumps(told, indent=2, ensure_ascii=False))
     else:
-        _table(told, selection)
+        _table(told, tagged.unknown)
 
 
 def tag_counts(store: LatentStore, column: str, selection: Selection) -> dict[str, int]:
@@ -64,10 +65,10 @@ def _counts(
     return np.diff(before)
 
 
-def _table(told: dict[str, Any], selection: Selection) -> None:
+def _table(told: dict[str, Any], unknown: tuple[str, ...]) -> None:
     print(f"{told['selected']} of {told['images']} images")
     print("buckets: " + ", ".join(f"{name} {n}" for name, n in told["buckets"].items()))
-    for tag in selection.unknown:
+    for tag in unknown:
         print(f"no image has the tag {tag!r} that --forbid-tags names")
     for name, found in told["tags"].items():
         more = told["different"][name] - len(found)

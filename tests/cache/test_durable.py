@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from xlsd_cache.durable import (
     is_whole,
+    link_or_copy,
     replacing,
     sweep,
     write_bytes,
@@ -69,3 +70,20 @@ def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
         sweep(tmp_path)
         assert not other.exists()
         raise KeyboardInterrupt
+
+
+def test_a_second_name_is_a_link_or_else_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "a"
+    source.write_bytes(b"content")
+    link_or_copy(source, tmp_path / "b")
+    assert (tmp_path / "b").samefile(source)
+
+    def impossible(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", impossible)
+    link_or_copy(source, tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == b"content"
+    assert not (tmp_path / "c").samefile(source)

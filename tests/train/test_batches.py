@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from tests.train.conftest import Open
 from xlsd_cache import UserError
 from xlsd_cache.store import LatentStore
 from xlsd_train import draw
-from xlsd_train.batches import Batch, BatchSource, Loader
+from xlsd_train.batches import Batch, BatchSource, Loader, Noising
 
 CPU = torch.device("cpu")
 
@@ -41,22 +42,17 @@ def test_a_batch_is_what_the_store_and_the_draws_say(source: BatchSource, store:
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
-def test_processes_cut_the_same_batch(source: BatchSource, processes: int) -> None:
+@pytest.mark.parametrize("stratified", [False, True])
+def test_processes_cut_the_same_batch(
+    source: BatchSource, processes: int, stratified: bool
+) -> None:
+    noising = Noising(1, 1000, stratified, offset=0.1)
+    source = replace(source, noising=noising)
     for number in range(4):
         slot = source.schedule.slot(number)
         whole = source.make(slot)
         parts = [
-            BatchSource(
-                source.store,
-                source.selection,
-                source.schedule,
-                source.captions,
-                source.columns,
-                1000,
-                rank,
-                processes,
-            ).make(slot)
-            for rank in range(processes)
+            replace(source, rank=rank, processes=processes).make(slot) for rank in range(processes)
         ]
         for name in ("latents", "noise", "timesteps", "input_ids"):
             joined = torch.cat([getattr(part, name) for part in parts])
@@ -104,3 +100,11 @@ def test_half_precision_latents_stay_as_stored(
     batch = session.source.make(session.schedule.slot(0))
     assert batch.latents.dtype == torch.float16
     assert torch.isfinite(session.take_step.loss(batch)).all()
+
+
+def test_stratified_timesteps_spread_over_each_batch(open_run: Open) -> None:
+    source = open_run(timesteps="stratified").source
+    for number in range(5):
+        batch = source.make(source.schedule.slot(number))
+        strata = batch.timesteps * batch.images // 1000
+        assert sorted(strata.tolist()) == list(range(batch.images))

@@ -77,6 +77,15 @@ def test_help_teaches_every_option() -> None:
         (("--d-growth", 1, "--optimizer", "dlion"), "--d-growth 1 is not above 1"),
         (("--data", "nowhere"), "no latent store in nowhere"),
         (("--device", "cuda"), "--device cuda"),
+        (("--objective", "flow", "--loss-weight", "min-snr"), "--loss-weight min-snr is defined"),
+        (("--objective", "v", "--loss-weight", "debiased"), "--loss-weight debiased is defined"),
+        (("--min-snr-gamma", 3), "--min-snr-gamma 3 does nothing with --loss-weight none"),
+        (("--loss-weight", "min-snr", "--min-snr-gamma", 0), "--min-snr-gamma 0"),
+        (("--ema-every", 2), "--ema-every 2 does nothing without --ema"),
+        (("--ema-snapshots", 2), "--ema-snapshots 2 does nothing without --ema"),
+        (("--ema", "--ema-every", 0), "--ema-every 0"),
+        (("--noise-offset", -1), "--noise-offset -1"),
+        (("--noise-offset", "nan"), "--noise-offset nan"),
     ],
 )
 def test_impossible_options_are_one_sentence(

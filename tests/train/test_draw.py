@@ -79,3 +79,32 @@ def test_a_permutation_is_the_order_of_the_words() -> None:
     words = draw.words(5, "order", POSITIONS)
     order = draw.permutation(5, "order", len(POSITIONS))
     assert np.array_equal(order, np.argsort(words, kind="stable"))  # no two are alike on top
+
+
+@given(st.integers(1, 70), st.integers(0, 999), st.integers(0, 70))
+def test_stratified_timesteps_lie_one_in_each_stratum(size: int, batch: int, cut: int) -> None:
+    places = np.arange(size)
+    whole = draw.stratified_timesteps(0, batch, size, places, 1000)
+    assert sorted((whole.numpy() * size // 1000).tolist()) == list(range(size)) or 1000 % size
+    edges = np.arange(size) * 1000 / size  # a stratum's first timesteps are rounded down
+    assert (np.abs(np.sort(whole.numpy()) - edges) <= 1000 / size).all()
+    parts = np.split(places, [min(cut, size)])
+    drawn = [draw.stratified_timesteps(0, batch, size, part, 1000) for part in parts]
+    assert torch.equal(whole, torch.cat(drawn))
+
+
+def test_at_each_place_of_a_stratified_batch_every_timestep_is_as_likely() -> None:
+    drawn = [draw.stratified_timesteps(0, b, 8, np.array([0]), 1000).item() for b in range(20000)]
+    counts = np.bincount(np.array(drawn, np.int64) // 100, minlength=10)
+    assert counts.sum() == 20000
+    assert (np.abs(counts - 2000) < 5 * 2000**0.5).all()
+
+
+def test_offset_noise_shifts_each_channel_of_a_sample_by_its_own_normal_number() -> None:
+    plain, offset = (draw.noise(0, np.arange(500), (4, 4, 4), x) for x in (0.0, 0.1))
+    shift = offset - plain
+    assert torch.allclose(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-6)
+    one = shift[:, :, 0, 0]
+    assert abs(float(one.mean())) < 0.01
+    assert abs(float(one.std()) - 0.1) < 0.01
+    assert torch.equal(draw.noise(0, np.arange(3, 5), (4, 4, 4), 0.1), offset[3:5])

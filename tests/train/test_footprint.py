@@ -9,9 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.allocations import peak_of
 from benchmarks.demo.pipeline import make_networks
+from xlsd_train import sd15
 from xlsd_train.batches import Batch
 from xlsd_train.config import TrainConfig
+from xlsd_train.diffusion import make_objective
 from xlsd_train.footprint import Tracker, flop_counter
+from xlsd_train.latents import Scaling
 from xlsd_train.memory import Planner
 from xlsd_train.optim import make_optimizer
 from xlsd_train.step import Plan, Step
@@ -26,15 +29,16 @@ def real_step(config: TrainConfig, plan: Plan) -> Step:
     text_encoder.requires_grad_(config.phase != "unet")
     trained = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
     model: Any = SimpleNamespace(
-        unet=unet, text_encoder=text_encoder,
-        vae=SimpleNamespace(shift_factor=0.0, scaling_factor=1.0),
+        unet=unet, text_encoder=text_encoder, scaling=Scaling.of([0] * 4, [1] * 4, False),
+        encode=lambda ids: text_encoder(ids).last_hidden_state,
     )  # fmt: skip
     alone: Any = SimpleNamespace(
         device=torch.device("cpu"), num_processes=1,
         autocast=lambda: torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"),
     )  # fmt: skip
     optimizer = make_optimizer(config, trained)
-    return Step(model, trained, optimizer, torch.linspace(0.99, 0.01, 1000), alone, plan)
+    objective = make_objective("eps", "none", 0, sd15.SCHEDULER)
+    return Step(model, trained, optimizer, objective, alone, plan)
 
 
 def real_batch(count: int) -> Batch:

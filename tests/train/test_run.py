@@ -67,6 +67,9 @@ def test_the_folder_tells_everything_about_the_run(
         ("--optimizer", "adamw", "optimizer lion and not adamw"),
         ("--model", "elsewhere", "model "),
         ("--caption-dropout", 0.5, "caption_dropout 0.0 and not 0.5"),
+        ("--objective", "v", "objective None and not v"),
+        ("--loss-weight", "debiased", "loss_weight none and not debiased"),
+        ("--timesteps", "stratified", "timesteps uniform and not stratified"),
     ],
 )
 def test_a_resume_with_other_settings_is_refused_naming_them(

@@ -12,7 +12,7 @@ from xlsd_cache import UserError
 from xlsd_cache.store import LatentStore
 from xlsd_train.captions import Columns
 from xlsd_train.sample import read_prompts, sample_size
-from xlsd_train.selection import select
+from xlsd_train.selection import selected
 
 
 def draw(open_run: Open, out: Path, **settings: object) -> dict[str, bytes]:
@@ -66,7 +66,7 @@ def test_prompts_come_from_the_file_or_from_the_store(store: Path, tmp_path: Pat
     path, txt = tmp_path / "prompts.txt", Columns(("txt",), (1.0,))
     path.write_text("\ufeffa cat\n\n  a rocket  \n", encoding="utf-8")
     with LatentStore.open(store) as ours:
-        every = select(ours, ["txt"], [], [])
+        every = selected(ours, np.ones(len(ours), np.bool_))
         assert read_prompts(path, ours, every, txt, None, 0) == ["a cat", "a rocket"]
         drawn = read_prompts(None, ours, every, txt, None, 0)
         assert len(set(drawn)) == 4

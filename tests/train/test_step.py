@@ -153,7 +153,11 @@ def test_in_float64_every_plan_is_the_plain_step_to_rounding(open_run: Open, pha
     for state in session.take_step.optimizer.state.values():
         state["exp_avg"] = state["exp_avg"].double()
     twice = [replace(x, latents=x.latents.double(), noise=x.noise.double()) for x in parts]
-    session.take_step.abar = session.take_step.abar.double()
+    tables = {
+        name: getattr(session.take_step.objective, name).double()
+        for name in ("signal", "sigma", "weight")
+    }
+    session.take_step.objective = replace(session.take_step.objective, **tables)
     _, _, exact, _ = one_step(session, twice, Plan("plain", 4))
     own = distance(single.pop(Plan("plain", 4)), exact)
     for plan, gradients in single.items():

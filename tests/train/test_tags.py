@@ -7,7 +7,7 @@ import pytest
 from tests.support import train
 from xlsd_cache.store import LatentStore
 from xlsd_train import tags
-from xlsd_train.selection import select
+from xlsd_train.selection import by_tags, selected
 
 Out = pytest.CaptureFixture[str]
 
@@ -41,12 +41,14 @@ def test_large_indexes_are_counted_piece_by_piece(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LatentStore.open(store) as ours:
-        selection = select(ours, ["txt"], ["solo"], [])
+        selection = selected(ours, by_tags(ours, ["txt"], ["solo"], []).mask)
         expected = tags.tag_counts(ours, "txt", selection)
         for size in (1, 2, 7, 29):
             monkeypatch.setattr(tags, "AT_ONCE", size)
             assert tags.tag_counts(ours, "txt", selection) == expected
-        assert tags.tag_counts(ours, "txt", select(ours, ["txt"], [], ["no"])) == dict(
+        every = selected(ours, by_tags(ours, ["txt"], [], ["no"]).mask)
+        counts = sorted(ours.tags("txt").counts().items(), key=lambda item: (-item[1], item[0]))
+        assert tags.tag_counts(ours, "txt", every) == dict(counts)
             sorted(ours.tags("txt").counts().items(), key=lambda item: (-item[1], item[0]))
         )
 

@@ -1,0 +1,99 @@
+"""Raw latents <-> what the network sees: the VAE's own scaling, or one by a store's statistics.
+
+RUN/base/latents.json keeps the one that a run's model is trained with, for later runs and for
+export: the network sees (raw - shift) * scale, by channel.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlsd_cache import UserError
+from xlsd_cache.durable import write_json
+from xlsd_cache.moments import moments
+from xlsd_cache.store import LatentStore
+from xlsd_cache.vae import Vae
+
+FILE = "latents.json"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """(raw - shift) * scale, by channel."""
+
+    shift: Tensor  # f32 [C, 1, 1]
+    scale: Tensor  # f32 [C, 1, 1]
+    normalized: bool  # by a store's statistics, and no longer the VAE's one factor
+
+    @classmethod
+    def of(cls, shift: Sequence[float], scale: Sequence[float], normalized: bool) -> "Scaling":
+        """From numbers by channel."""
+        shifts, scales = (torch.tensor(values).view(-1, 1, 1) for values in (shift, scale))
+        return cls(shifts, scales, normalized)
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """What the network sees, f32 [B, C, h, w]."""
+        return (raw.float() - self.shift) * self.scale
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """What the VAE decodes."""
+        return latents / self.scale + self.shift
+
+    def to(self, device: torch.device) -> "Scaling":
+        """The same on a device."""
+        return replace(self, shift=self.shift.to(device), scale=self.scale.to(device))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON; the numbers come back exactly."""
+        shift, scale = (values.flatten().tolist() for values in (self.shift, self.scale))
+        return {"normalized": self.normalized, "shift": shift, "scale": scale}
+
+
+def own_scaling(vae: Vae) -> Scaling:
+    """The VAE's one factor, for all channels."""
+    shift, scale = ([value] * vae.channels for value in (vae.shift_factor, vae.scaling_factor))
+    return Scaling.of(shift, scale, normalized=False)
+
+
+def normalising(store: LatentStore) -> Scaling:
+    """To mean 0 and spread 1 in every channel of a store's latents.
+
+    Raises UserError where a channel never varies.
+    """
+    found = moments(store)
+    if not all(found.std):
+        raise UserError(
+            f"--normalize-latents: the channels of {store.root} spread by {found.std}, and one "
+            f"that never varies cannot be normalised; leave the option out"
+        )
+    return Scaling.of(found.mean, [1 / std for std in found.std], normalized=True)
+
+
+def save_scaling(scaling: Scaling, vae: Vae, base: Path) -> None:
+    """Write it beside a model's other parts."""
+    write_json(base / FILE, {"vae_sha256": vae.sha256, **scaling.record()})
+
+
+def load_scaling(source: str, base: Path, vae: Vae) -> Scaling:
+    """As the model was trained; the VAE's own for a model that was not trained here.
+
+    Raises UserError where the model was trained on another VAE's normalised latents.
+    """
+    path = base / FILE
+    if not path.exists():
+        return own_scaling(vae)
+    told = json.loads(path.read_bytes())
+    if not told["normalized"]:
+        return own_scaling(vae)
+    if told["vae_sha256"] != vae.sha256:
+        raise UserError(
+            f"{source} was trained on latents of the VAE {told['vae_sha256'][:12]}, normalised by "
+            f"their statistics, which are not those of {vae.name}, {vae.sha256[:12]}; give a store "
+            f"of that VAE as --data, or another --model"
+        )
+    return Scaling.of(told["shift"], told["scale"], normalized=True)

@@ -1,0 +1,109 @@
+"""`xlsd-train ema`: an average of a run's weights of any length, made after training.
+
+Karras et al. 2024 (arXiv 2312.02696), section 3.2: least squares over the snapshots' profiles, then
+the same sum of their weights.
+"""
+
+import os
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from xlsd_cache import UserError
+from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
+from xlsd_train.checkpoint import checkpoints
+from xlsd_train.commands import EmaConfig
+from xlsd_train.ema import SIGMAS, snapshots
+from xlsd_train.find import TEXT_ENCODER, UNET
+from xlsd_train.network import PREFIX
+from xlsd_train.power import Profile, coefficients, gamma_of
+
+
+def reconstruct(config: EmaConfig) -> None:
+    """Write the average into `config.out`, a folder that --model takes.
+
+    Raises UserError where the run has no snapshots, or the folder exists.
+    """
+    run, out = config.run, config.out
+    there = snapshots(run)
+    if not there or not checkpoints(run):
+        raise UserError(f"{run} has no EMA snapshots; train it with --ema")
+    step = max(there) if config.step is None else config.step
+    if not 0 < step <= max(there):
+        raise UserError(
+            f"--step {step} is not within the {max(there)} steps of {run} that have snapshots"
+        )
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new folder")
+    wanted = Profile(gamma_of(config.sigma_rel), step)
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(path)) for path in there.values()]
+        profiles = [
+            Profile(gamma_of(float(sigma)), int(file.metadata()["step"]))
+            for file in files
+            for sigma in SIGMAS
+        ]
+        counts, error = coefficients(profiles, wanted)
+        print(
+            f"sigma_rel {config.sigma_rel:g} (gamma {wanted.gamma:.4g}) at step {step}, from "
+            f"{len(files)} snapshots of {run}: its profile is met to {error:.1%}"
+        )
+        terms = [(file, sigma) for file in files for sigma in SIGMAS]
+        keys = list(files[0].keys())
+        names = [name.partition("/")[2] for name in keys if name.startswith(SIGMAS[0])]
+        averaged = {
+            name: _sum(terms, counts.tolist(), name)
+            for name in tqdm(names, unit="tensor", disable=None)
+        }
+    said = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
+    _write(run, out, step, averaged, said)
+    print(f"{out}: as --model takes it")
+
+
+def _sum(terms: list[tuple[Any, str]], counts: list[float], name: str) -> Tensor:
+    """One tensor, f32, summed in f64: counts of both signs nearly cancel."""
+    total: Tensor | None = None
+    for (file, sigma), count in zip(terms, counts, strict=True):
+        value = file.get_tensor(f"{sigma}/{name}").double() * count
+        total = value if total is None else total.add_(value)
+    assert total is not None
+    return total.float()
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the snapshot {path}: {error}; remove it") from error
+
+
+def _write(
+    run: Path, out: Path, step: int, averaged: dict[str, Tensor], said: dict[str, Any]
+) -> None:
+    """A run's folder with one checkpoint; its other parts are links, or copies elsewhere."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
+    newest, checkpoint = checkpoints(run)[-1], temporary / "checkpoints" / f"step-{step:08d}"
+    try:
+        checkpoint.mkdir(parents=True)
+        shutil.copytree(run / "base", temporary / "base", copy_function=link_or_copy)
+        for file, part, prefix in (
+            (UNET, "unet", ""),
+            (TEXT_ENCODER, "text_encoder", PREFIX),
+        ):
+            state = load_file(newest / file)
+            for name in state:
+                state[name] = averaged.get(f"{part}.{name.removeprefix(prefix)}", state[name])
+            save_file(state, checkpoint / file, {"format": "pt"})
+            fsync_file(checkpoint / file)
+        write_json(checkpoint / "state.json", {"step": step, "ema": said})
+        temporary.rename(out)
+        fsync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

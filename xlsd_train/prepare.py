@@ -1,0 +1,142 @@
+"""The parts of a session, each opened and checked by itself: device, samples, model, plan."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from xlsd_cache import UserError
+from xlsd_cache.precision import set_precision
+from xlsd_cache.store import LatentStore
+from xlsd_train.batches import BatchSource, Noising
+from xlsd_train.captions import Captions, Columns
+from xlsd_train.config import TrainConfig
+from xlsd_train.diffusion import Objective
+from xlsd_train.latents import normalising
+from xlsd_train.memory import Planner, choose, limit_of
+from xlsd_train.model import Model, load_model
+from xlsd_train.run import Run
+from xlsd_train.schedule import Schedule
+from xlsd_train.selection import Mask, Selection, Tagged, by_tags, held_out, selected
+from xlsd_train.step import Plan
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples of the store a run uses, and for what."""
+
+    columns: Columns
+    tagged: Tagged
+    held: Mask  # for validation alone
+    trains: Mask
+    selection: Selection  # those that train
+
+
+def start(config: TrainConfig) -> tuple[Accelerator, str]:
+    """Set precision, threads and determinism, and find the device and the other processes."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
+    precision = set_precision(config.precision)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False  # it may choose another kernel every run
+    mixed = "bf16" if config.precision == "bf16" else "no"
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(mixed_precision=mixed, cpu=cpu), precision
+
+
+def choose_samples(config: TrainConfig, store: LatentStore) -> Samples:
+    """By tags and by what is held out. Raises UserError where they are fewer than --batch."""
+    columns = Columns.parse(config.caption, store.caption_columns, config.data)
+    tagged = by_tags(store, columns.names, *config.selected_tags())
+    held = tagged.mask & held_out(store, config.validation_fraction or 0)
+    trains = tagged.mask & ~held
+    selection = selected(store, trains)
+    _check_batch(config, selection)
+    return Samples(columns, tagged, held, trains, selection)
+
+
+def _check_batch(config: TrainConfig, selection: Selection) -> None:
+    count = len(selection)
+    if not selection.of:
+        raise UserError(f"{config.data} holds no live image; build it from images that load")
+    if not count:
+        raise UserError(
+            f"--validation-fraction {config.validation_fraction:g} holds out every image that is "
+            f"selected; lower it"
+        )
+    if config.batch != "auto" and config.batch > count:
+        which = "images" if count == selection.of else "selected images"
+        raise UserError(
+            f"--batch {config.batch} is larger than the {count} {which} of {config.data}; "
+            f"lower it to {count} or less"
+        )
+
+
+def open_model(config: TrainConfig, resumed: Path | None, store: LatentStore) -> Model:
+    """The checkpoint's, or as --model and the options beside it say; not yet what trains of it."""
+    if resumed:
+        model = load_model(str(resumed), None, store.identity)
+    else:
+        model = load_model(
+            config.model,
+            config.vae,
+            store.identity,
+            unet=config.unet,
+            text_encoder=config.text_encoder,
+            tokenizer=config.tokenizer,
+            ema=config.model_ema,
+            tokens=config.tokens,
+        )
+    model.clip_skip = config.clip_skip
+    if config.normalize_latents and not model.scaling.normalized:
+        model.scaling = normalising(store)
+    return model
+
+
+def plan_batch(
+    config: TrainConfig, run: Run, selection: Selection, model: Model, accelerator: Accelerator
+) -> tuple[int, Plan, str]:
+    """(batch, how it passes, what is said of it): of a run begun before what it began with."""
+    limit = limit_of(config, accelerator.device)
+    if run.before and not config.force:
+        plan = Plan(*run.state().get("plan", run.before["plan"]))
+        return run.before["batch"], plan, run.before["memory"]
+    found: list[Any] = [None]
+    if accelerator.is_main_process:  # memory that is free differs between cards; sums must not
+        configs = model.unet.config, model.text_encoder.config.to_dict()
+        batch, plan, prediction = choose(
+            config,
+            lambda: Planner(config, *configs),
+            selection.sizes,
+            accelerator.num_processes,
+            limit,
+        )
+        unknown = f"batch {batch}, {plan}: no memory limit is known here; --vram sets one"
+        found = [(batch, plan, str(prediction or unknown))]
+    batch, plan, told = broadcast_object_list(found)[0]
+    return batch, plan, told
+
+
+def make_source(
+    config: TrainConfig, store: LatentStore, samples: Samples, schedule: Schedule, model: Model,
+    objective: Objective, accelerator: Accelerator,
+) -> BatchSource:  # fmt: skip
+    """What makes this process's part of any batch."""
+    captions = Captions(
+        model.tokenizer, model.tokens, config.seed, config.caption_dropout, config.parts()
+    )
+    stratified = config.timesteps == "stratified"
+    noising = Noising(objective.first, objective.count, stratified, config.noise_offset)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    return BatchSource(
+        store, samples.selection, schedule, captions, samples.columns, noising, rank, processes
+    )
