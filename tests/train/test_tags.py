@@ -49,8 +49,6 @@ def test_large_indexes_are_counted_piece_by_piece(
         every = selected(ours, by_tags(ours, ["txt"], [], ["no"]).mask)
         counts = sorted(ours.tags("txt").counts().items(), key=lambda item: (-item[1], item[0]))
         assert tags.tag_counts(ours, "txt", every) == dict(counts)
-            sorted(ours.tags("txt").counts().items(), key=lambda item: (-item[1], item[0]))
-        )
 
 
 def test_the_table_is_for_people(store: Path, capsys: Out) -> None:
