@@ -141,12 +141,16 @@ class History:
             "the store's fingerprint": store.get("fingerprint"),
             "images selected": store.get("selected"),
             "batch": config.get("batch") and f"{self._batch} x {config.get('accum', 1)}",
-            "clip skip": config.get("clip_skip") or None,
+            "clip skip in training": config.get("clip_skip") or None,
             "optimizer": config.get("optimizer"),
             "learning rate": config.get("lr"),
             "computed in": self.record.get("precision"),
             "loss, smoothed": _short(self.last.get("loss_smoothed")),
-            **{f"validation: {k}": _short(v) for k, v in self.validation.items() if k != "step"},
+            **{
+                f"validation loss, {name.replace('_', ' ')}": _short(found["mean"])
+                for name, found in self.validation.items()
+                if isinstance(found, dict)
+            },
             "weights": dtype,
             "made by": f"xlsd {__version__}",
         }
@@ -165,13 +169,14 @@ class History:
 
 
 def _line(path: Path, step: int) -> dict[str, Any]:
-    """The newest line of a log up to this step; {} where there is none."""
+    """A log's newest line up to this step, of the weights themselves; {} where there is none."""
     found: dict[str, Any] = {}
     if path.is_file():
         with path.open(encoding="utf-8") as lines:
             for line in lines:
                 told = json.loads(line) if line.endswith("\n") else {}
-                if told.get("step", step + 1) <= step:
+                live = told.get("weights", "live") == "live"
+                if live and told.get("step", step + 1) <= step:
                     found = told
     return found
 

@@ -22,7 +22,7 @@ from xlsd_train.card import History
 from xlsd_train.commands import ExportConfig
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
-from xlsd_train.network import Part, empty
+from xlsd_train.network import PREFIX, Part, empty
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored, compare_tensors, in_memory, sha256_of, write_tensors
 
@@ -51,6 +51,12 @@ def write_model(
     vae, folded = fold_vae(parts.vae, factor, parts.trained)
     history = History.of(parts.source, parts.checkpoint)
     parts = replace(parts, vae=vae)
+    if parts.clip_skip:
+        parts = pass_on(parts)
+        folded += (
+            f" The text encoder's last layers, {parts.clip_skip} by --clip-skip, hand on what they "
+            f"get: leave programs' own clip skip off."
+        )
     title = out.stem if single else out.name
     metadata = history.metadata(title, folded, parts.scheduler)
     grid = f"{title}.samples.png" if single else "samples.png"
@@ -78,6 +84,28 @@ def write_model(
         path = out if single else out / file
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
     return out
+
+
+def pass_on(parts: Parts) -> Parts:
+    """With --clip-skip in the text encoder's weights: its last layers add nothing to their input.
+
+    A layer adds to its input what its attention and its feed-forward project, and nothing else; so
+    without those projections every program sees the states that were trained with.
+    """
+    part = parts.text_encoder
+    assert part is not None
+    layers = int(part.config["num_hidden_layers"])
+    last = range(layers - parts.clip_skip, layers)
+    ends = (
+        "self_attn.out_proj.weight",
+        "self_attn.out_proj.bias",
+        "mlp.fc2.weight",
+        "mlp.fc2.bias",
+    )
+    names = [f"{PREFIX}encoder.layers.{layer}.{end}" for layer in last for end in ends]
+    nothing = {name: in_memory(torch.zeros(part.tensors[name].shape)) for name in names}
+    tensors = {**part.tensors, **nothing}
+    return replace(parts, text_encoder=replace(part, tensors=tensors))
 
 
 def fold_vae(
@@ -116,7 +144,8 @@ def _write_file(
     assert parts.vae is not None
     tensors = single_file(parts.unet, parts.text_encoder, parts.vae, parts.scheduler, dtype)
     configs = {part.kind: part.config for part in (parts.unet, parts.text_encoder, parts.vae)}
-    told = {**metadata, "modelspec.implementation": "sgm", CONFIGS: json.dumps(configs)}
+    known = json.dumps({**configs, "scheduler": parts.scheduler})
+    told = {**metadata, "modelspec.implementation": "sgm", CONFIGS: known}
     return {out.name: _write_weights(temporary, tensors, told)}
 
 

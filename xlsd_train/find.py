@@ -144,9 +144,7 @@ def part_of(kind: Kind, source: str, config: Mapping[str, Any], option: str) -> 
     prefix = {"unet": names.UNET, "text_encoder": names.TEXT_ENCODER, "vae": names.VAE}[kind]
     if kind == "unet" and "input_blocks.0.0.weight" in tensors:
         tensors = {prefix + name: stored for name, stored in tensors.items()}
-    if any(name.startswith(prefix) for name in tensors):
-        part = ldm_part(kind, config, tensors, str(path), ema=False)
-        assert part is not None
+    if part := ldm_part(kind, config, tensors, str(path), ema=False):
         return part
     mark = "conv_in.weight" if kind == "unet" else "embeddings.token_embedding.weight"
     if not {mark, PREFIX + mark} & tensors.keys():
@@ -225,6 +223,7 @@ def _in_file(path: Path, source: str, ema: bool) -> Parts:
         raise UserError(f"{source} is no SD1.5 in a single file: it is {told}" + remedy(kind))
     configs = {"unet": sd15.UNET, "text_encoder": sd15.TEXT_ENCODER, "vae": sd15.VAE}
     configs |= _configs(path, metadata)
+    own = configs.pop("scheduler", sd15.SCHEDULER)
     found = {
         name: ldm_part(name, config, tensors, source, ema)  # type: ignore[arg-type]
         for name, config in configs.items()
@@ -232,7 +231,7 @@ def _in_file(path: Path, source: str, ema: bool) -> Parts:
     unet, beside = found["unet"], path.parent / "tokenizer"
     assert unet is not None
     tokenizer = beside if beside.is_dir() else None
-    scheduler = _scheduler(path.parent) if (path.parent / "scheduler").is_dir() else sd15.SCHEDULER
+    scheduler = _scheduler(path.parent) if (path.parent / "scheduler").is_dir() else own
     return Parts(source, unet, found["text_encoder"], found["vae"], tokenizer, scheduler)
 
 

@@ -23,6 +23,7 @@ from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
 from xlsd_train.selection import Mask, Selection, Tagged, by_tags, held_out, selected
 from xlsd_train.step import Plan
+from xlsd_train.validate import measured
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Samples:
     held: Mask  # for validation alone
     trains: Mask
     selection: Selection  # those that train
+    measured: int  # of each set, by validation
 
 
 def start(config: TrainConfig) -> tuple[Accelerator, str]:
@@ -61,7 +63,8 @@ def choose_samples(config: TrainConfig, store: LatentStore) -> Samples:
     trains = tagged.mask & ~held
     selection = selected(store, trains)
     _check_batch(config, selection)
-    return Samples(columns, tagged, held, trains, selection)
+    count = measured(config, held, trains)
+    return Samples(columns, tagged, held, trains, selection, count)
 
 
 def _check_batch(config: TrainConfig, selection: Selection) -> None:

@@ -96,7 +96,10 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         schedule = Schedule(samples.selection.sizes, batch, config.seed)
         planned, warmup = planned_steps(config, schedule)
         source = make_source(config, store, samples, schedule, model, objective, accelerator)
-        validator = make_validator(source, samples.held, samples.trains, config, batch)
+        count = samples.measured
+        validator = (
+            make_validator(source, samples.held, samples.trains, count, batch) if count else None
+        )
         record = {
             "command": list(command),
             "config": asdict(config),

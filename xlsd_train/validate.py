@@ -96,21 +96,26 @@ class Validator:
         return np.frombuffer(digests, "<i8").astype(np.int64)
 
 
-def make_validator(
-    source: BatchSource, held: Mask, trains: Mask, config: TrainConfig, batch: int
-) -> Validator | None:
-    """Over some of the samples that are held out and as many that train; None without validation.
+def measured(config: TrainConfig, held: Mask, trains: Mask) -> int:
+    """How many samples of each set are measured; 0 without validation.
 
     Raises UserError where there are too few of either.
     """
     if not config.validate_every:
-        return None
+        return 0
     count = min(config.validation_images, int(held.sum()), int(trains.sum()))
     if count < 2:
         raise UserError(
             f"--validation-fraction {config.validation_fraction:g} holds out {held.sum()} of the "
-            f"{len(held)} images of {config.data}, too few to measure; raise it"
+            f"{(held | trains).sum()} images of {config.data}, too few to measure; raise it"
         )
+    return count
+
+
+def make_validator(
+    source: BatchSource, held: Mask, trains: Mask, count: int, batch: int
+) -> Validator:
+    """Over `count` of the samples that are held out and as many that train."""
     parts = (selected(source.store, evenly(mask, count)) for mask in (held, trains))
     return Validator(source, dict(zip(SETS, parts, strict=True)), batch)
 
