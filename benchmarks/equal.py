@@ -1,4 +1,4 @@
-"""Are the gradients of every memory plan, on SD1.5's real shapes, those of the plain step?
+"""How near every memory plan's gradients come to the plain step's, on SD1.5's real shapes.
 
     python benchmarks/equal.py                        minutes, and 16 GB
     python benchmarks/equal.py --model demo           a small model, seconds

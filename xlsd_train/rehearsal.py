@@ -1,4 +1,4 @@
-"""The training step on tensors without data: any batch of any size, in seconds and without the memory."""
+"""The training step on tensors without data: any batch, in seconds and without the memory."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -42,8 +42,18 @@ def test_sizes_may_be_named_and_must_be_sizes(
 def test_an_automatic_batch_is_the_same_in_the_plan_and_in_the_run(
     model: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ("--model", model, "--data", store, "--batch", "auto", "--vram", 1.04)
-    given = (*given, "--memory", "cheap")
+    given = (
+        "--model",
+        model,
+        "--data",
+        store,
+        "--batch",
+        "auto",
+        "--vram",
+        1.04,
+        "--memory",
+        "cheap",
+    )
     told = json.loads(plan(capsys, *given, "--json"))
     assert 1 <= told["batch"] == told["plans"][1]["largest_pass"]
     run = ("--phase", "unet", *given, "--steps", 4, "--sample-every", 0, "--threads", 1)
