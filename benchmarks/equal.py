@@ -1,4 +1,4 @@
-"""Whether every memory plan's gradients, on SD1.5's real shapes, are those of the plain step.
+"""How near every memory plan's gradients come to the plain step's, on SD1.5's real shapes.
 
     python benchmarks/equal.py                        minutes, and 16 GB
     python benchmarks/equal.py --model demo           a small model, seconds

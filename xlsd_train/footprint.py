@@ -1,8 +1,8 @@
-"""What a training step takes: its memory, FLOPs and traffic, found by running it on fake tensors.
+"""What a training step takes: its memory, FLOPs and traffic, found on tensors without data.
 
-Fake tensors have shapes and no data. The very step that trains runs on them, and a tracker logs
-what PyTorch would allocate and free, and what each kernel would compute and move. CPU tensors are
-faked, on any machine: their attention kernel keeps what CUDA's memory-efficient one keeps.
+Meta tensors have shapes and no data. The very step that trains runs on them, and a tracker logs
+what PyTorch would allocate and free, and what each kernel would compute and move. Attention is the
+CPU's kernel, which keeps what CUDA's memory-efficient one keeps.
 
 Two runs with different batches log the same events, each of a size that is affine in the batch, so
 the peak of any batch follows without a further run.

@@ -132,7 +132,7 @@ class DLion(torch.optim.Optimizer):
         group.update(d=d, k=group["k"] + 1, numerator_weighted=weighted)
 
     def forget(self) -> None:
-        """End a training step on fake tensors, whose sums have no values."""
+        """End a training step on tensors without data, whose sums have no values."""
         self._sums.clear()
 
     def allocate(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The memory plan: how a batch passes so that it fits, and of all the ways that fit the fastest.
 
-Nothing is estimated by rules of thumb: each way is run once or twice on fake tensors, by the step
-that will train, which gives its peak, and its time on a card that does all it can.
+Nothing is estimated by rules of thumb: each way is run once or twice on tensors without data, by
+the step that will train, which gives its peak, and its time on a card that does all it can.
 """
 
 from collections.abc import Callable, Mapping

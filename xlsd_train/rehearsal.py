@@ -1,4 +1,4 @@
-"""The training step on fake tensors: any batch of any size, in seconds and without the memory."""
+"""The training step on tensors without data: any batch, in seconds and without the memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
-from torch.optim import AdamW
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from xlsd_train.batches import Batch
@@ -25,9 +25,22 @@ from xlsd_train.sliced import Work
 from xlsd_train.step import Plan, Step, drop_gradients
 
 Size = tuple[int, int]  # height and width of latents
+META = torch.device("meta")  # its tensors have shapes and no data
 
 
-class FakeStep(Step):
+class _Attention(TorchFunctionMode):
+    """Has attention run its kernel on tensors without data, which else get the formula."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            given = {"is_causal": False, "attn_mask": None, **(kwargs or {})}
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+            mask, scale = given["attn_mask"], given.get("scale")
+            return kernel(*args[:3], 0.0, given["is_causal"], attn_mask=mask, scale=scale)[0]
+        return func(*args, **(kwargs or {}))
+
+
+class DatalessStep(Step):
     """The step; of a layer's slices it runs two, which stand for all of them."""
 
     tracker: Tracker
@@ -48,9 +61,9 @@ class FakeStep(Step):
         if self.tracker.update is None:
             self.tracker.update = len(self.tracker.kernels)
         del gradients
-        if isinstance(self.optimizer, (Lion, DLion, AdamW)):
+        if isinstance(self.optimizer, (Lion, DLion)):
             super()._update(parameters)
-        else:  # others read values, and step after the peak
+        else:  # it reads values, or has no kernel here; it steps in place, after the peak
             self._norms.append(torch.zeros(()))
             drop_gradients(parameters)
 
@@ -70,7 +83,7 @@ class Rehearsal:
     ) -> None:
         self._workspaces, self._channels = workspaces, unet_config["in_channels"]
         self._logs: dict[tuple[Plan, int, Size], Footprint] = {}
-        with FakeTensorMode() as self._fake:
+        with META:
             unet = UNet2DConditionModel.from_config(dict(unet_config))
             text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
             channels = torch.ones(self._channels, 1, 1)
@@ -81,11 +94,11 @@ class Rehearsal:
             trained = list(model.prepare(config.phase, config.train).values())
             tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]
             alone: Any = SimpleNamespace(
-                device=torch.device("cpu"), num_processes=1, mixed=config.precision == "bf16"
+                device=META, num_processes=1, mixed=config.precision == "bf16"
             )
             optimizer, table = make_optimizer(config, trained), torch.ones(1000)
             objective = Objective(config.objective or "eps", table, table, table, 0, {})
-            self._step = FakeStep(model, trained, optimizer, objective, alone, Plan("plain", 1))
+            self._step = DatalessStep(model, trained, optimizer, objective, alone, Plan("plain", 1))
         self._frozen = [x for x in tensors if not x.requires_grad]
         self._tokens = text_encoder.config.max_position_embeddings
 
@@ -120,7 +133,7 @@ class Rehearsal:
         if key not in self._logs:
             step, tracker = self._step, Tracker(self._workspaces)
             step.plan, step.tracker = plan, tracker
-            with self._fake:
+            with META, _Attention():
                 tracker.hold(step.parameters, WEIGHTS)
                 tracker.hold(self._frozen, FROZEN)
                 tracker.hold(list(step.optimizer.state.values()), STATE)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.allocations import peak_of
 from benchmarks.demo.pipeline import make_networks
@@ -78,7 +77,7 @@ def test_the_predicted_peak_is_the_allocators_within_three_percent(
 
 
 def test_the_tracker_sees_what_lives_at_the_worst_moment() -> None:
-    with FakeTensorMode():
+    with torch.device("meta"):
         weight = torch.empty(1000)
         tracker = Tracker()
         tracker.hold(weight, "weights")
@@ -97,7 +96,7 @@ def test_the_tracker_sees_what_lives_at_the_worst_moment() -> None:
 
 
 def test_workspaces_are_counted_at_convolutions_where_asked() -> None:
-    with FakeTensorMode():
+    with torch.device("meta"):
         x, w = torch.empty(1, 8, 16, 16), torch.empty(8, 8, 3, 3)
         peaks = []
         for workspaces in (False, True):

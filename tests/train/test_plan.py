@@ -21,10 +21,6 @@ def test_a_table_of_all_ways_and_the_one_that_the_run_would_take(
     assert [line.split()[0] for line in lines[4:8]] == ["plain", "cheap", "feed-forward", "sliced"]
     assert "the run would take: plain by 6, 1 passes" in lines[-1]
     told = json.loads(plan(capsys, *given, "--json", "--memory", "sliced", "--micro-batch", 2))
-    assert (
-        told["size"] in {"160x96", "128x128", "192x64", "128x64", "64x192", "96x160"}
-        or told["size"]
-    )
     for row in (*told["plans"], told["chosen"]):
         assert row["peak_gib"] == pytest.approx(sum(row["items_gib"].values()))
         assert set(row["images_per_s"]) == {"RTX 3090", "RTX 4090", "A100", "H100", "H200"}
@@ -46,9 +42,20 @@ def test_sizes_may_be_named_and_must_be_sizes(
 def test_an_automatic_batch_is_the_same_in_the_plan_and_in_the_run(
     model: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ("--model", model, "--data", store, "--batch", "auto", "--vram", 1.04)
+    given = (
+        "--model",
+        model,
+        "--data",
+        store,
+        "--batch",
+        "auto",
+        "--vram",
+        1.04,
+        "--memory",
+        "cheap",
+    )
     told = json.loads(plan(capsys, *given, "--json"))
-    assert 1 <= told["batch"] == told["plans"][3]["largest_pass"]
+    assert 1 <= told["batch"] == told["plans"][1]["largest_pass"]
     run = ("--phase", "unet", *given, "--steps", 4, "--sample-every", 0, "--threads", 1)
     assert train(*run, "--out", tmp_path / "whole") == 0
     said = capsys.readouterr().out
