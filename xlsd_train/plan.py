@@ -12,6 +12,7 @@ from xlsd_train.cards import CARDS
 from xlsd_train.commands import PlanConfig
 from xlsd_train.find import find, part_of, text_encoder_of
 from xlsd_train.memory import GIB, SLICES, Planner, Prediction, asked, largest, limit_of
+from xlsd_train.prepare import choose_samples
 from xlsd_train.rehearsal import Size
 from xlsd_train.step import Plan, Way
 
@@ -59,6 +60,8 @@ def _buckets(config: PlanConfig) -> dict[str, int]:
     if not config.data.is_dir():
         return {"512x512": 1}
     with LatentStore.open(config.data) as store:
+        if any(config.selected_tags()):
+            return choose_samples(config.resolved(), store).selection.sizes
         return {name: len(rows) for name, rows in store.buckets.items() if len(rows)}
 
 

@@ -19,7 +19,7 @@ def run(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     assert train(
         "--phase", "te", "--batch", 2, "--data", store, "--model", model, "--steps", 12,
         "--save-every", 1, "--sample-every", 0, "--lr", 1e-3, "--warmup", 0, "--threads", 1,
-        "--keep", 0, "--ema", "--out", folder, "--no-gradient-checkpointing",
+        "--keep", 0, "--ema", "--out", folder,
     ) == 0  # fmt: skip
     return folder
 

@@ -180,7 +180,7 @@ def test_the_best_checkpoint_is_kept(arguments: list[object], tmp_path: Path, ca
         (("--validate-every", 1, "--validation-fraction", 0.001), "holds out 0 of the 8 images"),
         (("--validate-every", -1), "--validate-every -1 is negative"),
         (("--validate-every", 1, "--validation-images", 0), "--validation-images 0"),
-        (("--validation-fraction", 0.8), "--batch 3 is larger than the"),
+        (("--validation-fraction", 0.8), "holds out every image that is selected"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
