@@ -166,12 +166,11 @@ class Run:
         assert self._board is not None
         save_losses(self.folder, step, losses)
         with (self.folder / VALIDATION).open("a", encoding="utf-8") as file:
-            for weights, found in summaries(losses).items():
-                at = {"step": step, "images_seen": images_seen, "weights": weights}
-                file.write(json.dumps({**at, **found}) + "\n")
+            for of, found in summaries(losses).items():
+                at = {"step": step, "images_seen": images_seen, "weights": of, **found}
+                file.write(json.dumps(at) + "\n")
                 for name in (*SETS, "gap"):
-                    mean = found[name]["mean"]
-                    self._board.add_scalar(f"validation/{weights}/{name}", mean, step)
+                    self._board.add_scalar(f"validation/{of}/{name}", found[name]["mean"], step)
             file.flush()
             os.fsync(file.fileno())
 
