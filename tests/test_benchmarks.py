@@ -83,7 +83,7 @@ def test_throughput_against_a_plain_loop_needs_no_store() -> None:
 def test_max_batch_predicts_what_the_allocator_holds() -> None:
     lines = run(
         "benchmarks/max_batch.py", "--model", "nano", "--check", "--phase", "te",
-        "--size", "256x192", "--batch", "2", "--slices", "1", "--way", "plain", "sliced",
+        "--size", "256x192", "--batch", "6", "--slices", "2", "--way", "plain", "sliced",
     )  # fmt: skip
     errors = [float(line.split()[-2].rstrip("%")) for line in lines if line.split()[-2][-1] == "%"]
     assert len(errors) == 3

@@ -50,7 +50,7 @@ def test_an_automatic_batch_is_the_same_in_the_plan_and_in_the_run(
         "--batch",
         "auto",
         "--vram",
-        1.04,
+        1.08,
         "--memory",
         "cheap",
     )
