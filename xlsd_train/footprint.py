@@ -52,7 +52,7 @@ class Footprint:
     number: NDArray[np.int64]  # of each event: the storage
     nbytes: NDArray[np.float64]  # of each storage
     labels: tuple[str, ...]  # of each storage
-    kind: NDArray[np.int64]  # of each kernel, an index into KINDS
+    kind: NDArray[np.int64]  # of each kernel: 0 moves memory, 1 multiplies, 2 is attention
     flop: NDArray[np.float64]
     moved: NDArray[np.float64]  # bytes
     times: NDArray[np.float64]  # how many kernels it stands for

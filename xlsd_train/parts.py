@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 
 from xlsd_cache import UserError
-from xlsd_train import draw
 
 Shuffle = Literal["tags", "sentences", "none"]
 FACE = 3  # tags of so few characters are faces like ^_^, whose underscores are no spaces
@@ -50,6 +49,8 @@ class Parts:
 
     def apply(self, text: str, order: int, dropped: int) -> str:
         """The caption as it is trained on; `order` and `dropped` are 64 random bits each."""
+        from xlsd_train import draw  # late: options are checked by this file before torch is there
+
         parts = [part for part in self.split(text) if part not in self.drop]
         if self.spaces:
             parts = [spaced(part) for part in parts]

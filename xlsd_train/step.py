@@ -10,7 +10,7 @@ another in SD1.5, so both give the gradient of the whole batch, but for the orde
   them, steps that layer's weights and frees their gradients, before it comes to the next.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -24,11 +24,11 @@ from tqdm import tqdm
 from xlsd_train.batches import Batch
 from xlsd_train.diffusion import Objective
 from xlsd_train.layers import EPSILON, INPUT_IDS, NOISY, TIMESTEPS, Layer, Recompute, make_layers
+from xlsd_train.lion import chunks
 from xlsd_train.model import Model
 from xlsd_train.optim import finish, steps_in_parts
 from xlsd_train.sliced import SlicedPass
 
-MESSAGE = 2**24  # elements that processes exchange at once: 64 MiB
 Way = Literal["plain", "cheap", "feed-forward", "sliced"]
 
 
@@ -74,7 +74,7 @@ class Step:
         """Update the weights; returns mean loss over all images and gradient norm, on the device.
 
         Nothing here waits for the device, so a loss that is not finite is the caller's to find.
-        Raises UserError where its memory is full and no plan is tighter.
+        Raises torch.OutOfMemoryError where its memory is full and no plan is tighter.
         """
         images = sum(batch.images for batch in batches)
         for group in self.optimizer.param_groups:
@@ -228,21 +228,11 @@ def _share_gradients(parameters: Sequence[Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:  # this process had no sample
             parameter.grad = torch.zeros_like(parameter)
-    for group in _groups([p.grad for p in parameters if p.grad is not None]):
+    for chunk in chunks(parameters):
         # One message for many small tensors, whose latency would cost more than their bytes.
-        flat = torch.cat([gradient.reshape(-1) for gradient in group])
+        gradients: list[Tensor] = [parameter.grad for parameter in chunk]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         torch.distributed.all_reduce(flat)
-        summed = torch.split(flat, [gradient.numel() for gradient in group])
-        for gradient, part in zip(group, summed, strict=True):
+        summed = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, summed, strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, in lists of up to MESSAGE elements or one larger tensor."""
-    group: list[Tensor] = []
-    for tensor in tensors:
-        if group and sum(map(Tensor.numel, group)) + tensor.numel() > MESSAGE:
-            yield group
-            group = []
-        group.append(tensor)
-    yield group

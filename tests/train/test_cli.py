@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -41,3 +43,9 @@ def test_each_commands_help_teaches_every_option(name: str, capsys: Out) -> None
     for field in fields(COMMANDS[name][0]):
         option = f"--{field.name.replace('_', '-')}"
         assert option in shown or field.name in {"checkpoint", "out", "models", "store", "run"}
+
+
+def test_options_are_read_without_waiting_for_torch() -> None:
+    """The help of a command, and a mistake in its options, take no seconds of loading libraries."""
+    code = "import sys, xlsd_train.cli; assert not {'torch', 'diffusers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
