@@ -26,10 +26,8 @@ import tyro
 
 from benchmarks.allocations import peak_of
 from benchmarks.real_step import (
-    deterministic,
     drawn_batch,
     here,
-    limit_card,
     machine,
     model_of,
     networks,
@@ -40,10 +38,11 @@ from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.precision import set_precision
 from xlsd_train.config import Phase, TrainConfig
 from xlsd_train.lion import DLion
-from xlsd_train.memory import GIB, KEEPING, Planner, limit_of
+from xlsd_train.memory import GIB, KEEPING, Planner, largest, limit_card, limit_of
+from xlsd_train.prepare import deterministic
 from xlsd_train.rehearsal import Size
 from xlsd_train.run import peak_gib
-from xlsd_train.step import Plan, Step, Way
+from xlsd_train.step import Plan, Step, Way, drop_gradients
 
 TOLERANCE = 3.0  # percent that a prediction may be off
 
@@ -112,7 +111,7 @@ def main(config: MaxBatchConfig, command: Sequence[str]) -> None:
     if device == "cpu":
         print("predicted only: nothing is measured, for there is no CUDA card here")
     else:
-        limit_card(limit / GIB)
+        limit_card(limit / GIB, torch.device(device))
         deterministic()
     columns = ["phase", "optimizer", "tokens", "size", "way", "largest", "FLOPs"]
     columns += ["measured", "batch", "GiB", "allocated", "error", "reserved"] * (device == "cuda")
@@ -173,8 +172,7 @@ def whole(plan: Plan, batch: int) -> Plan:
 
 def latents(name: str) -> Size:
     """Height and width of the latents of pictures WIDTHxHEIGHT."""
-    width, height = (int(side) // 8 for side in name.split("x"))
-    return height, width
+    return largest({name: 1})
 
 
 def planner_of(
@@ -221,8 +219,7 @@ class Trial:
             step([drawn_batch(step.model, batch, size, "cuda")], 0.0)
             torch.cuda.synchronize()
         except torch.OutOfMemoryError:
-            for parameter in step.parameters:
-                parameter.grad = None
+            drop_gradients(step.parameters)
             if isinstance(step.optimizer, DLion):
                 step.optimizer.forget()
             return False

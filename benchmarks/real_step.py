@@ -1,6 +1,5 @@
 """The real training step on random weights, which benchmarks measure; and what they ran on."""
 
-import os
 import subprocess
 import time
 from importlib.metadata import version
@@ -98,18 +97,6 @@ def machine(device: str) -> str:
     card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     cudnn: Any = torch.backends.cudnn
     return f"{card}; CUDA {torch.version.cuda}, cuDNN {cudnn.version()}; {libraries}"
-
-
-def limit_card(gib: float) -> None:
-    """Refuse the card more memory than this."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
-
-
-def deterministic() -> None:
-    """The card's kernels as a run has them by default."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
 
 
 def peak_tflops(precision: Precision, stated: float | None, device: str) -> tuple[float, str]:

@@ -34,10 +34,8 @@ from benchmarks.plain_loop import PlainLoop, optimizer_of, vae_of
 from benchmarks.real_step import (
     CAPTIONS,
     captions_of,
-    deterministic,
     drawn_batch,
     here,
-    limit_card,
     machine,
     model_of,
     peak_tflops,
@@ -52,8 +50,9 @@ from xlsd_cache.store import LatentStore
 from xlsd_train.batches import Batch, BatchSource, Loader, Noising
 from xlsd_train.captions import Columns
 from xlsd_train.config import Optimizer, Phase, TrainConfig
-from xlsd_train.memory import GIB, SLICES, Planner, limit_of
+from xlsd_train.memory import GIB, SLICES, Planner, limit_card, limit_of
 from xlsd_train.model import Model
+from xlsd_train.prepare import deterministic
 from xlsd_train.schedule import Schedule
 from xlsd_train.selection import selected
 from xlsd_train.step import Plan, Step
@@ -195,7 +194,7 @@ def measure_phase(config: ThroughputConfig) -> Measured:
     precision = set_precision(config.precision)
     if device == "cuda":
         if config.limit_gib:
-            limit_card(config.limit_gib)
+            limit_card(config.limit_gib, torch.device(device))
         if config.deterministic:
             deterministic()
     peak, source = peak_tflops(config.precision, config.peak_tflops, device)

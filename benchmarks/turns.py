@@ -12,6 +12,7 @@ from benchmarks.plain_loop import checkpointing
 from xlsd_train.footprint import flop_counter
 from xlsd_train.model import Model
 from xlsd_train.run import peak_gib
+from xlsd_train.step import drop_gradients
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def _make_room(
     model: Model, one: Contestant, contestants: Mapping[str, Contestant], device: str
 ) -> None:
     """All that one of them needs in its place, and nothing else."""
-    for parameter in (*model.unet.parameters(), *model.text_encoder.parameters()):
-        parameter.grad = None
+    drop_gradients([*model.unet.parameters(), *model.text_encoder.parameters()])
     checkpointing(model, one.checkpointing)
     model.unet.to(memory_format=one.layout)
     if device == "cpu":

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from xlsd_cache import UserError
+from xlsd_cache.identity import bucket_shape
 from xlsd_train.cards import CARDS, Card
 from xlsd_train.config import TrainConfig
 from xlsd_train.footprint import CUBLAS, ROUND, WORKSPACE, Footprint
@@ -202,9 +203,14 @@ def choose(
 
 def largest(buckets: Mapping[str, int]) -> Size:
     """Height and width of the latents that decide: those of the bucket of most pixels."""
-    sizes = [tuple(int(side) // 8 for side in name.split("x")) for name in buckets]
-    width, height = max(sizes, key=lambda size: (size[0] * size[1], size))
-    return height, width
+    sizes = [bucket_shape(name, 1)[1:] for name in buckets]
+    return max(sizes, key=lambda size: (size[0] * size[1], size[1]))
+
+
+def limit_card(gib: float, device: torch.device) -> None:
+    """Refuse the card more memory than this."""
+    share = gib * GIB / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def limit_of(config: TrainConfig, device: torch.device | None) -> float | None:
@@ -215,8 +221,7 @@ def limit_of(config: TrainConfig, device: torch.device | None) -> float | None:
     """
     if config.vram is not None:
         if device and device.type == "cuda":
-            share = config.vram * GIB / torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+            limit_card(config.vram, device)
         return (config.vram - max(1.0, config.vram / 12)) * GIB
     if device is None or device.type != "cuda":
         return None

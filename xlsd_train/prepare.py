@@ -46,13 +46,18 @@ def start(config: TrainConfig) -> tuple[Accelerator, str]:
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = False  # it may choose another kernel every run
+        deterministic()
     mixed = "bf16" if config.precision == "bf16" else "no"
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     return Accelerator(mixed_precision=mixed, cpu=cpu), precision
+
+
+def deterministic() -> None:
+    """Have a card choose the same kernels every time, and those that always sum in one order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False  # it may choose another kernel every run
 
 
 def choose_samples(config: TrainConfig, store: LatentStore) -> Samples:
