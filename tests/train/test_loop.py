@@ -209,7 +209,7 @@ def test_kill_9_again_and_again(
 
     random.seed(phase + optimizer)
     run, log, kills, killed_at = tmp_path / "killed", tmp_path / "log", 0, set()
-    while kills < (6 if mixed else 10):
+    while kills < (6 if mixed else 10) or len(killed_at) < 4:  # at different steps
         process = spawn(slow_train, *given, "--out", run, log=log)
         if kills < 3:  # while it starts
             time.sleep(random.uniform(0.1, 1.5))
@@ -219,6 +219,7 @@ def test_kill_9_again_and_again(
             while steps(run) < goal and process.is_alive():
                 time.sleep(0.01)
             time.sleep(random.uniform(0.0, 0.3))
+        assert kills < 40, killed_at
         process.kill()
         process.join()
         if process.exitcode == 0:  # it was faster: let it do the end again
@@ -228,7 +229,6 @@ def test_kill_9_again_and_again(
         assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
         kills += 1
         killed_at.add(steps(run))
-    assert len(killed_at) > 2, "the kills must fall at different steps"
     process = spawn(train, *given, "--out", run, log=log)
     process.join()
     assert process.exitcode == 0, log.read_text()[-3000:]
