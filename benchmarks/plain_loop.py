@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.demo.pipeline import VAE
+from xlsd_cache import UserError
 from xlsd_train import sd15
 from xlsd_train.config import TrainConfig
 from xlsd_train.model import Model
@@ -85,8 +86,12 @@ def optimizer_of(config: TrainConfig, model: Model) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = lion_pytorch.Lion(trained, **given)
     elif config.optimizer == "dlion":
         made = dadaptation.DAdaptLion(trained, **given)
-    else:
+    elif config.optimizer == "adamw":
         made = torch.optim.AdamW(trained, **given)
+    else:
+        raise UserError(
+            f"--against diffusers knows no --optimizer {config.optimizer}; take lion, dlion, adamw"
+        )
     return made
 
 

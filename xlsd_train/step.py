@@ -68,7 +68,7 @@ class Step:
 
     def __post_init__(self) -> None:
         model = self.model
-        self.layers = make_layers(model.unet, model.text_encoder, self.encode)
+        self.layers = make_layers(model.unet, model.text_encoder, model.encode)
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> tuple[Tensor, Tensor]:
         """Update the weights; returns mean loss over all images and gradient norm, on the device.
@@ -101,10 +101,6 @@ class Step:
         size = self.plan.micro_batch  # so that validating needs no more memory than training
         starts = range(0, len(batch.timesteps), size)
         return torch.cat([self._loss(batch.part(a, a + size), "nothing") for a in starts])
-
-    def encode(self, input_ids: Tensor) -> Tensor:  # int64 [B, tokens] -> [B, tokens, width]
-        """The text encoder's hidden states; its graph is kept only where it trains."""
-        return self.model.encode(input_ids)
 
     def _mixed(self) -> AbstractContextManager[None]:
         """Where bf16 is asked for, convolutions and matmuls compute in it."""

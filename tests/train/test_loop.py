@@ -208,7 +208,7 @@ def test_kill_9_again_and_again(
     expected = left(tmp_path / "whole")
 
     random.seed(phase + optimizer)
-    run, log, kills, killed_at = tmp_path / "killed", tmp_path / "log", 0, set()
+    run, log, kills, killed_at = tmp_path / "killed", tmp_path / "log", 0, set[int]()
     while kills < (6 if mixed else 10) or len(killed_at) < 4:  # at different steps
         process = spawn(slow_train, *given, "--out", run, log=log)
         if kills < 3:  # while it starts

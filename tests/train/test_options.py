@@ -118,7 +118,9 @@ def run(store: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     def left(words: Words) -> dict[str, Any]:
         name = hashlib.sha256(repr(words).encode()).hexdigest()[:12]
         out = folder / name
-        given = ("--data", store, "--model", model, "--sample-prompts", folder / "prompts.txt")
+        given: Words = (
+            "--data", store, "--model", model, "--sample-prompts", folder / "prompts.txt"
+        )  # fmt: skip
         if "{prompts}" in words:  # another file than that of all others
             words = tuple(folder / "other.txt" if x == "{prompts}" else x for x in words)
             (folder / "other.txt").write_text("a cat\n")

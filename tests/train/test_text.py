@@ -58,10 +58,10 @@ def test_samples_see_the_states_that_training_sees(
     assert of_training.shape[1:] == (length, 32)
     for prompt, states in zip(session.sampler.prompts, of_samples, strict=True):
         for text, got in zip(("", prompt), states, strict=True):
-            assert torch.equal(got, step.encode(ids(session, text))[0])
+            assert torch.equal(got, step.model.encode(ids(session, text))[0])
     # and training's batch is what each caption alone gives, to rounding
     for one, states in zip(batch.input_ids, of_training, strict=True):
-        assert torch.allclose(step.encode(one[None])[0], states, atol=1e-5)
+        assert torch.allclose(step.model.encode(one[None])[0], states, atol=1e-5)
 
 
 def test_without_skipping_samples_are_diffusers_own(open_run: Open, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_without_skipping_samples_are_diffusers_own(open_run: Open, tmp_path: Pa
     prompt = session.sampler.prompts[0]
     theirs, none = pipeline.encode_prompt(prompt, torch.device("cpu"), 1, True)
     for text, expected in ((prompt, theirs), ("", none)):
-        assert torch.equal(session.take_step.encode(ids(session, text)), expected)
+        assert torch.equal(session.model.encode(ids(session, text)), expected)
 
 
 def test_what_is_skipped_does_not_train(open_run: Open, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_losses_are_the_steps_own_unweighted(open_run: Open, weighting: Any) -> 
             noisy = step.objective.corrupt(
                 session.model.scaling(batch.latents), batch.noise, batch.timesteps
             )[0]
-            states = step.encode(batch.input_ids)
+            states = step.model.encode(batch.input_ids)
             predicted = session.model.unet(noisy, batch.timesteps, states).sample
         expected.append((predicted - batch.noise).square().mean(dim=(1, 2, 3)))
     assert np.array_equal(found["live/held_out"].ravel(), torch.cat(expected).numpy())
