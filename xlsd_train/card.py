@@ -102,6 +102,12 @@ class History:
         """Where --batch is auto, what was found; older runs keep none beside it."""
         return self.record.get("batch") or self.record["config"]["batch"]
 
+    @property
+    def _recipe(self) -> str | None:
+        """Which the run began with; older runs say nothing of it."""
+        recipe = self.record.get("recipe")
+        return f"{Path(recipe['name']).name}, sha256 {recipe['sha256'][:12]}" if recipe else None
+
     def metadata(self, title: str, folded: str, scheduler: dict[str, Any]) -> dict[str, str]:
         """For a safetensors header: modelspec's keys (sai_model_spec 1.0.0), and ours."""
         config = _public(self.record.get("config", {}))
@@ -135,6 +141,7 @@ class History:
         facts = {
             "trained from": base,
             "what trained": config.get("phase"),
+            "recipe": self._recipe,
             "steps": self.state.get("step"),
             "images seen": self.state.get("images_seen"),
             "images in the store": store.get("images"),
