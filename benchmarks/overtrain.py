@@ -116,7 +116,7 @@ def tell(run: Path) -> None:
     steps = [step_of(path) for path in checkpoints(run)]
     losses = {step: found for step in (0, *steps) if (found := read_losses(run, step))}
     sets = [len(losses[0][f"live/{name}"]) for name in ("training", "held_out")]
-    trained = json.loads((run / "config.json").read_text())["store"]["selected"]
+    trained = json.loads((run / "config.json").read_text())["stores"][0]["selected"]
     print(f"{trained} tiles train; {sets[0]} of them and {sets[1]} held out are measured")
     print(f"{'step':>6}{'loss, smoothed':>16}{'training set':>14}{'held out (95% interval)':>32}")
     for step, found in losses.items():

@@ -37,21 +37,12 @@ def announce(
     )
     if record["latents"]["normalized"]:
         print("latents are normalised by channel, with " + json.dumps(record["latents"]))
-    store = record["store"]
-    print(
-        f"store {store['path']}: {store['images']} images, generation {store['generation']}", end=""
-    )
-    later = store["newest_generation"] - store["generation"]
-    print(f", without the {later} later ones, unfinished or newer than the run" if later else "")
-    if store["tagged"] < store["images"]:
-        print(f"  {store['tagged']} of {store['images']} images are selected by their tags")
-    for tag in store["unknown_tags"]:
+    _stores(record["stores"])
+    for tag in record["unknown_tags"]:
         print(f"  no image has the tag {tag!r} that --forbid-tags names")
-    if store["selected"] < store["tagged"]:
-        measured = len(record["validation"].get(HELD_OUT, ()))
-        some = f", where {measured} of them are measured beside {measured} that train"
-        held = store["tagged"] - store["selected"]
-        print(f"  {held} of them are held out for validation{some if measured else ''}")
+    measured = len(record["validation"].get(HELD_OUT, ()))
+    if measured:
+        print(f"  {measured} held-out images are measured beside {measured} that train")
     print(told(record["captions"]))
     print(record["memory"])
     if config.ema:
@@ -81,3 +72,23 @@ def _recipe(record: dict[str, Any]) -> str:
         for name, found in record["overridden"].items()
     )
     return f"{told}, with {other}" if other else told
+
+
+def _stores(stores: list[dict[str, Any]]) -> None:
+    """What each holds, which of that trains, and its share of an epoch."""
+    uses = [store["selected"] * store["weight"] for store in stores]
+    for store, used in zip(stores, uses, strict=True):
+        line = f"store {store['path']}: {store['images']} images, generation {store['generation']}"
+        later = store["newest_generation"] - store["generation"]
+        if later:
+            line += f", without the {later} later ones, unfinished or newer than the run"
+        print(line)
+        if store["tagged"] < store["images"]:
+            print(f"  {store['tagged']} of {store['images']} images are selected by their tags")
+        if store["selected"] < store["tagged"]:
+            print(f"  {store['tagged'] - store['selected']} of them are held out for validation")
+        if store["weight"] != 1 or len(stores) > 1:
+            print(
+                f"  an epoch uses each {store['weight']:g} times: {used / sum(uses):.1%} of what "
+                f"it uses"
+            )

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xlsd_cache.store import LatentStore
 from xlsd_train import draw
 from xlsd_train.captions import Captions, Columns
+from xlsd_train.mixture import Store
 from xlsd_train.schedule import Schedule, Slot
 from xlsd_train.selection import Selection
 
@@ -75,7 +75,7 @@ class Noising:
 class BatchSource:
     """Makes any batch of the run, by its number alone."""
 
-    store: LatentStore
+    store: Store
     selection: Selection
     schedule: Schedule  # over what is selected
     captions: Captions

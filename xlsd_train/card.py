@@ -108,6 +108,11 @@ class History:
         recipe = self.record.get("recipe")
         return f"{Path(recipe['name']).name}, sha256 {recipe['sha256'][:12]}" if recipe else None
 
+    def _of_stores(self, name: str) -> str | None:
+        """What each store's record says; None without a run."""
+        stores = self.record.get("stores", ())
+        return " + ".join(str(store[name]) for store in stores) or None
+
     def metadata(self, title: str, folded: str, scheduler: dict[str, Any]) -> dict[str, str]:
         """For a safetensors header: modelspec's keys (sai_model_spec 1.0.0), and ours."""
         config = _public(self.record.get("config", {}))
@@ -127,7 +132,7 @@ class History:
             "xlsd.phase": config.get("phase"),
             "xlsd.step": self.state.get("step"),
             "xlsd.images_seen": self.state.get("images_seen"),
-            "xlsd.store": self.record.get("store", {}).get("fingerprint"),
+            "xlsd.store": self._of_stores("fingerprint"),
             "xlsd.recipe": json.dumps(config) if config else None,
         }
         return {name: str(value) for name, value in told.items() if value is not None}
@@ -136,7 +141,7 @@ class History:
         self, title: str, folded: str, dtype: str, files: dict[str, str], grid: str | None
     ) -> str:
         """README.md. `files` maps names to hashes, one alone is a single file; `grid` is a name."""
-        config, store = _public(self.record.get("config", {})), self.record.get("store", {})
+        config = _public(self.record.get("config", {}))
         base = _public(self.record.get("model", {}).get("source", self.source))
         facts = {
             "trained from": base,
@@ -144,9 +149,9 @@ class History:
             "recipe": self._recipe,
             "steps": self.state.get("step"),
             "images seen": self.state.get("images_seen"),
-            "images in the store": store.get("images"),
-            "the store's fingerprint": store.get("fingerprint"),
-            "images selected": store.get("selected"),
+            "images in the store": self._of_stores("images"),
+            "the store's fingerprint": self._of_stores("fingerprint"),
+            "images selected": self._of_stores("selected"),
             "batch": config.get("batch") and f"{self._batch} x {config.get('accum', 1)}",
             "clip skip in training": config.get("clip_skip") or None,
             "optimizer": config.get("optimizer"),

@@ -22,7 +22,7 @@ class PlanConfig(TrainConfig):
     """
 
     size: tuple[str, ...] = ()
-    """Pictures, say 512x512. Default: the buckets of --data where it exists, else 512x512."""
+    """Pictures, say 512x512. Default: the buckets of --data; without a store 512x512."""
 
     json: bool = False
     """Print JSON."""

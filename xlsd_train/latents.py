@@ -15,9 +15,8 @@ from torch import Tensor
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import write_json
-from xlsd_cache.moments import moments
-from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import Vae
+from xlsd_train.mixture import Mixture
 
 FILE = "latents.json"
 
@@ -60,15 +59,15 @@ def own_scaling(vae: Vae) -> Scaling:
     return Scaling.of(shift, scale, normalized=False)
 
 
-def normalising(store: LatentStore) -> Scaling:
-    """To mean 0 and spread 1 in every channel of a store's latents.
+def normalising(stores: Mixture) -> Scaling:
+    """To mean 0 and spread 1 in every channel of the stores' latents, as often as each is used.
 
     Raises UserError where a channel never varies.
     """
-    found = moments(store)
+    found = stores.moments()
     if not all(found.std):
         raise UserError(
-            f"--normalize-latents: the channels of {store.root} spread by {found.std}, and one "
+            f"--normalize-latents: the channels of {stores.root} spread by {found.std}, and one "
             f"that never varies cannot be normalised; leave the option out"
         )
     return Scaling.of(found.mean, [1 / std for std in found.std], normalized=True)

@@ -203,9 +203,10 @@ def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
         if ended and (schedule.batches_an_epoch >= 20 or epoch.bit_count() == 1):
             used = schedule.images(epoch) - schedule.images(epoch - 1)
             there = len(session.source.selection)
+            weights = " by its store's weight" if len(session.config.data) > 1 else ""
             tqdm.write(
                 f"epoch {epoch} ended: it used {used} samples of {there}; so far each was used "
-                f"{epoch} times, give or take one"
+                f"{epoch} times{weights}, give or take one"
             )
 
 

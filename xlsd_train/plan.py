@@ -3,15 +3,17 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from xlsd_cache import UserError
-from xlsd_cache.store import LatentStore
 from xlsd_train import sd15
 from xlsd_train.cards import CARDS
 from xlsd_train.commands import PlanConfig
+from xlsd_train.config import DEFAULT_DATA
 from xlsd_train.find import find, part_of, text_encoder_of
 from xlsd_train.memory import GIB, SLICES, Planner, Prediction, asked, largest, limit_of
+from xlsd_train.mixture import open_mixture
 from xlsd_train.prepare import choose_samples
 from xlsd_train.rehearsal import Size
 from xlsd_train.step import Plan, Way
@@ -57,9 +59,9 @@ def _buckets(config: PlanConfig) -> dict[str, int]:
             raise UserError(f"--size {name} is not WIDTHxHEIGHT in multiples of 64, as 512x768 is")
     if config.size:
         return dict.fromkeys(config.size, 1)
-    if not config.data.is_dir():
+    if config.data == DEFAULT_DATA and not Path(*DEFAULT_DATA).is_dir():
         return {"512x512": 1}
-    with LatentStore.open(config.data) as store:
+    with open_mixture(config.data) as store:
         if any(config.selected_tags()):
             return choose_samples(config.resolved(), store).selection.sizes
         return {name: len(rows) for name, rows in store.buckets.items() if len(rows)}

@@ -11,17 +11,17 @@ from accelerate.utils import broadcast_object_list
 
 from xlsd_cache import UserError
 from xlsd_cache.precision import set_precision
-from xlsd_cache.store import LatentStore
 from xlsd_train.batches import BatchSource, Noising
 from xlsd_train.captions import Captions, Columns
 from xlsd_train.config import TrainConfig
 from xlsd_train.diffusion import Objective
 from xlsd_train.latents import normalising
 from xlsd_train.memory import Planner, choose, limit_of
+from xlsd_train.mixture import Mask, Mixture
 from xlsd_train.model import Model, load_model
 from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
-from xlsd_train.selection import Mask, Selection, Tagged, by_tags, held_out, selected
+from xlsd_train.selection import Selection, Tagged, by_tags, held_out, selected
 from xlsd_train.step import Plan
 from xlsd_train.validate import measured
 
@@ -36,6 +36,23 @@ class Samples:
     trains: Mask
     selection: Selection  # those that train
     measured: int  # of each set, by validation
+
+    def told(self, stores: Mixture) -> list[dict[str, Any]]:
+        """Of each store what config.json keeps."""
+        tagged, selected = stores.counts(self.tagged.mask), stores.counts(self.trains)
+        return [
+            {
+                "path": str(part.store.root.absolute()),
+                "weight": float(part.weight),
+                "generation": part.store.generation,
+                "newest_generation": part.store.newest_generation,
+                "fingerprint": part.store.fingerprint,
+                "images": len(part.store),
+                "tagged": tagged[at],
+                "selected": selected[at],
+            }
+            for at, part in enumerate(stores.parts)
+        ]
 
 
 def start(config: TrainConfig) -> tuple[Accelerator, str]:
@@ -60,22 +77,22 @@ def deterministic() -> None:
     torch.backends.cudnn.benchmark = False  # it may choose another kernel every run
 
 
-def choose_samples(config: TrainConfig, store: LatentStore) -> Samples:
+def choose_samples(config: TrainConfig, store: Mixture) -> Samples:
     """By tags and by what is held out. Raises UserError where they are fewer than --batch."""
-    columns = Columns.parse(config.caption, store.caption_columns, config.data)
+    columns = Columns.parse(config.caption, store.caption_columns, store.root)
     tagged = by_tags(store, columns.names, *config.selected_tags())
     held = tagged.mask & held_out(store, config.validation_fraction or 0)
     trains = tagged.mask & ~held
     selection = selected(store, trains)
-    _check_batch(config, selection)
+    _check_batch(config, selection, store.root)
     count = measured(config, held, trains)
     return Samples(columns, tagged, held, trains, selection, count)
 
 
-def _check_batch(config: TrainConfig, selection: Selection) -> None:
+def _check_batch(config: TrainConfig, selection: Selection, data: str) -> None:
     count = len(selection)
     if not selection.of:
-        raise UserError(f"{config.data} holds no live image; build it from images that load")
+        raise UserError(f"{data} holds no live image; build it from images that load")
     if not count:
         raise UserError(
             f"--validation-fraction {config.validation_fraction:g} holds out every image that is "
@@ -84,12 +101,12 @@ def _check_batch(config: TrainConfig, selection: Selection) -> None:
     if config.batch != "auto" and config.batch > count:
         which = "images" if count == selection.of else "selected images"
         raise UserError(
-            f"--batch {config.batch} is larger than the {count} {which} of {config.data}; "
+            f"--batch {config.batch} is larger than the {count} {which} of {data}; "
             f"lower it to {count} or less"
         )
 
 
-def open_model(config: TrainConfig, resumed: Path | None, store: LatentStore) -> Model:
+def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Model:
     """The checkpoint's, or as --model and the options beside it say; not yet what trains of it."""
     if resumed:
         model = load_model(str(resumed), None, store.identity)
@@ -135,7 +152,7 @@ def plan_batch(
 
 
 def make_source(
-    config: TrainConfig, store: LatentStore, samples: Samples, schedule: Schedule, model: Model,
+    config: TrainConfig, store: Mixture, samples: Samples, schedule: Schedule, model: Model,
     objective: Objective, accelerator: Accelerator,
 ) -> BatchSource:  # fmt: skip
     """What makes this process's part of any batch."""

@@ -186,8 +186,8 @@ def _called(kind: Any) -> str:
         return " or ".join(json.dumps(value) for value in get_args(kind))
     if get_origin(kind) is tuple:
         of = get_args(kind)
-        count = "" if of[-1] is Ellipsis else f"{len(of)} of "
-        return f"a list, {count}{_called(of[0])}"
+        count = "" if of[-1] is Ellipsis else f" of {len(of)}"
+        return f"a list{count}, each {_called(of[0])}"
     names = {float: "a number", int: "a whole number", bool: "true or false"}
     return names.get(kind, "text in quotes")
 

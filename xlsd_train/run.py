@@ -29,10 +29,10 @@ from xlsd_cache.durable import (
     write_bytes,
     write_json,
 )
-from xlsd_cache.store import LatentStore
 from xlsd_train.checkpoint import STATE, checkpoints
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.ema import forget_snapshots_after
+from xlsd_train.mixture import Mixture
 from xlsd_train.model import Model
 from xlsd_train.validate import SETS, forget_after, save_losses, summaries
 from xlsd_train.verdict import Losses
@@ -70,9 +70,9 @@ class Run:
         return cls(folder, None)
 
     @property
-    def generation(self) -> int | None:
-        """The store's generation that the run sees; None for a new run, which takes the newest."""
-        return self.before["store"]["generation"] if self.before else None
+    def generations(self) -> list[int] | None:
+        """The stores' generations that the run sees; None for a new run, which takes the newest."""
+        return [store["generation"] for store in self.before["stores"]] if self.before else None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -210,19 +210,21 @@ def _foreign(path: Path) -> bool:
     return not path.name.startswith(".") and not path.name.endswith(TEMPORARY)
 
 
-def settings(config: TrainConfig, store: LatentStore, device: torch.device) -> dict[str, Any]:
+def settings(config: TrainConfig, stores: Mixture, device: torch.device) -> dict[str, Any]:
     """What a resume must share with the run for its numbers to be the same, bit for bit.
 
     The number of processes is not among them: they cut one batch, and sums are equal to rounding.
     """
     given = {name: value for name, value in asdict(config).items() if name not in FREE}
-    given.pop("data")  # the store may move: its fingerprint tells
+    given.pop("data")  # stores may move: their fingerprints tell
     given["betas"] = list(config.betas or ())
     return {
         **given,
         "device": device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "store": store.fingerprint[:16],
+        "stores": " ".join(
+            f"{part.store.fingerprint[:16]}:{float(part.weight):g}" for part in stores.parts
+        ),
         **{f"{name} version": version(name) for name in NUMERIC},
     }
 

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
-from xlsd_cache.store import LatentStore
 from xlsd_train import draw
 from xlsd_train.captions import Columns
+from xlsd_train.mixture import Store
 from xlsd_train.model import Model
 from xlsd_train.parts import Parts
 from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture
@@ -96,7 +96,7 @@ def read_lines(path: Path, option: str) -> list[str]:
 
 def read_prompts(
     path: Path | None,
-    store: LatentStore,
+    store: Store,
     selection: Selection,
     columns: Columns,
     parts: Parts | None,

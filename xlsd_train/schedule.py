@@ -6,11 +6,14 @@ merged by the time they are due: bucket b, holding n_b samples, owes n_b / B_b b
 its j-th falls at a random moment of the j-th such interval. So at any time every bucket is within
 one batch of its share, and over K epochs each sample is used K times, give or take one.
 
-A bucket with fewer samples than the batch gives batches of all its samples.
+A bucket with fewer samples than the batch gives batches of all its samples. Where several stores
+are mixed, a bucket's stream merges theirs in the same way, so that at any time each store is within
+one sample of its share of what the bucket gave.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +22,18 @@ from numpy.typing import NDArray
 from xlsd_train import draw
 
 _FRACTION = 1 << 16  # the moments within an interval, as integers so that every count is exact
+
+
+class Share(NamedTuple):
+    """What one store has in a bucket."""
+
+    samples: int
+    weight: Fraction  # how many times an epoch uses each
+
+    @property
+    def uses(self) -> int:
+        """How many samples of it an epoch takes; at least one where there is any."""
+        return max(round(self.samples * self.weight), min(self.samples, 1))
 
 
 class Slot(NamedTuple):
@@ -45,11 +60,21 @@ class _Epoch:
 class Schedule:
     """The endless sequence of batches over a store's buckets."""
 
-    def __init__(self, buckets: Mapping[str, int], batch: int, seed: int) -> None:
-        """`buckets` maps names to numbers of samples; `batch` is the most a batch may hold."""
-        self.names = sorted(name for name, count in buckets.items() if count)
-        self._counts = np.array([buckets[name] for name in self.names], np.int64)
-        self._sizes = np.minimum(self._counts, batch)
+    def __init__(self, buckets: Mapping[str, int | Sequence[Share]], batch: int, seed: int) -> None:
+        """A schedule over buckets by name, in batches of at most `batch`.
+
+        Each bucket is its number of samples, or the stores' shares of them, where the first store's
+        samples are numbered first.
+        """
+        shares = {
+            name: [Share(found, Fraction(1))] if isinstance(found, int) else list(found)
+            for name, found in buckets.items()
+        }
+        self.names = sorted(name for name in shares if sum(x.samples for x in shares[name]))
+        self._shares = [shares[name] for name in self.names]
+        self._samples = np.array([sum(x.samples for x in of) for of in self._shares], np.int64)
+        self._counts = np.array([sum(x.uses for x in of) for of in self._shares], np.int64)
+        self._sizes = np.minimum(np.minimum(self._counts, self._samples), batch)
         self._seed = seed
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._epoch: _Epoch | None = None
@@ -61,8 +86,8 @@ class Schedule:
 
     def small_buckets(self, batch: int) -> list[tuple[str, int]]:
         """(name, samples) of the buckets that cannot fill a batch."""
-        counts = zip(self.names, self._counts.tolist(), strict=True)
-        return [(name, count) for name, count in counts if count < batch]
+        sizes = zip(self.names, self._sizes.tolist(), strict=True)
+        return [(name, size) for name, size in sizes if size < batch]
 
     def batches(self, epochs: int) -> int:
         """How many batches are due within the first `epochs` epochs."""
@@ -138,9 +163,32 @@ class Schedule:
         """The bucket's random order in one round; the last two rounds of each are kept."""
         order = self._orders.get((bucket, turn))
         if order is None:
-            purpose = f"order/{self.names[bucket]}/{turn}"
-            order = draw.permutation(self._seed, purpose, int(self._counts[bucket]))
+            order = self._merged(bucket, turn)
             order.setflags(write=False)  # batches are views of it
             self._orders.pop((bucket, turn - 2), None)
             self._orders[bucket, turn] = order
         return order
+
+    def _merged(self, bucket: int, turn: int) -> NDArray[np.int64]:
+        """The stores' samples of one round, each at a random moment of its interval."""
+        first, orders, moments = 0, [], []
+        for store, share in enumerate(self._shares[bucket]):
+            name = self.names[bucket] if store == 0 else f"{self.names[bucket]}/{store}"
+            uses = np.arange(turn * share.uses, (turn + 1) * share.uses)
+            orders.append(first + self._uses(name, share, uses))
+            moment = draw.unit(draw.words(self._seed, f"moment/{name}", uses))
+            moments.append((np.arange(share.uses) + moment) / max(share.uses, 1))
+            first += share.samples
+        if len(orders) == 1:
+            return orders[0]
+        merged: NDArray[np.int64] = np.concatenate(orders)
+        return merged[np.argsort(np.concatenate(moments), kind="stable")]
+
+    def _uses(self, name: str, share: Share, uses: NDArray[np.int64]) -> NDArray[np.int64]:
+        """These places, which follow each other, of one store's endless stream of random orders."""
+        if not len(uses):
+            return uses
+        turns = range(uses.item(0) // share.samples, uses.item(-1) // share.samples + 1)
+        stream = [draw.permutation(self._seed, f"order/{name}/{k}", share.samples) for k in turns]
+        start = uses.item(0) - turns[0] * share.samples
+        return np.concatenate(stream)[start : start + len(uses)]

@@ -10,13 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from xlsd_cache import UserError
-from xlsd_cache.store import LatentStore
-
-Ordinals = NDArray[np.int64]  # of a bucket's live samples
-Mask = NDArray[np.bool_]  # of the rows of store.samples
+from xlsd_train.mixture import Mask, Ordinals, Store
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Selection:
         """The ordinals among the bucket's live samples of these selected ones."""
         return numbers if self.chosen is None else self.chosen[bucket][numbers]
 
-    def rows(self, store: LatentStore, numbers: Ordinals) -> Ordinals:
+    def rows(self, store: Store, numbers: Ordinals) -> Ordinals:
         """Rows of `store.samples` of selected samples, counted through all buckets."""
         names = list(self.sizes)
         starts = np.cumsum([0, *self.sizes.values()])
@@ -48,7 +44,7 @@ class Selection:
         return rows
 
 
-def selected(store: LatentStore, mask: Mask) -> Selection:
+def selected(store: Store, mask: Mask) -> Selection:
     """The samples that a mask leaves."""
     if mask.all():
         return Selection({name: len(rows) for name, rows in store.buckets.items()}, len(store))
@@ -66,7 +62,7 @@ class Tagged(NamedTuple):
 
 
 def by_tags(
-    store: LatentStore, columns: Sequence[str], require: Sequence[str], forbid: Sequence[str]
+    store: Store, columns: Sequence[str], require: Sequence[str], forbid: Sequence[str]
 ) -> Tagged:
     """Samples with all the required tags and none of the forbidden, in any of the columns.
 
@@ -96,7 +92,7 @@ def by_tags(
     return Tagged(mask, tuple(unknown))
 
 
-def held_out(store: LatentStore, fraction: float) -> Mask:
+def held_out(store: Store, fraction: float) -> Mask:
     """Which samples validation alone may use: those whose content's hash is below the fraction.
 
     sha256 is as good as uniform, so its first 64 bits decide: the same image is always on the same
@@ -121,13 +117,13 @@ def evenly(mask: Mask, count: int) -> Mask:
     return some
 
 
-def _having(store: LatentStore, columns: Sequence[str], tag: str) -> Mask:
+def _having(store: Store, columns: Sequence[str], tag: str) -> Mask:
     mask = store.tagged(columns[0], tag)
     for column in columns[1:]:
         mask |= store.tagged(column, tag)
     return mask
 
 
-def _of_bucket(store: LatentStore, bucket: str, mask: Mask) -> Ordinals:
+def _of_bucket(store: Store, bucket: str, mask: Mask) -> Ordinals:
     ends = store.sample_index(bucket, np.array([0, len(store.buckets[bucket])]))
     return np.flatnonzero(mask[slice(*ends.tolist())])

@@ -10,7 +10,6 @@ from accelerate.utils import broadcast_object_list
 from torch.nn import Parameter
 
 from xlsd_cache import __version__
-from xlsd_cache.store import LatentStore
 from xlsd_train.announce import announce
 from xlsd_train.batches import BatchSource
 from xlsd_train.checkpoint import load_optimizer
@@ -18,6 +17,7 @@ from xlsd_train.config import TrainConfig
 from xlsd_train.diffusion import make_objective
 from xlsd_train.ema import Ema, averaging
 from xlsd_train.lengths import cut
+from xlsd_train.mixture import open_mixture
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.prepare import choose_samples, make_source, open_model, plan_batch, start
@@ -71,7 +71,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
     with (
-        LatentStore.open(config.data, run.generation) as store,
+        open_mixture(config.data, run.generations) as store,
         closing(run),
         ExitStack() as stack,
     ):
@@ -94,7 +94,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             model.reinitialise(named, config.phase, config.reinit, config.seed)
         sure = replace(config, objective=objective.kind)
         batch, plan, told = plan_batch(sure, run, samples.selection, model, accelerator)
-        schedule = Schedule(samples.selection.sizes, batch, config.seed)
+        schedule = Schedule(store.shares(samples.selection.chosen), batch, config.seed)
         planned, warmup = planned_steps(config, schedule)
         source = make_source(config, store, samples, schedule, model, objective, accelerator)
         count = samples.measured
@@ -112,16 +112,8 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             "planned_steps": planned,
             "warmup_steps": warmup,
             "prompts": prompts,
-            "store": {
-                "path": str(store.root.absolute()),
-                "generation": store.generation,
-                "fingerprint": store.fingerprint,
-                "newest_generation": store.newest_generation,
-                "images": len(store),
-                "tagged": int(samples.tagged.mask.sum()),
-                "unknown_tags": samples.tagged.unknown,
-                "selected": len(source.selection),
-            },
+            "stores": samples.told(store),
+            "unknown_tags": samples.tagged.unknown,
             "captions": cut(source),
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},

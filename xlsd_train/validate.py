@@ -24,7 +24,8 @@ from xlsd_cache.durable import replacing
 from xlsd_train import draw
 from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.config import TrainConfig
-from xlsd_train.selection import Mask, Selection, evenly, selected
+from xlsd_train.mixture import Mask
+from xlsd_train.selection import Selection, evenly, selected
 from xlsd_train.step import Step
 from xlsd_train.verdict import Losses, Verdict, summary, verdict
 
@@ -107,7 +108,8 @@ def measured(config: TrainConfig, held: Mask, trains: Mask) -> int:
     if count < 2:
         raise UserError(
             f"--validation-fraction {config.validation_fraction:g} holds out {held.sum()} of the "
-            f"{(held | trains).sum()} images of {config.data}, too few to measure; raise it"
+            f"{(held | trains).sum()} images of {' '.join(config.data)}, too few to measure; "
+            f"raise it"
         )
     return count
 

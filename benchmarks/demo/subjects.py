@@ -1,4 +1,4 @@
-"""Write the photos of `make article`: crops of what scikit-image ships, tagged with what is in them.
+"""Write `make article`'s photos: crops of what scikit-image ships, tagged with what is in them.
 
 Two folders: OUT/narrow of five subjects, OUT/broad of six others. Each crop is drawn by seed around
 its subject, and has those tags whose place in the photo it shows whole.

@@ -31,6 +31,7 @@ def open_run(model: Path, store: Path, tmp_path: Path) -> Iterator[Open]:
                 "threads": 1,
                 **settings,
             }
+            given["data"] = (str(given["data"]),)
             return stack.enter_context(open_session(TrainConfig(**given), []))
 
         yield open_

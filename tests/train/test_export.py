@@ -225,7 +225,7 @@ def test_a_run_exports_its_newest_checkpoint_with_card_and_metadata(
     record = json.loads((run / "config.json").read_text())
     seen = json.loads((checkpoint / "state.json").read_text())["images_seen"]
     for fact in ("| what trained | both |", "| steps | 2 |", f"| images seen | {seen} |",
-                 record["store"]["fingerprint"], "![samples"):  # fmt: skip
+                 record["stores"][0]["fingerprint"], "![samples"):  # fmt: skip
         assert fact in card
     for prompt in record["prompts"]:
         assert prompt in card
@@ -237,7 +237,7 @@ def test_a_run_exports_its_newest_checkpoint_with_card_and_metadata(
     assert told["modelspec.architecture"] == "stable-diffusion-v1"
     assert (told["modelspec.title"], told["modelspec.implementation"]) == ("mine", "diffusers")
     assert (told["xlsd.phase"], told["xlsd.step"]) == ("both", "2")
-    assert told["xlsd.store"] == record["store"]["fingerprint"]
+    assert told["xlsd.store"] == record["stores"][0]["fingerprint"]
     assert json.loads(told["xlsd.recipe"])["lr"] == 1e-3
     import hashlib
 

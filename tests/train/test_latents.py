@@ -11,13 +11,13 @@ from tests.cache.test_vae import tiny
 from tests.support import cache, files, metrics, train
 from tests.train.conftest import Open
 from xlsd_cache import UserError
-from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import load_vae
 from xlsd_train.latents import load_scaling, normalising, own_scaling, save_scaling
+from xlsd_train.mixture import open_mixture
 
 
 def test_normalised_latents_have_mean_0_and_spread_1_in_every_channel(store: Path) -> None:
-    with LatentStore.open(store) as ours:
+    with open_mixture([str(store)]) as ours:
         scaling = normalising(ours)
         parts = [
             scaling(torch.from_numpy(ours.read(name, rows))).transpose(0, 1).flatten(1)
@@ -32,7 +32,7 @@ def test_normalised_latents_have_mean_0_and_spread_1_in_every_channel(store: Pat
 
 def test_what_is_saved_is_loaded_bit_for_bit(store: Path, vae: Path, tmp_path: Path) -> None:
     loaded = load_vae(str(vae))
-    with LatentStore.open(store) as ours:
+    with open_mixture([str(store)]) as ours:
         for scaling in (normalising(ours), own_scaling(loaded)):
             save_scaling(scaling, loaded, tmp_path)
             again = load_scaling("it", tmp_path, loaded)
@@ -42,7 +42,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(store: Path, vae: Path, tmp_path: P
 
 
 def test_another_vaes_statistics_are_refused(store: Path, vae: Path, tmp_path: Path) -> None:
-    with LatentStore.open(store) as ours:
+    with open_mixture([str(store)]) as ours:
         save_scaling(normalising(ours), load_vae(str(vae)), tmp_path)
     tiny(tmp_path / "other")
     with pytest.raises(UserError, match="was trained on latents of the VAE"):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import xlsd_train.plateau
-from tests.support import cache, files, metrics, spawn, torchrun, train, wait_for
+from tests.support import cache, files, metrics, spawn, torchrun, train, wait_for, write_images
 from tests.train.conftest import Open
 from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.checkpoint import checkpoints
@@ -39,7 +39,9 @@ def left(run: Path) -> tuple[Any, ...]:
     """All that a run leaves and that must not depend on how often it was interrupted."""
     weights = files(run, "checkpoints/*/*")
     assert weights
-    return weights, files(run, "samples/**/*.png"), metrics(run)
+    log = run / "validation.jsonl"
+    measured = log.read_bytes() if log.exists() else b"", files(run, "validation/*")
+    return weights, files(run, "ema/*"), files(run, "samples/**/*.png"), metrics(run), measured
 
 
 @pytest.mark.parametrize("phase", ["unet", "te", "both"])
@@ -172,18 +174,42 @@ def test_a_plan_that_was_tightened_stays_so_after_a_resume(
     assert files(tmp_path / "parts", last) == files(tmp_path / "whole", last)
 
 
-@pytest.mark.parametrize(("phase", "optimizer"), [("unet", "lion"), ("te", "dlion")])
-def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str, optimizer: str) -> None:
-    """Weights, optimizer state, samples and metrics are bit-equal to the uninterrupted run's."""
+def all_at_once(images: Path, vae: Path, folder: Path) -> dict[str, object]:
+    """What has a state or is drawn anew each time; with a second store of six other pictures."""
+    write_images(images, [f"{i}.png" for i in range(6)])
+    build = ("--vae", vae, "--resolution", 128, "--batch", 4)
+    assert cache("build", images, "--out", folder, *build) == 0
+    return {
+        "--ema": None, "--ema-every": 2, "--shuffle": "tags", "--tag-dropout": 0.2,
+        "--timesteps": "stratified", "--noise-offset": 0.05, "--validate-every": 3,
+        "--validation-fraction": 0.3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("phase", "optimizer", "mixed"),
+    [("unet", "lion", False), ("te", "dlion", True), ("te", "adamw", True)],
+)
+def test_kill_9_again_and_again(
+    arguments: Arguments, store: Path, vae: Path, tmp_path: Path, phase: str, optimizer: str,
+    mixed: bool,
+) -> None:  # fmt: skip
+    """Weights, optimizer state, averages, samples, metrics, validation: all bit-equal."""
     given = ["--phase", phase, *arguments, "--optimizer", optimizer]
     if optimizer == "dlion":
         given[given.index("--lr") + 1] = 1.0
+    if mixed:
+        more = all_at_once(tmp_path / "images", vae, tmp_path / "second")
+        given += [word for pair in more.items() for word in pair if word is not None]
+        at = given.index("--data")
+        given[at : at + 2] = ["--data", f"{store}:2", tmp_path / "second"]
+        given[given.index("--batch") + 1], given[given.index("--accum") + 1] = 2, 8
     assert train(*given, "--out", tmp_path / "whole") == 0
     expected = left(tmp_path / "whole")
 
-    random.seed(phase)
+    random.seed(phase + optimizer)
     run, log, kills, killed_at = tmp_path / "killed", tmp_path / "log", 0, set()
-    while kills < 10:
+    while kills < (6 if mixed else 10) or len(killed_at) < 4:  # at different steps
         process = spawn(slow_train, *given, "--out", run, log=log)
         if kills < 3:  # while it starts
             time.sleep(random.uniform(0.1, 1.5))
@@ -193,6 +219,7 @@ def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str, opti
             while steps(run) < goal and process.is_alive():
                 time.sleep(0.01)
             time.sleep(random.uniform(0.0, 0.3))
+        assert kills < 40, killed_at
         process.kill()
         process.join()
         if process.exitcode == 0:  # it was faster: let it do the end again
@@ -202,7 +229,6 @@ def test_kill_9_ten_times(arguments: Arguments, tmp_path: Path, phase: str, opti
         assert process.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
         kills += 1
         killed_at.add(steps(run))
-    assert len(killed_at) > 3, "the kills must fall at different steps"
     process = spawn(train, *given, "--out", run, log=log)
     process.join()
     assert process.exitcode == 0, log.read_text()[-3000:]

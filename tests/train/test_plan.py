@@ -29,14 +29,17 @@ def test_a_table_of_all_ways_and_the_one_that_the_run_would_take(
 
 
 def test_sizes_may_be_named_and_must_be_sizes(
-    model: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ("--model", model, "--data", "nowhere", "--batch", 2, "--json")
+    monkeypatch.chdir(tmp_path)  # where there is no store
+    given = ("--model", model, "--batch", 2, "--json")
     assert json.loads(plan(capsys, *given))["size"] == "512x512"
     told = json.loads(plan(capsys, *given, "--size", "128x192", "64x64"))
     assert told["size"] == "128x192"
     assert train("plan", "--phase", "unet", *given, "--size", "100x100") == 1
     assert "--size 100x100 is not WIDTHxHEIGHT" in capsys.readouterr().err
+    assert train("plan", "--phase", "unet", *given, "--data", "nowhere") == 1
+    assert "no latent store in nowhere" in capsys.readouterr().err
 
 
 def test_an_automatic_batch_is_the_same_in_the_plan_and_in_the_run(
@@ -60,7 +63,7 @@ def test_an_automatic_batch_is_the_same_in_the_plan_and_in_the_run(
     assert train(*run, "--out", tmp_path / "whole") == 0
     said = capsys.readouterr().out
     before = json.loads((tmp_path / "whole/config.json").read_text())
-    assert before["batch"] == min(told["batch"], before["store"]["images"])
+    assert before["batch"] == min(told["batch"], before["stores"][0]["images"])
     assert before["memory"] in said
     assert "predicted peak" in said
     assert train(*run, "--out", tmp_path / "parts", "--stop-after", 2) == 0

@@ -42,7 +42,7 @@ def test_the_folder_tells_everything_about_the_run(
     assert told["config"]["lr"] == 1e-3
     assert told["planned_steps"] == 6
     assert told["precision"].startswith("fp32: IEEE")
-    assert told["store"]["generation"] == 0
+    assert told["stores"][0]["generation"] == 0
     assert told["settings"]["threads"] == 1
     assert told["settings"]["torch version"]
     assert set(told["model"]["sha256"]) == {"unet", "text_encoder", "vae"}
@@ -112,7 +112,7 @@ def test_a_grown_store_is_seen_as_it_was_and_a_remade_one_is_refused(
     shutil.rmtree(data)
     assert cache(*build) == 0
     assert train(*given) == 1
-    assert "store " in capsys.readouterr().err
+    assert "stores " in capsys.readouterr().err
 
 
 def test_lines_that_outran_the_checkpoint_are_cut(arguments: list[object], tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlsd_train.schedule import Schedule
+from xlsd_train.schedule import Schedule, Share
 
 BUCKETS = st.dictionaries(st.sampled_from("abcde"), st.integers(0, 60), min_size=1).filter(
     lambda buckets: any(buckets.values())
 )
+
+WEIGHTS = [Fraction(1), Fraction(3), Fraction(1, 4), Fraction("2.5")]
 
 
 def used(schedule: Schedule, batches: int) -> Counter[tuple[str, int]]:
@@ -72,6 +75,38 @@ def test_batches_are_of_one_bucket_full_and_counted(
     assert {name for name, _ in schedule.small_buckets(batch)} == {
         name for name, count in buckets.items() if 0 < count < batch
     }
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from(WEIGHTS)), min_size=1, max_size=3)
+    .filter(lambda shares: any(samples for samples, _ in shares)),
+    st.integers(1, 12), st.integers(0, 99),
+)  # fmt: skip
+def test_stores_are_mixed_by_weight_at_any_moment(
+    given: list[tuple[int, Fraction]], batch: int, seed: int
+) -> None:
+    """Each within one sample of its share of the bucket's stream; none of it in another order."""
+    shares = [Share(*each) for each in given]
+    schedule = Schedule({"a": shares}, batch, seed)
+    ends = np.cumsum([0, *(share.samples for share in shares)])
+    total = sum(share.uses for share in shares)
+    stream = np.concatenate(
+        [schedule.slot(number).ordinals for number in range(schedule.batches(4))]
+    )
+    for share, first in zip(shares, ends, strict=False):
+        mine = (stream >= first) & (stream < first + share.samples)
+        expected = np.arange(1, len(stream) + 1) * share.uses / total
+        assert np.all(np.abs(np.cumsum(mine) - expected) <= len(shares))
+        own = stream[mine] - first
+        for k in range(len(own) // max(share.samples, 1)):  # each once before any is used again
+            turn = own[k * share.samples : (k + 1) * share.samples]
+            assert sorted(turn) == list(range(share.samples))
+
+
+def test_one_store_of_weight_one_has_the_order_of_a_number() -> None:
+    plain, shared = Schedule({"a": 50}, 8, 3), Schedule({"a": [Share(50, Fraction(1))]}, 8, 3)
+    for number in range(20):
+        assert np.array_equal(plain.slot(number).ordinals, shared.slot(number).ordinals)
 
 
 def test_seeds_and_epochs_give_other_orders() -> None:

@@ -71,7 +71,7 @@ def test_another_plan_trains_the_same_but_for_rounding(
 
 def test_what_it_says_is_what_it_took(whole: Path) -> None:
     record = json.loads((whole / "config.json").read_text())
-    store = record["store"]
+    (store,) = record["stores"]
     assert store["selected"] < store["tagged"] < store["images"] == 8
     assert record["captions"]["limit"] == 248
     assert record["objective"] == {"kind": "v", "before": "epsilon", "anew": True}

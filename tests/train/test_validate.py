@@ -55,7 +55,7 @@ def test_validating_changes_no_weight_and_numbers_are_bit_equal_after_a_resume(
     assert [line for line in theirs if line["step"] != 1] == ours
     assert kept.items() <= left(parts)[1].items()
     assert "best on held-out images: step " in said
-    assert "held out for validation, where 3 of them are measured beside 3 that train" in said
+    assert "3 held-out images are measured beside 3 that train" in said
 
 
 def test_lines_that_outran_the_checkpoint_are_cut(arguments: list[object], tmp_path: Path) -> None:
