@@ -23,6 +23,8 @@ def announce(
     """Print it, from the record that config.json keeps."""
     for name, value in asdict(config).items():
         print(f"  {name:<24}{value}")
+    if record["recipe"]:
+        print(_recipe(record["recipe"]))
     weights = sum(parameter.numel() for parameter in named.values())
     print(record["precision"])
     print(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
@@ -60,6 +62,16 @@ def announce(
         f"{record['warmup_steps']:g} steps to {config.lr:g}{then}"
     )
     print(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
+
+
+def _recipe(record: dict[str, Any]) -> str:
+    """Which recipe, and what of it the command line has otherwise."""
+    told = f"recipe {record['name']} (sha256 {record['sha256'][:12]})"
+    other = ", ".join(
+        f"{name} {found['run']} for {found['recipe']}"
+        for name, found in record["overridden"].items()
+    )
+    return f"{told}, with {other}" if other else told
 
 
 def _stores(stores: list[dict[str, Any]]) -> None:

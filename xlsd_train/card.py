@@ -102,6 +102,12 @@ class History:
         """Where --batch is auto, what was found; older runs keep none beside it."""
         return self.record.get("batch") or self.record["config"]["batch"]
 
+    @property
+    def _recipe(self) -> str | None:
+        """Which the run began with; older runs say nothing of it."""
+        recipe = self.record.get("recipe")
+        return f"{Path(recipe['name']).name}, sha256 {recipe['sha256'][:12]}" if recipe else None
+
     def _of_stores(self, name: str) -> str | None:
         """What each store's record says; None without a run."""
         stores = self.record.get("stores", ())
@@ -140,6 +146,7 @@ class History:
         facts = {
             "trained from": base,
             "what trained": config.get("phase"),
+            "recipe": self._recipe,
             "steps": self.state.get("step"),
             "images seen": self.state.get("images_seen"),
             "images in the store": self._of_stores("images"),

@@ -5,19 +5,19 @@ from collections.abc import Callable, Sequence
 from inspect import getdoc
 from typing import Any
 
-import tyro
-
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
 from xlsd_train.commands import (
     EmaConfig,
     ExportConfig,
     PlanConfig,
+    RecipesConfig,
     SampleConfig,
     SwapConfig,
     TagsConfig,
 )
 from xlsd_train.config import TrainConfig
+from xlsd_train.recipe import parse, show
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
@@ -31,6 +31,10 @@ def _plan(config: PlanConfig, _: Sequence[str]) -> None:
     from xlsd_train.plan import show
 
     show(config)
+
+
+def _recipes(config: RecipesConfig, _: Sequence[str]) -> None:
+    show(config.name)
 
 
 def _tags(config: TagsConfig, _: Sequence[str]) -> None:
@@ -67,6 +71,7 @@ def _sample(config: SampleConfig, _: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
     "plan": (PlanConfig, _plan),
+    "recipes": (RecipesConfig, _recipes),
     "tags": (TagsConfig, _tags),
     "ema": (EmaConfig, _ema),
     "sample": (SampleConfig, _sample),
@@ -84,11 +89,11 @@ def main(args: Sequence[str] | None = None) -> int:
     named = given[:1] if given[:1] and given[0] in COMMANDS else []
     kind, run = COMMANDS[named[0] if named else "run"]
     try:
-        config = tyro.cli(
+        config = parse(
             kind,
+            given[len(named) :],
             prog=" ".join(["xlsd-train", *named]),
             description=_describe(kind),
-            args=given[len(named) :],
         )
         quiet_libraries()
         run(config, ["xlsd-train", *given])

@@ -29,6 +29,18 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class RecipesConfig:
+    """List the recipes that --recipe knows, or print one, say to begin one's own with.
+
+    A recipe is TOML, its keys the names of training's options. What the command line says beside it
+    counts, and --phase need not be said.
+    """
+
+    name: Positional[str | None] = None
+    """Print this one, whose name may be a .toml file's, as it is. Default: a line for each."""
+
+
+@dataclass(frozen=True)
 class TagsConfig:
     """Count the tags of a store's captions, and what a selection by tags leaves."""
 

@@ -19,7 +19,7 @@ Weighting = Literal["none", "min-snr", "debiased"]
 
 # What may differ when a run goes on: none of these changes a weight at any step.
 FREE = frozenset(
-    {"out", "stop_after", "save_every", "keep", "dry_run", "force"}
+    {"recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force"}
     | {
         "ema_snapshots",
         "validate_every",
@@ -41,6 +41,9 @@ class TrainConfig:
 
     phase: Phase
     """What trains: the UNet with the text encoder frozen, the reverse, or both."""
+
+    recipe: str | None = None
+    """Defaults from a recipe: a name that `xlsd-train recipes` lists, or a .toml file."""
 
     train: str | None = None
     """Of that only these weights, say unet.attn2,unet.conv_in: parts of their dotted names."""

@@ -22,6 +22,7 @@ from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.prepare import choose_samples, make_source, open_model, plan_batch, start
 from xlsd_train.rate import planned_steps
+from xlsd_train.recipe import Recipe
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
@@ -103,6 +104,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         record = {
             "command": list(command),
             "config": asdict(config),
+            "recipe": Recipe.read(config.recipe).record(config) if config.recipe else None,
             "precision": precision,
             "batch": batch,
             "plan": plan,

@@ -96,6 +96,7 @@ ELSEWHERE = {
     "threads": ("test_run.py", '"--threads"'),
     "tags": ("test_captions.py", '("--tags", None)'),
     "underscores_to_spaces": ("test_captions.py", '("--underscores-to-spaces", None)'),
+    "recipe": ("test_recipe.py", '"--recipe"'),
     "deterministic": ("test_options.py", "deterministic=False"),
     "force": ("test_run.py", '"--force"'),
 }
