@@ -18,6 +18,7 @@ from xlsd_train.commands import (
     TagsConfig,
 )
 from xlsd_train.config import TrainConfig
+from xlsd_train.run_commands import ReportConfig
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
@@ -37,6 +38,12 @@ def _tags(config: TagsConfig, _: Sequence[str]) -> None:
     from xlsd_train.tags import tags
 
     tags(config)
+
+
+def _report(config: ReportConfig, _: Sequence[str]) -> None:
+    from xlsd_train.report import report
+
+    report(config)
 
 
 def _export(config: ExportConfig, _: Sequence[str]) -> None:
@@ -69,6 +76,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "plan": (PlanConfig, _plan),
     "tags": (TagsConfig, _tags),
     "ema": (EmaConfig, _ema),
+    "report": (ReportConfig, _report),
     "sample": (SampleConfig, _sample),
     "export": (ExportConfig, _export),
     "swap": (SwapConfig, _swap),
