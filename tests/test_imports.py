@@ -27,8 +27,9 @@ TRAIN = (
     "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "
     "foreign network hub find choose config recipe diffusion latents commands reinit text model "
     "cards lion rate optim layers sliced step footprint rehearsal memory plateau power ema verdict "
-    "validate checkpoint posthoc meter picture sample run announce prepare session loop plan tags "
-    "single_file card export merge prompts page compare cli __main__"
+    "validate checkpoint thin history ranking charts facts run_commands report posthoc meter "
+    "picture sample run announce prepare session loop sweep plan tags single_file card export "
+    "merge prompts page compare cli __main__"
 ).split()
 
 

@@ -18,6 +18,7 @@ from xlsd_train.commands import (
 )
 from xlsd_train.config import TrainConfig
 from xlsd_train.recipe import parse, show
+from xlsd_train.run_commands import ReportConfig, SweepConfig
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
@@ -41,6 +42,18 @@ def _tags(config: TagsConfig, _: Sequence[str]) -> None:
     from xlsd_train.tags import tags
 
     tags(config)
+
+
+def _sweep(config: SweepConfig, command: Sequence[str]) -> None:
+    from xlsd_train.sweep import sweep
+
+    sweep(config, command[2:])
+
+
+def _report(config: ReportConfig, _: Sequence[str]) -> None:
+    from xlsd_train.report import report
+
+    report(config)
 
 
 def _export(config: ExportConfig, _: Sequence[str]) -> None:
@@ -74,6 +87,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "recipes": (RecipesConfig, _recipes),
     "tags": (TagsConfig, _tags),
     "ema": (EmaConfig, _ema),
+    "sweep": (SweepConfig, _sweep),
+    "report": (ReportConfig, _report),
     "sample": (SampleConfig, _sample),
     "export": (ExportConfig, _export),
     "swap": (SwapConfig, _swap),

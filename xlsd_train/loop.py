@@ -20,6 +20,7 @@ from xlsd_train.meter import Meter
 from xlsd_train.optim import rates
 from xlsd_train.plateau import PlateauWatch
 from xlsd_train.rate import learning_rate
+from xlsd_train.report import leave_report
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
 from xlsd_train.validate import best_of, say
@@ -218,5 +219,6 @@ def _say_end(session: Session, step: int, signalled: int) -> None:
     best = best_of(run.folder, (0, *map(step_of, checkpoints(run.folder))))
     if best:
         print(say(best))
+    print(leave_report(run.folder))
     if signalled or step < planned:
         print(f"to go on from here, to the bit: the same command with --out {run.folder}")

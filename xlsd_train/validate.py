@@ -164,15 +164,16 @@ def best_of(run: Path, steps: Iterable[int]) -> Verdict[Candidate] | None:
 
 def say(found: Verdict[Candidate]) -> str:
     """The verdict in words."""
-    told = f"best on held-out images: {_name(found.best)}, loss {found.loss}"
+    told = f"best on held-out images: {named(found.best)}, loss {found.loss}"
     if found.best[0] == 0:
         told += "; that is the model it began from"
     if found.alike:
-        told += "; not told apart from it: " + ", ".join(map(_name, found.alike))
+        told += "; not told apart from it: " + ", ".join(map(named, found.alike))
     return told
 
 
-def _name(candidate: Candidate) -> str:
+def named(candidate: Candidate) -> str:
+    """A candidate in words."""
     step, weights = candidate
     return f"step {step}" if weights == "live" else f"step {step} {weights}"
 
