@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing, write_bytes
-from xlsd_cache.precision import set_precision
+from xlsd_cache.precision import device_of, set_precision
 from xlsd_train.commands import SampleConfig
 from xlsd_train.export import fold_vae
 from xlsd_train.find import Parts, find
@@ -34,10 +34,7 @@ def compare(config: SampleConfig) -> Path:
 
     Raises UserError before the first picture where a prompt or a model cannot be drawn.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    device = torch.device("cpu" if cpu else "cuda")
+    device = device_of(config.device)
     print(set_precision("fp32"))
     asked = pictures(config)
     names = _names(config.models)
