@@ -7,11 +7,14 @@ ROOT = Path(__file__).parent.parent
 READ_SIDE = {  # what xlsd_train may import: the store's read side, and what that stands on
     "xlsd_cache",
     "xlsd_cache.cli",  # only quiet_libraries, in the other command line
+    "xlsd_cache.decode",  # real images of `score`, read as a store's are
     "xlsd_cache.durable",
+    "xlsd_cache.folders",
     "xlsd_cache.identity",
     "xlsd_cache.interrupt",
     "xlsd_cache.moments",
     "xlsd_cache.precision",
+    "xlsd_cache.sources",  # only is_image
     "xlsd_cache.store",
     "xlsd_cache.vae",
 }
@@ -28,7 +31,8 @@ TRAIN = (
     "network hub find choose config diffusion latents commands reinit text model cards lion rate "
     "optim layers sliced step footprint rehearsal memory plateau power ema verdict validate "
     "checkpoint posthoc meter picture sample run announce prepare session loop plan tags "
-    "single_file card export merge prompts page compare cli __main__"
+    "single_file card export merge prompts page compare clip "
+    "measures drawn score cli __main__"
 ).split()
 
 

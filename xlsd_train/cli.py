@@ -14,6 +14,7 @@ from xlsd_train.commands import (
     ExportConfig,
     PlanConfig,
     SampleConfig,
+    ScoreConfig,
     SwapConfig,
     TagsConfig,
 )
@@ -63,6 +64,12 @@ def _sample(config: SampleConfig, _: Sequence[str]) -> None:
     compare(config)
 
 
+def _score(config: ScoreConfig, _: Sequence[str]) -> None:
+    from xlsd_train.score import score
+
+    score(config)
+
+
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
@@ -70,6 +77,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "tags": (TagsConfig, _tags),
     "ema": (EmaConfig, _ema),
     "sample": (SampleConfig, _sample),
+    "score": (ScoreConfig, _score),
     "export": (ExportConfig, _export),
     "swap": (SwapConfig, _swap),
 }

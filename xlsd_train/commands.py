@@ -223,6 +223,44 @@ class SampleConfig:
         refuse_existing(self.out)
 
 
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score the pictures that `sample` drew: how well they fit their prompts, and real images.
+
+    CLIP score: 2.5 max(cos, 0) of a picture and its prompt, the mean over pictures; higher fits
+    better (torchmetrics' is 40 times it). CMMD, with --real: how far the pictures as a set are
+    from real images; lower is nearer, 0 is none. Both with 95% intervals; models that have drawn
+    the same prompts from the same seeds are compared picture by picture.
+
+    CMMD wants hundreds of pictures of different prompts, and as many real images of the same kind.
+    """
+
+    folders: Positional[tuple[Path, ...]]
+    """What `sample` made, a model's folder in it, or a run's samples; one or several."""
+
+    real: Path | None = None
+    """A folder of real images. Default: no CMMD."""
+
+    clip: str = "openai/clip-vit-large-patch14-336"
+    """Who judges: a hub id, or a folder with a CLIP. Only scores of the same CLIP compare."""
+
+    most: int = 10_000
+    """Take so many of --real, drawn at random and always the same; 0: all."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""
+
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        if not self.folders:
+            raise UserError("no folder of pictures is named; give what `xlsd-train sample` made")
+        if self.most < 0:
+            raise UserError(f"--most {self.most} is negative; 0 takes all")
+
+
 def refuse_existing(out: Path) -> None:
     """Raises UserError where something that is not an empty folder has this name already."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

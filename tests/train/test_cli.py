@@ -42,7 +42,8 @@ def test_each_commands_help_teaches_every_option(name: str, capsys: Out) -> None
     shown = help_of(name, capsys=capsys)
     for field in fields(COMMANDS[name][0]):
         option = f"--{field.name.replace('_', '-')}"
-        assert option in shown or field.name in {"checkpoint", "out", "models", "store", "run"}
+        positional = {"checkpoint", "out", "models", "store", "run", "folders"}
+        assert option in shown or field.name in positional
 
 
 def test_options_are_read_without_waiting_for_torch() -> None:
