@@ -22,9 +22,10 @@ from xlsd_train.card import History
 from xlsd_train.commands import ExportConfig
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
-from xlsd_train.network import PREFIX, Part, empty
+from xlsd_train.network import POSITIONS, PREFIX, Part, empty
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored, compare_tensors, in_memory, sha256_of, write_tensors
+from xlsd_train.text import copy_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -165,7 +166,10 @@ def _write_folder(
         tensors = {name: stored.to(dtype) for name, stored in part.tensors.items()}
         file = f"{part.kind}/{FILES[part.kind]}"
         hashes[file] = _write_weights(temporary / file, tensors, told)
-    _write_tokenizer(parts.tokenizer, temporary / "tokenizer")
+    assert parts.tokenizer is not None
+    assert parts.text_encoder is not None
+    tokens = parts.text_encoder.tensors[POSITIONS].shape[0]
+    _write_tokenizer(parts.tokenizer, temporary / "tokenizer", tokens)
     (temporary / "scheduler").mkdir()
     write_json(temporary / "scheduler" / "scheduler_config.json", parts.scheduler)
     index = {**sd15.INDEX, "_diffusers_version": version("diffusers")}
@@ -184,16 +188,12 @@ def _write_weights(path: Path, tensors: Mapping[str, Stored], metadata: dict[str
     return sha256_of(path)
 
 
-def _write_tokenizer(source: Path | None, target: Path) -> None:
+def _write_tokenizer(source: Path, target: Path, tokens: int) -> None:
     """vocab.json and merges.txt, which every program reads, and what lies beside them.
 
     Today's transformers may write both into tokenizer.json alone: they are taken out of it.
     """
-    assert source is not None
-    target.mkdir()
-    for path in sorted(source.iterdir()):
-        if path.suffix in (".json", ".txt"):
-            shutil.copyfile(path, target / path.name)
+    copy_tokenizer(source, target, tokens)
     if not (target / "vocab.json").exists() or not (target / "merges.txt").exists():
         try:
             model: dict[str, Any] = json.loads((source / "tokenizer.json").read_bytes())["model"]
