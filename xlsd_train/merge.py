@@ -27,4 +27,6 @@ def swap(config: SwapConfig) -> Path:
     told = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
     tensors = {name: in_memory(value) for name, value in vae.model.state_dict().items()}
     part = Part("vae", {"_class_name": vae.class_name, **told}, tensors, vae.source)
-    return write_model(replace(completed(parts), vae=part, checkpoint=None), config.out, False)
+    # What a run made of its old VAE's latents says nothing of the new one's.
+    merged = replace(completed(parts), vae=part, checkpoint=None, trained=None)
+    return write_model(merged, config.out, False)

@@ -89,3 +89,14 @@ def test_what_cannot_be_merged_is_refused(theirs: Path, tmp_path: Path, capsys: 
     assert train("swap", tmp_path / "new", "--model", theirs, "--vae", "nowhere") == 1
     assert "no VAE 'nowhere'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_run_made_of_its_latents_is_not_folded_into_another_vae(
+    model: Path, vae: Path, store: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "merge"
+    options = ("--phase", "unet", "--batch", 4, "--data", store, "--model", model, "--steps", 1)
+    assert train(*options, "--normalize-latents", "--sample-every", 0, "--out", run) == 0
+    assert train("swap", out, "--model", run, "--vae", vae) == 0
+    made, given = (load_file(x / "diffusion_pytorch_model.safetensors") for x in (out / "vae", vae))
+    assert all(torch.equal(made[name], value) for name, value in given.items())
