@@ -110,6 +110,9 @@ class ExportConfig:
     scaling_factor: float | None = None
     """Fold the VAE to this factor. Default: 0.18215 for single-file; for diffusers its own."""
 
+    model_ema: bool = False
+    """Of a single file that holds both, take the UNet's moving averages."""
+
     tokenizer: str | None = None
     """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
 
@@ -146,6 +149,9 @@ class SwapConfig:
 
     model: str = HUB_ID
     """A hub id, pipeline folder, single file, checkpoint or run."""
+
+    model_ema: bool = False
+    """Of a single file that holds both, take the UNet's moving averages."""
 
     vae: str = "sdxl"
     """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id, a folder or a .safetensors file."""

@@ -38,7 +38,8 @@ def export(config: ExportConfig) -> Path:
     Raises UserError for a model that is damaged, or that cannot be had in this form.
     """
     single = config.format == "single-file"
-    parts = completed(find(config.checkpoint, tokenizer=config.tokenizer), not single)
+    found = find(config.checkpoint, tokenizer=config.tokenizer, ema=config.model_ema)
+    parts = completed(found, not single)
     return write_model(parts, config.out, single, config.dtype, config.scaling_factor)
 
 

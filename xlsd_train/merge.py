@@ -15,8 +15,9 @@ from xlsd_train.tensors import in_memory
 def swap(config: SwapConfig) -> Path:
     """Write the merge; returns `config.out`. Raises UserError where parts do not fit."""
     parts = find(
-        config.model, text_encoder=config.text_encoder, tokenizer=config.tokenizer, vae=False
-    )
+        config.model, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
+        ema=config.model_ema, vae=False,
+    )  # fmt: skip
     vae = load_vae(config.vae, config.vae_scaling_factor)
     channels = parts.unet.config.get("in_channels", 4)
     if vae.channels != channels:
