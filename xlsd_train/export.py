@@ -47,10 +47,8 @@ def write_model(
     parts: Parts, out: Path, single: bool, dtype: str = "fp32", factor: float | None = None
 ) -> Path:
     """A whole model, as a single file or as a folder of diffusers, durably or not at all."""
-    if parts.vae is None:
-        raise UserError(f"{parts.source} holds no VAE; export a model that has one")
     factor = SD15_FACTOR if single and factor is None else factor
-    vae, folded = fold_vae(parts.vae, factor, parts.trained)
+    vae, folded = fold_vae(vae_in(parts), factor, parts.trained)
     history = History.of(parts.source, parts.checkpoint)
     parts = replace(parts, vae=vae)
     if parts.clip_skip:
@@ -86,6 +84,16 @@ def write_model(
         path = out if single else out / file
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
     return out
+
+
+def vae_in(parts: Parts) -> Part:
+    """The model's VAE. Raises UserError where it has none."""
+    if parts.vae is None:
+        raise UserError(
+            f"{parts.source} holds no VAE; put one in it: xlsd-train swap NEW --model "
+            f"{parts.source} --vae sd, or sdxl if it was trained with that"
+        )
+    return parts.vae
 
 
 def pass_on(parts: Parts) -> Parts:

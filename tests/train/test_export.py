@@ -290,6 +290,21 @@ def test_moving_averages_are_exported_when_asked_for(
     assert "is no single file, which alone holds moving averages" in capsys.readouterr().err
 
 
+def test_a_model_without_a_vae_is_given_one_by_swap(
+    model: Path, tmp_path: Path, capsys: Out
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    shutil.rmtree(copy / "vae")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    for words in (("export", copy, tmp_path / "out"),
+                  ("sample", copy, "--prompts", tmp_path / "prompts.txt")):  # fmt: skip
+        assert train(*words) == 1
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"holds no VAE; put one in it: xlsd-train swap NEW --model {copy} --vae" in told
+    assert train("swap", tmp_path / "new", "--model", copy, "--vae", model / "vae") == 0
+    assert equal(weights(tmp_path / "new"), weights(model))
+
+
 def test_a_normalisation_of_each_channel_is_folded_too(run: Path, tmp_path: Path) -> None:
     """As RUN/base/latents.json tells it: the UNet was trained on (raw - shift) * scale."""
     copy, out = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "one.safetensors"
