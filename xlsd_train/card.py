@@ -105,13 +105,15 @@ class History:
     def metadata(self, title: str, folded: str, scheduler: dict[str, Any]) -> dict[str, str]:
         """For a safetensors header: modelspec's keys (sai_model_spec 1.0.0), and ours."""
         config = _public(self.record.get("config", {}))
+        store = self.record.get("store", {})
         prediction = scheduler.get("prediction_type", "epsilon")
+        side = store.get("resolution") or 512  # that of imported latents is unknown
         told = {
             "format": "pt",
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": "stable-diffusion-v1",
             "modelspec.title": title,
-            "modelspec.resolution": "512x512",
+            "modelspec.resolution": f"{side}x{side}",
             "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
             "modelspec.date": self.date,
             "modelspec.description": folded,
@@ -121,7 +123,7 @@ class History:
             "xlsd.phase": config.get("phase"),
             "xlsd.step": self.state.get("step"),
             "xlsd.images_seen": self.state.get("images_seen"),
-            "xlsd.store": self.record.get("store", {}).get("fingerprint"),
+            "xlsd.store": store.get("fingerprint"),
             "xlsd.recipe": json.dumps(config) if config else None,
         }
         return {name: str(value) for name, value in told.items() if value is not None}
@@ -138,6 +140,7 @@ class History:
             "steps": self.state.get("step"),
             "images seen": self.state.get("images_seen"),
             "images in the store": store.get("images"),
+            "resolution": store.get("resolution") or None,
             "the store's fingerprint": store.get("fingerprint"),
             "images selected": store.get("selected"),
             "batch": config.get("batch") and f"{self._batch} x {config.get('accum', 1)}",

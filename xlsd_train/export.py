@@ -153,7 +153,7 @@ def _write_file(
     assert parts.text_encoder is not None
     assert parts.vae is not None
     tensors = single_file(parts.unet, parts.text_encoder, parts.vae, parts.scheduler, dtype)
-    configs = {part.kind: part.config for part in (parts.unet, parts.text_encoder, parts.vae)}
+    configs = {part.kind: _config(part) for part in (parts.unet, parts.text_encoder, parts.vae)}
     known = json.dumps({**configs, "scheduler": parts.scheduler})
     told = {**metadata, "modelspec.implementation": "sgm", CONFIGS: known}
     return {out.name: _write_weights(temporary, tensors, told)}
@@ -167,7 +167,7 @@ def _write_folder(
     for part in (parts.unet, parts.text_encoder, parts.vae):
         assert part is not None
         (temporary / part.kind).mkdir()
-        config = {k: v for k, v in part.config.items() if k != "_name_or_path"}
+        config = _config(part)
         if part.kind == "text_encoder":
             config = {k: v for k, v in config.items() if k != "dtype"}
             config["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -187,6 +187,11 @@ def _write_folder(
     index["vae"] = ["diffusers", parts.vae.config.get("_class_name", "AutoencoderKL")]
     write_json(temporary / "model_index.json", index)
     return hashes
+
+
+def _config(part: Part) -> dict[str, Any]:
+    """Without the folder that a library may have noted there."""
+    return {name: value for name, value in part.config.items() if name != "_name_or_path"}
 
 
 def _write_weights(path: Path, tensors: Mapping[str, Stored], metadata: dict[str, str]) -> str:

@@ -114,6 +114,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
                 "path": str(store.root.absolute()),
                 "generation": store.generation,
                 "fingerprint": store.fingerprint,
+                "resolution": store.identity.resolution,
                 "newest_generation": store.newest_generation,
                 "images": len(store),
                 "tagged": int(samples.tagged.mask.sum()),

@@ -269,6 +269,24 @@ def test_a_single_file_says_what_was_folded_and_is_the_same_every_time(
     ]  # fmt: skip
 
 
+def test_the_metadata_say_the_stores_resolution_and_nobodys_folders(
+    run: Path, model: Path, tmp_path: Path
+) -> None:
+    with safe_open(export(run, tmp_path / "mine") / UNET, "pt") as file:
+        assert file.metadata()["modelspec.resolution"] == "128x128"
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    for kind in ("unet", "text_encoder", "vae"):
+        config = json.loads((copy / kind / "config.json").read_text())
+        told = {**config, "_name_or_path": "/home/somebody/secret"}
+        (copy / kind / "config.json").write_text(json.dumps(told))
+    folder = export(copy, tmp_path / "folder")
+    single = export(copy, tmp_path / "one.safetensors", "--format", "single-file")
+    for path in (single, *(path for path in folder.rglob("*") if path.is_file())):
+        assert b"somebody" not in path.read_bytes()
+    with safe_open(single, "pt") as file:
+        assert file.metadata()["modelspec.resolution"] == "512x512"  # SD1.5's, where none is known
+
+
 def test_moving_averages_are_exported_when_asked_for(
     single: Path, model: Path, tmp_path: Path, capsys: Out
 ) -> None:
