@@ -28,7 +28,7 @@ from xlsd_cache.cli import main as xlsd_cache
 from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.cli import main as xlsd_train
 from xlsd_train.validate import best_of, read_losses, say
-from xlsd_train.verdict import excess, intervals
+from xlsd_train.verdict import intervals, overall
 
 PICTURES = ("astronaut", "coffee", "chelsea", "rocket", "retina", "immunohistochemistry")
 SIDE = 64  # pixels of a tile
@@ -129,7 +129,7 @@ def tell(run: Path) -> None:
     print(say(best))
     last, first = losses[steps[-1]], losses[best.best[0]]
     for name, told in (("training", "training set"), ("held_out", "held-out images")):
-        more = excess(last[f"live/{name}"], first[f"live/{name}"])
+        more = (overall(last[f"live/{name}"]) - overall(first[f"live/{name}"])).interval
         print(f"on the {told} step {steps[-1]} loses {more} more than step {best.best[0]}")
 
 

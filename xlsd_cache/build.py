@@ -17,7 +17,7 @@ from xlsd_cache.commit import planning, tidy
 from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import PREPROCESSING
-from xlsd_cache.encode import Encoder, device_of
+from xlsd_cache.encode import Encoder
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.interrupt import StopSignal
 from xlsd_cache.known import Known, by_unit, read_known, uncommitted
@@ -25,7 +25,7 @@ from xlsd_cache.manifest import Manifest
 from xlsd_cache.match import look_up
 from xlsd_cache.pipeline import Work
 from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
-from xlsd_cache.precision import set_precision
+from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.sources import Scan, scan
 from xlsd_cache.tables import one
 from xlsd_cache.vae import Vae, load_vae

@@ -20,11 +20,11 @@ from xlsd_cache import UserError
 from xlsd_cache.accounting import account
 from xlsd_cache.config import CheckConfig
 from xlsd_cache.decode import Pixels, Rejected, decode
-from xlsd_cache.encode import device_of
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import View, make_view
 from xlsd_cache.locate import read_source
 from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.precision import device_of
 from xlsd_cache.readback import NAMED, Checked, Problem
 from xlsd_cache.repair import Repaired, repair
 from xlsd_cache.store import LatentStore

@@ -1,8 +1,7 @@
-"""uint8 pixels -> raw latents. Owns the range [-1,1], the dtype, the layout and the device."""
+"""uint8 pixels -> raw latents. Owns the range [-1,1], the dtype and the layout."""
 
 import ctypes
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,18 +26,6 @@ def to_input(pixels: Tensor) -> Tensor:  # uint8 [B,H,W,3] -> f32 [B,3,H,W] in [
     CPU it is also the faster one.
     """
     return (2.0 * (pixels.permute(0, 3, 1, 2).float() / 255.0)) - 1.0
-
-
-def device_of(name: str) -> torch.device:
-    """The device called auto, cuda or cpu; of several cards the one that a launcher gave us.
-
-    Raises UserError for a card that is not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from xlsd_cache.config import ImportConfig
 from xlsd_cache.decode import Rejected, decode
 from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import write_json
-from xlsd_cache.encode import device_of
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
 from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
 from xlsd_cache.pairing import Entry, Item, image_records, make_items
 from xlsd_cache.peers import KEEPS, find, read
-from xlsd_cache.precision import set_precision
+from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.transfer import DIVIDED, Transfer, order, plan_imports
 from xlsd_cache.vae import Vae, load_vae
 

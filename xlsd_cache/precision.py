@@ -1,10 +1,23 @@
-"""Precision as a decision that is made once, everywhere, and printed with its reason."""
+"""Device and precision as decisions that are made once, and printed with their reason."""
 
+import os
 from typing import Any
 
 import torch
 
-from xlsd_cache import Precision
+from xlsd_cache import Precision, UserError
+
+
+def device_of(name: str) -> torch.device:
+    """The device called auto, cuda or cpu; of several cards the one that a launcher gave us.
+
+    Raises UserError for a card that is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def set_precision(precision: Precision) -> str:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from xlsd_cache import UserError
 from xlsd_cache.config import PreviewConfig
 from xlsd_cache.durable import replacing
-from xlsd_cache.encode import device_of
+from xlsd_cache.precision import device_of
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import Vae, vae_of
 

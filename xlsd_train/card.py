@@ -109,20 +109,22 @@ class History:
         return f"{Path(recipe['name']).name}, sha256 {recipe['sha256'][:12]}" if recipe else None
 
     def _of_stores(self, name: str) -> str | None:
-        """What each store's record says; None without a run."""
+        """What the stores' records say; None without a run, or where none does."""
         stores = self.record.get("stores", ())
-        return " + ".join(str(store[name]) for store in stores) or None
+        return " + ".join(str(store[name]) for store in stores if store[name]) or None
 
     def metadata(self, title: str, folded: str, scheduler: dict[str, Any]) -> dict[str, str]:
         """For a safetensors header: modelspec's keys (sai_model_spec 1.0.0), and ours."""
         config = _public(self.record.get("config", {}))
         prediction = scheduler.get("prediction_type", "epsilon")
+        stores = self.record.get("stores", ())  # 0: that of imported latents is unknown
+        side = max((store["resolution"] for store in stores), default=0) or 512
         told = {
             "format": "pt",
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": "stable-diffusion-v1",
             "modelspec.title": title,
-            "modelspec.resolution": "512x512",
+            "modelspec.resolution": f"{side}x{side}",
             "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
             "modelspec.date": self.date,
             "modelspec.description": folded,
@@ -150,6 +152,7 @@ class History:
             "steps": self.state.get("step"),
             "images seen": self.state.get("images_seen"),
             "images in the store": self._of_stores("images"),
+            "resolution": self._of_stores("resolution"),
             "the store's fingerprint": self._of_stores("fingerprint"),
             "images selected": self._of_stores("selected"),
             "batch": config.get("batch") and f"{self._batch} x {config.get('accum', 1)}",

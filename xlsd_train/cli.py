@@ -13,6 +13,7 @@ from xlsd_train.commands import (
     PlanConfig,
     RecipesConfig,
     SampleConfig,
+    ScoreConfig,
     SwapConfig,
     TagsConfig,
 )
@@ -80,6 +81,12 @@ def _sample(config: SampleConfig, _: Sequence[str]) -> None:
     compare(config)
 
 
+def _score(config: ScoreConfig, _: Sequence[str]) -> None:
+    from xlsd_train.score import score
+
+    score(config)
+
+
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
@@ -90,6 +97,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "sweep": (SweepConfig, _sweep),
     "report": (ReportConfig, _report),
     "sample": (SampleConfig, _sample),
+    "score": (ScoreConfig, _score),
     "export": (ExportConfig, _export),
     "swap": (SwapConfig, _swap),
 }

@@ -122,6 +122,9 @@ class ExportConfig:
     scaling_factor: float | None = None
     """Fold the VAE to this factor. Default: 0.18215 for single-file; for diffusers its own."""
 
+    model_ema: bool = False
+    """Of a single file that holds both, take the UNet's moving averages."""
+
     tokenizer: str | None = None
     """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
 
@@ -158,6 +161,9 @@ class SwapConfig:
 
     model: str = HUB_ID
     """A hub id, pipeline folder, single file, checkpoint or run."""
+
+    model_ema: bool = False
+    """Of a single file that holds both, take the UNet's moving averages."""
 
     vae: str = "sdxl"
     """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id, a folder or a .safetensors file."""
@@ -233,6 +239,44 @@ class SampleConfig:
         if not self.models:
             raise UserError("no model is named; give one or several, and --prompts FILE")
         refuse_existing(self.out)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score the pictures that `sample` drew: how well they fit their prompts, and real images.
+
+    CLIP score: 2.5 max(cos, 0) of a picture and its prompt, the mean over pictures; higher fits
+    better (torchmetrics' is 40 times it). CMMD, with --real: how far the pictures as a set are
+    from real images; lower is nearer, 0 is none. Both with 95% intervals; models that have drawn
+    the same prompts from the same seeds are compared picture by picture.
+
+    CMMD wants hundreds of pictures of different prompts, and as many real images of the same kind.
+    """
+
+    folders: Positional[tuple[Path, ...]]
+    """What `sample` made, a model's folder in it, or a run's samples; one or several."""
+
+    real: Path | None = None
+    """A folder of real images. Default: no CMMD."""
+
+    clip: str = "openai/clip-vit-large-patch14-336"
+    """Who judges: a hub id, or a folder with a CLIP. Only scores of the same CLIP compare."""
+
+    most: int = 10_000
+    """Take so many of --real, drawn at random and always the same; 0: all."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the graphics card when there is one."""
+
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        if not self.folders:
+            raise UserError("no folder of pictures is named; give what `xlsd-train sample` made")
+        if self.most < 0:
+            raise UserError(f"--most {self.most} is negative; 0 takes all")
 
 
 def refuse_existing(out: Path) -> None:

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing, write_bytes
-from xlsd_cache.precision import set_precision
+from xlsd_cache.precision import device_of, set_precision
 from xlsd_train.commands import SampleConfig
-from xlsd_train.export import fold_vae
+from xlsd_train.export import fold_vae, vae_in
 from xlsd_train.find import Parts, find
 from xlsd_train.model import assemble, model_vae
 from xlsd_train.page import grid, page
@@ -34,17 +34,13 @@ def compare(config: SampleConfig) -> Path:
 
     Raises UserError before the first picture where a prompt or a model cannot be drawn.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    device = torch.device("cpu" if cpu else "cuda")
+    device = device_of(config.device)
     print(set_precision("fp32"))
     asked = pictures(config)
     names = _names(config.models)
     models = [find(source, tokenizer=_tokenizer(source, config)) for source in names.values()]
     for parts in models:
-        if parts.vae is None:
-            raise UserError(f"{parts.source} holds no VAE to draw with; export it with one first")
+        vae_in(parts)
     config.out.mkdir(parents=True, exist_ok=True)
     files = []
     with tqdm(total=len(models) * len(asked), unit="image") as bar:
@@ -70,9 +66,8 @@ def _draw(
     bar: Any,
 ) -> list[Path]:
     """One model's pictures."""
-    assert parts.vae is not None
     # Diffusers' pipeline knows one factor: whatever else a VAE's latents need is folded into it.
-    vae, _ = fold_vae(parts.vae, trained=parts.trained)
+    vae, _ = fold_vae(vae_in(parts), trained=parts.trained)
     noise = {name: parts.scheduler[name] for name in NOISE if name in parts.scheduler}
     if noise.get("rescale_betas_zero_snr"):
         noise["timestep_spacing"] = "trailing"  # the last timestep, all noise, must be among them

@@ -22,9 +22,10 @@ from xlsd_train.card import History
 from xlsd_train.commands import ExportConfig
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
-from xlsd_train.network import PREFIX, Part, empty
+from xlsd_train.network import POSITIONS, PREFIX, Part, empty
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored, compare_tensors, in_memory, sha256_of, write_tensors
+from xlsd_train.text import copy_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,7 +38,8 @@ def export(config: ExportConfig) -> Path:
     Raises UserError for a model that is damaged, or that cannot be had in this form.
     """
     single = config.format == "single-file"
-    parts = completed(find(config.checkpoint, tokenizer=config.tokenizer), not single)
+    found = find(config.checkpoint, tokenizer=config.tokenizer, ema=config.model_ema)
+    parts = completed(found, not single)
     return write_model(parts, config.out, single, config.dtype, config.scaling_factor)
 
 
@@ -45,10 +47,8 @@ def write_model(
     parts: Parts, out: Path, single: bool, dtype: str = "fp32", factor: float | None = None
 ) -> Path:
     """A whole model, as a single file or as a folder of diffusers, durably or not at all."""
-    if parts.vae is None:
-        raise UserError(f"{parts.source} holds no VAE; export a model that has one")
     factor = SD15_FACTOR if single and factor is None else factor
-    vae, folded = fold_vae(parts.vae, factor, parts.trained)
+    vae, folded = fold_vae(vae_in(parts), factor, parts.trained)
     history = History.of(parts.source, parts.checkpoint)
     parts = replace(parts, vae=vae)
     if parts.clip_skip:
@@ -84,6 +84,16 @@ def write_model(
         path = out if single else out / file
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
     return out
+
+
+def vae_in(parts: Parts) -> Part:
+    """The model's VAE. Raises UserError where it has none."""
+    if parts.vae is None:
+        raise UserError(
+            f"{parts.source} holds no VAE; put one in it: xlsd-train swap NEW --model "
+            f"{parts.source} --vae sd, or sdxl if it was trained with that"
+        )
+    return parts.vae
 
 
 def pass_on(parts: Parts) -> Parts:
@@ -143,7 +153,7 @@ def _write_file(
     assert parts.text_encoder is not None
     assert parts.vae is not None
     tensors = single_file(parts.unet, parts.text_encoder, parts.vae, parts.scheduler, dtype)
-    configs = {part.kind: part.config for part in (parts.unet, parts.text_encoder, parts.vae)}
+    configs = {part.kind: _config(part) for part in (parts.unet, parts.text_encoder, parts.vae)}
     known = json.dumps({**configs, "scheduler": parts.scheduler})
     told = {**metadata, "modelspec.implementation": "sgm", CONFIGS: known}
     return {out.name: _write_weights(temporary, tensors, told)}
@@ -157,7 +167,7 @@ def _write_folder(
     for part in (parts.unet, parts.text_encoder, parts.vae):
         assert part is not None
         (temporary / part.kind).mkdir()
-        config = {k: v for k, v in part.config.items() if k != "_name_or_path"}
+        config = _config(part)
         if part.kind == "text_encoder":
             config = {k: v for k, v in config.items() if k != "dtype"}
             config["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -165,7 +175,10 @@ def _write_folder(
         tensors = {name: stored.to(dtype) for name, stored in part.tensors.items()}
         file = f"{part.kind}/{FILES[part.kind]}"
         hashes[file] = _write_weights(temporary / file, tensors, told)
-    _write_tokenizer(parts.tokenizer, temporary / "tokenizer")
+    assert parts.tokenizer is not None
+    assert parts.text_encoder is not None
+    tokens = parts.text_encoder.tensors[POSITIONS].shape[0]
+    _write_tokenizer(parts.tokenizer, temporary / "tokenizer", tokens)
     (temporary / "scheduler").mkdir()
     write_json(temporary / "scheduler" / "scheduler_config.json", parts.scheduler)
     index = {**sd15.INDEX, "_diffusers_version": version("diffusers")}
@@ -176,6 +189,11 @@ def _write_folder(
     return hashes
 
 
+def _config(part: Part) -> dict[str, Any]:
+    """Without the folder that a library may have noted there."""
+    return {name: value for name, value in part.config.items() if name != "_name_or_path"}
+
+
 def _write_weights(path: Path, tensors: Mapping[str, Stored], metadata: dict[str, str]) -> str:
     """Write, force to the disk, read back and compare; returns the file's sha256."""
     write_tensors(path, tensors, metadata)
@@ -184,16 +202,12 @@ def _write_weights(path: Path, tensors: Mapping[str, Stored], metadata: dict[str
     return sha256_of(path)
 
 
-def _write_tokenizer(source: Path | None, target: Path) -> None:
+def _write_tokenizer(source: Path, target: Path, tokens: int) -> None:
     """vocab.json and merges.txt, which every program reads, and what lies beside them.
 
     Today's transformers may write both into tokenizer.json alone: they are taken out of it.
     """
-    assert source is not None
-    target.mkdir()
-    for path in sorted(source.iterdir()):
-        if path.suffix in (".json", ".txt"):
-            shutil.copyfile(path, target / path.name)
+    copy_tokenizer(source, target, tokens)
     if not (target / "vocab.json").exists() or not (target / "merges.txt").exists():
         try:
             model: dict[str, Any] = json.loads((source / "tokenizer.json").read_bytes())["model"]

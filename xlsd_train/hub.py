@@ -28,13 +28,20 @@ def is_hub_id(source: str) -> bool:
     return not path.is_absolute() and source.count("/") == 1 and not source.startswith(".")
 
 
-def fetch(source: str, files: list[str]) -> Path:
-    """The folder of a hub's repository with these files in it. Raises UserError where it cannot."""
+def fetch(
+    source: str,
+    files: list[str],
+    flags: str = "--model; --text-encoder and --tokenizer for what a file lacks",
+) -> Path:
+    """The folder of a hub's repository with these files in it.
+
+    Raises UserError where it cannot be had, naming the flags that take a folder instead.
+    """
     try:
         return Path(snapshot_download(source, allow_patterns=files))
     except (OSError, ValueError, RuntimeError) as error:  # what the hub's client raises
         told = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot fetch {source} from the hub: {told}; check the name and the network, or give "
-            f"a local folder (--model; --text-encoder and --tokenizer for what a file lacks)"
+            f"a local folder ({flags})"
         ) from error

@@ -15,8 +15,9 @@ from xlsd_train.tensors import in_memory
 def swap(config: SwapConfig) -> Path:
     """Write the merge; returns `config.out`. Raises UserError where parts do not fit."""
     parts = find(
-        config.model, text_encoder=config.text_encoder, tokenizer=config.tokenizer, vae=False
-    )
+        config.model, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
+        ema=config.model_ema, vae=False,
+    )  # fmt: skip
     vae = load_vae(config.vae, config.vae_scaling_factor)
     channels = parts.unet.config.get("in_channels", 4)
     if vae.channels != channels:
@@ -27,4 +28,6 @@ def swap(config: SwapConfig) -> Path:
     told = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
     tensors = {name: in_memory(value) for name, value in vae.model.state_dict().items()}
     part = Part("vae", {"_class_name": vae.class_name, **told}, tensors, vae.source)
-    return write_model(replace(completed(parts), vae=part, checkpoint=None), config.out, False)
+    # What a run made of its old VAE's latents says nothing of the new one's.
+    merged = replace(completed(parts), vae=part, checkpoint=None, trained=None)
+    return write_model(merged, config.out, False)

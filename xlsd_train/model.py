@@ -153,6 +153,13 @@ def load_model(
         vae = _store_vae(parts.source, parts.vae, identity)
     else:
         vae = vae_of(identity, vae_spec)
+    ours, stores = ((x.scaling_factor, x.shift_factor) for x in (vae, identity))
+    if ours != stores:
+        raise UserError(
+            f"{vae.source} is the store's VAE by its weights, but its scaling factor is "
+            f"{ours[0]:g} (shift {ours[1]:g}), and the store's {stores[0]:g} (shift "
+            f"{stores[1]:g}); mend its config.json, or name the right one as --vae"
+        )
     return assemble(parts, vae, tokens)
 
 

@@ -23,6 +23,7 @@ from xlsd_train.tensors import Stored, open_tensors
 Kind = Literal["unet", "text_encoder", "vae"]
 # transformers 5 drops this from its names; SD1.5's file and every other program have it.
 PREFIX = "text_model."
+POSITIONS = f"{PREFIX}embeddings.position_embedding.weight"  # [tokens, width]
 # Beside CLIP's text encoder in files of the whole of CLIP, or of older transformers.
 _BESIDE = ("text_model.embeddings.position_ids", "vision_model.", "visual_projection.",
            "text_projection.", "logit_scale")  # fmt: skip
@@ -120,7 +121,7 @@ def plain_part(
         if not any(name.startswith(PREFIX) for name in tensors):
             tensors = {PREFIX + name: stored for name, stored in tensors.items()}
         tensors = {name: it for name, it in tensors.items() if not name.startswith(_BESIDE)}
-        length = tensors.get("text_model.embeddings.position_embedding.weight")
+        length = tensors.get(POSITIONS)
         if length is not None:  # LongCLIP's 248, where only the file is given
             config = {**config, "max_position_embeddings": length.shape[0]}
     if kind == "vae":

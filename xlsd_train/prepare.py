@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from xlsd_cache import UserError
-from xlsd_cache.precision import set_precision
+from xlsd_cache.precision import device_of, set_precision
 from xlsd_train.batches import BatchSource, Noising
 from xlsd_train.captions import Captions, Columns
 from xlsd_train.config import TrainConfig
@@ -47,6 +47,7 @@ class Samples:
                 "generation": part.store.generation,
                 "newest_generation": part.store.newest_generation,
                 "fingerprint": part.store.fingerprint,
+                "resolution": part.store.identity.resolution,
                 "images": len(part.store),
                 "tagged": tagged[at],
                 "selected": selected[at],
@@ -57,16 +58,14 @@ class Samples:
 
 def start(config: TrainConfig) -> tuple[Accelerator, str]:
     """Set precision, threads and determinism, and find the device and the other processes."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
+    device = device_of(config.device)
     precision = set_precision(config.precision)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         deterministic()
     mixed = "bf16" if config.precision == "bf16" else "no"
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(mixed_precision=mixed, cpu=cpu), precision
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu"), precision
 
 
 def deterministic() -> None:

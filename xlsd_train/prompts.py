@@ -1,5 +1,6 @@
 """What `xlsd-train sample` is asked to draw: a file of prompts, with settings of their own."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from xlsd_train.commands import SampleConfig
 from xlsd_train.picture import Picture
 from xlsd_train.sample import read_lines
 
+SEEDS = 2**63  # what torch's generators take, but for negative ones
 _OPTION = re.compile(r"(?:^|\s)--([a-z][a-z-]*)(?:\s|$)")
 _KINDS: dict[str, Callable[[str], object]] = {
     "seed": int,
@@ -47,11 +49,13 @@ def _picture(line: str, config: SampleConfig, number: int) -> Picture:
         config.scheduler,
     )
     asked = replace(asked, **told)  # type: ignore[arg-type]
-    if asked.steps < 1 or asked.guidance < 0:
+    if asked.steps < 1 or not 0 <= asked.guidance < math.inf:
         raise UserError(
             f"{where}: --steps {asked.steps} --guidance {asked.guidance:g} cannot be drawn; give "
             f"1 step or more and a guidance of 0 or more"
         )
+    if not 0 <= asked.seed < SEEDS:
+        raise UserError(f"{where}: --seed {asked.seed} is not from 0 to {SEEDS - 1}; give another")
     return asked
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from xlsd_train import names
-from xlsd_train.network import Part, empty, ldm_names
+from xlsd_train.network import POSITIONS, Part, empty, ldm_names
 from xlsd_train.tensors import Stored, in_memory
 
 _PREFIX = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.TEXT_ENCODER}
@@ -27,7 +27,7 @@ def single_file(
             if part.kind == "vae" and names.is_vae_conv(name):
                 stored = stored.reshaped(*stored.shape, 1, 1)
             tensors[_PREFIX[part.kind] + key] = stored
-    positions = text_encoder.tensors["text_model.embeddings.position_embedding.weight"].shape[0]
+    positions = text_encoder.tensors[POSITIONS].shape[0]
     ids = torch.arange(positions).view(1, -1)
     tensors[f"{names.TEXT_ENCODER}text_model.embeddings.position_ids"] = in_memory(ids)
     return tensors | {name: in_memory(value) for name, value in schedule(scheduler).items()}

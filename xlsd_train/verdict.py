@@ -1,7 +1,7 @@
-"""What validation's losses say, with how sure they are. Pure, and repeatable to the bit.
+"""What losses and scores say, with how sure they are. Pure, and repeatable to the bit.
 
 Intervals are percentile bootstraps over samples (Efron, Tibshirani: An introduction to the
-bootstrap, 1993, chapter 13): how much a mean would move, had other images been held out.
+bootstrap, 1993, chapter 13): how much a mean would move, had other images been held out or drawn.
 """
 
 from collections.abc import Mapping
@@ -30,6 +30,29 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A figure, and what it would be for each resample of its images.
+
+    Estimates of as many images share their resamples: where image i of both is the same, their
+    difference is a paired bootstrap's.
+    """
+
+    value: float
+    resampled: NDArray[np.float64]  # [RESAMPLES]
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        return Estimate(self.value - other.value, self.resampled - other.resampled)
+
+    def __neg__(self) -> "Estimate":
+        return Estimate(-self.value, -self.resampled)
+
+    @property
+    def interval(self) -> Interval:
+        """The figure with its 95% interval."""
+        return _intervals(np.array([self.value]), self.resampled[:, None])[0]
+
+
+@dataclass(frozen=True)
 class Verdict(Generic[Name]):
     """The best of the candidates, and those that it cannot be told apart from."""
 
@@ -41,7 +64,7 @@ class Verdict(Generic[Name]):
 def intervals(losses: Losses) -> list[Interval]:
     """Of the mean over all bands, and then of each band."""
     values = np.column_stack([losses.mean(axis=1, dtype=np.float64), losses.astype(np.float64)])
-    return _intervals(values.mean(axis=0), _weights(len(values), "bootstrap") @ values)
+    return _intervals(values.mean(axis=0), weights(len(values)) @ values)
 
 
 def summary(held_out: Losses, training: Losses) -> dict[str, Any]:
@@ -56,37 +79,41 @@ def summary(held_out: Losses, training: Losses) -> dict[str, Any]:
 
 def gap(held_out: Losses, training: Losses) -> Interval:
     """Held-out loss minus training loss, the two sets' images resampled apart."""
-    ours, theirs = (x.mean(axis=1, dtype=np.float64) for x in (held_out, training))
-    resampled = _weights(len(ours), "bootstrap") @ ours
-    resampled = resampled - _weights(len(theirs), "bootstrap training") @ theirs
-    return _intervals((ours.mean() - theirs.mean())[None], resampled[:, None])[0]
+    return (overall(held_out) - overall(training, "bootstrap training")).interval
 
 
 def verdict(candidates: Mapping[Name, Losses]) -> Verdict[Name]:
-    """The lowest held-out loss; of equal ones the first. Others are compared image by image.
+    """The lowest held-out loss; of equal ones the first. Others are compared image by image."""
+    return lowest({name: overall(losses) for name, losses in candidates.items()})
 
-    A candidate whose losses exceed the best's by an amount whose interval holds 0 is not told
-    apart from it: with other held-out images it might have won.
+
+def lowest(candidates: Mapping[Name, Estimate]) -> Verdict[Name]:
+    """The lowest of figures that share their resamples; of equal ones the first.
+
+    A candidate that exceeds the best by an amount whose interval holds 0 is not told apart from
+    it: with other images it might have won.
     """
-    means = {name: float(x.mean(dtype=np.float64)) for name, x in candidates.items()}
-    best = min(means, key=means.__getitem__)
+    best = min(candidates, key=lambda name: candidates[name].value)
     alike = [
         name
-        for name, losses in candidates.items()
-        if name != best and excess(losses, candidates[best]).low <= 0
+        for name, found in candidates.items()
+        if name != best and (found - candidates[best]).interval.low <= 0
     ]
-    return Verdict(best, intervals(candidates[best])[0], alike)
+    return Verdict(best, candidates[best].interval, alike)
 
 
-def excess(losses: Losses, other: Losses) -> Interval:
-    """How much more the first loses, by a paired bootstrap over their common images."""
-    each = (losses.astype(np.float64) - other.astype(np.float64)).mean(axis=1)
-    resampled = _weights(len(each), "bootstrap") @ each
-    return _intervals(each.mean()[None], resampled[:, None])[0]
+def overall(losses: Losses, purpose: str = "bootstrap") -> Estimate:
+    """The mean over all bands and images."""
+    return mean(losses.mean(axis=1, dtype=np.float64), purpose)
 
 
-def _weights(count: int, purpose: str) -> NDArray[np.float64]:
-    """What each of `count` samples weighs in each resample, f64 [RESAMPLES, count]."""
+def mean(values: NDArray[np.float64], purpose: str = "bootstrap") -> Estimate:
+    """Of one value an image."""
+    return Estimate(float(values.mean()), weights(len(values), purpose) @ values)
+
+
+def weights(count: int, purpose: str = "bootstrap") -> NDArray[np.float64]:
+    """What each of `count` images weighs in each resample, f64 [RESAMPLES, count]."""
     drawn = draw.words(0, purpose, np.arange(RESAMPLES * count)) % np.uint64(count)
     at = drawn.astype(np.int64).reshape(RESAMPLES, count) + count * np.arange(RESAMPLES)[:, None]
     times = np.bincount(at.ravel(), minlength=RESAMPLES * count)

@@ -8,7 +8,7 @@ from tests.support import train
 from xlsd_train.cli import COMMANDS, main
 
 # and `rates`, which the command line calls --lr
-POSITIONAL = {"checkpoint", "out", "models", "store", "run", "runs", "rates", "name"}
+POSITIONAL = {"checkpoint", "out", "models", "store", "run", "runs", "rates", "name", "folders"}
 Out = pytest.CaptureFixture[str]
 
 

@@ -20,6 +20,8 @@ from xlsd_train import sd15
 from xlsd_train.export import fold_vae
 from xlsd_train.find import find
 from xlsd_train.fold import SD15_FACTOR
+from xlsd_train.names import UNET as PREFIX
+from xlsd_train.names import ema_name
 from xlsd_train.network import Part, build, config_of, empty, shapes_of
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored
@@ -265,6 +267,60 @@ def test_a_single_file_says_what_was_folded_and_is_the_same_every_time(
     assert sorted(path.name for path in first.parent.iterdir()) == [
         "one.md", "one.safetensors", "one.samples.png"
     ]  # fmt: skip
+
+
+def test_the_metadata_say_the_stores_resolution_and_nobodys_folders(
+    run: Path, model: Path, tmp_path: Path
+) -> None:
+    with safe_open(export(run, tmp_path / "mine") / UNET, "pt") as file:
+        assert file.metadata()["modelspec.resolution"] == "128x128"
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    for kind in ("unet", "text_encoder", "vae"):
+        config = json.loads((copy / kind / "config.json").read_text())
+        told = {**config, "_name_or_path": "/home/somebody/secret"}
+        (copy / kind / "config.json").write_text(json.dumps(told))
+    folder = export(copy, tmp_path / "folder")
+    single = export(copy, tmp_path / "one.safetensors", "--format", "single-file")
+    for path in (single, *(path for path in folder.rglob("*") if path.is_file())):
+        assert b"somebody" not in path.read_bytes()
+    with safe_open(single, "pt") as file:
+        assert file.metadata()["modelspec.resolution"] == "512x512"  # SD1.5's, where none is known
+
+
+def test_moving_averages_are_exported_when_asked_for(
+    single: Path, model: Path, tmp_path: Path, capsys: Out
+) -> None:
+    held, path = load_file(single), tmp_path / "full" / "model.safetensors"
+    shutil.copytree(model, path.parent, ignore=shutil.ignore_patterns("*.safetensors"))
+    averages = {
+        ema_name(name.removeprefix(PREFIX)): value + 1
+        for name, value in held.items()
+        if name.startswith(PREFIX)
+    }
+    save_file({**held, **averages}, path)
+    for words in (("export", path, tmp_path / "a"), ("swap", tmp_path / "b", "--model", path,
+                  "--vae", model / "vae")):  # fmt: skip
+        assert train(*words, "--model-ema") == 0
+    for out in ("a", "b"):
+        taken, plain = load_file(tmp_path / out / UNET), load_file(model / UNET)
+        assert equal(taken, {name: value + 1 for name, value in plain.items()})
+    assert train("export", model, tmp_path / "c", "--model-ema") == 1
+    assert "is no single file, which alone holds moving averages" in capsys.readouterr().err
+
+
+def test_a_model_without_a_vae_is_given_one_by_swap(
+    model: Path, tmp_path: Path, capsys: Out
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    shutil.rmtree(copy / "vae")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    for words in (("export", copy, tmp_path / "out"),
+                  ("sample", copy, "--prompts", tmp_path / "prompts.txt")):  # fmt: skip
+        assert train(*words) == 1
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"holds no VAE; put one in it: xlsd-train swap NEW --model {copy} --vae" in told
+    assert train("swap", tmp_path / "new", "--model", copy, "--vae", model / "vae") == 0
+    assert equal(weights(tmp_path / "new"), weights(model))
 
 
 def test_a_normalisation_of_each_channel_is_folded_too(run: Path, tmp_path: Path) -> None:

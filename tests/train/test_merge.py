@@ -53,6 +53,23 @@ def test_a_single_file_vae_and_another_text_encoder(
     assert all(torch.equal(value, state[name] + 1) for name, value in made.items())
 
 
+def test_a_longer_text_encoder_has_a_tokenizer_that_reads_as_much(
+    theirs: Path, model: Path, vae: Path, tmp_path: Path
+) -> None:
+    """Diffusers' pipelines cut prompts to what the tokenizer's config says."""
+    state = load_file(model / "text_encoder/model.safetensors")
+    position = "text_model.embeddings.position_embedding.weight"
+    state[position] = torch.randn(248, state[position].shape[1])
+    save_file(state, tmp_path / "long.safetensors")
+    out = tmp_path / "merge"
+    options = ("--model", theirs, "--vae", vae, "--text-encoder", tmp_path / "long.safetensors")
+    assert train("swap", out, *options) == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(out)
+    assert pipeline.tokenizer.model_max_length == 248
+    shown = pipeline.encode_prompt("cat " * 100, "cpu", 1, False)[0]
+    assert shown.shape[1] == 248
+
+
 def test_a_vae_file_that_does_not_say_its_factor_needs_it(
     theirs: Path, vae: Path, tmp_path: Path, capsys: Out
 ) -> None:
@@ -72,3 +89,14 @@ def test_what_cannot_be_merged_is_refused(theirs: Path, tmp_path: Path, capsys: 
     assert train("swap", tmp_path / "new", "--model", theirs, "--vae", "nowhere") == 1
     assert "no VAE 'nowhere'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_run_made_of_its_latents_is_not_folded_into_another_vae(
+    model: Path, vae: Path, store: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "merge"
+    options = ("--phase", "unet", "--batch", 4, "--data", store, "--model", model, "--steps", 1)
+    assert train(*options, "--normalize-latents", "--sample-every", 0, "--out", run) == 0
+    assert train("swap", out, "--model", run, "--vae", vae) == 0
+    made, given = (load_file(x / "diffusion_pytorch_model.safetensors") for x in (out / "vae", vae))
+    assert all(torch.equal(made[name], value) for name, value in given.items())

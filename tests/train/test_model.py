@@ -200,3 +200,16 @@ def test_patterns_choose_what_trains_and_freeze_the_rest(model: Path, identity: 
     assert {name.split(".")[3] for name in te} == {"0", "1"}
     with pytest.raises(UserError, match="--train unet.attn3 matches no weight; did you mean"):
         loaded.prepare("unet", "unet.attn3")
+
+
+@pytest.mark.parametrize("given", ["model", "vae"])
+def test_a_vae_that_scales_otherwise_than_the_store_says_is_refused(
+    model: Path, identity: Identity, tmp_path: Path, given: str
+) -> None:
+    """The same weights and another factor: training would see other latents, in silence."""
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    config = json.loads((copy / "vae/config.json").read_text())
+    (copy / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.18215}))
+    spec, vae = (copy, None) if given == "model" else (model, str(copy / "vae"))
+    with pytest.raises(UserError, match=r"scaling factor is 0\.18215 .*, and the store's 0\.13025"):
+        load_model(str(spec), vae, identity)

@@ -36,6 +36,10 @@ def test_a_line_may_carry_its_own_settings_in_any_order(tmp_path: Path) -> None:
         ("a cat --seed x", "prompt 2: invalid literal"),
         ("a cat --steps 0", "prompt 2: --steps 0"),
         ("a cat --guidance -1", "--guidance -1 cannot be drawn"),
+        ("a cat --guidance nan", "--guidance nan cannot be drawn"),
+        ("a cat --guidance inf", "--guidance inf cannot be drawn"),
+        ("a cat --seed -1", "prompt 2: --seed -1 is not from 0 to"),
+        (f"a cat --seed {2**63}", "prompt 2: --seed 9223372036854775808 is not from 0 to"),
         ("a cat --size 100x100", "prompt 2: '100x100' is no size in multiples of 8"),
     ],
 )

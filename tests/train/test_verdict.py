@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from xlsd_train.verdict import Losses, excess, gap, intervals, summary, verdict
+from xlsd_train.verdict import Losses, gap, intervals, lowest, mean, overall, summary, verdict
 
 
 def drawn(seed: int, count: int = 200, mean: float = 1.0, spread: float = 0.5) -> Losses:
@@ -51,7 +51,15 @@ def test_pairing_tells_apart_what_intervals_alone_do_not() -> None:
     found = verdict({"good": good, "worse": worse, "same": same})
     assert found.best in {"good", "same"}
     assert found.alike == ["same" if found.best == "good" else "good"]
-    assert excess(worse, good).low > 0
+    one, other = overall(worse), overall(good)
+    assert (one - other).interval.low > 0
+    assert one.interval.low < other.value
+
+
+def test_the_highest_is_the_lowest_of_negatives() -> None:
+    scores = {name: mean(np.linspace(x, x + 1, 50)) for name, x in (("low", 0.0), ("high", 5.0))}
+    found = lowest({name: -score for name, score in scores.items()})
+    assert (found.best, found.alike, found.loss.mean) == ("high", [], -scores["high"].value)
 
 
 def test_alone_it_is_best() -> None:

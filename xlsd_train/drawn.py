@@ -1,0 +1,71 @@
+"""Pictures that `sample`, or a run, has drawn, read back: each model's, with what was asked for."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from xlsd_cache import UserError
+
+
+@dataclass(frozen=True, order=True)
+class Drawn:
+    """A picture's file, and what tells it from the others of its model."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+def drawn_in(folders: tuple[Path, ...]) -> dict[str, list[Drawn]]:
+    """Each model's pictures by the folder they lie in, all models' in the same order.
+
+    Raises UserError where there are none, or they are not of the same prompts and seeds.
+    """
+    models: dict[str, list[Drawn]] = {}
+    for given in folders:
+        if not given.is_dir():
+            raise UserError(f"{given} is no folder; give what `xlsd-train sample` made")
+        inner = sorted(path for path in given.iterdir() if path.is_dir())
+        found = {str(folder): _pictures(folder) for folder in (given, *inner)}
+        models |= {name: pictures for name, pictures in found.items() if pictures}
+        if not any(found.values()):
+            raise UserError(
+                f"{given} holds no pictures, nor does a folder in it; give what `xlsd-train "
+                f"sample` made"
+            )
+    first, *others = models
+    for other in others:
+        for one, two in ((first, other), (other, first)):
+            lacking = _asked(models[one]) - _asked(models[two])
+            if lacking:
+                prompt, seed = min(lacking)
+                raise UserError(
+                    f"{one} has {prompt!r} of seed {seed} and {two} has not; score models on the "
+                    f"same prompts and seeds, or one by one"
+                )
+    return models
+
+
+def _asked(pictures: list[Drawn]) -> Counter[tuple[str, int]]:
+    return Counter((picture.prompt, picture.seed) for picture in pictures)
+
+
+def _pictures(folder: Path) -> list[Drawn]:
+    """Those in the folder itself. Raises UserError for one that does not say what was asked for."""
+    found = []
+    for path in sorted(folder.glob("*.png")):
+        if path.name == "grid.png":  # which `sample` and runs leave beside them
+            continue
+        try:
+            with Image.open(path) as image:
+                told = json.loads(image.info["xlsd"])
+            found.append(Drawn(str(told["prompt"]), int(told["seed"]), path))
+        except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} does not say what was asked for ({type(error).__name__}: {error}); give "
+                f"only pictures that `xlsd-train sample` drew, as it wrote them"
+            ) from error
+    return sorted(found)
