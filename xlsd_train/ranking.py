@@ -12,7 +12,8 @@ import numpy as np
 
 from xlsd_train.history import History
 from xlsd_train.validate import HELD_OUT, Candidate, named, read_losses
-from xlsd_train.verdict import Interval, Losses, excess, intervals, verdict
+from xlsd_train.verdict import Interval, Losses, overall
+from xlsd_train.verdict import lowest as lowest_of
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,16 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
     }
     order = {name: np.argsort([key for key in keys[name] if key in common]) for name in keys}
     losses = {name: found[order[name]] for name, found in losses.items()}  # rows: the same images
-    best = verdict(losses).best
+    figures = {name: overall(found) for name, found in losses.items()}
+    best = lowest_of(figures).best
     standings = [
         Standing(
             it.name,
             it.step,
             it.smoothed,
             validated[it.name][0],
-            intervals(losses[it.name])[0],
-            excess(losses[it.name], losses[best]) if it.name != best else None,
+            figures[it.name].interval,
+            (figures[it.name] - figures[best]).interval if it.name != best else None,
         )
         if it.name in validated
         else it

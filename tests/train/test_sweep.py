@@ -22,7 +22,7 @@ from xlsd_train.history import histories
 from xlsd_train.ranking import HEADER, rank
 from xlsd_train.run_commands import SweepConfig, without
 from xlsd_train.validate import read_losses
-from xlsd_train.verdict import excess, intervals
+from xlsd_train.verdict import intervals, overall
 
 Out = pytest.CaptureFixture[str]
 
@@ -128,7 +128,7 @@ def test_the_table_and_the_answer_are_right(swept: Swept) -> None:
     for row, name in zip(rows, ("lr-0.001", "lr-1e+30", "lr-1e-05"), strict=True):
         step, losses, last = best[name]
         assert losses is not None
-        beyond = excess(losses, first)
+        beyond = (overall(losses) - overall(first)).interval
         assert row[:5] == [
             told[name], str(last["step"]), f"{last['loss_smoothed']:.5f}",
             str(intervals(losses)[0]), f"step {step}",
