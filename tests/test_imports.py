@@ -28,7 +28,7 @@ TRAIN = (
     "network hub find choose config diffusion latents commands reinit text model cards lion rate "
     "optim layers sliced step footprint rehearsal memory plateau power ema verdict validate "
     "checkpoint thin history ranking charts facts run_commands report posthoc meter picture sample "
-    "run announce prepare session loop plan tags single_file card export merge prompts page "
+    "run announce prepare session loop sweep plan tags single_file card export merge prompts page "
     "compare cli __main__"
 ).split()
 

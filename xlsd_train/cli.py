@@ -18,7 +18,7 @@ from xlsd_train.commands import (
     TagsConfig,
 )
 from xlsd_train.config import TrainConfig
-from xlsd_train.run_commands import ReportConfig
+from xlsd_train.run_commands import ReportConfig, SweepConfig
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
@@ -38,6 +38,12 @@ def _tags(config: TagsConfig, _: Sequence[str]) -> None:
     from xlsd_train.tags import tags
 
     tags(config)
+
+
+def _sweep(config: SweepConfig, command: Sequence[str]) -> None:
+    from xlsd_train.sweep import sweep
+
+    sweep(config, command[2:])
 
 
 def _report(config: ReportConfig, _: Sequence[str]) -> None:
@@ -76,6 +82,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "plan": (PlanConfig, _plan),
     "tags": (TagsConfig, _tags),
     "ema": (EmaConfig, _ema),
+    "sweep": (SweepConfig, _sweep),
     "report": (ReportConfig, _report),
     "sample": (SampleConfig, _sample),
     "export": (ExportConfig, _export),

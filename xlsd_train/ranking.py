@@ -147,14 +147,15 @@ def _answer(standings: list[Standing], images: int) -> str:
         )
     if len(compared) == 1:
         return f"{best.name} alone was validated: {best.loss} at {named(best.best)}"
-    took = f"{best.name}, with a held-out loss of {best.loss} at {named(best.best)}"
+    lowest = f"its held-out loss is lowest, {best.loss} at {named(best.best)}"
     if not alike:
-        return f"{took}; {images} held-out images tell it apart from every other"
-    others = "any other" if len(alike) == len(compared) - 1 else ", ".join(alike)
-    return (
-        f"{took}, is lowest, but {images} held-out images do not tell it apart from {others}: "
-        f"more --validation-images or steps might"
-    )
+        return f"take {best.name}: {lowest}, and {images} images tell it apart from every other"
+    if len(alike) == len(compared) - 1:
+        return (
+            f"{images} held-out images tell none of them apart: {best.name} has the lowest loss, "
+            f"{best.loss} at {named(best.best)}, and with other images another might have"
+        )
+    return f"take {best.name}, or {', or '.join(alike)}, not told apart from it: {lowest}"
 
 
 def _by_training(standings: list[Standing]) -> str:

@@ -138,7 +138,11 @@ def report(config: ReportConfig) -> Path:
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """The same from Python; by default RUN/report.html of one run, report.html of several."""
     runs = histories(folders)
-    path = out or (folders[0] / NAME if len(runs) == 1 else Path(NAME))
+    return write_page(runs, out or (folders[0] / NAME if len(runs) == 1 else Path(NAME)))
+
+
+def write_page(runs: list[History], path: Path) -> Path:
+    """The page of these runs, under the names that they have; returns where."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, page(runs).encode())

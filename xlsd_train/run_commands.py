@@ -1,12 +1,15 @@
 """One frozen dataclass for each command that is about runs; their command lines are generated."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from xlsd_cache import UserError
+from xlsd_train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,65 @@ class ReportConfig:
             raise UserError("no run is named; give the folder of one or several")
         if self.out is not None and (self.out.suffix != ".html" or self.out.is_dir()):
             raise UserError(f"--out {self.out} is no name of a page; let it end in .html")
+
+
+@dataclass(frozen=True)
+class SweepConfig(TrainConfig):
+    """Train the same at several learning rates, one after another, and say which to take.
+
+    The flags are those of training, and each run is one: in OUT/lr-RATE, of the same seed, samples
+    and held-out images. The same command with the same --out goes on where it was. It ends with a
+    table, an answer, and OUT/report.html, where all runs lie side by side.
+    """
+
+    rates: Annotated[str, arg(name="lr")] = ""
+    """The rates, say 5e-6,4e-6,3e-6,2e-6."""
+
+    lr: Annotated[float | None, Suppress] = None  # each run's own
+
+    out: Path | None = None
+    """The folder of the runs. Default: runs/sweep-PHASE-DATE-TIME."""
+
+    validate_every: int = 0
+    """Measure the loss on held-out images every so many steps, at step 0 and the end; 0 never.
+    Default: a tenth of --stop-after or --steps; 250 of a length in epochs."""
+
+    def runs(self, validate_every_given: bool) -> dict[Path, TrainConfig]:
+        """Folder -> the run in it, in the order of --lr.
+
+        Raises UserError for rates that are none or fewer than two, and for what no run could be.
+        """
+        try:
+            rates = [float(word) for word in self.rates.split(",")]
+        except ValueError:
+            raise UserError(
+                f"--lr {self.rates!r} is no list of rates; give say 4e-6,2e-6"
+            ) from None
+        if len(set(rates)) < 2 or len(set(rates)) < len(rates):
+            raise UserError(
+                f"--lr {self.rates} names no two different rates, or one twice; give say 4e-6,2e-6"
+            )
+        given = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        out = self.out or Path("runs") / f"sweep-{self.phase}-{stamp}"
+        if (out / "config.json").exists() or (out.exists() and not out.is_dir()):
+            raise UserError(f"--out {out} is a run or a file; name another folder for the sweep")
+        if not self.validate_every and not validate_every_given:
+            length = self.stop_after or self.steps
+            given["validate_every"] = max(1, length // 10) if length else 250
+        runs = {out / f"lr-{rate}": TrainConfig(**{**given, "lr": rate}) for rate in rates}
+        return {folder: replace(run.resolved(), out=folder) for folder, run in runs.items()}
+
+
+def without(words: Sequence[str], *options: str) -> list[str]:
+    """The words of a command line less these options, each of one value."""
+    kept, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if name.startswith("--") and name[2:].replace("_", "-") in options:
+            if not equals and words:
+                words.pop(0)
+        else:
+            kept.append(word)
+    return kept

@@ -7,6 +7,8 @@ import pytest
 from tests.support import train
 from xlsd_train.cli import COMMANDS, main
 
+# and `rates`, which the command line calls --lr
+POSITIONAL = {"checkpoint", "out", "models", "store", "run", "runs", "rates"}
 Out = pytest.CaptureFixture[str]
 
 
@@ -42,7 +44,7 @@ def test_each_commands_help_teaches_every_option(name: str, capsys: Out) -> None
     shown = help_of(name, capsys=capsys)
     for field in fields(COMMANDS[name][0]):
         option = f"--{field.name.replace('_', '-')}"
-        assert option in shown or field.name in {"checkpoint", "out", "models", "store", "run"}
+        assert option in shown or field.name in POSITIONAL
 
 
 def test_options_are_read_without_waiting_for_torch() -> None:
