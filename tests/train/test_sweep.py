@@ -21,8 +21,10 @@ from tests.train.test_loop import slow_train
 from tests.train.test_report import Page
 from xlsd_cache import UserError
 from xlsd_train.checkpoint import checkpoints
+from xlsd_train.config import TrainConfig
 from xlsd_train.history import histories
 from xlsd_train.ranking import HEADER, rank
+from xlsd_train.recipe import parse
 from xlsd_train.run_commands import SweepConfig, without
 from xlsd_train.validate import read_losses
 from xlsd_train.verdict import intervals, overall
@@ -297,11 +299,16 @@ def test_folders_and_validation_have_defaults_of_their_own() -> None:
         assert {run.validate_every for run in runs.values()} == {every}
 
 
-def test_a_recipes_rate_does_not_stand_in_the_way() -> None:
-    """Settings may come from elsewhere, before the command line is read."""
-    config = SweepConfig(phase="te", lr=3e-6, scheduler="linear", lr_floor=1e-7)
+def test_a_recipe_passes_through(tmp_path: Path) -> None:
+    """Its own rate does not count; the rest of it does, in the sweep and in the runs' words."""
+    words = "--recipe phase1-te --lr 5e-6,4e-6 --stop-after 500".split()
+    config = parse(SweepConfig, [*words, "--out", str(tmp_path / "out")], "", "")
+    first, second = config.runs(False).values()
+    assert (first.lr, second.lr, first.validate_every) == (5e-6, 4e-6, 50)
+    alone = [*without(words, "lr"), "--lr", "5e-6", "--validate-every", "50"]
+    assert replace(parse(TrainConfig, alone, "", "").resolved(), out=first.out) == first
     with pytest.raises(UserError, match="no list of rates"):
-        config.runs(False)
+        parse(SweepConfig, words[:2], "", "").runs(False)
 
 
 def test_the_words_go_on_without_the_sweeps_own() -> None:
