@@ -22,7 +22,7 @@ tags:
 - stable-diffusion
 - xlsd
 ---
-# {{ title }}
+# {{ heading }}
 
 A model of SD1.5's shape. {{ folded }}
 The licence is that of the base model.
@@ -160,6 +160,7 @@ class History:
         environment = Environment(undefined=StrictUndefined, autoescape=False)  # noqa: S701 - Markdown
         return environment.from_string(CARD).render(
             title=title,
+            heading=_cell(title),
             folded=folded,
             hub_base=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
             facts=[(name, _cell(value)) for name, value in facts.items() if value is not None],

@@ -287,6 +287,11 @@ def test_the_metadata_say_the_stores_resolution_and_nobodys_folders(
         assert file.metadata()["modelspec.resolution"] == "512x512"  # SD1.5's, where none is known
 
 
+def test_a_models_name_begins_no_markup_in_its_card(model: Path, tmp_path: Path) -> None:
+    card = (export(model, tmp_path / "my <img src=x> [a](b) | c") / "README.md").read_text()
+    assert "\n# my \\<img src=x> \\[a\\](b) \\| c\n" in card
+
+
 def test_moving_averages_are_exported_when_asked_for(
     single: Path, model: Path, tmp_path: Path, capsys: Out
 ) -> None:
