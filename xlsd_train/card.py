@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 
@@ -164,7 +165,7 @@ class History:
             folded=folded,
             hub_base=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
             facts=[(name, _cell(value)) for name, value in facts.items() if value is not None],
-            grid=grid,
+            grid=quote(grid) if grid else None,
             prompts=[_cell(prompt) for prompt in self.record.get("prompts", ())],
             recipe=json.dumps(config, indent=2) if config else None,
             single=len(files) == 1,

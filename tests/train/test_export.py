@@ -328,6 +328,14 @@ def test_a_model_without_a_vae_is_given_one_by_swap(
     assert equal(weights(tmp_path / "new"), weights(model))
 
 
+def test_a_card_shows_the_samples_of_a_model_with_spaces_in_its_name(
+    run: Path, tmp_path: Path
+) -> None:
+    export(run, tmp_path / "my model.safetensors", "--format", "single-file")
+    assert "](my%20model.samples.png)" in (tmp_path / "my model.md").read_text()
+    assert (tmp_path / "my model.samples.png").is_file()
+
+
 def test_a_normalisation_of_each_channel_is_folded_too(run: Path, tmp_path: Path) -> None:
     """As RUN/base/latents.json tells it: the UNet was trained on (raw - shift) * scale."""
     copy, out = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "one.safetensors"
