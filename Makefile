@@ -1,5 +1,6 @@
-# make demo   from nothing to a trained small model with samples, in a few minutes on two CPU cores
-# make test   lint, types and tests
+# make demo      from nothing to a trained small model with samples, in a few minutes on two CPU cores
+# make article   the article in miniature: two phases, a sweep, a choice by validation, comparison
+# make test      lint, types and tests
 # Both make .venv when there is none. On a machine with a CUDA card torch comes with CUDA.
 
 VENV ?= .venv
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench-smoke clean
+.PHONY: demo article test lint bench-smoke clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -37,6 +38,39 @@ demo: $(INSTALLED)
 	@echo "The UNet learns to draw from tags:         demo/unet/samples/grid.png"
 	@echo "Then the text encoder learns other words:  demo/te/samples/grid.png"
 
+# The recipes one after the other. What a recipe says is said again only where eighty small crops on
+# a processor need another number; the order of events and the kinds of settings are the article's.
+HERE := --validation-fraction 0.15 --sample-steps 10 --sample-guidance 3
+XLSD := $(BIN)/xlsd-train
+article: $(INSTALLED)
+	rm -rf article
+	$(BIN)/python -m benchmarks.demo.subjects article/images
+	$(BIN)/python -m benchmarks.demo.pipeline article/model --captions article/images
+	for part in narrow broad; do $(BIN)/xlsd-cache build article/images/$$part \
+		--out article/$$part --vae article/model/vae --resolution 128 || exit; done
+	$(XLSD) --recipe phase1-unet --batch 8 --steps 150 --warmup 15 --data article/narrow \
+		--model article/model --out article/dlion $(HERE) --validate-every 50 --sample-every 150
+	$(XLSD) --recipe phase1-unet --optimizer lion --lr 5e-4 --batch 8 --steps 350 --warmup 20 \
+		--data article/narrow --model article/dlion --out article/phase1 $(HERE) \
+		--validate-every 50 --sample-every 175
+	$(XLSD) sweep --recipe phase1-te --lr 3e-3,1e-3,3e-4,1e-4 --batch 4 --steps 600 \
+		--stop-after 30 --data article/narrow --model article/phase1 --out article/sweep \
+		$(HERE) --validate-every 10 --sample-every 30
+	$(XLSD) --recipe phase1-te --lr 1e-3 --batch 4 --steps 600 --stop-after 50 \
+		--data article/narrow --model article/phase1 --out article/te $(HERE) --validate-every 10
+	$(XLSD) --recipe phase2-unet --lr 3e-4 --batch 8 --steps 400 --warmup 20 \
+		--data article/broad article/narrow --model article/te --out article/phase2 $(HERE) \
+		--validate-every 100 --sample-every 200
+	$(XLSD) export article/phase2 article/phase2.safetensors --format single-file
+	$(XLSD) sample base=article/model phase1=article/phase1 te=article/te phase2=article/phase2 \
+		--prompts benchmarks/demo/subjects.txt --size 128x128 --guidance 3 --out article/comparison
+	@echo
+	@echo "The same prompts, base / phase 1 / text encoder / phase 2: article/comparison/grid.png"
+	@echo "  one page with a slider between any two:     article/comparison/index.html"
+	@echo "Which rate trains the text encoder:           article/sweep/report.html"
+	@echo "Its samples every 10 steps of the warm-up:    article/te/samples/grid.png"
+	@echo "A model for other programs:                   article/phase2.safetensors"
+
 test: $(INSTALLED) lint
 	$(BIN)/pytest --numprocesses 2
 
@@ -49,4 +83,4 @@ bench-smoke: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py --steps 1 --batch 2 --resolution 64
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo article build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

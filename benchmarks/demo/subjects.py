@@ -126,7 +126,7 @@ def write_subjects(out: Path, subjects: tuple[Subject, ...], each: int, seed: in
             path.with_suffix(".txt").write_text(", ".join([subject.tags, *shown]) + "\n")
 
 
-def main(out: tyro.conf.Positional[Path], each: int = 12) -> None:
+def main(out: tyro.conf.Positional[Path], each: int = 16) -> None:
     """Write both folders of photos into OUT."""
     for name, subjects in (("narrow", NARROW), ("broad", BROAD)):
         write_subjects(out / name, subjects, each)
