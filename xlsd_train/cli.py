@@ -7,19 +7,17 @@ from typing import Any
 
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
-from xlsd_train.commands import (
+from xlsd_train.config import TrainConfig
+from xlsd_train.model_commands import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
+from xlsd_train.recipe import parse, show
+from xlsd_train.run_commands import (
     EmaConfig,
-    ExportConfig,
     PlanConfig,
     RecipesConfig,
-    SampleConfig,
-    ScoreConfig,
-    SwapConfig,
+    ReportConfig,
+    SweepConfig,
     TagsConfig,
 )
-from xlsd_train.config import TrainConfig
-from xlsd_train.recipe import parse, show
-from xlsd_train.run_commands import ReportConfig, SweepConfig
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing, write_bytes
 from xlsd_cache.precision import device_of, set_precision
-from xlsd_train.commands import SampleConfig
 from xlsd_train.export import fold_vae, vae_in
 from xlsd_train.find import Parts, find
 from xlsd_train.model import assemble, model_vae
+from xlsd_train.model_commands import SampleConfig
 from xlsd_train.page import page
 from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
 from xlsd_train.prompts import pictures

@@ -19,9 +19,9 @@ from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_bytes, write_json
 from xlsd_train import sd15
 from xlsd_train.card import History
-from xlsd_train.commands import ExportConfig
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
+from xlsd_train.model_commands import ExportConfig
 from xlsd_train.network import POSITIONS, PREFIX, Part, empty
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored, compare_tensors, in_memory, sha256_of, write_tensors

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from xlsd_cache import UserError
 from xlsd_cache.vae import load_vae
-from xlsd_train.commands import SwapConfig
 from xlsd_train.export import write_model
 from xlsd_train.find import completed, find
+from xlsd_train.model_commands import SwapConfig
 from xlsd_train.network import Part
 from xlsd_train.tensors import in_memory
 

@@ -9,13 +9,13 @@ from typing import Any
 from xlsd_cache import UserError
 from xlsd_train import sd15
 from xlsd_train.cards import CARDS
-from xlsd_train.commands import PlanConfig
 from xlsd_train.config import DEFAULT_DATA
 from xlsd_train.find import find, part_of, text_encoder_of
 from xlsd_train.memory import GIB, SLICES, Planner, Prediction, asked, largest, limit_of
 from xlsd_train.mixture import open_mixture
 from xlsd_train.prepare import choose_samples
 from xlsd_train.rehearsal import Size
+from xlsd_train.run_commands import PlanConfig
 from xlsd_train.step import Plan, Way
 
 VRAM = 24.0  # GB, where --vram is not given

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from xlsd_cache import UserError
-from xlsd_train.commands import SampleConfig
+from xlsd_train.model_commands import SampleConfig
 from xlsd_train.picture import Picture
 from xlsd_train.sample import read_lines
 

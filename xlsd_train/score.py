@@ -13,9 +13,9 @@ from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.sources import is_image
 from xlsd_train import draw
 from xlsd_train.clip import Clip, Embeddings, load_clip
-from xlsd_train.commands import ScoreConfig
 from xlsd_train.drawn import Drawn, drawn_in
 from xlsd_train.measures import LEAST, Sample, clip_scores, cmmd
+from xlsd_train.model_commands import ScoreConfig
 from xlsd_train.verdict import Estimate, lowest, mean
 
 NARROW = 30  # pictures; of normal scores a 95% interval of 4 holds 81%, of 12 91%, of 30 94%

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from xlsd_cache.store import LatentStore
 from xlsd_train.captions import Columns
-from xlsd_train.commands import TagsConfig
 from xlsd_train.parts import require_and_forbid
+from xlsd_train.run_commands import TagsConfig
 from xlsd_train.selection import Selection, by_tags, selected
 
 AT_ONCE = 1 << 24  # entries of the index that are counted together: bounds the memory

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from xlsd_cache import UserError
-from xlsd_train.commands import SampleConfig
+from xlsd_train.model_commands import SampleConfig
 from xlsd_train.picture import Picture
 from xlsd_train.prompts import pictures
 

@@ -9,10 +9,10 @@ import pytest
 
 from tests.support import metrics, train
 from xlsd_cache import UserError
-from xlsd_train.commands import PlanConfig
 from xlsd_train.config import TrainConfig
 from xlsd_train.rate import learning_rate, planned_steps
 from xlsd_train.recipe import FOLDER, Recipe, parse, shipped
+from xlsd_train.run_commands import PlanConfig
 from xlsd_train.schedule import Schedule
 
 NAMES = ("phase1-te", "phase1-unet", "phase2-unet", "xllsd-te", "xllsd-unet")

@@ -1,4 +1,4 @@
-"""One frozen dataclass for each command beside training; their command lines are generated."""
+"""One frozen dataclass for each command that is about models; their command lines are generated."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,95 +7,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from xlsd_cache import UserError
-from xlsd_train.config import TrainConfig
-from xlsd_train.parts import require_and_forbid
 from xlsd_train.sd15 import HUB_ID
-
-
-@dataclass(frozen=True)
-class PlanConfig(TrainConfig):
-    """Show what a run would take, before it takes it: peak memory by item, and how fast it can be.
-
-    The flags are those of training. No card and no images are needed: every way of passing the
-    batch is run on tensors without data, which takes some seconds. Speeds are what a card does at
-    100% of its peaks; half of that is good.
-    """
-
-    size: tuple[str, ...] = ()
-    """Pictures, say 512x512. Default: the buckets of --data; without a store 512x512."""
-
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True)
-class RecipesConfig:
-    """List the recipes that --recipe knows, or print one, say to begin one's own with.
-
-    A recipe is TOML, its keys the names of training's options. What the command line says beside it
-    counts, and --phase need not be said.
-    """
-
-    name: Positional[str | None] = None
-    """Print this one, whose name may be a .toml file's, as it is. Default: a line for each."""
-
-
-@dataclass(frozen=True)
-class TagsConfig:
-    """Count the tags of a store's captions, and what a selection by tags leaves."""
-
-    store: Positional[Path]
-    """The latent store that `xlsd-cache build` made."""
-
-    caption: str | None = None
-    """Caption columns as in training: txt, or txt=3,jsonl:wd=1. Default: the store's only one."""
-
-    require_tags: str | None = None
-    """Count only samples that have all of these tags, A,B: each whole and as it is written."""
-
-    forbid_tags: str | None = None
-    """Count no sample that has any of these tags, A,B: each whole and as it is written."""
-
-    most: int = 50
-    """Tell so many tags of each column, the most frequent first; 0: all."""
-
-    json: bool = False
-    """For programs."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before the store is opened."""
-        if self.most < 0:
-            raise UserError(f"--most {self.most} is negative; 0 tells all")
-        require_and_forbid(self.require_tags, self.forbid_tags)
-
-
-@dataclass(frozen=True)
-class EmaConfig:
-    """Make an average of a run's weights, of any length, from the snapshots that --ema kept.
-
-    The length is relative to the training so far: sigma_rel, the spread of the moments that count
-    (arXiv 2312.02696). What is written is as --model takes it.
-    """
-
-    run: Positional[Path]
-    """The run's folder."""
-
-    out: Positional[Path]
-    """A new folder for the average."""
-
-    sigma_rel: float = 0.10
-    """Length of the average, above 0 and below 0.288, which is all of training alike."""
-
-    step: int | None = None
-    """The average as of this step. Default: the newest snapshot's."""
-
-    def __post_init__(self) -> None:
-        """Refuse lengths that no power function has."""
-        if not 0 < self.sigma_rel < 12**-0.5:
-            raise UserError(
-                f"--sigma-rel {self.sigma_rel:g} is not above 0 and below {12**-0.5:.3f}; give say "
-                f"0.1"
-            )
 
 
 @dataclass(frozen=True)
