@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 
@@ -22,7 +23,7 @@ tags:
 - stable-diffusion
 - xlsd
 ---
-# {{ title }}
+# {{ heading }}
 
 A model of SD1.5's shape. {{ folded }}
 The licence is that of the base model.
@@ -172,10 +173,11 @@ class History:
         environment = Environment(undefined=StrictUndefined, autoescape=False)  # noqa: S701 - Markdown
         return environment.from_string(CARD).render(
             title=title,
+            heading=_cell(title),
             folded=folded,
             hub_base=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
             facts=[(name, _cell(value)) for name, value in facts.items() if value is not None],
-            grid=grid,
+            grid=quote(grid) if grid else None,
             prompts=[_cell(prompt) for prompt in self.record.get("prompts", ())],
             recipe=json.dumps(config, indent=2) if config else None,
             single=len(files) == 1,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from xlsd_cache import UserError
@@ -16,11 +17,12 @@ from xlsd_train.commands import SampleConfig
 from xlsd_train.export import fold_vae, vae_in
 from xlsd_train.find import Parts, find
 from xlsd_train.model import assemble, model_vae
-from xlsd_train.page import grid, page
-from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture
+from xlsd_train.page import page
+from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
 from xlsd_train.prompts import pictures
 from xlsd_train.tensors import sha256_of
 
+SHOWN = 60  # prompts in grid and page, which some hundreds, as `score` wants, would make gigabytes
 # Of a model's scheduler what belongs to the model. Where steps fall and how they are taken is the
 # same for all models compared, whatever their files say.
 NOISE = (
@@ -48,11 +50,14 @@ def compare(config: SampleConfig) -> Path:
             folder = config.out / f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
             folder.mkdir()
             files.append(_draw(name, parts, asked, folder, device, config.scheduler, bar))
+    shown, files = asked[:SHOWN], [row[:SHOWN] for row in files]
     with replacing(config.out / "grid.png") as temporary:
-        grid(list(names), asked, files).save(temporary, "PNG")
+        _grid(list(names), shown, files).save(temporary, "PNG")
     html = config.out / "index.html"
-    write_bytes(html, page(list(names), asked, files).encode())
+    write_bytes(html, page(list(names), shown, files).encode())
     print(f"pictures and grid {config.out / 'grid.png'}; to compare any two: {html}")
+    if len(asked) > SHOWN:
+        print(f"grid and page show the first {SHOWN} of {len(asked)} prompts")
     return html
 
 
@@ -77,9 +82,10 @@ def _draw(
     pipeline = pipeline_of(model, scheduler).to(device)
     source = Path(parts.source)
     model_hash = sha256_of(source)[:10] if source.is_file() else None  # as A1111 writes it
+    digits = max(2, len(str(len(asked) - 1)))
     paths = []
     for i, picture in enumerate(asked):
-        path = folder / f"{i:02d}.png"
+        path = folder / f"{i:0{digits}d}.png"
         try:
             image = draw_picture(model, pipeline, picture)
         except torch.OutOfMemoryError as error:
@@ -93,6 +99,15 @@ def _draw(
     del pipeline, model
     gc.collect()  # before the next one is loaded
     return paths
+
+
+def _grid(models: list[str], asked: list[Picture], files: list[list[Path]]) -> Image.Image:
+    """Models down, prompts across, each cell as large as the largest picture."""
+    rows = [
+        [(f"{model}: {picture.prompt}", path) for picture, path in zip(asked, row, strict=True)]
+        for model, row in zip(models, files, strict=True)
+    ]
+    return sheet(rows, max(x.width for x in asked), max(x.height for x in asked))
 
 
 def _names(models: tuple[str, ...]) -> dict[str, str]:

@@ -23,7 +23,7 @@ class Meter:
     """Takes the steps in order; `flush` and `add` give the lines that are due for the metrics."""
 
     smoothed: list[float]  # [sum, weight], whose ratio needs no start-up correction
-    _pending: tuple[dict[str, Any], int, Tensor, Tensor] | None = None
+    _pending: tuple[dict[str, Any], int, Tensor, Tensor, float | None] | None = None
     _begun: float = 0.0
 
     def begin(self) -> None:
@@ -33,7 +33,9 @@ class Meter:
     def add(self, line: dict[str, Any], images: int, loss: Tensor, norm: Tensor) -> list[Any]:
         """A step that is under way; gives the line of the one before it, if there is one."""
         due = self.flush()
-        self._pending = line, images, loss, norm
+        # A card is still at it, and done when its loss can be read; a CPU is done.
+        ended = None if loss.is_cuda else time.perf_counter()
+        self._pending = line, images, loss, norm, ended
         return due
 
     def flush(self) -> list[dict[str, Any]]:
@@ -43,10 +45,10 @@ class Meter:
         """
         if self._pending is None:
             return []
-        (line, images, loss, norm), self._pending = self._pending, None
+        (line, images, loss, norm, ended), self._pending = self._pending, None
         both = torch.stack([loss, norm]).tolist()  # waits for the device
-        now = time.perf_counter()
-        seconds, self._begun = now - self._begun, now
+        ended = ended or time.perf_counter()
+        seconds, self._begun = ended - self._begun, ended
         if not math.isfinite(both[0]):
             raise UserError(
                 f"the loss of step {line['step']} is {both[0]}; nothing of it was kept: go on from "

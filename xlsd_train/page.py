@@ -1,13 +1,11 @@
-"""One self-contained HTML page with a slider between any two models' pictures, and a grid PNG."""
+"""One self-contained HTML page with a slider between any two models' pictures."""
 
 import base64
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from PIL import Image, ImageDraw
 
 from xlsd_train.picture import Picture
-from xlsd_train.sample import LABEL_HEIGHT
 
 PAGE = """\
 <!doctype html>
@@ -31,9 +29,9 @@ small { color: #aaa; }
 </head>
 <body>
 <header>
-<label>left <select id="left">
+<label>left <select id="left" autocomplete="off">
 {%- for model in models %}<option>{{ model }}</option>{% endfor %}</select></label>
-<label>right <select id="right">
+<label>right <select id="right" autocomplete="off">
 {%- for model in models %}<option{{ " selected" if loop.index == 2 }}>{{ model }}</option>
 {%- endfor %}</select></label>
 </header>
@@ -41,7 +39,8 @@ small { color: #aaa; }
 {%- for picture in pictures %}
 <figure>
 <div class="pair"><img alt="left"><img alt="right"></div>
-<input type="range" min="0" max="100" value="50" aria-label="how much of the left picture">
+<input type="range" min="0" max="100" value="50" autocomplete="off"
+ aria-label="how much of the left picture">
 <figcaption>{{ picture.prompt or "(no prompt)" }}<br><small>
 {%- if picture.negative %}without: {{ picture.negative }}; {% endif -%}
 seed {{ picture.seed }}, {{ picture.steps }} steps, guidance {{ picture.guidance }}</small>
@@ -53,17 +52,21 @@ seed {{ picture.seed }}, {{ picture.steps }} steps, guidance {{ picture.guidance
 const images = {{ images | tojson }};  // [model][picture]
 const figures = [...document.querySelectorAll("figure")];
 const left = document.getElementById("left"), right = document.getElementById("right");
-function show() {
+function choose() {
   figures.forEach((figure, i) => {
     const [a, b] = figure.querySelectorAll("img");
-    const at = figure.querySelector("input").value;
     a.src = images[left.selectedIndex][i];
     b.src = images[right.selectedIndex][i];
-    b.style.clipPath = `inset(0 0 0 ${at}%)`;
   });
 }
-document.addEventListener("input", show);
-show();
+figures.forEach(figure => {
+  const slider = figure.querySelector("input"), over = figure.querySelectorAll("img")[1];
+  const slide = () => { over.style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
+  slider.addEventListener("input", slide);
+  slide();
+});
+for (const select of [left, right]) select.addEventListener("change", choose);
+choose();
 </script>
 </body>
 </html>
@@ -77,25 +80,5 @@ def page(models: list[str], pictures: list[Picture], files: list[list[Path]]) ->
     return environment.from_string(PAGE).render(models=models, pictures=pictures, images=images)
 
 
-def grid(models: list[str], pictures: list[Picture], files: list[list[Path]]) -> Image.Image:
-    """Models down, prompts across, each cell as large as the largest picture, with its label."""
-    width = max(picture.width for picture in pictures)
-    height = max(picture.height for picture in pictures) + LABEL_HEIGHT
-    sheet = Image.new("RGB", (width * len(pictures), height * len(models)), "white")
-    write = ImageDraw.Draw(sheet)
-    for row, (model, paths) in enumerate(zip(models, files, strict=True)):
-        for column, (picture, path) in enumerate(zip(pictures, paths, strict=True)):
-            x, y = column * width, row * height
-            label = f"{model}: {picture.prompt}"[: width // 6]
-            write.text((x + 2, y + 2), _drawable(label), fill="black")
-            with Image.open(path) as image:
-                sheet.paste(image.convert("RGB"), (x, y + LABEL_HEIGHT))
-    return sheet
-
-
 def _data(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _drawable(text: str) -> str:
-    return text.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has

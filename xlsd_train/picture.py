@@ -14,13 +14,14 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from PIL import Image
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from xlsd_cache.durable import replacing
 from xlsd_train.captions import tokenize
 from xlsd_train.model import Model
 
+LABEL_HEIGHT = 16
 # Name on the command line -> A1111's, diffusers' scheduler, its options.
 SCHEDULERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "dpm++": ("DPM++ 2M", DPMSolverMultistepScheduler, {}),
@@ -128,3 +129,19 @@ def save_picture(
     info.add_text("xlsd", json.dumps(told, ensure_ascii=False))
     with replacing(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
+
+
+def sheet(rows: list[list[tuple[str, Path]]], width: int, height: int) -> Image.Image:
+    """Rows of (label, PNG), each at most width x height pixels; a file not there leaves a gap."""
+    height += LABEL_HEIGHT
+    made = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+    write = ImageDraw.Draw(made)
+    for down, cells in enumerate(rows):
+        for across, (label, path) in enumerate(cells):
+            x, y = across * width, down * height
+            known = label[: width // 6].encode("latin-1", "replace").decode("latin-1")
+            write.text((x + 2, y + 2), known, fill="black")  # in Pillow's own font
+            if path.exists():
+                with Image.open(path) as image:
+                    made.paste(image.convert("RGB"), (x, y + LABEL_HEIGHT))
+    return made

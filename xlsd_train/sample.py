@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import Image, ImageDraw
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
@@ -15,11 +14,11 @@ from xlsd_train.captions import Columns
 from xlsd_train.mixture import Store
 from xlsd_train.model import Model
 from xlsd_train.parts import Parts
-from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture
+from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
 from xlsd_train.selection import Selection
 
 PROMPTS = 4  # taken from the store where no file is given
-GRID_ROWS, LABEL_HEIGHT = 10, 16
+GRID_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,16 @@ class Sampler:
         folders = sorted(samples.glob("step-????????"))
         count = min(GRID_ROWS, len(folders))
         chosen = [folders[round(i * (len(folders) - 1) / max(1, count - 1))] for i in range(count)]
-        width, height = self.width, self.height + LABEL_HEIGHT
-        grid = Image.new("RGB", (width * len(self.prompts), height * count), "white")
-        write = ImageDraw.Draw(grid)
-        for row, folder in enumerate(chosen):
-            for column, prompt in enumerate(self.prompts):
-                x, y = column * width, row * height
-                label = f"step {int(folder.name[5:])}: {prompt}"
-                write.text((x + 2, y + 2), label[: width // 6], fill="black")
-                path = folder / f"{column:02d}.png"
-                if path.exists():
-                    with Image.open(path) as image:
-                        grid.paste(image.convert("RGB"), (x, y + LABEL_HEIGHT))
+        rows = [
+            [
+                (f"step {int(folder.name[5:])}: {prompt}", folder / f"{column:02d}.png")
+                for column, prompt in enumerate(self.prompts)
+            ]
+            for folder in chosen
+        ]
         path = samples / "grid.png"
         with replacing(path) as temporary:
-            grid.save(temporary, "PNG")
+            sheet(rows, self.width, self.height).save(temporary, "PNG")
         return path
 
 

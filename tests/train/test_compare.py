@@ -2,6 +2,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from xlsd_train.picture import SCHEDULERS, Picture
 
 Out = pytest.CaptureFixture[str]
 PROMPTS = "a cat <script>alert(1)</script>\na rocket, über --seed 5 --negative text --size 96x64\n"
+SIDES = ("left", "right")
 FLAGS = ("--steps", 2, "--size", "64x64", "--seed", 3, "--guidance", 3)
 
 
@@ -108,6 +110,66 @@ def test_the_page_needs_nothing_else_and_runs_nothing_of_the_users(made: Path) -
     assert [len(row) for row in images] == [2, 2, 2]
     data = base64.b64decode(images[2][1].removeprefix("data:image/png;base64,"))
     assert data == (made / "2-the-b-base-b-" / "01.png").read_bytes()
+
+
+# Enough of a browser for the page's script: what it sets, and how often, is printed at the end.
+BROWSER = """
+const sets = [];
+const listening = (what) => ({...what, on: {}, addEventListener(name, f) { this.on[name] = f; }});
+const image = (name) => ({style: {}, set src(data) { sets.push([name, data]); }});
+const figure = (i) => {
+  const images = [image(`${i} left`), image(`${i} right`)];
+  const slider = listening({value: 50});
+  return {images, slider, querySelector: () => slider, querySelectorAll: () => images};
+};
+const figures = [figure(0), figure(1)];
+const selects = {left: listening({selectedIndex: 0}), right: listening({selectedIndex: 1})};
+const document = {
+  querySelectorAll: () => figures, getElementById: (id) => selects[id], ...listening({}),
+};
+{ PAGE }
+const begin = sets.splice(0);
+figures[1].slider.value = 20;
+figures[1].slider.on.input();
+const slid = [sets.splice(0), figures.map(({images}) => images[1].style.clipPath)];
+selects.right.selectedIndex = 2;
+selects.right.on.change();
+console.log(JSON.stringify({begin, slid, chosen: sets}));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node to run the page's script")
+def test_a_slider_uncovers_its_own_picture_and_loads_none(made: Path) -> None:
+    html = (made / "index.html").read_text(encoding="utf-8")
+    script = html.split("<script>")[1].split("</script>")[0]
+    done = subprocess.run(
+        ["node", "-"], input=BROWSER.replace("PAGE", script), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    (line,) = re.findall(r"const images = (.*);", html)
+    images = json.loads(line)
+    assert sorted(told["begin"]) == sorted(
+        [f"{i} {side}", images[model][i]] for i in (0, 1) for model, side in enumerate(SIDES)
+    )
+    assert told["slid"] == [[], ["inset(0 0 0 50%)", "inset(0 0 0 20%)"]]
+    assert sorted(each for each in told["chosen"] if "right" in each[0]) == [
+        ["0 right", images[2][0]], ["1 right", images[2][1]]
+    ]  # fmt: skip
+
+
+def test_of_many_prompts_grid_and_page_show_the_first(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    """Hundreds of pictures, as scores want, would be a page of gigabytes."""
+    monkeypatch.setattr("xlsd_train.compare.SHOWN", 1)
+    out = tmp_path / "out"
+    assert train("sample", model, "--prompts", prompts, "--out", out, *FLAGS) == 0
+    assert "grid and page show the first 1 of 2 prompts" in capsys.readouterr().out
+    assert sorted(path.name for path in (out / "0-nano").iterdir()) == ["00.png", "01.png"]
+    assert pixels(out / "grid.png").shape == (64 + 16, 64, 3)
+    html = (out / "index.html").read_text(encoding="utf-8")
+    assert (html.count("<figure>"), html.count("data:image/png")) == (1, 1)
 
 
 def test_each_scheduler_draws_a_picture_of_its_own(

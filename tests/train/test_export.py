@@ -287,6 +287,11 @@ def test_the_metadata_say_the_stores_resolution_and_nobodys_folders(
         assert file.metadata()["modelspec.resolution"] == "512x512"  # SD1.5's, where none is known
 
 
+def test_a_models_name_begins_no_markup_in_its_card(model: Path, tmp_path: Path) -> None:
+    card = (export(model, tmp_path / "my <img src=x> [a](b) | c") / "README.md").read_text()
+    assert "\n# my \\<img src=x> \\[a\\](b) \\| c\n" in card
+
+
 def test_moving_averages_are_exported_when_asked_for(
     single: Path, model: Path, tmp_path: Path, capsys: Out
 ) -> None:
@@ -321,6 +326,14 @@ def test_a_model_without_a_vae_is_given_one_by_swap(
         assert f"holds no VAE; put one in it: xlsd-train swap NEW --model {copy} --vae" in told
     assert train("swap", tmp_path / "new", "--model", copy, "--vae", model / "vae") == 0
     assert equal(weights(tmp_path / "new"), weights(model))
+
+
+def test_a_card_shows_the_samples_of_a_model_with_spaces_in_its_name(
+    run: Path, tmp_path: Path
+) -> None:
+    export(run, tmp_path / "my model.safetensors", "--format", "single-file")
+    assert "](my%20model.samples.png)" in (tmp_path / "my model.md").read_text()
+    assert (tmp_path / "my model.samples.png").is_file()
 
 
 def test_a_normalisation_of_each_channel_is_folded_too(run: Path, tmp_path: Path) -> None:

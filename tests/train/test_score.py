@@ -89,6 +89,7 @@ def test_a_table_of_all_models_says_which_are_not_told_apart(
         assert f"\n{drawn / name}" in shown
     assert "not told apart from it: " in shown
     assert "12 images are few for CMMD" in shown
+    assert "12 pictures are few: intervals of fewer than 30 are narrower than 95%" in shown
 
 
 def test_the_same_pictures_score_the_same_and_paler_ones_do_not(

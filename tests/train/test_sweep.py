@@ -6,11 +6,14 @@ import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from filelock import FileLock, Timeout
+from safetensors.numpy import load_file, save_file
 
 import xlsd_train.sweep
 from tests.support import files, metrics, spawn, train, wait_for
@@ -18,8 +21,10 @@ from tests.train.test_loop import slow_train
 from tests.train.test_report import Page
 from xlsd_cache import UserError
 from xlsd_train.checkpoint import checkpoints
+from xlsd_train.config import TrainConfig
 from xlsd_train.history import histories
 from xlsd_train.ranking import HEADER, rank
+from xlsd_train.recipe import parse
 from xlsd_train.run_commands import SweepConfig, without
 from xlsd_train.validate import read_losses
 from xlsd_train.verdict import intervals, overall
@@ -66,7 +71,7 @@ class Swept(NamedTuple):
 def arguments(model: Path, store: Path) -> list[object]:
     return [
         "--phase", "unet", "--batch", 3, "--data", store, "--model", model, "--steps", 100,
-        "--stop-after", 12, "--save-every", 4, "--sample-every", 6, "--sample-steps", 1,
+        "--stop-after", 6, "--save-every", 2, "--sample-every", 3, "--sample-steps", 1,
         "--warmup", 0, "--threads", 1, "--validation-fraction", 0.4, "--optimizer", "adamw",
     ]  # fmt: skip
 
@@ -93,7 +98,7 @@ def test_a_failed_run_is_said_and_the_others_run(swept: Swept) -> None:
     assert f"1 of 3 runs failed, as said above: {swept.out}/lr-1e+30;" in swept.error
     for name, rate in (("lr-0.001", 1e-3), ("lr-1e-05", 1e-5)):
         lines = metrics(swept.out / name)
-        assert [line["step"] for line in lines] == list(range(1, 13))
+        assert [line["step"] for line in lines] == list(range(1, 7))
         assert {line["lr"] for line in lines} == {rate}
         record = json.loads((swept.out / name / "config.json").read_text())
         assert (record["planned_steps"], record["config"]["optimizer"]) == (100, "adamw")
@@ -117,7 +122,7 @@ def test_the_table_and_the_answer_are_right(swept: Swept) -> None:
     assert tuple(header) == HEADER
     best = {}
     for folder in sorted(swept.out.glob("lr-*")):
-        steps = range(13)
+        steps = range(7)
         found = {step: read_losses(folder, step).get("live/held_out") for step in steps}
         means = {step: float(x.mean()) for step, x in found.items() if x is not None}
         step = min(means, key=lambda step: means[step])
@@ -149,7 +154,7 @@ def test_its_report_has_the_runs_side_by_side(swept: Swept) -> None:
     assert all(page.traces(f"{name} {which}") for name in names for which in ("raw", "held-out"))
     head = page.tables["samples"][0]
     assert [x.startswith(name) for x, name in zip(head[1:], names, strict=False)] == [True] * 3
-    assert [row[0] for row in page.tables["samples"][1:]] == ["0", "6", "12"]
+    assert [row[0] for row in page.tables["samples"][1:]] == ["0", "3", "6"]
 
 
 def test_stopped_and_killed_it_goes_on_to_the_bit(
@@ -161,22 +166,22 @@ def test_stopped_and_killed_it_goes_on_to_the_bit(
     first, second = out / "lr-0.001", out / "lr-1e-05"
 
     process = spawn(forked_sweep, *given, log=log)
-    wait_for(lambda: lines(first) >= 3)
+    wait_for(lambda: lines(first) >= 2)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 0, log.read_text()
     assert f"to go on from here, to the bit: the same command with --out {out}" in log.read_text()
-    assert 3 <= lines(first) < 12
+    assert 2 <= lines(first) < 6
     assert int(checkpoints(first)[-1].name[5:]) == lines(first)
     assert not second.exists()
     assert not (first / "STOP").exists()
 
     process = spawn(forked_sweep, *given, log=log)
-    wait_for(lambda: lines(second) >= 6)
+    wait_for(lambda: lines(second) >= 3)
     process.kill()
     os.kill(int(out.with_suffix(".pid").read_text()), signal.SIGKILL)
     process.join()
-    assert 6 <= lines(second) < 12
+    assert 3 <= lines(second) < 6
     wait_for(lambda: not locked(second))
     finished = files(first, "**/*")
     process = spawn(forked_sweep, *given, log=log)
@@ -186,10 +191,10 @@ def test_stopped_and_killed_it_goes_on_to_the_bit(
     assert files(first, "**/*") == finished
 
     for name in ("lr-0.001", "lr-1e-05"):
-        last = "checkpoints/step-00000012/*"
+        last = "checkpoints/step-00000006/*"
         assert files(out / name, last) == files(swept.out / name, last)
         assert metrics(out / name) == metrics(swept.out / name)
-        for path in ("validation/step-00000012*", "samples/step-00000012/*"):
+        for path in ("validation/step-00000006*", "samples/step-00000006/*"):
             assert files(out / name, path) == files(swept.out / name, path)
 
 
@@ -199,8 +204,6 @@ def lines(run: Path) -> int:
 
 
 def locked(run: Path) -> bool:
-    from filelock import FileLock, Timeout
-
     try:
         with FileLock(run / ".lock", timeout=0):
             return False
@@ -234,8 +237,8 @@ def test_another_sweep_is_not_gone_on_with(
     [
         (("--lr", "1e-3"), "--lr 1e-3 names no two different rates"),
         (("--lr", "1e-3,0.001"), "names no two different rates, or one twice"),
-        (("--lr", "slow,fast"), "--lr 'slow,fast' holds no rates"),
-        ((), "--lr '' holds no rates"),
+        (("--lr", "slow,fast"), "--lr 'slow,fast' is no list of rates"),
+        ((), "--lr '' is no list of rates"),
         (("--lr", "1e-3,-1"), "--lr -1 is not a positive number"),
         (("--lr", "4e-3,1e-5", "--scheduler", "linear", "--lr-floor", "1e-4"), "--lr-floor 0.0001"),
         (("--lr", "4e-3,1e-5", "--batch", 0), "--batch 0"),
@@ -296,11 +299,16 @@ def test_folders_and_validation_have_defaults_of_their_own() -> None:
         assert {run.validate_every for run in runs.values()} == {every}
 
 
-def test_a_recipes_rate_does_not_stand_in_the_way() -> None:
-    """Settings may come from elsewhere, before the command line is read."""
-    config = SweepConfig(phase="te", lr=3e-6, scheduler="linear", lr_floor=1e-7)
-    with pytest.raises(UserError, match="holds no rates"):
-        config.runs(False)
+def test_a_recipe_passes_through(tmp_path: Path) -> None:
+    """Its own rate does not count; the rest of it does, in the sweep and in the runs' words."""
+    words = "--recipe phase1-te --lr 5e-6,4e-6 --stop-after 500".split()
+    config = parse(SweepConfig, [*words, "--out", str(tmp_path / "out")], "", "")
+    first, second = config.runs(False).values()
+    assert (first.lr, second.lr, first.validate_every) == (5e-6, 4e-6, 50)
+    alone = [*without(words, "lr"), "--lr", "5e-6", "--validate-every", "50"]
+    assert replace(parse(TrainConfig, alone, "", "").resolved(), out=first.out) == first
+    with pytest.raises(UserError, match="no list of rates"):
+        parse(SweepConfig, words[:2], "", "").runs(False)
 
 
 def test_the_words_go_on_without_the_sweeps_own() -> None:
@@ -331,8 +339,6 @@ def test_what_compares_is_said_and_what_does_not(swept: Swept, tmp_path: Path) -
     path = bad / "config.json"
     record = json.loads(path.read_text())
     keys = record["validation"]["held_out"]
-    from safetensors.numpy import load_file, save_file
-
     for losses in (bad / "validation").iterdir():
         found = load_file(losses)
         found["live/held_out"] = found["live/held_out"][::-1].copy()
@@ -364,13 +370,9 @@ def test_a_run_that_never_bettered_its_start_is_not_taken(swept: Swept, tmp_path
 
 def test_the_answer_says_where_the_rates_end(swept: Swept, tmp_path: Path) -> None:
     runs = histories(copied(swept, tmp_path, "lr-0.001", "lr-1e-05"))
-    from dataclasses import replace
-
-    named = [
-        replace(run, name=f"--lr {rate}") for run, rate in zip(runs, (1e-3, 1e-5), strict=True)
-    ]
-    assert "highest rate tried" in xlsd_train.sweep._beyond(rank(named)[0])
-    named = [
-        replace(run, name=f"--lr {rate}") for run, rate in zip(runs, (1e-6, 1e-5), strict=True)
-    ]
-    assert "lowest rate tried" in xlsd_train.sweep._beyond(rank(named)[0])
+    for rate, told in (("0.001", "highest rate tried"), ("1e-06", "lowest rate tried")):
+        named = [replace(runs[0], name=f"--lr {rate}"), replace(runs[1], name="--lr 1e-05")]
+        assert told in xlsd_train.sweep._beyond(rank(named)[0])
+    (run,) = histories(copied(swept, tmp_path / "again", "lr-0.001"))
+    alike = [replace(run, name="--lr 1e-02"), named[0]]
+    assert xlsd_train.sweep._beyond(rank(alike)[0]) == ""
