@@ -33,11 +33,14 @@ def test_crops_hold_their_subject_and_have_the_tags_of_what_they_show(tmp_path: 
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_its_commands_are_settings_that_can_be() -> None:
+def test_its_commands_are_settings_that_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = subprocess.run(
         ["make", "-n", "article"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     lines = said.replace("\\\n", " ").splitlines()
+    monkeypatch.chdir(tmp_path)  # where no article/ was made before
     seen = []
     for line in lines:
         if "/xlsd-train " in line:
