@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from xlsd_cache import UserError
 from xlsd_cache.blocks import in_blocks
 from xlsd_cache.captions import Column, read_captions, read_object
+from xlsd_cache.folders import walk
 from xlsd_cache.lists import listed
 from xlsd_cache.manifest import CAPTIONS, last_of
 from xlsd_cache.match import SUFFIX, match
@@ -132,6 +133,12 @@ def is_image(name: str) -> bool:
     """Whether the name ends like an image's."""
     dot = name.rfind(".")
     return dot >= 0 and name[dot:].lower() in IMAGE_SUFFIXES
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images of a folder and those in it, by name, in order."""
+    found = walk(folder, Counter())
+    return sorted(Path(inside, name) for inside, names in found for name in names if is_image(name))
 
 
 def named_roots(sources: tuple[str, ...]) -> dict[str, Path]:

@@ -8,9 +8,8 @@ from typing import Any
 
 from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected
-from xlsd_cache.folders import walk
 from xlsd_cache.precision import device_of, set_precision
-from xlsd_cache.sources import is_image
+from xlsd_cache.sources import image_files
 from xlsd_train import draw
 from xlsd_train.clip import Clip, Embeddings, load_clip
 from xlsd_train.drawn import Drawn, drawn_in
@@ -77,12 +76,7 @@ def _real(folder: Path, most: int, pictures: int) -> Real:
     _enough(pictures, "pictures a model", LEAST, " with --real")
     if not folder.is_dir():
         raise UserError(f"--real {folder} is no folder; name one of images")
-    there = [
-        Path(inside, name)
-        for inside, names in walk(folder, Counter())
-        for name in names
-        if is_image(name)
-    ]
+    there = image_files(folder)
     _enough(len(there), f"images in {folder}")
     order = draw.permutation(0, "real images", len(there))[: most or len(there)]
     return Real(folder, len(there), [there[i] for i in sorted(order.tolist())])
