@@ -181,3 +181,18 @@ def test_overtrain_tells_every_checkpoint_and_the_best() -> None:
     assert [line.split()[0] for line in lines[4:7]] == ["0", "1", "2"]
     assert lines[7].startswith("best on held-out images: step ")
     assert [line.split()[2] for line in lines[8:10]] == ["training", "held-out"]
+
+
+def test_align_tells_losses_of_each_warm_start() -> None:
+    lines = run(
+        "benchmarks/align.py", "--short-side", "128", "--vae-steps", "2", "--base-steps", "2",
+        "--steps", "2", "--validations", "1", "--images", "2", "--seeds", "1", "--batch", "2",
+        "--size", "nano", "--arms", "plain swap", "rotation",
+    )  # fmt: skip
+    assert lines[0].startswith("machine: ")
+    assert lines[1].startswith("command: python benchmarks/align.py --short-side 128")
+    head = lines.index("held-out loss with the second VAE, mean over 1 seeds (spread)")
+    assert lines[head + 1].split() == ["images", "plain", "swap", "rotation"]
+    assert [line.split()[0] for line in lines[head + 2 : head + 4]] == ["0", "4"]
+    (plain,) = [line.split() for line in lines if line.startswith(" " * 8 + "plain swap")]
+    assert plain[2:] == ["1.00", "1.00"]
