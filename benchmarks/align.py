@@ -220,8 +220,8 @@ def train(
         "--out", run, "--optimizer", "adamw", "--lr", config.base_lr if falling else config.lr,
         "--scheduler", "linear" if falling else "constant", "--warmup", min(20, steps),
         "--steps", steps, "--seed", seed, "--sample-every", 0, "--save-every", steps, "--keep", 1,
-        "--threads", 1, "--validate-every", every, "--validation-fraction", 0.05, "--validation-images",
-        32 if falling else config.images, *more,
+        "--threads", 1, "--validate-every", every, "--validation-fraction", 0.05,
+        "--validation-images", 32 if falling else config.images, *more,
     )  # fmt: skip
 
 
