@@ -70,6 +70,10 @@ class AlignConfig:
     kl: float = 1e-5
     """What the second VAE's KL weighs, in nats a latent value, beside 4 mean squared errors."""
 
+    balance: float = 0.1
+    """And what the distance of its latents' covariance from the unit matrix weighs, squared; with
+    0 nearly all their variance lies in one direction, as that of no VAE in use does."""
+
     base_steps: int = 3000
     """Optimizer steps with the first VAE."""
 
@@ -185,8 +189,11 @@ def second_vae(photos: list[Image.Image], config: AlignConfig, out: Path) -> Non
         y = vae.decode(posterior.sample()).sample
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
+        flat = posterior.mean.movedim(1, -1).flatten(0, -2)
+        uneven = (torch.cov(flat.T) - torch.eye(flat.shape[1])).square().sum()
         optimizer.zero_grad()
-        (4 * F.mse_loss(y, x) + 0.5 * edges + config.kl * kl).backward()
+        loss = 4 * F.mse_loss(y, x) + 0.5 * edges + config.kl * kl + config.balance * uneven
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -257,7 +264,7 @@ class Maps:
     new_of_old: NDArray[np.float64]  # least squares the other way
     rotation: NDArray[np.float64]  # orthogonal, as `xlsd-train align` finds it
     means: tuple[NDArray[np.float64], NDArray[np.float64]]  # of old, of new
-    stds: tuple[NDArray[np.float64], NDArray[np.float64]]
+    spreads: tuple[NDArray[np.float64], NDArray[np.float64]]  # along the covariance's directions
     r2: dict[str, NDArray[np.float64]]  # of each old channel, on the other half
 
     @classmethod
@@ -273,13 +280,12 @@ class Maps:
         r2 = {
             name: 1 - np.square(y - x @ m.T).mean(0) / y.var(0) for name, (m, x, y) in maps.items()
         }
-        return cls(a, b, rotation, means, (old.std(0), new.std(0)), r2)
+        return cls(a, b, rotation, means, (directions(old), directions(new)), r2)
 
     def tell(self) -> None:
         """What the spaces have in common."""
-        for name, values in (("mean", self.means), ("spread", self.stds)):
-            for which, per_channel in zip(("old", "new"), values, strict=True):
-                print(f"{name} of the {which} channels: {numbers(per_channel)}")
+        for which, spread in zip(("old", "new"), self.spreads, strict=True):
+            print(f"spread of {which} latents along their directions: {numbers(spread)}")
         print(f"R2 of old from new, by channel, least squares: {numbers(self.r2['least squares'])}")
         print(f"R2 of old from new, by channel, rotation:      {numbers(self.r2['rotation'])}")
         print(f"R2 of new from old, by channel, least squares: {numbers(self.r2['back'])}")
@@ -300,6 +306,12 @@ class Maps:
             "conv_out.bias": b @ unet["conv_out.bias"].double(),
         }
         return unet | {name: value.float().contiguous() for name, value in folded.items()}
+
+
+def directions(latents: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The square roots of the eigenvalues of their covariance, ascending."""
+    found: NDArray[np.float64] = np.sqrt(np.maximum(0, np.linalg.eigvalsh(np.cov(latents.T))))
+    return found
 
 
 def numbers(values: NDArray[np.float64]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from xlsd_train.history import History
 from xlsd_train.validate import HELD_OUT, Candidate, named, read_losses
-from xlsd_train.verdict import Interval, Losses, overall
+from xlsd_train.verdict import NARROW, Interval, Losses, overall
 from xlsd_train.verdict import lowest as lowest_of
 
 
@@ -90,7 +90,8 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
         else it
         for it in standings
     ]
-    return standings, _answer(standings, len(common))
+    few = f" ({len(common)} are few: intervals of so few hold less often than 95%)"
+    return standings, _answer(standings, len(common)) + (few if len(common) < NARROW else "")
 
 
 def table(standings: list[Standing]) -> str:

@@ -15,9 +15,8 @@ from xlsd_train.clip import Clip, Embeddings, load_clip
 from xlsd_train.drawn import Drawn, drawn_in
 from xlsd_train.measures import LEAST, Sample, clip_scores, cmmd
 from xlsd_train.model_commands import ScoreConfig
-from xlsd_train.verdict import Estimate, lowest, mean
+from xlsd_train.verdict import NARROW, Estimate, lowest, mean
 
-NARROW = 30  # pictures; of normal scores a 95% interval of 4 holds 81%, of 12 91%, of 30 94%
 FEW = 300  # where CMMD's interval is about a quarter of 0.4 to either side
 NAMED = 20  # rejected images that are told by name
 TITLES = {"clip_score": "CLIP score", "cmmd": "CMMD"}
