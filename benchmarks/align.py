@@ -9,8 +9,9 @@ the same held-out loss.
 
 With z the scaled latents, z_old ~ A z_new + b by least squares over pixels of tiles that both VAEs
 encoded. x_t = s z + sigma eps, so conv_in' = conv_in A takes the noise to A eps, which is white and
-of the variance that the timestep says only for an orthogonal A: hence the nearest rotation, which
-`xlsd-train align` folds. Maps of 1x1 alone, for one with taps does not fold into 3x3.
+of the variance that the timestep says only for an orthogonal A: hence the nearest rotation, by
+orthogonal Procrustes (Schoenemann 1966, Psychometrika 31). Maps of 1x1 alone, for one with taps
+does not fold into 3x3.
 """
 
 import json
@@ -44,7 +45,6 @@ from benchmarks.machine import machine
 from xlsd_cache import UserError
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_train import sd15
-from xlsd_train.align import Rotation
 from xlsd_train.cli import main as xlsd_train
 from xlsd_train.diffusion import alphas_cumprod
 from xlsd_train.validate import read_losses
@@ -262,7 +262,7 @@ class Maps:
 
     old_of_new: NDArray[np.float64]  # A, least squares
     new_of_old: NDArray[np.float64]  # least squares the other way
-    rotation: NDArray[np.float64]  # orthogonal, as `xlsd-train align` finds it
+    rotation: NDArray[np.float64]  # orthogonal
     means: tuple[NDArray[np.float64], NDArray[np.float64]]  # of old, of new
     spreads: tuple[NDArray[np.float64], NDArray[np.float64]]  # along the covariance's directions
     r2: dict[str, NDArray[np.float64]]  # of each old channel, on the other half
@@ -275,7 +275,8 @@ class Maps:
         (u, v), (p, q) = ((old[s] - means[0], new[s] - means[1]) for s in
                           (slice(half), slice(half, None)))  # fmt: skip
         a, b = np.linalg.lstsq(v, u)[0].T, np.linalg.lstsq(u, v)[0].T
-        rotation = Rotation.fit(old[:half], new[:half]).turn
+        left, _, right = np.linalg.svd(u.T @ v)
+        rotation = left @ right
         maps = {"least squares": (a, q, p), "rotation": (rotation, q, p), "back": (b, p, q)}
         r2 = {
             name: 1 - np.square(y - x @ m.T).mean(0) / y.var(0) for name, (m, x, y) in maps.items()

@@ -7,9 +7,8 @@ ROOT = Path(__file__).parent.parent
 READ_SIDE = {  # what xlsd_train may import: the store's read side, and what that stands on
     "xlsd_cache",
     "xlsd_cache.cli",  # only quiet_libraries, in the other command line
-    "xlsd_cache.decode",  # images of `score` and `align`, read as a store's are
+    "xlsd_cache.decode",  # images of `score`, read as a store's are
     "xlsd_cache.durable",
-    "xlsd_cache.encode",  # only to_input
     "xlsd_cache.identity",
     "xlsd_cache.interrupt",
     "xlsd_cache.moments",
@@ -32,7 +31,7 @@ TRAIN = (
     "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
     "plateau power ema verdict validate checkpoint thin history ranking charts facts report "
     "posthoc meter picture sample run announce prepare session loop sweep plan tags single_file "
-    "card export merge align prompts page compare clip measures drawn score cli __main__"
+    "card export merge prompts page compare clip measures drawn score cli __main__"
 ).split()
 
 

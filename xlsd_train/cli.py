@@ -8,13 +8,7 @@ from typing import Any
 from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
 from xlsd_train.config import TrainConfig
-from xlsd_train.model_commands import (
-    AlignConfig,
-    ExportConfig,
-    SampleConfig,
-    ScoreConfig,
-    SwapConfig,
-)
+from xlsd_train.model_commands import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
 from xlsd_train.recipe import parse, show
 from xlsd_train.run_commands import (
     EmaConfig,
@@ -73,12 +67,6 @@ def _swap(config: SwapConfig, _: Sequence[str]) -> None:
     swap(config)
 
 
-def _align(config: AlignConfig, _: Sequence[str]) -> None:
-    from xlsd_train.align import align
-
-    align(config)
-
-
 def _ema(config: EmaConfig, _: Sequence[str]) -> None:
     from xlsd_train.posthoc import reconstruct
 
@@ -110,7 +98,6 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "score": (ScoreConfig, _score),
     "export": (ExportConfig, _export),
     "swap": (SwapConfig, _swap),
-    "align": (AlignConfig, _align),
 }
 
 

@@ -97,30 +97,6 @@ class SwapConfig:
         refuse_existing(self.out)
 
 
-@dataclass(frozen=True)
-class AlignConfig(SwapConfig):
-    """Do what swap does, and turn the UNet towards the new VAE's latents: a warm start.
-
-    Some images are encoded by the model's own VAE and the new one. The rotation between their
-    channels that fits best goes into the UNet's first and last convolution.
-    """
-
-    images: Path = Path("images")
-    """A folder of images."""
-
-    most: int = 64
-    """Of them at most so many: half for the fit, half for measuring it."""
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the graphics card when there is one."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is loaded."""
-        super().__post_init__()
-        if self.most < 16:
-            raise UserError(f"--most {self.most} is too few to fit and to measure; give 16 or more")
-
-
 Scheduler = Literal["dpm++", "dpm++-karras", "euler", "euler-a", "ddim", "unipc"]
 
 
