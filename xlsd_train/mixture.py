@@ -197,9 +197,10 @@ def open_mixture(data: Sequence[str], generations: Sequence[int] | None = None) 
     Raises UserError as LatentStore.open does, and for a weight that is none.
     """
     named = [_weighed(given) for given in data]
-    twice = {path for path, _ in named if [other for other, _ in named].count(path) > 1}
+    folders = [Path(path).expanduser().resolve() for path, _ in named]
+    twice = [path for (path, _), at in zip(named, folders, strict=True) if folders.count(at) > 1]
     if twice:
-        raise UserError(f"--data names {min(twice)} twice; name it once, with a weight: PATH:2")
+        raise UserError(f"--data names {twice[0]} twice; name it once, with a weight: PATH:2")
     with ExitStack() as stack:
         parts = []
         for at, (path, weight) in enumerate(named):

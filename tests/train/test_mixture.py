@@ -122,7 +122,7 @@ def test_statistics_count_each_store_as_often_as_it_is_used(store: Path, other: 
         (["{store}:0"], "'0' is no weight above 0; write {store}:2"),
         (["{store}:twice"], "'twice' is no weight above 0"),
         (["{store}:nan"], "'nan' is no weight above 0"),
-        (["{store}", "{store}:2"], "names {store} twice"),
+        (["{store}", "{store}/../latents:2"], "names {store} twice"),
         (["nowhere"], "no latent store in nowhere"),
         (["{store}", "{foreign}"], "latents of two VAEs must not mix"),
     ],
