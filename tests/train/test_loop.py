@@ -315,6 +315,7 @@ def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) 
     given = ["--phase", "both", *arguments, "--optimizer", "adamw", "--out"]
     given[given.index("--lr") + 1] = 1e-5
     given[given.index("--steps") + 1] = 6
+    given[given.index("--sample-every") + 1] = 0
     assert train(*given, tmp_path / "one") == 0
     torchrun(2, "xlsd_train", *given, tmp_path / "two first", "--stop-after", 3)
     assert train(*given, tmp_path / "two first") == 0

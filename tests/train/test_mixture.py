@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.cache.test_vae import tiny
-from tests.support import cache, files, metrics, torchrun, train, write_images
+from tests.support import cache, files, metrics, train, write_images
 from xlsd_cache import UserError
 from xlsd_cache.moments import moments
 from xlsd_cache.store import LatentStore
@@ -197,18 +196,3 @@ def test_a_run_on_two_stores_says_what_it_uses_and_resumes_as_the_stores_were(
     for data in ([f"{store}:3", other], [store], [other, f"{store}:2"]):
         assert train(*common, "--data", *data, "--out", parts) == 1
         assert "was begun with stores" in capsys.readouterr().err
-
-
-def test_two_processes_cut_the_same_mixed_batches(
-    store: Path, other: Path, model: Path, tmp_path: Path
-) -> None:
-    common = [
-        "--phase", "te", "--batch", 4, "--model", model, "--steps", 2, "--sample-every", 0,
-        "--data", f"{store}:2", other, "--threads", 1, "--device", "cpu", "--caption", "txt",
-    ]  # fmt: skip
-    assert train(*common, "--out", tmp_path / "one") == 0
-    torchrun(2, "xlsd_train", *common, "--out", tmp_path / "two")
-    ours, theirs = (metrics(tmp_path / name) for name in ("one", "two"))
-    assert [x["images_seen"] for x in ours] == [x["images_seen"] for x in theirs]
-    assert [x["loss"] for x in theirs] == pytest.approx([x["loss"] for x in ours], rel=1e-5)
-    torch.set_num_threads(1)
