@@ -72,9 +72,9 @@ class Schedule:
         }
         self.names = sorted(name for name in shares if sum(x.samples for x in shares[name]))
         self._shares = [shares[name] for name in self.names]
-        self._samples = np.array([sum(x.samples for x in of) for of in self._shares], np.int64)
+        samples = np.array([sum(x.samples for x in of) for of in self._shares], np.int64)
         self._counts = np.array([sum(x.uses for x in of) for of in self._shares], np.int64)
-        self._sizes = np.minimum(np.minimum(self._counts, self._samples), batch)
+        self._sizes = np.minimum(np.minimum(self._counts, samples), batch)
         self._seed = seed
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._epoch: _Epoch | None = None
@@ -85,7 +85,7 @@ class Schedule:
         return float(np.sum(self._counts / self._sizes))
 
     def small_buckets(self, batch: int) -> list[tuple[str, int]]:
-        """(name, samples) of the buckets that cannot fill a batch."""
+        """(name, size of its batches) of the buckets that cannot fill a batch."""
         sizes = zip(self.names, self._sizes.tolist(), strict=True)
         return [(name, size) for name, size in sizes if size < batch]
 
@@ -171,16 +171,17 @@ class Schedule:
 
     def _merged(self, bucket: int, turn: int) -> NDArray[np.int64]:
         """The stores' samples of one round, each at a random moment of its interval."""
-        first, orders, moments = 0, [], []
-        for store, share in enumerate(self._shares[bucket]):
+        shares, first, orders, moments = self._shares[bucket], 0, [], []
+        for store, share in enumerate(shares):
             name = self.names[bucket] if store == 0 else f"{self.names[bucket]}/{store}"
             uses = np.arange(turn * share.uses, (turn + 1) * share.uses)
-            orders.append(first + self._uses(name, share, uses))
+            order = self._uses(name, share, uses)
+            if len(shares) == 1:  # the intervals follow each other, and so do the samples
+                return order
+            orders.append(first + order)
             moment = draw.unit(draw.words(self._seed, f"moment/{name}", uses))
             moments.append((np.arange(share.uses) + moment) / max(share.uses, 1))
             first += share.samples
-        if len(orders) == 1:
-            return orders[0]
         merged: NDArray[np.int64] = np.concatenate(orders)
         return merged[np.argsort(np.concatenate(moments), kind="stable")]
 
