@@ -53,7 +53,7 @@ def histories(folders: Sequence[Path]) -> list[History]:
     for folder, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
             raise UserError(f"the run {folder} is named more than once; name each once")
-    records = [_record(folder) for folder in folders]
+    records = [read_record(folder) for folder in folders]
     return [_read(*each) for each in zip(_names(paths), folders, records, strict=True)]
 
 
@@ -82,7 +82,8 @@ def _parse(lines: list[bytes]) -> list[dict[str, Any] | None]:
     return _parse(lines[:half]) + _parse(lines[half:])
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's config.json. Raises UserError for a folder that is no run."""
     path = folder / "config.json"
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())

@@ -18,7 +18,7 @@ from xlsd_cache import UserError
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.config import FREE, TrainConfig
-from xlsd_train.history import histories
+from xlsd_train.history import histories, read_record
 from xlsd_train.ranking import Standing, rank, table
 from xlsd_train.report import NAME, write_page
 from xlsd_train.run_commands import SweepConfig, without
@@ -102,13 +102,13 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
     for folder, asked in runs.items():
         if not (folder / "config.json").exists():
             continue
-        (there,) = histories([folder])
+        there = read_record(folder).get("config", {})
         wanted = json.loads(json.dumps(asdict(asked), default=os.fspath))
         compared = wanted.keys() - FREE - {"data"}  # the store may move: a run checks what it holds
         told = ", ".join(
-            f"{name} {there.config.get(name)} and not {wanted[name]}"
+            f"{name} {there.get(name)} and not {wanted[name]}"
             for name in sorted(compared)
-            if there.config.get(name) != wanted[name]
+            if there.get(name) != wanted[name]
         )
         if told and not asked.force:
             raise UserError(
@@ -121,8 +121,7 @@ def _finished(folder: Path, asked: TrainConfig) -> bool:
     found = checkpoints(folder)
     if not found:
         return False
-    (there,) = histories([folder])
-    planned: int = there.record["planned_steps"]
+    planned: int = read_record(folder)["planned_steps"]
     return step_of(found[-1]) >= min(planned, asked.stop_after or planned)
 
 
