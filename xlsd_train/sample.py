@@ -16,6 +16,7 @@ from xlsd_train.model import Model
 from xlsd_train.parts import Parts
 from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
 from xlsd_train.selection import Selection
+from xlsd_train.thin import evenly
 
 PROMPTS = 4  # taken from the store where no file is given
 GRID_ROWS = 10
@@ -61,8 +62,7 @@ class Sampler:
     def _grid(self, samples: Path) -> Path:
         """Steps down, prompts across; of many steps some, the first and last among them."""
         folders = sorted(samples.glob("step-????????"))
-        count = min(GRID_ROWS, len(folders))
-        chosen = [folders[round(i * (len(folders) - 1) / max(1, count - 1))] for i in range(count)]
+        chosen = [folders[i] for i in evenly(len(folders), GRID_ROWS)]
         rows = [
             [
                 (f"step {int(folder.name[5:])}: {prompt}", folder / f"{column:02d}.png")
