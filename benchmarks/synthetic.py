@@ -110,6 +110,8 @@ def _plan(
             "content_hash": nothing,
             "reason": nothing,
             "detail": nothing,
+            "inode": images,
+            "ctime_ns": rng.integers(16 * 10**17, 17 * 10**17, count),
         }
         yield pa.table(columns).cast(PLAN)
 

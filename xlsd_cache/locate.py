@@ -11,6 +11,7 @@ read, and any number of threads and processes may read at once.
 """
 
 import io
+import os
 import re
 import zlib
 from bisect import bisect_right
@@ -19,7 +20,7 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +30,25 @@ BETWEEN = "//"
 _SPAN = re.compile(r"(\d+)\+(\d+)(?:~(\d+))?/", re.DOTALL)
 _CELL = re.compile(r"([^/]+)@(\d+)\+(\d+)/", re.DOTALL)
 _HELD_BYTES = 2**29  # of decoded parquet row groups: rows of one group are read in any order
+
+
+class Stat(NamedTuple):
+    """What tells whether a file is still the one that was read, without reading it again.
+
+    A program may keep size and mtime; only the system sets the other two.
+    """
+
+    size: int  # bytes; of a member, inflated
+    mtime_ns: int
+    inode: int
+    ctime_ns: int  # Windows: when the file was created
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stat":
+        """As a table of int64 holds it: Windows has inodes beyond."""
+        return cls(
+            status.st_size, status.st_mtime_ns, status.st_ino & 2**63 - 1, status.st_ctime_ns
+        )
 
 
 def span(archive: Path, offset: int, length: int, name: str, inflated: int | None = None) -> str:
@@ -73,19 +93,19 @@ def open_source(source: str) -> IO[bytes]:
     return io.BytesIO(read_source(source))
 
 
-def stat_source(source: str) -> tuple[int, int]:
-    """(bytes, mtime_ns) as the scan saw them, if nothing has changed. Raises OSError.
+def stat_source(source: str) -> Stat:
+    """As the scan saw it, if nothing has changed. Raises OSError.
 
-    A member changes with its archive, whose time stands for it.
+    A member changes with its archive, whose times stand for it.
     """
     archive, _, place = source.partition(BETWEEN)
-    status = Path(archive).stat()
+    stat = Stat.of(Path(archive).stat())
     if not place:
-        return status.st_size, status.st_mtime_ns
+        return stat
     if at := _SPAN.match(place):
-        return int(at[3] or at[2]), status.st_mtime_ns
+        return stat._replace(size=int(at[3] or at[2]))
     if at := _CELL.match(place):
-        return int(at[3]), status.st_mtime_ns
+        return stat._replace(size=int(at[3]))
     raise OSError(f"{source!r} is no source that this version knows")
 
 

@@ -34,6 +34,8 @@ PLAN = pa.schema(
         ("content_hash", pa.string()),  # sha256 of the file, empty where planning had no need of it
         ("reason", pa.string()),  # empty where the image has a place, else why not
         ("detail", pa.string()),
+        ("inode", pa.int64()),  # with ctime_ns it tells whether another file took its name; null in
+        ("ctime_ns", pa.int64()),  # the log of versions that did not ask, and where imported
     ]
 )
 COMMIT = pa.schema(
@@ -47,6 +49,7 @@ COMMIT = pa.schema(
         ("crc32c", pa.uint32()),  # of the latent's bytes
     ]
 )
+LATER = frozenset({"inode", "ctime_ns"})  # columns that the first version's plans lack
 REMOVED = pa.schema([("key", pa.string())])
 DAMAGED = pa.schema(
     [
@@ -228,7 +231,12 @@ class Manifest:
 def read_log(path: Path, columns: Sequence[str]) -> pa.Table:
     """Columns of one of the log's tables. Raises UserError where it cannot be read."""
     with _readable(path):
-        return pq.ParquetFile(path).read(list(columns))
+        file = pq.ParquetFile(path)
+        there = set(file.schema_arrow.names)
+        table = file.read([name for name in columns if name in there])
+    for name in LATER.intersection(columns) - there:
+        table = table.append_column(PLAN.field(name), pa.nulls(table.num_rows, pa.int64()))
+    return table.select(list(columns))
 
 
 @contextmanager

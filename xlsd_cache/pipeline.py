@@ -235,7 +235,7 @@ def _read_and_decode(entry: Entry, live: bool, guard: Guard) -> Decoded:
         return "", Rejected("vanished", "gone between the scan and its reading")
     except OSError as error:
         return "", Rejected("unreadable", error.strerror or str(error))
-    if (len(data), *now) != (entry["size"], entry["size"], entry["mtime_ns"]):
+    if (len(data), *now[:2]) != (entry["size"], entry["size"], entry["mtime_ns"]):
         return "", Rejected("changed", "changed between the scan and its reading")
     width, height = map(int, entry["bucket"].split("x"))
     upright, crop = (entry["width"], entry["height"]), tuple(entry["crop"])

@@ -45,6 +45,8 @@ def place(images: pa.Table, facts: pa.Table, buckets: Buckets) -> pa.Table:
             pa.array([""] * n, pa.string()),
             pc.if_else(unread, one(facts["reason"]), reason),
             pc.if_else(unread, one(facts["detail"]), detail),
+            images["inode"],
+            images["ctime_ns"],
         ],
         schema=PLAN,
     )

@@ -1,18 +1,18 @@
 """One source of any kind as a stream of records: files below a folder, members, rows of a table."""
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 
 from xlsd_cache import UserError
 from xlsd_cache.archives import read_members
 from xlsd_cache.captions import Beside
 from xlsd_cache.folders import walk
-from xlsd_cache.locate import cell
+from xlsd_cache.locate import Stat, cell
 from xlsd_cache.tables import Rows, cell_sizes, is_table, normal_path
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
@@ -24,9 +24,10 @@ class Record:
 
     key: str  # SOURCE_NAME/path/in/the/source.jpg: stays when the source moves
     source: str  # where its bytes are, for locate.py; empty where no table can hold its name
-    size: int  # bytes
-    mtime_ns: int
+    stat: Stat  # of a member: its own size, the archive's times
     beside: Beside  # suffix -> content of the file beside it
+    reason: str = ""  # of decode.REASONS where the scan rejects it already
+    detail: str = ""
 
 
 @dataclass
@@ -64,13 +65,13 @@ def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Itera
             path = f"{folder}{os.sep}{file}"
             if search.is_wanted(file):
                 try:
-                    status = Path(path).stat()
+                    stat = Stat.of(Path(path).stat())
                 except FileNotFoundError:  # deleted while we were looking: it was never there
                     continue
                 beside = partial(_beside, folder, there, _stem(file))
                 source = path if _is_utf8(path) else ""
                 key = _printable(f"{inside}/{file}")
-                yield Record(key, source, status.st_size, status.st_mtime_ns, beside)
+                yield Record(key, source, stat, beside)
             elif file.endswith(".tar"):
                 yield from archive_records(f"{inside}/{file}", Path(path), search, tally)
             elif search.tables and is_table(file):
@@ -81,7 +82,7 @@ def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Itera
 
 def archive_records(name: str, archive: Path, search: Search, tally: Tally) -> Iterator[Record]:
     """Every member that is searched for; what stands beside one is what shares its stem."""
-    mtime_ns = archive.stat().st_mtime_ns
+    stat = Stat.of(archive.stat())
     found = read_members(archive, search.is_wanted, search.is_caption)
     if found.damage:
         tally.damaged.append(f"{archive} is damaged: {found.damage}; all before that is used")
@@ -91,7 +92,7 @@ def archive_records(name: str, archive: Path, search: Search, tally: Tally) -> I
         beside = partial(_member_beside, found.texts, _stem(member.name))
         source = member.source if _is_utf8(member.source) else ""
         key = _printable(f"{name}/{member.name}")
-        yield Record(key, source, member.size, mtime_ns, beside)
+        yield Record(key, source, stat._replace(size=member.size), beside)
 
 
 def row_records(name: str, rows: Rows, tally: Tally) -> Iterator[Record]:
@@ -108,25 +109,25 @@ def row_records(name: str, rows: Rows, tally: Tally) -> Iterator[Record]:
             status = Path(path).stat()
         except (OSError, ValueError):  # ValueError: a NUL in it
             status = None
-        if status is None or not stat.S_ISREG(status.st_mode):
+        if status is None or not S_ISREG(status.st_mode):
             tally.passed_over["named but not there"] += 1
             continue
         inside = Path(path).is_relative_to(rows.folder)
         key = f"{name}/{path[start:] if inside else path.lstrip('/')}".replace(os.sep, "/")
         folder, _, file = path.rpartition(os.sep)
         beside = partial(_beside, folder, None, _stem(file))
-        yield Record(key, path, status.st_size, status.st_mtime_ns, beside)
+        yield Record(key, path, Stat.of(status), beside)
 
 
 def _cell_records(name: str, rows: Rows, column: str, tally: Tally) -> Iterator[Record]:
-    mtime_ns = rows.file.stat().st_mtime_ns
+    stat = Stat.of(rows.file.stat())
     labels = rows.path.to_pylist()
     for row, size in enumerate(cell_sizes(rows.file, column)):
         if not size:
             tally.passed_over["rows without an image"] += 1
             continue
         source = cell(rows.file, column, row, size, labels[row])
-        yield Record(f"{name}/{labels[row]}", source, size, mtime_ns, _nothing)
+        yield Record(f"{name}/{labels[row]}", source, stat._replace(size=size), _nothing)
 
 
 def _stem(name: str) -> str:

@@ -232,7 +232,7 @@ def _content_hash(entry: Entry) -> str:
     if entry["content_hash"]:
         return str(entry["content_hash"])
     try:
-        same = stat_source(entry["source"]) == (entry["size"], entry["mtime_ns"])
+        same = stat_source(entry["source"])[:2] == (entry["size"], entry["mtime_ns"])
         return hashlib.sha256(read_source(entry["source"])).hexdigest() if same else ""
     except OSError:
         return ""

@@ -42,8 +42,12 @@ IMAGES = pa.schema(
         ("source", pa.string()),
         ("size", pa.int64()),
         ("mtime_ns", pa.int64()),
+        ("inode", pa.int64()),
+        ("ctime_ns", pa.int64()),
         ("relative", pa.string()),  # the key without source name and suffix
         ("url", pa.string()),  # as img2dataset notes it beside the image; null where unknown
+        ("reason", pa.string()),  # of decode.REASONS where the scan rejects it already, or empty
+        ("detail", pa.string()),
     ]
 )
 _BLOCK = 256  # records a thread takes at once
@@ -215,15 +219,17 @@ def _read_block(
     relative = pc.replace_substring_regex(
         pc.replace_substring_regex(key, "^[^/]*/", ""), SUFFIX, ""
     )
+    stats = zip(*(record.stat for record in records), strict=True)
     images = [
         key,
         pa.array([record.source for record in records], pa.string()),
-        pa.array([record.size for record in records], pa.int64()),
-        pa.array([record.mtime_ns for record in records], pa.int64()),
+        *(pa.array(values, pa.int64()) for values in stats),
         relative,
         pa.array(
             [_url(record.beside("json")) if urls else None for record in records], pa.string()
         ),
+        pa.array([record.reason for record in records], pa.string()),
+        pa.array([record.detail for record in records], pa.string()),
     ]
     return (
         pa.Table.from_arrays(images, schema=IMAGES),

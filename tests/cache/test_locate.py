@@ -51,7 +51,7 @@ def test_every_kind_gives_the_same_bytes(sources: dict[str, str], kind: str) -> 
     with open_source(source) as file:
         assert file.read() == DATA
     container = Path(source.partition("//")[0])
-    assert stat_source(source) == (len(DATA), container.stat().st_mtime_ns)
+    assert stat_source(source)[:2] == (len(DATA), container.stat().st_mtime_ns)
 
 
 @KINDS
