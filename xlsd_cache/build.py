@@ -97,7 +97,7 @@ def _plan(
     config: BuildConfig, known: Known, found: Scan, buckets: Buckets, staging: Path | None = None
 ) -> Plan:
     """The next generation. Raises UserError where a source of before is missing."""
-    columns, workers = config.caption_columns, config.workers
+    columns, workers = found.columns, config.workers
     plan = make_plan(found.images, found.captions, columns, known, buckets, workers, staging)
     refuse_lost_sources(plan, known, set(found.names), set(config.forget))
     return plan
@@ -169,15 +169,19 @@ def _say_found(found: Scan, config: BuildConfig) -> None:
     print(f"; passed over {over}" if over else "")
     for sentence in found.damaged:
         print(f"WARNING: {sentence}", file=sys.stderr)
-    for column in config.caption_columns:
+    for line in found.matches.told():
+        print(line)
+    for column in found.columns:
         with_text = pc.sum(pc.equal(found.captions["column"], column)).as_py() or 0
         said = [
             f"{n} {what}" for (name, what), n in sorted(found.remarks.items()) if name == column
         ]
         print(f"{column} captions: {with_text} of {images} images", end="")
         print(f" ({', '.join(said)})" if said else "")
-    if config.caption_columns and not found.captions.num_rows:
-        columns = ", ".join(config.caption_columns)
+    if found.columns and not found.captions.num_rows:
+        columns = ", ".join(found.columns)
+        if config.caption_columns is None:
+            columns = "a .txt beside it, nor in the text or caption field of a table"
         raise UserError(
             f"no captions: none of the {images} images has one in {columns}; put them beside the "
             f"images, name other columns with --captions, or say --captions none"

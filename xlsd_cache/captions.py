@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["sidecar", "json", "jsonl", "parquet"]
+Kind = Literal["sidecar", "json", "jsonl", "csv", "parquet"]
+_KINDS: dict[str, Kind] = {
+    "json": "json", "jsonl": "jsonl", "csv": "csv", "parquet": "parquet", "arrow": "parquet",
+}  # fmt: skip
 Beside = Callable[[str], bytes | None]  # suffix -> content of the file beside the image, if any
 
 # What may be said of a caption; the first three leave it out.
@@ -25,7 +28,7 @@ LATIN_1, NUL = "not UTF-8, read as Latin-1", "with NUL removed"
 class Column:
     """One caption column, under the name by which it is asked for."""
 
-    name: str  # txt | json:caption | jsonl:tags | parquet:caption
+    name: str  # txt | json:caption | jsonl:tags | csv:text | parquet:caption | arrow:text
     kind: Kind
     field: str  # the sidecar's suffix, or the field's name, dotted where it lies deeper
 
@@ -37,10 +40,9 @@ class Column:
             if not name or "/" in name:
                 raise ValueError(name)
             return cls(name, "sidecar", name)
-        kinds: dict[str, Kind] = {"json": "json", "jsonl": "jsonl", "parquet": "parquet"}
-        if before not in kinds or not field:
+        if before not in _KINDS or not field:
             raise ValueError(name)
-        return cls(name, kinds[before], field)
+        return cls(name, _KINDS[before], field)
 
     @property
     def suffix(self) -> str | None:
@@ -105,18 +107,35 @@ def read_object(data: bytes | None) -> tuple[Any, list[str]]:
         return None, [MISSING]
     try:
         return json.loads(decode_text(data)[0], strict=False), []
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, [BROKEN]
 
 
 def field_text(value: Any, field: str) -> tuple[str, list[str]]:
-    """The caption in a parsed object's field; a field named with its dots wins over a path."""
+    """The caption in a parsed object's field; a field named with its dots wins over a path.
+
+    A part of the path that is a number takes that item of a list; a name is looked for in each
+    item, and each text found is an alternative, a line of its own.
+    """
     if isinstance(value, dict) and field in value:
         return value_text(value[field])
-    for name in field.split("."):
-        if not isinstance(value, dict) or name not in value:
+    return _descend(value, field.split("."))
+
+
+def _descend(value: Any, path: list[str]) -> tuple[str, list[str]]:
+    for depth, name in enumerate(path):
+        if isinstance(value, list) and name.removeprefix("-").isdecimal():
+            if not -len(value) <= int(name) < len(value):
+                return "", [MISSING]
+            value = value[int(name)]
+        elif isinstance(value, list):
+            texts = (_descend(item, path[depth:]) for item in value if isinstance(item, dict))
+            lines = dict.fromkeys(text for text, _ in texts if text)
+            return "\n".join(lines), [] if lines else [MISSING]
+        elif isinstance(value, dict) and name in value:
+            value = value[name]
+        else:
             return "", [MISSING]
-        value = value[name]
     return value_text(value)
 
 

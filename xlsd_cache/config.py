@@ -22,7 +22,8 @@ class BuildConfig:
     """
 
     source: tyro.conf.Positional[tuple[str, ...]] = ("images",)
-    """Folders, searched at every depth, and .tar, .zip, .jsonl[.gz], .parquet files; any number."""
+    """Folders, searched at every depth; archives (.tar, .tar.gz, .zip); tables of images or of
+    their paths (.parquet, .arrow, .jsonl, .json, .csv); any number."""
 
     out: Path = Path("latents")
     """The store. It alone is needed for training, and may be moved."""
@@ -57,15 +58,17 @@ class BuildConfig:
     store_dtype: Literal["float32", "float16"] = "float32"
     """float16 halves the disk; its rounding is 2e-4 of the latents' spread, measured and shown."""
 
-    captions: str = "txt"
-    """Caption columns, comma-separated: the suffix of the text file beside each image; json:FIELD
-    of the .json beside it; jsonl:FIELD, parquet:FIELD of its row in the source's table; or none."""
+    captions: str = "auto"
+    """Caption columns, comma-separated: the suffix of the text file beside each image, as txt;
+    json:FIELD of the .json beside it; jsonl:FIELD, csv:FIELD, parquet:FIELD of its row in a table;
+    or none. auto: txt, or the text or caption field of tables, whichever most images have."""
 
-    only: tuple[Path, ...] = ()
-    """Lists of images, a line each: key, path in the source, or file. No other images are used."""
+    only: tuple[str, ...] = ()
+    """Images to use, and no others: names (key, path in the source, or file), patterns such as
+    'good/*.png', or files of them, a line each."""
 
-    exclude: tuple[Path, ...] = ()
-    """Lists of images, as with --only, that are not used."""
+    exclude: tuple[str, ...] = ()
+    """Images not to use, as with --only: '*_mask.*'."""
 
     forget: tuple[str, ...] = ()
     """Names of earlier sources that are gone for good: their images leave training."""
@@ -94,12 +97,12 @@ class BuildConfig:
         number, _, count = (self.shard or "0/1").partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
-        check_columns("--captions", self.caption_columns)
+        check_columns("--captions", self.caption_columns or ())
 
     @property
-    def caption_columns(self) -> tuple[str, ...]:
-        """The caption columns by name."""
-        return columns_or_none(self.captions)
+    def caption_columns(self) -> tuple[str, ...] | None:
+        """The caption columns by name; None where the images decide."""
+        return None if self.captions == "auto" else columns_or_none(self.captions)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -114,15 +117,16 @@ class BuildConfig:
 class CaptionsConfig:
     """Add caption columns to a store, or replace them, without touching a latent.
 
-    Captions are matched with images by key, else by path, url or file stem where that is
-    unambiguous. A column that `build` reads as well is set anew by its next run.
+    A caption file is for the image beside it, a table's row for the image that it names. Captions
+    that lie elsewhere are matched with all images, by path in the source, by url, or by a file name
+    that one image has. A column that `build` reads as well is replaced by its next run.
     """
 
     store: tyro.conf.Positional[Path]
     """The store's folder."""
 
     source: Annotated[tuple[str, ...], tyro.conf.arg(name="from")]
-    """Where the captions are: folders, .tar, .zip, .jsonl, .jsonl.gz, .parquet files."""
+    """Where the captions are: folders, archives and tables, as for `build`."""
 
     columns: str
     """Columns, comma-separated, as with build --captions: txt, json:FIELD, jsonl:FIELD, ..."""

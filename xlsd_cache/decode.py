@@ -39,6 +39,7 @@ REASONS = {
     "bad_name": "the file's name is not UTF-8",
     "too_elongated": "its ratio is beyond --max-ratio",
     "too_small": "it does not fill its bucket, and --upscale is off",
+    "mask": "by its name, a mask or condition image of the image beside it",
     "duplicate": "the same bytes as another image",
     "non_finite": "the VAE gave NaN or infinity",
     "overflow": "a latent is beyond float16",

@@ -14,22 +14,14 @@ import io
 import os
 import re
 import zlib
-from bisect import bisect_right
-from collections import OrderedDict
-from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
-from threading import Lock
 from typing import IO, Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from xlsd_cache.cells import read_cell
 
 BETWEEN = "//"
 _SPAN = re.compile(r"(\d+)\+(\d+)(?:~(\d+))?/", re.DOTALL)
 _CELL = re.compile(r"([^/]+)@(\d+)\+(\d+)/", re.DOTALL)
-_HELD_BYTES = 2**29  # of decoded parquet row groups: rows of one group are read in any order
 
 
 class Stat(NamedTuple):
@@ -58,7 +50,7 @@ def span(archive: Path, offset: int, length: int, name: str, inflated: int | Non
 
 
 def cell(table: Path, column: str, row: int, size: int, name: str) -> str:
-    """The source of the image in one cell of a parquet file; `column` may be dotted."""
+    """The source of the image in one cell of a parquet or .arrow file; `column` may be dotted."""
     return f"{table}{BETWEEN}{column}@{row}+{size}/{name}"
 
 
@@ -75,7 +67,7 @@ def read_source(source: str) -> bytes:
             raise OSError(f"{archive} ends before {place}")
         return data if at[3] is None else _inflate(data, int(at[3]))
     if at := _CELL.match(place):
-        return _read_cell(archive, at[1], int(at[2]))
+        return read_cell(archive, at[1], int(at[2]))
     raise OSError(f"{source!r} is no source that this version knows")
 
 
@@ -107,17 +99,6 @@ def stat_source(source: str) -> Stat:
     if at := _CELL.match(place):
         return stat._replace(size=int(at[3]))
     raise OSError(f"{source!r} is no source that this version knows")
-
-
-def descend(table: pa.Table, column: str) -> pa.ChunkedArray:
-    """The column called `column`, or the field of a struct column that its dots lead to."""
-    if column in table.column_names:
-        return table[column]
-    head, *rest = column.split(".")
-    values = table[head]
-    for name in rest:
-        values = pc.struct_field(values, name)
-    return values
 
 
 def _inflate(data: bytes, size: int) -> bytes:
@@ -161,39 +142,3 @@ class _Stretch(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-_groups: OrderedDict[tuple[str, int, str, int], Any] = OrderedDict()
-_lock = Lock()
-
-
-def _read_cell(path: str, column: str, row: int) -> bytes:
-    """One value of a parquet file, whose whole row group is decoded and kept for the next."""
-    mtime_ns = Path(path).stat().st_mtime_ns
-    try:
-        starts = _row_groups(path, mtime_ns)
-        group = bisect_right(starts, row) - 1
-        named = (path, mtime_ns, column, group)
-        with _lock:
-            if named not in _groups:
-                with pq.ParquetFile(path) as file:
-                    _groups[named] = descend(file.read_row_group(group, columns=[column]), column)
-                while len(_groups) > 1 and sum(g.nbytes for g in _groups.values()) > _HELD_BYTES:
-                    _groups.popitem(last=False)
-            _groups.move_to_end(named)
-            values = _groups[named]
-        value = values[row - starts[group]].as_py()
-    except (pa.ArrowException, KeyError, IndexError) as error:
-        raise OSError(f"cannot read {column} of row {row}: {error}") from error
-    if not isinstance(value, bytes):
-        raise OSError(f"{column} of row {row} holds no bytes")
-    return value
-
-
-@lru_cache(maxsize=4096)
-def _row_groups(path: str, mtime_ns: int) -> list[int]:
-    """The first row of each row group of the file as it was at that time, and their end."""
-    del mtime_ns  # only tells the versions of a file apart
-    with pq.ParquetFile(path) as file:
-        told = file.metadata
-        return [0, *accumulate(told.row_group(i).num_rows for i in range(told.num_row_groups))]

@@ -1,52 +1,364 @@
-"""Which row of a table is about which image: by path, key or url, else by an unambiguous stem."""
+"""Which image a row of a table is about.
 
-from pathlib import Path
+A row speaks for the image that it names, wherever that lies: by path, absolute or from the table's
+folder; by key, such a path without the image's suffix; by the url that the image is from. A table
+that embeds its images speaks for those alone. Where no image is there of the name that a row gives,
+less may tell, among the images that its table speaks for: those in the table's folder and below;
+or, where none lies there and the user gave the table, all.
+
+    FORMER  the image was renamed, which its content proves
+    INSIDE  path or key from the root of an image's source, for a table that the user gave
+    NAME    the only image of that full file name; of that stem, for a key or id without folders
+
+What names several images, or names one by its file name as other rows do, matches nothing.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.tables import Rows, one
+from xlsd_cache.manifest import CAPTIONS
+from xlsd_cache.tables import NOTHING, Rows, one
 
+Ints = NDArray[np.int64]
 SUFFIX = r"\.[^./]*$"
 FOLDERS = r"^.*/"
+_SHOWN = 20  # tables that get a line of their own
+_ODD = r"\\|/\.\.?/|[^\x00-\x7f]"  # what one image's path may be written with in several ways
+NOBODY, SEVERAL = -1, -2  # in place of an image's number
 
 
-def match(rows: Rows, images: pa.Table) -> NDArray[np.int64]:
-    """int64 [images]: the row of each, or -1.
+class How(IntEnum):
+    """How a row named its image, the most exact first."""
 
-    `images` has the columns source, relative (its path in its source, without suffix) and url,
-    which may be null. Where rows name an image twice, the last counts; a stem that several images
-    or several rows have names none of them.
+    PATH = 0
+    KEY = 1
+    URL = 2
+    FORMER = 3
+    MOVED = 4  # by the image's key: its source lay elsewhere when the store was built
+    INSIDE = 5
+    NAME = 6
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, and what they may speak for."""
+
+    rows: Rows
+    folder: str  # what its paths start from
+    place: str = ""  # what begins the keys of images in that folder: SOURCE/path/in/it
+    given: bool = False  # named by the user, as a source of its own, and not found in a folder
+    sidecars: bool = False  # the rows are files, each named like the image beside it
+
+    @property
+    def names_images(self) -> bool:
+        """Whether its images are images of the folder that it was found in."""
+        return self.rows.cell is not None or self.rows.stored
+
+    @property
+    def own_place(self) -> str:
+        """What begins the keys of the images that the table embeds."""
+        return self.place if self.given else f"{self.place}/{self.rows.file.name}"
+
+    @property
+    def depth(self) -> int:
+        """Of two tables about one image, the nearer counts."""
+        return self.folder.count("/")
+
+
+@dataclass
+class Matches:
+    """What became of each row of all tables, one table's rows after the other's."""
+
+    tables: list[Table]
+    starts: Ints  # of each table's rows, and their end
+    image: Ints  # number of the image, NOBODY or SEVERAL
+    how: NDArray[np.int8]  # of How, where there is an image
+    path: pa.Array  # absolute, as the row names it, or null
+    key: pa.Array
+
+    def counts(self, table: int) -> tuple[int, int, int]:
+        """How many of a table's rows are used, are of no image, and of several."""
+        image = self.image[self.starts[table] : self.starts[table + 1]]
+        used, several = int((image >= 0).sum()), int((image == SEVERAL).sum())
+        return used, len(image) - used - several, several
+
+    def names(self, table: int, wanted: int, most: int = 3) -> list[str]:
+        """What some rows without an image (NOBODY), or with SEVERAL, are called."""
+        start, stop = self.starts[table], self.starts[table + 1]
+        at = np.flatnonzero(self.image[start:stop] == wanted)[:most]
+        rows = self.tables[table].rows
+        names = pc.coalesce(rows.path, rows.key, rows.url, rows.id)
+        return [name or "a row without a name" for name in names.take(pa.array(at)).to_pylist()]
+
+    def without_image(self, column: str) -> int:
+        """How many texts of a column no image gets."""
+        texts = _joined([_texts(table, column) for table in self.tables])
+        return int(((self.image < 0) & texts.is_valid().to_numpy(zero_copy_only=False)).sum())
+
+    def told(self) -> list[str]:
+        """What became of the rows, a line a table, and names of those that no image gets."""
+        numbers = [n for n, table in enumerate(self.tables) if not table.sidecars]
+        lines = []
+        for number in numbers[:_SHOWN]:
+            used, unused, several = self.counts(number)
+            line = (
+                f"{self.tables[number].rows.file.name}: {used + unused + several} rows, {used} used"
+            )
+            for count, wanted, what in (
+                (unused, NOBODY, "of no image"),
+                (several, SEVERAL, "match several images"),
+            ):
+                names = self.names(number, wanted)
+                more = ", ..." if count > len(names) else ""
+                line += f", {count} {what}: {', '.join(names)}{more}" if count else ""
+            lines.append(line)
+        if rest := numbers[_SHOWN:]:
+            sums = np.sum([self.counts(number) for number in rest], axis=0).tolist()
+            used, unused, several = sums
+            lines.append(
+                f"{len(rest)} more tables: {sum(sums)} rows, {used} used, {unused} of no image, "
+                f"{several} match several images"
+            )
+        return lines
+
+
+class Images:
+    """What rows may be about: a table with the columns key, source and url, which may be null."""
+
+    def __init__(self, images: pa.Table) -> None:
+        self.key, self.url = one(images["key"]), one(images["url"])
+        # A member's place is left out: ARCHIVE//1536+48211/a.jpg is looked for as ARCHIVE/a.jpg.
+        location = pc.replace_substring_regex(one(images["source"]), "//[^/]*/", "/")
+        if os.sep != "/":
+            location = pc.replace_substring(location, os.sep, "/")
+        self.location = pc.if_else(pc.equal(location, ""), NOTHING, location)
+        self._sorted: dict[str, tuple[pa.Array, Ints]] = {}
+
+    def below(self, what: str, folder: str) -> Ints:
+        """The images whose `location` or `key` lies below a folder, ascending."""
+        if what not in self._sorted:
+            names = getattr(self, what)
+            order = pc.sort_indices(names).to_numpy().astype(np.int64)
+            self._sorted[what] = names, order
+        names, order = self._sorted[what]
+        prefix = folder.rstrip("/")
+        low, high = (_bisect(names, order, prefix + end) for end in ("/", "0"))  # "0" follows "/"
+        return np.sort(order[low:high])
+
+
+def match(tables: list[Table], images: pa.Table) -> Matches:
+    """All rows of all tables matched with the images (key, source, url)."""
+    there = Images(images)
+    found = _start(tables)
+    _take(found, How.PATH, found.path, there.location)
+    odd = pc.and_(pc.match_substring_regex(found.path, _ODD), pa.array(found.image == NOBODY))
+    if pc.any(odd).as_py():
+        path = canonical(pc.if_else(odd, found.path, NOTHING))
+        _take(found, How.PATH, path, canonical(there.location))
+    _take(found, How.KEY, found.key, stemmed(there.location))
+    _take(found, How.URL, _joined([table.rows.url for table in tables]), there.url)
+    for group in _groups(tables):
+        _by_less(found, group, there)
+    return found
+
+
+def _start(tables: list[Table]) -> Matches:
+    starts = np.cumsum([0, *(len(table.rows) for table in tables)])
+    path = _joined([_located(table, table.rows.path) for table in tables])
+    key = _joined([_located(table, table.rows.key) for table in tables])
+    image, how = np.full(starts[-1], NOBODY), np.zeros(starts[-1], np.int8)
+    return Matches(tables, starts, image, how, path, key)
+
+
+def _groups(tables: list[Table]) -> Iterator[list[int]]:
+    """The numbers of tables that speak for the same images."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, table in enumerate(tables):
+        embeds = number if table.rows.labels is not None else None
+        named = (table.folder, table.place, table.given, table.sidecars, embeds)
+        groups.setdefault(named, []).append(number)
+    yield from groups.values()
+
+
+def _by_less(found: Matches, group: list[int], images: Images) -> None:
+    """The rows whose image is not there by its name, in the images that their tables speak for."""
+    at = np.concatenate([np.arange(found.starts[n], found.starts[n + 1]) for n in group])
+    if not (found.image[at] == NOBODY).any():
+        return
+    table, rows = found.tables[group[0]], [found.tables[n].rows for n in group]
+    labels = rows[0].labels
+    if labels is not None and not (found.image[at] >= 0).any():
+        _take(found, How.MOVED, _joined_path(table.own_place, labels), images.key, at)
+    path, key, id_ = (_joined([getattr(r, n) for r in rows]) for n in ("path", "key", "id"))
+    path = canonical(path)
+    scope = images.below("location", table.folder)
+    if not len(scope) and table.place:
+        scope = images.below("key", table.place)
+        keys = images.key.take(pa.array(scope))
+        _take(found, How.MOVED, _joined_path(table.place, path), canonical(keys), at, scope)
+        _take(found, How.MOVED, _joined_path(table.place, key), stemmed(keys), at, scope)
+    everywhere = not len(scope) and table.given
+    if everywhere:
+        scope = np.arange(len(images.key))
+    names = images.key.take(pa.array(scope))
+    if everywhere or (table.given and not table.sidecars):
+        inside = pc.replace_substring_regex(names, "^[^/]*/", "")
+        _take(found, How.INSIDE, path, canonical(inside), at, scope)
+        _take(found, How.INSIDE, key, stemmed(inside), at, scope)
+    if everywhere or not table.sidecars:
+        _by_file_name(found, at, path, pc.coalesce(key, id_), names, scope)
+
+
+def _by_file_name(
+    found: Matches, at: Ints, path: pa.Array, key: pa.Array, images: pa.Array, scope: Ints
+) -> None:
+    """Rows whose file name only one image of `scope` has, which no other row names."""
+    claimed = np.unique(found.image[at])
+    open_ = found.image[at] == NOBODY
+    files = last_part(canonical(images))
+    bare = pc.invert(pc.match_substring(canonical(key), "/"))
+    for names, have, may in ((path, files, True), (key, stemmed(files), bare)):
+        wanted = last_part(pc.if_else(pa.array(open_), canonical(names), NOTHING))
+        alone = pc.if_else(may, only_once(wanted), NOTHING)
+        _take(found, How.NAME, alone, have, at, scope)
+        shared = pc.and_(pc.and_(pc.is_valid(wanted), pc.is_null(alone)), may)
+        shared = pc.fill_null(shared, False).to_numpy(zero_copy_only=False)
+        found.image[at[shared & (look_up(wanted, have) >= 0)]] = SEVERAL
+    named = open_ & (found.image[at] >= 0)
+    taken = np.isin(found.image[at], claimed)
+    for row in np.flatnonzero(named & ~taken).tolist():
+        where = found.path[int(at[row])].as_py()  # it names a file that is no image of ours
+        taken[row] = where is not None and os.path.lexists(where)
+    found.image[at[named & taken]] = NOBODY
+
+
+def by_former_names(found: Matches, content: pa.Array, former: pa.Table) -> None:
+    """Match rows that name an image as it was called before it was renamed.
+
+    `content` are the images' content hashes, null where unknown; `former` is a table (key, source,
+    content_hash) of files that were encoded.
     """
-    relative, stem = one(images["relative"]), stems(one(images["relative"]))
-    written = pc.replace_substring_regex(rows.path, r"^(\./)+", "")
-    bare = pc.replace_substring_regex(written, SUFFIX, "")
-    at = look_up(one(images["source"]), _absolute(rows.folder, written))
-    for wanted, have in (
-        (relative, bare),
-        (relative, rows.key),
-        (only_once(stem), rows.key),
-        (one(images["url"]), rows.url),
-        (only_once(stem), only_once(stems(bare))),
-    ):
-        at = np.where(at < 0, look_up(wanted, have), at)
-    return at
+    open_ = (found.image < 0) | (found.how >= How.MOVED)
+    before = Images(former.append_column("url", pa.nulls(former.num_rows, pa.string())))
+    for wanted, have in ((found.path, before.location), (found.key, stemmed(before.location))):
+        at = look_up(pc.if_else(pa.array(open_), wanted, NOTHING), have)
+        hashes = one(former["content_hash"]).take(pa.array(at, mask=at < 0))
+        now = look_up(hashes, only_once(content))
+        for row in np.flatnonzero(now >= 0).tolist():  # few: those that were renamed
+            if not os.path.lexists(wanted[row].as_py()):
+                found.image[row], found.how[row] = now[row], How.FORMER
 
 
-def stems(names: pa.Array) -> pa.Array:
-    """The last part of each path."""
+def captions_of(found: Matches, keys: pa.Array, columns: Iterable[str]) -> pa.Table:
+    """manifest.CAPTIONS that the rows give to the images called `keys`.
+
+    Of several rows about one image the most exact counts, then the one of the nearest table, then
+    the last.
+    """
+    depth = np.array([table.depth for table in found.tables], np.int64)
+    depth = np.repeat(depth, np.diff(found.starts))
+    tables = [CAPTIONS.empty_table()]
+    for column in columns:
+        texts = _joined([_texts(table, column) for table in found.tables])
+        at = np.flatnonzero((found.image >= 0) & texts.is_valid().to_numpy(zero_copy_only=False))
+        image = found.image[at]
+        order = np.lexsort([at, depth[at], -found.how[at].astype(np.int64), image])
+        last = np.append(np.diff(image[order]) > 0, True)[: len(order)]
+        chosen = at[order[last]]
+        told = texts.take(pa.array(chosen))
+        mine = keys.take(pa.array(found.image[chosen]))
+        tables.append(pa.table([mine, pa.repeat(column, len(mine)), told], schema=CAPTIONS))
+    return pa.concat_tables(tables)
+
+
+def _texts(table: Table, column: str) -> pa.Array:
+    return table.rows.captions.get(column, pa.nulls(len(table.rows), pa.string()))
+
+
+def _take(
+    found: Matches,
+    how: How,
+    wanted: pa.Array,
+    have: pa.Array,
+    at: Ints | None = None,
+    scope: Ints | None = None,
+) -> None:
+    """Give the rows `at` without an image the one of `scope` that is called as they want.
+
+    `wanted` is aligned with the rows, `have` with the images; None stands for all of them.
+    """
+    image = found.image if at is None else found.image[at]
+    wanted = pc.if_else(pa.array(image == NOBODY), wanted, NOTHING)
+    place = look_up(wanted, have)
+    hit = np.flatnonzero(place >= 0)
+    if not len(hit):
+        return
+    named = wanted.take(pa.array(hit))
+    counts = pc.value_counts(have.filter(pc.is_in(have, value_set=named)))
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    several = pc.is_in(named, value_set=repeated).to_numpy(zero_copy_only=False)
+    place = place[hit] if scope is None else scope[place[hit]]
+    rows = hit if at is None else at[hit]
+    found.image[rows] = np.where(several, SEVERAL, place)
+    found.how[rows] = how
+
+
+def _located(table: Table, written: pa.Array) -> pa.Array:
+    """The absolute paths that rows name; of an image in a table, where it is."""
+    tidy = pc.replace_substring_regex(written, r"^(\./+)+", "")
+    tidy = pc.replace_substring_regex(tidy, r"//+", "/")
+    inside = _joined_path(table.folder, tidy)
+    path = pc.if_else(pc.starts_with(tidy, "/"), tidy, inside)
+    if table.rows.labels is None or written is not table.rows.path:
+        return path
+    return pc.coalesce(_joined_path(table.rows.file.as_posix(), table.rows.labels), path)
+
+
+def _joined_path(folder: str, names: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise(folder.rstrip("/"), names, "/")
+
+
+def _joined(arrays: list[pa.Array]) -> pa.Array:
+    return pa.concat_arrays([pa.array([], pa.string()), *arrays])
+
+
+def canonical(names: pa.Array) -> pa.Array:
+    """Paths as they compare: with slashes, composed accents, and no part that leads back."""
+    names = pc.replace_substring_regex(names, r"[\\/]+", "/")
+    names = pc.replace_substring_regex(names, r"^(\./)+", "")
+    back = pc.fill_null(pc.match_substring_regex(names, r"(^|/)\.\.?/"), False)
+    if pc.any(back).as_py():
+        plain = [os.path.normpath(name) for name in names.filter(back).to_pylist()]
+        names = pc.replace_with_mask(names, back, pa.array(plain, pa.string()))
+    if pc.any(pc.invert(pc.string_is_ascii(names))).as_py():
+        names = pc.utf8_normalize(names, "NFC")
+    return names
+
+
+def stemmed(names: pa.Array) -> pa.Array:
+    """Without the suffix."""
+    return pc.replace_substring_regex(names, SUFFIX, "")
+
+
+def last_part(names: pa.Array) -> pa.Array:
+    """The file names of paths."""
     return pc.replace_substring_regex(names, FOLDERS, "")
 
 
-def look_up(wanted: pa.Array, have: pa.Array) -> NDArray[np.int64]:
+def look_up(wanted: pa.Array, have: pa.Array) -> Ints:
     """int64 [wanted]: where in `have` the last equal value is, or -1; a null equals nothing."""
     if have.null_count == len(have) or wanted.null_count == len(wanted):
         return np.full(len(wanted), -1)
     backwards = have.take(pa.array(np.arange(len(have))[::-1]))
     found = pc.index_in(wanted, value_set=backwards, skip_nulls=True)
-    at: NDArray[np.int64] = pc.fill_null(found, len(have)).to_numpy().astype(np.int64)
+    at: Ints = pc.fill_null(found, len(have)).to_numpy().astype(np.int64)
     return len(have) - 1 - at
 
 
@@ -54,9 +366,17 @@ def only_once(names: pa.Array) -> pa.Array:
     """The same, null where a name is there more than once."""
     counts = pc.value_counts(names)
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    return pc.if_else(pc.is_in(names, value_set=repeated), pa.scalar(None, pa.string()), names)
+    return pc.if_else(pc.is_in(names, value_set=repeated), NOTHING, names)
 
 
-def _absolute(folder: Path, written: pa.Array) -> pa.Array:
-    joined = pc.binary_join_element_wise(f"{folder}", written, "/")
-    return pc.if_else(pc.starts_with(written, "/"), written, joined)
+def _bisect(names: pa.Array, order: Ints, wanted: str) -> int:
+    """How many of the names, in this order, come before `wanted` by their bytes."""
+    low, high, sought = 0, len(order), wanted.encode()
+    while low < high:
+        middle = (low + high) // 2
+        name = names[int(order[middle])].as_py()
+        if name is not None and name.encode() < sought:
+            low = middle + 1
+        else:
+            high = middle
+    return low

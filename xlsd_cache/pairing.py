@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from xlsd_cache.buckets import STEP
 from xlsd_cache.decode import Rejected, read_header
+from xlsd_cache.formats import IMAGE_SUFFIXES
 from xlsd_cache.identity import DOWNSCALE
 from xlsd_cache.locate import BETWEEN, open_source, read_source
 from xlsd_cache.peers import CacheFile, Found, Held, peek
-from xlsd_cache.sources import IMAGE_SUFFIXES, scan
+from xlsd_cache.sources import scan
 
 Entry = dict[str, Any]  # one row of manifest.PLAN
 Crop = tuple[float, float, float, float]

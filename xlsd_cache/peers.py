@@ -37,7 +37,7 @@ from safetensors import safe_open
 
 from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected
-from xlsd_cache.sources import IMAGE_SUFFIXES
+from xlsd_cache.formats import IMAGE_SUFFIXES
 
 # What each keeps of the posterior, by its source.
 KEEPS = {"kohya": "sample", "onetrainer": "mean", "safetensors": "mean"}

@@ -2,15 +2,15 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
-from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.accounting import save_accounting, saved_accounting
@@ -21,11 +21,11 @@ from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import sweep
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import make_view, save_view
-from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
-from xlsd_cache.match import SUFFIX, look_up, match, only_once, stems
-from xlsd_cache.records import Record, Search, Tally
+from xlsd_cache.manifest import PLAN, Manifest
+from xlsd_cache.match import Matches, Table, captions_of, look_up, match
+from xlsd_cache.records import Record, Search, Tally, given_table
 from xlsd_cache.sources import named_roots, read_urls, records_of
-from xlsd_cache.tables import Rows, is_table, one, read_rows
+from xlsd_cache.tables import Rows, is_table, one
 
 _BLOCK = 256  # files a thread takes at once
 
@@ -60,9 +60,9 @@ def recaption(config: CaptionsConfig) -> list[Changes]:
     root = config.store.expanduser()
     _, rows_per_shard = read_attributes(root)
     columns = tuple(map(Column.parse, config.caption_columns))
-    beside, tables = _read(config.source, columns)
+    tables = _read(config.source, columns)
     try:
-        return _log(config, Manifest(root), rows_per_shard, columns, beside, tables)
+        return _log(config, Manifest(root), rows_per_shard, columns, tables)
     except OSError as error:
         raise UserError(
             f"cannot write {config.store}: {error.strerror or error}; its captions are as they "
@@ -75,8 +75,7 @@ def _log(
     manifest: Manifest,
     rows_per_shard: int,
     columns: tuple[Column, ...],
-    beside: pa.Table,
-    tables: list[Rows],
+    tables: list[Table],
 ) -> list[Changes]:
     root = manifest.root
     with FileLock(manifest.staging / "plan.lock"):
@@ -85,11 +84,12 @@ def _log(
             raise UserError(f"{root} is not planned yet; run `xlsd-cache build` to finish it")
         newest = generations[-1]
         images = _images(manifest.live(newest))
-        matched = _match_rows(tables, images)
+        found = _match(tables, images)
+        for line in found.told():
+            print(line)
         known = manifest.captions(newest)
         changes = [
-            _changes(column, images, known, beside, matched, clear=config.clear_missing)
-            for column in columns
+            _changes(column, images, known, found, clear=config.clear_missing) for column in columns
         ]
         for change in changes:
             print(change)
@@ -113,94 +113,82 @@ def _log(
     return changes
 
 
-def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> tuple[pa.Table, list[Rows]]:
-    """CAPTIONS of the files that hold captions, keys without suffix, and the tables of rows."""
-    tally, remarks = Tally(), Counter[tuple[str, str]]()
+def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> list[Table]:
+    """The tables of rows, and the files that hold captions as tables of their own."""
+    tally = Tally()
     suffixes = frozenset(column.suffix for column in columns if column.suffix)
-    rows = any(column.suffix is None for column in columns)
+    rows = tuple(column for column in columns if column.suffix is None)
 
     def is_caption(name: str) -> bool:
         return any(name.endswith(f".{suffix}") for suffix in suffixes)
 
-    search = Search(is_caption, suffixes, rows)
-    captions, tables = [CAPTIONS.empty_table()], []
+    search = Search(is_caption, suffixes, rows, images=False)
+    sidecars = []
     for name, root in named_roots(sources).items():
         if is_table(root.name):
-            tally.tables.append(root)
+            given_table(name, root, search, tally)
             continue
-        stream = records_of(name, root, None, search, tally)
-        for texts, said in in_blocks(partial(_read_block, columns=columns), stream, _BLOCK, 8):
-            captions.append(texts)
-            remarks.update(said)
-    for file in tally.tables:
-        tables.append(read_rows(file, columns))
-        remarks.update(tables[-1].remarks)
-        if tables[-1].damage:
-            tally.damaged.append(f"{file} is damaged: {tables[-1].damage}; the rest is used")
+        stream = records_of(name, root, search, tally)
+        rows_ = _sidecars(root, stream, columns)
+        sidecars.append(Table(rows_, root.as_posix(), name, given=True, sidecars=True))
     for sentence in tally.damaged:
         print(f"WARNING: {sentence}", file=sys.stderr)
+    tables = [*sidecars, *tally.tables]
+    remarks = sum((table.rows.remarks for table in tables), Counter[tuple[str, str]]())
     for (column, what), count in sorted(remarks.items()):
         print(f"{column}: {count} {what}")
-    return pa.concat_tables(captions).combine_chunks(), tables
+    return tables
 
 
-def _read_block(
-    records: Iterable[Record], columns: tuple[Column, ...]
-) -> tuple[pa.Table, Counter[tuple[str, str]]]:
+def _sidecars(root: Path, stream: Iterator[Record], columns: tuple[Column, ...]) -> Rows:
+    """A row a caption file, its key the path in the source, without suffix."""
+    blocks = list(in_blocks(partial(_read_block, columns=columns), stream, _BLOCK, 8))
+    keys = pa.concat_arrays([pa.array([], pa.string()), *(block.key for block in blocks)])
+    texts = {
+        column.name: pa.concat_arrays(
+            [pa.array([], pa.string()), *(block.captions[column.name] for block in blocks)]
+        )
+        for column in columns
+    }
+    remarks = sum((block.remarks for block in blocks), Counter[tuple[str, str]]())
+    nothing = pa.nulls(len(keys), pa.string())
+    return Rows(root, nothing, keys, nothing, nothing, texts, remarks)
+
+
+def _read_block(records: list[Record], columns: tuple[Column, ...]) -> Rows:
     """Here a record is a file that holds captions, of the columns that its suffix says."""
     remarks = Counter[tuple[str, str]]()
-    keys, names, texts = [], [], []
+    keys: list[str] = []
+    texts: dict[str, list[str | None]] = {column.name: [] for column in columns}
     for record in records:
-        mine = tuple(c for c in columns if c.suffix and record.key.endswith(f".{c.suffix}"))
-        found, said = read_captions(mine, record.beside)
+        mine = [c for c in columns if c.suffix and record.key.endswith(f".{c.suffix}")]
+        found, said = read_captions(tuple(mine), record.beside)
         remarks.update(said)
-        for column in mine:
-            if column.name in found:
-                keys.append(record.key.removesuffix(f".{column.suffix}"))
-                names.append(column.name)
-                texts.append(found[column.name])
-    arrays = [pa.array(values, pa.string()) for values in (keys, names, texts)]
-    return pa.Table.from_arrays(arrays, schema=CAPTIONS), remarks
+        suffix = max((f".{c.suffix}" for c in mine), key=len)
+        keys.append(record.key.partition("/")[2].removesuffix(suffix))
+        for column in columns:
+            texts[column.name].append(found.get(column.name))
+    nothing = pa.nulls(len(keys), pa.string())
+    captions = {name: pa.array(values, pa.string()) for name, values in texts.items()}
+    return Rows(Path(), nothing, pa.array(keys, pa.string()), nothing, nothing, captions, remarks)
 
 
 def _images(live: pa.Table) -> pa.Table:
     """What match.match needs of all images that the log knows, and whether they have a place."""
-    relative = pc.replace_substring_regex(one(live["key"]), "^[^/]*/", "")
-    relative = pc.replace_substring_regex(relative, SUFFIX, "")
     url = pa.nulls(live.num_rows, pa.string())
     placed = pc.greater_equal(live["row"], 0)
-    return pa.table([live["key"], live["source"], relative, url, placed],
-                    names=["key", "source", "relative", "url", "placed"])  # fmt: skip
+    return pa.table([live["key"], live["source"], url, live["size"], live["content_hash"], placed],
+                    names=["key", "source", "url", "size", "content_hash", "placed"])  # fmt: skip
 
 
 def _changes(
-    column: Column,
-    images: pa.Table,
-    known: pa.Table,
-    beside: pa.Table,
-    matched: list[tuple[Rows, NDArray[np.int64]]],
-    *,
-    clear: bool,
+    column: Column, images: pa.Table, known: pa.Table, found: Matches, *, clear: bool
 ) -> Changes:
-    """Match one column's captions with the images, and those with the log's."""
+    """What one column's captions would become, as against the log's."""
     keys = one(images["key"])
-    mine = beside.filter(pc.equal(beside["column"], column.name))
-    at = _match_files(mine, images)
-    texts = one(mine["text"]).take(pa.array(at, mask=at < 0))
-    offered, used = mine.num_rows, len(np.unique(at[at >= 0]))
-    for rows, at in matched:
-        if column.name not in rows.captions:
-            continue
-        given = rows.captions[column.name]
-        texts = pc.coalesce(given.take(pa.array(at, mask=at < 0)), texts)
-        offered += len(given.drop_null())
-        used += len(given.take(pa.array(np.unique(at[at >= 0]))).drop_null())
-    has = pc.is_valid(texts)
-    chosen = keys if clear else keys.filter(has)
-    given_texts = texts.drop_null()
-    named = pa.repeat(column.name, len(given_texts))
-    found = pa.table([keys.filter(has), named, given_texts], schema=CAPTIONS)
-    delta = caption_changes(chosen, found, (column.name,), known)
+    told = captions_of(found, keys, (column.name,))
+    has = pc.is_in(keys, value_set=one(told["key"]))
+    delta = caption_changes(keys if clear else keys.filter(has), told, (column.name,), known)
     before = known.filter(pc.equal(known["column"], column.name))
     had = look_up(one(delta["key"]), one(before["key"])) >= 0
     empty = pc.equal(delta["text"], "").to_numpy()
@@ -211,44 +199,24 @@ def _changes(
         added=int((~had & ~empty).sum()),
         changed=int((had & ~empty).sum()),
         cleared=int(empty.sum()),
-        kept=found.num_rows - int((~empty).sum()),
+        kept=told.num_rows - int((~empty).sum()),
         bare=int(pc.sum(pc.and_(placed, pc.invert(has))).as_py() or 0),
-        unmatched=offered - used,
+        unmatched=found.without_image(column.name),
     )
 
 
-def _match_rows(tables: list[Rows], images: pa.Table) -> list[tuple[Rows, NDArray[np.int64]]]:
-    """Each table with the row of every image, or -1.
+def _match(tables: list[Table], images: pa.Table) -> Matches:
+    """Each row with its image.
 
-    Where an image is from is read beside it only when no name of it was found: a million such
+    Where an image is from is read beside it only when no row names it otherwise: a million such
     files take longer than all the rest.
     """
-    matched = [(rows, match(rows, images)) for rows in tables]
-    unnamed = np.zeros(images.num_rows, bool)
-    for rows, at in matched:
-        unnamed |= (at < 0) & rows.names_urls
-    if not unnamed.any():
-        return matched
-    sources = images["source"].filter(pa.array(unnamed)).to_pylist()
-    urls = pc.replace_with_mask(one(images["url"]), pa.array(unnamed), read_urls(sources))
-    images = images.set_column(images.schema.get_field_index("url"), "url", urls)
-    return [(rows, match(rows, images)) for rows in tables]
-
-
-def _match_files(captions: pa.Table, images: pa.Table) -> NDArray[np.int64]:
-    """For each image its row of `captions`, whose keys have no suffix, or -1.
-
-    By source and path; else by path in any source, and by stem, where that names one file and one
-    path.
-    """
-    have = one(captions["key"])
-    inside = pc.replace_substring_regex(have, "^[^/]*/", "")
-    relative = one(images["relative"])
-    key = pc.replace_substring_regex(one(images["key"]), SUFFIX, "")
-    at = look_up(key, have)
-    for wanted, there in (
-        (relative, only_once(inside)),
-        (only_once(stems(relative)), only_once(stems(inside))),
-    ):
-        at = np.where(at < 0, look_up(wanted, there), at)
-    return at
+    found = match(tables, images)
+    open_ = np.ones(images.num_rows, bool)
+    open_[found.image[found.image >= 0]] = False
+    if open_.any() and any(table.rows.names_urls for table in tables):
+        sources = images["source"].filter(pa.array(open_)).to_pylist()
+        urls = pc.replace_with_mask(one(images["url"]), pa.array(open_), read_urls(sources))
+        at = images.schema.get_field_index("url")
+        found = match(tables, images.set_column(at, "url", urls))
+    return found

@@ -8,12 +8,19 @@ from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 
+import pyarrow as pa
+
 from xlsd_cache import UserError
 from xlsd_cache.archives import read_members
-from xlsd_cache.captions import Beside
+from xlsd_cache.arrow_tables import arrow_files, holds_images
+from xlsd_cache.captions import Beside, Column
+from xlsd_cache.cells import cell_sizes
 from xlsd_cache.folders import walk
 from xlsd_cache.locate import Stat, cell
-from xlsd_cache.tables import Rows, cell_sizes, is_table, normal_path
+from xlsd_cache.match import Table
+from xlsd_cache.rows import read_rows
+from xlsd_cache.tables import EMBEDDING, is_table, normal_path, of_kind
+from xlsd_cache.text_tables import holds_rows
 
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 
@@ -36,7 +43,16 @@ class Tally:
 
     passed_over: Counter[str] = field(default_factory=Counter)  # neither images nor captions
     damaged: list[str] = field(default_factory=list)  # a sentence for each file read in part
-    tables: list[Path] = field(default_factory=list)  # JSON lines and parquet files in folders
+    tables: list[Table] = field(default_factory=list)  # of which captions are asked
+    unread: list[Path] = field(default_factory=list)  # tables that could not be read
+
+    def add(self, table: Table, search: "Search") -> None:
+        """Keep a table whose rows are asked for."""
+        if search.columns:
+            self.tables.append(table)
+            if table.rows.damage:
+                damage = f"{table.rows.file} is damaged: {table.rows.damage}; the rest is used"
+                self.damaged.append(damage)
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,13 @@ class Search:
 
     is_wanted: Callable[[str], bool]
     suffixes: frozenset[str]
-    tables: bool  # whether rows of JSON lines and parquet files are asked for as well
+    columns: tuple[Column, ...] = ()  # of tables' rows
+    images: bool = True  # whether those that tables hold are searched for as well
+
+    @property
+    def tables(self) -> bool:
+        """Whether rows are asked for as well."""
+        return bool(self.columns)
 
     def is_caption(self, name: str) -> bool:
         """Whether the name ends like a caption asked for."""
@@ -74,8 +96,9 @@ def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Itera
                 yield Record(key, source, stat, beside)
             elif file.endswith(".tar"):
                 yield from archive_records(f"{inside}/{file}", Path(path), search, tally)
-            elif search.tables and is_table(file):
-                tally.tables.append(Path(path))
+            elif (table := _table(Path(path), inside, files, search, tally)) is not None:
+                if search.images and table.names_images:
+                    yield from row_records(table, tally)
             elif not search.is_caption(file):
                 tally.passed_over["other files"] += 1
 
@@ -95,39 +118,85 @@ def archive_records(name: str, archive: Path, search: Search, tally: Tally) -> I
         yield Record(key, source, stat._replace(size=member.size), beside)
 
 
-def row_records(name: str, rows: Rows, tally: Tally) -> Iterator[Record]:
-    """The image files that a table's rows name, or the images that its cells hold."""
+def given_table(name: str, file: Path, search: Search, tally: Tally) -> Table | None:
+    """The rows of a source that is a table; None, which the tally says, where it is unreadable."""
+    try:
+        rows = read_rows(file, search.columns)
+    except UserError as error:
+        tally.damaged.append(str(error))
+        tally.unread.append(file)
+        return None
+    table = Table(rows, rows.folder.as_posix(), name, given=True)
+    tally.add(table, search)
+    return table
+
+
+def _table(file: Path, inside: str, files: list[str], search: Search, tally: Tally) -> Table | None:
+    """A table found in a folder; None for a file that is none, and for one that asks nothing."""
+    name = file.name.lower()
+    if not is_table(name):
+        return None
+    try:
+        embeds = name.endswith(EMBEDDING)
+        if name.endswith(".arrow") and file.name not in arrow_files(file.parent, files):
+            return None
+        images = search.images and embeds and holds_images(file)
+        if not images and not of_kind(file, search.columns):
+            return None
+        if name.endswith(".json") and not holds_rows(file):
+            return None
+        rows = read_rows(file, search.columns)
+    except (OSError, ValueError, KeyError, pa.ArrowException, UserError) as error:
+        told = error if isinstance(error, UserError) else f"cannot read {file}: {error}"
+        tally.damaged.append(f"{told}; it is left out")
+        tally.unread.append(file)
+        return None
+    if name.endswith(".json") and not any(t.null_count < len(t) for t in rows.captions.values()):
+        return None  # somebody's settings
+    table = Table(rows, rows.folder.as_posix(), inside)
+    tally.add(table, search)
+    return table
+
+
+def row_records(table: Table, tally: Tally) -> Iterator[Record]:
+    """The images that a table's cells hold, and the image files that its other rows name."""
+    rows = table.rows
     if rows.cell:
-        yield from _cell_records(name, rows, rows.cell, tally)
-        return
+        yield from _cell_records(table, rows.cell, tally)
     start = len(str(rows.folder).rstrip("/\\")) + 1
-    for written in rows.path.to_pylist():
-        if written is None:
-            continue
+    for written in rows.path.drop_null().to_pylist():
         path = normal_path(rows.folder, written)
-        try:
-            status = Path(path).stat()
-        except (OSError, ValueError):  # ValueError: a NUL in it
-            status = None
-        if status is None or not S_ISREG(status.st_mode):
+        status = _file_status(path) or _file_status(path := path.replace("\\", "/"))
+        if status is None:
             tally.passed_over["named but not there"] += 1
             continue
         inside = Path(path).is_relative_to(rows.folder)
-        key = f"{name}/{path[start:] if inside else path.lstrip('/')}".replace(os.sep, "/")
+        key = f"{table.own_place}/{path[start:] if inside else path.lstrip('/')}"
         folder, _, file = path.rpartition(os.sep)
         beside = partial(_beside, folder, None, _stem(file))
-        yield Record(key, path, Stat.of(status), beside)
+        yield Record(key.replace(os.sep, "/"), path, Stat.of(status), beside)
 
 
-def _cell_records(name: str, rows: Rows, column: str, tally: Tally) -> Iterator[Record]:
-    stat = Stat.of(rows.file.stat())
-    labels = rows.path.to_pylist()
-    for row, size in enumerate(cell_sizes(rows.file, column)):
-        if not size:
+def _file_status(path: str) -> os.stat_result | None:
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError):  # ValueError: a NUL in it
+        return None
+    return status if S_ISREG(status.st_mode) else None
+
+
+def _cell_records(table: Table, column: str, tally: Tally) -> Iterator[Record]:
+    file = table.rows.file
+    stat = Stat.of(file.stat())
+    assert table.rows.labels is not None
+    labels = table.rows.labels.to_pylist()
+    for row, size in enumerate(cell_sizes(file, column)):
+        if size and labels[row] is not None:
+            source = cell(file, column, row, size, labels[row])
+            key = f"{table.own_place}/{labels[row]}"
+            yield Record(key, source, stat._replace(size=size), _nothing)
+        elif table.rows.path[row].as_py() is None:
             tally.passed_over["rows without an image"] += 1
-            continue
-        source = cell(rows.file, column, row, size, labels[row])
-        yield Record(f"{name}/{labels[row]}", source, stat._replace(size=size), _nothing)
 
 
 def _stem(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from xlsd_cache import UserError
 from xlsd_cache.blocks import in_blocks
 from xlsd_cache.captions import Column, read_captions, read_object
 from xlsd_cache.folders import walk
+from xlsd_cache.formats import IMAGE_SUFFIXES, is_image
 from xlsd_cache.lists import listed
-from xlsd_cache.manifest import CAPTIONS, last_of
-from xlsd_cache.match import SUFFIX, match
+from xlsd_cache.manifest import CAPTIONS
+from xlsd_cache.masks import with_masks
+from xlsd_cache.match import Matches, by_former_names, captions_of, look_up, match
 from xlsd_cache.records import (
     ARCHIVE_SUFFIXES,
     Record,
@@ -24,14 +26,11 @@ from xlsd_cache.records import (
     Tally,
     archive_records,
     folder_records,
+    given_table,
     row_records,
 )
-from xlsd_cache.tables import JSONL_SUFFIXES, URLS, Rows, is_table, one, read_rows
+from xlsd_cache.tables import TABLE_SUFFIXES, URLS, is_table, one
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
-    | {".mpo", ".pgm", ".png", ".ppm", ".qoi", ".tif", ".tiff", ".webp"}
-)
 # The store's own columns of a sample; any other column is a caption.
 RESERVED = frozenset(
     ["key", "source", "bucket", "row", "width", "height", "crop", "content_hash", "crc32c"]
@@ -44,7 +43,6 @@ IMAGES = pa.schema(
         ("mtime_ns", pa.int64()),
         ("inode", pa.int64()),
         ("ctime_ns", pa.int64()),
-        ("relative", pa.string()),  # the key without source name and suffix
         ("url", pa.string()),  # as img2dataset notes it beside the image; null where unknown
         ("reason", pa.string()),  # of decode.REASONS where the scan rejects it already, or empty
         ("detail", pa.string()),
@@ -53,16 +51,44 @@ IMAGES = pa.schema(
 _BLOCK = 256  # records a thread takes at once
 
 
+# What --captions auto takes, the first of those that most images have.
+AUTO = ("txt", *(f"{kind}:{name}" for kind in ("jsonl", "csv", "parquet")
+                 for name in ("text", "caption")))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Scan:
     """Everything found: one row an image, and what was passed over."""
 
     images: pa.Table  # IMAGES, sorted by key
     captions: pa.Table  # manifest.CAPTIONS, of these images
+    columns: tuple[str, ...]  # the caption columns
     names: tuple[str, ...]  # of the sources: what keys begin with
     passed_over: Counter[str]  # kind -> files that are neither images nor captions
     remarks: Counter[tuple[str, str]]  # (column, what) -> captions
-    damaged: list[str]  # a sentence for each file that was read in part
+    damaged: list[str]  # a sentence for each file that was read in part, or not at all
+    unread: bool  # whether a table could not be read: its captions are not known to be gone
+    beside: pa.Table  # manifest.CAPTIONS that tables do not give
+    matches: Matches  # of tables' rows with the images called `keys`
+    keys: pa.Array
+
+    def with_former_names(self, former: pa.Table, content: pa.Table) -> "Scan":
+        """Also with the captions of rows that name images as they were called before.
+
+        `former` (key, source, content_hash) are files that were encoded, `content` (key,
+        content_hash) the images as they are now.
+        """
+        at = look_up(self.keys, one(content["key"]))
+        hashes = one(content["content_hash"]).take(pa.array(at, mask=at < 0))
+        by_former_names(self.matches, hashes, former)
+        return self.with_rows()
+
+    def with_rows(self) -> "Scan":
+        """With the captions beside the images and those of the rows matched with them."""
+        tables = [self.beside, captions_of(self.matches, self.keys, self.columns)]
+        captions = pa.concat_tables(tables)
+        mine = pc.is_in(captions["key"], value_set=one(self.images["key"]))
+        return replace(self, captions=captions.filter(mine))
 
 
 @dataclass
@@ -77,66 +103,82 @@ class _Found:
 
 def scan(
     sources: tuple[str, ...],
-    columns: tuple[str, ...],
-    only: tuple[Path, ...] = (),
-    exclude: tuple[Path, ...] = (),
+    columns: tuple[str, ...] | None,
+    only: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
     workers: int = 8,
 ) -> Scan:
     """All images of the sources with their captions in `columns`, see captions.Column.
 
-    A file that two sources name counts for the first. `only` and `exclude` are lists of images, a
-    line each. Raises UserError for a source that is missing, unreadable, or holds no image.
+    None takes the column of AUTO that most images have. A file that two sources name counts for the
+    first. `only` and `exclude` are patterns, or files of them, see lists.py. A source that cannot
+    be read costs itself, and is said; raises UserError for one that is missing, and where no image
+    is found.
     """
     roots = named_roots(sources)
-    parsed = tuple(map(Column.parse, columns))
+    parsed = tuple(map(Column.parse, AUTO if columns is None else columns))
     search = image_search(parsed)
-    tables = {name: read_rows(root, parsed) for name, root in roots.items() if is_table(root.name)}
+    urls = search.tables and columns is not None
     found = _Found()
     for name, root in roots.items():
-        tally = found.tally
-        stream = records_of(name, root, tables.get(name), search, tally)
-        images = _take(stream, parsed, search, found, workers)
-        if not images.num_rows and name not in tables:
-            raise UserError(
-                f"no images in {root}: none of its files ends in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}; name what holds the images"
-            )
-        within = [read_rows(file, parsed) for file in tally.tables]
-        for rows in [*within, *tables.values()]:
-            found.captions.append(row_captions(rows, images))
-        for rows in within:
-            _remark(rows, found)
-        tally.tables.clear()
-    for rows in tables.values():
-        _remark(rows, found)
+        stream = records_of(name, root, search, found.tally)
+        images = _take(stream, parsed, urls, found, workers)
+        if not images.num_rows and not is_table(root.name):
+            found.tally.damaged.append(_no_images(root))
     images = _each_once(pa.concat_tables([IMAGES.empty_table(), *found.images]), found.tally)
     if not images.num_rows:
-        raise UserError(
-            f"no images: the rows of {', '.join(sources)} name no image file that is there; name "
-            f"the folder of the images as well"
-        )
-    images = listed(images, only, exclude)
-    captions = pa.concat_tables([CAPTIONS.empty_table(), *found.captions])
-    if search.tables:  # several may say something of one image
-        captions = last_of(captions, ["key", "column"])
-    captions = captions.filter(pc.is_in(captions["key"], value_set=one(images["key"])))
-    told = found.tally.passed_over, found.remarks, found.tally.damaged
-    return Scan(images, captions, tuple(roots), *told)
+        raise UserError(_nothing(sources, found.tally))
+    tally = found.tally
+    matches = match(tally.tables, images)
+    for table in tally.tables:
+        found.remarks.update(table.rows.remarks)
+    beside = pa.concat_tables([CAPTIONS.empty_table(), *found.captions])
+    kept = listed(with_masks(images), only, exclude)
+    scanned = Scan(
+        kept, beside, tuple(column.name for column in parsed), tuple(roots), tally.passed_over,
+        found.remarks, tally.damaged, bool(tally.unread), beside, matches, one(images["key"]),
+    )  # fmt: skip
+    scanned = scanned.with_rows()
+    return scanned if columns is not None else _one_column(scanned)
+
+
+def _one_column(found: Scan) -> Scan:
+    """With the caption column that most images have, the first of several."""
+    counts = Counter(dict.fromkeys(AUTO, 0))
+    for value in pc.value_counts(found.captions["column"]).to_pylist():
+        counts[value["values"]] = value["counts"]
+    (column, _), *_ = counts.most_common(1)
+    mine = found.captions.filter(pc.equal(found.captions["column"], column))
+    beside = found.beside.filter(pc.equal(found.beside["column"], column))
+    remarks = Counter({said: n for said, n in found.remarks.items() if said[0] == column})
+    return replace(found, captions=mine, columns=(column,), beside=beside, remarks=remarks)
+
+
+def _no_images(root: Path) -> str:
+    return (
+        f"no images in {root}: none of its files ends in {', '.join(sorted(IMAGE_SUFFIXES))}, and "
+        f"no parquet or .arrow file there holds any; name what holds the images"
+    )
+
+
+def _nothing(sources: tuple[str, ...], tally: Tally) -> str:
+    """Why there is nothing to encode."""
+    if tally.damaged:
+        more = len(tally.damaged) - 1
+        return tally.damaged[0] + (f" (and {more} more are like it)" if more else "")
+    return (
+        f"no images: the rows of {', '.join(sources)} name no image file that is there; name "
+        f"the folder of the images as well"
+    )
 
 
 def image_search(columns: tuple[Column, ...]) -> Search:
     """Looks for images, and the captions beside them."""
-    tables = any(column.suffix is None for column in columns)
+    rows = tuple(column for column in columns if column.suffix is None)
     suffixes = frozenset(column.suffix for column in columns if column.suffix)
-    if tables:
+    if rows:
         suffixes |= {"json"}  # rows may name images by the url that img2dataset notes there
-    return Search(is_image, suffixes, tables)
-
-
-def is_image(name: str) -> bool:
-    """Whether the name ends like an image's."""
-    dot = name.rfind(".")
-    return dot >= 0 and name[dot:].lower() in IMAGE_SUFFIXES
+    return Search(is_image, suffixes, rows)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -154,7 +196,7 @@ def named_roots(sources: tuple[str, ...]) -> dict[str, Path]:
         if not root.exists():
             raise UserError(f"no folder or file {source}: nothing is there; name the images")
         if not (root.is_dir() or root.name.endswith(ARCHIVE_SUFFIXES) or is_table(root.name)):
-            suffixes = ", ".join([*ARCHIVE_SUFFIXES, *JSONL_SUFFIXES, ".parquet"])
+            suffixes = ", ".join([*ARCHIVE_SUFFIXES, *TABLE_SUFFIXES])
             raise UserError(
                 f"{source} is no source of images; name a folder, or a file ending in {suffixes}"
             )
@@ -169,21 +211,20 @@ def named_roots(sources: tuple[str, ...]) -> dict[str, Path]:
     return roots
 
 
-def records_of(
-    name: str, root: Path, rows: Rows | None, search: Search, tally: Tally
-) -> Iterator[Record]:
-    """The records of one source; `rows` are its own where it is a table."""
-    if rows is not None:
-        return row_records(name, rows, tally)
+def records_of(name: str, root: Path, search: Search, tally: Tally) -> Iterator[Record]:
+    """The records of one source."""
     if root.is_dir():
         return folder_records(name, root, search, tally)
+    if is_table(root.name):
+        table = given_table(name, root, search, tally)
+        return iter(()) if table is None else row_records(table, tally)
     return archive_records(name, root, search, tally)
 
 
 def _take(
     stream: Iterator[Record],
     columns: tuple[Column, ...],
-    search: Search,
+    urls: bool,
     found: _Found,
     workers: int,
 ) -> pa.Table:
@@ -191,7 +232,7 @@ def _take(
     from tqdm import tqdm  # not with the command line, which may yet tell it how often to write
 
     tables = [IMAGES.empty_table()]
-    read = partial(_read_block, columns=columns, urls=search.tables)
+    read = partial(_read_block, columns=columns, urls=urls)
     with tqdm(desc="scanning", unit="file", delay=2) as bar:  # seconds of silence
         for images, captions, remarks in in_blocks(read, stream, _BLOCK, workers):
             tables.append(images)
@@ -216,15 +257,11 @@ def _read_block(
             names.append(column)
             texts.append(text)
     key = pa.array([record.key for record in records], pa.string())
-    relative = pc.replace_substring_regex(
-        pc.replace_substring_regex(key, "^[^/]*/", ""), SUFFIX, ""
-    )
     stats = zip(*(record.stat for record in records), strict=True)
     images = [
         key,
         pa.array([record.source for record in records], pa.string()),
         *(pa.array(values, pa.int64()) for values in stats),
-        relative,
         pa.array(
             [_url(record.beside("json")) if urls else None for record in records], pa.string()
         ),
@@ -262,23 +299,6 @@ def _read_urls(sources: list[str]) -> list[str | None]:
         except (OSError, ValueError):
             found.append(None)
     return found
-
-
-def row_captions(rows: Rows, images: pa.Table) -> pa.Table:
-    """manifest.CAPTIONS that a table's rows give to these images."""
-    at = match(rows, images) if rows.captions else np.empty(0, np.int64)
-    tables = [CAPTIONS.empty_table()]
-    for name, texts in rows.captions.items():
-        found = texts.take(pa.array(at, mask=at < 0))
-        keys, found = one(images["key"]).filter(pc.is_valid(found)), found.drop_null()
-        tables.append(pa.table([keys, pa.repeat(name, len(keys)), found], schema=CAPTIONS))
-    return pa.concat_tables(tables)
-
-
-def _remark(rows: Rows, found: _Found) -> None:
-    found.remarks.update(rows.remarks)
-    if rows.damage:
-        found.tally.damaged.append(f"{rows.file} is damaged: {rows.damage}; the rest is used")
 
 
 def _each_once(images: pa.Table, tally: Tally) -> pa.Table:

@@ -170,7 +170,7 @@ def test_a_build_after_it_keeps_columns_that_it_does_not_read(
     ("columns", "told"),
     [
         ("moon", "no caption in .* belongs to an image"),
-        ("csv:a", "--columns 'csv:a' cannot be a caption column"),
+        ("tsv:a", "--columns 'tsv:a' cannot be a caption column"),
         ("key", "--columns 'key' cannot be a caption column"),
     ],
 )

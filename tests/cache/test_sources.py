@@ -336,20 +336,43 @@ def test_a_hash_tree_of_links_is_every_name_once(tmp_path: Path) -> None:
 
 def test_lists_include_and_exclude(tmp_path: Path) -> None:
     write_images(tmp_path / "in", ["a.png", "b.png", "x/c.png", "x/d.png"])
-    (tmp_path / "only.txt").write_text("\ufeffin/a.png\r\nx/c.png\n\nin/x/d.png\nin/none.png\n")
-    (tmp_path / "exclude.txt").write_text(f"{tmp_path}/in/x/d.png\n")
-    source, only, exclude = str(tmp_path / "in"), tmp_path / "only.txt", tmp_path / "exclude.txt"
+    only, exclude, wrong = (str(tmp_path / f"{x}.txt") for x in ("only", "exclude", "wrong"))
+    Path(only).write_text("\ufeffin/a.png\r\nx/c.png\n\nin/x/d.png\nin/none.png\n")
+    Path(exclude).write_text(f"{tmp_path}/in/x/d.png\n")
+    source = str(tmp_path / "in")
     kept = scan((source,), ("txt",), (only,), (exclude,))
     assert keys(kept) == ["in/a.png", "in/x/c.png"]
     assert list(texts(kept)) == keys(kept)
     assert len(keys(scan((source,), (), (), (only,)))) == 1
-    (tmp_path / "wrong.txt").write_text("nothing.png\n")
+    Path(wrong).write_text("nothing.png\n")
     with pytest.raises(UserError, match="no line of .*wrong.txt names an image"):
-        scan((source,), (), (tmp_path / "wrong.txt",))
+        scan((source,), (), (wrong,))
     with pytest.raises(UserError, match="the lists leave no image"):
         scan((source,), (), (only,), (only,))
-    with pytest.raises(UserError, match="cannot read the list"):
-        scan((source,), (), (tmp_path / "gone.txt",))
+    with pytest.raises(UserError, match="gone.txt is no file, and names not an image"):
+        scan((source,), (), (str(tmp_path / "gone.txt"),))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("*_b.*", ["a[1].png", "sub/c.png"]),
+        ("sub/*", ["a1_b.png", "a[1].png"]),
+        ("sub/", ["a1_b.png", "a[1].png"]),
+        ("in/s?b/[a-d].png", ["a1_b.png", "a[1].png"]),
+        ("[!a]*.png", ["a1_b.png", "a[1].png"]),
+        ("a[1].png", ["a1_b.png", "sub/c.png"]),  # a name before it is a pattern
+        ("sub\\c.png", ["a1_b.png", "a[1].png"]),
+    ],
+)
+def test_patterns_exclude_and_include(tmp_path: Path, pattern: str, left: list[str]) -> None:
+    names = ["a1_b.png", "a[1].png", "sub/c.png"]
+    write_images(tmp_path / "in", names)
+    (tmp_path / "list").write_text(pattern)
+    source = (str(tmp_path / "in"),)
+    for given in (pattern, str(tmp_path / "list")):
+        assert keys(scan(source, (), (), (given,))) == [f"in/{name}" for name in left]
+        assert keys(scan(source, (), (given,))) == [f"in/{n}" for n in names if n not in left]
 
 
 def test_captions_are_counted_by_what_is_wrong_with_them(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xlsd_cache.arrow_tables import column_texts
 from xlsd_cache.captions import value_text
 from xlsd_cache.match import look_up, only_once
-from xlsd_cache.tables import column_texts
 
 # Every kind of white space and control character that Python knows, among others.
 TEXTS = st.text(

@@ -1,0 +1,159 @@
+"""Columns of parquet and .arrow files, and the images in their cells."""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+_HELD_BYTES = 2**29  # of decoded parquet row groups: rows of one group are read in any order
+
+
+def table_schema(file: Path) -> pa.Schema:
+    """The schema of a parquet or .arrow file. Raises OSError and ArrowException."""
+    return pq.read_schema(file) if _is_parquet(file) else _mapped(str(file)).schema
+
+
+def read_columns(file: Path, columns: list[str]) -> pa.Table:
+    """Columns of the file, those named with dots pruned to that field of a struct.
+
+    Raises OSError and ArrowException.
+    """
+    if _is_parquet(file):
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+            return opened.read(columns=columns)
+    table = _mapped(str(file)).select(list(dict.fromkeys(c.partition(".")[0] for c in columns)))
+    table.validate(full=True)  # a file that lies must not crash who reads it
+    return table
+
+
+def cell_sizes(file: Path, column: str) -> Iterator[int | None]:
+    """Bytes of each image in a column, a piece at a time; None where a row holds none."""
+    for piece in _pieces(file, column):
+        yield from pc.binary_length(piece).to_pylist()
+
+
+def embedded(file: Path, column: str) -> pa.Array:
+    """Which rows hold an image (bool), told by parquet's statistics where these do."""
+    if not _is_parquet(file):
+        return pa.concat_arrays([pa.array([], pa.bool_()), *_valid(_pieces(file, column))])
+    parts = [pa.array([], pa.bool_())]
+    with pq.ParquetFile(file) as opened:
+        for number in range(opened.metadata.num_row_groups):
+            group = opened.metadata.row_group(number)
+            leaves = [group.column(i) for i in range(group.num_columns)]
+            told = next(leaf for leaf in leaves if leaf.path_in_schema == column).statistics
+            nulls = told.null_count if told is not None and told.has_null_count else -1
+            if nulls in (0, group.num_rows):
+                parts.append(pa.repeat(nulls == 0, group.num_rows))
+            else:
+                piece = _binary(opened.read_row_group(number, columns=[column]), column)
+                parts += _valid([piece])
+    return pa.concat_arrays(parts)
+
+
+def read_cell(path: str, column: str, row: int) -> bytes:
+    """One value, whose whole piece of the file is decoded and kept for the next. Raises OSError."""
+    mtime_ns = Path(path).stat().st_mtime_ns
+    try:
+        starts = _starts(path, mtime_ns)
+        group = bisect_right(starts, row) - 1
+        values = _held(path, mtime_ns, column, group)
+        value = values[row - starts[group]].as_py()
+    except (pa.ArrowException, KeyError, IndexError) as error:
+        raise OSError(f"cannot read {column} of row {row}: {error}") from error
+    if not isinstance(value, bytes):
+        raise OSError(f"{column} of row {row} holds no bytes")
+    return value
+
+
+def follow(table: pa.Table, field: str) -> tuple[pa.ChunkedArray, list[str]]:
+    """The column that a dotted field leads to through structs, and what is left of its parts.
+
+    A column named with its dots wins over a path.
+    """
+    if field in table.column_names:
+        return table[field], []
+    head, *rest = field.split(".")
+    values = table[head]
+    while rest and pa.types.is_struct(values.type) and values.type.get_field_index(rest[0]) >= 0:
+        values = pc.struct_field(values, rest.pop(0))
+    return values, rest
+
+
+def _valid(pieces: Iterable[pa.ChunkedArray]) -> list[pa.Array]:
+    return [chunk for piece in pieces for chunk in pc.is_valid(piece).chunks]
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
+
+
+def _pieces(file: Path, column: str) -> Iterator[Any]:
+    """The column as binary, a row group or record batch at a time."""
+    if _is_parquet(file):
+        with pq.ParquetFile(file, page_checksum_verification=True) as table:
+            for group in range(table.metadata.num_row_groups):
+                yield _binary(table.read_row_group(group, columns=[column]), column)
+        return
+    for batch in _mapped(str(file)).to_batches():
+        yield _binary(pa.Table.from_batches([batch]), column)
+
+
+def _binary(table: pa.Table, column: str) -> pa.ChunkedArray:
+    """The column as one binary type; a view or a column of nothing becomes binary."""
+    values, rest = follow(table, column)
+    if rest:
+        raise KeyError(column)
+    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+        values = values.cast(pa.binary())
+    values.validate(full=True)
+    return values
+
+
+_groups: OrderedDict[tuple[str, int, str, int], Any] = OrderedDict()
+_lock = Lock()
+
+
+def _held(path: str, mtime_ns: int, column: str, group: int) -> Any:
+    named = (path, mtime_ns, column, group)
+    with _lock:
+        if named not in _groups:
+            if _is_parquet(Path(path)):
+                with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                    table = file.read_row_group(group, columns=[column])
+            else:
+                table = pa.Table.from_batches([_mapped(path).to_batches()[group]])
+            _groups[named] = _binary(table, column)
+            while len(_groups) > 1 and sum(g.nbytes for g in _groups.values()) > _HELD_BYTES:
+                _groups.popitem(last=False)
+        _groups.move_to_end(named)
+        return _groups[named]
+
+
+@lru_cache(maxsize=4096)
+def _starts(path: str, mtime_ns: int) -> list[int]:
+    """The first row of each piece of the file as it was at that time, and their end."""
+    del mtime_ns  # only tells the versions of a file apart
+    if not _is_parquet(Path(path)):
+        return [0, *accumulate(batch.num_rows for batch in _mapped(path).to_batches())]
+    with pq.ParquetFile(path) as file:
+        told = file.metadata
+        return [0, *accumulate(told.row_group(i).num_rows for i in range(told.num_row_groups))]
+
+
+def _mapped(path: str) -> pa.Table:
+    """A whole .arrow file, nothing of it read yet: save_to_disk writes streams, Feather files."""
+    with pa.memory_map(path) as file:
+        try:
+            return pa.ipc.open_file(file).read_all()
+        except pa.ArrowInvalid:
+            file.seek(0)
+            return pa.ipc.open_stream(file).read_all()
