@@ -67,6 +67,11 @@ class Table:
         return self.place if self.given else f"{self.place}/{self.rows.file.name}"
 
     @property
+    def maybe(self) -> bool:
+        """Whether the file may be no table at all."""
+        return not self.given and self.rows.file.suffix == ".json"
+
+    @property
     def depth(self) -> int:
         """Of two tables about one image, the nearer counts."""
         return self.folder.count("/")
@@ -105,6 +110,8 @@ class Matches:
     def told(self) -> list[str]:
         """What became of the rows, a line a table, and names of those that no image gets."""
         numbers = [n for n, table in enumerate(self.tables) if not table.sidecars]
+        # A .json file that a folder holds, and no row of which names an image, is something else.
+        numbers = [n for n in numbers if self.counts(n)[0] or not self.tables[n].maybe]
         lines = []
         for number in numbers[:_SHOWN]:
             used, unused, several = self.counts(number)

@@ -1,5 +1,6 @@
 """One table file of any format -> its rows."""
 
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,6 @@ def read_rows(file: Path, columns: tuple[Column, ...]) -> Rows:
     arrow = file.name.lower().endswith(EMBEDDING)
     try:
         return (read_arrow_table if arrow else read_text_table)(file, columns)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, pa.ArrowException) as error:
         told = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot read {file}: {told}; mend it or leave it out") from error

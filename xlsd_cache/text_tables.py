@@ -65,8 +65,8 @@ def holds_rows(file: Path) -> bool:
     Most .json files there are about the one image beside them. Raises OSError.
     """
     with file.open("rb") as opened:
-        head = opened.read(4096).removeprefix(codecs.BOM_UTF8)
-    return head.lstrip()[:1] == b"[" or _DICTIONARY.match(head) is not None
+        head: bytes = opened.read(4096).removeprefix(codecs.BOM_UTF8)
+    return head.lstrip()[:1] == b"[" or bool(_DICTIONARY.match(head))
 
 
 class _Objects:
@@ -85,7 +85,7 @@ class _Objects:
 
     def _begins_an_array(self) -> bool:
         with self._open() as opened:
-            head = opened.read(4096)
+            head: bytes = opened.read(4096)
         return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
     def _open(self) -> Any:
