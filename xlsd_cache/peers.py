@@ -36,8 +36,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from xlsd_cache import UserError
-from xlsd_cache.decode import Rejected
-from xlsd_cache.sources import IMAGE_SUFFIXES
+from xlsd_cache.decode import IMAGE_SUFFIXES, Rejected
 
 # What each keeps of the posterior, by its source.
 KEEPS = {"kohya": "sample", "onetrainer": "mean", "safetensors": "mean"}

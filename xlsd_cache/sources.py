@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from xlsd_cache import UserError
 from xlsd_cache.blocks import in_blocks
 from xlsd_cache.captions import Column, read_captions, read_object
+from xlsd_cache.decode import IMAGE_SUFFIXES
 from xlsd_cache.folders import walk
 from xlsd_cache.lists import listed
 from xlsd_cache.manifest import CAPTIONS, last_of
@@ -28,10 +29,6 @@ from xlsd_cache.records import (
 )
 from xlsd_cache.tables import JSONL_SUFFIXES, URLS, Rows, is_table, one, read_rows
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
-    | {".mpo", ".pgm", ".png", ".ppm", ".qoi", ".tif", ".tiff", ".webp"}
-)
 # The store's own columns of a sample; any other column is a caption.
 RESERVED = frozenset(
     ["key", "source", "bucket", "row", "width", "height", "crop", "content_hash", "crc32c"]
