@@ -149,9 +149,10 @@ def make_images(n: int) -> pa.Table:
         pa.array([f"images/{name}.jpg" for name in relative]),
         pa.array([f"/data/images/{name}.jpg" for name in relative]),
         pa.array(rng.integers(20_000, 200_000, n)),
-        pa.array(rng.integers(1 << 60, 1 << 61, n)),
+        *(pa.array(rng.integers(1 << 60, 1 << 61, n)) for _ in range(3)),
         pa.array(relative),
         pa.nulls(n, pa.string()),
+        *(pa.repeat("", n) for _ in range(2)),
     ]
     return pa.Table.from_arrays(columns, schema=IMAGES)
 
@@ -166,7 +167,7 @@ def make_captions(n: int) -> pa.Table:
 
 def journal_headers(staging: Path, images: pa.Table) -> None:
     """As a planning that was killed after its last header would leave them."""
-    rows = images.select(["key", "size", "mtime_ns"]).to_pylist()
+    rows = images.select(["key", "size", "mtime_ns", "inode", "ctime_ns"]).to_pylist()
     with (staging / "headers.planning").open("w") as file:
         for i, row in enumerate(rows):
             file.write(json.dumps([*row.values(), 640, 640, "", "", f"{i:016x}"]) + "\n")

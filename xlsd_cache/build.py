@@ -2,10 +2,11 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,15 +17,24 @@ from xlsd_cache.buckets import Buckets
 from xlsd_cache.commit import planning, tidy
 from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import BuildConfig
-from xlsd_cache.decode import PREPROCESSING
+from xlsd_cache.decode import MAX_PIXELS, PREPROCESSING
+from xlsd_cache.delta import caption_changes
 from xlsd_cache.encode import Encoder
+from xlsd_cache.guard import decode_nbytes
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.interrupt import StopSignal
-from xlsd_cache.known import Known, by_unit, read_known, uncommitted
+from xlsd_cache.known import Known, by_unit, former_names, read_known, uncommitted
 from xlsd_cache.manifest import Manifest
 from xlsd_cache.match import look_up
 from xlsd_cache.pipeline import Work
-from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
+from xlsd_cache.plan import (
+    JOURNALS,
+    Plan,
+    contents,
+    keep_unread_captions,
+    make_plan,
+    refuse_lost_sources,
+)
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.sources import Scan, scan
 from xlsd_cache.tables import one
@@ -39,6 +49,7 @@ def build(config: BuildConfig) -> Accounting | None:
     """
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision(config.precision))
+    _say_memory(config)
     device = device_of(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
     found = scan(config.source, config.caption_columns, config.only, config.exclude, config.workers)
@@ -48,7 +59,8 @@ def build(config: BuildConfig) -> Accounting | None:
     manifest = Manifest(config.out)
     rows_per_shard = agree(config.out, identity, config.rows_per_shard, found.images.num_rows)
     if config.dry_run:
-        _say_plan(_plan(config, read_known(manifest, rows_per_shard), found, buckets))
+        known = read_known(manifest, rows_per_shard)
+        _say_plan(_plan(config, manifest, known, found, buckets, rows_per_shard))
         return None
     with writing(config.out):
         before = manifest.committed()
@@ -76,11 +88,12 @@ def _write_plan(
         if not (manifest.root / "latents.zarr" / "zarr.json").exists():
             write_group(manifest, attributes_of(identity, rows_per_shard))
         known = read_known(manifest, rows_per_shard)
-        plan = _plan(config, known, found, buckets, manifest.staging)
+        plan = _plan(config, manifest, known, found, buckets, rows_per_shard, manifest.staging)
         _say_plan(plan)
         generations = manifest.generations()
         generation = generations[-1] + 1 if generations else 0
         if plan.is_empty and generations:
+            _forget_journals(manifest)
             return generations[-1]
         placed = plan.entries.filter(pc.greater_equal(plan.entries["row"], 0))
         last = placed.group_by("bucket").aggregate([("row", "max")]).to_pylist()
@@ -88,19 +101,47 @@ def _write_plan(
             shape = bucket_shape(bucket, identity.channels)
             grow_array(manifest, bucket, row + 1, shape, identity.dtype, rows_per_shard)
         manifest.write_plan(generation, plan.entries, plan.removed, plan.captions)
-        for name in JOURNALS:
-            (manifest.staging / name).unlink(missing_ok=True)
+        _forget_journals(manifest)
         return generation
 
 
+def _forget_journals(manifest: Manifest) -> None:
+    for name in JOURNALS:
+        (manifest.staging / name).unlink(missing_ok=True)
+
+
 def _plan(
-    config: BuildConfig, known: Known, found: Scan, buckets: Buckets, staging: Path | None = None
+    config: BuildConfig,
+    manifest: Manifest,
+    known: Known,
+    found: Scan,
+    buckets: Buckets,
+    rows_per_shard: int,
+    staging: Path | None = None,
 ) -> Plan:
     """The next generation. Raises UserError where a source of before is missing."""
-    columns, workers = found.columns, config.workers
-    plan = make_plan(found.images, found.captions, columns, known, buckets, workers, staging)
+    plan = make_plan(
+        found.images,
+        found.captions,
+        found.columns,
+        known,
+        buckets,
+        config.workers,
+        staging,
+        config.max_pixels,
+        config.rehash,
+    )
     refuse_lost_sources(plan, known, set(found.names), set(config.forget))
-    return plan
+    keys = one(found.images["key"])
+    if known.live.num_rows and found.matches.missing():
+        former = former_names(manifest, rows_per_shard, keys)
+        found = found.with_former_names(former, contents(plan, known))
+        captions = caption_changes(keys, found.captions, found.columns, known.captions)
+        plan = replace(plan, captions=captions)
+    for line in found.matches.told():
+        print(line)
+    _refuse_no_captions(found, config)
+    return keep_unread_captions(plan) if found.unread else plan
 
 
 def _encode(
@@ -115,7 +156,7 @@ def _encode(
     planned = uncommitted(manifest, generation, rows_per_shard)
     if not planned.num_rows:
         return
-    entries = planned.drop_columns(["content_hash", "reason", "detail"]).to_pylist()
+    entries = planned.drop_columns(["reason", "detail"]).to_pylist()
     todo = by_unit(entries, rows_per_shard)
     now = manifest.live(generation)
     at = look_up(one(planned["key"]), one(now["key"]))
@@ -128,7 +169,7 @@ def _encode(
     mine = units[part::parts]
     order = mine + [unit for unit in units if unit not in set(mine)]
     dtype = identity.dtype
-    work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers)
+    work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers, config.max_pixels)
     print(encoder)
     with StopSignal() as stop:
         work.run(todo, order, stop)
@@ -162,6 +203,29 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
     )
 
 
+def _say_memory(config: BuildConfig) -> None:
+    """What decoding may take, where more was asked for. Raises UserError where it cannot fit."""
+    if config.max_pixels <= MAX_PIXELS:
+        return
+    one, workers = decode_nbytes(config.max_pixels) / 2**30, config.workers
+    there = psutil.virtual_memory().total / 2**30
+    fitting = int(there / one)
+    if not fitting:
+        raise UserError(
+            f"--max-megapixels {config.max_megapixels:g}: decoding such an image may take "
+            f"{one:.1f} GiB, and this machine has {there:.1f} GiB of memory; lower it"
+        )
+    print(
+        f"images of up to {config.max_megapixels:g} megapixels: decoding one may take {one:.1f} "
+        f"GiB, {workers} at once {workers * one:.1f} GiB of this machine's {there:.1f} GiB"
+    )
+    if workers > fitting:
+        print(
+            f"WARNING: many such images at once do not fit in memory; --workers {fitting} is safe",
+            file=sys.stderr,
+        )
+
+
 def _say_found(found: Scan, config: BuildConfig) -> None:
     images = found.images.num_rows
     print(f"found {images} images in {', '.join(config.source)}", end="")
@@ -169,8 +233,6 @@ def _say_found(found: Scan, config: BuildConfig) -> None:
     print(f"; passed over {over}" if over else "")
     for sentence in found.damaged:
         print(f"WARNING: {sentence}", file=sys.stderr)
-    for line in found.matches.told():
-        print(line)
     for column in found.columns:
         with_text = pc.sum(pc.equal(found.captions["column"], column)).as_py() or 0
         said = [
@@ -178,26 +240,38 @@ def _say_found(found: Scan, config: BuildConfig) -> None:
         ]
         print(f"{column} captions: {with_text} of {images} images", end="")
         print(f" ({', '.join(said)})" if said else "")
+    if not config.out.exists():
+        _refuse_no_captions(found, config)
+
+
+def _refuse_no_captions(found: Scan, config: BuildConfig) -> None:
     if found.columns and not found.captions.num_rows:
-        columns = ", ".join(found.columns)
+        where = ", ".join(found.columns)
         if config.caption_columns is None:
-            columns = "a .txt beside it, nor in the text or caption field of a table"
+            where = "a .txt beside it, nor in the text or caption field of a table"
         raise UserError(
-            f"no captions: none of the {images} images has one in {columns}; put them beside the "
-            f"images, name other columns with --captions, or say --captions none"
+            f"no captions: none of the {found.images.num_rows} images has one in {where}; put them "
+            f"beside the images, name other columns with --captions, or say --captions none"
         )
 
 
 def _say_plan(plan: Plan) -> None:
-    placed = plan.entries.filter(pc.equal(plan.entries["reason"], ""))
-    fresh = placed["bucket"].value_counts().to_pylist()
-    shown = ", ".join(sorted(f"{count['values']} {count['counts']}" for count in fresh))
-    print(f"to place: {placed.num_rows} images" + (f" ({shown})" if shown else ""))
-    if plan.removed:
+    fresh = plan.entries.filter(pa.array(plan.fresh))
+    buckets = fresh["bucket"].value_counts().to_pylist()
+    shown = ", ".join(sorted(f"{count['values']} {count['counts']}" for count in buckets))
+    print(f"to encode: {fresh.num_rows} images" + (f" ({shown})" if shown else ""))
+    counts = {
+        count["values"]: count["counts"]
+        for count in plan.leaving["reason"].value_counts().to_pylist()
+    }
+    if removed := counts.pop("", 0):
         print(
-            f"{len(plan.removed)} images are no longer among the sources and leave training; "
-            f"their latents stay, for when they come back"
+            f"{removed} images are no longer among the sources and leave training; their latents "
+            f"stay, for when they come back"
         )
+    if counts:
+        why = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+        print(f"{sum(counts.values())} images are rejected now and leave training ({why})")
 
 
 def _say_result(config: BuildConfig, counts: Accounting) -> None:

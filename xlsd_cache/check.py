@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from xlsd_cache import UserError
 from xlsd_cache.accounting import account
 from xlsd_cache.config import CheckConfig
-from xlsd_cache.decode import Pixels, Rejected, decode
+from xlsd_cache.decode import MOST_PIXELS, Pixels, Rejected, decode
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import View, make_view
 from xlsd_cache.locate import read_source
@@ -45,9 +46,10 @@ def check(config: CheckConfig) -> bool:
     say(f"{len(found)} problems" if found else f"all {live} latents are right")
     value: dict[str, Any] = {"right": not found, "live": live, "problems": list(map(asdict, found))}
     right = not found
-    if config.repair and found:
+    broken = [problem for problem in found if problem.kind != "image"]  # those no repair can mend
+    if config.repair and broken:
         try:
-            repaired = repair(store, found)
+            repaired = repair(store, broken)
         except OSError as error:
             raise UserError(
                 f"cannot repair {config.store}: {error.strerror or error}; nothing good is lost, "
@@ -146,12 +148,15 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig, say: Say) 
     processor = VaeImageProcessor()
     chosen = np.unique(np.linspace(0, len(store) - 1, min(config.decode, len(store))).astype(int))
     problems: list[Problem] = []
-    ours, own, gone = [], [], 0
+    ours, own, changed, passed_over = [], [], [], Counter[str]()
     for index in tqdm(chosen, "decoding", unit="image"):
         sample = store.samples.slice(int(index), 1).to_pylist()[0]
         pixels = _pixels(sample)
-        if pixels is None:
-            gone += 1
+        if isinstance(pixels, Rejected):
+            if pixels.reason == "changed":
+                changed.append(sample["key"])
+            else:
+                passed_over[pixels.detail if pixels.reason == "vanished" else pixels.reason] += 1
             continue
         raw = torch.from_numpy(store.read(sample["bucket"], [sample["row"]])).float()
         x = processor.preprocess(Image.fromarray(pixels))
@@ -168,28 +173,38 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig, say: Say) 
             )
             unit = Unit(bucket, row // store.rows_per_shard)
             problems.append(Problem("latents", bucket, told, (sample["key"],), unit, (row,)))
-    if gone:
-        say(f"{gone} of {len(chosen)} images are gone or changed, and were not compared")
+    for what, count in sorted(passed_over.items()):
+        say(f"{count} of {len(chosen)} images were not compared: {what}")
     if ours:
         say(
             f"decoded {len(ours)}: PSNR {np.mean(ours):.2f} dB (least {min(ours):.2f}), the VAE's "
             f"own round trip {np.mean(own):.2f} dB"
         )
+    if changed:
+        told = (
+            f"of {len(changed)} of {len(chosen)} samples are not what was encoded; run "
+            f"`xlsd-cache build` with the store's sources and --rehash, which re-encodes them"
+        )
+        problems.append(Problem("image", "the images", told, tuple(changed)))
     return problems
 
 
-def _pixels(sample: dict[str, Any]) -> Pixels | None:
-    """The sample's image as it went into the VAE, if it is still there."""
+def _pixels(sample: dict[str, Any]) -> Pixels | Rejected:
+    """The sample's image as it went into the VAE, or why not; `changed` where it is another now."""
+    if not sample["content_hash"]:  # as where it was imported without its image
+        return Rejected("vanished", "no hash of them is known")
     try:
         data = read_source(sample["source"])
-    except OSError:
-        return None
+    except FileNotFoundError:
+        return Rejected("vanished", "gone")
+    except OSError as error:
+        # The system's errors have a number. Others say that the archive is not what it was.
+        return Rejected("unreadable" if error.errno else "changed")
     if hashlib.sha256(data).hexdigest() != sample["content_hash"]:
-        return None
+        return Rejected("changed")
     width, height = map(int, sample["bucket"].split("x"))
     upright = sample["width"], sample["height"]
-    pixels = decode(data, upright, tuple(sample["crop"]), (width, height))
-    return None if isinstance(pixels, Rejected) else pixels
+    return decode(data, upright, tuple(sample["crop"]), (width, height), MOST_PIXELS)
 
 
 def _silent(*_: object) -> None:

@@ -9,6 +9,7 @@ import tyro
 
 from xlsd_cache import Precision, UserError
 from xlsd_cache.captions import Column
+from xlsd_cache.decode import MAX_PIXELS, MOST_PIXELS
 from xlsd_cache.sources import RESERVED
 
 
@@ -73,6 +74,13 @@ class BuildConfig:
     forget: tuple[str, ...] = ()
     """Names of earlier sources that are gone for good: their images leave training."""
 
+    rehash: bool = False
+    """Read every image again, and re-encode those whose content differs from what was encoded.
+    Without it a file is unchanged if its size, mtime, inode and ctime are."""
+
+    max_megapixels: float = MAX_PIXELS / 1e6
+    """Images of more megapixels are rejected. Decoding one may take 24 MiB a megapixel."""
+
     shard: str | None = None
     """i/n: this is process i of n that build one store together; each starts on its own part and
     helps the others at the end. Default: as torchrun or accelerate launch started it."""
@@ -94,6 +102,11 @@ class BuildConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
         if self.max_ratio < 1:
             raise UserError(f"--max-ratio {self.max_ratio} is less than 1, a square's; raise it")
+        if not 0 < self.max_megapixels <= MOST_PIXELS / 1e6:
+            raise UserError(
+                f"--max-megapixels {self.max_megapixels:g} is not between 0 and "
+                f"{MOST_PIXELS // 10**6}, the largest image that the store can hold"
+            )
         number, _, count = (self.shard or "0/1").partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
@@ -103,6 +116,11 @@ class BuildConfig:
     def caption_columns(self) -> tuple[str, ...] | None:
         """The caption columns by name; None where the images decide."""
         return None if self.captions == "auto" else columns_or_none(self.captions)
+
+    @property
+    def max_pixels(self) -> int:
+        """The largest image that is let in, in pixels."""
+        return round(self.max_megapixels * 1e6)
 
     @property
     def part(self) -> tuple[int, int]:

@@ -18,7 +18,8 @@ from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 from xlsd_cache.colours import UnsupportedSamples, eight_bit, to_srgb
 
 PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
-MAX_PIXELS = 128_000_000  # decoding that many takes 0.5 to 2.3 GiB, by format
+MAX_PIXELS = 128_000_000  # unless told otherwise; decoding that many takes 0.5 to 2.3 GiB
+MOST_PIXELS = 2**31 - 1  # of any image: its sides must fit the log's int32
 # A JPEG is decoded DCT-scaled where that still leaves this many times the size wanted. The worst of
 # 113 photos is then 0.91 grey levels (RMS) from its full decode; at 3 it is 1.13.
 DRAFT_MARGIN = 3.5
@@ -28,7 +29,7 @@ REASONS = {
     "unsupported": "an image, in a format or variant that is not decoded",
     "truncated": "the file ends before its picture does",
     "corrupt": "the file contradicts itself or its format",
-    "too_many_pixels": "its header claims more than MAX_PIXELS",
+    "too_many_pixels": "its header claims more than --max-megapixels",
     "too_much_memory": "decoding it took more memory than it may",
     "decoder_crashed": "decoding it ended the process that did",
     "decoder_hung": "decoding it did not end in time",
@@ -51,6 +52,7 @@ REASONS = {
     "changed_image": "its image has another size than when it was cached",
 }
 RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the file's
+LIMITED = frozenset({"too_many_pixels", "too_many_bytes"})  # another --max-megapixels may differ
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 LANCZOS = Image.Resampling.LANCZOS
@@ -66,8 +68,28 @@ _MAGIC = re.compile(
     re.DOTALL,
 )
 # Whose header Pillow leaves to a C library, which it gives the whole file.
-PARSED_IN_C = re.compile(rb"RIFF....WEBP|....ftypavi[fs]", re.DOTALL)
-_HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
+PARSED_IN_C = re.compile(rb"RIFF....WEBP|....ftyp(avi[fs]|mif1|msf1)", re.DOTALL)
+# How files begin that are images in formats that Pillow does not decode here, and their names.
+_NOT_DECODED = {
+    re.compile(magic, re.DOTALL): name
+    for magic, name in (
+        (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (rb"II\xbc\x01", "JPEG XR"),
+        (rb"8BP[SB]", "Photoshop"),
+        (rb"v/1\x01", "OpenEXR"),
+        (rb"#\?(RADIANCE|RGBE)", "Radiance HDR"),
+        (rb"DDS ", "DDS"),
+        (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript"),
+        (rb"(\xef\xbb\xbf)?\s*<(svg|(\?xml|!--|!DOCTYPE svg).*<svg)\b", "SVG"),
+        (rb"II(RO|RS|U\0)|MMOR|FUJIFILM|FOVb|\0MRM|....ftypcrx ", "raw camera data"),
+    )
+}
+# Brands of ISO media files (ISO/IEC 23008-12, 23000-22) that hold pictures, AVIF's own apart.
+_HEIF = frozenset(
+    b"heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1 miaf MiHA MiHB MiHE avci j2ki".split()
+)
+_AVIF = frozenset({b"avif", b"avis"})
+_DNG_VERSION, _NEW_SUBFILE_TYPE = 0xC612, 0x00FE  # TIFF tags
 # What turns a picture upright that is stored with this orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -101,13 +123,15 @@ def read_size(path: Path) -> tuple[int, int] | Rejected:
         return Rejected("unreadable", _told(error))
 
 
-def read_header(file: IO[bytes], nbytes: int) -> tuple[int, int] | Rejected:
+def read_header(
+    file: IO[bytes], nbytes: int, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int] | Rejected:
     """Width and height of the upright image in a seekable file of `nbytes` bytes, at its start.
 
     Reads the header alone, and never raises for what it holds.
     """
     try:
-        image = _open(file, nbytes)
+        image = _open(file, nbytes, max_pixels)
         if isinstance(image, Rejected):
             return image
         with image:
@@ -125,9 +149,17 @@ def read_header(file: IO[bytes], nbytes: int) -> tuple[int, int] | Rejected:
         return Rejected("corrupt", _told(error))
 
 
-def header_of(data: bytes) -> tuple[int, int] | Rejected:
+def header_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | Rejected:
     """`read_header` of a file in memory."""
-    return read_header(io.BytesIO(data), len(data))
+    return read_header(io.BytesIO(data), len(data), max_pixels)
+
+
+def too_large(width: int, height: int, max_pixels: int) -> Rejected | None:
+    """Why an image of this size is not let in, if it is not."""
+    if width * height <= max_pixels:
+        return None
+    told = f"{width}x{height} is over {max_pixels / 1e6:g} megapixels; raise --max-megapixels"
+    return Rejected("too_many_pixels", told)
 
 
 def decode(
@@ -135,6 +167,7 @@ def decode(
     upright_size: tuple[int, int],
     crop: tuple[float, float, float, float],
     size: tuple[int, int],
+    max_pixels: int = MAX_PIXELS,
 ) -> Pixels | Rejected:
     """The crop box of the image in `data`, resized to `size` = (width, height).
 
@@ -143,7 +176,7 @@ def decode(
     and upright after. Never raises for what `data` holds.
     """
     try:
-        image = _open(io.BytesIO(data), len(data))
+        image = _open(io.BytesIO(data), len(data), max_pixels)
         if isinstance(image, Rejected):
             return image
         with image:
@@ -178,40 +211,66 @@ def decode(
         return Rejected("corrupt", _told(error))
 
 
-def _open(file: IO[bytes], nbytes: int) -> Image.Image | Rejected:
+def _open(file: IO[bytes], nbytes: int, max_pixels: int) -> Image.Image | Rejected:
     """The image, its header parsed and its size within bounds, nothing decoded yet."""
     head = file.read(16)
     file.seek(0)
     if not nbytes:
         return Rejected("not_an_image", "the file is empty")
+    if head[:4] == b"II*\0" and head[8:10] == b"CR":  # Pillow would take it for a TIFF
+        return _not_decoded("raw camera data")
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        return _unidentified(file, head)
+        file.seek(0)
+        return _unidentified(file, file.read(4096))
     except OSError as error:
         file.seek(0)
         return _refused(error, _cut_webp(file.read(12), nbytes))
-    width, height = image.size
-    if width * height > MAX_PIXELS:
+    why = too_large(*image.size, max_pixels)
+    if why is None and image.format == "TIFF" and _is_preview(image):
+        why = _not_decoded("raw camera data")
+    if why:
         image.close()
-        detail = f"{width}x{height} is over {MAX_PIXELS / 1e6:.0f} megapixels"
-        return Rejected("too_many_pixels", detail)
+        return why
     return image
 
 
 def _unidentified(file: IO[bytes], head: bytes) -> Rejected:
     """Why Pillow knows no format for what begins with `head`."""
-    if _HEIF.match(head):
-        return Rejected("unsupported", "HEIF, which Pillow does not decode")
+    brands = _brands(head)
+    for magic, name in _NOT_DECODED.items():
+        if magic.match(head):
+            return _not_decoded(name)
+    if brands & _HEIF and not brands & _AVIF:
+        return _not_decoded("HEIF")
     if head.startswith(b"\xff\xd8\xff"):
         file.seek(0)
         try:  # as Image.open did, which keeps to itself what it stumbled over
             JpegImagePlugin.JpegImageFile(file).close()
         except SyntaxError as error:
             return Rejected("unsupported" if "-bit" in str(error) else "corrupt", _told(error))
-    if _MAGIC.match(head):
-        return Rejected("corrupt", f"starts like an image but is not readable: {head!r}")
-    return Rejected("not_an_image", f"starts with {head!r}")
+    if _MAGIC.match(head) or brands & _AVIF:
+        return Rejected("corrupt", f"starts like an image but is not readable: {head[:16]!r}")
+    return Rejected("not_an_image", f"starts with {head[:16]!r}")
+
+
+def _not_decoded(name: str) -> Rejected:
+    return Rejected("unsupported", f"{name}, which is not decoded; convert it to PNG or JPEG")
+
+
+def _brands(head: bytes) -> set[bytes]:
+    """The brands of the ISO media file that begins so: what readers it is for."""
+    if head[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(head[:4], "big"), len(head) - 3)
+    return {head[8:12], *(head[at : at + 4] for at in range(16, end, 4))}
+
+
+def _is_preview(image: Image.Image) -> bool:
+    """Whether a TIFF's first picture stands for another: raw camera files begin with such."""
+    tags = getattr(image, "tag_v2", {})
+    return _DNG_VERSION in tags or bool(tags.get(_NEW_SUBFILE_TYPE, 0) & 1)
 
 
 def _draft(

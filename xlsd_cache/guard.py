@@ -24,10 +24,10 @@ from typing import IO, Any, TypeVar, TypeVarTuple
 import psutil
 
 from xlsd_cache import UserError
-from xlsd_cache.decode import Rejected
+from xlsd_cache.decode import MAX_PIXELS, Rejected
 
 FAILURES = frozenset({"decoder_crashed", "decoder_hung", "too_much_memory"})
-SECONDS = 120.0  # QOI, in plain Python, takes that long for the largest image that is let in
+SECONDS = 120.0  # QOI, in plain Python, takes that long for an image of MAX_PIXELS
 NBYTES = 3 * 2**30  # what every format needs for it
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
@@ -163,10 +163,16 @@ class _Child:
         return True, Rejected("decoder_crashed", name)
 
 
+def decode_nbytes(max_pixels: int) -> int:
+    """What decoding one image of that many pixels may take of memory."""
+    return int(NBYTES * max(1.0, max_pixels / MAX_PIXELS))
+
+
 @functools.cache
-def decoders(children: int) -> Guard:
-    """The guard that decodes images: one a number of children and process, until that ends."""
-    guard = Guard(SECONDS, NBYTES, children)
+def decoders(children: int, max_pixels: int = MAX_PIXELS) -> Guard:
+    """The guard that decodes images: one for these arguments and process, until that ends."""
+    seconds = SECONDS * max(1.0, max_pixels / MAX_PIXELS)
+    guard = Guard(seconds, decode_nbytes(max_pixels), children)
     atexit.register(guard.close)
     return guard
 

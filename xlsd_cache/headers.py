@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.blocks import in_blocks
-from xlsd_cache.decode import PARSED_IN_C, RETRIED, Rejected, header_of, read_header
+from xlsd_cache.decode import (
+    LIMITED,
+    MAX_PIXELS,
+    MOST_PIXELS,
+    PARSED_IN_C,
+    RETRIED,
+    Rejected,
+    header_of,
+    read_header,
+)
 from xlsd_cache.guard import decoders
 from xlsd_cache.locate import open_source, read_source
 from xlsd_cache.match import look_up
@@ -32,11 +41,9 @@ HEADERS = pa.schema(
         ("head", pa.string()),  # of the file's first bytes: files that differ here need no hash
     ]
 )
-_NAMES = [
-    pa.field("key", pa.string()),
-    pa.field("size", pa.int64()),
-    pa.field("mtime_ns", pa.int64()),
-]
+_TIMES = ["size", "mtime_ns", "inode", "ctime_ns"]  # as in locate.Stat
+_NAMES = [pa.field("key", pa.string()), *(pa.field(name, pa.int64()) for name in _TIMES)]
+FILES = ["key", "source", *_TIMES]  # the columns of files to read
 HASHES = pa.schema([("content_hash", pa.string())])  # sha256; empty where it cannot be read
 _HEAD_BYTES = 16384  # what reading the header fetches from the disk anyway
 _BLOCK = 64  # files a thread takes at once
@@ -45,18 +52,25 @@ File = tuple[str, int]  # source, bytes
 Row = tuple[Any, ...]
 
 
-def read_headers(files: pa.Table, journal: Path | None, workers: int) -> pa.Table:
-    """HEADERS of `files` (key, source, size, mtime_ns), aligned with it."""
-    return _read(files, HEADERS, partial(_header, workers), journal, workers, "reading headers")
+def read_headers(
+    files: pa.Table, journal: Path | None, workers: int, max_pixels: int = MAX_PIXELS
+) -> pa.Table:
+    """HEADERS of `files` (FILES), aligned with it.
+
+    Sizes are told whatever they are; `max_pixels` only limits the memory of what parses headers.
+    """
+    header = partial(_header, workers, max_pixels)
+    return _read(files, HEADERS, header, journal, workers, "reading headers")
 
 
-def read_hashes(files: pa.Table, journal: Path | None, workers: int) -> pa.Array:
+def read_hashes(
+    files: pa.Table, journal: Path | None, workers: int, doing: str = "finding duplicates"
+) -> pa.Array:
     """sha256 of `files`, aligned; empty where one cannot be read, which its encoding will say."""
-    table = _read(files, HASHES, _hash, journal, workers, "finding duplicates")
-    return one(table["content_hash"])
+    return one(_read(files, HASHES, _hash, journal, workers, doing)["content_hash"])
 
 
-def _header(workers: int, file: File) -> Row:
+def _header(workers: int, max_pixels: int, file: File) -> Row:
     source, nbytes = file
     head, size = "", Rejected("bad_name", "its name is not UTF-8; rename it")
     try:
@@ -65,10 +79,11 @@ def _header(workers: int, file: File) -> Row:
                 first = opened.read(_HEAD_BYTES)
                 head = hashlib.blake2b(first, digest_size=8).hexdigest()
                 if PARSED_IN_C.match(first):
-                    found = decoders(workers).call(header_of, first + opened.read())
+                    data = first + opened.read()
+                    found = decoders(workers, max_pixels).call(header_of, data, MOST_PIXELS)
                 else:
                     opened.seek(0)
-                    found = read_header(opened, nbytes)
+                    found = read_header(opened, nbytes, MOST_PIXELS)
             if not isinstance(found, Rejected):
                 return *found, "", "", head
             size = found
@@ -115,13 +130,13 @@ def _read(
 
 
 def _listed(files: pa.Table, at: NDArray[np.int64]) -> list[Row]:
-    part = files.select(["key", "source", "size", "mtime_ns"]).take(pa.array(at))
+    part = files.select(FILES).take(pa.array(at))
     return list(zip(*(column.to_pylist() for column in part.columns), strict=True))
 
 
 def _each(function: Callable[[File], Row], block: list[Row]) -> list[tuple[Row, Row]]:
-    """((key, size, mtime_ns), result) of each."""
-    return [((key, size, time), function((source, size))) for key, source, size, time in block]
+    """((key, size, mtime_ns, inode, ctime_ns), result) of each."""
+    return [((key, size, *times), function((source, size))) for key, source, size, *times in block]
 
 
 def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
@@ -133,9 +148,11 @@ def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
 def _append(journal: Path | None, block: list[tuple[Row, Row]]) -> None:
     if journal is None:
         return
-    # What was the moment's fault, and a hash that could not be had, is not to be believed later.
+    # What was the moment's fault or a limit's, and a hash that could not be had, is not to be
+    # believed later.
+    doubted = RETRIED | LIMITED
     kept = [
-        (*named, *row) for named, row in block if not RETRIED.intersection(row) and row[0] != ""
+        (*named, *row) for named, row in block if not doubted.intersection(row) and row[0] != ""
     ]
     with journal.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in kept))
@@ -165,6 +182,7 @@ def _resume(
         return nothing
     at = look_up(one(files["key"]), one(journaled["key"]))
     there = journaled.take(pa.array(at, mask=at < 0))
-    same = pc.and_(*(pc.equal(there[name], files[name]) for name in ("size", "mtime_ns")))
-    at = np.where(pc.fill_null(same, False), at, -1)
+    for name in _TIMES:
+        same = pc.fill_null(pc.equal(there[name], files[name]), False)
+        at = np.where(same, at, -1)
     return journaled.select(schema.names), at

@@ -17,7 +17,7 @@ from xlsd_cache.commit import planning, tidy
 from xlsd_cache.compare import Sample, Verdict, compare, judge
 from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import ImportConfig
-from xlsd_cache.decode import Rejected, decode
+from xlsd_cache.decode import MOST_PIXELS, Rejected, decode
 from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import write_json
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
@@ -123,7 +123,7 @@ def _pixels(item: Item) -> NDArray[np.uint8] | None:
     except OSError:
         return None
     width, height = map(int, item.bucket.split("x"))
-    pixels = decode(data, item.size, item.crop, (width, height))
+    pixels = decode(data, item.size, item.crop, (width, height), MOST_PIXELS)
     return None if isinstance(pixels, Rejected) else pixels
 
 

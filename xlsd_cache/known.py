@@ -13,6 +13,8 @@ from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest, Unit, last_of
 CONTENT = pa.schema(
     [PLAN.field(name) for name in ("content_hash", "size", "bucket", "row", "crop")]
 )
+FORMER = pa.schema([PLAN.field(name) for name in ("key", "source", "content_hash")])
+_FORMER_LINES = ["key", "source", "bucket", "row", "reason", "content_hash"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,7 @@ def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
     """Fold the log; that of an empty store gives empty tables."""
     generation = max(manifest.generations(), default=-1)
     committed = manifest.commits(manifest.committed())
-    live = manifest.live(generation)
-    at = find_places(live, committed)
-    for name in ("content_hash", "reason", "detail"):
-        said = committed[name].take(pa.array(at, mask=at < 0))
-        if name == "content_hash":  # of an image rejected unread
-            said = pc.if_else(pc.equal(said, ""), None, said)
-        live = live.set_column(
-            live.schema.get_field_index(name), PLAN.field(name), pc.coalesce(said, live[name])
-        )
+    live = _as_committed(manifest.live(generation), committed)
     planned = manifest.planned(generation)
     at = find_places(planned, committed)
     said = committed.take(pa.array(at, mask=at < 0))
@@ -53,8 +47,49 @@ def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
     return Known(live, content, _next_rows(planned, rows_per_shard), manifest.captions(generation))
 
 
+def read_live(manifest: Manifest, generation: int) -> pa.Table:
+    """PLAN of the images of a generation, with what their commits say of them."""
+    return _as_committed(manifest.live(generation), manifest.commits(manifest.committed()))
+
+
+def _as_committed(live: pa.Table, committed: pa.Table) -> pa.Table:
+    at = find_places(live, committed)
+    for name in ("content_hash", "reason", "detail"):
+        said = committed[name].take(pa.array(at, mask=at < 0))
+        if name == "content_hash":  # of an image rejected unread
+            said = pc.if_else(pc.equal(said, ""), None, said)
+        live = live.set_column(
+            live.schema.get_field_index(name), PLAN.field(name), pc.coalesce(said, live[name])
+        )
+    return live
+
+
+def former_names(manifest: Manifest, rows_per_shard: int, present: pa.Array) -> pa.Table:
+    """FORMER of images that were encoded, or duplicates of such, under names not `present` now.
+
+    `present` are the keys of today. A name that had several contents is told with its last.
+    """
+    lines = manifest.plan_lines(max(manifest.generations(), default=-1), _FORMER_LINES)
+    here = pc.is_in(lines["key"], value_set=present)
+    lines = lines.filter(pc.and_(pc.is_valid(lines["row"]), pc.invert(here)))
+    wanted = set(pc.unique(unit_names(lines, rows_per_shard)).to_pylist())
+    units = {unit for unit in manifest.committed() if unit.name in wanted}
+    committed = manifest.commits(units, ["row", "content_hash", "status"])
+    committed = committed.filter(pc.equal(committed["status"], "encoded"))
+    at = find_places(lines, committed)
+    copies = pc.equal(lines["reason"], "duplicate")
+    contents = pc.coalesce(
+        committed["content_hash"].take(pa.array(at, mask=at < 0)),
+        pc.if_else(copies, lines["content_hash"], ""),
+    )
+    named = pa.table([lines["key"], lines["source"], contents], schema=FORMER)
+    return last_of(named.filter(pc.not_equal(contents, "")), ["key", "source"])
+
+
 def find_places(wanted: pa.Table, have: pa.Table) -> NDArray[np.int64]:
     """For each row of `wanted` the row of `have` with the same (bucket, row), or -1."""
+    if not (wanted.num_rows and have.num_rows):
+        return np.full(wanted.num_rows, -1)
     names = pc.unique(have["bucket"])
 
     def places(table: pa.Table) -> NDArray[np.int64]:
@@ -63,8 +98,6 @@ def find_places(wanted: pa.Table, have: pa.Table) -> NDArray[np.int64]:
         return np.where(buckets < 0, -1, places)
 
     sought, there = places(wanted), places(have)
-    if not len(there):
-        return np.full(len(sought), -1)
     order = np.argsort(there, kind="stable")
     at = order[np.minimum(np.searchsorted(there[order], sought), len(there) - 1)]
     return np.where((there[at] == sought) & (sought >= 0), at, -1)

@@ -17,12 +17,14 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from xlsd_cache.cells import read_cell
 from xlsd_cache.manifest import CAPTIONS
 from xlsd_cache.tables import NOTHING, Rows, one
 
@@ -102,10 +104,28 @@ class Matches:
         names = pc.coalesce(rows.path, rows.key, rows.url, rows.id)
         return [name or "a row without a name" for name in names.take(pa.array(at)).to_pylist()]
 
+    def own_image(self, row: int, key: str) -> bytes | None:
+        """The image that a row was written for, called like `key`, if it lies with the table."""
+        number = int(np.searchsorted(self.starts, row, "right")) - 1
+        rows, at = self.tables[number].rows, row - int(self.starts[number])
+        try:
+            if rows.cell and rows.labels is not None and rows.labels[at].is_valid:
+                return read_cell(str(rows.file), rows.cell, at)
+            path = self.path[row].as_py() or self.key[row].as_py() + Path(key).suffix
+            return Path(path).read_bytes()
+        except OSError:
+            return None
+
     def without_image(self, column: str) -> int:
         """How many texts of a column no image gets."""
         texts = _joined([_texts(table, column) for table in self.tables])
         return int(((self.image < 0) & texts.is_valid().to_numpy(zero_copy_only=False)).sum())
+
+    def missing(self) -> bool:
+        """Whether a row names an image that is not there, by path or key."""
+        open_ = pa.array((self.image < 0) | (self.how >= How.MOVED))
+        named = pc.or_(pc.is_valid(self.path), pc.is_valid(self.key))
+        return bool(pc.any(pc.and_(open_, named)).as_py())
 
     def told(self) -> list[str]:
         """What became of the rows, a line a table, and names of those that no image gets."""

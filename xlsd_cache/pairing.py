@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xlsd_cache.buckets import STEP
-from xlsd_cache.decode import Rejected, read_header
+from xlsd_cache.decode import MOST_PIXELS, Rejected, read_header
 from xlsd_cache.formats import IMAGE_SUFFIXES
 from xlsd_cache.identity import DOWNSCALE
 from xlsd_cache.locate import BETWEEN, open_source, read_source
@@ -179,7 +179,7 @@ def _size(record: Record) -> tuple[int, int]:
     """Width and height of the upright image; zeros where its header cannot be read."""
     try:
         with open_source(record.source) as file:
-            size = read_header(file, record.size)
+            size = read_header(file, record.size, MOST_PIXELS)
     except OSError:
         return 0, 0
     return (0, 0) if isinstance(size, Rejected) else size

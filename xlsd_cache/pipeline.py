@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition, Lock
 from typing import Any
 
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.commit import Claim, claim
-from xlsd_cache.decode import Pixels, Rejected, decode
+from xlsd_cache.decode import MAX_PIXELS, Pixels, Rejected, decode, too_large
 from xlsd_cache.encode import Encoder
 from xlsd_cache.guard import Guard, decoders
 from xlsd_cache.identity import bucket_shape
 from xlsd_cache.interrupt import StopSignal
-from xlsd_cache.locate import read_source, stat_source
+from xlsd_cache.locate import Stat, read_source, stat_source
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.plan import Entry
 from xlsd_cache.shard import Row
@@ -73,6 +74,7 @@ class Work:
     rows_per_shard: int
     dtype: str
     workers: int
+    max_pixels: int = MAX_PIXELS  # of an image
     wait_s: float = 0.0  # for decoding: not the time decoding takes, but what it delays
     encode_s: float = 0.0
     write_s: float = 0.0
@@ -109,7 +111,9 @@ class Work:
         stop: StopSignal,
     ) -> None:
         """Go once through the units that nobody holds, a few batches decoding ahead."""
-        calls, batch, guard = self.encoder.calls, self.encoder.batch, decoders(self.workers)
+        calls, batch = self.encoder.calls, self.encoder.batch
+        guard = decoders(self.workers, self.max_pixels)
+        read = partial(_read_and_decode, guard, self.max_pixels)
         ahead = calls + max(1, 2 * self.workers // batch)
         held: list[Claim] = []
         queue: deque[tuple[Claim, list[Future[Decoded]], Future[Encoded], bool]] = deque()
@@ -119,7 +123,7 @@ class Work:
                 while not stop.asked and len(queue) < ahead and (found := next(upcoming, None)):
                     taken, slots, last = found
                     pixels = [
-                        readers.submit(_read_and_decode, entry, self._is_live(entry), guard)
+                        readers.submit(read, entry, self._is_live(entry))
                         for entry in map(taken.entries.__getitem__, slots)
                     ]
                     encoded = encoders.submit(self._encode, slots, pixels, turns, next(turn))
@@ -224,20 +228,37 @@ class Work:
         return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ranked)
 
 
-def _read_and_decode(entry: Entry, live: bool, guard: Guard) -> Decoded:
+def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) -> Decoded:
     """The pixels of a planned image as it is now; changed since the scan, it is planned anew."""
     if not live:
         return "", Rejected("removed", "removed or changed after it was planned")
+    upright, crop = (entry["width"], entry["height"]), tuple(entry["crop"])
+    if why := too_large(*upright, max_pixels):  # it was planned under another limit
+        return "", why
     try:
+        before = stat_source(entry["source"])
         data = read_source(entry["source"])
         now = stat_source(entry["source"])
     except FileNotFoundError:
         return "", Rejected("vanished", "gone between the scan and its reading")
     except OSError as error:
         return "", Rejected("unreadable", error.strerror or str(error))
-    if (len(data), *now[:2]) != (entry["size"], entry["size"], entry["mtime_ns"]):
-        return "", Rejected("changed", "changed between the scan and its reading")
+    changed = Rejected("changed", "changed between the scan and its reading")
+    if before != now or (len(data), *now[:2]) != (entry["size"], entry["size"], entry["mtime_ns"]):
+        return "", changed
+    content = hashlib.sha256(data).hexdigest()
+    if entry["content_hash"] not in ("", content):
+        return "", changed
     width, height = map(int, entry["bucket"].split("x"))
-    upright, crop = (entry["width"], entry["height"]), tuple(entry["crop"])
-    pixels = guard.call(decode, data, upright, crop, (width, height))
-    return hashlib.sha256(data).hexdigest(), pixels
+    pixels = guard.call(decode, data, upright, crop, (width, height), max_pixels)
+    # Another file of the same size in bytes and pixels is as good as the one that was scanned: its
+    # own hash is recorded. What else is wrong with another is not to be held against this one.
+    if isinstance(pixels, Rejected) and not _is_scanned(entry, now):
+        return content, changed
+    return content, pixels
+
+
+def _is_scanned(entry: Entry, now: Stat) -> bool:
+    """Whether the file is the very one that was scanned; older logs do not say which it was."""
+    logged = entry["inode"], entry["ctime_ns"]
+    return None in logged or logged == (now.inode, now.ctime_ns)

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache.buckets import Buckets, Placement
+from xlsd_cache.decode import Rejected, too_large
 from xlsd_cache.known import Known
 from xlsd_cache.manifest import PLAN
 from xlsd_cache.match import look_up
@@ -16,13 +17,13 @@ from xlsd_cache.tables import one
 Mask = NDArray[np.bool_]
 
 
-def place(images: pa.Table, facts: pa.Table, buckets: Buckets) -> pa.Table:
+def place(images: pa.Table, facts: pa.Table, buckets: Buckets, max_pixels: int) -> pa.Table:
     """PLAN of the images by their size in pixels alone, rows not given yet."""
     width, height = (facts[name].to_numpy().astype(np.int64) for name in ("width", "height"))
     sizes, which = np.unique((width << 32) + height, return_inverse=True)
     placed: list[tuple[str, str, str, tuple[float, ...]]] = []
     for size in sizes.tolist():
-        given = buckets.place(size >> 32, size & 0xFFFFFFFF) if size else None
+        given = _of_size(size >> 32, size & 0xFFFFFFFF, buckets, max_pixels) if size > 0 else None
         if isinstance(given, Placement):
             placed.append((given.bucket.name, "", "", given.crop))
         else:
@@ -50,6 +51,10 @@ def place(images: pa.Table, facts: pa.Table, buckets: Buckets) -> pa.Table:
         ],
         schema=PLAN,
     )
+
+
+def _of_size(width: int, height: int, buckets: Buckets, max_pixels: int) -> Placement | Rejected:
+    return too_large(width, height, max_pixels) or buckets.place(width, height)
 
 
 def give_rows(entries: pa.Table, hashes: pa.Array, known: Known) -> tuple[pa.Table, Mask]:

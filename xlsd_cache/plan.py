@@ -1,30 +1,30 @@
 """Which image goes where: the scan compared with the log, written down as the next generation."""
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.buckets import Buckets
-from xlsd_cache.decode import RETRIED
+from xlsd_cache.decode import MAX_PIXELS
 from xlsd_cache.delta import caption_changes
-from xlsd_cache.headers import read_hashes, read_headers
+from xlsd_cache.headers import FILES, read_hashes, read_headers
 from xlsd_cache.known import Known, find_places
-from xlsd_cache.manifest import PLAN
+from xlsd_cache.manifest import LATER, PLAN, last_of
 from xlsd_cache.match import look_up
 from xlsd_cache.place import crop_matrix, give_rows, place
 from xlsd_cache.tables import one
+from xlsd_cache.unchanged import SCANNED, Mask, among, compare, equal
 
 Entry = dict[str, Any]  # one row of manifest.PLAN
-Mask = NDArray[np.bool_]
-# The journals of a planning, in staging until its plan is written.
-JOURNALS = ("headers.planning", "hashes.planning")
+# What a planning read so far, in staging until its plan is written. Those of --rehash are apart: it
+# believes nothing that was read before it began.
+JOURNALS = ("headers.planning", "hashes.planning", "headers.rehash", "hashes.rehash")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Plan:
     """The next generation, not yet written."""
 
     entries: pa.Table  # PLAN of images that are new, changed, moved, renamed, rejected, duplicates
-    removed: list[str]  # keys that the scan no longer found
+    fresh: Mask  # which entries are to be encoded, and not another line on an image of the log
+    removed: list[str]  # keys that the scan no longer found, trained on or not
+    leaving: pa.Table  # (key, reason): images trained on until now; reason empty where removed
     captions: pa.Table  # what changed of them
 
     @property
@@ -49,41 +51,85 @@ def make_plan(
     buckets: Buckets,
     workers: int,
     staging: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    rehash: bool = False,
 ) -> Plan:
     """What brings the log up to what the scan found: its `images`, and `captions` in `columns`.
 
-    A file whose size and mtime are as logged counts as unchanged. Any other is told by its
-    content: encoded before, it keeps that latent under its new name; equal to a live image, it is
-    a duplicate; else it gets a row of its own behind its bucket's last shard. What is read of
-    files is journaled in `staging`, if given.
+    A file whose size and times are as logged counts as unchanged, see unchanged.py. Any other is
+    told by its content: encoded before, it keeps that latent under its new name; equal to a live
+    image, it is a duplicate; else it gets a row of its own behind its bucket's last shard. What is
+    read of files is journaled in `staging`, if given.
     """
-    journals = [staging and staging / name for name in JOURNALS]
+    names = JOURNALS[2:] if rehash else JOURNALS[:2]
+    headers, hashes = (staging and staging / name for name in names)
     at = look_up(one(images["key"]), one(known.live["key"]))
     logged = known.live.take(pa.array(at, mask=at < 0))
-    same = _equal(logged, images, "size") & _equal(logged, images, "mtime_ns")
-    same &= ~_among(logged["reason"], RETRIED)
-    copies = same & _among(logged["reason"], {"duplicate"})  # whose original may be gone
-    settled = same & ~copies
+    now = compare(images, logged, max_pixels, rehash, hashes, workers)
 
-    changed = images.filter(pa.array(~settled)).combine_chunks()
-    copy = copies[~settled]
-    facts = _facts(changed, logged.filter(pa.array(~settled)), copy, journals[0], workers)
-    entries = place(changed, facts, buckets)
-    kept = logged.filter(pa.array(settled))
-    kept = kept.set_column(1, PLAN.field("source"), images["source"].filter(pa.array(settled)))
-    hashes, kept_hashes = _hashes(entries, facts, copy, kept, known, journals[1], workers)
-    entries = _settle_copies(entries, hashes, kept, kept_hashes)
-    entries, fresh = give_rows(entries, hashes, known)
-    said = known.live.take(pa.array(at[~settled], mask=at[~settled] < 0))
-    news = pa.array(fresh | ~_same_rows(entries, said))
-    was = known.live.take(pa.array(at[settled]))
-    moved = pa.array(~_equal(kept, was, "source"))
-    gone = pc.invert(pc.is_in(known.live["key"], value_set=one(images["key"])))
+    open_, settled = pa.array(~now.settled), pa.array(now.settled)
+    changed, said = images.filter(open_).combine_chunks(), logged.filter(open_)
+    refused, copy = now.refused[~now.settled], now.copies[~now.settled]
+    facts = _facts(changed, said, refused, copy, headers, workers, max_pixels)
+    facts = _with_hashes(facts, now.hashes.filter(open_), ~copy)
+    entries = place(changed, facts, buckets, max_pixels)
+    kept = logged.filter(settled)
+    for name in ("source", "inode", "ctime_ns"):
+        column = images[name].filter(settled)
+        kept = kept.set_column(PLAN.get_field_index(name), PLAN.field(name), column)
+    contents, kept_contents = _hashes(entries, facts, copy, kept, known, hashes, workers)
+    entries = _let_in_encoded(entries, contents, known)
+    entries = _settle_copies(entries, contents, kept, kept_contents)
+    entries, fresh = give_rows(entries, contents, known)
+    news = fresh | ~_same_rows(entries, said, rehash)
+    was = logged.filter(settled)
+    moved = kept.filter(pa.array(~equal(kept, was, "source") | now.renewed[now.settled]))
+    entries, fresh = entries.filter(pa.array(news)), fresh[news]
+    entries = pa.concat_tables([moved, entries])
+    removed = known.live.filter(
+        pc.invert(pc.is_in(known.live["key"], value_set=one(images["key"])))
+    )
     return Plan(
-        pa.concat_tables([kept.filter(moved), entries.filter(news)]),
-        known.live["key"].filter(gone).to_pylist(),
+        entries,
+        np.concatenate([np.zeros(moved.num_rows, bool), fresh]),
+        removed["key"].to_pylist(),
+        _leaving(known, removed, entries),
         caption_changes(one(images["key"]), captions, columns, known.captions),
     )
+
+
+def contents(plan: Plan, known: Known) -> pa.Table:
+    """(key, content_hash) of all images as they are with this plan, where they are known."""
+    names = ["key", "content_hash"]
+    placed = plan.entries.filter(pc.equal(plan.entries["reason"], ""))
+    told = pa.concat_tables([known.live.select(names), placed.select(names)])
+    return last_of(told.filter(pc.not_equal(told["content_hash"], "")), ["key"])
+
+
+def keep_unread_captions(plan: Plan) -> Plan:
+    """The plan, but no caption ends that may be in a table that could not be read."""
+    rows = pc.match_substring_regex(plan.captions["column"], "^(jsonl|csv|parquet|arrow):")
+    gone = pc.and_(rows, pc.equal(plan.captions["text"], ""))
+    return replace(plan, captions=plan.captions.filter(pc.invert(gone)))
+
+
+def _leaving(known: Known, removed: pa.Table, entries: pa.Table) -> pa.Table:
+    """(key, reason) of the images with a latent that is nobody's any more.
+
+    A renamed image's latent is its new name's, and a duplicate's that of its original.
+    """
+    refused = entries.filter(pc.not_equal(entries["reason"], ""))
+    gone = [removed]
+    if refused.num_rows:
+        were = pc.is_in(known.live["key"], value_set=one(refused["key"]))
+        gone.append(known.live.filter(were))
+    gone = pa.concat_tables(gone)
+    gone = gone.filter(pc.equal(gone["reason"], ""))
+    gone = gone.filter(pa.array(find_places(gone, known.content) >= 0))
+    gone = gone.filter(pa.array(find_places(gone, entries) < 0))
+    at = look_up(one(gone["key"]), one(refused["key"]))
+    reason = pc.fill_null(one(refused["reason"]).take(pa.array(at, mask=at < 0)), "")
+    return pa.table({"key": one(gone["key"]), "reason": reason})
 
 
 def refuse_lost_sources(plan: Plan, known: Known, names: Set[str], forget: Set[str]) -> None:
@@ -91,46 +137,59 @@ def refuse_lost_sources(plan: Plan, known: Known, names: Set[str], forget: Set[s
 
     A renamed source is another matter: most of its latents go on under new names.
     """
-    removed = known.live.filter(
-        pc.is_in(known.live["key"], value_set=pa.array(plan.removed, pa.string()))
-    )
-    removed = removed.filter(pa.array(find_places(removed, known.content) >= 0))
-    owner = pc.replace_substring_regex(removed["key"], "/.*", "")
-    kept = find_places(removed, plan.entries) >= 0
-    for name in pc.unique(owner).to_pylist():
-        mine = pc.equal(owner, name).to_numpy()
-        lost = int((mine & ~kept).sum())
-        if name not in names | forget and 2 * lost > mine.sum():
+    lost = _owners(plan.leaving.filter(pc.equal(plan.leaving["reason"], "")))
+    if lost.keys() <= names | forget:
+        return
+    removed = pc.is_in(known.live["key"], value_set=pa.array(plan.removed, pa.string()))
+    removed = known.live.filter(removed)
+    had = _owners(removed.filter(pa.array(find_places(removed, known.content) >= 0)))
+    for name, count in lost.items():
+        if name not in names | forget and 2 * count > had[name]:
             raise UserError(
-                f"the {lost} images of the source {name!r} are in the store and {name!r} is not "
+                f"the {count} images of the source {name!r} are in the store and {name!r} is not "
                 f"among the sources now; name it as well, or say --forget {name} to let its images "
                 f"leave training"
             )
 
 
-def _equal(a: pa.Table, b: pa.Table, column: str) -> Mask:
-    """bool, false where either is null."""
-    return np.asarray(pc.fill_null(pc.equal(a[column], b[column]), False))
-
-
-def _among(column: pa.ChunkedArray, values: Set[str]) -> Mask:
-    return np.asarray(pc.is_in(column, value_set=pa.array(sorted(values))))
+def _owners(images: pa.Table) -> dict[str, int]:
+    """Source name -> how many of the images are of it."""
+    owners = pc.replace_substring_regex(one(images["key"]), "/.*", "")
+    return {count["values"]: count["counts"] for count in pc.value_counts(owners).to_pylist()}
 
 
 def _facts(
-    changed: pa.Table, logged: pa.Table, copy: Mask, journal: Path | None, workers: int
+    changed: pa.Table,
+    logged: pa.Table,
+    refused: Mask,
+    copy: Mask,
+    journal: Path | None,
+    workers: int,
+    max_pixels: int,
 ) -> pa.Table:
-    """headers.HEADERS and content hash, where known, of changed files; the log has the copies'."""
-    read = read_headers(changed.filter(pa.array(~copy)), journal, workers)
-    unknown = pa.array([""] * read.num_rows, pa.string())
-    read = read.append_column("content_hash", unknown)
-    told = logged.filter(pa.array(copy))
-    empty = pa.array([""] * told.num_rows, pa.string())
+    """headers.HEADERS and content hash, where known, of changed files.
+
+    The log has those of copies, and the scan says enough of what it refuses.
+    """
+    unread = copy | refused
+    read = read_headers(changed.filter(pa.array(~unread)), journal, workers, max_pixels)
+    read = read.append_column("content_hash", pa.repeat("", read.num_rows))
+    told, out = logged.filter(pa.array(copy)), changed.filter(pa.array(refused))
+    empty, none = pa.repeat("", told.num_rows), pa.repeat("", out.num_rows)
     arrays = [told["width"], told["height"], empty, empty, empty, told["content_hash"]]
-    both = pa.concat_tables([read, pa.table(arrays, schema=read.schema)])
+    side = pa.repeat(pa.scalar(SCANNED, pa.int32()), out.num_rows)
+    others = [side, side, out["reason"], out["detail"], none, none]
+    tables = [read, *(pa.table(columns, schema=read.schema) for columns in (arrays, others))]
     order = np.empty(len(copy), np.int64)
-    order[np.concatenate([np.flatnonzero(~copy), np.flatnonzero(copy)])] = np.arange(len(copy))
-    return both.combine_chunks().take(pa.array(order))
+    parts = [np.flatnonzero(mask) for mask in (~unread, copy, refused)]
+    order[np.concatenate(parts)] = np.arange(len(copy))
+    return pa.concat_tables(tables).combine_chunks().take(pa.array(order))
+
+
+def _with_hashes(facts: pa.Table, hashes: pa.Array, where: Mask) -> pa.Table:
+    """Facts with the content hashes that are known by now."""
+    content = pc.if_else(pa.array(where), hashes, one(facts["content_hash"]))
+    return facts.set_column(facts.num_columns - 1, "content_hash", content)
 
 
 def _hashes(
@@ -147,7 +206,8 @@ def _hashes(
     Equal files have equal sizes and equal first bytes, so most files are not read twice.
     """
     size = entries["size"].to_numpy()
-    placed = pc.equal(entries["reason"], "").to_numpy()
+    placed = among(entries["reason"], {"", "too_many_pixels"})  # encoded under another limit?
+    unknown = pc.equal(facts["content_hash"], "").to_numpy()
     kept_size = kept["size"].to_numpy()
     has_hash = pc.not_equal(kept["content_hash"], "").to_numpy()
     elsewhere = [known.content["size"].to_numpy(), kept_size, size[copy]]
@@ -156,11 +216,10 @@ def _hashes(
     looks = pc.binary_join_element_wise(sizes, one(facts["head"]), "+")
     twins = look_up(looks, looks) != np.asarray(pc.index_in(looks, value_set=looks))
     twins = np.asarray(pc.is_in(looks, value_set=looks.filter(pa.array(twins))))
-    wanted = placed & ~copy & (taken | twins)
+    wanted = placed & unknown & (taken | twins)
     rivals = ~has_hash & np.isin(kept_size, size[placed]) & (kept["row"].to_numpy() >= 0)
-    files = ["key", "source", "size", "mtime_ns"]
     to_read = [entries.filter(pa.array(wanted)), kept.filter(pa.array(rivals))]
-    read = read_hashes(pa.concat_tables([t.select(files) for t in to_read]), journal, workers)
+    read = read_hashes(pa.concat_tables([t.select(FILES) for t in to_read]), journal, workers)
     count = int(wanted.sum())
     return (
         _scatter(one(facts["content_hash"]), wanted, read.slice(0, count)),
@@ -170,6 +229,19 @@ def _hashes(
 
 def _scatter(values: pa.Array, mask: Mask, new: pa.Array) -> pa.Array:
     return pc.replace_with_mask(values, pa.array(mask), new)
+
+
+def _let_in_encoded(entries: pa.Table, hashes: pa.Array, known: Known) -> pa.Table:
+    """What is encoded stays, though its size is beyond a limit that was lowered since."""
+    over = pc.equal(entries["reason"], "too_many_pixels")
+    if not pc.any(over).as_py():
+        return entries
+    encoded = pc.is_in(hashes, value_set=one(known.content["content_hash"]))
+    over = pc.and_(over, encoded)
+    for name in ("reason", "detail"):
+        column = pc.if_else(over, "", entries[name])
+        entries = entries.set_column(PLAN.get_field_index(name), PLAN.field(name), column)
+    return entries
 
 
 def _settle_copies(
@@ -201,10 +273,14 @@ def _settle_copies(
     return entries
 
 
-def _same_rows(a: pa.Table, b: pa.Table) -> Mask:
-    """Whether each row is the same in both, in every column."""
+def _same_rows(a: pa.Table, b: pa.Table, strict: bool) -> Mask:
+    """Whether each row is the same in both, in every column.
+
+    Times that `b`, the log, lacks are the same unless `strict`.
+    """
     same: Mask = np.all(crop_matrix(a["crop"]) == crop_matrix(b["crop"]), axis=1)
     for name in PLAN.names:
         if name != "crop":
-            same &= _equal(a, b, name)
+            missing = name in LATER and not strict
+            same &= equal(a, b, name) | (missing & np.asarray(pc.is_null(b[name])))
     return same

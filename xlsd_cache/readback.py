@@ -26,6 +26,7 @@ Kind = Literal[
     "index",
     "stray",
     "pending",  # unfinished, not broken
+    "image",  # an image file that is not what was encoded: the store itself is right
 ]
 
 

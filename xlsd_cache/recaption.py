@@ -1,5 +1,6 @@
 """`xlsd-cache captions`: caption columns added or replaced, matched by name, no latent touched."""
 
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,8 +22,18 @@ from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import sweep
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import make_view, save_view
+from xlsd_cache.known import former_names, read_live
 from xlsd_cache.manifest import PLAN, Manifest
-from xlsd_cache.match import Matches, Table, captions_of, look_up, match
+from xlsd_cache.match import (
+    NOBODY,
+    How,
+    Matches,
+    Table,
+    by_former_names,
+    captions_of,
+    look_up,
+    match,
+)
 from xlsd_cache.records import Record, Search, Tally, given_table
 from xlsd_cache.sources import named_roots, read_urls, records_of
 from xlsd_cache.tables import Rows, is_table, one
@@ -85,6 +96,11 @@ def _log(
         newest = generations[-1]
         images = _images(manifest.live(newest))
         found = _match(tables, images)
+        if found.missing():  # only then is the whole log read
+            images = _images(read_live(manifest, newest))
+            former = former_names(manifest, rows_per_shard, one(images["key"]))
+            by_former_names(found, one(images["content_hash"]), former)
+            _refuse_others(found, images)
         for line in found.told():
             print(line)
         known = manifest.captions(newest)
@@ -203,6 +219,20 @@ def _changes(
         bare=int(pc.sum(pc.and_(placed, pc.invert(has))).as_py() or 0),
         unmatched=found.without_image(column.name),
     )
+
+
+def _refuse_others(found: Matches, images: pa.Table) -> None:
+    """Leave out captions of images that were matched by key alone, and are others.
+
+    The source lay elsewhere when the store was built. Where its images lie beside these captions,
+    they must be the store's own.
+    """
+    told = [one(images[name]) for name in ("key", "size", "content_hash")]
+    for row in np.flatnonzero((found.image >= 0) & (found.how == How.MOVED)).tolist():
+        key, size, content = (column[int(found.image[row])].as_py() for column in told)
+        data = found.own_image(row, key)
+        if data is not None and (len(data) != size or hashlib.sha256(data).hexdigest() != content):
+            found.image[row] = NOBODY
 
 
 def _match(tables: list[Table], images: pa.Table) -> Matches:

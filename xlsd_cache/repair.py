@@ -232,7 +232,8 @@ def _content_hash(entry: Entry) -> str:
     if entry["content_hash"]:
         return str(entry["content_hash"])
     try:
-        same = stat_source(entry["source"])[:2] == (entry["size"], entry["mtime_ns"])
+        now = stat_source(entry["source"])._asdict()
+        same = all(entry[name] in (now[name], None) for name in now)  # older logs lack some
         return hashlib.sha256(read_source(entry["source"])).hexdigest() if same else ""
     except OSError:
         return ""

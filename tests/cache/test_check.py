@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache, train
+from tests.support import cache, files, train
 from xlsd_cache.durable import write_parquet
 from xlsd_cache.readback import NAMED, Problem
 from xlsd_cache.store import LatentStore
@@ -123,17 +124,34 @@ def test_a_log_that_is_not_the_index_own_is_found(copy: Path, capsys: Out) -> No
     assert "made of a log with other bytes" in line
 
 
-def test_images_that_are_gone_are_said_and_not_missed(
-    copy: Path, capsys: Out, photos: Path, tmp_path: Path, vae: Path
+def test_images_that_are_gone_are_said_and_those_that_changed_are_a_problem(
+    capsys: Out, photos: Path, tmp_path: Path, vae: Path
 ) -> None:
-    images = tmp_path / "images"
+    images, out = tmp_path / "images", tmp_path / "l"
     shutil.copytree(photos, images)
-    assert cache("build", images, "--out", tmp_path / "l", "--vae", vae, "--resolution", 128) == 0
+    build = ("build", images, "--out", out, "--vae", vae, "--resolution", 128)
+    assert cache(*build) == 0
     (images / "coffee.jpg").unlink()
-    (images / "rocket.jpg").write_bytes((images / "rocket_wide.jpg").read_bytes())
     capsys.readouterr()
-    assert cache("check", tmp_path / "l", "--decode", 8) == 0
-    assert "2 of 8 images are gone or changed" in capsys.readouterr().out
+    assert cache("check", out, "--decode", 8) == 0
+    assert "1 of 8 images were not compared: gone" in capsys.readouterr().out
+    (images / "rocket.jpg").write_bytes((images / "rocket_wide.jpg").read_bytes())
+    before = files(out, "**/*")
+    for more in ((), ("--repair",), ("--json",), ("--repair", "--json")):
+        assert cache("check", out, "--decode", 8, *more) == 1
+        said = capsys.readouterr().out
+        assert "images/rocket.jpg" in said
+        assert "--rehash" in said
+        assert "are right now" not in said
+        if "--json" in more:
+            told = json.loads(said)
+            assert not told["right"]
+            (problem,) = told["problems"]
+            assert (problem["kind"], problem["images"]) == ("image", ["images/rocket.jpg"])
+            assert "repaired" not in told
+    assert files(out, "**/*") == before
+    assert cache(*build, "--rehash") == 0
+    assert cache("check", out, "--decode", 8) == 0
 
 
 def test_another_vae_cannot_judge(copy: Path, capsys: Out, tmp_path: Path) -> None:

@@ -178,11 +178,11 @@ def slow_planning(*args: object) -> int:
 
     read = read_header
 
-    def slowly(file: Any, nbytes: int) -> Any:
+    def slowly(file: Any, nbytes: int, *more: int) -> Any:
         time.sleep(0.01)
-        return read(file, nbytes)
+        return read(file, nbytes, *more)
 
-    headers.read_header = slowly  # type: ignore[attr-defined]
+    headers.read_header = slowly  # type: ignore[attr-defined, assignment]
     return cache("build", *args)
 
 
@@ -201,9 +201,9 @@ def test_a_killed_planning_begins_where_it_was(
     opened: list[io.IOBase] = []
     read = read_header
 
-    def counting(file: Any, nbytes: int) -> Any:
+    def counting(file: Any, nbytes: int, *more: int) -> Any:
         opened.append(file)
-        return read(file, nbytes)
+        return read(file, nbytes, *more)
 
     monkeypatch.setattr(headers, "read_header", counting)
     assert cache("build", tmp_path / "images", *rest, "--batch", 64) == 0
