@@ -19,8 +19,9 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "durable interrupt precision identity manifest shard blocks locate captions tables match lists "
-    "folders archives records sources colours decode guard buckets index tags store moments vae "
+    "durable interrupt precision identity manifest shard blocks inflate gzips locate captions "
+    "tables match lists folders members tars zips archives records sources colours decode guard "
+    "buckets index tags store moments vae "
     "known accounting arrays commit conclude encode headers place delta plan config pipeline build "
     "readback verify repair check survey info preview export_index recaption peers pairing compare "
     "transfer importing cli __main__"

@@ -19,6 +19,7 @@ from xlsd_cache.colours import UnsupportedSamples, eight_bit, to_srgb
 
 PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
 MAX_PIXELS = 128_000_000  # decoding that many takes 0.5 to 2.3 GiB, by format
+MAX_BYTES = 8 * MAX_PIXELS + 2**26  # of a file: what the largest takes as 16-bit RGBA, and its head
 # A JPEG is decoded DCT-scaled where that still leaves this many times the size wanted. The worst of
 # 113 photos is then 0.91 grey levels (RMS) from its full decode; at 3 it is 1.13.
 DRAFT_MARGIN = 3.5
@@ -29,6 +30,7 @@ REASONS = {
     "truncated": "the file ends before its picture does",
     "corrupt": "the file contradicts itself or its format",
     "too_many_pixels": "its header claims more than MAX_PIXELS",
+    "too_many_bytes": "the file is larger than MAX_BYTES, and was not read",
     "too_much_memory": "decoding it took more memory than it may",
     "decoder_crashed": "decoding it ended the process that did",
     "decoder_hung": "decoding it did not end in time",

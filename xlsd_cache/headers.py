@@ -17,8 +17,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.blocks import in_blocks
-from xlsd_cache.decode import PARSED_IN_C, RETRIED, Rejected, header_of, read_header
+from xlsd_cache.decode import (
+    MAX_BYTES,
+    PARSED_IN_C,
+    RETRIED,
+    Rejected,
+    header_of,
+    read_header,
+)
 from xlsd_cache.guard import decoders
+from xlsd_cache.inflate import BadSource
 from xlsd_cache.locate import open_source, read_source
 from xlsd_cache.match import look_up
 from xlsd_cache.tables import one
@@ -60,12 +68,14 @@ def _header(workers: int, file: File) -> Row:
     source, nbytes = file
     head, size = "", Rejected("bad_name", "its name is not UTF-8; rename it")
     try:
-        if source:
-            with open_source(source) as opened:
+        if nbytes > MAX_BYTES:
+            size = Rejected("too_many_bytes", f"{nbytes} bytes are more than {MAX_BYTES}")
+        elif source:
+            with open_source(source, MAX_BYTES) as opened:
                 first = opened.read(_HEAD_BYTES)
                 head = hashlib.blake2b(first, digest_size=8).hexdigest()
                 if PARSED_IN_C.match(first):
-                    found = decoders(workers).call(header_of, first + opened.read())
+                    found = decoders(workers).call(header_of, first + opened.read(MAX_BYTES))
                 else:
                     opened.seek(0)
                     found = read_header(opened, nbytes)
@@ -74,6 +84,8 @@ def _header(workers: int, file: File) -> Row:
             size = found
     except FileNotFoundError:
         size = Rejected("vanished", "gone between the scan and its reading")
+    except BadSource as error:
+        size = Rejected(error.reason, str(error))
     except OSError as error:
         size = Rejected("unreadable", error.strerror or str(error))
     return 0, 0, size.reason, size.detail.encode("utf-8", "backslashreplace").decode(), head
@@ -81,7 +93,7 @@ def _header(workers: int, file: File) -> Row:
 
 def _hash(file: File) -> Row:
     try:
-        return (hashlib.sha256(read_source(file[0])).hexdigest(),)
+        return (hashlib.sha256(read_source(file[0], MAX_BYTES)).hexdigest(),)
     except OSError:
         return ("",)
 

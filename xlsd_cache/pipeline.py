@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.commit import Claim, claim
-from xlsd_cache.decode import Pixels, Rejected, decode
+from xlsd_cache.decode import MAX_BYTES, Pixels, Rejected, decode
 from xlsd_cache.encode import Encoder
 from xlsd_cache.guard import Guard, decoders
 from xlsd_cache.identity import bucket_shape
+from xlsd_cache.inflate import BadSource
 from xlsd_cache.interrupt import StopSignal
 from xlsd_cache.locate import read_source, stat_source
 from xlsd_cache.manifest import Manifest, Unit
@@ -229,15 +230,27 @@ def _read_and_decode(entry: Entry, live: bool, guard: Guard) -> Decoded:
     if not live:
         return "", Rejected("removed", "removed or changed after it was planned")
     try:
-        data = read_source(entry["source"])
+        data = _read(entry["source"])
         now = stat_source(entry["source"])
     except FileNotFoundError:
         return "", Rejected("vanished", "gone between the scan and its reading")
     except OSError as error:
         return "", Rejected("unreadable", error.strerror or str(error))
-    if (len(data), *now[:2]) != (entry["size"], entry["size"], entry["mtime_ns"]):
+    if now[:2] != (entry["size"], entry["mtime_ns"]):
+        return "", Rejected("changed", "changed between the scan and its reading")
+    if isinstance(data, Rejected):
+        return "", data
+    if len(data) != entry["size"]:
         return "", Rejected("changed", "changed between the scan and its reading")
     width, height = map(int, entry["bucket"].split("x"))
     upright, crop = (entry["width"], entry["height"]), tuple(entry["crop"])
     pixels = guard.call(decode, data, upright, crop, (width, height))
     return hashlib.sha256(data).hexdigest(), pixels
+
+
+def _read(source: str) -> bytes | Rejected:
+    """The image's bytes, or why they are none. Raises OSError."""
+    try:
+        return read_source(source, MAX_BYTES)
+    except BadSource as error:
+        return Rejected(error.reason, str(error))
