@@ -19,12 +19,12 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "durable interrupt precision identity manifest shard blocks formats cells locate captions "
-    "tables text_tables arrow_tables rows match masks lists folders archives records colours "
-    "decode sources guard buckets index tags store moments vae known accounting arrays commit "
-    "conclude encode headers unchanged place delta plan config pipeline build readback verify "
-    "repair check survey info preview export_index recaption peers pairing compare transfer "
-    "importing cli __main__"
+    "durable interrupt precision identity manifest shard blocks formats inflate gzips cells "
+    "locate captions tables text_tables arrow_tables rows match masks lists folders members tars "
+    "zips archives records colours decode sources guard buckets index tags store moments vae "
+    "known accounting arrays commit conclude encode headers unchanged place delta plan config "
+    "pipeline build readback verify repair check survey info preview export_index recaption peers "
+    "pairing compare transfer importing cli __main__"
 ).split()
 TRAIN = (
     "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "

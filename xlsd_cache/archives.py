@@ -1,134 +1,203 @@
-"""Tars and zips read in place: each member's bytes found once, and read with one read later."""
+"""Tars and zips read in place: each member's bytes found once, and read with one read later.
 
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+The last member of a name counts, as it does when the archive is unpacked.
+"""
+
+import zlib
 from pathlib import Path
 from typing import IO
 
 from xlsd_cache import UserError
-from xlsd_cache.locate import span
+from xlsd_cache.captions import DAMAGED, ENCRYPTED, PACKED, LeftOut
+from xlsd_cache.gzips import END, gzip_of
+from xlsd_cache.inflate import BadSource, ReadAt, inflate
+from xlsd_cache.locate import GZIPPED, no_place, span
+from xlsd_cache.members import Asked, Members, Roll, normal, printable
+from xlsd_cache.tars import Entry as TarEntry
+from xlsd_cache.tars import Tar
+from xlsd_cache.zips import DEFLATED, STORED, NoZip, Zip
+from xlsd_cache.zips import Entry as ZipEntry
+
+_BEHIND = 2**36  # bytes behind a tar's end that a gzip stream is inflated for, to be checked
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One file in an archive."""
-
-    name: str
-    source: str  # see locate.py
-    size: int  # bytes, inflated
-
-
-@dataclass
-class Members:
-    """What an archive holds, in its order; `damage` says what of it could not be read."""
-
-    members: list[Member]
-    texts: dict[str, bytes]  # name -> content of those asked for
-    others: int = 0  # links to nowhere, devices and the like
-    damage: str = ""
-
-
-def read_members(
-    archive: Path, wanted: Callable[[str], bool], texts: Callable[[str], bool]
-) -> Members:
-    """The members called `wanted`, and the content of those that `texts` names.
+def read_members(archive: Path, asked: Asked) -> Members:
+    """The images and captions that are asked for, these with their content.
 
     Raises UserError for a file that is no archive at all.
     """
     reader = _read_zip if archive.suffix.lower() == ".zip" else _read_tar
     try:
-        return reader(archive, wanted, texts)
-    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        with archive.open("rb") as file:
+            return reader(archive, file, asked)
+    except (OSError, NoZip) as error:
         told = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(
             f"cannot read {archive}: {told}; mend it, unpack it if compressed, or leave it out"
         ) from error
 
 
-def _read_tar(
-    archive: Path, wanted: Callable[[str], bool], texts: Callable[[str], bool]
-) -> Members:
-    found = Members([], {})
-    spans: dict[str, tuple[int, int]] = {}
-    nbytes = archive.stat().st_size
-    with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in _tar_members(tar, file, found):
-            name = member.name.removeprefix("./")
-            if member.isdir():
-                continue
-            at = spans.get(member.linkname.removeprefix("./")) if member.islnk() else None
-            if member.isreg() and not member.issparse():
-                at = spans[name] = member.offset_data, member.size
-            if at is None:
-                found.others += 1
-                continue
-            if sum(at) > nbytes:
-                found.damage = f"it ends within {name}"
-            source = span(archive, *at, name)
-            if texts(name) and sum(at) <= nbytes:
-                file.seek(at[0])
-                found.texts[name] = file.read(at[1])
-            if wanted(name):
-                found.members.append(Member(name, source, at[1]))
-            elif not texts(name):
-                found.others += 1
-    return found
+def _read_tar(archive: Path, file: IO[bytes], asked: Asked) -> Members:
+    nbytes = file.seek(0, 2)
+    roll: Roll[TarEntry] = Roll(asked, nbytes)
+    if not archive.name.endswith(GZIPPED):
+        tar = Tar(_reader(file))
+        _walk(tar, roll, tar.read_at)
+        _settle_tar(archive, tar, roll, nbytes, [])
+        return roll.told()
+    gzip = gzip_of(archive)
+    cursor = gzip.cursor(file)
+    tar = Tar(cursor.read_at)
+    _walk(tar, roll, gzip.read_at)
+    _settle_tar(archive, tar, roll, cursor.drain(_BEHIND), cursor.bad)
+    if cursor.ending != END:
+        roll.found.damage = f"its gzip stream is {cursor.ending}"
+    elif cursor.bad:
+        roll.found.damage = "its gzip stream has another checksum or length than it says"
+    elif cursor.behind:
+        roll.found.remarks.append(f"{cursor.behind} bytes behind its gzip stream are none")
+    return roll.told()
 
 
-def _tar_members(
-    tar: tarfile.TarFile, file: IO[bytes], found: Members
-) -> Iterator[tarfile.TarInfo]:
-    """The members up to the end, or to where the tar is cut or damaged, which `found` then says.
+def _reader(file: IO[bytes]) -> ReadAt:
+    def read_at(offset: int, count: int) -> bytes:
+        file.seek(offset)
+        return file.read(count)
 
-    tarfile takes a damaged header for the end of the archive; a real end is two blocks of zeros.
+    return read_at
+
+
+def _walk(tar: Tar, roll: Roll[TarEntry], read_again: ReadAt) -> None:
+    """Put all members on the roll, and read the captions among them.
+
+    Raises OSError where there is none, nor the end mark of an empty tar.
     """
-    try:
-        while (member := tar.next()) is not None:
-            yield member
-            tar.members.clear()  # type: ignore[attr-defined]  # else the whole of a large tar is kept a second time
-    except (tarfile.TarError, OSError) as error:
-        found.damage = f"from byte {tar.offset} on it cannot be read: {error}"
+    files: dict[str, TarEntry] = {}  # what hard links may lead to
+    anything = False
+    for entry in tar:
+        anything = True
+        name = normal(entry.name)
+        read_at: ReadAt = tar.read_at
+        if entry.kind == "folder":
+            files.pop(name, None)
+            roll.put_folder(name)
+            continue
+        if entry.kind == "hardlink":
+            entry, read_at = files.get(normal(entry.link), entry), read_again  # noqa: PLW2901
+        if entry.kind == "file":
+            files[name] = entry
+        else:
+            files.pop(name, None)
+        if roll.put(name, entry) and roll.asked.is_caption(name):
+            _keep_text(name, entry, roll, read_at)
+    if not anything and tar.damage:
+        raise OSError("it is no tar" if tar.read_at(0, 1) else "it is empty")
+
+
+def _keep_text(name: str, entry: TarEntry, roll: Roll[TarEntry], read_at: ReadAt) -> None:
+    def read() -> bytes | LeftOut:
+        data = read_at(entry.offset, entry.size)
+        return data if len(data) == entry.size else DAMAGED
+
+    if entry.kind == "file":
+        roll.keep_text(name, entry.size, read)
+    else:
+        roll.found.texts.pop(name, None)
+
+
+def _settle_tar(
+    archive: Path, tar: Tar, roll: Roll[TarEntry], end: int, bad: list[tuple[int, int]]
+) -> None:
+    """Keep the images of a tar that ends at byte `end`, and is damaged in the stretches `bad`."""
+    for name, entry in roll.places.items():
+        stop = entry.offset + entry.size
+        is_bad = any(entry.offset < last and stop > first for first, last in bad)
+        if is_bad and name in roll.found.texts:
+            roll.found.texts[name] = DAMAGED
+        if entry.kind == "sparse" and roll.asked.is_image(name):
+            why = "unsupported", "a sparse member of a tar"
+            roll.leave_out(name, "sparse")
+            roll.keep(name, no_place(archive, printable(name)), entry.size, *why)
+        elif entry.kind != "file":
+            roll.found.passed_over["other files"] += 1
+        elif roll.asked.is_image(name):
+            why = ("", "")
+            if is_bad:
+                why = "corrupt", "its gzip stream is damaged, and any of its bytes may be wrong"
+            elif stop > end:
+                why = "truncated", f"the archive ends after {end - entry.offset} of its bytes"
+            source = span(archive, entry.offset, entry.size, printable(name))
+            roll.keep(name, source, entry.size, *why)
+    roll.found.damage = tar.damage
+    if tar.damage and tar.last and tar.last.offset + tar.last.size > end:
+        roll.found.damage = f"it ends within {printable(tar.last.name)}"
+    if tar.behind >= 0:
+        behind = f"{end - tar.behind} bytes from byte {tar.behind} on, behind the end mark"
+        roll.found.remarks.append(f"{behind}, are no tar and are not read")
+
+
+def _read_zip(archive: Path, file: IO[bytes], asked: Asked) -> Members:
+    table = Zip(file)
+    roll: Roll[ZipEntry] = Roll(asked, table.length)
+    for entry in table:
+        name = normal(entry.name)
+        if entry.name.endswith("/"):
+            roll.put_folder(name)
+        else:
+            roll.put(name, entry)
+    for name, entry in roll.places.items():
+        _settle_zip(archive, table, name, entry, roll, _reader(file))
+    roll.found.damage = table.damage
+    if table.before and _reader(file)(0, 4) == b"PK\3\4":
+        first = f"its first {table.before} bytes"
+        roll.found.remarks.append(f"{first} are in no table, as of another zip before it")
+    return roll.told()
+
+
+def _settle_zip(
+    archive: Path, table: Zip, name: str, entry: ZipEntry, roll: Roll[ZipEntry], read_at: ReadAt
+) -> None:
+    """Keep the member, or why it is not read."""
+    left_out, reason, detail, place = "", "", "", 0
+    if entry.is_encrypted:
+        left_out, reason, detail = ENCRYPTED, "unsupported", "encrypted in its archive"
+    elif entry.method not in (STORED, DEFLATED):
+        detail = f"compressed by method {entry.method} of zip, which is not read"
+        left_out, reason = PACKED, "unsupported"
+    else:
+        try:
+            place = table.place(entry)
+        except ValueError as error:
+            left_out, reason, detail = DAMAGED, "corrupt", f"damaged in its archive: {error}"
+        else:
+            if place + entry.packed > table.length:
+                detail = "the archive ends within it"
+                left_out, reason = DAMAGED, "truncated"
+    if roll.asked.is_caption(name):
+        _keep_zipped_text(name, entry, place, roll, LeftOut(left_out), read_at)
+    if not roll.asked.is_image(name):
         return
-    file.seek(tar.offset)
-    end = file.read(2 * tarfile.BLOCKSIZE)
-    if len(end) < tarfile.BLOCKSIZE or any(end):
-        found.damage = f"at byte {tar.offset} there is neither a member nor the end mark"
+    if left_out:
+        roll.leave_out(name, left_out)
+        roll.keep(name, no_place(archive, printable(name)), entry.size, reason, detail)
+        return
+    size = None if entry.method == STORED else entry.size
+    source = span(archive, place, entry.packed, printable(name), size, entry.crc)
+    roll.keep(name, source, entry.size)
 
 
-def _read_zip(
-    archive: Path, wanted: Callable[[str], bool], texts: Callable[[str], bool]
-) -> Members:
-    found = Members([], {})
-    with zipfile.ZipFile(archive) as table, archive.open("rb") as file:
-        for member in table.infolist():
-            if member.is_dir():
-                continue
-            if not wanted(member.filename) and not texts(member.filename):
-                found.others += 1
-                continue
-            if member.flag_bits & 1 or member.compress_type not in (
-                zipfile.ZIP_STORED,
-                zipfile.ZIP_DEFLATED,
-            ):
-                found.damage = (
-                    f"{member.filename} is encrypted, or compressed otherwise than by deflate"
-                )
-                found.others += 1
-                continue
-            file.seek(member.header_offset)
-            head = file.read(30)  # the local header's own name and extra field may differ in length
-            if len(head) < 30 or not head.startswith(b"PK\3\4"):
-                found.damage = f"{member.filename} is not where the table says"
-                found.others += 1
-                continue
-            names = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-            inflated = None if member.compress_type == zipfile.ZIP_STORED else member.file_size
-            place = member.header_offset + 30 + names, member.compress_size
-            source = span(archive, *place, member.filename, inflated)
-            if texts(member.filename):
-                found.texts[member.filename] = table.read(member)
-            if wanted(member.filename):
-                found.members.append(Member(member.filename, source, member.file_size))
-    return found
+def _keep_zipped_text(
+    name: str, entry: ZipEntry, place: int, roll: Roll[ZipEntry], left_out: LeftOut, read_at: ReadAt
+) -> None:
+    def read() -> bytes | LeftOut:
+        data = read_at(place, entry.packed)
+        try:
+            text = inflate(data, entry.size) if entry.method == DEFLATED else data
+        except BadSource:
+            return DAMAGED
+        return text if zlib.crc32(text) == entry.crc else DAMAGED
+
+    if left_out:
+        roll.found.texts[name] = left_out
+    else:
+        roll.keep_text(name, max(entry.size, entry.packed), read)

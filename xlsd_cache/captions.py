@@ -15,11 +15,23 @@ Kind = Literal["sidecar", "json", "jsonl", "csv", "parquet"]
 _KINDS: dict[str, Kind] = {
     "json": "json", "jsonl": "jsonl", "csv": "csv", "parquet": "parquet", "arrow": "parquet",
 }  # fmt: skip
-Beside = Callable[[str], bytes | None]  # suffix -> content of the file beside the image, if any
+CAPTION_BYTES = 2**24  # of a file beside an image; a larger one holds no caption
+
+
+class LeftOut(str):
+    """Why the file beside an image was not read: said as any remark."""
+
+    __slots__ = ()
+
+
+# suffix -> content of the file beside the image, if any
+Beside = Callable[[str], bytes | LeftOut | None]
 
 # What may be said of a caption; the first three leave it out.
 MISSING, EMPTY, NOT_TEXT = "missing", "empty or blank", "not text"
 BROKEN = "in a file that is not JSON"
+TOO_LARGE, DAMAGED, ENCRYPTED = map(LeftOut, ("too large", "damaged", "encrypted"))
+PACKED = LeftOut("compressed otherwise than by deflate")
 _PLAIN = (str, int, float)
 LATIN_1, NUL = "not UTF-8, read as Latin-1", "with NUL removed"
 
@@ -73,8 +85,10 @@ def read_captions(
     return texts, remarks
 
 
-def read_text(data: bytes) -> tuple[str, list[str]]:
+def read_text(data: bytes | LeftOut) -> tuple[str, list[str]]:
     """A sidecar's text, its lines stripped and blank ones dropped, and remarks."""
+    if isinstance(data, LeftOut):
+        return "", [data]
     text, said = decode_text(data)
     lines = (line.strip() for line in text.splitlines())
     text = "\n".join(line for line in lines if line)
@@ -101,10 +115,12 @@ def decode_text(data: bytes) -> tuple[str, list[str]]:
     return text, said
 
 
-def read_object(data: bytes | None) -> tuple[Any, list[str]]:
+def read_object(data: bytes | LeftOut | None) -> tuple[Any, list[str]]:
     """What a JSON file holds, and a remark where it is missing or broken."""
     if data is None:
         return None, [MISSING]
+    if isinstance(data, LeftOut):
+        return None, [data]
     try:
         return json.loads(decode_text(data)[0], strict=False), []
     except (ValueError, RecursionError):

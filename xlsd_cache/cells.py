@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from xlsd_cache.inflate import BadSource
+
 _HELD_BYTES = 2**29  # of decoded parquet row groups: rows of one group are read in any order
 
 
@@ -67,10 +69,12 @@ def read_cell(path: str, column: str, row: int) -> bytes:
         group = bisect_right(starts, row) - 1
         values = _held(path, mtime_ns, column, group)
         value = values[row - starts[group]].as_py()
-    except (pa.ArrowException, KeyError, IndexError) as error:
-        raise OSError(f"cannot read {column} of row {row}: {error}") from error
+    except (pa.ArrowException, KeyError, IndexError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's; pyarrow's own have none
+            raise
+        raise BadSource("corrupt", f"cannot read {column} of row {row}: {error}") from error
     if not isinstance(value, bytes):
-        raise OSError(f"{column} of row {row} holds no bytes")
+        raise BadSource("corrupt", f"{column} of row {row} holds no bytes")
     return value
 
 

@@ -7,12 +7,20 @@ from pathlib import Path
 
 from xlsd_cache import UserError
 
+_OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir"})  # of macOS in zips, of Synology's disks
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no content of anybody's: one part of a path."""
+    return name in _OF_SYSTEMS or (name.startswith(".") and name not in (".", ".."))
+
 
 def walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files, sorted) of every folder below `root`, `root` first.
 
-    Hidden names are left out; broken links and folders linked twice are counted. Raises UserError
-    for a folder that cannot be read: what is in it would silently be missing.
+    Hidden names are left out and counted, as are broken links and folders linked
+    twice. Raises UserError for a folder that cannot be read: what is in it would silently be
+    missing.
     """
     seen: set[tuple[int, int]] = set()
     pending = [str(root)]
@@ -27,7 +35,8 @@ def walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if is_hidden(entry.name):
+                        passed_over["hidden"] += 1
                         continue
                     kind = _kind(entry)
                     if kind == "file":

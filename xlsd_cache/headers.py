@@ -25,9 +25,11 @@ from xlsd_cache.decode import (
     RETRIED,
     Rejected,
     header_of,
+    most_bytes,
     read_header,
 )
 from xlsd_cache.guard import decoders
+from xlsd_cache.inflate import BadSource
 from xlsd_cache.locate import open_source, read_source
 from xlsd_cache.match import look_up
 from xlsd_cache.tables import one
@@ -74,12 +76,15 @@ def _header(workers: int, max_pixels: int, file: File) -> Row:
     source, nbytes = file
     head, size = "", Rejected("bad_name", "its name is not UTF-8; rename it")
     try:
-        if source:
-            with open_source(source) as opened:
+        most = most_bytes(max_pixels)
+        if nbytes > most:
+            size = Rejected("too_many_bytes", f"{nbytes} bytes are more than {most}")
+        elif source:
+            with open_source(source, most) as opened:
                 first = opened.read(_HEAD_BYTES)
                 head = hashlib.blake2b(first, digest_size=8).hexdigest()
                 if PARSED_IN_C.match(first):
-                    data = first + opened.read()
+                    data = first + opened.read(most)
                     found = decoders(workers, max_pixels).call(header_of, data, MOST_PIXELS)
                 else:
                     opened.seek(0)
@@ -89,6 +94,8 @@ def _header(workers: int, max_pixels: int, file: File) -> Row:
             size = found
     except FileNotFoundError:
         size = Rejected("vanished", "gone between the scan and its reading")
+    except BadSource as error:
+        size = Rejected(error.reason, str(error))
     except OSError as error:
         size = Rejected("unreadable", error.strerror or str(error))
     return 0, 0, size.reason, size.detail.encode("utf-8", "backslashreplace").decode(), head

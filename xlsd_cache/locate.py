@@ -4,23 +4,31 @@ A source is a path, or `ARCHIVE//PLACE/NAME`. No path of ours has an empty part,
 be mistaken. PLACE says all that reading needs: nothing is indexed first, a tar member costs one
 read, and any number of threads and processes may read at once.
 
-    photos/a.jpg                          a file
-    shards/00000.tar//1536+48211/0.jpg    the 48211 bytes at 1536
-    photos.zip//4096+3000~5120/a.bmp      the 3000 bytes at 4096, which inflate to 5120
-    photos.parquet//image@17+48211/a.jpg  column `image`, row 17, 48211 bytes
+    photos/a.jpg                                   a file
+    shards/00000.tar//1536+48211/0.jpg             the 48211 bytes at 1536
+    00000.tar.gz//1536+48211/0.jpg                 the same, of what the file inflates to
+    photos.zip//4096+3000=0badcafe/a.jpg           the 3000 bytes at 4096, whose crc32 is 0badcafe
+    photos.zip//4096+3000~5120=0badcafe/a.bmp      the same, which inflate to 5120
+    photos.zip//-/a.jpg                            a member that cannot be read in place
+    photos.parquet//image@17+48211/a.jpg           column `image`, row 17, 48211 bytes
 """
 
 import io
 import os
 import re
+import sys
 import zlib
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from xlsd_cache.cells import read_cell
+from xlsd_cache.gzips import gzip_of
+from xlsd_cache.inflate import BadSource, Stretch, inflate
 
 BETWEEN = "//"
-_SPAN = re.compile(r"(\d+)\+(\d+)(?:~(\d+))?/", re.DOTALL)
+GZIPPED = (".tar.gz", ".tgz")  # tars whose places are in what they inflate to
+_NO_PLACE = "-/"
+_SPAN = re.compile(r"(\d{1,19})\+(\d{1,19})(?:~(\d{1,19}))?(?:=([0-9a-f]{8}))?/", re.DOTALL)
 _CELL = re.compile(r"([^/]+)@(\d+)\+(\d+)/", re.DOTALL)
 
 
@@ -43,10 +51,26 @@ class Stat(NamedTuple):
         )
 
 
-def span(archive: Path, offset: int, length: int, name: str, inflated: int | None = None) -> str:
-    """The source of an archive's member; `inflated` is its size where it is deflated."""
+def span(
+    archive: Path,
+    offset: int,
+    length: int,
+    name: str,
+    inflated: int | None = None,
+    crc: int | None = None,
+) -> str:
+    """The source of an archive's member.
+
+    `inflated` is its size where it is deflated, `crc` the crc32 of its content where that is known.
+    """
     size = "" if inflated is None else f"~{inflated}"
-    return f"{archive}{BETWEEN}{offset}+{length}{size}/{name}"
+    check = "" if crc is None else f"={crc:08x}"
+    return f"{archive}{BETWEEN}{offset}+{length}{size}{check}/{name}"
+
+
+def no_place(archive: Path, name: str) -> str:
+    """The source of a member that cannot be read in place."""
+    return f"{archive}{BETWEEN}{_NO_PLACE}{name}"
 
 
 def cell(table: Path, column: str, row: int, size: int, name: str) -> str:
@@ -54,35 +78,47 @@ def cell(table: Path, column: str, row: int, size: int, name: str) -> str:
     return f"{table}{BETWEEN}{column}@{row}+{size}/{name}"
 
 
-def read_source(source: str) -> bytes:
-    """All bytes of the image. Raises OSError; FileNotFoundError where file or archive is gone."""
+def read_source(source: str, most: int = sys.maxsize) -> bytes:
+    """All bytes of the image.
+
+    Raises FileNotFoundError where file or archive is gone, BadSource where they are not what their
+    container says or are more than `most`, and OSError.
+    """
     archive, _, place = source.partition(BETWEEN)
     if not place:
-        return Path(source).read_bytes()
+        return _read_file(Path(source), most)
     if at := _SPAN.match(place):
-        with Path(archive).open("rb") as file:
-            file.seek(int(at[1]))
-            data = file.read(int(at[2]))
-        if len(data) < int(at[2]):
-            raise OSError(f"{archive} ends before {place}")
-        return data if at[3] is None else _inflate(data, int(at[3]))
+        offset, length, size = int(at[1]), int(at[2]), int(at[3] or at[2])
+        _refuse_above(most, max(length, size))
+        data = _read_span(archive, offset, length)
+        if len(data) < length:
+            raise BadSource("truncated", f"{archive} ends before {place}")
+        if at[3] is not None:
+            data = inflate(data, size)
+        if at[4] is not None and zlib.crc32(data) != int(at[4], 16):
+            raise BadSource("corrupt", "its bytes do not have the crc32 that its archive tells")
+        return data
     if at := _CELL.match(place):
+        _refuse_above(most, int(at[3]))
         return read_cell(archive, at[1], int(at[2]))
-    raise OSError(f"{source!r} is no source that this version knows")
+    raise _no_source(source, place)
 
 
-def open_source(source: str) -> IO[bytes]:
+def open_source(source: str, most: int = sys.maxsize) -> IO[bytes]:
     """The image as a file to read from, without reading all of it where that can be helped.
 
-    Raises OSError like `read_source`.
+    Raises OSError like `read_source`; so does reading.
     """
     archive, _, place = source.partition(BETWEEN)
     if not place:
         return Path(source).open("rb")
     at = _SPAN.match(place)
-    if at and at[3] is None:
-        return io.BufferedReader(_Stretch(Path(archive), int(at[1]), int(at[2])), 16384)
-    return io.BytesIO(read_source(source))
+    if at is None or archive.endswith(GZIPPED):
+        return io.BytesIO(read_source(source, most))
+    offset, length, size = int(at[1]), int(at[2]), int(at[3] or at[2])
+    _refuse_above(most, max(length, size))
+    file = Path(archive).open("rb", buffering=0)  # noqa: SIM115 - closed with what is returned
+    return io.BufferedReader(Stretch(file, offset, length, size if at[3] else None), 16384)
 
 
 def stat_source(source: str) -> Stat:
@@ -98,47 +134,32 @@ def stat_source(source: str) -> Stat:
         return stat._replace(size=int(at[3] or at[2]))
     if at := _CELL.match(place):
         return stat._replace(size=int(at[3]))
-    raise OSError(f"{source!r} is no source that this version knows")
+    raise _no_source(source, place)
 
 
-def _inflate(data: bytes, size: int) -> bytes:
-    try:
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        inflated = inflater.decompress(data, size + 1)  # more than it says is damage as well
-    except zlib.error as error:
-        raise OSError(f"damaged in its archive: {error}") from error
-    if len(inflated) != size:
-        raise OSError(f"damaged in its archive: {len(inflated)} bytes and not {size}")
-    return inflated
+def _refuse_above(most: int, nbytes: int) -> None:
+    if nbytes > most:
+        raise BadSource("too_many_bytes", f"{nbytes} bytes are more than {most}")
 
 
-class _Stretch(io.RawIOBase):
-    """A part of a file that reads like a file of its own."""
+def _no_source(source: str, place: str) -> OSError:
+    if place.startswith(_NO_PLACE):
+        return BadSource("unsupported", "its archive holds it in a way that is not read")
+    return OSError(f"{source!r} is no source that this version knows")
 
-    def __init__(self, archive: Path, offset: int, length: int) -> None:
-        self._file = archive.open("rb", buffering=0)
-        self._offset, self._length, self._at = offset, length, 0
 
-    def readable(self) -> bool:
-        return True
+def _read_file(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        _refuse_above(most, os.fstat(file.fileno()).st_size)
+        return file.read()
 
-    def seekable(self) -> bool:
-        return True
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise OSError("a place before the beginning")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(view)
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _read_span(archive: str, offset: int, length: int) -> bytes:
+    """A stretch of an archive, fewer bytes where it ends before."""
+    if archive.endswith(GZIPPED):
+        return gzip_of(Path(archive)).read_at(offset, length)
+    with Path(archive).open("rb") as file:
+        if offset + length > os.fstat(file.fileno()).st_size:  # and a lie may be of any size
+            return b""
+        file.seek(offset)
+        return file.read(length)

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.commit import Claim, claim
-from xlsd_cache.decode import MAX_PIXELS, Pixels, Rejected, decode, too_large
+from xlsd_cache.decode import MAX_PIXELS, Pixels, Rejected, decode, most_bytes, too_large
 from xlsd_cache.encode import Encoder
 from xlsd_cache.guard import Guard, decoders
 from xlsd_cache.identity import bucket_shape
+from xlsd_cache.inflate import BadSource
 from xlsd_cache.interrupt import StopSignal
 from xlsd_cache.locate import Stat, read_source, stat_source
 from xlsd_cache.manifest import Manifest, Unit
@@ -237,17 +238,19 @@ def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) ->
         return "", why
     try:
         before = stat_source(entry["source"])
-        data = read_source(entry["source"])
+        data = _read(entry["source"], most_bytes(max_pixels))
         now = stat_source(entry["source"])
     except FileNotFoundError:
         return "", Rejected("vanished", "gone between the scan and its reading")
     except OSError as error:
         return "", Rejected("unreadable", error.strerror or str(error))
     changed = Rejected("changed", "changed between the scan and its reading")
-    if before != now or (len(data), *now[:2]) != (entry["size"], entry["size"], entry["mtime_ns"]):
+    if before != now or now[:2] != (entry["size"], entry["mtime_ns"]):
         return "", changed
+    if isinstance(data, Rejected):
+        return "", data
     content = hashlib.sha256(data).hexdigest()
-    if entry["content_hash"] not in ("", content):
+    if len(data) != entry["size"] or entry["content_hash"] not in ("", content):
         return "", changed
     width, height = map(int, entry["bucket"].split("x"))
     pixels = guard.call(decode, data, upright, crop, (width, height), max_pixels)
@@ -262,3 +265,11 @@ def _is_scanned(entry: Entry, now: Stat) -> bool:
     """Whether the file is the very one that was scanned; older logs do not say which it was."""
     logged = entry["inode"], entry["ctime_ns"]
     return None in logged or logged == (now.inode, now.ctime_ns)
+
+
+def _read(source: str, most: int) -> bytes | Rejected:
+    """The image's bytes, or why they are none. Raises OSError."""
+    try:
+        return read_source(source, most)
+    except BadSource as error:
+        return Rejected(error.reason, str(error))

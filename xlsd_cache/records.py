@@ -1,8 +1,9 @@
 """One source of any kind as a stream of records: files below a folder, members, rows of a table."""
 
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,18 @@ import pyarrow as pa
 from xlsd_cache import UserError
 from xlsd_cache.archives import read_members
 from xlsd_cache.arrow_tables import arrow_files, holds_images
-from xlsd_cache.captions import Beside, Column
+from xlsd_cache.captions import CAPTION_BYTES, TOO_LARGE, Beside, Column, LeftOut
 from xlsd_cache.cells import cell_sizes
 from xlsd_cache.folders import walk
-from xlsd_cache.locate import Stat, cell
+from xlsd_cache.locate import GZIPPED, Stat, cell
 from xlsd_cache.match import Table
+from xlsd_cache.members import printable
 from xlsd_cache.rows import read_rows
 from xlsd_cache.tables import EMBEDDING, is_table, normal_path, of_kind
 from xlsd_cache.text_tables import holds_rows
 
-ARCHIVE_SUFFIXES = (".tar", ".zip")
+TAR_SUFFIXES = (".tar", *GZIPPED)
+ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, ".zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +60,48 @@ class Tally:
 
 @dataclass(frozen=True)
 class Search:
-    """What to look for: which names give records, and which suffixes may be asked of `beside`."""
+    """What to look for: which names give records, and which suffixes may be asked of `beside`.
+
+    Of a sample of several images, one is meant by `image_suffixes`, as of 0.image.jpg and
+    0.mask.png by `image.jpg`; what stands beside it is then called 0.txt.
+    """
 
     is_wanted: Callable[[str], bool]
     suffixes: frozenset[str]
     columns: tuple[Column, ...] = ()  # of tables' rows
     images: bool = True  # whether those that tables hold are searched for as well
+    image_suffixes: tuple[str, ...] = ()  # none: whatever is_wanted
 
     @property
     def tables(self) -> bool:
         """Whether rows are asked for as well."""
         return bool(self.columns)
 
+    def is_image(self, name: str) -> bool:
+        """Whether a file of this name gives a record."""
+        if not self.image_suffixes:
+            return self.is_wanted(name)
+        return name.lower().endswith(self._ends)
+
+    def stem(self, name: str) -> str:
+        """What the names of all files beside an image begin with, up to a dot."""
+        for end in self._ends:
+            if name.lower().endswith(end):
+                return name[: -len(end)]
+        folder, slash, file = name.rpartition("/")
+        return f"{folder}{slash}{file.rpartition('.')[0] or file}"
+
     def is_caption(self, name: str) -> bool:
         """Whether the name ends like a caption asked for."""
         return any(name.endswith(f".{suffix}") for suffix in self.suffixes)
+
+    def what_else(self, name: str) -> str:
+        """What a file is that is neither an image to be taken nor a caption."""
+        return "other images" if self.image_suffixes and self.is_wanted(name) else "other files"
+
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(f".{suffix}".lower() for suffix in self.image_suffixes)
 
 
 def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Iterator[Record]:
@@ -81,41 +111,72 @@ def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Itera
     """
     start = len(str(root).rstrip("/\\")) + 1
     for folder, files in walk(root, tally.passed_over):
-        there = frozenset(files)
+        there = Names(files)
         inside = f"{name}/{folder[start:]}".rstrip("/").replace(os.sep, "/")
         for file in files:
             path = f"{folder}{os.sep}{file}"
-            if search.is_wanted(file):
+            if search.is_image(file):
                 try:
                     stat = Stat.of(Path(path).stat())
                 except FileNotFoundError:  # deleted while we were looking: it was never there
                     continue
-                beside = partial(_beside, folder, there, _stem(file))
+                beside = partial(_beside, folder, there, search.stem(file))
                 source = path if _is_utf8(path) else ""
-                key = _printable(f"{inside}/{file}")
+                key = printable(f"{inside}/{file}")
                 yield Record(key, source, stat, beside)
-            elif file.endswith(".tar"):
+            elif file.endswith(TAR_SUFFIXES):
                 yield from archive_records(f"{inside}/{file}", Path(path), search, tally)
             elif (table := _table(Path(path), inside, files, search, tally)) is not None:
                 if search.images and table.names_images:
                     yield from row_records(table, tally)
             elif not search.is_caption(file):
-                tally.passed_over["other files"] += 1
+                tally.passed_over[search.what_else(file)] += 1
 
 
 def archive_records(name: str, archive: Path, search: Search, tally: Tally) -> Iterator[Record]:
-    """Every member that is searched for; what stands beside one is what shares its stem."""
-    stat = Stat.of(archive.stat())
-    found = read_members(archive, search.is_wanted, search.is_caption)
+    """Every member that is searched for; what stands beside one is what shares its stem.
+
+    An archive that cannot be read, or holds nothing, is told in `tally.damaged`.
+    """
+    try:
+        stat = Stat.of(archive.stat())
+        found = read_members(archive, search)
+    except (UserError, OSError) as error:
+        tally.damaged.append(str(error))
+        return
     if found.damage:
-        tally.damaged.append(f"{archive} is damaged: {found.damage}; all before that is used")
-    if found.others:
-        tally.passed_over["other files"] += found.others
+        told = f"{archive} is damaged: {found.damage}; what is whole before that is used"
+        tally.damaged.append(told)
+    tally.damaged += [f"{archive}: {remark}" for remark in found.remarks]
+    tally.passed_over.update(found.passed_over)
+    there = Names(found.texts)
     for member in found.members:
-        beside = partial(_member_beside, found.texts, _stem(member.name))
+        beside = partial(_member_beside, found.texts, there, search.stem(member.name))
         source = member.source if _is_utf8(member.source) else ""
-        key = _printable(f"{name}/{member.name}")
-        yield Record(key, source, stat._replace(size=member.size), beside)
+        key = printable(f"{name}/{member.name}")
+        own = stat._replace(size=member.size)
+        yield Record(key, source, own, beside, member.reason, member.detail)
+
+
+class Names:
+    """The names in a folder or archive, found in whatever way their letters are composed.
+
+    macOS has accents as characters of their own (NFD), most else has not (NFC).
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._composed = {_composed(n): n for n in self._names if not n.isascii()}
+
+    def find(self, name: str) -> str | None:
+        """The name as it is there: letter for letter, or else composed otherwise."""
+        if name in self._names:
+            return name
+        return None if name.isascii() else self._composed.get(_composed(name))
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def given_table(name: str, file: Path, search: Search, tally: Tally) -> Table | None:
@@ -173,7 +234,7 @@ def row_records(table: Table, tally: Tally) -> Iterator[Record]:
         inside = Path(path).is_relative_to(rows.folder)
         key = f"{table.own_place}/{path[start:] if inside else path.lstrip('/')}"
         folder, _, file = path.rpartition(os.sep)
-        beside = partial(_beside, folder, None, _stem(file))
+        beside = partial(_beside, folder, None, Path(file).stem)
         yield Record(key.replace(os.sep, "/"), path, Stat.of(status), beside)
 
 
@@ -199,20 +260,25 @@ def _cell_records(table: Table, column: str, tally: Tally) -> Iterator[Record]:
             tally.passed_over["rows without an image"] += 1
 
 
-def _stem(name: str) -> str:
-    folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{file.rpartition('.')[0] or file}"
-
-
-def _beside(folder: str, there: frozenset[str] | None, stem: str, suffix: str) -> bytes | None:
+def _beside(folder: str, there: Names | None, stem: str, suffix: str) -> bytes | LeftOut | None:
     """`there` are the names in the folder, where they are known: most questions need no disk."""
-    name = f"{stem}.{suffix}"
-    if there is not None and name not in there:
-        return None
-    path = Path(folder) / name
+    wanted = f"{stem}.{suffix}"
+    if there is not None:
+        found = there.find(wanted)
+        return None if found is None else _read_caption(Path(folder) / found)
+    composed = unicodedata.normalize("NFD", wanted), _composed(wanted)
+    tried = [wanted] if wanted.isascii() else dict.fromkeys([wanted, *composed])
+    texts = (_read_caption(Path(folder) / name) for name in tried)
+    return next((text for text in texts if text is not None), None)
+
+
+def _read_caption(path: Path) -> bytes | LeftOut | None:
     try:
-        return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            return None
+        return TOO_LARGE if status.st_size > CAPTION_BYTES else path.read_bytes()
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(
@@ -220,8 +286,11 @@ def _beside(folder: str, there: frozenset[str] | None, stem: str, suffix: str) -
         ) from error
 
 
-def _member_beside(texts: dict[str, bytes], stem: str, suffix: str) -> bytes | None:
-    return texts.get(f"{stem}.{suffix}")
+def _member_beside(
+    texts: dict[str, bytes | LeftOut], there: Names, stem: str, suffix: str
+) -> bytes | LeftOut | None:
+    name = there.find(f"{stem}.{suffix}")
+    return None if name is None else texts[name]
 
 
 def _nothing(suffix: str) -> bytes | None:
@@ -230,9 +299,4 @@ def _nothing(suffix: str) -> bytes | None:
 
 
 def _is_utf8(text: str) -> bool:
-    return _printable(text) == text
-
-
-def _printable(text: str) -> str:
-    """A name that is not UTF-8 still needs a key that parquet can hold."""
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+    return printable(text) == text

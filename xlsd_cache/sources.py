@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from xlsd_cache import UserError
 from xlsd_cache.blocks import in_blocks
-from xlsd_cache.captions import Column, read_captions, read_object
+from xlsd_cache.captions import Column, LeftOut, read_captions, read_object
 from xlsd_cache.folders import walk
 from xlsd_cache.formats import IMAGE_SUFFIXES, is_image
 from xlsd_cache.lists import listed
@@ -277,7 +277,7 @@ def _read_block(
     )
 
 
-def _url(data: bytes | None) -> str | None:
+def _url(data: bytes | LeftOut | None) -> str | None:
     """Where the image is from, as the .json beside it says."""
     value, _ = read_object(data)
     if not isinstance(value, dict):

@@ -8,8 +8,10 @@ import pytest
 
 from tests.support import picture
 from xlsd_cache import UserError
-from xlsd_cache.archives import Members, read_members
+from xlsd_cache.archives import read_members
 from xlsd_cache.locate import read_source
+from xlsd_cache.members import Members
+from xlsd_cache.records import Search
 
 CONTENT = {f"{i:03d}.jpg": picture(i, 20, 20).tobytes() for i in range(6)}
 CONTENT |= {f"{i:03d}.txt": f"picture {i}".encode() for i in range(6)}
@@ -30,7 +32,7 @@ def write_zip(path: Path, method: int = zipfile.ZIP_STORED) -> None:
 
 
 def read(path: Path) -> Members:
-    return read_members(path, lambda n: n.endswith(".jpg"), lambda n: n.endswith(".txt"))
+    return read_members(path, Search(lambda n: n.endswith(".jpg"), frozenset(["txt"])))
 
 
 def images(found: Members) -> dict[str, bytes]:
@@ -54,7 +56,7 @@ def test_members_are_what_the_library_that_wrote_them_holds(tmp_path: Path, kind
     found = read(path)
     assert images(found) == {name: d for name, d in CONTENT.items() if name.endswith("jpg")}
     assert found.texts == {name: data for name, data in CONTENT.items() if name.endswith("txt")}
-    assert (found.damage, found.others) == ("", 0)
+    assert (found.damage, found.passed_over, found.remarks) == ("", {}, [])
 
 
 def test_long_and_foreign_names_links_and_folders(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_long_and_foreign_names_links_and_folders(tmp_path: Path) -> None:
             tar.addfile(link)
     found = read(tmp_path / "a.tar")
     assert images(found) == {long: b"data", "hard.jpg": b"data"}
-    assert found.others == 1  # the soft link
+    assert found.passed_over == {"other files": 1}  # the soft link
 
 
 @pytest.mark.parametrize("cut", [700, 1024, 1500, 5000, 9000, -1024 * 9, -10240, -9000])
@@ -109,9 +111,11 @@ def test_a_damaged_header_is_said_and_what_is_before_it_is_kept(tmp_path: Path) 
 def test_zips_that_cannot_be_read_in_place_are_said(tmp_path: Path) -> None:
     write_zip(tmp_path / "a.zip", method=zipfile.ZIP_BZIP2)
     found = read(tmp_path / "a.zip")
-    assert not found.members
-    assert found.others == 12
-    assert "compressed otherwise than by deflate" in found.damage
+    assert {(m.reason, m.detail) for m in found.members} == {
+        ("unsupported", "compressed by method 12 of zip, which is not read")
+    }
+    assert set(found.texts.values()) == {"compressed otherwise than by deflate"}
+    assert "12 of 12 members are compressed otherwise than by deflate" in found.remarks[0]
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.zip"])
