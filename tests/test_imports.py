@@ -9,6 +9,8 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache.cli",  # only quiet_libraries, in the other command line
     "xlsd_cache.decode",  # images of `score`, read as a store's are
     "xlsd_cache.durable",
+    "xlsd_cache.fitting",
+    "xlsd_cache.hub",
     "xlsd_cache.identity",
     "xlsd_cache.interrupt",
     "xlsd_cache.moments",
@@ -20,10 +22,10 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
     "durable interrupt precision identity manifest shard blocks locate captions tables match lists "
-    "folders archives records sources colours decode guard buckets index tags store moments vae "
-    "known accounting arrays commit conclude encode headers place delta plan config pipeline build "
-    "readback verify repair check survey info preview export_index recaption peers pairing compare "
-    "transfer importing cli __main__"
+    "folders archives records sources colours decode guard buckets index tags store moments hub "
+    "vae fitting known accounting arrays commit conclude encode headers place delta plan config "
+    "pipeline build readback verify repair check survey info preview export_index recaption peers "
+    "pairing compare transfer importing cli __main__"
 ).split()
 TRAIN = (
     "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "
