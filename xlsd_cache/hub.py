@@ -46,7 +46,7 @@ def repository_of(source: str) -> str | None:
 
 def no_such(source: str) -> str:
     """That a path is missing, and which one of a similar name is there."""
-    found = nearest(Path(source).expanduser())
+    found = nearest(Path(source.replace("\\", "/")).expanduser())
     told = f"{source}: no such file or directory"
     return f"{told} (did you mean {found}?)" if found else told
 

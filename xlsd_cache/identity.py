@@ -187,7 +187,7 @@ def unknown_encoder(root: Path | str, stored: Identity, name: str, vae_sha256: s
         f"whether the VAE {name} ({vae_sha256[:12]}) has the encoder of {root} is not known: an "
         f"older version built that store and kept one hash of its whole VAE, {stored.vae_name} "
         f"({stored.vae_sha256[:12]}), which is not at hand ({stored.vae_source}); show it that VAE "
-        f"once, `xlsd-cache preview {root} --vae {given}`, and run the same command again"
+        f"once, `xlsd-cache preview {root} preview.png --vae {given}`, and run the same again"
     )
 
 
