@@ -9,6 +9,8 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache.cli",  # only quiet_libraries, in the other command line
     "xlsd_cache.decode",  # images of `score`, read as a store's are
     "xlsd_cache.durable",
+    "xlsd_cache.fitting",
+    "xlsd_cache.hub",
     "xlsd_cache.identity",
     "xlsd_cache.interrupt",
     "xlsd_cache.moments",
@@ -21,10 +23,10 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 CACHE = (
     "durable interrupt precision identity manifest shard blocks formats inflate gzips cells "
     "locate captions tables text_tables arrow_tables rows match masks lists folders members tars "
-    "zips archives records colours decode sources guard buckets index tags store moments vae "
-    "known accounting arrays commit conclude encode headers unchanged place delta plan config "
-    "pipeline build readback verify repair check survey info preview export_index recaption peers "
-    "pairing compare transfer importing cli __main__"
+    "zips archives records colours decode sources guard buckets index tags store moments hub vae "
+    "fitting known accounting arrays commit conclude encode headers unchanged place delta plan "
+    "config pipeline build readback verify repair check survey info preview export_index "
+    "recaption peers pairing compare transfer importing cli __main__"
 ).split()
 TRAIN = (
     "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "

@@ -5,6 +5,7 @@ from typing import Literal
 __version__ = "0.1.0"
 
 Precision = Literal["fp32", "tf32", "bf16"]
+Padding = Literal["zeros", "reflect"]  # of a VAE's convolutions
 
 
 class UserError(Exception):

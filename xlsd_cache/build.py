@@ -20,6 +20,7 @@ from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import MAX_PIXELS, PREPROCESSING
 from xlsd_cache.delta import caption_changes
 from xlsd_cache.encode import Encoder
+from xlsd_cache.fitting import stored_identity
 from xlsd_cache.guard import decode_nbytes
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.interrupt import StopSignal
@@ -54,10 +55,13 @@ def build(config: BuildConfig) -> Accounting | None:
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
     found = scan(config.source, config.caption_columns, config.only, config.exclude, config.workers)
     _say_found(found, config)
-    vae = load_vae(config.vae, config.vae_scaling_factor)
+    vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     identity = _identity(config, vae)
+    stored = stored_identity(config.out, vae, config.dry_run)
     manifest = Manifest(config.out)
-    rows_per_shard = agree(config.out, identity, config.rows_per_shard, found.images.num_rows)
+    rows_per_shard = agree(
+        config.out, identity, config.rows_per_shard, found.images.num_rows, stored
+    )
     if config.dry_run:
         known = read_known(manifest, rows_per_shard)
         _say_plan(_plan(config, manifest, known, found, buckets, rows_per_shard))
@@ -200,6 +204,8 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
         buckets=config.buckets,
         max_ratio=config.max_ratio,
         upscale=config.upscale,
+        vae_padding=vae.padding,
+        encoder_sha256=vae.encoder_sha256,
     )
 
 

@@ -21,6 +21,7 @@ from xlsd_cache import UserError
 from xlsd_cache.accounting import account
 from xlsd_cache.config import CheckConfig
 from xlsd_cache.decode import MOST_PIXELS, Pixels, Rejected, decode
+from xlsd_cache.fitting import decoder_told, vae_of
 from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import View, make_view
 from xlsd_cache.locate import read_source
@@ -29,7 +30,7 @@ from xlsd_cache.precision import device_of
 from xlsd_cache.readback import NAMED, Checked, Problem
 from xlsd_cache.repair import Repaired, repair
 from xlsd_cache.store import LatentStore
-from xlsd_cache.vae import Vae, vae_of
+from xlsd_cache.vae import Vae
 from xlsd_cache.verify import verify, verify_index
 
 Say = Callable[..., None]
@@ -89,7 +90,9 @@ def _find(store: Checked, config: CheckConfig, say: Say) -> tuple[list[Problem],
     problems += verify_index(store, view)
     if config.decode and not problems:
         with LatentStore(manifest.root, store.identity, shard, view) as latents:
-            vae = vae_of(store.identity, config.vae)
+            vae = vae_of(store.identity, config.vae, [manifest.root])
+            if told := decoder_told(vae, store.identity):
+                say(told)
             problems += _check_decoded(latents, vae, config, say)
     return problems, counts.live
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xlsd_cache import Precision, UserError
+from xlsd_cache import Padding, Precision, UserError
 from xlsd_cache.captions import Column
 from xlsd_cache.decode import MAX_PIXELS, MOST_PIXELS
 from xlsd_cache.sources import RESERVED
@@ -34,6 +34,10 @@ class BuildConfig:
 
     vae_scaling_factor: float | None = None
     """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""
+
+    vae_padding: Padding = "zeros"
+    """How the VAE's convolutions pad. reflect: for the EQ-VAEs that were trained so, and only them.
+    The store remembers it."""
 
     resolution: int = 512
     """Buckets have at most resolution x resolution pixels. A multiple of 64."""
@@ -223,7 +227,7 @@ class CheckConfig:
     """Decode this many samples and compare them with their images and the VAE's own round trip."""
 
     vae: str | None = None
-    """The VAE to decode with, where the one that the store names is no longer there."""
+    """The VAE to decode with: another with the same encoder, or the store's where it lies now."""
 
     repair: bool = False
     """Mend what can be proved right, and have the next build encode exactly what cannot."""
@@ -270,6 +274,9 @@ class ImportConfig:
 
     vae_scaling_factor: float | None = None
     """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""
+
+    vae_padding: Padding = "zeros"
+    """How the VAE's convolutions padded when these latents were made, as for `build`."""
 
     workers: int = 4
     """Threads that read the cache files."""
@@ -334,7 +341,7 @@ class PreviewConfig:
     """Pixels that the longer side of a picture takes."""
 
     vae: str | None = None
-    """The VAE to decode with, where the one that the store names is no longer there."""
+    """The VAE to decode with: another with the same encoder, or the store's where it lies now."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the graphics card when there is one."""

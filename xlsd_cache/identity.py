@@ -1,15 +1,27 @@
-"""What a latent is valid for, beside its image: kept in the store, and never mixed with another."""
+"""What a latent is valid for, beside its image: kept in the store, and never mixed with another.
+
+A latent depends on the encoder's half of the VAE alone. Stores of older versions kept one hash of
+the whole; the encoder's is added in manifest/encoder.json as soon as that VAE has been seen, for
+zarr.json never changes: a store's fingerprint is made from it.
+"""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from xlsd_cache import UserError
+from xlsd_cache import Padding, UserError
+from xlsd_cache.durable import write_json
 
 FORMAT = "xlsd-latents"
 VERSION = 1
+ENCODER = "manifest/encoder.json"  # in stores of older versions
 DOWNSCALE = 8  # pixels a latent, of every VAE known here
+LABELS = {
+    "encoder_sha256": "the VAE's encoder half (encoder and quant_conv)",
+    "vae_sha256": "the VAE",
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,27 @@ class Identity:
     buckets: str  # aspect | square | sizes | imported
     max_ratio: float
     upscale: bool
+    vae_padding: Padding = "zeros"  # zeros | reflect, of the VAE's convolutions
+    encoder_sha256: str = ""  # of the encoder's half alone; empty where it is not known yet
+
+    def encoder_is(self, vae_sha256: str, encoder_sha256: str) -> bool | None:
+        """Whether a VAE of these hashes has the encoder of these latents; None: not known."""
+        if vae_sha256 == self.vae_sha256:
+            return True
+        if not (self.encoder_sha256 and encoder_sha256):
+            return None
+        return encoder_sha256 == self.encoder_sha256
 
     def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
         """Fields that forbid mixing latents, with both values; the VAE's weights tell, not names.
 
         `resolution` and `max_ratio` count as they are given, even where they change no bucket.
+        The encoder is `encoder_sha256` where both are known, and else the whole VAE's hash.
         """
-        labels = {"vae_name", "vae_source"}
+        labels = {"vae_name", "vae_source", "vae_sha256", "encoder_sha256"}
+        same = self.encoder_is(other.vae_sha256, other.encoder_sha256)
+        if not same:
+            labels.remove("vae_sha256" if same is None else "encoder_sha256")
         return {
             field.name: (getattr(self, field.name), getattr(other, field.name))
             for field in fields(self)
@@ -51,13 +77,16 @@ def read_attributes(root: Path) -> tuple[Identity, int]:
         attributes = json.loads(path.read_bytes())["attributes"]
         if attributes["format"] != FORMAT:
             raise KeyError("format")
-        version = attributes["version"]
+        version, rows_per_shard = attributes["version"], int(attributes["rows_per_shard"])
+        known = {field.name for field in fields(Identity)}
+        told = {name: value for name, value in attributes["identity"].items() if name in known}
+        identity = Identity(**told)
     except FileNotFoundError:
         raise UserError(
             f"no latent store in {root}: {path} is missing; make one with "
             f"`xlsd-cache build IMAGES --out {root}`, or name another folder"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{root} is not a latent store: {path} is not one of ours ({error}); name another"
         ) from error
@@ -66,7 +95,30 @@ def read_attributes(root: Path) -> tuple[Identity, int]:
             f"{root} has store format {version}, this program reads {VERSION}; install the "
             f"version of xlsd that wrote it"
         )
-    return Identity(**attributes["identity"]), int(attributes["rows_per_shard"])
+    return replace(identity, encoder_sha256=_recorded_encoder(root, identity)), rows_per_shard
+
+
+def _recorded_encoder(root: Path, identity: Identity) -> str:
+    """The encoder's hash as the store says it, or as it was found out since; empty: not known."""
+    if not identity.encoder_sha256:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads((root / ENCODER).read_bytes())
+            if told["vae_sha256"] == identity.vae_sha256:
+                return str(told["encoder_sha256"])
+    return identity.encoder_sha256
+
+
+def record_encoder(root: Path, vae_sha256: str, encoder_sha256: str) -> None:
+    """Keep the encoder's hash in a store that knows only that of the whole VAE.
+
+    Nothing where the store has another VAE, knows it already, or cannot be written to.
+    """
+    stored, _ = read_attributes(root)
+    if stored.vae_sha256 == vae_sha256 and not stored.encoder_sha256:
+        staging = root / "staging"
+        with suppress(OSError):
+            told = {"vae_sha256": vae_sha256, "encoder_sha256": encoder_sha256}
+            write_json(root / ENCODER, told, staging if staging.is_dir() else None)
 
 
 def bucket_shape(bucket: str, channels: int) -> tuple[int, int, int]:
@@ -75,11 +127,14 @@ def bucket_shape(bucket: str, channels: int) -> tuple[int, int, int]:
     return channels, height // DOWNSCALE, width // DOWNSCALE
 
 
-def agree(out: Path, identity: Identity, wanted: int | None, images: int) -> int:
+def agree(
+    out: Path, identity: Identity, wanted: int | None, images: int, proved: Identity | None = None
+) -> int:
     """Rows per shard of the store in `out`, or of the one to be made there for so many images.
 
     Raises UserError for a folder that holds something else, and for a store of another identity or
-    another number of rows than `wanted`, naming both values.
+    another number of rows than `wanted`, naming both values. `proved` is the store's identity where
+    more is known of it than the store says.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder for the store")
@@ -93,10 +148,13 @@ def agree(out: Path, identity: Identity, wanted: int | None, images: int) -> int
             )
         return wanted or (256 if images < 30_000 else 1024 if images <= 4_000_000 else 4096)
     stored, rows_per_shard = read_attributes(out)
+    stored = proved or stored
     differences = stored.differences(identity)
+    if set(differences) == {"vae_sha256"}:
+        raise UserError(unknown_encoder(out, stored, identity.vae_name, identity.vae_sha256))
     if differences:
         told = ", ".join(
-            f"{name} {_short(old)} and not {_short(new)}"
+            f"{LABELS.get(name, name)} {_short(old)} and not {_short(new)}"
             for name, (old, new) in differences.items()
         )
         raise UserError(
@@ -120,6 +178,17 @@ def attributes_of(identity: Identity, rows_per_shard: int) -> dict[str, Any]:
         "rows_per_shard": rows_per_shard,
         "identity": asdict(identity),
     }
+
+
+def unknown_encoder(root: Path | str, stored: Identity, name: str, vae_sha256: str) -> str:
+    """That nobody can say whether a VAE has the encoder of a store that an older version built."""
+    given = stored.vae_name if "/" not in stored.vae_name else "ORIGINAL"
+    return (
+        f"whether the VAE {name} ({vae_sha256[:12]}) has the encoder of {root} is not known: an "
+        f"older version built that store and kept one hash of its whole VAE, {stored.vae_name} "
+        f"({stored.vae_sha256[:12]}), which is not at hand ({stored.vae_source}); show it that VAE "
+        f"once, `xlsd-cache preview {root} preview.png --vae {given}`, and run the same again"
+    )
 
 
 def _short(value: Any) -> str:

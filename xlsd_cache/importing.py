@@ -20,6 +20,7 @@ from xlsd_cache.config import ImportConfig
 from xlsd_cache.decode import MOST_PIXELS, Rejected, decode
 from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import write_json
+from xlsd_cache.fitting import stored_identity
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
 from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
 from xlsd_cache.pairing import Entry, Item, image_records, make_items
@@ -47,14 +48,15 @@ def import_caches(config: ImportConfig) -> Accounting | None:
             f"which were made differently; import each kind into a store of its own"
         )
     kind = kinds.pop()
-    vae = load_vae(config.vae, config.vae_scaling_factor)
+    vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     items, other = make_items(found, records, vae.channels, config.workers)
     _say_found(items, kind, found.passed_over + other, config)
     manifest = Manifest(config.out)
     imports = plan_imports(manifest, items)
     verdict = _examine(config, vae, kind, _of(imports.fresh, items))
     identity = _identity(config.out, vae, kind, verdict, _of(imports.fresh, items))
-    rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(items))
+    stored = stored_identity(config.out, vae, config.dry_run)
+    rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(items), stored)
     if config.dry_run:
         print(f"to import: {len(imports.fresh)} latents")
         return None
@@ -158,6 +160,8 @@ def _identity(
         buckets="imported",
         max_ratio=0.0,
         upscale=False,
+        vae_padding=vae.padding,
+        encoder_sha256=vae.encoder_sha256,
     )
 
 

@@ -41,7 +41,8 @@ def info(config: InfoConfig) -> dict[str, Any]:
     print(f"  VAE        {vae['name']} ({vae['sha256'][:12]}), scaling factor", end=" ")
     imported = isinstance(latents["preprocessing"], str)
     how = latents["preprocessing"] if imported else vae["precision"]
-    print(f"{vae['scaling_factor']}, {'imported:' if imported else 'encoded in'} {how}")
+    padded = ", reflection padding" if vae["padding"] == "reflect" else ""
+    print(f"{vae['scaling_factor']}{padded}, {'imported:' if imported else 'encoded in'} {how}")
     mean = " ".join(f"{x:+.3f}" for x in latents["mean"])
     std = " ".join(f"{x:.3f}" for x in latents["std"])
     print(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
@@ -97,6 +98,8 @@ def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
             "source": identity.vae_source,
             "class": identity.vae_class,
             "sha256": identity.vae_sha256,
+            "encoder_sha256": identity.encoder_sha256,
+            "padding": identity.vae_padding,
             "scaling_factor": identity.scaling_factor,
             "shift_factor": identity.shift_factor,
             "precision": identity.precision,

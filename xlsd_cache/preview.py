@@ -11,9 +11,10 @@ from tqdm import tqdm
 from xlsd_cache import UserError
 from xlsd_cache.config import PreviewConfig
 from xlsd_cache.durable import replacing
+from xlsd_cache.fitting import decoder_told, vae_of
 from xlsd_cache.precision import device_of
 from xlsd_cache.store import LatentStore
-from xlsd_cache.vae import Vae, vae_of
+from xlsd_cache.vae import Vae
 
 CAPTION_LINES = 5
 INK, FAINT, PAPER, CROP = "#222222", "#999999", "#ffffff", "#4477aa"
@@ -29,7 +30,9 @@ def preview(config: PreviewConfig) -> None:
     with LatentStore.open(config.store) as store:
         column = _column(store, config.caption)
         chosen = _chosen(store, config, column)
-        vae = vae_of(store.identity, config.vae)
+        vae = vae_of(store.identity, config.vae, [store.root])
+        if told := decoder_told(vae, store.identity):
+            print(told)
         device = device_of(config.device)
         vae.model.to(device)
         sheet = _Sheet(config.columns, config.thumbnail, len(chosen))

@@ -1,4 +1,8 @@
-"""The VAE: found by name, hub id, folder or single file, and known by the hash of its weights."""
+"""The VAE: found by name, hub id, folder or single file, and known by the hash of its weights.
+
+What latents depend on is its encoder's half, which has a hash of its own: a VAE whose decoder alone
+was trained further reads and writes the same latents.
+"""
 
 import hashlib
 import tempfile
@@ -12,8 +16,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors import SafetensorError
 from torch import Tensor
 
-from xlsd_cache import UserError
-from xlsd_cache.identity import Identity
+from xlsd_cache import Padding, UserError
+from xlsd_cache.hub import cached, fetch, no_such, repository_of
 
 # name -> hub repository, and the folder in it
 NAMES = {
@@ -23,6 +27,9 @@ NAMES = {
     "taesdxl": ("madebyollin/taesdxl", None),
 }
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+ENCODER = ("encoder.", "quant_conv.")  # the names of the encoder's half
+WEIGHTS = "diffusion_pytorch_model"
+INSTEAD = "give a folder with config.json and its weights, or a .safetensors file, as --vae"
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,22 @@ class Vae:
     source: str  # the hub repository or local path it came from
     model: Any  # AutoencoderKL | AutoencoderTiny
     sha256: str  # of the weights as fp32, whatever file they came in
+    encoder_sha256: str  # of those of the encoder's half
+    padding: Padding = "zeros"  # zeros | reflect
+
+    @classmethod
+    def of(cls, name: str, source: str, model: Any, padding: Padding = "zeros") -> "Vae":
+        """A model with its hashes, its convolutions set to this padding.
+
+        Reflection is set as the authors of such VAEs do it: where a convolution pads by itself.
+        The encoder's downsamplers do not, and stay padded with zeros to the right and below.
+        """
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d) and any(module.padding):
+                module.padding_mode = padding
+        weights = model.state_dict()
+        half = {key: value for key, value in weights.items() if key.startswith(ENCODER)}
+        return cls(name, source, model, tensors_sha256(weights), tensors_sha256(half), padding)
 
     @property
     def class_name(self) -> str:
@@ -70,33 +93,35 @@ class Vae:
         return self.model.decode(raw).sample  # type: ignore[no-any-return]
 
 
-def load_vae(spec: str, scaling_factor: float | None = None, subfolder: str | None = None) -> Vae:
+def load_vae(
+    spec: str,
+    scaling_factor: float | None = None,
+    subfolder: str | None = None,
+    *,
+    padding: Padding = "zeros",
+    fetching: bool = True,
+) -> Vae:
     """The VAE that `spec` names: a short name, a hub id, a folder or a .safetensors file.
 
-    A folder may be the VAE's own or a whole pipeline's. A single file without a config.json beside
-    it is read as SD's and SDXL's common architecture, and needs `scaling_factor`, which its weights
-    do not tell. Raises UserError where there is no such VAE or the file is not one.
+    A folder or repository may be the VAE's own or a whole pipeline's. A single file without a
+    config.json beside it is read as SD's and SDXL's common architecture, and needs
+    `scaling_factor`, which its weights do not tell. Without `fetching` a hub's must be in the
+    cache. Raises UserError where there is no such VAE or the file is not one.
     """
     path = Path(spec).expanduser()
     try:
-        if spec in NAMES:
-            source, folder = NAMES[spec]
-            model = _from_folder(source, folder)
-        elif path.is_file():
+        if spec not in NAMES and path.is_file():
             source, model = str(path.resolve()), _from_file(path, scaling_factor)
-        elif path.is_dir():
-            source = str(path.resolve())
-            if subfolder is None and not (path / "config.json").exists():
-                subfolder = "vae"
-            model = _from_folder(source, subfolder)
-        elif path.is_absolute() or spec.count("/") != 1 or spec.startswith("."):
-            names = ", ".join(NAMES)
-            raise UserError(
-                f"no VAE {spec!r}: it is neither one of {names}, nor a hub id ORG/NAME, nor a "
-                f"folder or file that exists"
-            )
+        elif spec not in NAMES and path.is_dir():
+            source, model = str(path.resolve()), _from_folder(path, subfolder)
         else:
-            source, model = spec, _from_folder(spec, subfolder)
+            source, subfolder = NAMES.get(spec, (repository_of(spec) or "", subfolder))
+            if not source:
+                names = ", ".join(NAMES)
+                raise UserError(
+                    f"no VAE {no_such(spec)}; give one of {names}, or a hub id ORG/NAME"
+                )
+            model = _from_folder(_repository(source, subfolder, fetching), subfolder)
     except NotImplementedError as error:  # diffusers moves a model of which tensors are missing
         raise UserError(
             f"cannot load the VAE {spec!r}: it lacks weights; give a whole VAE"
@@ -104,23 +129,7 @@ def load_vae(spec: str, scaling_factor: float | None = None, subfolder: str | No
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load the VAE {spec!r}: {told}") from error
-    model.float().requires_grad_(False).eval()
-    return Vae(spec, source, model, tensors_sha256(model.state_dict()))
-
-
-def vae_of(identity: Identity, spec: str | None = None) -> Vae:
-    """The VAE whose latents a store holds, from where the build found it or from `spec`.
-
-    Raises UserError where it is not to be had or is another one.
-    """
-    named = identity.vae_name if identity.vae_name in NAMES else identity.vae_source
-    vae = load_vae(spec or named, identity.scaling_factor)
-    if vae.sha256 != identity.vae_sha256:
-        raise UserError(
-            f"the VAE {vae.name} ({vae.sha256[:12]}) is not the store's, {identity.vae_name} "
-            f"({identity.vae_sha256[:12]}), and cannot decode its latents; name that one with --vae"
-        )
-    return vae
+    return Vae.of(spec, source, model.float().requires_grad_(False).eval(), padding)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -133,18 +142,42 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _from_folder(source: str, subfolder: str | None) -> Any:
-    config = AutoencoderKL.load_config(source, subfolder=subfolder)
+def _repository(repository: str, subfolder: str | None, fetching: bool) -> Path:
+    """The folder of a hub's repository with its VAE's files. Raises UserError without them."""
+    at = (f"{subfolder}/",) if subfolder else ("", "vae/")
+    config = [f"{folder}config.json" for folder in at]
+    safe = [f"{folder}{WEIGHTS}.safetensors" for folder in at]
+    pieces = [f"{folder}{WEIGHTS}{end}" for folder in at
+              for end in (".safetensors.index.json", "-?????-of-?????.safetensors")]  # fmt: skip
+    pickle = [f"{folder}{WEIGHTS}.bin" for folder in at]
+    needed = ["|".join(config), "|".join([*safe, *pieces, *pickle])]
+    for files in ([*config, *safe, *pieces], [*config, *pickle]):
+        if not fetching:
+            folder = cached(repository, files, needed)
+            if folder is None:
+                raise UserError(f"{repository} is not in the hub's cache")
+        else:
+            folder = fetch(repository, files, needed, INSTEAD)
+        if any(path.is_file() for part in at for path in folder.glob(f"{part}{WEIGHTS}*")):
+            return folder
+    raise UserError(f"{repository} holds no VAE in the form of diffusers; {INSTEAD}")
+
+
+def _from_folder(folder: Path, subfolder: str | None) -> Any:
+    if subfolder is None and not (folder / "config.json").exists():
+        subfolder = "vae"
+    config = AutoencoderKL.load_config(str(folder), subfolder=subfolder)
     if config.get("_class_name") not in CLASSES:
         raise UserError(
-            f"{source} holds a {config.get('_class_name')}, which is no VAE known here; "
+            f"{folder} holds a {config.get('_class_name')}, which is no VAE known here; "
             f"give an {' or '.join(CLASSES)}"
         )
     model, told = CLASSES[config["_class_name"]].from_pretrained(
-        source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
-    )
+        str(folder), subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True,
+        local_files_only=True,
+    )  # fmt: skip
     if told["missing_keys"]:  # diffusers would go on with random ones
-        raise UserError(f"the VAE {source} lacks weights, {told['missing_keys'][0]} among them")
+        raise UserError(f"the VAE {folder} lacks weights, {told['missing_keys'][0]} among them")
     return model
 
 

@@ -37,6 +37,8 @@ def announce(
     )
     if record["latents"]["normalized"]:
         print("latents are normalised by channel, with " + json.dumps(record["latents"]))
+    if record["vae"]["decoder"]:
+        print(record["vae"]["decoder"])
     _stores(record["stores"])
     for tag in record["unknown_tags"]:
         print(f"  no image has the tag {tag!r} that --forbid-tags names")

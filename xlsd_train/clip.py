@@ -16,7 +16,8 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
 from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected, decode, header_of
-from xlsd_train.hub import TOKENIZER_FILES, fetch, is_hub_id
+from xlsd_cache.hub import no_such, repository_of
+from xlsd_train.hub import TOKENIZER_FILES, fetch_model
 from xlsd_train.network import read_json
 
 Embeddings = NDArray[np.float64]  # [n, D], each of length 1
@@ -135,10 +136,14 @@ def load_clip(source: str, device: torch.device) -> Clip:
 
 def _folder(source: str) -> Path:
     folder = Path(source).expanduser()
-    if folder.is_dir() or not is_hub_id(source):
+    if folder.is_dir():
         return folder
+    repository = None if folder.exists() else repository_of(source)
+    if repository is None:
+        raise UserError(f"--clip {no_such(source)}; give a hub id ORG/NAME or a folder with a CLIP")
     for file in WEIGHTS:
-        folder = fetch(source, [*FILES, file], "--clip")
+        needed = ["config.json", "|".join(WEIGHTS)]
+        folder = fetch_model(repository, [*FILES, file], needed, "--clip")
         if (folder / file).is_file():
             break
     return folder

@@ -77,7 +77,7 @@ def _draw(
     if noise.get("rescale_betas_zero_snr"):
         noise["timestep_spacing"] = "trailing"  # the last timestep, all noise, must be among them
     whole = replace(parts, scheduler={**noise, "clip_sample": False}, checkpoint=None)
-    model = assemble(whole, model_vae(parts.source, vae))
+    model = assemble(whole, model_vae(parts.source, vae, parts.vae_padding))
     model.text_encoder.requires_grad_(False)
     pipeline = pipeline_of(model, scheduler).to(device)
     source = Path(parts.source)

@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_bytes, write_json
+from xlsd_cache.vae import Vae, load_vae
 from xlsd_train import sd15
 from xlsd_train.card import History
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
+from xlsd_train.model import model_vae
 from xlsd_train.model_commands import ExportConfig
 from xlsd_train.network import POSITIONS, PREFIX, Part, empty
 from xlsd_train.single_file import single_file
@@ -39,6 +41,8 @@ def export(config: ExportConfig) -> Path:
     """
     single = config.format == "single-file"
     found = find(config.checkpoint, tokenizer=config.tokenizer, ema=config.model_ema)
+    if config.vae is not None:
+        found = with_decoder(found, config.vae)
     parts = completed(found, not single)
     return write_model(parts, config.out, single, config.dtype, config.scaling_factor)
 
@@ -56,6 +60,11 @@ def write_model(
         folded += (
             f" The text encoder's last layers, {parts.clip_skip} by --clip-skip, hand on what they "
             f"get: leave programs' own clip skip off."
+        )
+    if parts.vae_padding == "reflect":
+        folded += (
+            " Its convolutions pad by reflection, which no model file can say: set padding_mode to "
+            "reflect in the program that decodes, or pictures have artefacts at their edges."
         )
     title = out.stem if single else out.name
     metadata = history.metadata(title, folded, parts.scheduler)
@@ -84,6 +93,33 @@ def write_model(
         path = out if single else out / file
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
     return out
+
+
+def with_decoder(parts: Parts, spec: str) -> Parts:
+    """The model with another VAE of the same encoder. Raises UserError where it has another."""
+    own = vae_in(parts)
+    vae = load_vae(spec, float(empty("vae", own.config).config["scaling_factor"]))
+    new = vae_part(vae)
+    factors = [Normalisation.of(empty("vae", part.config).config) for part in (own, new)]
+    if not has_encoder(parts, vae) or factors[0] != factors[1]:
+        raise UserError(
+            f"the VAE {spec} has another encoder half (encoder and quant_conv) or scaling factor "
+            f"than the one with which {parts.source} was trained; give one whose decoder alone "
+            f"differs, or put it in with `xlsd-train swap` and train"
+        )
+    return replace(parts, vae=new)
+
+
+def vae_part(vae: Vae) -> Part:
+    """A loaded VAE as a part of a model."""
+    told = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
+    tensors = {name: in_memory(value) for name, value in vae.model.state_dict().items()}
+    return Part("vae", {"_class_name": vae.class_name, **told}, tensors, vae.source)
+
+
+def has_encoder(parts: Parts, vae: Vae) -> bool:
+    """Whether the model's own VAE has the encoder of this one."""
+    return model_vae(parts.source, vae_in(parts)).encoder_sha256 == vae.encoder_sha256
 
 
 def vae_in(parts: Parts) -> Part:

@@ -9,11 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xlsd_cache import UserError
+from xlsd_cache import Padding, UserError
+from xlsd_cache.hub import no_such, repository_of
 from xlsd_train import names, sd15
 from xlsd_train.fold import Normalisation
 from xlsd_train.foreign import UNET_ALONE, kind_of, remedy
-from xlsd_train.hub import FILES, TEXT_ENCODER_FILES, VAE_FILES, fetch, is_hub_id
+from xlsd_train.hub import (
+    FILES,
+    NEEDED,
+    TEXT_ENCODER_FILES,
+    TEXT_ENCODER_NEEDED,
+    VAE_FILES,
+    fetch_model,
+)
 from xlsd_train.network import (
     PREFIX,
     Kind,
@@ -44,6 +52,7 @@ class Parts:
     checkpoint: Path | None = None  # of ours, in its run
     trained: Normalisation | None = None  # of latents, where it is not the VAE's own factor
     clip_skip: int = 0  # with which it was trained here
+    vae_padding: Padding | None = None  # zeros | reflect, where it was trained here
 
 
 def find(
@@ -87,21 +96,24 @@ def find(
 def completed(parts: Parts, tokenizer: bool = True) -> Parts:
     """The same with a text encoder and, if wanted, a tokenizer: the hub's SD1.5's where missing."""
     if parts.text_encoder is None:
-        folder = fetch(sd15.HUB_ID, ["text_encoder/config.json", "text_encoder/model.safetensors"])
+        files = ["text_encoder/config.json", "text_encoder/model.safetensors"]
+        folder = fetch_model(sd15.HUB_ID, files, files, "--text-encoder")
         part = folder_part("text_encoder", folder / "text_encoder", sd15.HUB_ID)
         print(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
         check(part)
         parts = replace(parts, text_encoder=part)
     if parts.tokenizer is None and tokenizer:
-        parts = replace(parts, tokenizer=fetch(sd15.HUB_ID, ["tokenizer/*"]) / "tokenizer")
+        files = ["tokenizer/*"]
+        folder = fetch_model(sd15.HUB_ID, files, files, "--tokenizer")
+        parts = replace(parts, tokenizer=folder / "tokenizer")
     return parts
 
 
 def text_encoder_of(source: str, config: Mapping[str, Any]) -> tuple[Part, Path | None]:
     """That of --text-encoder, and the folder of the tokenizer that lies with it, if one does."""
     at = Path(source).expanduser()
-    if not at.exists() and is_hub_id(source):
-        at = fetch(source, TEXT_ENCODER_FILES)
+    if not at.exists() and (repository := repository_of(source)):
+        at = fetch_model(repository, TEXT_ENCODER_FILES, TEXT_ENCODER_NEEDED, "--text-encoder")
     return part_of("text_encoder", str(at), config, "--text-encoder"), _tokenizer_of(at)
 
 
@@ -134,7 +146,7 @@ def part_of(kind: Kind, source: str, config: Mapping[str, Any], option: str) -> 
     if path.is_dir():
         return folder_part(kind, path / kind if (path / kind).is_dir() else path, str(path))
     if not path.is_file():
-        raise UserError(f"{option} {path}: there is no such folder or file; name one")
+        raise UserError(f"{option} {no_such(source)}; name a folder or file")
     tensors, metadata = open_tensors(path)
     known = _configs(path, metadata)
     if kind in known:
@@ -166,12 +178,14 @@ def _find(source: str, ema: bool, vae: bool) -> Parts:
         return _in_folder(path, source)
     if path.is_file():
         return _in_file(path, source, ema)
-    if path.exists() or not is_hub_id(source):
+    repository = None if path.exists() else repository_of(source)
+    if repository is None:
         raise UserError(
-            f"no model {source}: it is neither a folder or file that exists nor a hub id ORG/NAME; "
-            f"name a pipeline folder, a single file, a checkpoint or a hub id"
+            f"no model {no_such(source)}; name a pipeline folder, a single file, a checkpoint or a "
+            f"hub id ORG/NAME"
         )
-    return _in_folder(fetch(source, FILES + (VAE_FILES if vae else [])), source)
+    own = VAE_FILES if vae else []
+    return _in_folder(fetch_model(repository, FILES + own, NEEDED + own, "--model"), source)
 
 
 def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
@@ -185,6 +199,7 @@ def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
     return Parts(
         source, parts["unet"], parts["text_encoder"], vae, base / "tokenizer", _scheduler(base),
         checkpoint, _trained(base / "latents.json"), _clip_skip(base / "captions.json"),
+        _padding(base / "latents.json"),
     )  # fmt: skip
 
 
@@ -193,6 +208,12 @@ def _trained(path: Path) -> Normalisation | None:
     if not path.is_file() or not (told := read_json(path))["normalized"]:
         return None
     return Normalisation(tuple(told["shift"]), tuple(1 / scale for scale in told["scale"]))
+
+
+def _padding(path: Path) -> Padding:
+    """What a run says that its VAE's convolutions pad with."""
+    told: Padding = read_json(path).get("padding", "zeros") if path.is_file() else "zeros"
+    return told
 
 
 def _clip_skip(path: Path) -> int:

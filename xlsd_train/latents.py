@@ -5,7 +5,7 @@ export: the network sees (raw - shift) * scale, by channel.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,15 @@ def normalising(stores: Mixture) -> Scaling:
 
 def save_scaling(scaling: Scaling, vae: Vae, base: Path) -> None:
     """Write it beside a model's other parts."""
-    write_json(base / FILE, {"vae_sha256": vae.sha256, **scaling.record()})
+    of = {"vae_sha256": vae.sha256, "encoder_sha256": vae.encoder_sha256, "padding": vae.padding}
+    write_json(base / FILE, {**of, **scaling.record()})
 
 
-def load_scaling(source: str, base: Path, vae: Vae) -> Scaling:
+def load_scaling(source: str, base: Path, vae: Vae, own: Callable[[], Vae]) -> Scaling:
     """As the model was trained; the VAE's own for a model that was not trained here.
 
-    Raises UserError where the model was trained on another VAE's normalised latents.
+    `own` is the VAE that the model was trained with. Raises UserError where the model was trained
+    on another encoder's normalised latents.
     """
     path = base / FILE
     if not path.exists():
@@ -90,9 +92,11 @@ def load_scaling(source: str, base: Path, vae: Vae) -> Scaling:
     if not told["normalized"]:
         return own_scaling(vae)
     if told["vae_sha256"] != vae.sha256:
-        raise UserError(
-            f"{source} was trained on latents of the VAE {told['vae_sha256'][:12]}, normalised by "
-            f"their statistics, which are not those of {vae.name}, {vae.sha256[:12]}; give a store "
-            f"of that VAE as --data, or another --model"
-        )
+        encoder = told.get("encoder_sha256") or own().encoder_sha256  # older runs keep one hash
+        if encoder != vae.encoder_sha256:
+            raise UserError(
+                f"{source} was trained on latents of the encoder {encoder[:12]}, normalised by "
+                f"their statistics, which are not those of {vae.name}, {vae.encoder_sha256[:12]}; "
+                f"give a store of that encoder as --data, or another --model"
+            )
     return Scaling.of(told["shift"], told["scale"], normalized=True)

@@ -1,15 +1,15 @@
 """`xlsd-train swap`: a model with another VAE in it, as training with that VAE begins."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from xlsd_cache import UserError
+from xlsd_cache.fitting import padding_warning
 from xlsd_cache.vae import load_vae
-from xlsd_train.export import write_model
+from xlsd_train.export import has_encoder, vae_part, write_model
 from xlsd_train.find import completed, find
 from xlsd_train.model_commands import SwapConfig
-from xlsd_train.network import Part
-from xlsd_train.tensors import in_memory
 
 
 def swap(config: SwapConfig) -> Path:
@@ -25,9 +25,10 @@ def swap(config: SwapConfig) -> Path:
             f"the UNet of {config.model} takes {channels} latent channels and the VAE {config.vae} "
             f"gives {vae.channels}; give another --vae"
         )
-    told = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
-    tensors = {name: in_memory(value) for name, value in vae.model.state_dict().items()}
-    part = Part("vae", {"_class_name": vae.class_name, **told}, tensors, vae.source)
-    # What a run made of its old VAE's latents says nothing of the new one's.
-    merged = replace(completed(parts), vae=part, checkpoint=None, trained=None)
-    return write_model(merged, config.out, False)
+    if warning := padding_warning(vae):
+        print(warning, file=sys.stderr)
+    parts = replace(completed(parts), checkpoint=None)
+    if parts.vae is None or not has_encoder(parts, vae):
+        # What a run made of its old encoder's latents says nothing of the new one's.
+        parts = replace(parts, trained=None, vae_padding=None)
+    return write_model(replace(parts, vae=vae_part(vae)), config.out, False)

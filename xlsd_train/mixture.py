@@ -19,6 +19,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
+from xlsd_cache.fitting import original
+from xlsd_cache.identity import record_encoder, unknown_encoder
 from xlsd_cache.moments import Moments, moments
 from xlsd_cache.store import LatentStore
 from xlsd_train.schedule import Share
@@ -26,7 +28,7 @@ from xlsd_train.schedule import Share
 Ordinals = NDArray[np.int64]  # of a bucket's live samples
 Mask = NDArray[np.bool_]  # of the rows of store.samples
 
-MUST_AGREE = ("vae_sha256", "channels", "scaling_factor", "shift_factor")
+MUST_AGREE = ("channels", "scaling_factor", "shift_factor", "vae_padding")  # and the encoder
 
 
 class Part(NamedTuple):
@@ -47,6 +49,9 @@ class Mixture:
         self.identity = stores[0].identity
         for store in stores[1:]:
             _agree(stores[0], store)
+            if self.identity.vae_sha256 == store.identity.vae_sha256:  # what one says of its VAE
+                known = self.identity.encoder_sha256 or store.identity.encoder_sha256
+                self.identity = replace(self.identity, encoder_sha256=known)
             if store.identity.dtype != self.identity.dtype:  # float16's values are all float32's
                 self.identity = replace(self.identity, dtype="float32")
         self.caption_columns = tuple(
@@ -229,12 +234,27 @@ def _weighed(given: str) -> tuple[str, Fraction]:
 
 
 def _agree(one: LatentStore, other: LatentStore) -> None:
-    """Latents of two VAEs must not be trained on together."""
-    for name in MUST_AGREE:
-        ours, theirs = getattr(one.identity, name), getattr(other.identity, name)
-        if ours != theirs:
-            raise UserError(
-                f"--data {one.root} was encoded with {one.identity.vae_name} ({name} "
-                f"{str(ours)[:12]}) and {other.root} with {other.identity.vae_name} "
-                f"({str(theirs)[:12]}); latents of two VAEs must not mix: build one of them again"
-            )
+    """Latents of two encoders must not be trained on together."""
+    if one.identity.vae_sha256 != other.identity.vae_sha256:
+        _prove(one)
+        _prove(other)
+    ours, theirs = one.identity, other.identity
+    same = ours.encoder_is(theirs.vae_sha256, theirs.encoder_sha256)
+    if same is None:
+        old, new = (other, ours) if ours.encoder_sha256 else (one, theirs)
+        raise UserError(unknown_encoder(old.root, old.identity, new.vae_name, new.vae_sha256))
+    differing = [name for name in MUST_AGREE if getattr(ours, name) != getattr(theirs, name)]
+    for name in [*([] if same else ["encoder_sha256"]), *differing]:
+        raise UserError(
+            f"--data {one.root} was encoded with {ours.vae_name} ({name} "
+            f"{str(getattr(ours, name))[:12]}) and {other.root} with {theirs.vae_name} "
+            f"({str(getattr(theirs, name))[:12]}); their latents must not mix: build one of them "
+            f"again"
+        )
+
+
+def _prove(store: LatentStore) -> None:
+    """Find out which encoder a store of an older version has, from the VAE that encoded it."""
+    if not store.identity.encoder_sha256 and (vae := original(store.identity)):
+        record_encoder(store.root, vae.sha256, vae.encoder_sha256)
+        store.identity = replace(store.identity, encoder_sha256=vae.encoder_sha256)

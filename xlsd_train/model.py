@@ -1,6 +1,8 @@
 """The model as training has it: UNet, text encoder, VAE, tokenizer; what of it trains."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import CLIPTokenizer
 
-from xlsd_cache import UserError
+from xlsd_cache import Padding, UserError
 from xlsd_cache.durable import write_json
+from xlsd_cache.fitting import refuse_other_encoder, vae_of
 from xlsd_cache.store import Identity
-from xlsd_cache.vae import Vae, tensors_sha256, vae_of
+from xlsd_cache.vae import Vae, tensors_sha256
 from xlsd_train.choose import choose, split
 from xlsd_train.config import Phase
 from xlsd_train.find import TEXT_ENCODER, UNET, Parts, completed, find
@@ -128,10 +131,11 @@ def load_model(
     tokenizer: str | None = None,
     ema: bool = False,
     tokens: int | None = None,
+    roots: Sequence[Path] = (),
 ) -> Model:
-    """The model of `--model` and `--vae`, with parts of it replaced, its VAE the store's.
+    """The model of `--model` and `--vae`, with parts of it replaced, its VAE's encoder the store's.
 
-    `tokens` stretches a text encoder that reads fewer.
+    `tokens` stretches a text encoder that reads fewer; `roots` are the stores of that identity.
     Raises UserError where there is none, it is no SD1.5-like model, or cannot decode the store.
     """
     own_vae = spec is not None and vae_spec is None
@@ -150,13 +154,13 @@ def load_model(
             f"{identity.channels}; give another --model or --data"
         )
     if own_vae and parts.vae is not None:
-        vae = _store_vae(parts.source, parts.vae, identity)
+        vae = _own_vae(parts, parts.vae, identity, roots)
     else:
-        vae = vae_of(identity, vae_spec)
+        vae = vae_of(identity, vae_spec, roots)
     ours, stores = ((x.scaling_factor, x.shift_factor) for x in (vae, identity))
     if ours != stores:
         raise UserError(
-            f"{vae.source} is the store's VAE by its weights, but its scaling factor is "
+            f"{vae.source} has the store's encoder by its weights, but its scaling factor is "
             f"{ours[0]:g} (shift {ours[1]:g}), and the store's {stores[0]:g} (shift "
             f"{stores[1]:g}); mend its config.json, or name the right one as --vae"
         )
@@ -177,7 +181,9 @@ def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
             f"{told}; name a folder with vocab.json and merges.txt as --tokenizer"
         ) from error
     if parts.checkpoint is not None:
-        scaling = load_scaling(parts.source, parts.checkpoint.parent.parent / "base", vae)
+        base = parts.checkpoint.parent.parent / "base"
+        assert parts.vae is not None
+        scaling = load_scaling(parts.source, base, vae, partial(model_vae, "", parts.vae))
     else:
         scaling = own_scaling(vae)
     unet, text_encoder = build(parts.unet), build(parts.text_encoder)
@@ -197,20 +203,25 @@ def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
     )  # fmt: skip
 
 
-def model_vae(source: str, part: Part) -> Vae:
+def model_vae(source: str, part: Part, padding: Padding | None = None) -> Vae:
     """A model's own VAE."""
-    model = build(part).requires_grad_(False)
-    return Vae(source, part.source, model, tensors_sha256(model.state_dict()))
+    return Vae.of(source, part.source, build(part).requires_grad_(False), padding or "zeros")
 
 
-def _store_vae(source: str, part: Part, identity: Identity) -> Vae:
-    """The model's own VAE, which must be the store's."""
-    vae = model_vae(source, part)
-    if vae.sha256 != identity.vae_sha256:
+def _own_vae(parts: Parts, part: Part, identity: Identity, roots: Sequence[Path]) -> Vae:
+    """The model's own VAE, whose encoder and padding must be the store's."""
+    if parts.vae_padding not in (None, identity.vae_padding):
         raise UserError(
-            f"{source} has the VAE {vae.sha256[:12]} (scaling factor {vae.scaling_factor:g}), and "
-            f"the store was encoded with {identity.vae_name}, {identity.vae_sha256[:12]} (scaling "
-            f"factor {identity.scaling_factor:g}), whose latents it cannot decode; add --vae "
-            f"{identity.vae_name} to swap that one in, or give another --data"
+            f"{parts.source} was trained on latents of a VAE that pads with {parts.vae_padding}, "
+            f"and the store was encoded with {identity.vae_padding}; give another --data or --model"
         )
+    vae = model_vae(parts.source, part, identity.vae_padding)
+    try:
+        refuse_other_encoder(vae, identity, roots)
+    except UserError as error:
+        raise UserError(
+            f"{error}; its scaling factor is {vae.scaling_factor:g} and the store's "
+            f"{identity.scaling_factor:g}: add --vae {identity.vae_name} to swap that one in, or "
+            f"give another --data"
+        ) from error
     return vae

@@ -34,6 +34,9 @@ class ExportConfig:
     scaling_factor: float | None = None
     """Fold the VAE to this factor. Default: 0.18215 for single-file; for diffusers its own."""
 
+    vae: str | None = None
+    """Put this VAE in, say with a decoder trained further; its encoder must be the model's."""
+
     model_ema: bool = False
     """Of a single file that holds both, take the UNet's moving averages."""
 

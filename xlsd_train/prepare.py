@@ -107,8 +107,9 @@ def _check_batch(config: TrainConfig, selection: Selection, data: str) -> None:
 
 def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Model:
     """The checkpoint's, or as --model and the options beside it say; not yet what trains of it."""
+    roots = [part.store.root for part in store.parts]
     if resumed:
-        model = load_model(str(resumed), None, store.identity)
+        model = load_model(str(resumed), None, store.identity, roots=roots)
     else:
         model = load_model(
             config.model,
@@ -119,6 +120,7 @@ def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Mod
             tokenizer=config.tokenizer,
             ema=config.model_ema,
             tokens=config.tokens,
+            roots=roots,
         )
     model.clip_skip = config.clip_skip
     if config.normalize_latents and not model.scaling.normalized:

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch.nn import Parameter
 
 from xlsd_cache import __version__
+from xlsd_cache.fitting import decoder_told
 from xlsd_train.announce import announce
 from xlsd_train.batches import BatchSource
 from xlsd_train.checkpoint import load_optimizer
@@ -119,6 +120,10 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
             "objective": objective.record(before),
             "latents": model.scaling.record(),
+            "vae": {
+                "padding": model.vae.padding,
+                "decoder": decoder_told(model.vae, store.identity),
+            },
             "validation": validator.keys() if validator else {},
             "settings": shared,
             "machine": machine(device),

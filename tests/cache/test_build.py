@@ -114,8 +114,8 @@ def test_only_new_and_changed_images_are_encoded(
 def encode_alone(tmp_path: Path, pixels: Any) -> Any:
     import torch
 
+    from xlsd_cache.fitting import vae_of
     from xlsd_cache.identity import read_attributes
-    from xlsd_cache.vae import vae_of
 
     identity, _ = read_attributes(tmp_path / "latents")
     return Encoder(vae_of(identity), "fp32", torch.device("cpu")).encode(pixels[None])

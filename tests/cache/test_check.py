@@ -158,7 +158,7 @@ def test_another_vae_cannot_judge(copy: Path, capsys: Out, tmp_path: Path) -> No
     from tests.cache.test_vae import tiny
 
     assert cache("check", copy, "--decode", 1, "--vae", tiny(tmp_path / "tiny")) == 1
-    assert "is not the store's" in capsys.readouterr().err
+    assert "its encoder half" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

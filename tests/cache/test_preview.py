@@ -79,7 +79,7 @@ def test_another_vae_is_refused(store: Path, tmp_path: Path, capsys: Out) -> Non
     from tests.cache.test_vae import tiny
 
     assert cache("preview", store, tmp_path / "a.png", "--vae", tiny(tmp_path / "tiny")) == 1
-    assert "is not the store's" in said(capsys)
+    assert "its encoder half" in said(capsys)
 
 
 def test_what_cannot_be_written_is_one_sentence(store: Path, tmp_path: Path, capsys: Out) -> None:

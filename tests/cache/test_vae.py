@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xlsd_cache import UserError
+from xlsd_cache.fitting import vae_of
 from xlsd_cache.store import LatentStore
-from xlsd_cache.vae import load_vae, tensors_sha256, vae_of
+from xlsd_cache.vae import load_vae, tensors_sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -131,7 +132,11 @@ def test_the_name_sdxl_is_the_hubs_repository(vae: Path, photos: Path, tmp_path:
         assert store.identity.vae_source == "stabilityai/sdxl-vae"
     failed = build("taesdxl")  # not in the cache
     assert failed.returncode == 1
-    assert failed.stderr.strip().splitlines()[-1].startswith("xlsd-cache: cannot load the VAE")
+    assert (
+        failed.stderr.strip()
+        .splitlines()[-1]
+        .startswith("xlsd-cache: cannot fetch madebyollin/taesdxl")
+    )
     assert "Traceback" not in failed.stderr
 
 
@@ -147,8 +152,8 @@ def test_a_folder_that_lacks_weights_is_refused(vae: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("nothing", "neither one of sdxl"),
-        ("./a/b", "neither one of sdxl"),
+        ("nothing", "nothing: no such file or directory; give one of sdxl"),
+        ("./a/b", "./a/b: no such file or directory"),
         ("weights.ckpt", "can run code"),
         ("empty", "cannot load the VAE"),
         ("unet", "UNet2DConditionModel, which is no VAE"),
@@ -173,7 +178,7 @@ def test_a_stores_vae_is_known_by_its_weights(store: Path, vae: Path, tmp_path: 
         assert vae_of(ours.identity).sha256 == ours.identity.vae_sha256
         shutil.copytree(vae, tmp_path / "copy")
         assert vae_of(ours.identity, str(tmp_path / "copy")).sha256 == ours.identity.vae_sha256
-        with pytest.raises(UserError, match="is not the store's"):
+        with pytest.raises(UserError, match="its encoder half"):
             vae_of(ours.identity, str(tiny(tmp_path / "tiny")))
 
 

@@ -295,7 +295,7 @@ def test_a_file_of_other_sizes_is_refused_naming_both(single: Path, tmp_path: Pa
     [
         ("unet", VAE_FILE, "--unet .* holds no unet: it is a VAE alone"),
         ("text_encoder", UNET_FILE, "--text-encoder .* holds no text encoder: it is a UNet alone"),
-        ("unet", "nothing", "--unet .*nothing: there is no such"),
+        ("unet", "nothing", "--unet .*nothing: no such file or directory"),
     ],
 )
 def test_a_wrong_part_is_refused_by_its_option(

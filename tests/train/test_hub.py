@@ -67,7 +67,7 @@ def test_text_encoders_of_pipelines_are_taken_too(
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        ("gone", "there is no such folder or file"),
+        ("gone", "no such file or directory"),
         ("empty", "config.json is missing or damaged"),
         ("truncated", "model.safetensors"),
         ("width", "is 64 wide and the UNet .* listens to 32"),

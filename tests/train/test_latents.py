@@ -35,7 +35,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(store: Path, vae: Path, tmp_path: P
     with open_mixture([str(store)]) as ours:
         for scaling in (normalising(ours), own_scaling(loaded)):
             save_scaling(scaling, loaded, tmp_path)
-            again = load_scaling("it", tmp_path, loaded)
+            again = load_scaling("it", tmp_path, loaded, lambda: loaded)
             assert again.normalized == scaling.normalized
             assert torch.equal(again.shift, scaling.shift)
             assert torch.equal(again.scale, scaling.scale)
@@ -45,8 +45,9 @@ def test_another_vaes_statistics_are_refused(store: Path, vae: Path, tmp_path: P
     with open_mixture([str(store)]) as ours:
         save_scaling(normalising(ours), load_vae(str(vae)), tmp_path)
     tiny(tmp_path / "other")
-    with pytest.raises(UserError, match="was trained on latents of the VAE"):
-        load_scaling("it", tmp_path, load_vae(str(tmp_path / "other")))
+    other = load_vae(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="was trained on latents of the encoder"):
+        load_scaling("it", tmp_path, other, lambda: other)
 
 
 def test_the_statistics_stay_with_the_model(

@@ -123,7 +123,7 @@ def test_statistics_count_each_store_as_often_as_it_is_used(store: Path, other: 
         (["{store}:nan"], "'nan' is no weight above 0"),
         (["{store}", "{store}/../latents:2"], "names {store} twice"),
         (["nowhere"], "no latent store in nowhere"),
-        (["{store}", "{foreign}"], "latents of two VAEs must not mix"),
+        (["{store}", "{foreign}"], "their latents must not mix"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(
