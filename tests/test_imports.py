@@ -23,8 +23,7 @@ CACHE = (
     "folders archives records sources colours decode guard buckets index tags store moments vae "
     "known accounting arrays commit conclude encode headers place delta plan config pipeline build "
     "readback verify repair check survey info preview export_index recaption peers cached pairing "
-    "items "
-    "thumbnails compare transfer proving importing cli __main__"
+    "items crops thumbnails compare transfer proving importing cli __main__"
 ).split()
 TRAIN = (
     "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "

@@ -39,8 +39,12 @@ class Held:
     beside: tuple[str, ...] = ()  # what else the file holds of this latent and is not taken
 
 
-def peek(file: CacheFile) -> list[Held] | Rejected | None:
-    """The latents in a file by its header; None where it is a cache of something else."""
+# The latents in a file, by its header; None where it is a cache of something else.
+Contents = list[Held] | Rejected | None
+
+
+def peek(file: CacheFile) -> Contents:
+    """What a file holds."""
     try:
         form = _format(file.path)
         held = list(_PEEK[form](file.path))
@@ -187,7 +191,8 @@ def _names(form: str, path: Path) -> list[str]:
 
 def _load(path: Path) -> Any:
     """A torch file's content, mapped; only tensors and plain values, never code."""
-    if zipfile.is_zipfile(path):
+    # By that name torch would take it for what it is not.
+    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):

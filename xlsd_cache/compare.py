@@ -28,6 +28,7 @@ from xlsd_cache.encode import to_input
 from xlsd_cache.vae import Vae
 
 ALIKE = 0.9  # and more: the same image, crop and VAE, whatever the filter
+SAME = 0.94  # and more: surely this VAE, and the cache's mapping is not shuffled
 OTHER = 0.5  # and less: another image
 PROVED_OTHER = 0.8  # and less: another image, where most of the cache's latents are alike
 SMALL = 0.1  # and less: a difference, in units of the VAE's spread, that no image makes
@@ -127,32 +128,29 @@ def _again(raw: NDArray[Any], vae: Vae, device: torch.device) -> NDArray[Any]:
     return again
 
 
-def judge(
-    likenesses: Sequence[Likeness], vae: Vae, kind: str, keeps: str, adding: bool = False
-) -> Verdict:
-    """What is to be made of them together, in sentences that say what was found.
-
-    `adding` to latents of the cache that were proved before.
-    """
+def judge(likenesses: Sequence[Likeness], vae: Vae, kind: str, keeps: str) -> Verdict:
+    """What is to be made of them together, in sentences that say what was found."""
     name, factor = vae.name, vae.scaling_factor
     compared = [one for one in likenesses if one.alike is not None]
     alike = [one.alike for one in compared if one.alike is not None]
-    middle = float(np.median(alike)) if alike else 0.0
+    unsure = max(alike, default=0.0) < SAME
     own = float(np.median([one.own for one in likenesses if one.own is not None]))
     seen = [one for one in compared if one.alike is not None and one.alike >= OTHER]
+    likely = sorted(one for one in alike if one >= OTHER)
+    usually = likely[len(likely) // 2] if likely else 0.0
     scale = float(np.median([one.scale for one in seen or likenesses]))
     usual = [one.usual for one in likenesses if one.usual is not None]
     wanted = USUAL * float(np.median(usual)) if usual else OWN
     unlike = [one for one in compared if one.alike is not None and one.alike < ALIKE]
     worst = ", ".join(f"{one.key} {one.alike:.2f}" for one in unlike[:MOST_NAMED])
     worst += ", ..." if unlike[MOST_NAMED:] else ""
-    if own < wanted and middle < ALIKE:
+    if own < wanted and unsure:
         told = f", and correlate {min(alike):.2f} with its latents of their images" if alike else ""
         return Verdict(
             f"these are not latents of {name}: through its own decoder and encoder they come back "
             f"with a correlation of {own:.2f} instead of {wanted:.2f} or more{told}; name their VAE"
         )
-    if alike and max(alike) < ALIKE and middle < OTHER and not adding:
+    if alike and unsure and np.median(alike) < OTHER:
         return Verdict(
             f"{len(unlike)} of {len(alike)} latents compared are not of their images (correlation "
             f"{worst}; {ALIKE} or more is right): the cache's mapping is shuffled or the images "
@@ -174,7 +172,7 @@ def judge(
             f"they are scaled already ({scale:.4g} times the raw ones; the scaling factor is "
             f"{factor:g}) and would be divided by it"
         )
-    if alike and middle < ALIKE:
+    if seen and usually < ALIKE:
         doubts.append(
             f"{len(unlike)} of {len(alike)} compared are not quite their images' (correlation "
             f"{worst}; {ALIKE} or more is right): another crop, a changed image or a tuned VAE"
@@ -184,7 +182,7 @@ def judge(
             "none of their images is there to compare them with (--images), so their origin is "
             "unknown"
         )
-    limit = PROVED_OTHER if middle >= ALIKE else OTHER
+    limit = PROVED_OTHER if usually >= ALIKE else OTHER
     return Verdict("", tuple(doubts), scaled, limit)
 
 
@@ -198,7 +196,7 @@ def refusal(one: Likeness, vae: Vae, limit: float, scaled: bool) -> Rejected | N
     told = f"correlates {one.alike:.2f} with {vae.name}'s latent of that crop of its image"
     if one.alike < limit:
         return Rejected("not_its_image", f"{told}; {ALIKE} or more is right")
-    if not _near(one.scale, vae.scaling_factor if scaled else 1):
+    if not 0.5 < one.scale / (vae.scaling_factor if scaled else 1) < 2:
         return Rejected("other_scale", f"{one.scale:.3g} times {vae.name}'s latent of its image")
     if one.alike < ALIKE:
         return Rejected("not_quite_its_image", f"{told}; {ALIKE} or more is right")

@@ -15,6 +15,7 @@ from xlsd_cache.commit import planning, tidy
 from xlsd_cache.compare import Verdict
 from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import ImportConfig
+from xlsd_cache.crops import add_crops
 from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import write_json
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
@@ -40,6 +41,8 @@ def import_caches(config: ImportConfig) -> Accounting | None:
     found = find(config.cache)
     told = peek_all(found, config.workers)
     kind = _kind(config, told)
+    if kind == "simpletuner":
+        told = add_crops(told, (*config.cache, *([config.images] if config.images else [])))
     records = image_records(found, config.images, config.caption_columns)
     vae = load_vae(config.vae, config.vae_scaling_factor)
     prover = Prover(config, vae, device_of(config.device), kind, _is_divided(config.out))

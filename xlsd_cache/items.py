@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xlsd_cache.buckets import STEP
-from xlsd_cache.cached import Held, peek
+from xlsd_cache.cached import Contents, Held, peek
 from xlsd_cache.decode import Rejected, read_header
 from xlsd_cache.identity import DOWNSCALE
 from xlsd_cache.locate import open_source
@@ -19,7 +19,7 @@ from xlsd_cache.peers import CacheFile, Found
 
 Entry = dict[str, Any]  # one row of manifest.PLAN
 Crop = tuple[float, float, float, float]
-Peeked = tuple[CacheFile, list[Held] | Rejected | None]  # None: it is a cache of something else
+Peeked = tuple[CacheFile, Contents]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from xlsd_cache.cached import read
 from xlsd_cache.compare import (
     DISPROVED,
     NO_IMAGE,
+    OTHER,
     PROVED_OTHER,
     Likeness,
     Sample,
@@ -70,7 +71,8 @@ class Prover:
                 zip(samples, compare(samples.values(), self.vae, self.device), strict=True)
             )
             verdict = self._judge(list(found.values()), len(new))
-            limit, self.scaled = verdict.limit, verdict.scaled
+            if verdict:
+                limit, self.scaled = verdict.limit, verdict.scaled
             self._weigh(found, limit)
             guess = self._fit([i for i in spread if i.origin in samples], samples, found)
         rest = [item for item in (*spread, *again) if item.origin not in samples]
@@ -85,12 +87,15 @@ class Prover:
             if not isinstance(latent, Rejected):
                 yield item.origin, Sample(item.key, latent, self._pixels(item))
 
-    def _judge(self, found: list[Likeness], count: int) -> Verdict:
+    def _judge(self, found: list[Likeness], count: int) -> Verdict | None:
+        """Of all together; None where they are not their images' and others of the cache were."""
         print(f"compared {len(found)} of {count} latents with {self.vae.name}:")
         for likeness in found:
             print(f"  {likeness}")
         adding = (self.config.out / "latents.zarr" / "zarr.json").exists()
-        verdict = judge(found, self.vae, self.kind, KEEPS[self.kind], adding)
+        if adding and all(one.alike is not None and one.alike < OTHER for one in found):
+            return None
+        verdict = judge(found, self.vae, self.kind, KEEPS[self.kind])
         if verdict.disproved:
             raise UserError(verdict.disproved)
         if verdict.doubtful and not self.config.force:
