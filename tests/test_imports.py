@@ -26,7 +26,8 @@ CACHE = (
     "zips archives records colours decode sources guard buckets index tags store moments hub vae "
     "fitting known accounting arrays commit conclude encode headers unchanged place delta plan "
     "config pipeline build readback verify repair check survey info preview export_index "
-    "recaption peers pairing compare transfer importing cli __main__"
+    "recaption peers cached pairing items crops thumbnails compare transfer proving importing cli "
+    "__main__"
 ).split()
 TRAIN = (
     "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "

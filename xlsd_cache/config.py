@@ -243,9 +243,11 @@ class CheckConfig:
 class ImportConfig:
     """Take other programs' cached latents into a store, so that nothing is encoded twice.
 
-    kohya's .npz, OneTrainer's .pt and single .safetensors, each kind into a store of its own, to
-    which no build adds: they were resized otherwise. Some are first compared with their images and
-    with the VAE. Running it again imports only what is new; nothing leaves the store by it.
+    kohya's .npz, OneTrainer's and SimpleTuner's .pt, ai-toolkit's and single .safetensors, each
+    kind into a store of its own, to which no build adds: they were resized otherwise. Every latent
+    whose image is there is first compared with it; one that is not its image's is rejected by name,
+    and the others are imported. Running it again imports only what is new; nothing leaves the store
+    by it.
     """
 
     cache: tyro.conf.Positional[tuple[Path, ...]]
@@ -258,19 +260,21 @@ class ImportConfig:
     """The store."""
 
     images: Path | None = None
-    """Where the images and their captions lie. Default: beside the latents, or where OneTrainer's
-    cache says that they were."""
+    """Where the images and their captions are. Default: beside the latents, or where OneTrainer's
+    cache says that they were. SimpleTuner's caches need it."""
 
     captions: str = "txt"
     """Caption columns, comma-separated, as for `build`. `none`."""
 
     force: bool = False
-    """Import what cannot be proved: kohya's random draws in place of means, latents without images
-    to compare them with, other crops, and scaled latents, which are divided by the factor. Latents
-    of another VAE or of other images are refused all the same."""
+    """Import what cannot be proved: random draws in place of means (kohya, ai-toolkit,
+    SimpleTuner), latents without images to compare them with, other crops, and scaled latents,
+    which are divided by the factor. Latents of another VAE or of other images are refused all the
+    same."""
 
-    compare: int = 4
-    """Latents to compare with their images and with the VAE's own round trip."""
+    compare: int = 16
+    """Latents to encode again and compare, and to send through the VAE's round trip. All others are
+    compared by thumbnails made of the latents, and encoded again where those do not fit."""
 
     vae_scaling_factor: float | None = None
     """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""

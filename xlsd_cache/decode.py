@@ -47,11 +47,15 @@ REASONS = {
     "non_finite": "the VAE gave NaN or infinity",
     "overflow": "a latent is beyond float16",
     # Of latents that other programs cached:
-    "foreign": "it holds no latent under the names that its program uses",
+    "foreign": "it holds no latent under the names that known programs use",
     "unsafe": "its pickle asks to run code",
     "other_shape": "its latent has other channels than the VAE's",
     "other_size": "its latent's size is no bucket's",
     "changed_image": "its image has another size than when it was cached",
+    "not_its_image": "it does not correlate with the VAE's latent of its image",
+    "not_quite_its_image": "it correlates less than it should, which takes --force",
+    "not_compared": "no image is there to compare it with, which takes --force",
+    "other_scale": "it is scaled otherwise than the other latents of its cache",
 }
 RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the file's
 LIMITED = frozenset({"too_many_pixels", "too_many_bytes"})  # another --max-megapixels may differ

@@ -6,26 +6,26 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.accounting import Accounting
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.commit import planning, tidy
-from xlsd_cache.compare import Sample, Verdict, compare, judge
+from xlsd_cache.compare import Verdict
 from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import ImportConfig
-from xlsd_cache.decode import MOST_PIXELS, Rejected, decode
+from xlsd_cache.crops import add_crops
 from xlsd_cache.delta import caption_changes
 from xlsd_cache.durable import write_json
 from xlsd_cache.fitting import stored_identity
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
+from xlsd_cache.items import Entry, Item, Peeked, make_items, peek_all
 from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
-from xlsd_cache.pairing import Entry, Item, image_records, make_items
-from xlsd_cache.peers import KEEPS, find, read
+from xlsd_cache.pairing import image_records
+from xlsd_cache.peers import KEEPS, find
 from xlsd_cache.precision import device_of, set_precision
+from xlsd_cache.proving import Prover, settle
 from xlsd_cache.transfer import DIVIDED, Transfer, order, plan_imports
 from xlsd_cache.vae import Vae, load_vae
 
@@ -40,20 +40,24 @@ def import_caches(config: ImportConfig) -> Accounting | None:
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision("fp32"))
     found = find(config.cache)
+    told = peek_all(found, config.workers)
+    kind = _kind(config, told)
+    if kind == "simpletuner":
+        told = add_crops(told, (*config.cache, *([config.images] if config.images else [])))
     records = image_records(found, config.images, config.caption_columns)
-    kinds = {file.kind for file in found.files}
-    if len(kinds) > 1:
-        raise UserError(
-            f"{', '.join(map(str, config.cache))} hold caches of {' and '.join(sorted(kinds))}, "
-            f"which were made differently; import each kind into a store of its own"
-        )
-    kind = kinds.pop()
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
-    items, other = make_items(found, records, vae.channels, config.workers)
+    prover = Prover(config, vae, device_of(config.device), kind, _is_divided(config.out))
+    items, other = make_items(told, records, vae.channels, config.workers, prover.choose)
     _say_found(items, kind, found.passed_over + other, config)
     manifest = Manifest(config.out)
     imports = plan_imports(manifest, items)
-    verdict = _examine(config, vae, kind, _of(imports.fresh, items))
+    fresh = _of(imports.fresh, items)
+    verdict = prover.prove(
+        [item for item in fresh if item.origin not in imports.again],
+        [item for item in fresh if item.origin in imports.again],
+    )
+    items = settle(items, prover.refused)
+    imports = plan_imports(manifest, items)
     identity = _identity(config.out, vae, kind, verdict, _of(imports.fresh, items))
     stored = stored_identity(config.out, vae, config.dry_run)
     rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(items), stored)
@@ -81,52 +85,26 @@ def _of(entries: list[Entry], items: list[Item]) -> list[Item]:
     return [item for item in items if item.origin in origins]
 
 
-def _examine(config: ImportConfig, vae: Vae, kind: str, fresh: list[Item]) -> Verdict | None:
-    """Compare some of the latents with their images and with the VAE; None where none is new.
-
-    Raises UserError for what is disproved, and for what is doubtful and not forced.
-    """
-    if not fresh:
-        return None
-    # Spread over all by their names' hashes; those with an image first.
-    spread = sorted(fresh, key=lambda i: (i.image is None, order(i.key)))
-    samples: list[Sample] = []
-    for item in spread:
-        latent = read(item.file, item.held)
-        if not isinstance(latent, Rejected):
-            samples.append(Sample(item.key, latent, _pixels(item)))
-        if len(samples) >= config.compare:
-            break
-    if not samples:
-        return None  # every one of them is damaged, and will be told so
-    likenesses = compare(samples, vae, device_of(config.device))
-    print(f"compared {len(likenesses)} of {len(fresh)} latents with {vae.name}:")
-    for likeness in likenesses:
-        print(f"  {likeness}")
-    verdict = judge(likenesses, vae, kind, KEEPS[kind])
-    if verdict.disproved:
-        raise UserError(verdict.disproved)
-    if verdict.doubtful and not config.force:
+def _kind(config: ImportConfig, told: list[Peeked]) -> str:
+    """The program that made the caches. Raises UserError where several did."""
+    files: dict[str, Path] = {}
+    for file, held in told:
+        if isinstance(held, list):
+            files.setdefault(held[0].kind, file.path)
+    if len(files) > 1:
         raise UserError(
-            f"these latents cannot be trusted: {'; '.join(verdict.doubtful)}; build from the "
-            f"images, or add --force to import them all the same"
+            f"{', '.join(map(str, config.cache))} hold caches of {' and '.join(sorted(files))}, "
+            f"which were made differently ({', '.join(str(files[kind]) for kind in sorted(files))} "
+            f"for example); import each kind into a store of its own"
         )
-    for doubt in verdict.doubtful:
-        print(f"forced: {doubt}", file=sys.stderr)
-    return verdict
+    return next(iter(files), told[0][0].kind)
 
 
-def _pixels(item: Item) -> NDArray[np.uint8] | None:
-    """What should have gone into the VAE, if the image is there and readable."""
-    if item.image is None or not all(item.size):
-        return None
-    try:
-        data = item.image.read()
-    except OSError:
-        return None
-    width, height = map(int, item.bucket.split("x"))
-    pixels = decode(data, item.size, item.crop, (width, height), MOST_PIXELS)
-    return None if isinstance(pixels, Rejected) else pixels
+def _is_divided(out: Path) -> bool:
+    """Whether the store's latents were scaled, and divided when they were imported."""
+    if not (out / "latents.zarr" / "zarr.json").exists():
+        return False
+    return DIVIDED in str(read_attributes(out)[0].preprocessing)
 
 
 def _identity(
@@ -225,6 +203,10 @@ def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportCon
         f"found {len(items)} latents of {kind} ({KEEPS[kind]} of the posterior), {with_image} "
         f"with their image" + (f"; passed over {passed_over} other files" if passed_over else "")
     )
+    beside = Counter(name for item in items for name in item.held.beside)
+    for name, what in (("latents_flipped", "flipped latents"), ("alpha_mask", "alpha masks")):
+        if beside[name]:
+            print(f"passed over {beside[name]} {what} ({name})", file=sys.stderr)
     for column in config.caption_columns:
         texts = sum(column in item.image.captions for item in items if item.image)
         if texts < len(items):

@@ -1,4 +1,4 @@
-"""Other programs' latent caches: which files there are, of which image, and the latents in them.
+"""Other programs' latent caches: which files there are, and by which names each may be an image's.
 
 What each writes, read in its public source; no code of theirs is here:
 
@@ -7,7 +7,7 @@ kohya-ss/sd-scripts, one `.npz` an image, beside it or in the same place below a
     `latent_dist.sample()`, unscaled. library/strategy_base.py `save_latents_to_disk` writes it as
     float32 [C,h,w] under `latents` (`NAME.npz`) or, since 2025, under `latents_{h}x{w}`
     (`NAME_{W}x{H}_sd.npz`, several sizes in one file), with `original_size` (width, height).
-    `latents_flipped` and `alpha_mask` may lie beside it and are not taken.
+    `latents_flipped` (`--flip_aug`) and `alpha_mask` may lie beside it and are not taken.
 Nerogar/OneTrainer, a folder of `.pt`
     `StableDiffusion(XL)BaseDataLoader._preparation_modules` keeps the mean
     (`SampleVAEDistribution(mode='mean')`), unscaled. mgds DiskCache writes
@@ -18,30 +18,47 @@ Nerogar/OneTrainer, a folder of `.pt`
 ppbrown/ai-training (SD1.5 with the SDXL VAE), one safetensors file an image
     trainer/cache-utils/create_imgcache_sdxl.py keeps `latent_dist.mean`, "raw latent, no scaling",
     [C,h,w] under `latent`, in `NAME.img_sdxl` or another suffix.
+ostris/ai-toolkit, one safetensors file an image in `_latent_cache` beside it
+    toolkit/stable_diffusion_model.py `encode_images` keeps one draw, `latent_dist.sample()`, less
+    the shift and times the scaling factor. toolkit/dataloader_mixins.py `_cache_one_latent` writes
+    it as [C,h,w] under `latent`, in the model's dtype. `get_latent_path` names the file
+    `{stem}_{hash}.safetensors`: the md5 of `get_latent_info_dict`, base64url, 22 characters that
+    may be `_`. That dictionary is the file's metadata too: filename, scale_to_width and _height,
+    crop_x, crop_y (in the scaled image), flip_x, flip_y. `_t_e_cache` and `_clip_vision_cache` hold
+    no latents.
+bghira/SimpleTuner, a folder of `.pt` with the folders of the images
+    simpletuner/helpers/caching/vae.py `encode_images` keeps one draw, `latent_dist.sample()`, and
+    models/common.py `VaeLatentScalingMixin.scale_vae_latents_for_cache` scales it.
+    `_write_latents_in_batch` writes the bare tensor [C,h,w], or for other media a dictionary with
+    `latents`; data_backend/base.py `_compress_torch` may gzip the file.
+    `generate_vae_cache_filename` names it `sha256(stem).pt`, or `{stem}.pt`. Where it was cropped
+    only `aspect_ratio_bucket_metadata_{id}.json` knows, in the images' folder: by image path,
+    original_size, intermediary_size and crop_coordinates (top, left), see cropping.py. Its text
+    caches are dictionaries of prompt_embeds.
 """
 
 import json
 import os
 import re
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.lib import format as npy
-from numpy.typing import NDArray
-from safetensors import safe_open
 
 from xlsd_cache import UserError
-from xlsd_cache.decode import Rejected
 from xlsd_cache.formats import IMAGE_SUFFIXES
 
 # What each keeps of the posterior, by its source.
-KEEPS = {"kohya": "sample", "onetrainer": "mean", "safetensors": "mean"}
-_KOHYA = re.compile(r"(_\d+x\d+)?(_sd|_sdxl)?\.npz$")
+KEEPS = {
+    "kohya": "sample",
+    "onetrainer": "mean",
+    "safetensors": "mean",
+    "ai-toolkit": "sample",
+    "simpletuner": "sample",
+}
+LATENT_CACHE = "_latent_cache"  # ai-toolkit's folder, in that of the images
+HASHED = re.compile(r"(.+)_[A-Za-z0-9_-]{22}")  # ai-toolkit's name
+_NO_LATENTS = ("_t_e_cache", "_clip_vision_cache")  # ai-toolkit's other folders
 _KOHYA_TEXT = ("_te.npz", "_te_outputs.npz")
 _INDEXES = ("aggregate.pt", "cache.json")
 
@@ -50,24 +67,13 @@ _INDEXES = ("aggregate.pt", "cache.json")
 class CacheFile:
     """One file of a peer's cache, not opened yet."""
 
-    kind: str  # a key of KEEPS
+    kind: str  # a key of KEEPS, by the file's name; `Held.kind` is by its content
     path: Path
     key: str  # CACHE_FOLDER_NAME/path/in/it
-    image: str  # where the image is said to be: a path, or one without its suffix
+    image: str  # where an index says that the image is; empty without one
     size: int  # bytes
     mtime_ns: int
     variation: int = 0  # OneTrainer caches an image several times, each augmented anew
-
-
-@dataclass(frozen=True)
-class Held:
-    """One latent that a cache file holds, told by the file's header."""
-
-    name: str  # of the array in the file
-    shape: tuple[int, ...]
-    half: bool  # float16; all else is read as float32, exactly
-    original: tuple[int, int] | None = None  # width, height of the image when it was cached
-    offset: tuple[int, int] | None = None  # left, top of the crop in pixels of the scaled image
 
 
 @dataclass
@@ -92,7 +98,7 @@ def find(folders: tuple[Path, ...]) -> Found:
         if len(found.files) == before:
             raise UserError(
                 f"no cached latents in {folder}: none of its files is an .npz of kohya's, a .pt of "
-                f"OneTrainer's or a .safetensors; name the folder that holds them"
+                f"OneTrainer's or SimpleTuner's, or a .safetensors; name the folder that holds them"
             )
     return found
 
@@ -131,12 +137,12 @@ def _find_in(found: Found, root: Path, folder: Path, names: list[str]) -> None:
 def _told_by_name(path: Path, images: dict[str, str]) -> tuple[str, str, int]:
     """(kind, image, variation); no kind for files that are no latents."""
     name = path.name
-    if name in _INDEXES or name.endswith(_KOHYA_TEXT):
+    if name in _INDEXES or name.endswith(_KOHYA_TEXT) or path.parent.name in _NO_LATENTS:
         return "", "", 0
     if path.suffix == ".npz":
-        return "kohya", str(path.parent / _KOHYA.sub("", name)), 0
+        return "kohya", "", 0
     if path.suffix == ".safetensors" or path.suffix.startswith(".img_"):
-        return "safetensors", str(path.with_suffix("")), 0
+        return ("ai-toolkit" if is_hashed(path) else "safetensors"), "", 0
     if path.suffix == ".pt":
         group, _, number = path.stem.rpartition("_")  # SmartDiskCache
         if group in images and number.isdecimal():
@@ -144,6 +150,36 @@ def _told_by_name(path: Path, images: dict[str, str]) -> tuple[str, str, int]:
         place = re.fullmatch(r"variation-(\d+)", path.parent.name)  # DiskCache
         return "onetrainer", images.get(path.stem, ""), int(place[1]) if place else 0
     return "", "", 0
+
+
+def is_hashed(path: Path) -> bool:
+    """Whether ai-toolkit names files so."""
+    return path.parent.name == LATENT_CACHE and HASHED.fullmatch(path.stem) is not None
+
+
+def image_names(file: CacheFile, kind: str, told: str) -> list[str]:
+    """Where the latent's image may lie, the surest first: paths, most without a suffix.
+
+    `kind` and `told`, the image's name where the file says it, are `Held`'s.
+    """
+    stem, folder = file.path.stem, file.path.parent
+    if kind == "onetrainer":
+        return [file.image]
+    if kind == "ai-toolkit":
+        folder = folder.parent if folder.name == LATENT_CACHE else folder
+        hashed = HASHED.fullmatch(stem)
+        return [str(folder / (told or (hashed[1] if hashed else stem)))]
+    return [str(folder / name) for name in (_kohya_names(stem) if kind == "kohya" else [stem])]
+
+
+def _kohya_names(stem: str) -> list[str]:
+    """With what kohya may have added to an image's name, and without: `_512x768_sd`."""
+    names = [stem]
+    if cut := re.fullmatch(r"(.+_\d+x\d+)_[a-z][a-z0-9_]*|(.+)_sdxl?", stem):
+        names.append(cut[1] or cut[2])
+    if cut := re.fullmatch(r"(.+)_\d+x\d+", names[-1]):
+        names.append(cut[1])
+    return names
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -167,128 +203,5 @@ def _index(folder: Path) -> dict[str, str]:
         name = "cache.json" if (folder / "cache.json").exists() else "aggregate.pt"
         raise UserError(
             f"cannot read {folder / name}, which alone says whose latents lie beside it: "
-            f"{_told(error)}; restore it, or leave that folder out"
+            f"{' '.join(str(error).split())[:200]}; restore it, or leave that folder out"
         ) from error
-
-
-def peek(file: CacheFile) -> list[Held] | Rejected | None:
-    """What latents a file holds, by its header; None for one of other things (OneTrainer's texts).
-
-    Never raises for what the file holds, and never runs code that is in it.
-    """
-    if not file.size:
-        return Rejected("corrupt", "the file is empty")
-    try:
-        with np.errstate(all="ignore"):
-            return list(_PEEK[file.kind](file.path)) or _no_latent(file)
-    except Exception as error:  # see _index
-        return _reason(error)
-
-
-def read(file: CacheFile, held: Held) -> NDArray[Any] | Rejected:
-    """The latent, float16 or float32 [C,h,w]. Never raises for what the file holds."""
-    try:
-        if file.kind == "kohya":
-            with np.load(file.path, allow_pickle=False) as arrays:
-                latent = arrays[held.name]
-        elif file.kind == "onetrainer":
-            latent = _tensor(_load(file.path)[held.name])
-        else:
-            with safe_open(file.path, "pt") as tensors:
-                latent = _tensor(tensors.get_tensor(held.name))
-    except Exception as error:  # see _index
-        return _reason(error)
-    if latent.shape != held.shape:
-        return Rejected("changed", f"holds {latent.shape} now and not {held.shape}")
-    if not np.isfinite(latent).all():
-        return Rejected("non_finite", "holds NaN or infinity")
-    return np.ascontiguousarray(latent if held.half else latent.astype(np.float32))
-
-
-def _peek_kohya(path: Path) -> Iterator[Held]:
-    with zipfile.ZipFile(path) as arrays:
-        for name in sorted(arrays.namelist()):
-            size = re.fullmatch(r"latents((?:_\d+x\d+)?)\.npy", name)
-            if not size:
-                continue
-            with arrays.open(name) as file:
-                npy.read_magic(file)
-                shape, _, dtype = npy.read_array_header_1_0(file)
-            original = None
-            if f"original_size{size[1]}.npy" in arrays.namelist():
-                with arrays.open(f"original_size{size[1]}.npy") as file:
-                    width, height = npy.read_array(file, allow_pickle=False).tolist()
-                original = int(width), int(height)
-            yield Held(name.removesuffix(".npy"), _floats(shape, dtype), dtype == "f2", original)
-
-
-def _peek_onetrainer(path: Path) -> Iterator[Held]:
-    told = _load(path)
-    if not isinstance(told, dict) or not isinstance(told.get("latent_image"), torch.Tensor):
-        return
-    latent = told["latent_image"]
-    height, width = told.get("original_resolution") or (0, 0)
-    offset = told.get("crop_offset")  # (y, x)
-    yield Held(
-        "latent_image",
-        _floats(tuple(latent.shape), latent.dtype),
-        latent.dtype == torch.float16,
-        (int(width), int(height)) if width else None,
-        (int(offset[1]), int(offset[0])) if offset else None,
-    )
-
-
-def _peek_safetensors(path: Path) -> Iterator[Held]:
-    with safe_open(path, "pt") as tensors:
-        if "latent" in tensors.keys():  # noqa: SIM118 - it is no dictionary
-            part = tensors.get_slice("latent")
-            dtype = part.get_dtype()
-            yield Held("latent", _floats(tuple(part.get_shape()), dtype), dtype == "F16")
-
-
-_PEEK = {
-    "kohya": _peek_kohya,
-    "onetrainer": _peek_onetrainer,
-    "safetensors": _peek_safetensors,
-}
-
-
-def _no_latent(file: CacheFile) -> Rejected | None:
-    """What to say of a file without a latent."""
-    if file.kind == "onetrainer":
-        told = _load(file.path)
-        if isinstance(told, dict) and any(k.startswith(("tokens", "text_enc")) for k in told):
-            return None
-    return Rejected("foreign", "holds no latent under the names that its program uses")
-
-
-def _load(path: Path) -> Any:
-    """A torch file's content, mapped; only tensors and plain values, never code."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _tensor(tensor: torch.Tensor) -> NDArray[Any]:
-    return tensor.numpy() if tensor.dtype == torch.float16 else tensor.float().numpy()
-
-
-def _floats(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
-    """The shape, of an array that fp32 holds exactly. Raises ValueError for another."""
-    if str(dtype).removeprefix("torch.") not in {
-        "float32", "float16", "bfloat16", "F32", "F16", "BF16",
-    }:  # fmt: skip
-        raise ValueError(f"its latent is of {dtype}, neither float32 nor float16 nor bfloat16")
-    return shape
-
-
-def _reason(error: Exception) -> Rejected:
-    if isinstance(error, FileNotFoundError):
-        return Rejected("vanished", "gone between the scan and its reading")
-    if "weights_only" in str(error):
-        return Rejected("unsafe", "its pickle asks to run code; it was not run")
-    if isinstance(error, OSError) and error.errno:
-        return Rejected("unreadable", _told(error))
-    return Rejected("corrupt", _told(error))
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from xlsd_cache.cached import read
 from xlsd_cache.commit import Claim, claim
+from xlsd_cache.compare import JUDGED
 from xlsd_cache.decode import RETRIED, Rejected
 from xlsd_cache.identity import Identity, bucket_shape
 from xlsd_cache.interrupt import StopSignal
+from xlsd_cache.items import Entry, Item, content_hash
 from xlsd_cache.known import by_unit, uncommitted
 from xlsd_cache.manifest import Manifest, Unit
-from xlsd_cache.pairing import Entry, Item, content_hash
-from xlsd_cache.peers import read
 from xlsd_cache.shard import Row
 
 BATCH = 64  # latents read at once: what a kill costs
@@ -31,6 +32,7 @@ class Imports:
 
     entries: list[Entry]  # new, changed, renamed or rejected; those without a row yet have -1
     removed: list[str]  # keys that go by another name now
+    again: set[str]  # origins of latents that were compared and refused before
 
     @property
     def fresh(self) -> list[Entry]:
@@ -50,9 +52,12 @@ def plan_imports(manifest: Manifest, items: list[Item]) -> Imports:
     outcome = manifest.commits(manifest.committed())
     retried = {(r["bucket"], r["row"]) for r in outcome.to_pylist() if r["reason"] in RETRIED}
     retried |= {(r["bucket"], r["row"]) for r in manifest.damaged(generation).to_pylist()}
-    entries, kept = [], set()
+    entries, kept, again = [], set(), set()
     for item in items:
         entry, old = item.entry(), origins.get(item.origin)
+        same = old and all(old[n] == entry[n] for n in ("size", "mtime_ns"))
+        if old and same and old["reason"] in JUDGED:
+            again.add(item.origin)
         if (
             old is None
             or (old["bucket"], old["row"]) in retried
@@ -66,7 +71,7 @@ def plan_imports(manifest: Manifest, items: list[Item]) -> Imports:
         kept.add(entry["key"])
     names = {item.origin for item in items}
     removed = [e["key"] for origin, e in origins.items() if origin in names]
-    return Imports(entries, sorted(set(removed) - kept))
+    return Imports(entries, sorted(set(removed) - kept), again)
 
 
 def order(key: str) -> bytes:

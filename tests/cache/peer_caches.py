@@ -3,10 +3,14 @@
 Where each format is written is told, with file and function, in xlsd_cache/peers.py.
 """
 
+import base64
+import gzip
 import hashlib
+import io
 import json
 import uuid
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xlsd_cache.encode import to_input
-from xlsd_cache.vae import load_vae
+from xlsd_cache.vae import Vae, load_vae
 
 SUFFIXES = (".jpg", ".png")
 
@@ -59,10 +63,16 @@ def covered(
     return to_input(torch.from_numpy(pixels[None].copy())), (y, x)
 
 
+@lru_cache
+def loaded(vae: Path) -> Vae:
+    """A VAE, loaded once."""
+    return load_vae(str(vae))
+
+
 @torch.inference_mode()
 def encoded(vae: Path, x: Tensor, draw: str = "mean", seed: int = 0) -> Tensor:
     """[4,h,w], unscaled."""
-    posterior = load_vae(str(vae)).model.encode(x).latent_dist
+    posterior = loaded(vae).model.encode(x).latent_dist
     if draw == "mean":
         return torch.Tensor(posterior.mode()[0].contiguous())
     drawn = posterior.sample(torch.Generator().manual_seed(seed))
@@ -158,4 +168,77 @@ def write_safetensors(
         latent = encoded(vae, x).to(dtype or torch.float32)
         save_file({"latent": latent}, out / f"{image.stem}{suffix}")
         written[image.name] = latent
+    return written
+
+
+def write_ai_toolkit(
+    images: Sequence[Path], vae: Path, *, flip_y: bool = False, zoom: float = 1.0
+) -> dict[str, Tensor]:
+    """`_latent_cache/{stem}_{hash}.safetensors` beside each image, scaled and bfloat16.
+
+    With `zoom`, the image is scaled to more than cover the bucket, and cropped off its centre.
+    """
+    written = {}
+    for seed, image in enumerate(images):
+        (width, height), bucket = size_of(image), bucket_of(image)
+        scale = max(bucket[0] / width, bucket[1] / height) * zoom
+        scaled = round(width * scale), round(height * scale)
+        part = 2 if zoom == 1 else 3
+        x, y = (scaled[0] - bucket[0]) // part, (scaled[1] - bucket[1]) // part
+        with Image.open(image) as file:
+            picture = file.convert("RGB").resize(scaled, Image.Resampling.BICUBIC)
+        picture = picture.crop((x, y, x + bucket[0], y + bucket[1]))
+        if flip_y:
+            picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        pixels = to_input(torch.from_numpy(np.asarray(picture)[None].copy()))
+        latent = (encoded(vae, pixels, "sample", seed) * 0.13025).to(torch.bfloat16)
+        told: dict[str, Any] = {
+            "filename": image.name,
+            "scale_to_width": scaled[0],
+            "scale_to_height": scaled[1],
+            "crop_x": x,
+            "crop_y": y,
+            "crop_width": bucket[0],
+            "crop_height": bucket[1],
+            "latent_space_version": "sdxl",
+            "latent_version": 1,
+        }
+        told |= {"flip_y": True} if flip_y else {}
+        md5 = hashlib.md5(json.dumps(told, sort_keys=True).encode(), usedforsecurity=False)
+        name = f"{image.stem}_{base64.urlsafe_b64encode(md5.digest()).decode().rstrip('=')}"
+        metadata = {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in told.items()
+        }
+        folder = image.parent / "_latent_cache"
+        folder.mkdir(exist_ok=True)
+        save_file({"latent": latent}, folder / f"{name}.safetensors", {**metadata, "format": "pt"})
+        written[image.name] = latent
+    return written
+
+
+def write_simpletuner(
+    out: Path, images: Sequence[Path], vae: Path, *, hashed: bool = True, zipped: bool = False
+) -> dict[str, Tensor]:
+    """`sha256(stem).pt`, a bare scaled tensor; and the table of crops among the images."""
+    out.mkdir(parents=True, exist_ok=True)
+    written, table = {}, {}
+    for seed, image in enumerate(images):
+        (width, height), bucket = size_of(image), bucket_of(image)
+        scale = max(bucket[0] / width, bucket[1] / height)
+        x, offset = covered(image, bucket, Image.Resampling.LANCZOS, (0, 0))
+        latent = encoded(vae, x, "sample", seed) * 0.13025
+        stem = hashlib.sha256(image.stem.encode()).hexdigest() if hashed else image.stem
+        data = io.BytesIO()
+        torch.save(latent, data)
+        content = data.getvalue()
+        (out / f"{stem}.pt").write_bytes(gzip.compress(content) if zipped else content)
+        table[f"/where/it/was/{image.name}"] = {
+            "original_size": [width, height],
+            "crop_coordinates": offset,
+            "intermediary_size": [round(width * scale), round(height * scale)],
+            "target_size": bucket,
+        }
+        written[image.name] = latent
+    (images[0].parent / "aspect_ratio_bucket_metadata_a.json").write_text(json.dumps(table))
     return written

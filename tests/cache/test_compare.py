@@ -33,6 +33,7 @@ def test_the_vaes_own_latents_are_exactly_alike_mirrored_or_not(photos: Path, va
         assert likeness.alike == pytest.approx(1, abs=1e-5)
         assert likeness.scale == pytest.approx(1, abs=0.02)
         assert likeness.own == pytest.approx(likeness.usual, abs=1e-5)
+        assert likeness.own is not None
         assert likeness.own > 0.6
         assert likeness.noise is not None
         assert 0 < likeness.noise < 0.01

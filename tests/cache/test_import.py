@@ -63,7 +63,7 @@ def test_safetensors_come_over_byte_equal_and_train(
     assert cache("import", images, "--out", out, "--vae", vae) == 0
     told = capsys.readouterr().out
     assert "found 8 latents of safetensors (mean of the posterior), 8 with their image" in told
-    assert "compared 4 of 8 latents" in told
+    assert "compared 8 of 8 latents" in told
     assert "8 scanned = 8 encoded + 0 reused + 0 duplicate + 0 rejected" in told
     assert same(out, written)
     with LatentStore.open(out) as store:

@@ -3,12 +3,15 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlsd_cache.pairing import Record, crop_box, pair
+from xlsd_cache.cached import Held
+from xlsd_cache.items import crop_box
+from xlsd_cache.pairing import Record, pair
 from xlsd_cache.peers import CacheFile
 
 
-def cached(image: str) -> CacheFile:
-    return CacheFile("kohya", Path(f"{image}.npz"), image, image, 1, 1)
+def cached(image: str) -> tuple[CacheFile, Held]:
+    held = Held("onetrainer", "latent_image", (4, 8, 8), False)
+    return CacheFile("onetrainer", Path(f"{image}.pt"), image, image, 1, 1), held
 
 
 def records(*paths: str) -> list[Record]:
@@ -18,7 +21,7 @@ def records(*paths: str) -> list[Record]:
 def paired(images: list[str], *paths: str) -> list[str]:
     files = [cached(image) for image in images]
     found = pair(files, records(*paths))
-    return [found[file].key if file in found else "" for file in files]
+    return [found[file][0].key if file in found else "" for file, _ in files]
 
 
 def test_the_image_with_most_folders_in_common_is_meant() -> None:

@@ -16,8 +16,9 @@ from tests.cache.peer_caches import (
     write_safetensors,
 )
 from xlsd_cache import UserError
+from xlsd_cache.cached import Held, peek, read
 from xlsd_cache.decode import Rejected
-from xlsd_cache.peers import CacheFile, Held, find, peek, read
+from xlsd_cache.peers import CacheFile, find, image_names
 
 
 def one(path: Path) -> CacheFile:
@@ -43,7 +44,10 @@ def test_kohyas_headers_tell_shape_and_size_without_reading_the_latent(
         ("latents_16x16", (4, 16, 16)), ("latents_8x24", (4, 8, 24)),
     ]  # fmt: skip
     assert {one.original for one in held} == {(153, 215)}
-    assert file.image == str(tmp_path / "c" / image.stem)
+    name = f"{image.stem}_0153x0215"
+    assert [Path(one).name for one in image_names(file, "kohya", "")] == [
+        f"{name}_sdxl", name, image.stem,
+    ]  # fmt: skip
     for one_held, latent in zip(held, written.values(), strict=True):
         assert np.array_equal(latent_of(file, one_held), latent)
 
@@ -70,7 +74,8 @@ def test_suffixes_of_the_safetensors_caches(photos: Path, vae: Path, tmp_path: P
         folder = tmp_path / suffix
         write_safetensors(folder, image_files(photos)[:1], vae, suffix=suffix)
         (file,) = find((folder,)).files
-        assert (file.kind, Path(file.image).name) == ("safetensors", "astronaut_face")
+        assert only(file).kind == "safetensors"
+        assert image_names(file, "safetensors", "") == [str(folder / "astronaut_face")]
 
 
 @pytest.mark.parametrize(
