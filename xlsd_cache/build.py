@@ -1,7 +1,6 @@
 """`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from xlsd_cache.config import BuildConfig
 from xlsd_cache.decode import PREPROCESSING
 from xlsd_cache.encode import Encoder
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
-from xlsd_cache.interrupt import StopSignal
+from xlsd_cache.interrupt import STOPPING, StopSignal
 from xlsd_cache.known import Known, by_unit, read_known, uncommitted
 from xlsd_cache.manifest import Manifest
 from xlsd_cache.match import look_up
@@ -28,6 +27,7 @@ from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.sources import Scan, scan
 from xlsd_cache.tables import one
+from xlsd_cache.terminal import say, warn
 from xlsd_cache.vae import Vae, load_vae
 
 
@@ -130,7 +130,7 @@ def _encode(
     dtype = identity.dtype
     work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers)
     print(encoder)
-    with StopSignal() as stop:
+    with StopSignal(STOPPING) as stop:
         work.run(todo, order, stop)
     if stop.asked:
         raise UserError(
@@ -164,18 +164,18 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
 
 def _say_found(found: Scan, config: BuildConfig) -> None:
     images = found.images.num_rows
-    print(f"found {images} images in {', '.join(config.source)}", end="")
+    say(f"found {images} images in {', '.join(config.source)}", end="")
     over = ", ".join(f"{count} {kind}" for kind, count in sorted(found.passed_over.items()))
     print(f"; passed over {over}" if over else "")
     for sentence in found.damaged:
-        print(f"WARNING: {sentence}", file=sys.stderr)
+        warn(f"WARNING: {sentence}")
     for column in config.caption_columns:
         with_text = pc.sum(pc.equal(found.captions["column"], column)).as_py() or 0
         said = [
             f"{n} {what}" for (name, what), n in sorted(found.remarks.items()) if name == column
         ]
-        print(f"{column} captions: {with_text} of {images} images", end="")
-        print(f" ({', '.join(said)})" if said else "")
+        say(f"{column} captions: {with_text} of {images} images", end="")
+        say(f" ({', '.join(said)})" if said else "")
     if config.caption_columns and not found.captions.num_rows:
         columns = ", ".join(config.caption_columns)
         raise UserError(
@@ -199,9 +199,8 @@ def _say_plan(plan: Plan) -> None:
 def _say_result(config: BuildConfig, counts: Accounting) -> None:
     say_sums(config.out, counts)
     if gone := counts.rejected.get("vanished"):
-        print(
+        warn(
             f"WARNING: {gone} images were gone when their turn came; bring back what holds them "
-            f"and run the same command again, which takes them up",
-            file=sys.stderr,
+            f"and run the same command again, which takes them up"
         )
     refuse_nothing(config.out, counts, "images could be encoded")

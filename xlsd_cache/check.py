@@ -1,7 +1,6 @@
 """`xlsd-cache check`: read everything back, and decode some of it beside its image."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from xlsd_cache import UserError
+from xlsd_cache import UserError, terminal
 from xlsd_cache.accounting import account
 from xlsd_cache.config import CheckConfig
 from xlsd_cache.decode import Pixels, Rejected, decode
@@ -38,7 +37,7 @@ TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels 
 def check(config: CheckConfig) -> bool:
     """Print every problem found, with the images it concerns; True when there is none (left)."""
     store = _open(config.store.expanduser())
-    say = _silent if config.json else print
+    say = _silent if config.json else terminal.say
     found, live = _find(store, config, say)
     for problem in found:
         say(f"WRONG: {problem}")
@@ -57,7 +56,7 @@ def check(config: CheckConfig) -> bool:
         right = _say_repaired(_open(store.manifest.root), repaired, say) and not lost_captions
         value |= {"right": right, "repaired": asdict(repaired)}
     if config.json:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        terminal.say_json(value)
     return right
 
 

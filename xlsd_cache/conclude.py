@@ -10,6 +10,7 @@ from xlsd_cache.commit import tidy
 from xlsd_cache.durable import write_parquet
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.terminal import say
 
 
 def conclude(
@@ -30,7 +31,7 @@ def say_sums(out: Path, counts: Accounting) -> None:
         print(f"  {bucket:>9} {count:>9}")
     print(counts)
     if counts.rejected or counts.duplicate:
-        print(f"listed in {out / 'rejected.parquet'}")
+        say(f"listed in {out / 'rejected.parquet'}")
 
 
 def refuse_nothing(out: Path, counts: Accounting, done: str) -> None:

@@ -39,6 +39,7 @@ REASONS = {
     "bad_name": "the file's name is not UTF-8",
     "too_elongated": "its ratio is beyond --max-ratio",
     "too_small": "it does not fill its bucket, and --upscale is off",
+    "made_here": "a picture that one of these programs drew",
     "duplicate": "the same bytes as another image",
     "non_finite": "the VAE gave NaN or infinity",
     "overflow": "a latent is beyond float16",

@@ -21,6 +21,7 @@ from xlsd_cache.decode import PARSED_IN_C, RETRIED, Rejected, header_of, read_he
 from xlsd_cache.guard import decoders
 from xlsd_cache.locate import open_source, read_source
 from xlsd_cache.match import look_up
+from xlsd_cache.ours import MARK, is_marked
 from xlsd_cache.tables import one
 
 HEADERS = pa.schema(
@@ -65,10 +66,15 @@ def _header(workers: int, file: File) -> Row:
                 first = opened.read(_HEAD_BYTES)
                 head = hashlib.blake2b(first, digest_size=8).hexdigest()
                 if PARSED_IN_C.match(first):
-                    found = decoders(workers).call(header_of, first + opened.read())
+                    first += opened.read()
+                    found = decoders(workers).call(header_of, first)
                 else:
                     opened.seek(0)
                     found = read_header(opened, nbytes)
+                if MARK.encode() in first and not isinstance(found, Rejected):
+                    opened.seek(0)
+                    if is_marked(opened):
+                        found = Rejected("made_here", "one of these programs drew it")
             if not isinstance(found, Rejected):
                 return *found, "", "", head
             size = found

@@ -1,7 +1,6 @@
 """`xlsd-cache import`: other programs' cached latents into a store, compared before they are."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from xlsd_cache.manifest import CAPTIONS, PLAN, Manifest
 from xlsd_cache.pairing import Entry, Item, image_records, make_items
 from xlsd_cache.peers import KEEPS, find, read
 from xlsd_cache.precision import device_of, set_precision
+from xlsd_cache.terminal import say, warn
 from xlsd_cache.transfer import DIVIDED, Transfer, order, plan_imports
 from xlsd_cache.vae import Vae, load_vae
 
@@ -98,9 +98,9 @@ def _examine(config: ImportConfig, vae: Vae, kind: str, fresh: list[Item]) -> Ve
     if not samples:
         return None  # every one of them is damaged, and will be told so
     likenesses = compare(samples, vae, device_of(config.device))
-    print(f"compared {len(likenesses)} of {len(fresh)} latents with {vae.name}:")
+    say(f"compared {len(likenesses)} of {len(fresh)} latents with {vae.name}:")
     for likeness in likenesses:
-        print(f"  {likeness}")
+        say(f"  {likeness}")
     verdict = judge(likenesses, vae, kind, KEEPS[kind])
     if verdict.disproved:
         raise UserError(verdict.disproved)
@@ -110,7 +110,7 @@ def _examine(config: ImportConfig, vae: Vae, kind: str, fresh: list[Item]) -> Ve
             f"images, or add --force to import them all the same"
         )
     for doubt in verdict.doubtful:
-        print(f"forced: {doubt}", file=sys.stderr)
+        warn(f"forced: {doubt}")
     return verdict
 
 
@@ -224,7 +224,4 @@ def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportCon
     for column in config.caption_columns:
         texts = sum(column in item.image.captions for item in items if item.image)
         if texts < len(items):
-            print(
-                f"no {column!r} caption: {len(items) - texts} of {len(items)} latents",
-                file=sys.stderr,
-            )
+            warn(f"no {column!r} caption: {len(items) - texts} of {len(items)} latents")

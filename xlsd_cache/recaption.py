@@ -1,6 +1,5 @@
 """`xlsd-cache captions`: caption columns added or replaced, matched by name, no latent touched."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from xlsd_cache.match import SUFFIX, look_up, match, only_once, stems
 from xlsd_cache.records import Record, Search, Tally
 from xlsd_cache.sources import named_roots, read_urls, records_of
 from xlsd_cache.tables import Rows, is_table, one, read_rows
+from xlsd_cache.terminal import say, warn
 
 _BLOCK = 256  # files a thread takes at once
 
@@ -92,7 +92,7 @@ def _log(
             for column in columns
         ]
         for change in changes:
-            print(change)
+            say(change)
         if not any(change.added + change.changed + change.kept for change in changes):
             raise UserError(
                 f"no caption in {', '.join(config.source)} belongs to an image of {root}; name "
@@ -138,9 +138,9 @@ def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> tuple[pa.Tab
         if tables[-1].damage:
             tally.damaged.append(f"{file} is damaged: {tables[-1].damage}; the rest is used")
     for sentence in tally.damaged:
-        print(f"WARNING: {sentence}", file=sys.stderr)
+        warn(f"WARNING: {sentence}")
     for (column, what), count in sorted(remarks.items()):
-        print(f"{column}: {count} {what}")
+        say(f"{column}: {count} {what}")
     return pa.concat_tables(captions).combine_chunks(), tables
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xlsd_cache import UserError
+from xlsd_cache.terminal import say
 from xlsd_train import names, sd15
 from xlsd_train.fold import Normalisation
 from xlsd_train.foreign import UNET_ALONE, kind_of, remedy
@@ -89,7 +90,7 @@ def completed(parts: Parts, tokenizer: bool = True) -> Parts:
     if parts.text_encoder is None:
         folder = fetch(sd15.HUB_ID, ["text_encoder/config.json", "text_encoder/model.safetensors"])
         part = folder_part("text_encoder", folder / "text_encoder", sd15.HUB_ID)
-        print(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
+        say(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
         check(part)
         parts = replace(parts, text_encoder=part)
     if parts.tokenizer is None and tokenizer:
