@@ -23,7 +23,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 CACHE = (
     "terminal ours durable interrupt precision identity manifest shard blocks locate captions "
     "tables match lists folders archives records sources colours decode guard buckets index tags "
-    "store moments vae known accounting arrays live commit builders space conclude encode headers "
+    "store moments vae known accounting arrays commit live builders space conclude encode headers "
     "place delta plan config pipeline build readback verify repair check survey info preview "
     "export_index recaption peers pairing compare transfer importing cli __main__"
 ).split()

@@ -1,6 +1,7 @@
 """`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from xlsd_cache import UserError
 from xlsd_cache.accounting import Accounting
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.buckets import Buckets
+from xlsd_cache.builders import building
 from xlsd_cache.commit import planning, tidy
 from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import BuildConfig
@@ -26,17 +28,20 @@ from xlsd_cache.pipeline import Work
 from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.sources import Scan, scan
+from xlsd_cache.space import bytes_to_write, say_room, uncommitted_places
 from xlsd_cache.tables import one
 from xlsd_cache.terminal import say, warn
 from xlsd_cache.vae import Vae, load_vae
 
 
-def build(config: BuildConfig) -> Accounting | None:
+def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
     """Bring the store up to date with the images; None after a dry run.
 
-    Raises UserError before anything is written where the request cannot be met, and after a stop
-    or a full disk, when everything encoded so far is kept.
+    `began` is when the command did, in seconds since the epoch. Raises UserError before anything
+    is written where the request cannot be met, and after a stop or a full disk, when everything
+    encoded so far is kept.
     """
+    began = began or time.time()
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision(config.precision))
     device = device_of(config.device)
@@ -48,15 +53,18 @@ def build(config: BuildConfig) -> Accounting | None:
     manifest = Manifest(config.out)
     rows_per_shard = agree(config.out, identity, config.rows_per_shard, found.images.num_rows)
     if config.dry_run:
-        _say_plan(_plan(config, read_known(manifest, rows_per_shard), found, buckets))
+        known = read_known(manifest, rows_per_shard)
+        plan = _plan(config, known, found, buckets)
+        _say_plan(plan)
+        _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
         return None
     with writing(config.out):
-        before = manifest.committed()
         generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets)
         largest = max(size.width * size.height for size in buckets.sizes)
         encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
-        _encode(config, manifest, generation, encoder, identity, rows_per_shard)
-        counts = conclude(manifest, generation, rows_per_shard, before)
+        with building(manifest, generation, config.part, began) as before:
+            _encode(config, manifest, generation, encoder, identity, rows_per_shard)
+            counts = conclude(manifest, generation, rows_per_shard, before)
     _say_result(config, counts)
     return counts
 
@@ -73,11 +81,12 @@ def _write_plan(
     manifest.make_folders()
     with planning(manifest):
         tidy(manifest)
-        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
-            write_group(manifest, attributes_of(identity, rows_per_shard))
         known = read_known(manifest, rows_per_shard)
         plan = _plan(config, known, found, buckets, manifest.staging)
         _say_plan(plan)
+        _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
+        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
+            write_group(manifest, attributes_of(identity, rows_per_shard))
         generations = manifest.generations()
         generation = generations[-1] + 1 if generations else 0
         if plan.is_empty and generations:
@@ -194,6 +203,23 @@ def _say_plan(plan: Plan) -> None:
             f"{len(plan.removed)} images are no longer among the sources and leave training; "
             f"their latents stay, for when they come back"
         )
+
+
+def _say_room(
+    out: Path,
+    manifest: Manifest,
+    plan: Plan,
+    known: Known,
+    identity: Identity,
+    rows_per_shard: int,
+) -> None:
+    """Say what encoding will write, if anything. Raises UserError where the disk lacks the room."""
+    old = uncommitted_places(manifest, known.live, rows_per_shard)
+    gone = pa.concat_arrays([pa.array(plan.removed, pa.string()), one(plan.entries["key"])])
+    old = old.filter(pc.invert(pc.is_in(old["key"], value_set=gone))) if old.num_rows else old
+    new = uncommitted_places(manifest, plan.entries, rows_per_shard)
+    nbytes = bytes_to_write(manifest, pa.concat_tables([old, new]), identity, rows_per_shard)
+    say_room(nbytes, out)
 
 
 def _say_result(config: BuildConfig, counts: Accounting) -> None:

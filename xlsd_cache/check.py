@@ -28,7 +28,7 @@ from xlsd_cache.readback import NAMED, Checked, Problem
 from xlsd_cache.repair import Repaired, repair
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import Vae, vae_of
-from xlsd_cache.verify import verify, verify_index
+from xlsd_cache.verify import verify, verify_index, verify_live
 
 Say = Callable[..., None]
 TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels cost far less
@@ -83,7 +83,7 @@ def _find(store: Checked, config: CheckConfig, say: Say) -> tuple[list[Problem],
         problems.append(Problem("pending", "the store", f"{told}, run the build again"))
     view = make_view(manifest, generation, shard)
     problems = [_with_live_names(problem, view) for problem in problems]
-    problems += verify_index(store, view)
+    problems += verify_index(store, view) + verify_live(store, view)
     if config.decode and not problems:
         with LatentStore(manifest.root, store.identity, shard, view) as latents:
             vae = vae_of(store.identity, config.vae)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Annotated
@@ -42,6 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _main(args: Sequence[str] | None) -> int:
+    began = time.time()
     config = tyro.cli(
         Command,
         prog="xlsd-cache",
@@ -63,7 +65,7 @@ def _main(args: Sequence[str] | None) -> int:
     if isinstance(config, BuildConfig):
         from xlsd_cache.build import build
 
-        build(config)
+        build(config, began)
         return 0
     if isinstance(config, InfoConfig):
         from xlsd_cache.info import info
@@ -73,7 +75,7 @@ def _main(args: Sequence[str] | None) -> int:
     if isinstance(config, ImportConfig):
         from xlsd_cache.importing import import_caches
 
-        import_caches(config)
+        import_caches(config, began)
         return 0
     if isinstance(config, PreviewConfig):
         from xlsd_cache.preview import preview
