@@ -1,7 +1,7 @@
 """`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
 
 import json
-import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from xlsd_cache import UserError
 from xlsd_cache.accounting import Accounting
 from xlsd_cache.arrays import grow_array, write_group
 from xlsd_cache.buckets import Buckets
+from xlsd_cache.builders import building
 from xlsd_cache.commit import planning, tidy
 from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
 from xlsd_cache.config import BuildConfig
@@ -23,7 +24,7 @@ from xlsd_cache.encode import Encoder
 from xlsd_cache.fitting import stored_identity
 from xlsd_cache.guard import decode_nbytes
 from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
-from xlsd_cache.interrupt import StopSignal
+from xlsd_cache.interrupt import STOPPING, StopSignal
 from xlsd_cache.known import Known, by_unit, former_names, read_known, uncommitted
 from xlsd_cache.manifest import Manifest
 from xlsd_cache.match import look_up
@@ -38,16 +39,20 @@ from xlsd_cache.plan import (
 )
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.sources import Scan, scan
+from xlsd_cache.space import bytes_to_write, say_room, uncommitted_places
 from xlsd_cache.tables import one
+from xlsd_cache.terminal import say, warn
 from xlsd_cache.vae import Vae, load_vae
 
 
-def build(config: BuildConfig) -> Accounting | None:
+def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
     """Bring the store up to date with the images; None after a dry run.
 
-    Raises UserError before anything is written where the request cannot be met, and after a stop
-    or a full disk, when everything encoded so far is kept.
+    `began` is when the command did, in seconds since the epoch. Raises UserError before anything
+    is written where the request cannot be met, and after a stop or a full disk, when everything
+    encoded so far is kept.
     """
+    began = began or time.time()
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision(config.precision))
     _say_memory(config)
@@ -64,15 +69,17 @@ def build(config: BuildConfig) -> Accounting | None:
     )
     if config.dry_run:
         known = read_known(manifest, rows_per_shard)
-        _say_plan(_plan(config, manifest, known, found, buckets, rows_per_shard))
+        plan = _plan(config, manifest, known, found, buckets, rows_per_shard)
+        _say_plan(plan)
+        _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
         return None
     with writing(config.out):
-        before = manifest.committed()
         generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets)
         largest = max(size.width * size.height for size in buckets.sizes)
         encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
-        _encode(config, manifest, generation, encoder, identity, rows_per_shard)
-        counts = conclude(manifest, generation, rows_per_shard, before)
+        with building(manifest, generation, config.part, began) as before:
+            _encode(config, manifest, generation, encoder, identity, rows_per_shard)
+            counts = conclude(manifest, generation, rows_per_shard, before)
     _say_result(config, counts)
     return counts
 
@@ -89,11 +96,12 @@ def _write_plan(
     manifest.make_folders()
     with planning(manifest):
         tidy(manifest)
-        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
-            write_group(manifest, attributes_of(identity, rows_per_shard))
         known = read_known(manifest, rows_per_shard)
         plan = _plan(config, manifest, known, found, buckets, rows_per_shard, manifest.staging)
         _say_plan(plan)
+        _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
+        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
+            write_group(manifest, attributes_of(identity, rows_per_shard))
         generations = manifest.generations()
         generation = generations[-1] + 1 if generations else 0
         if plan.is_empty and generations:
@@ -143,7 +151,7 @@ def _plan(
         captions = caption_changes(keys, found.captions, found.columns, known.captions)
         plan = replace(plan, captions=captions)
     for line in found.matches.told():
-        print(line)
+        say(line)
     _refuse_no_captions(found, config)
     return keep_unread_captions(plan) if found.unread else plan
 
@@ -175,7 +183,7 @@ def _encode(
     dtype = identity.dtype
     work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers, config.max_pixels)
     print(encoder)
-    with StopSignal() as stop:
+    with StopSignal(STOPPING) as stop:
         work.run(todo, order, stop)
     if stop.asked:
         raise UserError(
@@ -226,26 +234,23 @@ def _say_memory(config: BuildConfig) -> None:
         f"GiB, {workers} at once {workers * one:.1f} GiB of this machine's {there:.1f} GiB"
     )
     if workers > fitting:
-        print(
-            f"WARNING: many such images at once do not fit in memory; --workers {fitting} is safe",
-            file=sys.stderr,
-        )
+        warn(f"WARNING: many such images at once do not fit in memory; --workers {fitting} is safe")
 
 
 def _say_found(found: Scan, config: BuildConfig) -> None:
     images = found.images.num_rows
-    print(f"found {images} images in {', '.join(config.source)}", end="")
+    say(f"found {images} images in {', '.join(config.source)}", end="")
     over = ", ".join(f"{count} {kind}" for kind, count in sorted(found.passed_over.items()))
     print(f"; passed over {over}" if over else "")
     for sentence in found.damaged:
-        print(f"WARNING: {sentence}", file=sys.stderr)
+        warn(f"WARNING: {sentence}")
     for column in found.columns:
         with_text = pc.sum(pc.equal(found.captions["column"], column)).as_py() or 0
         said = [
             f"{n} {what}" for (name, what), n in sorted(found.remarks.items()) if name == column
         ]
-        print(f"{column} captions: {with_text} of {images} images", end="")
-        print(f" ({', '.join(said)})" if said else "")
+        say(f"{column} captions: {with_text} of {images} images", end="")
+        say(f" ({', '.join(said)})" if said else "")
     if not config.out.exists():
         _refuse_no_captions(found, config)
 
@@ -280,12 +285,28 @@ def _say_plan(plan: Plan) -> None:
         print(f"{sum(counts.values())} images are rejected now and leave training ({why})")
 
 
+def _say_room(
+    out: Path,
+    manifest: Manifest,
+    plan: Plan,
+    known: Known,
+    identity: Identity,
+    rows_per_shard: int,
+) -> None:
+    """Say what encoding will write, if anything. Raises UserError where the disk lacks the room."""
+    old = uncommitted_places(manifest, known.live, rows_per_shard)
+    gone = pa.concat_arrays([pa.array(plan.removed, pa.string()), one(plan.entries["key"])])
+    old = old.filter(pc.invert(pc.is_in(old["key"], value_set=gone))) if old.num_rows else old
+    new = uncommitted_places(manifest, plan.entries, rows_per_shard)
+    nbytes = bytes_to_write(manifest, pa.concat_tables([old, new]), identity, rows_per_shard)
+    say_room(nbytes, out)
+
+
 def _say_result(config: BuildConfig, counts: Accounting) -> None:
     say_sums(config.out, counts)
     if gone := counts.rejected.get("vanished"):
-        print(
+        warn(
             f"WARNING: {gone} images were gone when their turn came; bring back what holds them "
-            f"and run the same command again, which takes them up",
-            file=sys.stderr,
+            f"and run the same command again, which takes them up"
         )
     refuse_nothing(config.out, counts, "images could be encoded")

@@ -1,7 +1,6 @@
 """`xlsd-cache check`: read everything back, and decode some of it beside its image."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from xlsd_cache import UserError
+from xlsd_cache import UserError, terminal
 from xlsd_cache.accounting import account
 from xlsd_cache.config import CheckConfig
 from xlsd_cache.decode import MOST_PIXELS, Pixels, Rejected, decode
@@ -31,7 +30,7 @@ from xlsd_cache.readback import NAMED, Checked, Problem
 from xlsd_cache.repair import Repaired, repair
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import Vae
-from xlsd_cache.verify import verify, verify_index
+from xlsd_cache.verify import verify, verify_index, verify_live
 
 Say = Callable[..., None]
 TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels cost far less
@@ -40,7 +39,7 @@ TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels 
 def check(config: CheckConfig) -> bool:
     """Print every problem found, with the images it concerns; True when there is none (left)."""
     store = _open(config.store.expanduser())
-    say = _silent if config.json else print
+    say = _silent if config.json else terminal.say
     found, live = _find(store, config, say)
     for problem in found:
         say(f"WRONG: {problem}")
@@ -60,7 +59,7 @@ def check(config: CheckConfig) -> bool:
         right = _say_repaired(_open(store.manifest.root), repaired, say) and not lost_captions
         value |= {"right": right, "repaired": asdict(repaired)}
     if config.json:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        terminal.say_json(value)
     return right
 
 
@@ -87,7 +86,7 @@ def _find(store: Checked, config: CheckConfig, say: Say) -> tuple[list[Problem],
         problems.append(Problem("pending", "the store", f"{told}, run the build again"))
     view = make_view(manifest, generation, shard)
     problems = [_with_live_names(problem, view) for problem in problems]
-    problems += verify_index(store, view)
+    problems += verify_index(store, view) + verify_live(store, view)
     if config.decode and not problems:
         with LatentStore(manifest.root, store.identity, shard, view) as latents:
             vae = vae_of(store.identity, config.vae, [manifest.root])

@@ -3,13 +3,13 @@
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from xlsd_cache import UserError
 from xlsd_cache.config import (
     BuildConfig,
     CaptionsConfig,
@@ -19,6 +19,7 @@ from xlsd_cache.config import (
     InfoConfig,
     PreviewConfig,
 )
+from xlsd_cache.terminal import go_on_alone, run, start
 
 Command = (
     Annotated[BuildConfig, tyro.conf.subcommand("build")]
@@ -32,55 +33,63 @@ Command = (
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A user's mistake is one sentence, no traceback."""
-    try:
-        config = tyro.cli(
-            Command,
-            prog="xlsd-cache",
-            description="Encode images once into a zarr store of latents, and look after it.",
-            args=args,
-        )
-        # Imported late: neither --help nor captions need wait for torch and diffusers.
-        if isinstance(config, CaptionsConfig):
-            from xlsd_cache.recaption import recaption
+    """Run one command; returns the exit code. A user's mistake is one sentence, no traceback.
 
-            recaption(config)
-            return 0
-        quiet_libraries()
-        if isinstance(config, BuildConfig):
-            from xlsd_cache.build import build
+    Without `args` it is a program of its own, and its words are the command line's.
+    """
+    if args is None:
+        start()
+    return run("xlsd-cache", lambda: _main(args))
 
-            build(config)
-            return 0
-        if isinstance(config, InfoConfig):
-            from xlsd_cache.info import info
 
-            info(config)
-            return 0
-        if isinstance(config, ImportConfig):
-            from xlsd_cache.importing import import_caches
+def _main(args: Sequence[str] | None) -> int:
+    began = time.time()
+    config = tyro.cli(
+        Command,
+        prog="xlsd-cache",
+        description="Encode images once into a zarr store of latents, and look after it.",
+        args=args,
+    )
+    prints = isinstance(config, InfoConfig) or (
+        isinstance(config, CheckConfig) and not config.repair
+    )
+    if not prints:
+        go_on_alone()
+    # Imported late: neither --help nor captions need wait for torch and diffusers.
+    if isinstance(config, CaptionsConfig):
+        from xlsd_cache.recaption import recaption
 
-            import_caches(config)
-            return 0
-        if isinstance(config, PreviewConfig):
-            from xlsd_cache.preview import preview
+        recaption(config)
+        return 0
+    quiet_libraries()
+    if isinstance(config, BuildConfig):
+        from xlsd_cache.build import build
 
-            preview(config)
-            return 0
-        if isinstance(config, ExportIndexConfig):
-            from xlsd_cache.export_index import export_index
+        build(config, began)
+        return 0
+    if isinstance(config, InfoConfig):
+        from xlsd_cache.info import info
 
-            export_index(config)
-            return 0
-        from xlsd_cache.check import check
+        info(config)
+        return 0
+    if isinstance(config, ImportConfig):
+        from xlsd_cache.importing import import_caches
 
-        return 0 if check(config) else 1
-    except UserError as error:
-        print(f"xlsd-cache: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("xlsd-cache: stopped at once", file=sys.stderr)
-        return 130
+        import_caches(config, began)
+        return 0
+    if isinstance(config, PreviewConfig):
+        from xlsd_cache.preview import preview
+
+        preview(config)
+        return 0
+    if isinstance(config, ExportIndexConfig):
+        from xlsd_cache.export_index import export_index
+
+        export_index(config)
+        return 0
+    from xlsd_cache.check import check
+
+    return 0 if check(config) else 1
 
 
 def quiet_libraries() -> None:

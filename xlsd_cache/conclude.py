@@ -9,7 +9,9 @@ from xlsd_cache.accounting import Accounting, account, save_accounting
 from xlsd_cache.commit import tidy
 from xlsd_cache.durable import write_parquet
 from xlsd_cache.index import make_view, save_view
+from xlsd_cache.live import write_live
 from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.terminal import say
 
 
 def conclude(
@@ -17,7 +19,9 @@ def conclude(
 ) -> Accounting:
     """Write what is derived from the log; `before` are the shards committed at the beginning."""
     counts, left_out = account(manifest, generation, rows_per_shard, before)
-    save_view(manifest.root, make_view(manifest, generation, rows_per_shard))
+    view = make_view(manifest, generation, rows_per_shard)
+    write_live(manifest, rows_per_shard, view)
+    save_view(manifest.root, view)
     write_parquet(manifest.root / "rejected.parquet", left_out, manifest.staging)
     save_accounting(manifest, generation, counts)
     tidy(manifest)
@@ -30,7 +34,7 @@ def say_sums(out: Path, counts: Accounting) -> None:
         print(f"  {bucket:>9} {count:>9}")
     print(counts)
     if counts.rejected or counts.duplicate:
-        print(f"listed in {out / 'rejected.parquet'}")
+        say(f"listed in {out / 'rejected.parquet'}")
 
 
 def refuse_nothing(out: Path, counts: Accounting, done: str) -> None:

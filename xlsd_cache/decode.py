@@ -43,6 +43,7 @@ REASONS = {
     "too_elongated": "its ratio is beyond --max-ratio",
     "too_small": "it does not fill its bucket, and --upscale is off",
     "mask": "by its name, a mask or condition image of the image beside it",
+    "made_here": "a picture that one of these programs drew",
     "duplicate": "the same bytes as another image",
     "non_finite": "the VAE gave NaN or infinity",
     "overflow": "a latent is beyond float16",

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 TEMPORARY = ".tmp"  # the suffix by which a later run knows what a killed one left
 _SUM, _UNKNOWN = b"crc32c=", b"________"
-_HOST = socket.gethostname().partition(".")[0] or "host"
+HOST = socket.gethostname().partition(".")[0] or "host"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -46,7 +46,7 @@ def fsync_file(path: Path) -> None:
 
 def temporary_path(folder: Path, name: str) -> Path:
     """A path that no other process uses, and that `sweep` knows."""
-    mine = f"{uuid.uuid4().hex[:8]}.{_HOST}.{os.getpid()}"
+    mine = f"{uuid.uuid4().hex[:8]}.{HOST}.{os.getpid()}"
     return folder / f"{name}.{mine}{TEMPORARY}"
 
 
@@ -134,7 +134,7 @@ def sweep(folder: Path) -> None:
     """Remove temporary files of processes that no longer run; other machines' after a day."""
     for path in folder.glob(f"*{TEMPORARY}"):
         named = re.search(r"\.([^.]+)\.(\d+)\.tmp$", path.name)
-        dead = named and named[1] == _HOST and not psutil.pid_exists(int(named[2]))
+        dead = named and named[1] == HOST and not psutil.pid_exists(int(named[2]))
         try:
             if dead or time.time() - path.stat().st_mtime > 86400:
                 path.unlink()

@@ -12,27 +12,30 @@ from xlsd_cache import UserError
 from xlsd_cache.config import ExportIndexConfig
 from xlsd_cache.durable import write_parquet
 from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.ours import MARK, is_index, refuse_foreign
 from xlsd_cache.shard import CorruptShard, ShardReader
 from xlsd_cache.store import LatentStore
+from xlsd_cache.terminal import say
 
 
 def export_index(config: ExportIndexConfig) -> None:
     """Write the newest complete generation's samples, sorted by (bucket, row).
 
-    Raises UserError where the store has none, a shard's index is damaged, or `out` cannot be
-    written.
+    Raises UserError where the store has none, a shard's index is damaged, or `out` is something
+    else or cannot be written.
     """
+    refuse_foreign(config.out, (".parquet",), is_index)
     with LatentStore.open(config.store) as store:
         table = with_places(store)
     told = {"identity": asdict(store.identity), "fingerprint": store.fingerprint}
-    table = table.replace_schema_metadata({"xlsd": json.dumps(told)})
+    table = table.replace_schema_metadata({MARK: json.dumps(told)})
     try:
         write_parquet(config.out, table)
     except OSError as error:
         raise UserError(
             f"cannot write {config.out}: {error.strerror or error}; name a place with room for it"
         ) from error
-    print(f"{config.out}: {table.num_rows} samples, {config.out.stat().st_size / 2**20:.1f} MiB")
+    say(f"{config.out}: {table.num_rows} samples, {config.out.stat().st_size / 2**20:.1f} MiB")
 
 
 def with_places(store: LatentStore) -> pa.Table:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xlsd_cache import UserError
+from xlsd_cache.ours import is_index, own_names
 
 _OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir"})  # of macOS in zips, of Synology's disks
 
@@ -18,9 +19,9 @@ def is_hidden(name: str) -> bool:
 def walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files, sorted) of every folder below `root`, `root` first.
 
-    Hidden names are left out and counted, as are broken links and folders linked
-    twice. Raises UserError for a folder that cannot be read: what is in it would silently be
-    missing.
+    Hidden names are left out and counted, as are broken links, folders linked twice, and what is a
+    store's or a run's of ours. Raises UserError for a folder that cannot be read: what is in it
+    would silently be missing.
     """
     seen: set[tuple[int, int]] = set()
     pending = [str(root)]
@@ -50,8 +51,26 @@ def walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]
                 f"cannot read the folder {folder}: {error.strerror}; make it readable or "
                 f"leave it out, for what is in it would silently be missing"
             ) from error
+        folders, names = _without_ours(folder, folders, names, passed_over)
         pending += sorted(folders, reverse=True)
         yield folder, sorted(names)
+
+
+def _without_ours(
+    folder: str, folders: list[str], names: list[str], passed_over: Counter[str]
+) -> tuple[list[str], list[str]]:
+    """The folders and names of files that no command of ours has written; the others are counted.
+
+    Pictures are told later, when their headers are read.
+    """
+    start = len(folder.rstrip(os.sep)) + 1
+    own = own_names(folder, {*names, *(path[start:] for path in folders)})
+    index = {name for name in names if name.endswith(".parquet") and is_index(Path(folder, name))}
+    for kind, found in (("parts of stores and runs", own), ("tables of export-index", index - own)):
+        if found:
+            passed_over[kind] += len(found)
+    folders = [path for path in folders if path[start:] not in own]
+    return folders, [name for name in names if name not in own | index]
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

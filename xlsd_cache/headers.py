@@ -32,6 +32,7 @@ from xlsd_cache.guard import decoders
 from xlsd_cache.inflate import BadSource
 from xlsd_cache.locate import open_source, read_source
 from xlsd_cache.match import look_up
+from xlsd_cache.ours import MARK, is_marked
 from xlsd_cache.tables import one
 
 HEADERS = pa.schema(
@@ -84,11 +85,15 @@ def _header(workers: int, max_pixels: int, file: File) -> Row:
                 first = opened.read(_HEAD_BYTES)
                 head = hashlib.blake2b(first, digest_size=8).hexdigest()
                 if PARSED_IN_C.match(first):
-                    data = first + opened.read(most)
-                    found = decoders(workers, max_pixels).call(header_of, data, MOST_PIXELS)
+                    first += opened.read(most)
+                    found = decoders(workers, max_pixels).call(header_of, first, MOST_PIXELS)
                 else:
                     opened.seek(0)
                     found = read_header(opened, nbytes, MOST_PIXELS)
+                if MARK.encode() in first and not isinstance(found, Rejected):
+                    opened.seek(0)
+                    if is_marked(opened):
+                        found = Rejected("made_here", "one of these programs drew it")
             if not isinstance(found, Rejected):
                 return *found, "", "", head
             size = found

@@ -1,7 +1,7 @@
 """`xlsd-cache import`: other programs' cached latents into a store, compared before they are."""
 
 import json
-import sys
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +11,7 @@ import pyarrow as pa
 from xlsd_cache import UserError
 from xlsd_cache.accounting import Accounting
 from xlsd_cache.arrays import grow_array, write_group
+from xlsd_cache.builders import building
 from xlsd_cache.commit import planning, tidy
 from xlsd_cache.compare import Verdict
 from xlsd_cache.conclude import conclude, refuse_nothing, say_sums, writing
@@ -26,17 +27,20 @@ from xlsd_cache.pairing import image_records
 from xlsd_cache.peers import KEEPS, find
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.proving import Prover, settle
+from xlsd_cache.space import bytes_to_write, say_room, uncommitted_places
+from xlsd_cache.terminal import warn
 from xlsd_cache.transfer import DIVIDED, Transfer, order, plan_imports
 from xlsd_cache.vae import Vae, load_vae
 
 
-def import_caches(config: ImportConfig) -> Accounting | None:
+def import_caches(config: ImportConfig, began: float | None = None) -> Accounting | None:
     """Add what the cache folders hold to the store; None after a dry run.
 
     Nothing leaves a store by an import: folders may be given one after the other, and be gone
     afterwards. Raises UserError before anything is written where the latents are not those of the
     named VAE and of their images, or where that is not known and not forced.
     """
+    began = began or time.time()
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision("fp32"))
     found = find(config.cache)
@@ -65,15 +69,15 @@ def import_caches(config: ImportConfig) -> Accounting | None:
         print(f"to import: {len(imports.fresh)} latents")
         return None
     with writing(config.out):
-        before = manifest.committed()
         generation = _write_plan(config, manifest, items, identity, rows_per_shard)
         transfer = Transfer(manifest, identity, rows_per_shard, config.workers)
-        if not transfer.run(generation, items):
-            raise UserError(
-                f"stopped; every batch imported so far is kept in {config.out}: run the same "
-                f"command again to go on"
-            )
-        counts = conclude(manifest, generation, rows_per_shard, before)
+        with building(manifest, generation, (0, 1), began) as before:
+            if not transfer.run(generation, items):
+                raise UserError(
+                    f"stopped; every batch imported so far is kept in {config.out}: run the same "
+                    f"command again to go on"
+                )
+            counts = conclude(manifest, generation, rows_per_shard, before)
     say_sums(config.out, counts)
     refuse_nothing(config.out, counts, "latents could be imported")
     return counts
@@ -154,10 +158,6 @@ def _write_plan(
     manifest.make_folders()
     with planning(manifest):
         tidy(manifest)
-        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
-            attributes = attributes_of(identity, rows_per_shard)
-            attributes["latents"] += f"; imported: {identity.preprocessing}"
-            write_group(manifest, attributes)
         imports = plan_imports(manifest, items)  # again: another process may have planned
         generations = manifest.generations()
         captions = _caption_changes(manifest, items, config.caption_columns)
@@ -172,10 +172,17 @@ def _write_plan(
         for entry in sorted(imports.fresh, key=lambda e: order(e["key"])):
             entry["row"] = taken[entry["bucket"]]
             taken[entry["bucket"]] += 1
+        table = pa.Table.from_pylist(imports.entries, PLAN)
+        places = [table, manifest.live(generation)]
+        rows = uncommitted_places(manifest, pa.concat_tables(places), rows_per_shard)
+        say_room(bytes_to_write(manifest, rows, identity, rows_per_shard), config.out)
+        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
+            attributes = attributes_of(identity, rows_per_shard)
+            attributes["latents"] += f"; imported: {identity.preprocessing}"
+            write_group(manifest, attributes)
         for bucket, count in taken.items():
             shape = bucket_shape(bucket, identity.channels)
             grow_array(manifest, bucket, count, shape, identity.dtype, rows_per_shard)
-        table = pa.Table.from_pylist(imports.entries, PLAN)
         manifest.write_plan(generation, table, imports.removed, captions)
         told = {**asdict(config), "generation": generation, "identity": asdict(identity)}
         path = manifest.root / "manifest" / "imported" / f"{generation:06d}.json"
@@ -206,11 +213,8 @@ def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportCon
     beside = Counter(name for item in items for name in item.held.beside)
     for name, what in (("latents_flipped", "flipped latents"), ("alpha_mask", "alpha masks")):
         if beside[name]:
-            print(f"passed over {beside[name]} {what} ({name})", file=sys.stderr)
+            warn(f"passed over {beside[name]} {what} ({name})")
     for column in config.caption_columns:
         texts = sum(column in item.image.captions for item in items if item.image)
         if texts < len(items):
-            print(
-                f"no {column!r} caption: {len(items) - texts} of {len(items)} latents",
-                file=sys.stderr,
-            )
+            warn(f"no {column!r} caption: {len(items) - texts} of {len(items)} latents")

@@ -1,6 +1,5 @@
 """`xlsd-cache info`: what is in a store, for people and for programs."""
 
-import json
 import stat
 import textwrap
 from pathlib import Path
@@ -18,17 +17,18 @@ from xlsd_cache.manifest import Manifest
 from xlsd_cache.moments import moments
 from xlsd_cache.store import LatentStore
 from xlsd_cache.survey import are_tags, word_counts
+from xlsd_cache.terminal import say, say_json, shown
 
 
 def info(config: InfoConfig) -> dict[str, Any]:
     """Print what is in the store, and return it. Reads an unfinished store as well."""
     value = describe(config.store, config.tags)
     if config.json:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        say_json(value)
         return value
     vae, latents = value["vae"], value["latents"]
     rejected = ", ".join(f"{reason} {count}" for reason, count in value["rejected"].items())
-    print(f"{config.store}: {value['live']} live images, {_size(value['bytes'])}", end="")
+    say(f"{config.store}: {value['live']} live images, {_size(value['bytes'])}", end="")
     print(f", {value['pending']} not encoded yet" if value["pending"] else "")
     print(f"  scanned    {value['scanned']}")
     print(f"  encoded    {value['encoded']}\n  reused     {value['reused']}")
@@ -38,11 +38,11 @@ def info(config: InfoConfig) -> dict[str, Any]:
     )
     print("  buckets    " + ", ".join(f"{name} {n}" for name, n in value["buckets"].items()))
     _say_captions(value)
-    print(f"  VAE        {vae['name']} ({vae['sha256'][:12]}), scaling factor", end=" ")
+    say(f"  VAE        {vae['name']} ({vae['sha256'][:12]}), scaling factor", end=" ")
     imported = isinstance(latents["preprocessing"], str)
     how = latents["preprocessing"] if imported else vae["precision"]
     padded = ", reflection padding" if vae["padding"] == "reflect" else ""
-    print(f"{vae['scaling_factor']}{padded}, {'imported:' if imported else 'encoded in'} {how}")
+    say(f"{vae['scaling_factor']}{padded}, {'imported:' if imported else 'encoded in'} {how}")
     mean = " ".join(f"{x:+.3f}" for x in latents["mean"])
     std = " ".join(f"{x:.3f}" for x in latents["std"])
     print(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
@@ -55,10 +55,10 @@ def info(config: InfoConfig) -> dict[str, Any]:
 def _say_captions(value: dict[str, Any]) -> None:
     for name, count in value["captions"].items():
         words = value["words"][name]
-        print(f"  captions   {name} {count} of {value['live']} images, words", end=" ")
+        say(f"  captions   {name} {count} of {value['live']} images, words", end=" ")
         print(f"{words['median']:g} in the median, {words['max']} at most")
         tags = ", ".join(f"{tag} {n}" for tag, n in value["tags"].get(name, {}).items())
-        print(textwrap.fill(tags, 96, initial_indent=" " * 13, subsequent_indent=" " * 13))
+        print(textwrap.fill(shown(tags), 96, initial_indent=" " * 13, subsequent_indent=" " * 13))
 
 
 def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:

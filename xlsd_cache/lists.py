@@ -1,7 +1,6 @@
 """`--only` and `--exclude`: images by name or pattern, given themselves or in files of them."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from xlsd_cache import UserError
 from xlsd_cache.match import canonical, last_part, look_up
 from xlsd_cache.tables import one
+from xlsd_cache.terminal import warn
 
 _WILD = re.compile(r"[*?\[]")
 _PARTS = re.compile(r"\*+|\?|\[!?[^\[\]\\]+\]|.", re.DOTALL)
@@ -30,7 +30,7 @@ def listed(images: pa.Table, only: tuple[str, ...], exclude: tuple[str, ...]) ->
     for given in exclude:
         out = _named(given, images, must=Path(given).expanduser().is_file())
         if not out.any():
-            print(f"WARNING: --exclude {given} names no image", file=sys.stderr)
+            warn(f"WARNING: --exclude {given} names no image")
         kept &= ~out
     images = images.filter(pa.array(kept))
     if not images.num_rows:

@@ -12,8 +12,10 @@ from xlsd_cache import UserError
 from xlsd_cache.config import PreviewConfig
 from xlsd_cache.durable import replacing
 from xlsd_cache.fitting import decoder_told, vae_of
+from xlsd_cache.ours import is_picture, marking, refuse_foreign
 from xlsd_cache.precision import device_of
 from xlsd_cache.store import LatentStore
+from xlsd_cache.terminal import say
 from xlsd_cache.vae import Vae
 
 CAPTION_LINES = 5
@@ -25,8 +27,9 @@ def preview(config: PreviewConfig) -> None:
     """Draw the samples that were asked for and write the sheet, whole or not at all.
 
     Raises UserError where there are none, for another VAE than the store's, and for an `out` that
-    cannot be written.
+    is something else or cannot be written.
     """
+    refuse_foreign(config.out, (".png", ".jpg", ".jpeg", ".webp"), is_picture)
     with LatentStore.open(config.store) as store:
         column = _column(store, config.caption)
         chosen = _chosen(store, config, column)
@@ -45,12 +48,12 @@ def preview(config: PreviewConfig) -> None:
         with replacing(config.out) as temporary:
             # by name: the temporary file's own has another ending
             kind = Image.registered_extensions()[config.out.suffix.lower()]
-            sheet.image.save(temporary, format=kind)
+            sheet.image.save(temporary, format=kind, **marking("preview"))
     except OSError as error:
         raise UserError(
             f"cannot write {config.out}: {error.strerror or error}; name a place with room for it"
         ) from error
-    print(f"{config.out}: {len(chosen)} of {len(store)} samples, decoded with {vae.name}")
+    say(f"{config.out}: {len(chosen)} of {len(store)} samples, decoded with {vae.name}")
 
 
 def _column(store: LatentStore, wanted: str | None) -> str | None:

@@ -24,6 +24,7 @@ Kind = Literal[
     "latents",
     "array",
     "index",
+    "live",  # what plain zarr readers are told
     "stray",
     "pending",  # unfinished, not broken
     "image",  # an image file that is not what was encoded: the store itself is right

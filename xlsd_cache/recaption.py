@@ -1,7 +1,6 @@
 """`xlsd-cache captions`: caption columns added or replaced, matched by name, no latent touched."""
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from xlsd_cache.match import (
 from xlsd_cache.records import Record, Search, Tally, given_table
 from xlsd_cache.sources import named_roots, read_urls, records_of
 from xlsd_cache.tables import Rows, is_table, one
+from xlsd_cache.terminal import say, warn
 
 _BLOCK = 256  # files a thread takes at once
 
@@ -102,13 +102,13 @@ def _log(
             by_former_names(found, one(images["content_hash"]), former)
             _refuse_others(found, images)
         for line in found.told():
-            print(line)
+            say(line)
         known = manifest.captions(newest)
         changes = [
             _changes(column, images, known, found, clear=config.clear_missing) for column in columns
         ]
         for change in changes:
-            print(change)
+            say(change)
         if not any(change.added + change.changed + change.kept for change in changes):
             raise UserError(
                 f"no caption in {', '.join(config.source)} belongs to an image of {root}; name "
@@ -148,11 +148,11 @@ def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> list[Table]:
         rows_ = _sidecars(root, stream, columns)
         sidecars.append(Table(rows_, root.as_posix(), name, given=True, sidecars=True))
     for sentence in tally.damaged:
-        print(f"WARNING: {sentence}", file=sys.stderr)
+        warn(f"WARNING: {sentence}")
     tables = [*sidecars, *tally.tables]
     remarks = sum((table.rows.remarks for table in tables), Counter[tuple[str, str]]())
     for (column, what), count in sorted(remarks.items()):
-        print(f"{column}: {count} {what}")
+        say(f"{column}: {count} {what}")
     return tables
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from xlsd_cache.arrays import grow_array, mend_array
 from xlsd_cache.commit import lock_path, planning, write_commit
 from xlsd_cache.durable import fsync_folder, write_bytes
+from xlsd_cache.live import write_live
 from xlsd_cache.locate import read_source, stat_source
 from xlsd_cache.manifest import CAPTIONS, COMMIT, DAMAGED, PLAN, Unit
 from xlsd_cache.readback import Checked, Problem, verify_shard
@@ -57,6 +58,7 @@ def repair(store: Checked, problems: list[Problem]) -> Repaired:
         _plan_anew(store, lost, result)
         if result.done or result.to_encode or result.gone:
             (manifest.root / "index.arrow").unlink(missing_ok=True)  # derived from the old state
+    write_live(manifest, store.rows_per_shard)
     return result
 
 
@@ -66,6 +68,8 @@ def _mend(store: Checked, problem: Problem, result: Repaired) -> set[tuple[str, 
     done, lost = "", set[tuple[str, int]]()
     if problem.kind == "index":
         done = "deleted: it is made anew when it is needed"
+    elif problem.kind == "live":
+        done = "written anew"  # at the end
     elif problem.kind == "array":
         bucket = path.parent.name
         rows = int(store.places()[bucket][-1]) + 1

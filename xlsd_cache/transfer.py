@@ -16,7 +16,7 @@ from xlsd_cache.commit import Claim, claim
 from xlsd_cache.compare import JUDGED
 from xlsd_cache.decode import RETRIED, Rejected
 from xlsd_cache.identity import Identity, bucket_shape
-from xlsd_cache.interrupt import StopSignal
+from xlsd_cache.interrupt import STOPPING, StopSignal
 from xlsd_cache.items import Entry, Item, content_hash
 from xlsd_cache.known import by_unit, uncommitted
 from xlsd_cache.manifest import Manifest, Unit
@@ -98,7 +98,7 @@ class Transfer:
         )
         todo = self._todo(generation)
         with (
-            StopSignal() as stop,
+            StopSignal(STOPPING) as stop,
             ThreadPoolExecutor(self.workers) as pool,
             tqdm(desc="importing", total=sum(map(len, todo.values())), unit="latent") as bar,
         ):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from xlsd_cache.arrays import array_fault
 from xlsd_cache.durable import is_whole
 from xlsd_cache.index import View, cached_view, make_view
+from xlsd_cache.live import live_faults, live_files
 from xlsd_cache.manifest import Unit
 from xlsd_cache.readback import Checked, Kind, Problem, verify_shard
 
@@ -70,7 +71,7 @@ def verify_places(store: Checked) -> list[Problem]:
     manifest, shard = store.manifest, store.rows_per_shard
     problems = []
     folder = manifest.root / "latents.zarr"
-    expected = {folder / "zarr.json"}
+    expected = {folder / "zarr.json", *live_files(manifest)}
     planned: set[Unit] = set()
     for bucket, rows in store.places().items():
         shape, dtype = store.shape(bucket), store.identity.dtype
@@ -119,6 +120,12 @@ def verify_index(store: Checked, view: View) -> list[Problem]:
             told = "is stale or damaged"
         return [Problem("index", "index.arrow", told)]
     return [Problem("index", "index.arrow", "is damaged, or of no generation of this store")]
+
+
+def verify_live(store: Checked, view: View) -> list[Problem]:
+    """Whether plain zarr readers are told what is live; `view` is the newest."""
+    faults = live_faults(store.manifest, view)
+    return [Problem("live", where, what) for where, what in faults.items()]
 
 
 def damaged_places(store: Checked) -> dict[str, set[int]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.nn import Parameter
 
+from xlsd_cache.terminal import say
 from xlsd_train.config import TrainConfig
 from xlsd_train.lengths import told
 from xlsd_train.run import Run
@@ -22,12 +23,12 @@ def announce(
 ) -> None:
     """Print it, from the record that config.json keeps."""
     for name, value in asdict(config).items():
-        print(f"  {name:<24}{value}")
+        say(f"  {name:<24}{value}")
     if record["recipe"]:
-        print(_recipe(record["recipe"]))
+        say(_recipe(record["recipe"]))
     weights = sum(parameter.numel() for parameter in named.values())
     print(record["precision"])
-    print(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
+    say(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
     objective = record["objective"]
     weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
     anew = f"; the model predicted {objective['before']} so far, and learns to anew"
@@ -41,7 +42,7 @@ def announce(
         print(record["vae"]["decoder"])
     _stores(record["stores"])
     for tag in record["unknown_tags"]:
-        print(f"  no image has the tag {tag!r} that --forbid-tags names")
+        say(f"  no image has the tag {tag!r} that --forbid-tags names")
     measured = len(record["validation"].get(HELD_OUT, ()))
     if measured:
         print(f"  {measured} held-out images are measured beside {measured} that train")
@@ -50,7 +51,7 @@ def announce(
     if config.ema:
         gib = 2 * 4 * weights / 2**30
         held = gib * 1.5 if record["settings"]["device"] == "cuda" else gib  # a copy on its way
-        print(
+        say(
             f"EMA: two averages in {held:.1f} GiB of the CPU's memory, and at most "
             f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {run.folder / 'ema'}"
         )
@@ -63,7 +64,7 @@ def announce(
         f"planned {record['planned_steps']} steps, {an_epoch:.1f} an epoch; warm-up over "
         f"{record['warmup_steps']:g} steps to {config.lr:g}{then}"
     )
-    print(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
+    say(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
 
 
 def _recipe(record: dict[str, Any]) -> str:
@@ -84,7 +85,7 @@ def _stores(stores: list[dict[str, Any]]) -> None:
         later = store["newest_generation"] - store["generation"]
         if later:
             line += f", without the {later} later ones, unfinished or newer than the run"
-        print(line)
+        say(line)
         if store["tagged"] < store["images"]:
             print(f"  {store['tagged']} of {store['images']} images are selected by their tags")
         if store["selected"] < store["tagged"]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from inspect import getdoc
 from typing import Any
 
-from xlsd_cache import UserError
 from xlsd_cache.cli import quiet_libraries
+from xlsd_cache.terminal import go_on_alone, run, start
 from xlsd_train.config import TrainConfig
 from xlsd_train.model_commands import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
 from xlsd_train.recipe import parse, show
@@ -100,32 +100,31 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "swap": (SwapConfig, _swap),
 }
 
+PRINT = {PlanConfig, RecipesConfig, TagsConfig, ScoreConfig}  # commands that make nothing but text
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one sentence, no traceback.
 
-    Without a command's name it is `run`, which trains.
+    Without a command's name it is `run`, which trains; without `args` it is a program of its own.
     """
+    if args is None:
+        start()
     given = list(sys.argv[1:] if args is None else args)
     named = given[:1] if given[:1] and given[0] in COMMANDS else []
-    kind, run = COMMANDS[named[0] if named else "run"]
-    try:
-        config = parse(
-            kind,
-            given[len(named) :],
-            prog=" ".join(["xlsd-train", *named]),
-            description=_describe(kind),
-        )
+    kind, command = COMMANDS[named[0] if named else "run"]
+
+    def run_it() -> int:
+        prog = " ".join(["xlsd-train", *named])
+        config = parse(kind, given[len(named) :], prog=prog, description=_describe(kind))
+        if kind not in PRINT:
+            go_on_alone()
         quiet_libraries()
-        run(config, ["xlsd-train", *given])
+        command(config, ["xlsd-train", *given])
         return 0
-    except UserError as error:
-        print(f"xlsd-train: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        told = "; the last checkpoint stands" if kind is TrainConfig else ""
-        print(f"xlsd-train: stopped at once{told}", file=sys.stderr)
-        return 130
+
+    told = "; the last checkpoint stands" if kind is TrainConfig else ""
+    return run("xlsd-train", run_it, f"stopped at once{told}")
 
 
 def _describe(kind: type[Any]) -> str:

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing, write_bytes
+from xlsd_cache.ours import marking
 from xlsd_cache.precision import device_of, set_precision
+from xlsd_cache.terminal import say
 from xlsd_train.export import fold_vae, vae_in
 from xlsd_train.find import Parts, find
 from xlsd_train.model import assemble, model_vae
@@ -52,10 +54,10 @@ def compare(config: SampleConfig) -> Path:
             files.append(_draw(name, parts, asked, folder, device, config.scheduler, bar))
     shown, files = asked[:SHOWN], [row[:SHOWN] for row in files]
     with replacing(config.out / "grid.png") as temporary:
-        _grid(list(names), shown, files).save(temporary, "PNG")
+        _grid(list(names), shown, files).save(temporary, "PNG", **marking("grid"))
     html = config.out / "index.html"
     write_bytes(html, page(list(names), shown, files).encode())
-    print(f"pictures and grid {config.out / 'grid.png'}; to compare any two: {html}")
+    say(f"pictures and grid {config.out / 'grid.png'}; to compare any two: {html}")
     if len(asked) > SHOWN:
         print(f"grid and page show the first {SHOWN} of {len(asked)} prompts")
     return html

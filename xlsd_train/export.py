@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_bytes, write_json
+from xlsd_cache.terminal import say
 from xlsd_cache.vae import Vae, load_vae
 from xlsd_train import sd15
 from xlsd_train.card import History
@@ -88,10 +89,10 @@ def write_model(
         write_bytes(beside / (f"{title}.md" if single else "README.md"), card.encode())
         if history.grid is not None:
             write_bytes(beside / grid, history.grid.read_bytes())
-    print(folded)
+    say(folded)
     for file, digest in hashes.items():
         path = out if single else out / file
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
+        say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
     return out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from xlsd_cache import Padding, UserError
 from xlsd_cache.hub import no_such, repository_of
+from xlsd_cache.terminal import say
 from xlsd_train import names, sd15
 from xlsd_train.fold import Normalisation
 from xlsd_train.foreign import UNET_ALONE, kind_of, remedy
@@ -99,7 +100,7 @@ def completed(parts: Parts, tokenizer: bool = True) -> Parts:
         files = ["text_encoder/config.json", "text_encoder/model.safetensors"]
         folder = fetch_model(sd15.HUB_ID, files, files, "--text-encoder")
         part = folder_part("text_encoder", folder / "text_encoder", sd15.HUB_ID)
-        print(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
+        say(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
         check(part)
         parts = replace(parts, text_encoder=part)
     if parts.tokenizer is None and tokenizer:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from xlsd_cache import UserError
+from xlsd_cache import UserError, terminal
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import checkpoints, prune, save_checkpoint, step_of
@@ -213,12 +213,12 @@ def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
 
 def _say_end(session: Session, step: int, signalled: int) -> None:
     run, planned = session.run, session.planned_steps
-    print(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
+    terminal.say(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
     if session.config.sample_every:
-        print(f"samples {run.folder / 'samples' / 'grid.png'}")
+        terminal.say(f"samples {run.folder / 'samples' / 'grid.png'}")
     best = best_of(run.folder, (0, *map(step_of, checkpoints(run.folder))))
     if best:
         print(say(best))
-    print(leave_report(run.folder))
+    terminal.say(leave_report(run.folder))
     if signalled or step < planned:
-        print(f"to go on from here, to the bit: the same command with --out {run.folder}")
+        terminal.say(f"to go on from here, to the bit: the same command with --out {run.folder}")

@@ -61,7 +61,8 @@ class ExportConfig:
             )
         refuse_existing(self.out)
         if single:
-            refuse_existing(self.out.with_suffix(".md"))  # its card
+            for beside in (".md", ".samples.png"):  # its card, and the run's samples
+                refuse_existing(self.out.with_name(self.out.stem + beside))
 
 
 @dataclass(frozen=True)

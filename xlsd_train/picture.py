@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from xlsd_cache.durable import replacing
+from xlsd_cache.ours import MARK
 from xlsd_train.captions import tokenize
 from xlsd_train.model import Model
 
@@ -126,7 +127,7 @@ def save_picture(
     }
     info = PngInfo()
     info.add_text("parameters", asked.parameters(model, model_hash))
-    info.add_text("xlsd", json.dumps(told, ensure_ascii=False))
+    info.add_text(MARK, json.dumps(told, ensure_ascii=False))
     with replacing(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
 

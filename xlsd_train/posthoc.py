@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
+from xlsd_cache.terminal import say
 from xlsd_train.checkpoint import checkpoints
 from xlsd_train.ema import SIGMAS, snapshots
 from xlsd_train.find import TEXT_ENCODER, UNET
@@ -50,7 +51,7 @@ def reconstruct(config: EmaConfig) -> None:
             for sigma in SIGMAS
         ]
         counts, error = coefficients(profiles, wanted)
-        print(
+        say(
             f"sigma_rel {config.sigma_rel:g} (gamma {wanted.gamma:.4g}) at step {step}, from "
             f"{len(files)} snapshots of {run}: its profile is met to {error:.1%}"
         )
@@ -63,7 +64,7 @@ def reconstruct(config: EmaConfig) -> None:
         }
     said = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
     _write(run, out, step, averaged, said)
-    print(f"{out}: as --model takes it")
+    say(f"{out}: as --model takes it")
 
 
 def _sum(terms: list[tuple[Any, str]], counts: list[float], name: str) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 from xlsd_cache import UserError
+from xlsd_cache.terminal import say
 from xlsd_train.config import TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -117,7 +118,7 @@ def show(name: str | None) -> None:
     recipes = [Recipe.read(name) for name in shipped()]
     width = max(len(recipe.name) for recipe in recipes)
     for recipe in recipes:
-        print(f"{recipe.name:<{width}}  {recipe.summary}")
+        say(f"{recipe.name:<{width}}  {recipe.summary}")
 
 
 def parse(kind: type[Config], words: Sequence[str], prog: str, description: str) -> Config:

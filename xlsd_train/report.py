@@ -15,6 +15,8 @@ from plotly.offline import get_plotlyjs
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import write_bytes
+from xlsd_cache.ours import GENERATOR, is_page, refuse_foreign
+from xlsd_cache.terminal import say
 from xlsd_train.charts import charts
 from xlsd_train.facts import facts, settings_table
 from xlsd_train.history import History, histories
@@ -25,11 +27,15 @@ from xlsd_train.thin import evenly
 NAME = "report.html"
 STEPS, PROMPTS = 10, 8  # of samples, at most
 PICTURES = 24 << 20  # bytes of all pictures, beyond which fewer steps are shown, but two
-PAGE = """\
+PAGE = (
+    """\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+"""
+    + GENERATOR
+    + """
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:; \
 style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -117,6 +123,7 @@ document.querySelectorAll(".chart").forEach((place, i) => {
 </body>
 </html>
 """
+)
 
 
 @dataclass(frozen=True)
@@ -131,14 +138,15 @@ class Samples:
 def report(config: ReportConfig) -> Path:
     """Write the page of `config.runs`; returns where. Raises UserError for what is no run."""
     path = write_report(config.runs, config.out)
-    print(f"report {path}")
+    say(f"report {path}")
     return path
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """The same from Python; by default RUN/report.html of one run, report.html of several."""
-    runs = histories(folders)
-    return write_page(runs, out or (folders[0] / NAME if len(runs) == 1 else Path(NAME)))
+    path = out or (folders[0] / NAME if len(folders) == 1 else Path(NAME))
+    refuse_foreign(path, (".html",), is_page)
+    return write_page(histories(folders), path)
 
 
 def write_page(runs: list[History], path: Path) -> Path:

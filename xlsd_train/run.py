@@ -29,6 +29,8 @@ from xlsd_cache.durable import (
     write_bytes,
     write_json,
 )
+from xlsd_cache.ours import is_run
+from xlsd_cache.terminal import say
 from xlsd_train.checkpoint import STATE, checkpoints
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.ema import forget_snapshots_after
@@ -58,11 +60,17 @@ class Run:
         folder = config.out or Path("runs") / f"{config.phase}-{stamp}"
         path = folder / "config.json"
         try:
-            return cls(folder, json.loads(path.read_bytes()))
+            before = json.loads(path.read_bytes())
         except FileNotFoundError:
-            pass
+            before = None
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}; name another --out") from error
+        if is_run(before):
+            return cls(folder, before)
+        if before is not None:
+            raise UserError(
+                f"--out {folder} is no run: its config.json is of another kind; name another"
+            )
         if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.iterdir()))):
             raise UserError(
                 f"--out {folder} is not empty and holds no run (no config.json); name another"
@@ -104,7 +112,7 @@ class Run:
                 f"{self.folder} was begun with {told}; give the same again, another --out, or "
                 f"--force to go on inexactly"
             )
-        print(f"--force: {self.folder} was begun with {told}; it goes on, but not exactly")
+        say(f"--force: {self.folder} was begun with {told}; it goes on, but not exactly")
 
     def compare_model(self, record: dict[str, Any], force: bool) -> None:
         """Refuse a run that was killed before its first checkpoint and now begins elsewhere."""

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
+from xlsd_cache.ours import marking
 from xlsd_train import draw
 from xlsd_train.captions import Columns
 from xlsd_train.mixture import Store
@@ -72,7 +73,7 @@ class Sampler:
         ]
         path = samples / "grid.png"
         with replacing(path) as temporary:
-            sheet(rows, self.width, self.height).save(temporary, "PNG")
+            sheet(rows, self.width, self.height).save(temporary, "PNG", **marking("grid"))
         return path
 
 

@@ -1,6 +1,5 @@
 """`xlsd-train score`: pictures that `sample` drew, against their prompts and real images."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.sources import image_files
+from xlsd_cache.terminal import say, say_json
 from xlsd_train import draw
 from xlsd_train.clip import Clip, Embeddings, load_clip
 from xlsd_train.drawn import Drawn, drawn_in
@@ -61,7 +61,11 @@ def score(config: ScoreConfig) -> None:
         for name in models
     }
     told["best"] = {kind: _best(kind, found) for kind, found in measured.items()}
-    print(json.dumps(told, indent=2, ensure_ascii=False) if config.json else _table(told))
+    if config.json:
+        say_json(told)
+    else:
+        for line in _table(told):
+            say(line)
 
 
 def _best(kind: str, found: dict[str, Estimate]) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def _accounts(real: Real, rejected: dict[Path, Rejected]) -> dict[str, Any]:
     }
 
 
-def _table(told: dict[str, Any]) -> str:
+def _table(told: dict[str, Any]) -> list[str]:
     """For people."""
     lines = [f"{told['pictures']} pictures a model, judged by {told['clip']}"]
     if cut := told["prompts_cut"]["prompts"]:
@@ -135,7 +139,7 @@ def _table(told: dict[str, Any]) -> str:
             f"{few} images are few for CMMD, which wants {FEW} or more of either kind, of many "
             f"subjects; its intervals hold for pictures of just these"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _of_real(real: dict[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from xlsd_cache import UserError
 from xlsd_cache.interrupt import StopSignal
+from xlsd_cache.ours import is_page, refuse_foreign
+from xlsd_cache.terminal import say
 from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.history import histories, read_record
@@ -35,6 +37,7 @@ def sweep(config: SweepConfig, words: Sequence[str]) -> None:
     runs = config.runs(without(words, "validate-every") != list(words))
     _check(runs)
     out, each = next((folder.parent, run.validate_every) for folder, run in runs.items())
+    refuse_foreign(out / NAME, (".html",), is_page)
     if each and not config.validate_every:
         print(f"validating every {each} steps, to compare by; --validate-every chooses, 0 for none")
     given = without(words, "lr", "out", "validate-every")
@@ -42,14 +45,15 @@ def sweep(config: SweepConfig, words: Sequence[str]) -> None:
     with StopSignal() as stop:
         for number, (folder, asked) in enumerate(runs.items(), start=1):
             if _finished(folder, asked):
-                print(f"--lr {asked.lr}: {folder} is finished")
+                say(f"--lr {asked.lr}: {folder} is finished")
                 continue
-            print(f"--lr {asked.lr}: run {number} of {len(runs)}, {folder}", flush=True)
+            say(f"--lr {asked.lr}: run {number} of {len(runs)}, {folder}")
+            sys.stdout.flush()  # before the run's own text
             own = {"lr": asked.lr, "out": folder, "validate-every": asked.validate_every}
             options = [word for name, value in own.items() for word in (f"--{name}", str(value))]
             code = _wait(start([*given, *options]), folder, stop)
             if stop.asked:
-                print(f"to go on from here, to the bit: the same command with --out {out}")
+                say(f"to go on from here, to the bit: the same command with --out {out}")
                 return
             if asked.dry_run:
                 print("the others are the same but for --lr")
@@ -139,7 +143,7 @@ def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> N
     standings, answer = rank(named)
     print(table(standings))
     print(answer + _beyond(standings))
-    print(f"report {write_page(named, out / NAME)}")
+    say(f"report {write_page(named, out / NAME)}")
 
 
 def _beyond(standings: list[Standing]) -> str:

@@ -1,12 +1,12 @@
 """`xlsd-train tags STORE`: which tags captions have, and what a selection by tags leaves."""
 
-import json
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xlsd_cache.store import LatentStore
+from xlsd_cache.terminal import say, say_json
 from xlsd_train.captions import Columns
 from xlsd_train.parts import require_and_forbid
 from xlsd_train.run_commands import TagsConfig
@@ -33,7 +33,7 @@ def tags(config: TagsConfig) -> None:
         },
     }
     if config.json:
-        print(json.dumps(told, indent=2, ensure_ascii=False))
+        say_json(told)
     else:
         _table(told, tagged.unknown)
 
@@ -69,11 +69,12 @@ def _table(told: dict[str, Any], unknown: tuple[str, ...]) -> None:
     print(f"{told['selected']} of {told['images']} images")
     print("buckets: " + ", ".join(f"{name} {n}" for name, n in told["buckets"].items()))
     for tag in unknown:
-        print(f"no image has the tag {tag!r} that --forbid-tags names")
+        say(f"no image has the tag {tag!r} that --forbid-tags names")
     for name, found in told["tags"].items():
         more = told["different"][name] - len(found)
-        print(f"\n{told['different'][name]} tags in {name}", end="")
+        print()
+        say(f"{told['different'][name]} tags in {name}", end="")
         print(f", the most frequent {len(found)}:" if more else ":")
         width = max((len(str(count)) for count in found.values()), default=0)
         for tag, count in found.items():
-            print(f"  {count:>{width}}  {count / told['selected']:>6.1%}  {tag}")
+            say(f"  {count:>{width}}  {count / told['selected']:>6.1%}  {tag}")

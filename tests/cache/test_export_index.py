@@ -38,13 +38,14 @@ def test_what_cannot_be_written_is_one_sentence(
     assert "cannot write" in line
     assert "index.parquet" in line
     log, out = tmp_path / "log", tmp_path / "index.parquet"
-    out.write_bytes(b"before")
+    assert cache("export-index", store, out) == 0
+    before = out.read_bytes()
     process = spawn(small_disk, 500, "export-index", store, out, log=log)
     process.join()
     assert process.exitcode == 1
     assert "Traceback" not in log.read_text()
     assert "cannot write" in log.read_text()
-    assert out.read_bytes() == b"before"
+    assert out.read_bytes() == before
 
 
 def test_a_damaged_shard_is_said(

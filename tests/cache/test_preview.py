@@ -88,13 +88,14 @@ def test_what_cannot_be_written_is_one_sentence(store: Path, tmp_path: Path, cap
     assert cache("preview", store, tmp_path / "gone" / "a.png", "--count", 1) == 1
     assert "cannot write" in said(capsys)
     log, out = tmp_path / "log", tmp_path / "a.png"
-    out.write_bytes(b"before")
+    assert cache("preview", store, out, "--count", 1) == 0
+    before = out.read_bytes()
     process = spawn(small_disk, 3000, "preview", store, out, log=log)
     process.join()
     assert process.exitcode == 1
     assert "Traceback" not in log.read_text()
     assert "cannot write" in log.read_text()
-    assert out.read_bytes() == b"before"
+    assert out.read_bytes() == before
 
 
 def test_long_and_missing_captions_fit_their_cell(store: Path, tmp_path: Path) -> None:
