@@ -39,7 +39,7 @@ def test_help_teaches_every_option(
         (("--shard", "one"), "--shard 'one'"),
         (("--captions", "key"), "--captions 'key'"),
         (("--captions", "jsonl:"), "--captions 'jsonl:'"),
-        (("--captions", "csv:tags"), "--captions 'csv:tags'"),
+        (("--captions", "tsv:tags"), "--captions 'tsv:tags'"),
         (("--rows-per-shard", 0), "--rows-per-shard 0"),
         (("--resolution", 100, "--vae", "none"), "--resolution 100"),
     ],

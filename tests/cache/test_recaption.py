@@ -184,3 +184,104 @@ def test_what_cannot_be_is_one_sentence_and_writes_nothing(
     assert files(latents, "**/*") == before
     assert cache("captions", built, "--from", built / "images", "--columns", "txt") == 1
     assert "no latent store" in capsys.readouterr().err
+
+
+def build(root: Path, vae: Path, *sources: Path, columns: str = "jsonl:text") -> None:
+    options = ("--vae", vae, "--resolution", 64, "--captions", columns)
+    assert cache("build", *sources, "--out", root / "latents", *options) == 0
+
+
+def test_a_row_follows_its_image_when_that_is_renamed(vae: Path, tmp_path: Path) -> None:
+    """Proved by content, in this build and in later ones, and by `captions`; never by the name."""
+    images, store = tmp_path / "im", tmp_path / "latents"
+    write_images(images, ["a.png", "b.png"], width=64, height=64)
+    rows = [{"file_name": "a.png", "text": "of a"}, {"file_name": "b.png", "text": "of b"}]
+    table = images / "metadata.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    build(tmp_path, vae, images)
+    (images / "a.png").rename(images / "moved.png")
+    write_images(images / "sub", ["a.png"], first_seed=5, width=64, height=64)
+    expected = {"im/moved.png": "of a", "im/b.png": "of b", "im/sub/a.png": None}
+    for _ in range(2):
+        build(tmp_path, vae, images)
+        assert texts(store, "jsonl:text") == expected
+    table.write_text(json.dumps({"file_name": "a.png", "text": "a again", "wd": "tag"}))
+    assert cache("captions", store, "--from", images, "--columns", "jsonl:wd") == 0
+    assert texts(store, "jsonl:wd") == {
+        "im/moved.png": "tag",
+        "im/b.png": None,
+        "im/sub/a.png": None,
+    }
+
+
+def test_captions_of_a_source_that_moved_are_its_own_images(vae: Path, tmp_path: Path) -> None:
+    """By key, for the store was built elsewhere; but not of another folder that is called so."""
+    images, store = tmp_path / "here/im", tmp_path / "latents"
+    write_images(images, ["a.png", "x/b.png"], width=64, height=64)
+    build(tmp_path, vae, images, columns="txt")
+    moved = Path(shutil.move(images, tmp_path / "there"))
+    other = tmp_path / "other/im"
+    write_images(other, ["a.png", "x/b.png"], first_seed=5, width=64, height=64)
+    for folder, text in ((other, "another's"), (moved, "its own")):
+        rows = [{"file_name": "a.png", "text": text}, {"key": "x/b", "text": text}]
+        (folder / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for name in ("a", "x/b"):
+            (folder / f"{name}.moon").write_text(text)
+    command = ("captions", store, "--columns", "jsonl:text,moon", "--from")
+    assert cache(*command, other) == 1
+    # the folder must be called as the source was, or lie elsewhere with captions alone
+    shutil.rmtree(other)
+    assert cache(*command, Path(shutil.move(moved, other))) == 0
+    for column in ("jsonl:text", "moon"):
+        assert texts(store, column) == {"im/a.png": "its own", "im/x/b.png": "its own"}
+
+
+def test_captions_beside_one_source_say_nothing_of_another(vae: Path, tmp_path: Path) -> None:
+    for name in "AB":
+        write_images(tmp_path / name, ["1.png"], first_seed=ord(name), width=64, height=64)
+    write_images(tmp_path / "B", ["2.png"], first_seed=9, width=64, height=64)
+    build(tmp_path, vae, tmp_path / "A", tmp_path / "B", columns="none")
+    (tmp_path / "A/2.moon").write_text("of an image that is gone")
+    (tmp_path / "A/1.moon").write_text("A's")
+    lines = [{"file_name": "1.png", "text": "A's"}, {"file_name": "2.png", "text": "gone"}]
+    (tmp_path / "A/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    store = tmp_path / "latents"
+    command = ("captions", store, "--from", tmp_path / "A", "--columns", "moon,jsonl:text")
+    assert cache(*command) == 0
+    for column in ("moon", "jsonl:text"):
+        assert texts(store, column) == {"A/1.png": "A's", "B/1.png": None, "B/2.png": None}
+
+
+def test_a_table_that_embeds_images_recaptions_those_alone(vae: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "im", ["0.png", "1.png"], width=64, height=64)
+    data = [(tmp_path / "im" / f"{i}.png").read_bytes() for i in range(2)]
+
+    def write(folder: str, images: list[bytes], said: list[str]) -> Path:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        pq.write_table(pa.table({"image": images, "text": said}), tmp_path / folder / "t.parquet")
+        return tmp_path / folder / "t.parquet"
+
+    first = write("one", data, ["a", "b"])
+    build(tmp_path, vae, first, columns="parquet:text")
+    store = tmp_path / "latents"
+    keys = ["t.parquet/000000000", "t.parquet/000000001"]
+    command = ("captions", store, "--columns", "parquet:text", "--from")
+    assert cache(*command, write("two", data[::-1], ["wrong", "wrong"])) == 1  # of other images
+    assert texts(store, "parquet:text") == dict(zip(keys, ["a", "b"], strict=True))
+    assert cache(*command, write("two", data, ["new a", "new b"])) == 0  # the same, moved
+    assert texts(store, "parquet:text") == dict(zip(keys, ["new a", "new b"], strict=True))
+
+
+def test_a_table_that_cannot_be_read_takes_no_caption_away(vae: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "im", ["a.png", "b.png"], width=64, height=64)
+    table, store = tmp_path / "im/metadata.csv", tmp_path / "latents"
+    table.write_text("file_name,text\na.png,one\nb.png,two\n")
+    build(tmp_path, vae, tmp_path / "im", columns="csv:text")
+    table.write_bytes(b"")
+    write_images(tmp_path / "im", ["c.png"], first_seed=7, width=64, height=64)
+    (tmp_path / "im/more.csv").write_text("file_name,text\nc.png,three\n")
+    build(tmp_path, vae, tmp_path / "im", columns="csv:text")
+    assert texts(store, "csv:text") == {"im/a.png": "one", "im/b.png": "two", "im/c.png": "three"}
+    table.write_text("file_name,text\na.png,one\n")
+    build(tmp_path, vae, tmp_path / "im", columns="csv:text")
+    assert texts(store, "csv:text") == {"im/a.png": "one", "im/b.png": None, "im/c.png": "three"}
