@@ -179,7 +179,8 @@ class Cursor:
         if not fed and not piece:
             self.ending = CUT
             return False
-        at = state.at + len(fed) - len(inflater.unconsumed_tail) - len(inflater.unused_data)
+        left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+        at = state.at + len(fed) - len(left)
         out, crc = state.out + len(piece), zlib.crc32(piece, state.crc)
         self._piece, self._state = piece, _Mark(out, at, inflater, state.begun, crc)
         if inflater.eof:
