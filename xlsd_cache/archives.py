@@ -97,12 +97,15 @@ def _walk(tar: Tar, roll: Roll[TarEntry], read_again: ReadAt) -> None:
         if roll.put(name, entry) and roll.asked.is_caption(name):
             _keep_text(name, entry, roll, read_at)
     if not anything and tar.damage:
-        raise OSError("it is no tar" if tar.read_at(0, 1) else "it is empty")
+        raise OSError("it is empty" if "at byte 0 with" in tar.damage else "it is no tar")
 
 
 def _keep_text(name: str, entry: TarEntry, roll: Roll[TarEntry], read_at: ReadAt) -> None:
     def read() -> bytes | LeftOut:
-        data = read_at(entry.offset, entry.size)
+        try:
+            data = read_at(entry.offset, entry.size)
+        except BadSource:
+            return DAMAGED
         return data if len(data) == entry.size else DAMAGED
 
     if entry.kind == "file":

@@ -437,6 +437,24 @@ def test_a_folder_of_archives_builds_without_those_that_are_broken(
     assert counts["rejected"] == {"truncated": 1, "corrupt": 1, "too_many_bytes": 1}
 
 
+def test_a_damaged_member_is_rejected_once_and_for_all(
+    tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = photos(1, 2)
+    data = bytearray(zip_of(files, zipfile.ZIP_STORED))
+    data[data.index(files[0][1]) + len(files[0][1]) - 30] ^= 1  # far behind the image's header
+    (tmp_path / "a.zip").write_bytes(data)
+    options = (tmp_path / "a.zip", "--out", tmp_path / "l", "--vae", vae, "--resolution", 128)
+    assert cache("build", *options, "--batch", 2) == 0
+    assert "2 scanned = 1 encoded + 0 reused + 0 duplicate + 1 rejected (corrupt 1)" in (
+        capsys.readouterr().out
+    )
+    rejected = pq.read_table(tmp_path / "l" / "rejected.parquet").to_pylist()
+    assert rejected[0]["key"] == "a.zip/1.png"
+    assert cache("build", *options, "--batch", 2) == 0
+    assert "to place: 0 images" in capsys.readouterr().out
+
+
 def test_sources_of_an_older_version_are_only_renamed(
     tmp_path: Path, vae: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
