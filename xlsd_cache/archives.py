@@ -11,7 +11,7 @@ from xlsd_cache import UserError
 from xlsd_cache.captions import DAMAGED, ENCRYPTED, PACKED, LeftOut
 from xlsd_cache.gzips import END, gzip_of
 from xlsd_cache.inflate import BadSource, ReadAt, inflate
-from xlsd_cache.locate import GZIPPED, no_place, span
+from xlsd_cache.locate import GZIPPED, span
 from xlsd_cache.members import Asked, Members, Roll, normal, printable
 from xlsd_cache.tars import Entry as TarEntry
 from xlsd_cache.tars import Tar
@@ -48,7 +48,13 @@ def _read_tar(archive: Path, file: IO[bytes], asked: Asked) -> Members:
     gzip = gzip_of(archive)
     cursor = gzip.cursor(file)
     tar = Tar(cursor.read_at)
-    _walk(tar, roll, gzip.read_at)
+    try:
+        _walk(tar, roll, gzip.read_at)
+    except OSError:
+        if cursor.ending in ("", END) and cursor.behind < nbytes:
+            raise
+        told = "it is not compressed by gzip" if cursor.behind else f"its gzip is {cursor.ending}"
+        raise OSError(told) from None
     _settle_tar(archive, tar, roll, cursor.drain(_BEHIND), cursor.bad)
     if cursor.ending != END:
         roll.found.damage = f"its gzip stream is {cursor.ending}"
@@ -91,12 +97,15 @@ def _walk(tar: Tar, roll: Roll[TarEntry], read_again: ReadAt) -> None:
         if roll.put(name, entry) and roll.asked.is_caption(name):
             _keep_text(name, entry, roll, read_at)
     if not anything and tar.damage:
-        raise OSError("it is no tar" if tar.read_at(0, 1) else "it is empty")
+        raise OSError("it is empty" if "at byte 0 with" in tar.damage else "it is no tar")
 
 
 def _keep_text(name: str, entry: TarEntry, roll: Roll[TarEntry], read_at: ReadAt) -> None:
     def read() -> bytes | LeftOut:
-        data = read_at(entry.offset, entry.size)
+        try:
+            data = read_at(entry.offset, entry.size)
+        except BadSource:
+            return DAMAGED
         return data if len(data) == entry.size else DAMAGED
 
     if entry.kind == "file":
@@ -115,19 +124,21 @@ def _settle_tar(
         if is_bad and name in roll.found.texts:
             roll.found.texts[name] = DAMAGED
         if entry.kind == "sparse" and roll.asked.is_image(name):
-            why = "unsupported", "a sparse member of a tar"
             roll.leave_out(name, "sparse")
-            roll.keep(name, no_place(archive, printable(name)), entry.size, *why)
+            roll.reject(archive, name, entry.size, "unsupported", "a sparse member of a tar")
         elif entry.kind != "file":
             roll.found.passed_over["other files"] += 1
         elif roll.asked.is_image(name):
-            why = ("", "")
             if is_bad:
-                why = "corrupt", "its gzip stream is damaged, and any of its bytes may be wrong"
+                told = "its gzip stream is damaged, and any of its bytes may be wrong"
+                roll.reject(archive, name, entry.size, "corrupt", told)
             elif stop > end:
-                why = "truncated", f"the archive ends after {end - entry.offset} of its bytes"
-            source = span(archive, entry.offset, entry.size, printable(name))
-            roll.keep(name, source, entry.size, *why)
+                told = f"the archive ends after {end - entry.offset} of its bytes"
+                roll.reject(archive, name, entry.size, "truncated", told)
+            else:
+                roll.keep(
+                    name, span(archive, entry.offset, entry.size, printable(name)), entry.size
+                )
     roll.found.damage = tar.damage
     if tar.damage and tar.last and tar.last.offset + tar.last.size > end:
         roll.found.damage = f"it ends within {printable(tar.last.name)}"
@@ -170,7 +181,10 @@ def _settle_zip(
         except ValueError as error:
             left_out, reason, detail = DAMAGED, "corrupt", f"damaged in its archive: {error}"
         else:
-            if place + entry.packed > table.length:
+            if entry.size >= 2**62:  # nor could a table of ours hold it
+                detail = f"damaged in its archive: it claims {entry.size} bytes"
+                left_out, reason = DAMAGED, "corrupt"
+            elif place + entry.packed > table.length:
                 detail = "the archive ends within it"
                 left_out, reason = DAMAGED, "truncated"
     if roll.asked.is_caption(name):
@@ -179,7 +193,7 @@ def _settle_zip(
         return
     if left_out:
         roll.leave_out(name, left_out)
-        roll.keep(name, no_place(archive, printable(name)), entry.size, reason, detail)
+        roll.reject(archive, name, entry.size, reason, detail)
         return
     size = None if entry.method == STORED else entry.size
     source = span(archive, place, entry.packed, printable(name), size, entry.crc)

@@ -174,17 +174,23 @@ class Cursor:
             piece = inflater.decompress(fed, _PIECE)
         except zlib.error as error:
             self.ending = f"damaged: {error}"
-            self.bad.append((state.begun, state.out + _PIECE))
+            self._spoil(state.begun, state.out + _PIECE)
             return False
         if not fed and not piece:
             self.ending = CUT
             return False
-        at = state.at + len(fed) - len(inflater.unconsumed_tail) - len(inflater.unused_data)
+        left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+        at = state.at + len(fed) - len(left)
         out, crc = state.out + len(piece), zlib.crc32(piece, state.crc)
         self._piece, self._state = piece, _Mark(out, at, inflater, state.begun, crc)
         if inflater.eof:
             self._end_member()
         return bool(piece)
+
+    def _spoil(self, begun: int, end: int) -> None:
+        if self.bad and self.bad[-1][1] >= begun:
+            begun, _ = self.bad.pop()
+        self.bad.append((begun, end))
 
     def _end_member(self) -> None:
         """Hold the gzip member's own crc32 and length against what was inflated."""
@@ -196,7 +202,7 @@ class Cursor:
         if len(trailer) < 8:
             self.ending = CUT
         elif told != (state.crc, (state.out - state.begun) % 2**32):
-            self.bad.append((state.begun, state.out))
+            self._spoil(state.begun, state.out)
         self._state = _Mark(state.out, state.at + 8)
 
 

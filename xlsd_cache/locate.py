@@ -9,7 +9,7 @@ read, and any number of threads and processes may read at once.
     00000.tar.gz//1536+48211/0.jpg                 the same, of what the file inflates to
     photos.zip//4096+3000=0badcafe/a.jpg           the 3000 bytes at 4096, whose crc32 is 0badcafe
     photos.zip//4096+3000~5120=0badcafe/a.bmp      the same, which inflate to 5120
-    photos.zip//-/a.jpg                            a member that cannot be read in place
+    photos.zip//-corrupt/a.jpg                     none: why not, of decode.REASONS
     photos.parquet//image@17+48211/a.jpg           column `image`, row 17, 48211 bytes
 """
 
@@ -27,7 +27,7 @@ from xlsd_cache.inflate import BadSource, Stretch, inflate
 
 BETWEEN = "//"
 GZIPPED = (".tar.gz", ".tgz")  # tars whose places are in what they inflate to
-_NO_PLACE = "-/"
+_NO_PLACE = re.compile(r"-([a-z_]+)/")
 _SPAN = re.compile(r"(\d{1,19})\+(\d{1,19})(?:~(\d{1,19}))?(?:=([0-9a-f]{8}))?/", re.DOTALL)
 _CELL = re.compile(r"([^/]+)@(\d+)\+(\d+)/", re.DOTALL)
 
@@ -68,9 +68,9 @@ def span(
     return f"{archive}{BETWEEN}{offset}+{length}{size}{check}/{name}"
 
 
-def no_place(archive: Path, name: str) -> str:
-    """The source of a member that cannot be read in place."""
-    return f"{archive}{BETWEEN}{_NO_PLACE}{name}"
+def no_place(archive: Path, reason: str, name: str) -> str:
+    """The source of a member that cannot be read, for a reason of decode.REASONS."""
+    return f"{archive}{BETWEEN}-{reason}/{name}"
 
 
 def cell(table: Path, column: str, row: int, size: int, name: str) -> str:
@@ -143,8 +143,8 @@ def _refuse_above(most: int, nbytes: int) -> None:
 
 
 def _no_source(source: str, place: str) -> OSError:
-    if place.startswith(_NO_PLACE):
-        return BadSource("unsupported", "its archive holds it in a way that is not read")
+    if at := _NO_PLACE.match(place):
+        return BadSource(at[1], "so its archive said when it was scanned")
     return OSError(f"{source!r} is no source that this version knows")
 
 

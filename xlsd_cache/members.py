@@ -3,10 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from xlsd_cache.captions import CAPTION_BYTES, TOO_LARGE, LeftOut
 from xlsd_cache.folders import is_hidden
+from xlsd_cache.locate import no_place
 
 _TEXTS_BYTES = 2**28  # of all captions of an archive, if that is more than the archive itself
 _NAMED = 3  # of several names
@@ -91,10 +93,14 @@ class Roll(Generic[Place]):
             text = read()
         self.found.texts[name] = text
 
-    def keep(self, name: str, source: str, size: int, reason: str = "", detail: str = "") -> None:
-        """Keep an image; `reason` says why it is none that can be used."""
-        member = Member(name, source, min(size, _MOST), reason, detail)
-        self.found.members.append(member)
+    def keep(self, name: str, source: str, size: int) -> None:
+        """Keep an image."""
+        self.found.members.append(Member(name, source, size))
+
+    def reject(self, archive: Path, name: str, size: int, reason: str, detail: str) -> None:
+        """Keep an image that cannot be read."""
+        source = no_place(archive, reason, printable(name))
+        self.found.members.append(Member(name, source, min(size, _MOST), reason, detail))
 
     def leave_out(self, name: str, kind: str) -> None:
         """Tell of the member that it is `kind`, and not used for that."""
