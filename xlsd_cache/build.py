@@ -29,7 +29,7 @@ from xlsd_cache.plan import JOURNALS, Plan, make_plan, refuse_lost_sources
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.sources import Scan, scan
 from xlsd_cache.tables import one
-from xlsd_cache.vae import Vae, load_vae
+from xlsd_cache.vae import Vae, load_vae, require_vae
 
 
 def build(config: BuildConfig) -> Accounting | None:
@@ -42,6 +42,7 @@ def build(config: BuildConfig) -> Accounting | None:
     print(set_precision(config.precision))
     device = device_of(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
+    require_vae(config.vae)  # a scan may take long
     found = scan(config.source, config.caption_columns, config.only, config.exclude, config.workers)
     _say_found(found, config)
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)

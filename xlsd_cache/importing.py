@@ -27,7 +27,7 @@ from xlsd_cache.pairing import Entry, Item, image_records, make_items
 from xlsd_cache.peers import KEEPS, find, read
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.transfer import DIVIDED, Transfer, order, plan_imports
-from xlsd_cache.vae import Vae, load_vae
+from xlsd_cache.vae import Vae, load_vae, require_vae
 
 
 def import_caches(config: ImportConfig) -> Accounting | None:
@@ -39,6 +39,7 @@ def import_caches(config: ImportConfig) -> Accounting | None:
     """
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision("fp32"))
+    require_vae(config.vae)
     found = find(config.cache)
     records = image_records(found, config.images, config.caption_columns)
     kinds = {file.kind for file in found.files}
