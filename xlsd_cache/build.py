@@ -42,7 +42,7 @@ from xlsd_cache.sources import Scan, scan
 from xlsd_cache.space import bytes_to_write, say_room, uncommitted_places
 from xlsd_cache.tables import one
 from xlsd_cache.terminal import say, warn
-from xlsd_cache.vae import Vae, load_vae
+from xlsd_cache.vae import Vae, load_vae, require_vae
 
 
 def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
@@ -58,6 +58,7 @@ def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
     _say_memory(config)
     device = device_of(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
+    require_vae(config.vae)  # a scan may take long
     found = scan(config.source, config.caption_columns, config.only, config.exclude, config.workers)
     _say_found(found, config)
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)

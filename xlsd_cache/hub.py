@@ -81,6 +81,24 @@ def fetch(repository: str, files: Sequence[str], needed: Sequence[str], instead:
     alternatives. Raises UserError within seconds where the hub does not answer or refuses, with
     `instead`, which says what to give in the repository's place.
     """
+    if there := require(repository, files, needed, instead):
+        return there
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(files)))
+    except HfHubHTTPError as error:
+        why = _of_status(error.response.status_code)
+    except Exception as error:  # of the HTTP client, whichever the hub's client uses
+        why = f"the download failed ({_short(error)})"
+    raise _failed(repository, why, instead)
+
+
+def require(
+    repository: str, files: Sequence[str], needed: Sequence[str], instead: str
+) -> Path | None:
+    """The repository's folder in the cache; None where it is the hub's to give, and it answers.
+
+    Raises UserError as `fetch` does, of which this is the quick half.
+    """
     if there := cached(repository, files, needed):
         return there
     if constants.HF_HUB_OFFLINE:
@@ -89,14 +107,13 @@ def fetch(repository: str, files: Sequence[str], needed: Sequence[str], instead:
         )
     else:
         why = _refusal(repository)
-    if not why:
-        try:
-            return Path(snapshot_download(repository, allow_patterns=list(files)))
-        except HfHubHTTPError as error:
-            why = _of_status(error.response.status_code)
-        except Exception as error:  # of the HTTP client, whichever the hub's client uses
-            why = f"the download failed ({_short(error)})"
-    raise UserError(f"cannot fetch {repository} from {constants.ENDPOINT}: {why}; {instead}")
+    if why:
+        raise _failed(repository, why, instead)
+    return None
+
+
+def _failed(repository: str, why: str, instead: str) -> UserError:
+    return UserError(f"cannot fetch {repository} from {constants.ENDPOINT}: {why}; {instead}")
 
 
 def cached(repository: str, files: Sequence[str], needed: Sequence[str]) -> Path | None:

@@ -30,7 +30,7 @@ from xlsd_cache.proving import Prover, settle
 from xlsd_cache.space import bytes_to_write, say_room, uncommitted_places
 from xlsd_cache.terminal import warn
 from xlsd_cache.transfer import DIVIDED, Transfer, order, plan_imports
-from xlsd_cache.vae import Vae, load_vae
+from xlsd_cache.vae import Vae, load_vae, require_vae
 
 
 def import_caches(config: ImportConfig, began: float | None = None) -> Accounting | None:
@@ -43,6 +43,7 @@ def import_caches(config: ImportConfig, began: float | None = None) -> Accountin
     began = began or time.time()
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision("fp32"))
+    require_vae(config.vae)
     found = find(config.cache)
     told = peek_all(found, config.workers)
     kind = _kind(config, told)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from xlsd_cache import Padding, UserError
-from xlsd_cache.hub import cached, fetch, no_such, repository_of
+from xlsd_cache.hub import cached, fetch, no_such, repository_of, require
 
 # name -> hub repository, and the folder in it
 NAMES = {
@@ -93,6 +93,17 @@ class Vae:
         return self.model.decode(raw).sample  # type: ignore[no-any-return]
 
 
+def require_vae(spec: str) -> None:
+    """Raises UserError, within seconds, where there is no such VAE or the hub does not answer.
+
+    For what comes before a long scan. Whether it is one that loads, `load_vae` says.
+    """
+    if spec in NAMES or not Path(spec).expanduser().exists():
+        source, subfolder = _on_the_hub(spec, None)
+        files, needed = _files(subfolder)
+        require(source, files[0], needed, INSTEAD)
+
+
 def load_vae(
     spec: str,
     scaling_factor: float | None = None,
@@ -115,12 +126,7 @@ def load_vae(
         elif spec not in NAMES and path.is_dir():
             source, model = str(path.resolve()), _from_folder(path, subfolder)
         else:
-            source, subfolder = NAMES.get(spec, (repository_of(spec) or "", subfolder))
-            if not source:
-                names = ", ".join(NAMES)
-                raise UserError(
-                    f"no VAE {no_such(spec)}; give one of {names}, or a hub id ORG/NAME"
-                )
+            source, subfolder = _on_the_hub(spec, subfolder)
             model = _from_folder(_repository(source, subfolder, fetching), subfolder)
     except NotImplementedError as error:  # diffusers moves a model of which tensors are missing
         raise UserError(
@@ -142,23 +148,38 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _on_the_hub(spec: str, subfolder: str | None) -> tuple[str, str | None]:
+    """The repository, and the folder in it. Raises UserError for a path that is missing."""
+    if spec in NAMES:
+        return NAMES[spec]
+    repository = repository_of(spec)
+    if repository is None:
+        names = ", ".join(NAMES)
+        raise UserError(f"no VAE {no_such(spec)}; give one of {names}, or a hub id ORG/NAME")
+    return repository, subfolder
+
+
+def _files(subfolder: str | None) -> tuple[list[list[str]], list[str]]:
+    """What to fetch of a repository, and what else where that has no weights; what is needed."""
+    at = (f"{subfolder}/",) if subfolder else ("", "vae/")
+    ends = (".safetensors", ".safetensors.index.json", "-?????-of-?????.safetensors")
+    config = [f"{folder}config.json" for folder in at]
+    safe = [f"{folder}{WEIGHTS}{end}" for folder in at for end in ends]
+    pickle = [f"{folder}{WEIGHTS}.bin" for folder in at]
+    return [config + safe, config + pickle], ["|".join(config), "|".join(safe + pickle)]
+
+
 def _repository(repository: str, subfolder: str | None, fetching: bool) -> Path:
     """The folder of a hub's repository with its VAE's files. Raises UserError without them."""
-    at = (f"{subfolder}/",) if subfolder else ("", "vae/")
-    config = [f"{folder}config.json" for folder in at]
-    safe = [f"{folder}{WEIGHTS}.safetensors" for folder in at]
-    pieces = [f"{folder}{WEIGHTS}{end}" for folder in at
-              for end in (".safetensors.index.json", "-?????-of-?????.safetensors")]  # fmt: skip
-    pickle = [f"{folder}{WEIGHTS}.bin" for folder in at]
-    needed = ["|".join(config), "|".join([*safe, *pieces, *pickle])]
-    for files in ([*config, *safe, *pieces], [*config, *pickle]):
-        if not fetching:
-            folder = cached(repository, files, needed)
-            if folder is None:
-                raise UserError(f"{repository} is not in the hub's cache")
-        else:
+    choices, needed = _files(subfolder)
+    for files in choices:
+        if fetching:
             folder = fetch(repository, files, needed, INSTEAD)
-        if any(path.is_file() for part in at for path in folder.glob(f"{part}{WEIGHTS}*")):
+        elif there := cached(repository, files, needed):
+            folder = there
+        else:
+            raise UserError(f"{repository} is not in the hub's cache")
+        if any(path.is_file() for end in needed[1].split("|") for path in folder.glob(end)):
             return folder
     raise UserError(f"{repository} holds no VAE in the form of diffusers; {INSTEAD}")
 

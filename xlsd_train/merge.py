@@ -27,8 +27,11 @@ def swap(config: SwapConfig) -> Path:
         )
     if warning := padding_warning(vae):
         print(warning, file=sys.stderr)
-    parts = replace(completed(parts), checkpoint=None)
-    if parts.vae is None or not has_encoder(parts, vae):
-        # What a run made of its old encoder's latents says nothing of the new one's.
-        parts = replace(parts, trained=None, vae_padding=None)
-    return write_model(replace(parts, vae=vae_part(vae)), config.out, False)
+    parts = completed(parts)
+    same = parts.vae is not None and has_encoder(parts, vae)
+    # What a run made of its old VAE's latents says nothing of the new one's.
+    merged = replace(
+        parts, vae=vae_part(vae), checkpoint=None, trained=None,
+        vae_padding=parts.vae_padding if same else None,
+    )  # fmt: skip
+    return write_model(merged, config.out, False)

@@ -46,12 +46,10 @@ class Mixture:
         self.parts = list(parts)
         stores = [part.store for part in parts]
         self.root = " ".join(str(store.root) for store in stores)
+        _prove(stores)
         self.identity = stores[0].identity
         for store in stores[1:]:
             _agree(stores[0], store)
-            if self.identity.vae_sha256 == store.identity.vae_sha256:  # what one says of its VAE
-                known = self.identity.encoder_sha256 or store.identity.encoder_sha256
-                self.identity = replace(self.identity, encoder_sha256=known)
             if store.identity.dtype != self.identity.dtype:  # float16's values are all float32's
                 self.identity = replace(self.identity, dtype="float32")
         self.caption_columns = tuple(
@@ -235,9 +233,6 @@ def _weighed(given: str) -> tuple[str, Fraction]:
 
 def _agree(one: LatentStore, other: LatentStore) -> None:
     """Latents of two encoders must not be trained on together."""
-    if one.identity.vae_sha256 != other.identity.vae_sha256:
-        _prove(one)
-        _prove(other)
     ours, theirs = one.identity, other.identity
     same = ours.encoder_is(theirs.vae_sha256, theirs.encoder_sha256)
     if same is None:
@@ -253,8 +248,21 @@ def _agree(one: LatentStore, other: LatentStore) -> None:
         )
 
 
-def _prove(store: LatentStore) -> None:
-    """Find out which encoder a store of an older version has, from the VAE that encoded it."""
-    if not store.identity.encoder_sha256 and (vae := original(store.identity)):
-        record_encoder(store.root, vae.sha256, vae.encoder_sha256)
-        store.identity = replace(store.identity, encoder_sha256=vae.encoder_sha256)
+def _prove(stores: list[LatentStore]) -> None:
+    """Find out which encoder stores of older versions have, where they are mixed with others.
+
+    Another store of the same VAE says it, or the VAE that encoded them if it is there.
+    """
+    known = {store.identity.vae_sha256: store.identity.encoder_sha256 for store in stores}
+    known |= {
+        store.identity.vae_sha256: store.identity.encoder_sha256
+        for store in stores
+        if store.identity.encoder_sha256
+    }
+    for store in stores:
+        whole = store.identity.vae_sha256
+        if not known[whole] and len(known) > 1 and (vae := original(store.identity)):
+            known[whole] = vae.encoder_sha256
+        if known[whole] and not store.identity.encoder_sha256:
+            record_encoder(store.root, whole, known[whole])
+            store.identity = replace(store.identity, encoder_sha256=known[whole])

@@ -87,7 +87,7 @@ def test_what_cannot_be_merged_is_refused(theirs: Path, tmp_path: Path, capsys: 
     assert train("swap", theirs, "--model", theirs) == 1
     assert "exists already" in capsys.readouterr().err
     assert train("swap", tmp_path / "new", "--model", theirs, "--vae", "nowhere") == 1
-    assert "no VAE 'nowhere'" in capsys.readouterr().err
+    assert "no VAE nowhere: no such file" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
