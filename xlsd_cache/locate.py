@@ -163,17 +163,17 @@ class _Stretch(io.RawIOBase):
         super().close()
 
 
-_groups: OrderedDict[tuple[str, int, str, int], Any] = OrderedDict()
+_groups: OrderedDict[tuple[str, Stat, str, int], Any] = OrderedDict()
 _lock = Lock()
 
 
 def _read_cell(path: str, column: str, row: int) -> bytes:
     """One value of a parquet file, whose whole row group is decoded and kept for the next."""
-    mtime_ns = Path(path).stat().st_mtime_ns
+    version = Stat.of(Path(path).stat())
     try:
-        starts = _row_groups(path, mtime_ns)
+        starts = _row_groups(path, version)
         group = bisect_right(starts, row) - 1
-        named = (path, mtime_ns, column, group)
+        named = (path, version, column, group)
         with _lock:
             if named not in _groups:
                 with pq.ParquetFile(path) as file:
@@ -191,9 +191,9 @@ def _read_cell(path: str, column: str, row: int) -> bytes:
 
 
 @lru_cache(maxsize=4096)
-def _row_groups(path: str, mtime_ns: int) -> list[int]:
-    """The first row of each row group of the file as it was at that time, and their end."""
-    del mtime_ns  # only tells the versions of a file apart
+def _row_groups(path: str, version: Stat) -> list[int]:
+    """The first row of each row group of that version of the file, and their end."""
+    del version  # only tells the versions of a file apart
     with pq.ParquetFile(path) as file:
         told = file.metadata
         return [0, *accumulate(told.row_group(i).num_rows for i in range(told.num_row_groups))]
