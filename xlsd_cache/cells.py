@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from xlsd_cache.inflate import BadSource
 
+Version = tuple[int, int, int, int]  # size, mtime, inode, ctime of the file
 _HELD_BYTES = 2**29  # of decoded parquet row groups: rows of one group are read in any order
 
 
@@ -63,11 +64,12 @@ def embedded(file: Path, column: str) -> pa.Array:
 
 def read_cell(path: str, column: str, row: int) -> bytes:
     """One value, whose whole piece of the file is decoded and kept for the next. Raises OSError."""
-    mtime_ns = Path(path).stat().st_mtime_ns
+    status = Path(path).stat()
+    version = status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
     try:
-        starts = _starts(path, mtime_ns)
+        starts = _starts(path, version)
         group = bisect_right(starts, row) - 1
-        values = _held(path, mtime_ns, column, group)
+        values = _held(path, version, column, group)
         value = values[row - starts[group]].as_py()
     except (pa.ArrowException, KeyError, IndexError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's; pyarrow's own have none
@@ -122,12 +124,12 @@ def _binary(table: pa.Table, column: str) -> pa.ChunkedArray:
     return values
 
 
-_groups: OrderedDict[tuple[str, int, str, int], Any] = OrderedDict()
+_groups: OrderedDict[tuple[str, Version, str, int], Any] = OrderedDict()
 _lock = Lock()
 
 
-def _held(path: str, mtime_ns: int, column: str, group: int) -> Any:
-    named = (path, mtime_ns, column, group)
+def _held(path: str, version: Version, column: str, group: int) -> Any:
+    named = (path, version, column, group)
     with _lock:
         if named not in _groups:
             if _is_parquet(Path(path)):
@@ -143,9 +145,9 @@ def _held(path: str, mtime_ns: int, column: str, group: int) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def _starts(path: str, mtime_ns: int) -> list[int]:
-    """The first row of each piece of the file as it was at that time, and their end."""
-    del mtime_ns  # only tells the versions of a file apart
+def _starts(path: str, version: Version) -> list[int]:
+    """The first row of each piece of that version of the file, and their end."""
+    del version  # only tells the versions of a file apart
     if not _is_parquet(Path(path)):
         return [0, *accumulate(batch.num_rows for batch in _mapped(path).to_batches())]
     with pq.ParquetFile(path) as file:

@@ -341,3 +341,41 @@ def test_torchrun_shares_one_store_between_its_processes(
     theirs = files(tmp_path / "two", "latents.zarr/**/*")
     assert theirs == files(tmp_path / "latents", "latents.zarr/**/*")
     assert cache("check", tmp_path / "two") == 0
+
+
+def test_larger_images_are_let_in_when_asked_and_stay(
+    build: Build, images: Path, tmp_path: Path, encoded: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert build("--max-megapixels", 0.02) == 0  # 70x200 is less, all others are more
+    assert sums(tmp_path / "latents", capsys)["rejected"]["too_many_pixels"] == 10
+    encoded.clear()
+    assert build() == 0
+    assert sum(encoded) == 8
+    assert sums(tmp_path / "latents", capsys)["rejected"] == {"too_small": 1, "truncated": 1}
+    encoded.clear()
+    assert build("--max-megapixels", 0.02) == 0
+    assert encoded == []
+    told = sums(tmp_path / "latents", capsys)
+    assert (told["live"], told["rejected"]) == (12, {"too_small": 1, "truncated": 1})
+    assert cache("check", tmp_path / "latents", "--decode", 12) == 0
+
+
+def test_what_large_images_may_take_of_memory_is_said_before(
+    build: Build,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = psutil.virtual_memory()._replace(total=8 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert build("--max-megapixels", 256, "--workers", 2, "--dry-run") == 0
+    said = capsys.readouterr()
+    assert "decoding one may take 6.0 GiB, 2 at once 12.0 GiB" in said.out
+    assert "--workers 1 is safe" in said.err
+    assert build("--max-megapixels", 500) == 1
+    assert "may take 11.7 GiB, and this machine has 8.0 GiB" in capsys.readouterr().err
+    for wrong in (0, -1, "nan", 2148):
+        assert build("--max-megapixels", wrong) == 1
+        assert "is not between 0 and 2147" in capsys.readouterr().err
+    assert not (tmp_path / "latents").exists()

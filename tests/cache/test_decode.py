@@ -435,6 +435,74 @@ def test_cut_at_any_byte_a_file_is_a_whole_picture_or_refused(
             assert cut >= len(data) - 24
 
 
+def ftyp(*brands: bytes) -> bytes:
+    """An ISO media file of these brands, the first the major one, and nothing in it."""
+    head = b"ftyp" + brands[0] + bytes(4) + b"".join(brands[1:])
+    return (len(head) + 4).to_bytes(4, "big") + head + bytes(60)
+
+
+def dng(tag: int, value: int) -> bytes:
+    """A TIFF whose small picture stands for another, as in raw camera files."""
+    out = io.BytesIO()
+    Image.fromarray(picture(1, 64, 64)).save(out, "TIFF", tiffinfo={tag: value})
+    return out.getvalue()
+
+
+NOT_DECODED = {
+    "JPEG XL": (b"\xff\x0a" + bytes(60), b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(60), b"\xff\x0a"),
+    "HEIF": (
+        *(ftyp(brand) for brand in b"heic heix heim heis hevc hevx hevm hevs".split()),
+        *(ftyp(brand) for brand in b"mif1 msf1 miaf".split()),
+        ftyp(b"mif1", b"miaf", b"heic"), ftyp(b"isom", b"mif1", b"heic"),
+    ),
+    "JPEG XR": (b"II\xbc\x01" + bytes(60),),
+    "Photoshop": (b"8BPS\0\1" + bytes(60),),
+    "OpenEXR": (b"v/1\x01" + bytes(60),),
+    "Radiance HDR": (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe",),
+    "SVG": (
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- x -->\n<svg xmlns='x'></svg>",
+    ),
+    "raw camera data": (
+        b"II*\0\x10\0\0\0CR\2\0" + bytes(60), b"IIRO\x08\0\0\0" + bytes(60), ftyp(b"crx "),
+        b"FUJIFILMCCD-RAW 0201", dng(254, 1), dng(50706, 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_DECODED)
+def test_formats_that_are_not_decoded_are_named(name: str, tmp_path: Path) -> None:
+    """Whatever the suffix says, and with what to do."""
+    for data in NOT_DECODED[name]:
+        (tmp_path / "x.jpg").write_bytes(data)
+        for found in (
+            read_size(tmp_path / "x.jpg"),
+            decode(data, (WIDTH, HEIGHT), WHOLE, (WIDTH, HEIGHT)),
+        ):
+            assert isinstance(found, Rejected)
+            assert found.reason == "unsupported"
+            assert found.detail == f"{name}, which is not decoded; convert it to PNG or JPEG"
+
+
+@pytest.mark.parametrize("brand", [b"avif", b"mif1"])
+def test_avif_is_decoded_whatever_heif_brands_it_has(photo: Image.Image, brand: bytes) -> None:
+    data = encoded(photo, "AVIF")
+    data = data[:8] + brand + data[12:]
+    assert b"avif" in data[:32]
+    assert not isinstance(decode(data, (WIDTH, HEIGHT), WHOLE, (WIDTH, HEIGHT)), Rejected)
+    cut = decode(data[:200], (WIDTH, HEIGHT), WHOLE, (WIDTH, HEIGHT))
+    assert isinstance(cut, Rejected)
+    assert cut.reason in ("corrupt", "truncated")
+
+
+def test_what_is_no_image_is_not_called_one() -> None:
+    pages = (b"<!DOCTYPE html><html><svg></svg></html>", b"<html><body>404</body></html>")
+    for data in (*pages, ftyp(b"isom", b"mp42"), b"%PDF-1.7\n", b"<?xml version='1.0'?><a/>"):
+        found = read_header(io.BytesIO(data), len(data))
+        assert isinstance(found, Rejected)
+        assert found.reason == "not_an_image"
+
+
 def test_every_reason_that_the_code_gives_is_in_the_vocabulary() -> None:
     given = set()
     for path in Path(xlsd_cache.__file__).parent.glob("*.py"):

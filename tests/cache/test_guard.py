@@ -1,4 +1,5 @@
 import math
+import mmap
 import os
 import signal
 import subprocess
@@ -20,8 +21,8 @@ from tests.cache import mishaps
 from tests.support import picture, wait_for
 from xlsd_cache import UserError
 from xlsd_cache import guard as guard_module
-from xlsd_cache.decode import REASONS, Rejected, decode
-from xlsd_cache.guard import FAILURES, Guard
+from xlsd_cache.decode import MAX_PIXELS, REASONS, Rejected, decode
+from xlsd_cache.guard import FAILURES, Guard, decode_nbytes, decoders
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 2**20
@@ -214,3 +215,18 @@ def test_it_works_where_memory_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_failure_is_a_known_reason() -> None:
     assert set(REASONS) >= FAILURES
+
+
+def take(nbytes: int) -> int:
+    """Reserve that much, without touching it."""
+    return len(mmap.mmap(-1, nbytes))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a memory limit")
+def test_a_larger_limit_of_pixels_gives_more_memory() -> None:
+    room = decode_nbytes(MAX_PIXELS)
+    assert decode_nbytes(1) == room
+    assert decode_nbytes(2 * MAX_PIXELS) == 2 * room
+    with pytest.raises(OSError, match="memory"):
+        decoders(1).call(take, room)
+    assert decoders(1, 2 * MAX_PIXELS).call(take, room) == room

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,24 @@ def test_a_file_that_changed_since_is_read_again(
     opened.clear()
     assert read_headers(again, journal, 2)["width"].to_pylist()[7] == 30
     assert opened == [str(tmp_path / "in" / "007.png")]
+
+
+def test_a_file_that_another_replaced_is_read_again(
+    files: pa.Table, tmp_path: Path, opened: list[str]
+) -> None:
+    """Of the same size and mtime: killed reading, swapped, gone on with."""
+    images, journal = tmp_path / "in", tmp_path / "journal"
+    for name in ("008.png", "009.png"):
+        (images / name).write_bytes((images / "007.png").read_bytes()[:-1] + name[2:3].encode())
+        os.utime(images / name, ns=(1, 1))
+    before = scan((str(images),), ()).images
+    first = read_hashes(before, journal, 2).to_pylist()
+    for name, other in (("008.png", "x"), ("009.png", "008.png"), ("x", "009.png")):
+        (images / name).rename(images / other)
+    opened.clear()
+    second = read_hashes(scan((str(images),), ()).images, journal, 2).to_pylist()
+    assert sorted(opened) == [str(images / "008.png"), str(images / "009.png")]
+    assert second[8:10] == first[9:7:-1]
 
 
 def test_what_was_the_moments_fault_is_not_remembered(

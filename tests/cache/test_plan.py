@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.support import picture, write_images
+from xlsd_cache import headers
 from xlsd_cache.buckets import Buckets
+from xlsd_cache.decode import MAX_PIXELS, Rejected
 from xlsd_cache.durable import write_parquet
-from xlsd_cache.known import CONTENT, NOTHING, Known, read_known
+from xlsd_cache.known import CONTENT, NOTHING, Known, former_names, read_known
 from xlsd_cache.manifest import CAPTIONS, COMMIT, PLAN, Manifest, Unit
 from xlsd_cache.plan import Entry, Plan, make_plan
 from xlsd_cache.sources import scan
@@ -35,9 +37,23 @@ def known(*entries: Entry, encoded: bool = True, texts: dict[str, str] | None = 
     )
 
 
-def plan(folder: Path, before: Known = NOTHING, staging: Path | None = None) -> Plan:
+def plan(
+    folder: Path,
+    before: Known = NOTHING,
+    staging: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    refused: dict[str, Rejected] | None = None,
+) -> Plan:
+    """The plan of a folder; `refused` are the images that the scan rejects, by name."""
     found = scan((str(folder),), ("txt",))
-    return make_plan(found.images, found.captions, ("txt",), before, BUCKETS, 2, staging)
+    images = found.images
+    why = [(refused or {}).get(key[3:], Rejected("")) for key in images["key"].to_pylist()]
+    for name in ("reason", "detail"):
+        column = pa.array([getattr(rejected, name) for rejected in why], pa.string())
+        images = images.set_column(images.schema.get_field_index(name), name, column)
+    return make_plan(
+        images, found.captions, ("txt",), before, BUCKETS, 2, staging, max_pixels=max_pixels
+    )
 
 
 @pytest.fixture
@@ -184,6 +200,174 @@ def test_only_captions_that_changed_are_written(folder: Path) -> None:
     ]
 
 
+MASK = Rejected("mask", "in/a.png is its image")
+
+
+def test_what_the_scan_rejects_is_planned_so_unread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headers, "open_source", None)  # reading any would raise
+    every = dict.fromkeys(("a.png", "b.png", "c.png"), MASK)
+    made = plan(folder, refused=every)
+    assert [(e["reason"], e["detail"]) for e in made.entries.to_pylist()] == [
+        ("mask", "in/a.png is its image")
+    ] * 3
+    assert {(e["bucket"], e["row"], e["content_hash"]) for e in made.entries.to_pylist()} == {
+        ("", -1, "")
+    }
+    before = known(*made.entries.to_pylist())
+    texts = known(
+        *made.entries.to_pylist(),
+        texts={f"in/{x}.png": f"picture {i}" for i, x in enumerate("abc")},
+    )
+    assert plan(folder, texts, refused=every).is_empty
+    (folder / "b.png").chmod(0o600)
+    assert not plan(folder, before, refused=every).entries.num_rows
+    other = {**every, "b.png": Rejected("mask", "in/z.png is its image")}
+    assert list(by_key(plan(folder, before, refused=other))) == ["b.png"]
+
+
+def test_an_image_that_the_scan_takes_for_a_mask_and_back_keeps_its_latent(folder: Path) -> None:
+    first = settled(folder)
+    before = known(*first)
+    made = plan(folder, before, refused={"b.png": MASK})
+    (entry,) = made.entries.to_pylist()
+    assert (entry["key"], entry["reason"], entry["row"]) == ("in/b.png", "mask", -1)
+    assert made.leaving.to_pylist() == [{"key": "in/b.png", "reason": "mask"}]
+    was = {e["key"]: e for e in first}
+    now = known(*({**was, "in/b.png": entry}).values())
+    now = replace(now, content=before.content)
+    back = plan(folder, now)
+    (entry,) = back.entries.to_pylist()
+    assert entry == was["in/b.png"]
+    assert not back.fresh.any()
+    assert back.leaving.num_rows == 0
+
+
+@pytest.mark.parametrize("reason", ["corrupt", "unsupported", "not_an_image", "mask"])
+def test_a_verdict_of_the_scan_and_one_by_the_header_are_two(folder: Path, reason: str) -> None:
+    """Whatever they are called: a member that could not be read, and a header that could not."""
+    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    by_scan = known(*plan(folder, refused={"a.png": Rejected(reason, "x")}).entries.to_pylist())
+    by_header = plan(folder, by_scan)
+    assert by_key(by_header)["a.png"]["reason"] == "corrupt"
+    assert list(by_key(by_header)) == ["a.png"]
+    rest = {e["key"]: e for e in by_scan.live.to_pylist()}
+    entry = {**by_key(by_header)["a.png"], "reason": reason, "detail": "x"}
+    before = known(*({**rest, "in/a.png": entry}).values())
+    assert not plan(folder, before).entries.num_rows
+    again = plan(folder, before, refused={"a.png": Rejected(reason, "x")})
+    assert list(by_key(again)) == ["a.png"]
+
+
+def test_only_what_was_trained_on_leaves_training(folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "broken.png").write_bytes(b"no image")
+    before = known(*settled(folder))
+    for name in ("copy", "broken", "b"):
+        (folder / f"{name}.png").unlink()
+    (folder / "a.png").rename(folder / "renamed.png")
+    made = plan(folder, before)
+    assert len(made.removed) == 4
+    assert made.leaving.to_pylist() == [{"key": "in/b.png", "reason": ""}]
+    pending = known(*settled(folder), encoded=False)
+    (folder / "c.png").unlink()
+    assert plan(folder, pending).leaving.num_rows == 0
+
+
+def test_an_original_whose_copy_stays_does_not_leave(folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    before = known(*settled(folder))
+    (folder / "a.png").unlink()
+    made = plan(folder, before)
+    assert (made.removed, made.leaving.num_rows) == (["in/a.png"], 0)
+
+
+SMALL, LARGE = 64 * 64, 200 * 200
+
+
+def test_images_over_the_limit_are_tried_again_when_it_is_raised(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(folder, ["wide.png"], width=150, height=100)
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    first = plan(folder, NOTHING, staging, SMALL)
+    assert {e["reason"] for e in first.entries.to_pylist()} == {"too_many_pixels"}
+    assert "160x128 is over 0.004096 megapixels" in by_key(first)["a.png"]["detail"]
+    raised = plan(folder, NOTHING, staging, 150 * 100)  # the headers are in the journal
+    assert {k: e["reason"] for k, e in by_key(raised).items()} == {
+        "a.png": "too_many_pixels", "b.png": "too_many_pixels", "c.png": "too_many_pixels",
+        "wide.png": "",
+    }  # fmt: skip
+    before = known(*first.entries.to_pylist())
+    assert by_key(plan(folder, before, max_pixels=150 * 100)).keys() == {"wide.png"}
+    assert by_key(plan(folder, before, max_pixels=LARGE)).keys() == by_key(first).keys()
+    monkeypatch.setattr(headers, "open_source", None)
+    assert not plan(folder, before, max_pixels=10**4).entries.num_rows
+
+
+def test_an_older_log_does_not_say_how_large_what_it_refused_was(folder: Path) -> None:
+    entries = [
+        {**e, "reason": "too_many_pixels", "width": 0, "height": 0, "bucket": "", "row": -1}
+        for e in plan(folder).entries.to_pylist()
+    ]
+    before = known(*entries)
+    assert not plan(folder, before).entries.num_rows
+    raised = plan(folder, before, max_pixels=MAX_PIXELS + 1)
+    assert [e["reason"] for e in raised.entries.to_pylist()] == [""] * 3
+
+
+def test_a_lowered_limit_throws_out_nothing_that_is_encoded(folder: Path) -> None:
+    before = known(*settled(folder))
+    assert not plan(folder, before, max_pixels=SMALL).entries.num_rows
+    rows = {e["key"]: e["row"] for e in before.live.to_pylist()}
+    os.utime(folder / "a.png", ns=(1, 1))
+    (folder / "b.png").rename(folder / "renamed.png")
+    write_images(folder, ["new.png"], first_seed=30)
+    made = by_key(plan(folder, before, max_pixels=SMALL))
+    assert {key: (e["reason"], e["row"]) for key, e in made.items()} == {
+        "a.png": ("", rows["in/a.png"]), "renamed.png": ("", rows["in/b.png"]),
+        "new.png": ("too_many_pixels", -1),
+    }  # fmt: skip
+    assert (made["renamed.png"]["width"], made["renamed.png"]["height"]) == (160, 128)
+
+
+def test_former_names_give_what_was_encoded_under_them(tmp_path: Path) -> None:
+    """Over all generations: renamed, removed, changed and duplicate images, moved sources."""
+    folder, manifest = tmp_path / "in", Manifest(tmp_path / "latents")
+    manifest.make_folders()
+
+    def generation(number: int) -> None:
+        made = plan(folder, read_known(manifest, 4))
+        manifest.write_plan(number, made.entries, made.removed, made.captions)
+        live = {f"in/{p.name}": sha256(p.read_bytes()) for p in folder.glob("*.png")}
+        commit_all(manifest, number, live)
+
+    write_images(folder, ["a.png", "b.png", "gone.png"])
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    hashes = {p.stem: sha256(p.read_bytes()) for p in folder.glob("*.png")}
+    generation(0)
+    (folder / "gone.png").unlink()
+    write_images(folder, ["b.png"], first_seed=40)
+    changed = sha256((folder / "b.png").read_bytes())
+    generation(1)
+    for name in ("a", "b", "copy"):
+        (folder / f"{name}.png").rename(folder / f"new-{name}.png")
+    present = scan((str(folder),), ()).images["key"].combine_chunks()
+    found = former_names(manifest, 4, present)  # before they are planned
+    assert {(e["key"], e["content_hash"]) for e in found.to_pylist()} == {
+        ("in/a.png", hashes["a"]), ("in/copy.png", hashes["a"]), ("in/b.png", changed),
+        ("in/gone.png", hashes["gone"]),
+    }  # fmt: skip
+    assert {e["source"] for e in found.to_pylist()} == {
+        str(folder / f"{name}.png") for name in ("a", "b", "copy", "gone")
+    }
+    generation(2)
+    assert former_names(manifest, 4, present).sort_by("key").equals(found.sort_by("key"))
+    assert former_names(Manifest(tmp_path / "none"), 4, present).num_rows == 0
+
+
 NAMES = ["a.png", "b.png", "sub/a.png", "sub/c.png"]
 STEPS = st.lists(
     st.dictionaries(st.sampled_from(NAMES), st.integers(0, 3), min_size=1), min_size=1, max_size=4
@@ -191,11 +375,17 @@ STEPS = st.lists(
 
 
 @settings(max_examples=25)
-@given(steps=STEPS, encoding=st.lists(st.booleans(), min_size=4, max_size=4))
+@given(steps=STEPS, encoding=st.lists(st.booleans(), min_size=4, max_size=4), alike=st.booleans())
 def test_whatever_files_become_every_name_has_its_contents_latent(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[dict[str, int]], encoding: list[bool]
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: list[dict[str, int]],
+    encoding: list[bool],
+    alike: bool,
 ) -> None:
-    """Generations of any files; after some of them everything planned is encoded."""
+    """Generations of any files; after some of them everything planned is encoded.
+
+    Where they are `alike`, all have the same size and mtime, whatever they hold.
+    """
     root = tmp_path_factory.mktemp("steps")
     manifest = Manifest(root / "latents")
     manifest.make_folders()
@@ -204,6 +394,10 @@ def test_whatever_files_become_every_name_has_its_contents_latent(
         folder = root / str(number) / "in"
         for name, content in files.items():
             write_images(folder, [name], first_seed=content, width=64, height=64)
+            if alike:
+                pixels = Image.fromarray(picture(content, 64, 64))
+                pixels.save(folder / name, format="BMP")
+                os.utime(folder / name, ns=(1, 1))
         made = plan(folder, read_known(manifest, 4))
         manifest.write_plan(number, made.entries, made.removed, made.captions)
         live = {entry["key"]: entry for entry in manifest.live(number).to_pylist()}
