@@ -21,9 +21,9 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # of nam
 
 def program(
     *args: object, module: str = "xlsd_cache", env: dict[str, str] | None = None, **options: Any
-) -> "subprocess.CompletedProcess[bytes]":
+) -> Any:
     """A command line in a process of its own, as a shell starts it."""
-    command = [sys.executable, "-m", module, *(os.fsencode(str(arg)) for arg in args)]
+    command = [sys.executable, "-m", module, *map(str, args)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
     paths = os.pathsep.join(sys.path)
     told = {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(env or {})}
