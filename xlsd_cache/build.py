@@ -59,7 +59,14 @@ def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
     device = device_of(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
     require_vae(config.vae)  # a scan may take long
-    found = scan(config.source, config.caption_columns, config.only, config.exclude, config.workers)
+    found = scan(
+        config.source,
+        config.caption_columns,
+        config.only,
+        config.exclude,
+        config.workers,
+        config.image_suffixes,
+    )
     _say_found(found, config)
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     identity = _identity(config, vae)

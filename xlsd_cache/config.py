@@ -68,6 +68,10 @@ class BuildConfig:
     json:FIELD of the .json beside it; jsonl:FIELD, csv:FIELD, parquet:FIELD of its row in a table;
     or none. auto: txt, or the text or caption field of tables, whichever most images have."""
 
+    image_suffix: str | None = None
+    """Of samples of several images, as webdataset has them, the one to use: image.jpg takes
+    0000.image.jpg with the caption 0000.txt. Comma-separated. Default: every image is a sample."""
+
     only: tuple[str, ...] = ()
     """Images to use, and no others: names (key, path in the source, or file), patterns such as
     'good/*.png', or files of them, a line each."""
@@ -125,6 +129,11 @@ class BuildConfig:
     def max_pixels(self) -> int:
         """The largest image that is let in, in pixels."""
         return round(self.max_megapixels * 1e6)
+
+    @property
+    def image_suffixes(self) -> tuple[str, ...]:
+        """What names of images end in, without the first dot; empty for whatever is an image."""
+        return split_columns(self.image_suffix) if self.image_suffix else ()
 
     @property
     def part(self) -> tuple[int, int]:

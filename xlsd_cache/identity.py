@@ -6,6 +6,7 @@ zarr.json never changes: a store's fingerprint is made from it.
 """
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -139,12 +140,10 @@ def agree(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder for the store")
     if not (out / "latents.zarr" / "zarr.json").exists():
-        ours = {"latents.zarr", "manifest", "captions", "staging"}  # a first build, killed early
-        there = {path.name for path in out.iterdir()} if out.exists() else set()
-        if there - ours:
+        other = next(_foreign(out), None)
+        if other is not None:
             raise UserError(
-                f"--out {out} holds {min(there - ours)!r} and no latent store; name an empty or "
-                f"new folder"
+                f"--out {out} holds {other!r} and no latent store; name an empty or new folder"
             )
         return wanted or (256 if images < 30_000 else 1024 if images <= 4_000_000 else 4096)
     stored, rows_per_shard = read_attributes(out)
@@ -167,6 +166,21 @@ def agree(
             f"{wanted}, or give --out another folder"
         )
     return rows_per_shard
+
+
+def _foreign(out: Path) -> Iterator[str]:
+    """What no first build of ours left that was killed early: that has its folders, and few files.
+
+    A user's folder may well be called `captions`.
+    """
+    for path in sorted(out.iterdir()) if out.exists() else ():
+        if path.name not in {"latents.zarr", "manifest", "captions", "staging"}:
+            yield path.name
+        elif path.name != "staging":
+            yield from (str(it.relative_to(out)) for it in path.rglob("*") if not it.is_dir())
+        else:
+            suffixes = {".lock", ".tmp", ".planning"}
+            yield from (f"staging/{it.name}" for it in path.iterdir() if it.suffix not in suffixes)
 
 
 def attributes_of(identity: Identity, rows_per_shard: int) -> dict[str, Any]:

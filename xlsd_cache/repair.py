@@ -7,6 +7,7 @@ generation exists only with the last one: after a kill the same command goes on.
 """
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def _mend(store: Checked, problem: Problem, result: Repaired) -> set[tuple[str, 
     elif problem.kind == "stray":
         aside = manifest.root / "stray" / path.relative_to(manifest.root)
         aside.parent.mkdir(parents=True, exist_ok=True)
+        aside = _unused(aside)
         path.replace(aside)
         done = f"moved to {store.name(aside)}"
     elif problem.kind == "captions":
@@ -253,10 +255,16 @@ def _is_there(entry: Entry) -> bool:
 
 def _set_aside(path: Path) -> str:
     """Rename a damaged file so that nothing reads it; returns its new name."""
-    aside = path.with_name(f"{path.name}.damaged")
+    aside = _unused(path.with_name(f"{path.name}.damaged"))
     path.replace(aside)
     fsync_folder(path.parent)
     return aside.name
+
+
+def _unused(path: Path) -> Path:
+    """The path, or where something has that name already the path with a number."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(it for it in (path, *itertools.islice(numbered, 999)) if not it.exists())
 
 
 def _columns(table: pa.Table, *names: str) -> list[list[Any]]:

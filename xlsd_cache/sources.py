@@ -107,17 +107,19 @@ def scan(
     only: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     workers: int = 8,
+    image_suffixes: tuple[str, ...] = (),
 ) -> Scan:
     """All images of the sources with their captions in `columns`, see captions.Column.
 
     None takes the column of AUTO that most images have. A file that two sources name counts for the
-    first. `only` and `exclude` are patterns, or files of them, see lists.py. A source that cannot
+    first. `only` and `exclude` are patterns, or files of them, see lists.py;
+    `image_suffixes` as of records.Search. A source that cannot
     be read costs itself, and is said; raises UserError for one that is missing, and where no image
     is found.
     """
     roots = named_roots(sources)
     parsed = tuple(map(Column.parse, AUTO if columns is None else columns))
-    search = image_search(parsed)
+    search = replace(image_search(parsed), image_suffixes=image_suffixes)
     urls = search.tables and columns is not None
     found = _Found()
     for name, root in roots.items():

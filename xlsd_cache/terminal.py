@@ -104,7 +104,7 @@ def start() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # children suffer from it too
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if os.name == "posix" and stream is getattr(sys, f"__{name}__"):

@@ -28,7 +28,7 @@ from xlsd_cache.records import Search, Tally, archive_records, folder_records
 from xlsd_cache.store import LatentStore
 
 Files = list[tuple[str, bytes]]
-SEARCH = Search(lambda name: name.endswith(".jpg"), frozenset(["txt"]), False)
+SEARCH = Search(lambda name: name.endswith(".jpg"), frozenset(["txt"]))
 ONE: Files = [("a.jpg", picture(1).tobytes()[:700]), ("a.txt", b"of a")]
 TWO: Files = [("b.jpg", picture(2).tobytes()[:900]), ("b.txt", b"of b")]
 BLOCK = tarfile.BLOCKSIZE
@@ -362,7 +362,9 @@ def test_one_image_of_a_sample_is_chosen_by_its_suffix(tmp_path: Path, kind: str
     for name, data in files:
         (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "f" / name).write_bytes(data)
-    search = Search(lambda name: name.endswith(".jpg"), frozenset(["txt"]), False, ("image.jpg",))
+    search = Search(
+        lambda name: name.endswith(".jpg"), frozenset(["txt"]), image_suffixes=("image.jpg",)
+    )
     archive, folder = Tally(), Tally()
     for found in (
         list(archive_records("x", tmp_path / kind, search, archive)),

@@ -1,6 +1,7 @@
 """Every format of a table gives its rows, and a damaged one what is whole of it."""
 
 import json
+import tarfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,20 @@ def test_masks_are_rejected_only_beside_their_image(tmp_path: Path) -> None:
     }  # fmt: skip
     assert rejected["a_mask.png"] == "by its name, of im/a"
     assert found.images.num_rows == len(names)
+
+
+@pytest.mark.parametrize("tar", [True, False])
+def test_one_image_of_a_sample_is_chosen_by_its_suffix(tmp_path: Path, tar: bool) -> None:
+    for i in range(2):
+        names = [f"{i}.image.png", f"{i}.other.png", f"{i}.mask.png"]
+        write_images(tmp_path / "im", names, width=16, height=16)
+        (tmp_path / f"im/{i}.txt").write_text(f"of sample {i}")
+    source = tmp_path / "im"
+    if tar:
+        source = tmp_path / "x.tar"
+        with tarfile.open(source, "w") as archive:
+            archive.add(tmp_path / "im", ".")
+    found = scan((str(source),), ("txt",), image_suffixes=("image.png",))
+    name = source.name
+    assert told(found) == {f"{name}/{i}.image.png": f"of sample {i}" for i in range(2)}
+    assert found.passed_over["other images"] == 4
