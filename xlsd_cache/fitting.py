@@ -27,7 +27,10 @@ def vae_of(identity: Identity, spec: str | None = None, roots: Sequence[Path] = 
     except UserError as error:
         if spec is not None:
             raise
-        raise UserError(f"{error}; it encoded {_told(roots)}: give it as --vae") from error
+        raise UserError(
+            f"the VAE that encoded {_told(roots)} is not where it was: {error}; give it, or one "
+            f"with its encoder, as --vae"
+        ) from error
     refuse_other_encoder(vae, identity, roots)
     return vae
 

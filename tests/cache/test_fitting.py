@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from tests.cache.peer_caches import image_files, write_safetensors
 from tests.cache.test_vae import tiny
 from tests.support import cache
 from xlsd_cache.encode import to_input
@@ -199,7 +200,7 @@ def test_an_older_store_learns_its_encoder_from_its_original_vae_given_once(
         assert "is not known: an older version built that store" in told
         assert f"`xlsd-cache preview {out} preview.png --vae ORIGINAL`" in told
     assert cache("preview", out, sheet) == 1
-    assert "gone: no such file or directory" in capsys.readouterr().err
+    assert f"the VAE that encoded {out} is not where it was: no VAE" in capsys.readouterr().err
     if command == "build":
         assert build(out, vae) == 0
     elif command == "preview":
@@ -274,6 +275,25 @@ def test_reflection_is_what_diffusers_encodes_with_it(
         at = reflected.samples["key"].to_pylist().index(key)
         there = reflected.read(bucket, [reflected.samples["row"][at].as_py()])
         assert abs(there - plain.read(bucket, rows[:1])).max() > 1e-3
+
+
+def test_imports_take_a_new_decoder_and_keep_the_padding_apart(
+    vae: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = Path(shutil.copytree(photos, tmp_path / "images")), tmp_path / "latents"
+    files = image_files(images)
+    write_safetensors(images, files[:4], vae)
+    asked = ("import", images, "--out", out, "--vae")
+    assert cache(*asked, vae) == 0
+    write_safetensors(images, files, vae)
+    capsys.readouterr()
+    assert cache(*asked, vae, "--vae-padding", "reflect") == 1
+    assert "vae_padding zeros and not reflect" in capsys.readouterr().err
+    assert cache(*asked, changed(vae, tmp_path / "new", "decoder.")) == 0
+    assert "the decoder of" in capsys.readouterr().out
+    with LatentStore.open(out) as store:
+        assert len(store) == 8
+    assert cache(*asked, changed(vae, tmp_path / "other", "encoder.")) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
+from tests.hub import serving
 from tests.support import train
 from tests.train.conftest import Open
 from xlsd_cache import UserError
@@ -108,3 +109,29 @@ def test_text_encoders_come_from_the_hub_too(
     with pytest.raises(UserError, match="cannot fetch zer0int/Nothing") as error:
         open_run(text_encoder="zer0int/Nothing", out=tmp_path / "other")
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_refuses_and_a_path_that_is_missing_are_told_apart(
+    open_run: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every option that takes a repository; and a path is never sent there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    with serving(tmp_path, 401) as (endpoint, asked):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        for option, instead in (
+            ("model", "give a pipeline folder, a single .safetensors file, a run or a checkpoint"),
+            ("text_encoder", "give a text encoder's folder or file"),
+            ("vae", "give a folder with config.json and its weights"),
+        ):
+            asked.clear()
+            with pytest.raises(UserError, match="private or gated.*; " + instead) as error:
+                open_run(**{option: "org/name"})
+            assert f"cannot fetch org/name from {endpoint}" in str(error.value)
+            assert len(asked) == 1
+            asked.clear()
+            told = r"modles/mine: no such file or directory \(did you mean models/mine\?\)"
+            with pytest.raises(UserError, match=told):
+                open_run(**{option: "modles/mine"})
+            assert not asked
