@@ -150,7 +150,6 @@ def make_images(n: int) -> pa.Table:
         pa.array([f"/data/images/{name}.jpg" for name in relative]),
         pa.array(rng.integers(20_000, 200_000, n)),
         *(pa.array(rng.integers(1 << 60, 1 << 61, n)) for _ in range(3)),
-        pa.array(relative),
         pa.nulls(n, pa.string()),
         *(pa.repeat("", n) for _ in range(2)),
     ]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from xlsd_cache.decode import Rejected
-from xlsd_cache.peers import CacheFile, is_hashed
+from xlsd_cache.peers import CacheFile, is_ai_toolkits
 
 _GZIPPED = 2**28  # bytes that a gzipped file may inflate to: a latent has some hundred thousand
 _TEXT = re.compile(r"tokens|text_enc|.*prompt|.*text_embed")  # keys of OneTrainer's, SimpleTuner's
@@ -154,7 +154,7 @@ def _peek_safetensors(path: Path) -> Iterator[Held]:
         dtype = part.get_dtype()
     shape, half = _floats(tuple(part.get_shape()), dtype), dtype == "F16"
     if "latent_space_version" not in told:
-        yield Held("ai-toolkit" if is_hashed(path) else "safetensors", "latent", shape, half)
+        yield Held("ai-toolkit" if is_ai_toolkits(path) else "safetensors", "latent", shape, half)
         return
     numbers = [
         int(json.loads(told.get(name, "0")) or 0)

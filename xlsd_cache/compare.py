@@ -35,7 +35,7 @@ SMALL = 0.1  # and less: a difference, in units of the VAE's spread, that no ima
 OWN = 0.6  # and more: the VAE decodes it to what it encodes to it again
 DISPROVED = frozenset({"not_its_image", "other_scale"})
 JUDGED = DISPROVED | {"not_compared", "not_quite_its_image"}
-NO_IMAGE = Rejected("not_compared", "its image is not there, or cannot be read")
+NO_IMAGE = Rejected("not_compared", "its image is not there, or cannot be read; --force imports it")
 ROUNDS = 4  # latents that are decoded and encoded again: it tells of the VAE, not of the image
 MOST_NAMED = 5
 USUAL = 0.85  # of what its own latent of the image gives, and more: the same
@@ -199,7 +199,9 @@ def refusal(one: Likeness, vae: Vae, limit: float, scaled: bool) -> Rejected | N
     if not 0.5 < one.scale / (vae.scaling_factor if scaled else 1) < 2:
         return Rejected("other_scale", f"{one.scale:.3g} times {vae.name}'s latent of its image")
     if one.alike < ALIKE:
-        return Rejected("not_quite_its_image", f"{told}; {ALIKE} or more is right")
+        return Rejected(
+            "not_quite_its_image", f"{told}; {ALIKE} or more is right; --force imports it"
+        )
     return None
 
 

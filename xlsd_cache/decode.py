@@ -54,8 +54,8 @@ REASONS = {
     "other_size": "its latent's size is no bucket's",
     "changed_image": "its image has another size than when it was cached",
     "not_its_image": "it does not correlate with the VAE's latent of its image",
-    "not_quite_its_image": "it correlates less than it should, which takes --force",
-    "not_compared": "no image is there to compare it with, which takes --force",
+    "not_quite_its_image": "it correlates less with the latent of its image than it should",
+    "not_compared": "no image is there to compare it with",
     "other_scale": "it is scaled otherwise than the other latents of its cache",
 }
 RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the file's

@@ -57,7 +57,7 @@ KEEPS = {
     "simpletuner": "sample",
 }
 LATENT_CACHE = "_latent_cache"  # ai-toolkit's folder, in that of the images
-HASHED = re.compile(r"(.+)_[A-Za-z0-9_-]{22}")  # ai-toolkit's name
+_HASHED = re.compile(r"(.+)_[A-Za-z0-9_-]{22}")  # ai-toolkit's name
 _NO_LATENTS = ("_t_e_cache", "_clip_vision_cache")  # ai-toolkit's other folders
 _KOHYA_TEXT = ("_te.npz", "_te_outputs.npz")
 _INDEXES = ("aggregate.pt", "cache.json")
@@ -142,7 +142,7 @@ def _told_by_name(path: Path, images: dict[str, str]) -> tuple[str, str, int]:
     if path.suffix == ".npz":
         return "kohya", "", 0
     if path.suffix == ".safetensors" or path.suffix.startswith(".img_"):
-        return ("ai-toolkit" if is_hashed(path) else "safetensors"), "", 0
+        return ("ai-toolkit" if is_ai_toolkits(path) else "safetensors"), "", 0
     if path.suffix == ".pt":
         group, _, number = path.stem.rpartition("_")  # SmartDiskCache
         if group in images and number.isdecimal():
@@ -152,9 +152,9 @@ def _told_by_name(path: Path, images: dict[str, str]) -> tuple[str, str, int]:
     return "", "", 0
 
 
-def is_hashed(path: Path) -> bool:
-    """Whether ai-toolkit names files so."""
-    return path.parent.name == LATENT_CACHE and HASHED.fullmatch(path.stem) is not None
+def is_ai_toolkits(path: Path) -> bool:
+    """Whether ai-toolkit puts files there; they say it themselves, if they were not stripped."""
+    return path.parent.name == LATENT_CACHE
 
 
 def image_names(file: CacheFile, kind: str, told: str) -> list[str]:
@@ -167,7 +167,7 @@ def image_names(file: CacheFile, kind: str, told: str) -> list[str]:
         return [file.image]
     if kind == "ai-toolkit":
         folder = folder.parent if folder.name == LATENT_CACHE else folder
-        hashed = HASHED.fullmatch(stem)
+        hashed = _HASHED.fullmatch(stem)
         return [str(folder / (told or (hashed[1] if hashed else stem)))]
     return [str(folder / name) for name in (_kohya_names(stem) if kind == "kohya" else [stem])]
 

@@ -1,6 +1,7 @@
 """Which of a cache's latents are what they are said to be: together, and each by itself."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from xlsd_cache.compare import (
     refusal,
 )
 from xlsd_cache.config import ImportConfig
-from xlsd_cache.decode import MOST_PIXELS, Pixels, Rejected, decode
+from xlsd_cache.decode import MOST_PIXELS, REASONS, Pixels, Rejected, decode
 from xlsd_cache.guard import decoders
 from xlsd_cache.identity import DOWNSCALE
 from xlsd_cache.items import Item
@@ -46,6 +47,7 @@ class Prover:
     kind: str
     scaled: bool  # the store's own latents were; what is new says it by itself
     refused: dict[str, Rejected] = field(default_factory=dict)  # by origin
+    forced: Counter[str] = field(default_factory=Counter)  # reason -> latents taken all the same
 
     def choose(self, items: list[Item]) -> Item:
         """Of one latent with each of its possible images, the one that it is most alike."""
@@ -123,9 +125,11 @@ class Prover:
     def _prove_rest(self, items: list[Item], guess: Thumbnails | None, limit: float) -> None:
         """Look at each thumbnail, and with the VAE at those that are not surely right."""
         seen = [item for item in items if item.image]
-        for item in items:
-            if not item.image and not self.config.force:
-                self.refused[item.origin] = NO_IMAGE
+        lonely = [item.origin for item in items if not item.image]
+        if self.config.force:
+            self.forced[NO_IMAGE.reason] += len(lonely)
+        else:
+            self.refused |= dict.fromkeys(lonely, NO_IMAGE)
         doubted = self._doubted(seen, guess) if guess else seen
         few = len(doubted) < 99
         shown = tqdm(self._samples(doubted), "comparing", len(doubted), unit="latent", disable=few)
@@ -164,9 +168,14 @@ class Prover:
             why = refusal(likeness, self.vae, limit, self.scaled)
             if why and (why.reason in DISPROVED or not self.config.force):
                 self.refused[origin] = why
+            elif why:
+                self.forced[why.reason] += 1
 
     def _say(self) -> None:
         """Name some of what is refused; all are in the table of the rejected."""
+        for reason, count in sorted(self.forced.items()):
+            if count:
+                print(f"forced: {count} latents, {reason}: {REASONS[reason]}", file=sys.stderr)
         for origin, why in islice(self.refused.items(), 20):
             print(f"refused {origin}: {why.reason}: {why.detail}", file=sys.stderr)
         if len(self.refused) > 20:
