@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def build(config: BuildConfig) -> Accounting | None:
     Raises UserError before anything is written where the request cannot be met, and after a stop
     or a full disk, when everything encoded so far is kept.
     """
+    begun = time.time()
     print(json.dumps(asdict(config), indent=2, default=str))
     print(set_precision(config.precision))
     _say_memory(config)
@@ -51,11 +53,12 @@ def build(config: BuildConfig) -> Accounting | None:
     manifest = Manifest(config.out)
     rows_per_shard = agree(config.out, identity, config.rows_per_shard, found.images.num_rows)
     if config.dry_run:
-        _say_plan(_plan(config, read_known(manifest, rows_per_shard), found, buckets))
+        known = read_known(manifest, rows_per_shard)
+        _say_plan(_plan(config, known, found, buckets, config.rehash))
         return None
     with writing(config.out):
         before = manifest.committed()
-        generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets)
+        generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets, begun)
         largest = max(size.width * size.height for size in buckets.sizes)
         encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
         _encode(config, manifest, generation, encoder, identity, rows_per_shard)
@@ -71,20 +74,26 @@ def _write_plan(
     identity: Identity,
     rows_per_shard: int,
     buckets: Buckets,
+    begun: float,
 ) -> int:
-    """Make the store's folders if need be and log the next generation; returns the newest."""
+    """Make the store's folders if need be and log the next generation; returns the newest.
+
+    Of several processes that build with --rehash only the first to come here reads every image.
+    """
     manifest.make_folders()
     with planning(manifest):
         tidy(manifest)
         if not (manifest.root / "latents.zarr" / "zarr.json").exists():
             write_group(manifest, attributes_of(identity, rows_per_shard))
         known = read_known(manifest, rows_per_shard)
-        plan = _plan(config, known, found, buckets, manifest.staging)
+        rehashed = manifest.root / "manifest" / "rehashed"  # written when it was last done
+        done = rehashed.exists() and rehashed.stat().st_mtime >= begun
+        plan = _plan(config, known, found, buckets, config.rehash and not done, manifest.staging)
         _say_plan(plan)
         generations = manifest.generations()
         generation = generations[-1] + 1 if generations else 0
         if plan.is_empty and generations:
-            _forget_journals(manifest)
+            _forget_journals(manifest, config.rehash)
             return generations[-1]
         placed = plan.entries.filter(pc.greater_equal(plan.entries["row"], 0))
         last = placed.group_by("bucket").aggregate([("row", "max")]).to_pylist()
@@ -92,17 +101,25 @@ def _write_plan(
             shape = bucket_shape(bucket, identity.channels)
             grow_array(manifest, bucket, row + 1, shape, identity.dtype, rows_per_shard)
         manifest.write_plan(generation, plan.entries, plan.removed, plan.captions)
-        _forget_journals(manifest)
+        _forget_journals(manifest, config.rehash)
         return generation
 
 
-def _forget_journals(manifest: Manifest) -> None:
+def _forget_journals(manifest: Manifest, rehash: bool) -> None:
+    """What was read of files is in the log now."""
     for name in JOURNALS:
         (manifest.staging / name).unlink(missing_ok=True)
+    if rehash:
+        (manifest.root / "manifest" / "rehashed").touch()
 
 
 def _plan(
-    config: BuildConfig, known: Known, found: Scan, buckets: Buckets, staging: Path | None = None
+    config: BuildConfig,
+    known: Known,
+    found: Scan,
+    buckets: Buckets,
+    rehash: bool,
+    staging: Path | None = None,
 ) -> Plan:
     """The next generation. Raises UserError where a source of before is missing."""
     plan = make_plan(
@@ -114,7 +131,7 @@ def _plan(
         config.workers,
         staging,
         config.max_pixels,
-        config.rehash,
+        rehash,
     )
     refuse_lost_sources(plan, known, set(found.names), set(config.forget))
     return plan
