@@ -77,12 +77,12 @@ def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
     )
     if config.dry_run:
         known = read_known(manifest, rows_per_shard)
-        plan = _plan(config, manifest, known, found, buckets, rows_per_shard)
+        plan = _plan(config, manifest, known, found, buckets, rows_per_shard, config.rehash)
         _say_plan(plan)
         _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
         return None
     with writing(config.out):
-        generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets)
+        generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets, began)
         largest = max(size.width * size.height for size in buckets.sizes)
         encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
         with building(manifest, generation, config.part, began) as before:
@@ -99,13 +99,20 @@ def _write_plan(
     identity: Identity,
     rows_per_shard: int,
     buckets: Buckets,
+    began: float,
 ) -> int:
-    """Make the store's folders if need be and log the next generation; returns the newest."""
+    """Make the store's folders if need be and log the next generation; returns the newest.
+
+    Of several processes that build with --rehash only the first to come here reads every image.
+    """
     manifest.make_folders()
     with planning(manifest):
         tidy(manifest)
         known = read_known(manifest, rows_per_shard)
-        plan = _plan(config, manifest, known, found, buckets, rows_per_shard, manifest.staging)
+        rehashed = manifest.root / "manifest" / "rehashed"  # written when it was last done
+        rehash = config.rehash and not (rehashed.exists() and rehashed.stat().st_mtime >= began)
+        staging = manifest.staging
+        plan = _plan(config, manifest, known, found, buckets, rows_per_shard, rehash, staging)
         _say_plan(plan)
         _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
         if not (manifest.root / "latents.zarr" / "zarr.json").exists():
@@ -113,7 +120,7 @@ def _write_plan(
         generations = manifest.generations()
         generation = generations[-1] + 1 if generations else 0
         if plan.is_empty and generations:
-            _forget_journals(manifest)
+            _forget_journals(manifest, config.rehash)
             return generations[-1]
         placed = plan.entries.filter(pc.greater_equal(plan.entries["row"], 0))
         last = placed.group_by("bucket").aggregate([("row", "max")]).to_pylist()
@@ -121,13 +128,16 @@ def _write_plan(
             shape = bucket_shape(bucket, identity.channels)
             grow_array(manifest, bucket, row + 1, shape, identity.dtype, rows_per_shard)
         manifest.write_plan(generation, plan.entries, plan.removed, plan.captions)
-        _forget_journals(manifest)
+        _forget_journals(manifest, config.rehash)
         return generation
 
 
-def _forget_journals(manifest: Manifest) -> None:
+def _forget_journals(manifest: Manifest, rehash: bool) -> None:
+    """What was read of files is in the log now."""
     for name in JOURNALS:
         (manifest.staging / name).unlink(missing_ok=True)
+    if rehash:
+        (manifest.root / "manifest" / "rehashed").touch()
 
 
 def _plan(
@@ -137,6 +147,7 @@ def _plan(
     found: Scan,
     buckets: Buckets,
     rows_per_shard: int,
+    rehash: bool,
     staging: Path | None = None,
 ) -> Plan:
     """The next generation. Raises UserError where a source of before is missing."""
@@ -149,7 +160,7 @@ def _plan(
         config.workers,
         staging,
         config.max_pixels,
-        config.rehash,
+        rehash,
     )
     refuse_lost_sources(plan, known, set(found.names), set(config.forget))
     keys = one(found.images["key"])

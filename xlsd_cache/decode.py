@@ -174,6 +174,11 @@ def too_large(width: int, height: int, max_pixels: int) -> Rejected | None:
     return Rejected("too_many_pixels", told)
 
 
+def max_bytes(max_pixels: int) -> int:
+    """How large a file may be: what so many pixels take as 16-bit RGBA, and a head."""
+    return 8 * max(MAX_PIXELS, max_pixels) + 2**26
+
+
 def decode(
     data: bytes,
     upright_size: tuple[int, int],

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.decode import LIMITED, MAX_PIXELS, RETRIED
+from xlsd_cache.decode import MAX_PIXELS, RETRIED, max_bytes
 from xlsd_cache.guard import FAILURES
 from xlsd_cache.headers import read_hashes
 
@@ -64,14 +64,16 @@ def compare(
 def _tried_again(logged: pa.Table, max_pixels: int, rehash: bool) -> Mask:
     """What failed by the moment's fault, or by a limit that is another now.
 
-    Older logs lack the size of an image that was over the limit, which then was MAX_PIXELS.
+    Older logs lack the sides of an image that was over the limit, which then was MAX_PIXELS.
     """
-    again = among(logged["reason"], RETRIED | FAILURES if rehash else RETRIED)
-    limited = among(logged["reason"], LIMITED)
-    if limited.any():
+    again: Mask = among(logged["reason"], RETRIED | FAILURES if rehash else RETRIED)
+    large = among(logged["reason"], {"too_many_pixels"})
+    if large.any():
         sides = (pc.cast(logged[name], pa.int64()) for name in ("width", "height"))
         pixels = np.asarray(pc.fill_null(pc.multiply(*sides), 0))
-        again |= limited & np.where(pixels > 0, pixels <= max_pixels, max_pixels > MAX_PIXELS)
+        again |= large & np.where(pixels > 0, pixels <= max_pixels, max_pixels > MAX_PIXELS)
+    fits = np.asarray(pc.fill_null(pc.less_equal(logged["size"], max_bytes(max_pixels)), False))
+    again |= among(logged["reason"], {"too_many_bytes"}) & fits
     return again
 
 

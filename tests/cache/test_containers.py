@@ -376,7 +376,9 @@ def test_one_image_of_a_sample_is_chosen_by_its_suffix(tmp_path: Path, kind: str
     assert archive.passed_over == folder.passed_over == {"other images": 2, "other files": 1}
 
 
-@pytest.mark.parametrize("data", [b"", b"no archive" * 99, gzip.compress(b""), bytes(10240)])
+@pytest.mark.parametrize(
+    "data", [b"", b"no archive" * 99, gzip.compress(b"", mtime=0), bytes(10240)], ids=range(4)
+)
 @KINDS
 def test_an_archive_that_is_none_costs_itself_and_is_named(
     tmp_path: Path, kind: str, data: bytes

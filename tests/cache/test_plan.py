@@ -43,6 +43,7 @@ def plan(
     staging: Path | None = None,
     max_pixels: int = MAX_PIXELS,
     refused: dict[str, Rejected] | None = None,
+    rehash: bool = False,
 ) -> Plan:
     """The plan of a folder; `refused` are the images that the scan rejects, by name."""
     found = scan((str(folder),), ("txt",))
@@ -52,7 +53,7 @@ def plan(
         column = pa.array([getattr(rejected, name) for rejected in why], pa.string())
         images = images.set_column(images.schema.get_field_index(name), name, column)
     return make_plan(
-        images, found.captions, ("txt",), before, BUCKETS, 2, staging, max_pixels=max_pixels
+        images, found.captions, ("txt",), before, BUCKETS, 2, staging, max_pixels, rehash
     )
 
 
@@ -186,6 +187,22 @@ def test_images_that_failed_for_a_passing_reason_are_tried_again(folder: Path) -
         first[1]["key"],
     }
     assert all(entry["reason"] == "" for entry in made.entries.to_pylist())
+
+
+def test_rehash_tries_again_what_a_decoder_could_not(folder: Path) -> None:
+    first = settled(folder)
+    first[0]["reason"], first[1]["reason"] = "decoder_crashed", "corrupt"
+    before = known(*first)
+    assert not plan(folder, before).entries.num_rows
+    (made,) = plan(folder, before, rehash=True).entries.to_pylist()
+    assert (made["key"], made["reason"]) == (first[0]["key"], "")
+
+
+def test_files_that_had_too_many_bytes_are_tried_again_when_they_have_not(folder: Path) -> None:
+    first = settled(folder)
+    first[0] |= {"reason": "too_many_bytes", "width": 0, "height": 0, "row": -1, "bucket": ""}
+    (made,) = plan(folder, known(*first)).entries.to_pylist()
+    assert (made["key"], made["reason"]) == (first[0]["key"], "")
 
 
 def test_only_captions_that_changed_are_written(folder: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,20 @@ def test_rehash_reads_everything_whatever_the_times_say(
         assert set(read) == set(map(str, images.rglob("*.bmp")))
         assert generations(tmp_path / "latents") == 1
         assert not [name for name in JOURNALS if (tmp_path / "latents/staging" / name).exists()]
+
+
+def test_of_several_processes_one_rehashes(
+    build: Build, images: Path, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert build() == 0
+    now = time.time()
+    read.clear()
+    for shard in ("0/2", "1/2"):
+        with monkeypatch.context() as together:
+            together.setattr(time, "time", lambda: now)
+            assert build("--rehash", "--shard", shard) == 0
+    assert sorted(read) == sorted(set(read)) != []
+    assert cache("check", tmp_path / "latents") == 0
 
 
 def entry_of(path: Path) -> Entry:
