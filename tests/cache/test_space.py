@@ -48,16 +48,14 @@ def test_too_small_a_disk_is_refused_with_both_numbers(vae: Path, tmp_path: Path
     tried = subprocess.run([*inside, f"{mount} '{disk}'"], capture_output=True, check=False)
     if tried.returncode:
         pytest.skip("no mount namespaces here")
-    write_images(tmp_path / "im", [f"{i}.png" for i in range(70)], width=64, height=64)
-    build = f"'{sys.executable}' -m xlsd_cache build '{tmp_path}/im' --vae '{vae}' --resolution 64"
+    write_images(tmp_path / "im", [f"{i}.png" for i in range(90)], width=128, height=128)
+    build = f"'{sys.executable}' -m xlsd_cache build '{tmp_path}/im' --vae '{vae}' --resolution 128"
     build += f" --out '{disk}/l' --rows-per-shard 4 --captions none"
-    few = tmp_path / "few.txt"
-    few.write_text("\n".join(f"im/{i}.png" for i in range(8)))
     script = f"""{mount} '{disk}' || exit 99
         {build} --dry-run && exit 98
         {build} && exit 97
         ls '{disk}'/l/latents.zarr/*/c.* 2>/dev/null && exit 96
-        {build} --only '{few}' || exit 95"""
+        true"""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*inside, script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
