@@ -129,7 +129,7 @@ def test_a_hub_that_refuses_and_a_path_that_is_missing_are_told_apart(
             with pytest.raises(UserError, match="private or gated.*; " + instead) as error:
                 open_run(**{option: "org/name"})
             assert f"cannot fetch org/name from {endpoint}" in str(error.value)
-            assert len(asked) == 1
+            assert asked.count("api/models/org/name") == 1
             asked.clear()
             told = r"modles/mine: no such file or directory \(did you mean models/mine\?\)"
             with pytest.raises(UserError, match=told):
