@@ -137,7 +137,9 @@ def judge(likenesses: Sequence[Likeness], vae: Vae, kind: str, keeps: str) -> Ve
     own = float(np.median([one.own for one in likenesses if one.own is not None]))
     seen = [one for one in compared if one.alike is not None and one.alike >= OTHER]
     likely = sorted(one for one in alike if one >= OTHER)
-    usually = likely[len(likely) // 2] if likely else 0.0
+    # Where more than a third are alike only somewhat, it is the crop or the filter, not the image.
+    third = min(len(likely) - 1, max(1, len(likely) // 3))
+    usually = likely[third] if likely else 0.0
     scale = float(np.median([one.scale for one in seen or likenesses]))
     usual = [one.usual for one in likenesses if one.usual is not None]
     wanted = USUAL * float(np.median(usual)) if usual else OWN
