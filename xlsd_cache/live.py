@@ -50,9 +50,11 @@ def live_masks(manifest: Manifest, view: View) -> dict[str, Mask]:
             rows: int = json.loads(path.read_bytes())["shape"][0]
         except (OSError, ValueError, KeyError, TypeError):  # which `check` says of the array itself
             continue
-        masks[bucket] = np.zeros(rows, np.bool_)
         start, stop = view.ranges.get(bucket, (0, 0))
-        masks[bucket][view.samples["row"].slice(start, stop - start).to_numpy()] = True
+        live = view.samples["row"].slice(start, stop - start).to_numpy()
+        # Metadata that was damaged may call the array shorter than it is.
+        masks[bucket] = np.zeros(max(rows, live.max(initial=-1) + 1), np.bool_)
+        masks[bucket][live] = True
     return masks
 
 
@@ -69,7 +71,7 @@ def live_faults(manifest: Manifest, view: View) -> dict[str, str]:
             there = zarr.open_array(manifest.array(FOLDER) / bucket, mode="r")[:]
         except Exception:  # zarr raises whatever damaged files make it stumble over
             there = None
-        if there is None or not np.array_equal(there, mask):
+        if there is None or not np.array_equal(np.flatnonzero(there), np.flatnonzero(mask)):
             what = "is missing or not readable" if there is None else "is not what the log says"
             faults[f"latents.zarr/{FOLDER}/{bucket}"] = what
     return faults

@@ -96,14 +96,14 @@ def equal(a: dict[str, Any], b: dict[str, Any], again: Sequence[str] = ()) -> bo
 
 def test_exactly_the_damaged_latents_are_encoded_again(store: Store) -> None:
     before = store.latents()
-    shards = files(store.out, "latents.zarr/**/c.*")
+    shards = files(store.out, "latents.zarr/*x*/c.*")
     damaged = sorted((store.key(1), store.key(2)))
     for row in (1, 2):
         flip(store.out / SHARD, row * RECORD + 5)
     code, found = store.check("--repair")
     assert code == 1  # a build must follow
     assert sorted(found["repaired"]["to_encode"]) == damaged
-    after = files(store.out, "latents.zarr/**/c.*")
+    after = files(store.out, "latents.zarr/*x*/c.*")
     assert after.keys() == shards.keys()
     assert all(after[name] == shards[name] for name in shards if name != SHARD)
     sums = store.build()
