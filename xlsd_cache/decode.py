@@ -20,7 +20,6 @@ from xlsd_cache.colours import UnsupportedSamples, eight_bit, to_srgb
 PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
 MAX_PIXELS = 128_000_000  # unless told otherwise; decoding that many takes 0.5 to 2.3 GiB
 MOST_PIXELS = 2**31 - 1  # of any image: its sides must fit the log's int32
-_HEAD_BYTES = 2**26  # what a file may have beside its pixels
 # A JPEG is decoded DCT-scaled where that still leaves this many times the size wanted. The worst of
 # 113 photos is then 0.91 grey levels (RMS) from its full decode; at 3 it is 1.13.
 DRAFT_MARGIN = 3.5
@@ -117,11 +116,6 @@ class Rejected:
 
     reason: str
     detail: str = ""
-
-
-def most_bytes(max_pixels: int) -> int:
-    """Of a file: what the largest image let in takes as 16-bit RGBA, and what is beside it."""
-    return 8 * max_pixels + _HEAD_BYTES
 
 
 def read_size(path: Path) -> tuple[int, int] | Rejected:

@@ -25,7 +25,7 @@ from xlsd_cache.decode import (
     RETRIED,
     Rejected,
     header_of,
-    most_bytes,
+    max_bytes,
     read_header,
 )
 from xlsd_cache.guard import decoders
@@ -77,7 +77,7 @@ def _header(workers: int, max_pixels: int, file: File) -> Row:
     source, nbytes = file
     head, size = "", Rejected("bad_name", "its name is not UTF-8; rename it")
     try:
-        most = most_bytes(max_pixels)
+        most = max_bytes(max_pixels)
         if nbytes > most:
             size = Rejected("too_many_bytes", f"{nbytes} bytes are more than {most}")
         elif source:

@@ -237,8 +237,9 @@ def _by_less(found: Matches, group: list[int], images: Images) -> None:
     names = images.key.take(pa.array(scope))
     if everywhere or (table.given and not table.sidecars):
         inside = pc.replace_substring_regex(names, "^[^/]*/", "")
-        _take(found, How.INSIDE, path, canonical(inside), at, scope)
-        _take(found, How.INSIDE, key, stemmed(inside), at, scope)
+        for called in (names, inside):  # with the source's own name, or without
+            _take(found, How.INSIDE, path, canonical(called), at, scope)
+            _take(found, How.INSIDE, key, stemmed(called), at, scope)
     if everywhere or not table.sidecars:
         _by_file_name(found, at, path, pc.coalesce(key, id_), names, scope)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.commit import Claim, claim
-from xlsd_cache.decode import MAX_PIXELS, Pixels, Rejected, decode, most_bytes, too_large
+from xlsd_cache.decode import MAX_PIXELS, Pixels, Rejected, decode, max_bytes, too_large
 from xlsd_cache.encode import Encoder
 from xlsd_cache.guard import Guard, decoders
 from xlsd_cache.identity import bucket_shape
@@ -238,7 +238,7 @@ def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) ->
         return "", why
     try:
         before = stat_source(entry["source"])
-        data = _read(entry["source"], most_bytes(max_pixels))
+        data = _read(entry["source"], max_bytes(max_pixels))
         now = stat_source(entry["source"])
     except FileNotFoundError:
         return "", Rejected("vanished", "gone between the scan and its reading")
