@@ -27,7 +27,7 @@ from xlsd_cache.identity import Identity, agree, attributes_of, bucket_shape
 from xlsd_cache.interrupt import STOPPING, StopSignal
 from xlsd_cache.known import Known, by_unit, former_names, read_known, uncommitted
 from xlsd_cache.manifest import Manifest
-from xlsd_cache.match import look_up
+from xlsd_cache.names import look_up
 from xlsd_cache.pipeline import Work
 from xlsd_cache.plan import (
     JOURNALS,

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache.manifest import CAPTIONS
-from xlsd_cache.match import look_up
+from xlsd_cache.names import look_up
 from xlsd_cache.tables import one
 
 _SLICE = 1 << 20  # captions: their texts must stay below the 2 GiB of one Arrow array

@@ -31,7 +31,7 @@ from xlsd_cache.decode import (
 from xlsd_cache.guard import decoders
 from xlsd_cache.inflate import BadSource
 from xlsd_cache.locate import open_source, read_source
-from xlsd_cache.match import look_up
+from xlsd_cache.names import look_up
 from xlsd_cache.ours import MARK, is_marked
 from xlsd_cache.tables import one
 

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
-from xlsd_cache.match import canonical, last_part, look_up
+from xlsd_cache.names import canonical, last_part, look_up
 from xlsd_cache.tables import one
 from xlsd_cache.terminal import warn
 

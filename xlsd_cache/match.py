@@ -15,145 +15,27 @@ What names several images, or names one by its file name as other rows do, match
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import IntEnum
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from xlsd_cache.cells import read_cell
 from xlsd_cache.manifest import CAPTIONS
-from xlsd_cache.tables import NOTHING, Rows, one
+from xlsd_cache.matches import NOBODY, SEVERAL, How, Matches, Table
+from xlsd_cache.names import (
+    Ints,
+    below_folder,
+    bisect,
+    canonical,
+    joined,
+    last_part,
+    look_up,
+    only_once,
+    stemmed,
+)
+from xlsd_cache.tables import NOTHING, one
 
-Ints = NDArray[np.int64]
-SUFFIX = r"\.[^./]*$"
-FOLDERS = r"^.*/"
-_SHOWN = 20  # tables that get a line of their own
 _ODD = r"\\|/\.\.?/|[^\x00-\x7f]"  # what one image's path may be written with in several ways
-NOBODY, SEVERAL = -1, -2  # in place of an image's number
-
-
-class How(IntEnum):
-    """How a row named its image, the most exact first."""
-
-    PATH = 0
-    KEY = 1
-    URL = 2
-    FORMER = 3
-    MOVED = 4  # by the image's key: its source lay elsewhere when the store was built
-    INSIDE = 5
-    NAME = 6
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows, and what they may speak for."""
-
-    rows: Rows
-    folder: str  # what its paths start from
-    place: str = ""  # what begins the keys of images in that folder: SOURCE/path/in/it
-    given: bool = False  # named by the user, as a source of its own, and not found in a folder
-    sidecars: bool = False  # the rows are files, each named like the image beside it
-
-    @property
-    def names_images(self) -> bool:
-        """Whether its images are images of the folder that it was found in."""
-        return self.rows.cell is not None or self.rows.stored
-
-    @property
-    def own_place(self) -> str:
-        """What begins the keys of the images that the table embeds."""
-        return self.place if self.given else f"{self.place}/{self.rows.file.name}"
-
-    @property
-    def maybe(self) -> bool:
-        """Whether the file may be no table at all."""
-        return not self.given and self.rows.file.suffix == ".json"
-
-    @property
-    def depth(self) -> int:
-        """Of two tables about one image, the nearer counts."""
-        return self.folder.count("/")
-
-
-@dataclass
-class Matches:
-    """What became of each row of all tables, one table's rows after the other's."""
-
-    tables: list[Table]
-    starts: Ints  # of each table's rows, and their end
-    image: Ints  # number of the image, NOBODY or SEVERAL
-    how: NDArray[np.int8]  # of How, where there is an image
-    path: pa.Array  # absolute, as the row names it, or null
-    key: pa.Array
-
-    def counts(self, table: int) -> tuple[int, int, int]:
-        """How many of a table's rows are used, are of no image, and of several."""
-        image = self.image[self.starts[table] : self.starts[table + 1]]
-        used, several = int((image >= 0).sum()), int((image == SEVERAL).sum())
-        return used, len(image) - used - several, several
-
-    def names(self, table: int, wanted: int, most: int = 3) -> list[str]:
-        """What some rows without an image (NOBODY), or with SEVERAL, are called."""
-        start, stop = self.starts[table], self.starts[table + 1]
-        at = np.flatnonzero(self.image[start:stop] == wanted)[:most]
-        rows = self.tables[table].rows
-        names = pc.coalesce(rows.path, rows.key, rows.url, rows.id)
-        return [name or "a row without a name" for name in names.take(pa.array(at)).to_pylist()]
-
-    def own_image(self, row: int, key: str) -> bytes | None:
-        """The image that a row was written for, called like `key`, if it lies with the table."""
-        number = int(np.searchsorted(self.starts, row, "right")) - 1
-        rows, at = self.tables[number].rows, row - int(self.starts[number])
-        try:
-            if rows.cell and rows.labels is not None and rows.labels[at].is_valid:
-                return read_cell(str(rows.file), rows.cell, at)
-            path = self.path[row].as_py() or self.key[row].as_py() + Path(key).suffix
-            return Path(path).read_bytes()
-        except OSError:
-            return None
-
-    def without_image(self, column: str) -> int:
-        """How many texts of a column no image gets."""
-        texts = _joined([_texts(table, column) for table in self.tables])
-        return int(((self.image < 0) & texts.is_valid().to_numpy(zero_copy_only=False)).sum())
-
-    def missing(self) -> bool:
-        """Whether a row names an image that is not there, by path or key."""
-        open_ = pa.array((self.image < 0) | (self.how >= How.MOVED))
-        named = pc.or_(pc.is_valid(self.path), pc.is_valid(self.key))
-        return bool(pc.any(pc.and_(open_, named)).as_py())
-
-    def told(self) -> list[str]:
-        """What became of the rows, a line a table, and names of those that no image gets."""
-        numbers = [n for n, table in enumerate(self.tables) if not table.sidecars]
-        # A .json file that a folder holds, and no row of which names an image, is something else.
-        numbers = [n for n in numbers if self.counts(n)[0] or not self.tables[n].maybe]
-        lines = []
-        for number in numbers[:_SHOWN]:
-            used, unused, several = self.counts(number)
-            line = (
-                f"{self.tables[number].rows.file.name}: {used + unused + several} rows, {used} used"
-            )
-            for count, wanted, what in (
-                (unused, NOBODY, "of no image"),
-                (several, SEVERAL, "match several images"),
-            ):
-                names = self.names(number, wanted)
-                more = ", ..." if count > len(names) else ""
-                line += f", {count} {what}: {', '.join(names)}{more}" if count else ""
-            lines.append(line)
-        if rest := numbers[_SHOWN:]:
-            sums = np.sum([self.counts(number) for number in rest], axis=0).tolist()
-            used, unused, several = sums
-            lines.append(
-                f"{len(rest)} more tables: {sum(sums)} rows, {used} used, {unused} of no image, "
-                f"{several} match several images"
-            )
-        return lines
 
 
 class Images:
@@ -176,7 +58,7 @@ class Images:
             self._sorted[what] = names, order
         names, order = self._sorted[what]
         prefix = folder.rstrip("/")
-        low, high = (_bisect(names, order, prefix + end) for end in ("/", "0"))  # "0" follows "/"
+        low, high = (bisect(names, order, prefix + end) for end in ("/", "0"))  # "0" follows "/"
         return np.sort(order[low:high])
 
 
@@ -190,7 +72,7 @@ def match(tables: list[Table], images: pa.Table) -> Matches:
         path = canonical(pc.if_else(odd, found.path, NOTHING))
         _take(found, How.PATH, path, canonical(there.location))
     _take(found, How.KEY, found.key, stemmed(there.location))
-    _take(found, How.URL, _joined([table.rows.url for table in tables]), there.url)
+    _take(found, How.URL, joined([table.rows.url for table in tables]), there.url)
     for group in _groups(tables):
         _by_less(found, group, there)
     return found
@@ -198,8 +80,8 @@ def match(tables: list[Table], images: pa.Table) -> Matches:
 
 def _start(tables: list[Table]) -> Matches:
     starts = np.cumsum([0, *(len(table.rows) for table in tables)])
-    path = _joined([_located(table, table.rows.path) for table in tables])
-    key = _joined([_located(table, table.rows.key) for table in tables])
+    path = joined([_located(table, table.rows.path) for table in tables])
+    key = joined([_located(table, table.rows.key) for table in tables])
     image, how = np.full(starts[-1], NOBODY), np.zeros(starts[-1], np.int8)
     return Matches(tables, starts, image, how, path, key)
 
@@ -222,15 +104,15 @@ def _by_less(found: Matches, group: list[int], images: Images) -> None:
     table, rows = found.tables[group[0]], [found.tables[n].rows for n in group]
     labels = rows[0].labels
     if labels is not None and not (found.image[at] >= 0).any():
-        _take(found, How.MOVED, _joined_path(table.own_place, labels), images.key, at)
-    path, key, id_ = (_joined([getattr(r, n) for r in rows]) for n in ("path", "key", "id"))
+        _take(found, How.MOVED, below_folder(table.own_place, labels), images.key, at)
+    path, key, id_ = (joined([getattr(r, n) for r in rows]) for n in ("path", "key", "id"))
     path = canonical(path)
     scope = images.below("location", table.folder)
     if not len(scope) and table.place:
         scope = images.below("key", table.place)
         keys = images.key.take(pa.array(scope))
-        _take(found, How.MOVED, _joined_path(table.place, path), canonical(keys), at, scope)
-        _take(found, How.MOVED, _joined_path(table.place, key), stemmed(keys), at, scope)
+        _take(found, How.MOVED, below_folder(table.place, path), canonical(keys), at, scope)
+        _take(found, How.MOVED, below_folder(table.place, key), stemmed(keys), at, scope)
     everywhere = not len(scope) and table.given
     if everywhere:
         scope = np.arange(len(images.key))
@@ -294,7 +176,7 @@ def captions_of(found: Matches, keys: pa.Array, columns: Iterable[str]) -> pa.Ta
     depth = np.repeat(depth, np.diff(found.starts))
     tables = [CAPTIONS.empty_table()]
     for column in columns:
-        texts = _joined([_texts(table, column) for table in found.tables])
+        texts = found.texts(column)
         at = np.flatnonzero((found.image >= 0) & texts.is_valid().to_numpy(zero_copy_only=False))
         image = found.image[at]
         order = np.lexsort([at, depth[at], -found.how[at].astype(np.int64), image])
@@ -304,10 +186,6 @@ def captions_of(found: Matches, keys: pa.Array, columns: Iterable[str]) -> pa.Ta
         mine = keys.take(pa.array(found.image[chosen]))
         tables.append(pa.table([mine, pa.repeat(column, len(mine)), told], schema=CAPTIONS))
     return pa.concat_tables(tables)
-
-
-def _texts(table: Table, column: str) -> pa.Array:
-    return table.rows.captions.get(column, pa.nulls(len(table.rows), pa.string()))
 
 
 def _take(
@@ -342,69 +220,8 @@ def _located(table: Table, written: pa.Array) -> pa.Array:
     """The absolute paths that rows name; of an image in a table, where it is."""
     tidy = pc.replace_substring_regex(written, r"^(\./+)+", "")
     tidy = pc.replace_substring_regex(tidy, r"//+", "/")
-    inside = _joined_path(table.folder, tidy)
+    inside = below_folder(table.folder, tidy)
     path = pc.if_else(pc.starts_with(tidy, "/"), tidy, inside)
     if table.rows.labels is None or written is not table.rows.path:
         return path
-    return pc.coalesce(_joined_path(table.rows.file.as_posix(), table.rows.labels), path)
-
-
-def _joined_path(folder: str, names: pa.Array) -> pa.Array:
-    return pc.binary_join_element_wise(folder.rstrip("/"), names, "/")
-
-
-def _joined(arrays: list[pa.Array]) -> pa.Array:
-    return pa.concat_arrays([pa.array([], pa.string()), *arrays])
-
-
-def canonical(names: pa.Array) -> pa.Array:
-    """Paths as they compare: with slashes, composed accents, and no part that leads back."""
-    names = pc.replace_substring_regex(names, r"[\\/]+", "/")
-    names = pc.replace_substring_regex(names, r"^(\./)+", "")
-    back = pc.fill_null(pc.match_substring_regex(names, r"(^|/)\.\.?/"), False)
-    if pc.any(back).as_py():
-        plain = [os.path.normpath(name) for name in names.filter(back).to_pylist()]
-        names = pc.replace_with_mask(names, back, pa.array(plain, pa.string()))
-    if pc.any(pc.invert(pc.string_is_ascii(names))).as_py():
-        names = pc.utf8_normalize(names, "NFC")
-    return names
-
-
-def stemmed(names: pa.Array) -> pa.Array:
-    """Without the suffix."""
-    return pc.replace_substring_regex(names, SUFFIX, "")
-
-
-def last_part(names: pa.Array) -> pa.Array:
-    """The file names of paths."""
-    return pc.replace_substring_regex(names, FOLDERS, "")
-
-
-def look_up(wanted: pa.Array, have: pa.Array) -> Ints:
-    """int64 [wanted]: where in `have` the last equal value is, or -1; a null equals nothing."""
-    if have.null_count == len(have) or wanted.null_count == len(wanted):
-        return np.full(len(wanted), -1)
-    backwards = have.take(pa.array(np.arange(len(have))[::-1]))
-    found = pc.index_in(wanted, value_set=backwards, skip_nulls=True)
-    at: Ints = pc.fill_null(found, len(have)).to_numpy().astype(np.int64)
-    return len(have) - 1 - at
-
-
-def only_once(names: pa.Array) -> pa.Array:
-    """The same, null where a name is there more than once."""
-    counts = pc.value_counts(names)
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    return pc.if_else(pc.is_in(names, value_set=repeated), NOTHING, names)
-
-
-def _bisect(names: pa.Array, order: Ints, wanted: str) -> int:
-    """How many of the names, in this order, come before `wanted` by their bytes."""
-    low, high, sought = 0, len(order), wanted.encode()
-    while low < high:
-        middle = (low + high) // 2
-        name = names[int(order[middle])].as_py()
-        if name is not None and name.encode() < sought:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    return pc.coalesce(below_folder(table.rows.file.as_posix(), table.rows.labels), path)

@@ -11,7 +11,7 @@ from xlsd_cache.buckets import Buckets, Placement
 from xlsd_cache.decode import Rejected, too_large
 from xlsd_cache.known import Known
 from xlsd_cache.manifest import PLAN
-from xlsd_cache.match import look_up
+from xlsd_cache.names import look_up
 from xlsd_cache.tables import one
 
 Mask = NDArray[np.bool_]

@@ -16,7 +16,7 @@ from xlsd_cache.delta import caption_changes
 from xlsd_cache.headers import FILES, read_hashes, read_headers
 from xlsd_cache.known import Known, find_places
 from xlsd_cache.manifest import LATER, PLAN, last_of
-from xlsd_cache.match import look_up
+from xlsd_cache.names import look_up
 from xlsd_cache.place import crop_matrix, give_rows, place
 from xlsd_cache.tables import one
 from xlsd_cache.unchanged import SCANNED, Mask, among, compare, equal

@@ -23,16 +23,9 @@ from xlsd_cache.identity import read_attributes
 from xlsd_cache.index import make_view, save_view
 from xlsd_cache.known import former_names, read_live
 from xlsd_cache.manifest import PLAN, Manifest
-from xlsd_cache.match import (
-    NOBODY,
-    How,
-    Matches,
-    Table,
-    by_former_names,
-    captions_of,
-    look_up,
-    match,
-)
+from xlsd_cache.match import by_former_names, captions_of, match
+from xlsd_cache.matches import NOBODY, How, Matches, Table
+from xlsd_cache.names import look_up
 from xlsd_cache.records import Record, Search, Tally, given_table
 from xlsd_cache.sources import named_roots, read_urls, records_of
 from xlsd_cache.tables import Rows, is_table, one

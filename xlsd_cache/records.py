@@ -18,7 +18,7 @@ from xlsd_cache.captions import CAPTION_BYTES, TOO_LARGE, Beside, Column, LeftOu
 from xlsd_cache.cells import cell_sizes
 from xlsd_cache.folders import walk
 from xlsd_cache.locate import GZIPPED, Stat, cell
-from xlsd_cache.match import Table
+from xlsd_cache.matches import Table
 from xlsd_cache.members import printable
 from xlsd_cache.rows import read_rows
 from xlsd_cache.tables import EMBEDDING, is_table, normal_path, of_kind

@@ -18,7 +18,9 @@ from xlsd_cache.formats import IMAGE_SUFFIXES, is_image
 from xlsd_cache.lists import listed
 from xlsd_cache.manifest import CAPTIONS
 from xlsd_cache.masks import with_masks
-from xlsd_cache.match import Matches, by_former_names, captions_of, look_up, match
+from xlsd_cache.match import by_former_names, captions_of, match
+from xlsd_cache.matches import Matches
+from xlsd_cache.names import look_up
 from xlsd_cache.records import (
     ARCHIVE_SUFFIXES,
     Record,

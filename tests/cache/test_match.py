@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from tests.support import write_images
 from xlsd_cache.captions import Column
 from xlsd_cache.locate import read_source
-from xlsd_cache.match import NOBODY, SEVERAL, Table, canonical, captions_of, match
+from xlsd_cache.match import captions_of, match
+from xlsd_cache.matches import NOBODY, SEVERAL, Table
+from xlsd_cache.names import canonical
 from xlsd_cache.rows import read_rows
 from xlsd_cache.sources import Scan, scan
 from xlsd_cache.tables import Rows

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from xlsd_cache.arrow_tables import column_texts
 from xlsd_cache.captions import value_text
-from xlsd_cache.match import look_up, only_once
+from xlsd_cache.names import look_up, only_once
 
 # Every kind of white space and control character that Python knows, among others.
 TEXTS = st.text(
