@@ -281,8 +281,11 @@ def test_identities_differ_by_weights_and_not_by_names(store: Path) -> None:
     with LatentStore.open(store) as ours:
         values = {**ours.identity.__dict__, "vae_name": "other", "vae_source": "elsewhere"}
         assert ours.identity.differences(Identity(**values)) == {}
-        values |= {"vae_sha256": "0", "max_ratio": 3.0}
-        assert set(ours.identity.differences(Identity(**values))) == {"vae_sha256", "max_ratio"}
+        values |= {"vae_sha256": "0", "max_ratio": 3.0}  # another decoder
+        assert set(ours.identity.differences(Identity(**values))) == {"max_ratio"}
+        for encoder, name in (("1", "encoder_sha256"), ("", "vae_sha256")):  # another, not known
+            values["encoder_sha256"] = encoder
+            assert set(ours.identity.differences(Identity(**values))) == {name, "max_ratio"}
 
 
 def test_commit_records_hold_the_checksums_of_the_latents(store: Path) -> None:
