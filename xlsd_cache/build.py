@@ -164,7 +164,7 @@ def _plan(
     )
     refuse_lost_sources(plan, known, set(found.names), set(config.forget))
     keys = one(found.images["key"])
-    if known.live.num_rows and found.matches.missing():
+    if known.live.num_rows and pc.any(found.matches.missing()).as_py():
         former = former_names(manifest, rows_per_shard, keys)
         found = found.with_former_names(former, contents(plan, known))
         captions = caption_changes(keys, found.captions, found.columns, known.captions)

@@ -6,8 +6,8 @@ that embeds its images speaks for those alone. Where no image is there of the na
 less may tell, among the images that its table speaks for: those in the table's folder and below;
 or, where none lies there and the user gave the table, all.
 
-    FORMER  the image was renamed, which its content proves
     INSIDE  path or key from the root of an image's source, for a table that the user gave
+    FORMER  the image was renamed, which its content proves
     NAME    the only image of that full file name; of that stem, for a key or id without folders
 
 What names several images, or names one by its file name as other rows do, matches nothing.
@@ -155,10 +155,10 @@ def by_former_names(found: Matches, content: pa.Array, former: pa.Table) -> None
     `content` are the images' content hashes, null where unknown; `former` is a table (key, source,
     content_hash) of files that were encoded.
     """
-    open_ = (found.image < 0) | (found.how >= How.MOVED)
+    open_ = found.missing()
     before = Images(former.append_column("url", pa.nulls(former.num_rows, pa.string())))
     for wanted, have in ((found.path, before.location), (found.key, stemmed(before.location))):
-        at = look_up(pc.if_else(pa.array(open_), wanted, NOTHING), have)
+        at = look_up(pc.if_else(open_, wanted, NOTHING), have)
         hashes = one(former["content_hash"]).take(pa.array(at, mask=at < 0))
         now = look_up(hashes, only_once(content))
         for row in np.flatnonzero(now >= 0).tolist():  # few: those that were renamed

@@ -23,9 +23,9 @@ class How(IntEnum):
     PATH = 0
     KEY = 1
     URL = 2
-    FORMER = 3
-    MOVED = 4  # by the image's key: its source lay elsewhere when the store was built
-    INSIDE = 5
+    MOVED = 3  # by the image's key: its source lay elsewhere when the store was built
+    INSIDE = 4
+    FORMER = 5
     NAME = 6
 
 
@@ -107,11 +107,16 @@ class Matches:
         texts = self.texts(column)
         return int(((self.image < 0) & texts.is_valid().to_numpy(zero_copy_only=False)).sum())
 
-    def missing(self) -> bool:
-        """Whether a row names an image that is not there, by path or key."""
-        open_ = pa.array((self.image < 0) | (self.how >= How.MOVED))
+    def missing(self) -> pa.Array:
+        """Which rows name an image by path or key that is not there."""
+        by_name = pc.and_(pa.array(self.how == How.NAME), pc.is_valid(self.path))
+        unmatched = pa.array(self.image < 0)
         named = pc.or_(pc.is_valid(self.path), pc.is_valid(self.key))
-        return bool(pc.any(pc.and_(open_, named)).as_py())
+        return pc.and_(named, pc.or_(unmatched, by_name))
+
+    def moved(self) -> Ints:
+        """The rows whose image is told by its key alone."""
+        return np.flatnonzero((self.image >= 0) & (self.how == How.MOVED))
 
     def told(self) -> list[str]:
         """What became of the rows, a line a table, and names of those that no image gets."""

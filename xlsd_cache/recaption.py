@@ -24,7 +24,7 @@ from xlsd_cache.index import make_view, save_view
 from xlsd_cache.known import former_names, read_live
 from xlsd_cache.manifest import PLAN, Manifest
 from xlsd_cache.match import by_former_names, captions_of, match
-from xlsd_cache.matches import NOBODY, How, Matches, Table
+from xlsd_cache.matches import NOBODY, Matches, Table
 from xlsd_cache.names import look_up
 from xlsd_cache.records import Record, Search, Tally, given_table
 from xlsd_cache.sources import named_roots, read_urls, records_of
@@ -89,11 +89,13 @@ def _log(
         newest = generations[-1]
         images = _images(manifest.live(newest))
         found = _match(tables, images)
-        if found.missing():  # only then is the whole log read
+        missing = pc.any(found.missing()).as_py()
+        if missing or len(found.moved()):  # only then is the whole log read
             images = _images(read_live(manifest, newest))
+            _refuse_others(found, images)
+        if missing:
             former = former_names(manifest, rows_per_shard, one(images["key"]))
             by_former_names(found, one(images["content_hash"]), former)
-            _refuse_others(found, images)
         for line in found.told():
             say(line)
         known = manifest.captions(newest)
@@ -221,7 +223,7 @@ def _refuse_others(found: Matches, images: pa.Table) -> None:
     they must be the store's own.
     """
     told = [one(images[name]) for name in ("key", "size", "content_hash")]
-    for row in np.flatnonzero((found.image >= 0) & (found.how == How.MOVED)).tolist():
+    for row in found.moved().tolist():
         key, size, content = (column[int(found.image[row])].as_py() for column in told)
         data = found.own_image(row, key)
         if data is not None and (len(data) != size or hashlib.sha256(data).hexdigest() != content):
