@@ -112,6 +112,7 @@ def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Itera
     start = len(str(root).rstrip("/\\")) + 1
     for folder, files in walk(root, tally.passed_over):
         there = Names(files)
+        tables = _tables(files, search)
         inside = f"{name}/{folder[start:]}".rstrip("/").replace(os.sep, "/")
         for file in files:
             path = f"{folder}{os.sep}{file}"
@@ -126,7 +127,7 @@ def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Itera
                 yield Record(key, source, stat, beside)
             elif file.endswith(TAR_SUFFIXES):
                 yield from archive_records(f"{inside}/{file}", Path(path), search, tally)
-            elif (table := _table(Path(path), inside, files, search, tally)) is not None:
+            elif file in tables and (table := _table(Path(path), inside, files, search, tally)):
                 if search.images and table.names_images:
                     yield from row_records(table, tally)
             elif not search.is_caption(file):
@@ -192,11 +193,17 @@ def given_table(name: str, file: Path, search: Search, tally: Tally) -> Table | 
     return table
 
 
+def _tables(files: list[str], search: Search) -> set[str]:
+    """Which files of a folder may be tables: not the .json that is about the image beside it."""
+    named = {file for file in files if is_table(file)}
+    if any(file.endswith(".json") for file in named):
+        named -= {f"{search.stem(file)}.json" for file in files if search.is_image(file)}
+    return named
+
+
 def _table(file: Path, inside: str, files: list[str], search: Search, tally: Tally) -> Table | None:
     """A table found in a folder; None for a file that is none, and for one that asks nothing."""
     name = file.name.lower()
-    if not is_table(name):
-        return None
     try:
         embeds = name.endswith(EMBEDDING)
         if name.endswith(".arrow") and file.name not in arrow_files(file.parent, files):

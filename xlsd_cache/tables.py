@@ -89,7 +89,7 @@ def table_kind(name: str) -> Kind | None:
 
 def is_table(name: str) -> bool:
     """Whether a file of this name is read as rows."""
-    return table_kind(name) is not None
+    return name.lower().endswith(TABLE_SUFFIXES)
 
 
 def of_kind(file: Path, columns: tuple[Column, ...]) -> tuple[Column, ...]:

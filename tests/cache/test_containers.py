@@ -456,7 +456,7 @@ def test_a_damaged_member_is_rejected_once_and_for_all(
     rejected = pq.read_table(tmp_path / "l" / "rejected.parquet").to_pylist()
     assert rejected[0]["key"] == "a.zip/1.png"
     assert cache("build", *options, "--batch", 2) == 0
-    assert "to place: 0 images" in capsys.readouterr().out
+    assert "to encode: 0 images" in capsys.readouterr().out
 
 
 def test_sources_of_an_older_version_are_only_renamed(

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_what_is_to_be_written_is_what_is_written(vae: Path, tmp_path: Path, cap
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_too_small_a_disk_is_refused_with_both_numbers(vae: Path, tmp_path: Path) -> None:
     """On a real one of 256 KiB, which takes a mount of one's own."""
     mount = "mount -t tmpfs -o size=256k none"
@@ -62,3 +64,16 @@ def test_too_small_a_disk_is_refused_with_both_numbers(vae: Path, tmp_path: Path
     refused = [line for line in done.stderr.splitlines() if line.startswith("xlsd-cache: too")]
     assert len(refused) == 2
     assert all(" KiB to write, " in line and " KiB free on the disk" in line for line in refused)
+
+
+def test_a_disk_that_is_nearly_full_is_refused_before_anything_is_written(
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "im", ["a.png"], width=128, height=128)
+    full = SimpleNamespace(total=2**30, used=2**30 - 99, free=99)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    build = ("build", tmp_path / "im", "--out", tmp_path / "l", "--vae", vae, "--resolution", 128)
+    for more in ((), ("--dry-run",)):
+        assert cache(*build, *more) == 1
+        assert "too little room: " in capsys.readouterr().err
+    assert not list(tmp_path.glob("l/manifest/plan/*"))

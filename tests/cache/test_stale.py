@@ -64,9 +64,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("open_source", "read_source"):
         real = getattr(headers, name)
 
-        def counting(source: str, real: Any = real) -> Any:
+        def counting(source: str, *most: int, real: Any = real) -> Any:
             names.append(source)
-            return real(source)
+            return real(source, *most)
 
         monkeypatch.setattr(headers, name, counting)
     return names

@@ -16,6 +16,7 @@ from xlsd_cache.store import LatentStore
 from xlsd_cache.terminal import say_json, shown
 
 Out = pytest.CaptureFixture[str]
+CAPTIONS = ("captions", "--from", ".", "--columns", "txt")  # starts without torch: in a second
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # of names as well
 
 
@@ -74,7 +75,7 @@ def test_json_stays_exact_and_harmless(capsys: Out) -> None:
     ],
 )
 def test_every_encoding_of_the_terminal_will_do(env: dict[str, str], told: str) -> None:
-    done = program("info", "写é\x1b[2J\udcff", env={"LC_ALL": "C.UTF-8", **env})
+    done = program(*CAPTIONS, "写é\x1b[2J\udcff", env={"LC_ALL": "C.UTF-8", **env})
     encoding = env.get("PYTHONIOENCODING", "utf-8")
     (line,) = done.stderr.decode(encoding).splitlines()
     assert done.returncode == 1
@@ -107,7 +108,7 @@ def test_a_reader_that_leaves_ends_a_help_text_as_it_ends_cat(module: str) -> No
 
 @pytest.mark.parametrize("module", ["xlsd_cache", "xlsd_train"])
 def test_nobody_need_listen_to_an_error(module: str) -> None:
-    words = ("info", "nothing") if module == "xlsd_cache" else ("--phase", "te", "--batch", "0")
+    words = (*CAPTIONS, "nothing") if module == "xlsd_cache" else ("--phase", "te", "--batch", "0")
     for stderr in (closed_pipe(), subprocess.DEVNULL):
         done = program(*words, module=module, stderr=stderr)
         assert (done.returncode, done.stdout) == (1, b"")

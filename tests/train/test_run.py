@@ -177,7 +177,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_from_the_same_mod
         ("--caption", "tags", "no caption column 'tags' (it has txt)"),
         ("--warmup", 7, "--warmup 7 is 7 steps and the planned length only 6"),
         ("--model", "nowhere", "no model nowhere"),
-        ("--vae", "nowhere", "no VAE 'nowhere'"),
+        ("--vae", "nowhere", "no VAE nowhere"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(

@@ -233,4 +233,4 @@ def test_a_hub_that_is_not_reached_says_how_to_name_a_folder(
     assert train("score", drawn, "--clip", "nobody/clip-that-is-not-there") == 1
     told = capsys.readouterr().err
     assert "cannot fetch nobody/clip-that-is-not-there" in told
-    assert "or give a local folder (--clip)" in " ".join(told.split())
+    assert "give a folder with a CLIP" in " ".join(told.split())
