@@ -69,6 +69,8 @@ def _without_ours(
     for kind, found in (("parts of stores and runs", own), ("tables of export-index", index - own)):
         if found:
             passed_over[kind] += len(found)
+    if not (own or index):
+        return folders, names
     folders = [path for path in folders if path[start:] not in own]
     return folders, [name for name in names if name not in own | index]
 

@@ -5,7 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from stat import S_ISREG
 
@@ -99,7 +99,7 @@ class Search:
         """What a file is that is neither an image to be taken nor a caption."""
         return "other images" if self.image_suffixes and self.is_wanted(name) else "other files"
 
-    @property
+    @cached_property
     def _ends(self) -> tuple[str, ...]:
         return tuple(f".{suffix}".lower() for suffix in self.image_suffixes)
 
@@ -272,19 +272,21 @@ def _beside(folder: str, there: Names | None, stem: str, suffix: str) -> bytes |
     wanted = f"{stem}.{suffix}"
     if there is not None:
         found = there.find(wanted)
-        return None if found is None else _read_caption(Path(folder) / found)
+        return None if found is None else _read_caption(f"{folder}{os.sep}{found}")
     composed = unicodedata.normalize("NFD", wanted), _composed(wanted)
     tried = [wanted] if wanted.isascii() else dict.fromkeys([wanted, *composed])
-    texts = (_read_caption(Path(folder) / name) for name in tried)
+    texts = (_read_caption(f"{folder}{os.sep}{name}", is_file=False) for name in tried)
     return next((text for text in texts if text is not None), None)
 
 
-def _read_caption(path: Path) -> bytes | LeftOut | None:
+def _read_caption(path: str, *, is_file: bool = True) -> bytes | LeftOut | None:
+    """The content, or None where no file is; only of what may be a pipe is that asked first."""
     try:
-        status = path.stat()
-        if not S_ISREG(status.st_mode):
+        if not is_file and _file_status(path) is None:
             return None
-        return TOO_LARGE if status.st_size > CAPTION_BYTES else path.read_bytes()
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - once an image: a Path costs more
+            data = file.read(CAPTION_BYTES + 1)
+        return TOO_LARGE if len(data) > CAPTION_BYTES else data
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -44,7 +44,8 @@ def read_text_table(file: Path, columns: tuple[Column, ...]) -> Rows:
         for column in columns:
             text, said = field_text(row, column.field)
             values[column.name].append(text or None)
-            remarks.update((column.name, what) for what in said)
+            for what in said:
+                remarks[column.name, what] += 1
         if len(values["path"]) >= _BLOCK:
             blocks.append(_strings(values))
             values = {name: [] for name in names}
@@ -178,6 +179,8 @@ def _object(line: bytes) -> Row | None:
 def _identity(row: Row, fields: Sequence[str]) -> str | None:
     for field in fields:
         value = row.get(field)
+        if value is None:
+            continue
         if isinstance(value, dict) and fields is PATHS:  # an image of Hugging Face's, as JSON
             value = value.get("path")
         if isinstance(value, str) and value and not (fields is PATHS and "://" in value):
