@@ -14,11 +14,13 @@ What names several images, or names one by its file name as other rows do, match
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from xlsd_cache.manifest import CAPTIONS
 from xlsd_cache.matches import NOBODY, SEVERAL, How, Matches, Table
@@ -35,6 +37,7 @@ from xlsd_cache.names import (
 )
 from xlsd_cache.tables import NOTHING, one
 
+_FEW = 8  # folders that are looked for without sorting all images
 _ODD = r"\\|/\.\.?/|[^\x00-\x7f]"  # what one image's path may be written with in several ways
 
 
@@ -48,12 +51,17 @@ class Images:
         if os.sep != "/":
             location = pc.replace_substring(location, os.sep, "/")
         self.location = pc.if_else(pc.equal(location, ""), NOTHING, location)
+        self._asked: Counter[str] = Counter()
         self._sorted: dict[str, tuple[pa.Array, Ints]] = {}
 
     def below(self, what: str, folder: str) -> Ints:
         """The images whose `location` or `key` lies below a folder, ascending."""
+        self._asked[what] += 1
+        names = getattr(self, what)
+        if self._asked[what] <= _FEW:
+            inside = pc.starts_with(names, folder.rstrip("/") + "/")
+            return np.flatnonzero(pc.fill_null(inside, False).to_numpy(zero_copy_only=False))
         if what not in self._sorted:
-            names = getattr(self, what)
             order = pc.sort_indices(names).to_numpy().astype(np.int64)
             self._sorted[what] = names, order
         names, order = self._sorted[what]
@@ -71,11 +79,22 @@ def match(tables: list[Table], images: pa.Table) -> Matches:
     if pc.any(odd).as_py():
         path = canonical(pc.if_else(odd, found.path, NOTHING))
         _take(found, How.PATH, path, canonical(there.location))
-    _take(found, How.KEY, found.key, stemmed(there.location))
+    if _may_lie_there(tables, there):
+        _take(found, How.KEY, found.key, stemmed(there.location))
     _take(found, How.URL, joined([table.rows.url for table in tables]), there.url)
     for group in _groups(tables):
         _by_less(found, group, there)
     return found
+
+
+def _may_lie_there(tables: list[Table], images: Images) -> bool:
+    """Whether a key could be a path of an image, as most are not of tables that lie elsewhere."""
+    keyed = [table for table in tables if table.rows.key.null_count < len(table.rows)]
+    folders = {table.folder for table in keyed}
+    if len(folders) > _FEW or any(len(images.below("location", name)) for name in folders):
+        return True
+    away = (pc.match_substring_regex(table.rows.key, r"^/|\.\./|\\") for table in keyed)
+    return any(pc.any(keys).as_py() for keys in away)
 
 
 def _start(tables: list[Table]) -> Matches:
@@ -118,20 +137,32 @@ def _by_less(found: Matches, group: list[int], images: Images) -> None:
         scope = np.arange(len(images.key))
     names = images.key.take(pa.array(scope))
     if everywhere or (table.given and not table.sidecars):
-        inside = pc.replace_substring_regex(names, "^[^/]*/", "")
-        for called in (names, inside):  # with the source's own name, or without
-            _take(found, How.INSIDE, path, canonical(called), at, scope)
-            _take(found, How.INSIDE, key, stemmed(called), at, scope)
+        _by_place_in_source(found, at, path, key, names, scope)
     if everywhere or not table.sidecars:
         _by_file_name(found, at, path, pc.coalesce(key, id_), names, scope)
+
+
+def _by_place_in_source(
+    found: Matches, at: Ints, path: pa.Array, key: pa.Array, images: pa.Array, scope: Ints
+) -> None:
+    """Rows that name an image of `scope` from the root of its source, or with the source's name."""
+    for called in (pc.replace_substring_regex(images, "^[^/]*/", ""), images):
+        if not (found.image[at] == NOBODY).any():
+            return
+        if path.null_count < len(path):
+            _take(found, How.INSIDE, path, canonical(called), at, scope)
+        if key.null_count < len(key):
+            _take(found, How.INSIDE, key, stemmed(called), at, scope)
 
 
 def _by_file_name(
     found: Matches, at: Ints, path: pa.Array, key: pa.Array, images: pa.Array, scope: Ints
 ) -> None:
     """Rows whose file name only one image of `scope` has, which no other row names."""
-    claimed = np.unique(found.image[at])
     open_ = found.image[at] == NOBODY
+    if not open_.any():
+        return
+    claimed = np.unique(found.image[at])
     files = last_part(canonical(images))
     bare = pc.invert(pc.match_substring(canonical(key), "/"))
     for names, have, may in ((path, files, True), (key, stemmed(files), bare)):
@@ -201,19 +232,31 @@ def _take(
     `wanted` is aligned with the rows, `have` with the images; None stands for all of them.
     """
     image = found.image if at is None else found.image[at]
+    if wanted.null_count == len(wanted):
+        return
     wanted = pc.if_else(pa.array(image == NOBODY), wanted, NOTHING)
     place = look_up(wanted, have)
     hit = np.flatnonzero(place >= 0)
     if not len(hit):
         return
     named = wanted.take(pa.array(hit))
-    counts = pc.value_counts(have.filter(pc.is_in(have, value_set=named)))
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    several = pc.is_in(named, value_set=repeated).to_numpy(zero_copy_only=False)
+    several = _several(named, place[hit], have)
     place = place[hit] if scope is None else scope[place[hit]]
     rows = hit if at is None else at[hit]
     found.image[rows] = np.where(several, SEVERAL, place)
     found.how[rows] = how
+
+
+def _several(named: pa.Array, place: Ints, have: pa.Array) -> NDArray[np.bool_]:
+    """Which of the names are there more than once; `place` is where the last of each is."""
+    there = pc.is_in(have, value_set=named)
+    once = np.zeros(len(have), np.bool_)  # numpy's unique is far slower
+    once[place] = True
+    if pc.sum(there).as_py() == once.sum():
+        return np.zeros(len(named), np.bool_)
+    counts = pc.value_counts(have.filter(there))
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    return np.asarray(pc.is_in(named, value_set=repeated))
 
 
 def _located(table: Table, written: pa.Array) -> pa.Array:

@@ -16,8 +16,11 @@ FOLDERS = r"^.*/"
 
 def canonical(names: pa.Array) -> pa.Array:
     """Paths as they compare: with slashes, composed accents, and no part that leads back."""
-    names = pc.replace_substring_regex(names, r"[\\/]+", "/")
-    names = pc.replace_substring_regex(names, r"^(\./)+", "")
+    if names.null_count == len(names):
+        return names
+    if pc.any(pc.match_substring_regex(names, r"\\|//|^\./")).as_py():
+        names = pc.replace_substring_regex(names, r"[\\/]+", "/")
+        names = pc.replace_substring_regex(names, r"^(\./)+", "")
     back = pc.fill_null(pc.match_substring_regex(names, r"(^|/)\.\.?/"), False)
     if pc.any(back).as_py():
         plain = [os.path.normpath(name) for name in names.filter(back).to_pylist()]
