@@ -47,7 +47,9 @@ class Images:
     def __init__(self, images: pa.Table) -> None:
         self.key, self.url = one(images["key"]), one(images["url"])
         # A member's place is left out: ARCHIVE//1536+48211/a.jpg is looked for as ARCHIVE/a.jpg.
-        location = pc.replace_substring_regex(one(images["source"]), "//[^/]*/", "/")
+        location = one(images["source"])
+        if pc.any(pc.match_substring(location, "//")).as_py():
+            location = pc.replace_substring_regex(location, "//[^/]*/", "/", max_replacements=1)
         if os.sep != "/":
             location = pc.replace_substring(location, os.sep, "/")
         self.location = pc.if_else(pc.equal(location, ""), NOTHING, location)
@@ -261,10 +263,13 @@ def _several(named: pa.Array, place: Ints, have: pa.Array) -> NDArray[np.bool_]:
 
 def _located(table: Table, written: pa.Array) -> pa.Array:
     """The absolute paths that rows name; of an image in a table, where it is."""
-    tidy = pc.replace_substring_regex(written, r"^(\./+)+", "")
-    tidy = pc.replace_substring_regex(tidy, r"//+", "/")
-    inside = below_folder(table.folder, tidy)
-    path = pc.if_else(pc.starts_with(tidy, "/"), tidy, inside)
+    tidy = written
+    if pc.any(pc.or_(pc.match_substring(written, "./"), pc.match_substring(written, "//"))).as_py():
+        tidy = pc.replace_substring_regex(written, r"^(\./+)+", "")
+        tidy = pc.replace_substring_regex(tidy, r"//+", "/")
+    path = below_folder(table.folder, tidy)
+    if pc.any(pc.starts_with(tidy, "/")).as_py():
+        path = pc.if_else(pc.starts_with(tidy, "/"), tidy, path)
     if table.rows.labels is None or written is not table.rows.path:
         return path
     return pc.coalesce(below_folder(table.rows.file.as_posix(), table.rows.labels), path)
