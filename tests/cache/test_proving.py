@@ -63,7 +63,15 @@ def rejected(out: Path) -> dict[str, str]:
     return {Path(row["key"]).stem: row["reason"] for row in told}
 
 
-@pytest.mark.parametrize("options", [(), ("--force",), ("--compare", 2), ("--compare", 1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--force",),
+        pytest.param(("--compare", 2), marks=pytest.mark.slow),
+        pytest.param(("--compare", 1), marks=pytest.mark.slow),
+    ],
+)
 def test_two_swapped_latents_are_rejected_by_name_and_the_others_imported(
     images: Path, vae: Path, tmp_path: Path, capsys: Out, options: tuple[object, ...]
 ) -> None:

@@ -142,6 +142,7 @@ def test_closed_descriptors_are_no_files(redirect: str, code: int) -> None:
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_files_never_become_a_closed_stdout(vae: Path, tmp_path: Path) -> None:
     """What libraries print to descriptor 2 must not land in a shard that was opened as number 2."""
     write_images(tmp_path / "im", ["a.png", "b.png"], width=64, height=64)
