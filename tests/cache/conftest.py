@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from xlsd_cache import headers
 from xlsd_cache.encode import Encoder
 
 
@@ -17,3 +18,18 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Encoder, "encode", counting)
     return sizes
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sources that are really opened."""
+    names: list[str] = []
+    for name in ("open_source", "read_source"):
+        real = getattr(headers, name)
+
+        def counting(source: str, *most: int, real: Any = real) -> Any:
+            names.append(source)
+            return real(source, *most)
+
+        monkeypatch.setattr(headers, name, counting)
+    return names

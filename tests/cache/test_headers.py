@@ -1,13 +1,11 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from tests.support import write_images
-from xlsd_cache import headers
 from xlsd_cache.headers import HEADERS, read_hashes, read_headers
 from xlsd_cache.sources import scan
 
@@ -17,21 +15,6 @@ def files(tmp_path: Path) -> pa.Table:
     write_images(tmp_path / "in", [f"{i:03d}.png" for i in range(200)], width=20, height=10)
     (tmp_path / "in" / "000.png").write_bytes(b"no image")
     return scan((str(tmp_path / "in"),), ()).images
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The sources that are really opened."""
-    names: list[str] = []
-    for name in ("open_source", "read_source"):
-        real = getattr(headers, name)
-
-        def counting(source: str, *most: int, real: Any = real) -> Any:
-            names.append(source)
-            return real(source, *most)
-
-        monkeypatch.setattr(headers, name, counting)
-    return names
 
 
 def test_headers_are_in_the_files_order(files: pa.Table) -> None:

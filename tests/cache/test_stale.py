@@ -8,14 +8,12 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.support import cache, files, write_images
-from xlsd_cache import headers
 from xlsd_cache.durable import write_parquet
 from xlsd_cache.guard import decoders
 from xlsd_cache.locate import read_source, stat_source
@@ -55,21 +53,6 @@ def build(images: Path, vae: Path, tmp_path: Path) -> Build:
         )  # fmt: skip
 
     return run
-
-
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The sources that planning reads."""
-    names: list[str] = []
-    for name in ("open_source", "read_source"):
-        real = getattr(headers, name)
-
-        def counting(source: str, *most: int, real: Any = real) -> Any:
-            names.append(source)
-            return real(source, *most)
-
-        monkeypatch.setattr(headers, name, counting)
-    return names
 
 
 def follows(store: Path) -> None:
@@ -121,7 +104,7 @@ OTHERS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_file_of_the_same_size_and_mtime_is_noticed(
-    build: Build, images: Path, tmp_path: Path, other: str, read: list[str], encoded: list[int]
+    build: Build, images: Path, tmp_path: Path, other: str, opened: list[str], encoded: list[int]
 ) -> None:
     assert build() == 0
     encoded.clear()
@@ -132,9 +115,9 @@ def test_another_file_of_the_same_size_and_mtime_is_noticed(
     follows(tmp_path / "latents")
     assert cache("check", tmp_path / "latents", "--decode", 9) == 0
     count = generations(tmp_path / "latents")
-    read.clear()
+    opened.clear()
     assert build() == 0
-    assert read == []
+    assert opened == []
     assert generations(tmp_path / "latents") == count
 
 
@@ -162,7 +145,7 @@ def test_another_archive_of_the_same_size_and_mtime_is_noticed(
 
 
 def test_a_chmod_encodes_nothing_and_is_read_once(
-    build: Build, images: Path, tmp_path: Path, read: list[str], encoded: list[int]
+    build: Build, images: Path, tmp_path: Path, opened: list[str], encoded: list[int]
 ) -> None:
     assert build() == 0
     latents = files(tmp_path / "latents", "latents.zarr/**/*")
@@ -171,16 +154,16 @@ def test_a_chmod_encodes_nothing_and_is_read_once(
     encoded.clear()
     for path in images.rglob("*.bmp"):
         path.chmod(0o600)
-    read.clear()
+    opened.clear()
     assert build() == 0
-    assert sorted(read) == sorted(map(str, images.rglob("*.bmp")))
+    assert sorted(opened) == sorted(map(str, images.rglob("*.bmp")))
     assert encoded == []
     assert files(tmp_path / "latents", "latents.zarr/**/*") == latents
     with LatentStore.open(tmp_path / "latents") as store:
         assert store.samples.to_pylist() == samples
-    read.clear()
+    opened.clear()
     assert build() == 0
-    assert read == []
+    assert opened == []
 
 
 def age(store: Path) -> None:
@@ -191,19 +174,19 @@ def age(store: Path) -> None:
 
 
 def test_an_older_store_is_trusted_until_rehash_records_what_it_lacks(
-    build: Build, images: Path, tmp_path: Path, read: list[str], encoded: list[int]
+    build: Build, images: Path, tmp_path: Path, opened: list[str], encoded: list[int]
 ) -> None:
     assert build() == 0
     age(tmp_path / "latents")
     swap(images / "a/0.bmp", images / "b/1.bmp")
-    read.clear()
+    opened.clear()
     encoded.clear()
     assert build() == 0
-    assert read == []
+    assert opened == []
     assert generations(tmp_path / "latents") == 1
     assert cache("check", tmp_path / "latents", "--decode", 9) == 1
     assert build("--rehash") == 0
-    assert len(set(read)) == 8
+    assert len(set(opened)) == 8
     follows(tmp_path / "latents")
     swap(images / "a/0.bmp", images / "b/1.bmp")
     assert build() == 0
@@ -212,28 +195,28 @@ def test_an_older_store_is_trusted_until_rehash_records_what_it_lacks(
 
 
 def test_rehash_reads_everything_whatever_the_times_say(
-    build: Build, images: Path, tmp_path: Path, read: list[str]
+    build: Build, images: Path, tmp_path: Path, opened: list[str]
 ) -> None:
     assert build() == 0
     for _ in range(2):
-        read.clear()
+        opened.clear()
         assert build("--rehash") == 0
-        assert set(read) == set(map(str, images.rglob("*.bmp")))
+        assert set(opened) == set(map(str, images.rglob("*.bmp")))
         assert generations(tmp_path / "latents") == 1
         assert not [name for name in JOURNALS if (tmp_path / "latents/staging" / name).exists()]
 
 
 def test_of_several_processes_one_rehashes(
-    build: Build, images: Path, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+    build: Build, images: Path, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert build() == 0
     now = time.time()
-    read.clear()
+    opened.clear()
     for shard in ("0/2", "1/2"):
         with monkeypatch.context() as together:
             together.setattr(time, "time", lambda: now)
             assert build("--rehash", "--shard", shard) == 0
-    assert sorted(read) == sorted(set(read)) != []
+    assert sorted(opened) == sorted(set(opened)) != []
     assert cache("check", tmp_path / "latents") == 0
 
 
