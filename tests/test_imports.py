@@ -35,9 +35,9 @@ TRAIN = (
     "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "
     "foreign network hub find choose config recipe diffusion latents run_commands model_commands "
     "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
-    "plateau power ema verdict validate checkpoint thin history ranking charts facts report "
-    "posthoc meter picture sample run announce prepare session loop sweep plan tags single_file "
-    "card export merge prompts page compare clip measures drawn score cli __main__"
+    "processes plateau power ema verdict validate checkpoint thin history ranking charts facts "
+    "report posthoc meter picture sample run announce prepare session loop sweep plan tags "
+    "single_file card export merge prompts page compare clip measures drawn score cli __main__"
 ).split()
 
 

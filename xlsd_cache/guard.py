@@ -16,8 +16,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar, TypeVarTuple
 
@@ -25,6 +25,7 @@ import psutil
 
 from xlsd_cache import UserError
 from xlsd_cache.decode import MAX_PIXELS, Rejected
+from xlsd_cache.interrupt import SIGNALS
 
 FAILURES = frozenset({"decoder_crashed", "decoder_hung", "too_much_memory"})
 SECONDS = 120.0  # QOI, in plain Python, takes that long for an image of MAX_PIXELS
@@ -129,16 +130,17 @@ class _Child:
             "PYTHONPATH": os.pathsep.join(sys.path),
             "OPENBLAS_NUM_THREADS": "1",  # each thread of numpy's would reserve memory
         }
-        self._process = subprocess.Popen(  # noqa: S603 - ourselves
-            # -P: modules come from our own path, not from the folder that the user is in
-            [sys.executable, "-P", "-c", code, str(self._seconds), str(self._nbytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            # Ctrl-C goes to the terminal's whole group, and is for us to act on.
-            process_group=0 if os.name == "posix" else None,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-        )
+        with _blocked_signals():
+            self._process = subprocess.Popen(  # noqa: S603 - ourselves
+                # -P: modules come from our own path, not from the folder that the user is in
+                [sys.executable, "-P", "-c", code, str(self._seconds), str(self._nbytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                # Ctrl-C goes to the terminal's whole group, and is for us to act on.
+                process_group=0 if os.name == "posix" else None,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
         self._answered = 0
 
     def _attempt(self, message: Message) -> tuple[bool, Any]:
@@ -181,9 +183,26 @@ def _failed(answer: tuple[bool, Any]) -> bool:
     return isinstance(answer[1], Rejected) and answer[1].reason in FAILURES
 
 
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """A child begun here is deaf to what asks programs to end, before it can say so itself.
+
+    systemd and SLURM signal all processes at once: an image is not refused for that.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def serve() -> None:
     """Be a child: answer the calls that come from stdin, one by one, until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:  # its end is its parent's, which finishes the batch first
+        signal.signal(number, signal.SIG_IGN)
     seconds, nbytes = float(sys.argv[1]), int(sys.argv[2])
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     _limit_memory(nbytes)

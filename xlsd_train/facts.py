@@ -10,7 +10,7 @@ from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.config import TrainConfig
 from xlsd_train.history import History, stores_of
 from xlsd_train.lengths import told
-from xlsd_train.validate import best_of, say
+from xlsd_train.validate import tell
 
 MATTER = (
     "phase", "model", "data", "batch", "accum", "optimizer", "lr", "scheduler", "warmup", "steps",
@@ -80,8 +80,7 @@ def _state(run: History) -> str:
 
 
 def _verdict(run: History) -> str | None:
-    found = best_of(run.folder, (0, *map(step_of, checkpoints(run.folder))))
-    return say(found) if found else None
+    return tell(run.folder, list(map(step_of, checkpoints(run.folder))))
 
 
 def _model(run: History) -> str | None:

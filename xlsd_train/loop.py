@@ -1,6 +1,6 @@
 """`xlsd-train`: the training loop, on one page."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -19,24 +19,27 @@ from xlsd_train.ema import keep_snapshots
 from xlsd_train.meter import Meter
 from xlsd_train.optim import rates
 from xlsd_train.plateau import PlateauWatch
+from xlsd_train.processes import Lost
 from xlsd_train.rate import learning_rate
 from xlsd_train.report import leave_report
 from xlsd_train.run import peak_gib
+from xlsd_train.sample import has_samples
 from xlsd_train.session import Session, open_session
-from xlsd_train.validate import best_of, say
+from xlsd_train.validate import LIVE, best_of, read_losses, tell
 
 
 def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
     """Train as configured, or go on with the run in `config.out`; returns the run's folder.
 
     Raises UserError for what cannot work, before any weight has changed; and later where the disk
-    or the card is full, when the last checkpoint stands.
+    or the card is full, or another process of the run is gone, when the last checkpoint stands.
     """
     with open_session(config, command) as session, StopSignal() as stop:
         folder = session.run.folder
         try:
             if not config.dry_run:
                 _train(session, stop)
+                _say_end(session, stop)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"memory is full with {session.take_step.plan}, and no plan takes less; the last "
@@ -47,6 +50,15 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
                 f"cannot go on writing {folder}: {error}; the last complete checkpoint is "
                 f"{session.run.checkpoint}: mend that and run the same command with --out {folder}"
             ) from error
+        except (Lost, RuntimeError) as error:
+            if not session.processes.lost(error):
+                raise
+            raise UserError(
+                f"another process of this run has ended ({str(error).partition(chr(10))[0]}); the "
+                f"last complete checkpoint is {session.run.checkpoint}: the same command with "
+                f"--out {folder} goes on from it"
+            ) from error
+        session.processes.close()
         return folder
 
 
@@ -54,8 +66,10 @@ def _train(session: Session, stop: StopSignal) -> None:
     config, run, accum = session.config, session.run, session.config.accum
     state = run.state()  # of the newest checkpoint; step 0 for a new run
     first, last = state["step"] + 1, min(session.planned_steps, config.stop_after or 2**62)
-    if first == 1:
-        _pause(session, Due(config.sample_every > 0, config.validate_every > 0, False, False), 0, 0)
+    if not _pause(
+        session, stop, _missed(session, first - 1, last), first - 1, state["images_seen"]
+    ):
+        return
     watch = PlateauWatch.of_run(config, run.folder / "metrics.jsonl")
     with (
         closing(
@@ -79,7 +93,7 @@ def _train(session: Session, stop: StopSignal) -> None:
             line = {
                 "step": step,
                 "images_seen": images_seen,
-                "epoch": images_seen / len(session.source.selection),
+                "epoch": images_seen / session.schedule.samples_an_epoch,
                 **rates(session.take_step.optimizer),
                 "wait_s": loader.wait_s - waited,
             }
@@ -92,7 +106,8 @@ def _train(session: Session, stop: StopSignal) -> None:
             due = _due(session, stop, step, last)
             if due.pauses:
                 _log(session, watch, bar, meter.flush())  # its loss must be a number
-            _pause(session, due, step, images_seen)
+            if not _pause(session, stop, due, step, images_seen):
+                due = Due(saves=True, ends=True)
             if due.saves:
                 state = {
                     "step": step,
@@ -106,8 +121,6 @@ def _train(session: Session, stop: StopSignal) -> None:
                 meter.begin()
             if due.ends:
                 break
-    if session.main:
-        _say_end(session, state["step"], stop.asked)
 
 
 def _log(session: Session, watch: PlateauWatch, bar: Any, lines: list[dict[str, Any]]) -> None:
@@ -122,10 +135,10 @@ def _log(session: Session, watch: PlateauWatch, bar: Any, lines: list[dict[str, 
 class Due(NamedTuple):
     """What is due after a step."""
 
-    samples: bool
-    validates: bool
-    saves: bool
-    ends: bool
+    samples: bool = False
+    validates: bool = False
+    saves: bool = False
+    ends: bool = False
 
     @property
     def pauses(self) -> bool:
@@ -134,37 +147,65 @@ class Due(NamedTuple):
 
 
 def _due(session: Session, stop: StopSignal, step: int, last: int) -> Due:
-    config, asked = session.config, _asked(session, stop)
+    """After a signal a checkpoint and no more; RUN/STOP ends as --stop-after would have here."""
+    asked = _asked(session, stop)
+    if "signal" in asked:
+        return Due(saves=True, ends=True)
     ends = step == last or "STOP" in asked
-    samples, validates = (
-        every > 0 and (step == last or step % every == 0)
-        for every in (config.sample_every, config.validate_every)
-    )
-    saves = "SAVE" in asked or ends or step % config.save_every == 0
+    samples, validates = _regular(session, step, ends)
+    saves = "SAVE" in asked or ends or step % session.config.save_every == 0
     return Due(samples or "SAMPLE" in asked, validates, saves, ends)
 
 
-def _pause(session: Session, due: Due, step: int, images_seen: int) -> None:
-    """What looks at the weights and leaves them."""
-    if due.samples:
-        _sample(session, step)
-    if due.validates:
-        _validate(session, step, images_seen)
+def _missed(session: Session, step: int, last: int) -> Due:
+    """What is due at step 0; later what a signal left out after the checkpoint's step."""
+    samples, validates = _regular(session, step, step == last)
+    folder = session.run.folder
+    drawn, measured = step > 0 and has_samples(folder, step), bool(read_losses(folder, step))
+    main = session.main  # its folder counts
+    return Due(
+        *session.processes.any(main and samples and not drawn, main and validates and not measured)
+    )
 
 
-def _sample(session: Session, step: int) -> None:
-    if session.main:
-        session.sampler(session.model, session.run.folder, step, session.accelerator)
-    session.accelerator.wait_for_everyone()
+def _regular(session: Session, step: int, ends: bool) -> tuple[bool, bool]:
+    """Whether samples and validation are due: every so many steps, and where a run ends."""
+    config = session.config
+    samples, validates = (
+        every > 0 and (ends or step % every == 0)
+        for every in (config.sample_every, config.validate_every)
+    )
+    return samples, validates
 
 
-def _validate(session: Session, step: int, images_seen: int) -> None:
+def _pause(session: Session, stop: StopSignal, due: Due, step: int, images_seen: int) -> bool:
+    """What looks at the weights and leaves them; False where a signal broke it off."""
+
+    def stopped() -> bool:
+        return stop.asked > 0
+
+    return not (
+        (due.samples and not _sample(session, step, stopped))
+        or (due.validates and not _validate(session, step, images_seen, stopped))
+    )
+
+
+def _sample(session: Session, step: int, stopped: Callable[[], bool]) -> bool:
+    sampler, folder = session.sampler, session.run.folder
+    grid = sampler(session.model, folder, step, session.accelerator, session.processes, stopped)
+    return grid is not None
+
+
+def _validate(session: Session, step: int, images_seen: int, stopped: Callable[[], bool]) -> bool:
     """Measure held-out images, of the weights and of their averages."""
-    if session.main and session.validator:
-        averages = session.ema.contexts() if session.ema else {}
-        losses = session.validator(session.take_step, {"live": nullcontext(), **averages})
+    assert session.validator is not None
+    averages = session.ema.contexts() if session.ema else {}
+    losses = session.validator(
+        session.take_step, {LIVE: nullcontext(), **averages}, session.processes, stopped
+    )
+    if losses is not None and session.main:
         session.run.log_validation(step, images_seen, losses)
-    session.accelerator.wait_for_everyone()
+    return losses is not None
 
 
 def _save(session: Session, state: dict[str, Any]) -> None:
@@ -179,20 +220,15 @@ def _save(session: Session, state: dict[str, Any]) -> None:
             keep_snapshots(run.folder, checkpoints(run.folder), most)
         best = best_of(run.folder, map(step_of, checkpoints(run.folder)))
         prune(run.folder, session.config.keep, best.best[0] if best else None)
-    session.accelerator.wait_for_everyone()
+    session.processes.wait()
 
 
 def _asked(session: Session, stop: StopSignal) -> set[str]:
     """What signals and trigger files ask of this step; all processes agree on it."""
-    names = ("SAVE", "SAMPLE", "STOP")
-    asked = {name for name in names if session.main and session.run.asked(name)}
-    if stop.asked:
-        asked.add("STOP")
-    if session.accelerator.num_processes > 1:
-        flags = torch.tensor([name in asked for name in names], device=session.accelerator.device)
-        flags = session.accelerator.reduce(flags.int())
-        asked = {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}
-    return asked
+    names = ("SAVE", "SAMPLE", "STOP", "signal")
+    flags = [session.main and session.run.asked(name) for name in names[:3]]
+    flags = session.processes.any(*flags, stop.asked > 0)
+    return {name for name, flag in zip(names, flags, strict=True) if flag}
 
 
 def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
@@ -203,22 +239,27 @@ def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
         ended = batch.number + 1 == schedule.batches(epoch)
         if ended and (schedule.batches_an_epoch >= 20 or epoch.bit_count() == 1):
             used = schedule.images(epoch) - schedule.images(epoch - 1)
-            there = len(session.source.selection)
-            weights = " by its store's weight" if len(session.config.data) > 1 else ""
+            there = schedule.samples_an_epoch
+            weighted = there != len(session.source.selection)
+            times = f"its store's weight x {epoch} times" if weighted else f"{epoch} times"
             tqdm.write(
                 f"epoch {epoch} ended: it used {used} samples of {there}; so far each was used "
-                f"{epoch} times{weights}, give or take one"
+                f"{times}, give or take one"
             )
 
 
-def _say_end(session: Session, step: int, signalled: int) -> None:
+def _say_end(session: Session, stop: StopSignal) -> None:
+    if not session.main:
+        return
     run, planned = session.run, session.planned_steps
+    step = run.state()["step"]
     terminal.say(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
     if session.config.sample_every:
         terminal.say(f"samples {run.folder / 'samples' / 'grid.png'}")
-    best = best_of(run.folder, (0, *map(step_of, checkpoints(run.folder))))
-    if best:
-        print(say(best))
-    terminal.say(leave_report(run.folder))
-    if signalled or step < planned:
+    told = tell(run.folder, list(map(step_of, checkpoints(run.folder))))
+    if told:
+        print(told)
+    if not stop.hurries:
+        terminal.say(leave_report(run.folder))
+    if stop.asked or step < planned:
         terminal.say(f"to go on from here, to the bit: the same command with --out {run.folder}")

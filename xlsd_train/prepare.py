@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from xlsd_cache import UserError
 from xlsd_cache.precision import device_of, set_precision
@@ -19,6 +19,7 @@ from xlsd_train.latents import normalising
 from xlsd_train.memory import Planner, choose, limit_of
 from xlsd_train.mixture import Mask, Mixture
 from xlsd_train.model import Model, load_model
+from xlsd_train.processes import PATIENCE
 from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
 from xlsd_train.selection import Selection, Tagged, by_tags, held_out, selected
@@ -65,7 +66,11 @@ def start(config: TrainConfig) -> tuple[Accelerator, str]:
     if config.deterministic:
         deterministic()
     mixed = "bf16" if config.precision == "bf16" else "no"
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu"), precision
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(
+        mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patient]
+    )
+    return accelerator, precision
 
 
 def deterministic() -> None:

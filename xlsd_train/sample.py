@@ -1,11 +1,14 @@
 """Samples of the live model, by diffusers' own pipeline, that leave training untouched."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
@@ -16,6 +19,7 @@ from xlsd_train.mixture import Store
 from xlsd_train.model import Model
 from xlsd_train.parts import Parts
 from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
+from xlsd_train.processes import ALONE, Processes
 from xlsd_train.selection import Selection
 from xlsd_train.thin import evenly
 
@@ -34,33 +38,43 @@ class Sampler:
     guidance: float
     seed: int
 
-    def __call__(self, model: Model, folder: Path, step: int, accelerator: Accelerator) -> Path:
+    def __call__(
+        self,
+        model: Model,
+        folder: Path,
+        step: int,
+        accelerator: Accelerator,
+        processes: Processes = ALONE,
+        stopped: Callable[[], bool] = bool,
+    ) -> Path | None:
         """Draw every prompt into samples/step-N/ and renew samples/grid.png; returns the grid.
 
-        The noise is drawn on the CPU from generators of its own, and the modules are back in
-        training mode and the VAE off the card after.
+        The processes of a run draw a prompt each, in turn, and the first one writes them all; None
+        where any was `stopped`, when nothing is written. The noise is drawn on the CPU from
+        generators of its own, and the modules are back in training mode and the VAE off the card
+        after.
         """
-        model.vae.model.to(accelerator.device)
-        pipeline = pipeline_of(model)
-        target = folder / "samples" / f"step-{step:08d}"
-        target.mkdir(parents=True, exist_ok=True)
-        for part in (model.unet, model.text_encoder):
-            part.eval()
-        try:
-            for i, prompt in enumerate(self.prompts):
-                asked = Picture(
-                    prompt, "", self.seed + i, self.steps, self.guidance, self.width, self.height
-                )
-                with accelerator.autocast():
-                    image = draw_picture(model, pipeline, asked)
-                save_picture(image, target / f"{i:02d}.png", asked, training_step=step)
-        finally:
-            for part in (model.unet, model.text_encoder):
-                part.train()
-            model.vae.model.to("cpu")
-        return self._grid(folder / "samples")
+        asked = [
+            Picture(prompt, "", self.seed + i, self.steps, self.guidance, self.width, self.height)
+            for i, prompt in enumerate(self.prompts)
+        ]
+        with _drawing(model, accelerator.device):
+            pipeline = pipeline_of(model)
 
-    def _grid(self, samples: Path) -> Path:
+            def work(i: int) -> Image.Image:
+                with accelerator.autocast():
+                    return draw_picture(model, pipeline, asked[i])
+
+            images = processes.deal(len(asked), work, stopped)
+        if images:
+            target = _folder(folder, step)
+            target.mkdir(parents=True, exist_ok=True)
+            for i, (image, picture) in enumerate(zip(images, asked, strict=True)):
+                save_picture(image, target / f"{i:02d}.png", picture, training_step=step)
+            self._grid(folder / "samples")
+        return None if images is None else folder / "samples" / "grid.png"
+
+    def _grid(self, samples: Path) -> None:
         """Steps down, prompts across; of many steps some, the first and last among them."""
         folders = sorted(samples.glob("step-????????"))
         chosen = [folders[i] for i in evenly(len(folders), GRID_ROWS)]
@@ -71,10 +85,31 @@ class Sampler:
             ]
             for folder in chosen
         ]
-        path = samples / "grid.png"
-        with replacing(path) as temporary:
+        with replacing(samples / "grid.png") as temporary:
             sheet(rows, self.width, self.height).save(temporary, "PNG", **marking("grid"))
-        return path
+
+
+@contextmanager
+def _drawing(model: Model, device: torch.device) -> Iterator[None]:
+    """The VAE on the device and the others not in training mode; as they were after."""
+    model.vae.model.to(device)
+    for part in (model.unet, model.text_encoder):
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in (model.unet, model.text_encoder):
+            part.train()
+        model.vae.model.to("cpu")
+
+
+def has_samples(folder: Path, step: int) -> bool:
+    """Whether a run drew samples after this step."""
+    return any(_folder(folder, step).glob("*.png"))
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "samples" / f"step-{step:08d}"
 
 
 def read_lines(path: Path, option: str) -> list[str]:

@@ -80,6 +80,11 @@ class Schedule:
         self._epoch: _Epoch | None = None
 
     @property
+    def samples_an_epoch(self) -> int:
+        """How many it uses, a sample of a store of weight 2 twice."""
+        return int(np.sum(self._counts))
+
+    @property
     def batches_an_epoch(self) -> float:
         """On average."""
         return float(np.sum(self._counts / self._sizes))

@@ -22,6 +22,7 @@ from xlsd_train.mixture import open_mixture
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.prepare import choose_samples, make_source, open_model, plan_batch, start
+from xlsd_train.processes import Processes
 from xlsd_train.rate import planned_steps
 from xlsd_train.recipe import Recipe
 from xlsd_train.run import Run, machine, settings
@@ -37,6 +38,7 @@ class Session:
 
     config: TrainConfig
     accelerator: Accelerator
+    processes: Processes
     run: Run
     schedule: Schedule
     source: BatchSource
@@ -68,6 +70,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     """
     config = config.resolved()
     accelerator, precision = start(config)
+    processes = Processes.of(accelerator)
     # The default folder's name holds the time, which processes would read differently.
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
@@ -133,10 +136,10 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         run.compare_model(record, config.force)
         if accelerator.is_main_process:
             announce(config, record, schedule, named, run)
-        accelerator.wait_for_everyone()  # all have looked before the main process writes
+        processes.wait()  # all have looked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
             run.begin(record, model, config)
-        accelerator.wait_for_everyone()
+        processes.wait()
         model.unet.to(device)
         if config.channels_last:
             model.unet.to(memory_format=torch.channels_last)
@@ -149,6 +152,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         yield Session(
             config,
             accelerator,
+            processes,
             run,
             schedule,
             source,

@@ -8,9 +8,11 @@ RUN/config.json, "validation"               the keys of each set's samples, in t
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from xlsd_train import draw
 from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.config import TrainConfig
 from xlsd_train.mixture import Mask
+from xlsd_train.processes import ALONE, Processes
 from xlsd_train.selection import Selection, evenly, selected
 from xlsd_train.step import Step
 from xlsd_train.verdict import Losses, Verdict, summary, verdict
@@ -32,7 +35,10 @@ from xlsd_train.verdict import Losses, Verdict, summary, verdict
 BANDS = 10
 SEED = 0  # not the run's: runs of all seeds are measured alike
 HELD_OUT, TRAINING = SETS = ("held_out", "training")
+LIVE = "live"  # WEIGHTS: those that train, beside averages of them
 Candidate = tuple[int, str]  # step, WEIGHTS
+Numbers = NDArray[np.int64]
+Part = tuple[str, Numbers, Numbers, Numbers]  # of a batch: bucket, ordinals, positions, timesteps
 
 
 @dataclass(frozen=True)
@@ -44,26 +50,46 @@ class Validator:
     batch: int  # forward passes at once
 
     def __call__(
-        self, step: Step, weights: Mapping[str, AbstractContextManager[Any]]
-    ) -> dict[str, Losses]:
+        self,
+        step: Step,
+        weights: Mapping[str, AbstractContextManager[Any]],
+        processes: Processes = ALONE,
+        stopped: Callable[[], bool] = bool,
+    ) -> dict[str, Losses] | None:
         """WEIGHTS/SET -> losses [samples, BANDS], of the weights that each context sets in place.
 
-        No gradient, no random state, no module's mode changes.
+        The processes of a run measure a batch each, in turn, with the weights that the first one
+        has; it alone gets the losses, which are those of one process to the bit. None, for all of
+        them, where any was `stopped`. No gradient, no random state, no module's mode changes.
         """
         plain = replace(step.objective, weight=torch.ones_like(step.objective.weight))
         measured, found = replace(step, objective=plain), {}
-        for name, context in weights.items():
+        for name in processes.names(list(weights)):
+            context = processes.together(
+                () if name == LIVE else step.parameters, weights.get(name, nullcontext())
+            )
             with context, torch.no_grad():
                 for which in SETS:
-                    each = [
-                        measured.loss(x.to(step.accelerator.device)).cpu()
-                        for x in self.batches(which)
-                    ]
-                    found[f"{name}/{which}"] = torch.cat(each).view(-1, BANDS).numpy()
+                    parts = list(self._parts(which))
+                    work = partial(self._measure, measured, parts)
+                    losses = processes.deal(len(parts), work, stopped)
+                    if losses is None:
+                        return None
+                    if losses:
+                        found[f"{name}/{which}"] = np.concatenate(losses).reshape(-1, BANDS)
         return found
 
     def batches(self, name: str) -> Iterator[Batch]:
         """A set's samples by bucket, each BANDS times in succession."""
+        return (self.source.fixed(*part, SEED) for part in self._parts(name))
+
+    def _measure(self, step: Step, parts: Sequence[Part], number: int) -> Losses:
+        batch = self.source.fixed(*parts[number], SEED).to(step.accelerator.device)
+        losses: Losses = step.loss(batch).cpu().numpy()
+        return losses
+
+    def _parts(self, name: str) -> Iterator[Part]:
+        """What makes each batch of a set."""
         noising = self.source.noising
         for bucket, ordinals in self._buckets(name):
             every = np.repeat(ordinals, BANDS)
@@ -73,7 +99,7 @@ class Validator:
             timesteps = noising.first + np.floor(drawn * noising.count).astype(np.int64)
             for start in range(0, len(every), self.batch):
                 part = slice(start, start + self.batch)
-                yield self.source.fixed(bucket, every[part], positions[part], timesteps[part], SEED)
+                yield bucket, every[part], positions[part], timesteps[part]
 
     def keys(self) -> dict[str, list[str]]:
         """SETS -> the keys of its samples, in the order of its losses."""
@@ -162,8 +188,43 @@ def best_of(run: Path, steps: Iterable[int]) -> Verdict[Candidate] | None:
     return verdict(candidates) if candidates else None
 
 
+def tell(run: Path, saved: Sequence[int]) -> str | None:
+    """The verdict on a run's checkpoints in words, and what it does not cover; None without any.
+
+    `saved`: the steps of the checkpoints, ascending.
+    """
+    found = best_of(run, (0, *saved))
+    if found is None:
+        return None
+    told = [say(found)]
+    if all(step == 0 or not _path(run, step).exists() for step in saved):
+        told = [
+            f"held-out loss of the model it began from: {found.loss}",
+            "no checkpoint that trained was measured, so none can be called the best",
+        ]
+    elif not _path(run, saved[-1]).exists():
+        told.append(f"step {saved[-1]}, the newest checkpoint, was not measured")
+    lost = _lost(run, {0, *saved}, found.loss.mean)
+    if lost:
+        told.append(f"{lost} was lower, but no checkpoint holds it")
+    return "; ".join(told)
+
+
+def _lost(run: Path, saved: set[int], loss: float) -> str | None:
+    """The lowest loss below `loss` of a validated step that is not saved, in words."""
+    lowest: dict[Candidate, float] = {}
+    path = run / "validation.jsonl"
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):  # cut off by a kill
+            told = json.loads(line)
+            step, mean = told["step"], told[HELD_OUT]["mean"]
+            if step not in saved and mean < min([loss, *lowest.values()]):
+                lowest = {(step, told["weights"]): mean}
+    return next((f"{named(one)}, loss {mean:.5f}," for one, mean in lowest.items()), None)
+
+
 def say(found: Verdict[Candidate]) -> str:
-    """The verdict in words."""
+    """A verdict in words."""
     told = f"best on held-out images: {named(found.best)}, loss {found.loss}"
     if found.best[0] == 0:
         told += "; that is the model it began from"
@@ -175,7 +236,7 @@ def say(found: Verdict[Candidate]) -> str:
 def named(candidate: Candidate) -> str:
     """A candidate in words."""
     step, weights = candidate
-    return f"step {step}" if weights == "live" else f"step {step} {weights}"
+    return f"step {step}" if weights == LIVE else f"step {step} {weights}"
 
 
 def _path(run: Path, step: int) -> Path:

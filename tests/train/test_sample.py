@@ -55,6 +55,7 @@ def test_the_grid_has_steps_down_and_prompts_across(open_run: Open, tmp_path: Pa
     session = open_run(sample_steps=2)
     for step in range(13):
         grid = session.sampler(session.model, tmp_path, step, session.accelerator)
+    assert grid
     with Image.open(grid) as image:
         assert image.size == (4 * 128, 10 * (128 + 16))  # of 13 steps ten, first and last too
         shown = np.asarray(image)

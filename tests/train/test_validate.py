@@ -103,6 +103,7 @@ def test_losses_are_the_steps_own_unweighted(open_run: Open, weighting: Any) -> 
     )  # fmt: skip
     assert session.validator
     step, found = session.take_step, session.validator(session.take_step, LIVE)
+    assert found
     whole = list(session.validator.batches("held_out"))
     assert sum(len(batch.timesteps) for batch in whole) == 3 * BANDS
     timesteps = torch.cat([batch.timesteps for batch in whole]).view(-1, BANDS)
@@ -129,7 +130,9 @@ def test_all_seeds_of_runs_are_measured_alike(open_run: Open, tmp_path: Path) ->
             validate_every=1, validation_fraction=0.4, batch=3, seed=seed, out=tmp_path / str(seed)
         )
         assert session.validator
-        found.append(session.validator(session.take_step, LIVE)["live/held_out"])
+        losses = session.validator(session.take_step, LIVE)
+        assert losses
+        found.append(losses["live/held_out"])
     assert np.array_equal(found[0], found[1])
 
 
