@@ -75,6 +75,23 @@ def torchrun(processes: int, module: str, *args: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def together(processes: int, target: Callable[..., Any], *args: object, log: Path) -> list[Any]:
+    """Start `target` in processes of one run, as a launcher would; each has a log of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        spawn(_ranked, rank, processes, port, target, *args, log=log.with_suffix(f".{rank}"))
+        for rank in range(processes)
+    ]
+
+
+def _ranked(rank: int, processes: int, port: int, target: Callable[..., Any], *args: object) -> Any:
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+    return target(*args)
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Until it holds; an AssertionError when it does not within the time."""
     end = time.monotonic() + seconds

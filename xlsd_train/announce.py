@@ -1,6 +1,7 @@
 """What a run is about to do, in full, before it does it."""
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -46,6 +47,13 @@ def announce(
     measured = len(record["validation"].get(HELD_OUT, ()))
     if measured:
         print(f"  {measured} held-out images are measured beside {measured} that train")
+        meet = math.lcm(config.validate_every, config.save_every)
+        if meet > config.validate_every:
+            print(
+                f"  of the validated steps every {meet // config.validate_every}th is saved: "
+                f"--validate-every {config.validate_every} and --save-every {config.save_every} "
+                f"meet every {meet} steps, and the best checkpoint is chosen from those"
+            )
     print(told(record["captions"]))
     print(record["memory"])
     if config.ema:

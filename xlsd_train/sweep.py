@@ -51,7 +51,7 @@ def sweep(config: SweepConfig, words: Sequence[str]) -> None:
             sys.stdout.flush()  # before the run's own text
             own = {"lr": asked.lr, "out": folder, "validate-every": asked.validate_every}
             options = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-            code = _wait(start([*given, *options]), folder, stop)
+            code = _wait(start([*given, *options]), stop)
             if stop.asked:
                 say(f"to go on from here, to the bit: the same command with --out {out}")
                 return
@@ -74,27 +74,23 @@ def start(words: list[str]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-m", "xlsd_train", "run", *words])  # noqa: S603
 
 
-def _wait(process: "subprocess.Popen[bytes]", folder: Path, stop: StopSignal) -> int:
+def _wait(process: "subprocess.Popen[bytes]", stop: StopSignal) -> int:
     """Until the run ends, which a signal to this process makes it do at its next step.
 
-    Ctrl-C reaches both; `kill` this one alone, and so it is handed on by the file that asks a run
-    to stop, which asks once however often it is asked.
+    Ctrl-C and a closed terminal reach both; `kill` this one alone, and so it is handed on.
     """
-    trigger, handed_on = folder / "STOP", False
+    handed_on = False
     try:
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return process.wait(POLL_S)
-            if stop.asked and not handed_on and (folder / "config.json").exists():
-                trigger.touch()
+            if stop.asked and not handed_on and os.name == "posix":  # elsewhere it would kill
+                process.terminate()
                 handed_on = True
-    except KeyboardInterrupt:  # the second signal
+    except KeyboardInterrupt:  # the second Ctrl-C
         process.kill()
         process.wait()
         raise
-    finally:
-        if handed_on:
-            trigger.unlink(missing_ok=True)  # the run may have ended before it looked
 
 
 def _check(runs: dict[Path, TrainConfig]) -> None:

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,19 @@ import torch
 from safetensors.torch import load_file
 
 import xlsd_train.plateau
-from tests.support import cache, files, metrics, spawn, torchrun, train, wait_for, write_images
+from tests.support import (
+    cache,
+    files,
+    metrics,
+    spawn,
+    together,
+    torchrun,
+    train,
+    wait_for,
+    write_images,
+)
 from tests.train.conftest import Open
+from xlsd_cache.terminal import start
 from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.checkpoint import checkpoints
 from xlsd_train.config import FINDS_RATE
@@ -266,25 +278,115 @@ def test_sampling_saving_and_logging_change_no_weight(arguments: Arguments, tmp_
     assert metrics(tmp_path / "none") == metrics(tmp_path / "all")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGINT], [signal.SIGTERM] * 3, [signal.SIGHUP, signal.SIGTERM] * 2]
+)
 def test_signals_save_and_say_how_to_go_on(
-    arguments: Arguments, tmp_path: Path, number: signal.Signals
+    arguments: Arguments, tmp_path: Path, numbers: list[signal.Signals]
 ) -> None:
-    given = ["--phase", "unet", *arguments]
+    """Once or again and again; what was not measured is not called the best, and is made up for."""
+    given = ["--phase", "unet", *arguments, *measuring(3)]
     run, log = tmp_path / "run", tmp_path / "log"
     process = spawn(slow_train, *given, "--out", run, log=log)
-    wait_for(lambda: steps(run) >= 2)
-    os.kill(process.pid, number)
+    wait_for(lambda: steps(run) >= 1)
+    for number in numbers:
+        os.kill(process.pid, number)
+        time.sleep(0.03)
     process.join()
     assert process.exitcode == 0, log.read_text()
     said = log.read_text()
     assert "Traceback" not in said
     assert f"to go on from here, to the bit: the same command with --out {run}" in said
-    assert int(checkpoints(run)[-1].name[5:]) == len(metrics(run)) < 10
+    step = int(checkpoints(run)[-1].name[5:])
+    assert step == len(metrics(run)) < 10
+    if step < 3:
+        assert "no checkpoint that trained was measured, so none can be called the best" in said
+    assert (run / "report.html").exists() == (numbers == [signal.SIGINT])
     assert train(*given, "--out", run) == 0
     assert train(*given, "--out", tmp_path / "whole") == 0
-    last = "checkpoints/step-00000010/*"
-    assert files(run, last) == files(tmp_path / "whole", last)
+    assert left(run) == left(tmp_path / "whole")
+
+
+def measuring(every: int) -> Arguments:
+    return ["--validate-every", every, "--validation-fraction", 0.3]
+
+
+def test_what_a_signal_left_out_is_made_up_for(arguments: Arguments, tmp_path: Path) -> None:
+    """Samples and validation of the step that it was saved at, by the run that goes on."""
+    given = ["--phase", "unet", *arguments, *measuring(4), "--ema", "--ema-every", 2]
+    given[given.index("--save-every") + 1] = 4
+    run = tmp_path / "run"
+    assert train(*given, "--out", run, "--stop-after", 4) == 0
+    before = left(run)
+    shutil.rmtree(run / "samples/step-00000004")
+    (run / "validation/step-00000004.safetensors").unlink()
+    lines = (run / "validation.jsonl").read_text().splitlines(keepends=True)
+    (run / "validation.jsonl").write_text("".join(x for x in lines if '"step": 0,' in x))
+    assert train(*given, "--out", run, "--stop-after", 4) == 0
+    assert left(run) == before
+
+
+def test_looking_is_broken_off_between_batches(open_run: Open, tmp_path: Path) -> None:
+    session = open_run(validate_every=1, validation_fraction=0.4, batch=3, sample_steps=1)
+    assert session.validator
+    answers = iter([False, False, True])
+
+    def stopped() -> bool:
+        return next(answers)
+
+    weights = {"live": nullcontext()}
+    assert session.validator(session.take_step, weights, stopped=stopped) is None
+    answers = iter([False, True])
+    folder = session.run.folder
+    drawn = session.sampler(session.model, folder, 0, session.accelerator, stopped=stopped)
+    assert drawn is None
+    assert not (folder / "samples").exists()
+    assert session.model.unet.training
+
+
+def test_a_closed_terminal_saves(arguments: Arguments, tmp_path: Path) -> None:
+    """The kernel's own SIGHUP to a session, and a terminal that refuses all further text."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    given = ["--phase", "unet", *arguments, "--sample-every", 0, "--out", run]
+    given[given.index("--steps") + 1] = 2000
+    terminal, inner = os.openpty()
+    process = spawn(in_terminal, os.ttyname(inner), *given, log=log)
+    wait_for((tmp_path / "open").exists)
+    os.close(inner)
+    wait_for(lambda: steps(run) >= 2 and bool(os.read(terminal, 1 << 16)))
+    os.close(terminal)
+    process.join(60)
+    assert process.exitcode == 0, log.read_text()
+    assert int(checkpoints(run)[-1].name[5:]) == len(metrics(run)) < 2000
+
+
+def in_terminal(name: str, *given: object) -> int:
+    """`xlsd-train` as the leader of a session of its own in this terminal."""
+    os.setsid()
+    number = os.open(name, os.O_RDWR)  # which is the session's from here on
+    for stream in range(3):
+        os.dup2(number, stream)
+    os.close(number)
+    (Path(str(given[-1])).parent / "open").touch()
+    start()
+    return slow_train(*given)
+
+
+def test_an_epoch_is_as_long_as_its_stores_weights_make_it(
+    arguments: Arguments, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As --epochs counts: three uses of each sample for a weight of 3, and that is said."""
+    given = ["--phase", "unet", *arguments, "--sample-every", 0, "--out", tmp_path / "run"]
+    given[given.index("--data") + 1] = f"{store}:3"
+    at = given.index("--steps")
+    given[at : at + 2] = ["--epochs", 1]
+    assert train(*given) == 0
+    last = metrics(tmp_path / "run")[-1]
+    assert last["images_seen"] == pytest.approx(3 * 8, abs=8)  # eight photos
+    assert last["epoch"] == last["images_seen"] / 24
+    (said,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1 ended")]
+    assert "samples of 24" in said
+    assert "its store's weight x 1 times" in said
 
 
 def test_touched_files_act_at_the_next_step(arguments: Arguments, tmp_path: Path) -> None:
@@ -311,16 +413,29 @@ def test_touched_files_act_at_the_next_step(arguments: Arguments, tmp_path: Path
 
 
 def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) -> None:
-    """Losses equal to rounding, weights too; and a checkpoint of either resumes in the other."""
-    given = ["--phase", "both", *arguments, "--optimizer", "adamw", "--out"]
-    given[given.index("--lr") + 1] = 1e-5
-    given[given.index("--steps") + 1] = 6
-    given[given.index("--sample-every") + 1] = 0
+    """Losses equal to rounding, weights too; and a checkpoint of either resumes in the other.
+
+    Samples and validation, which they share, are one process's to the bit for the same weights.
+    """
+    given = ["--phase", "both", *arguments, "--optimizer", "adamw", *measuring(3), "--ema"]
+    for option, value in (("--lr", 1e-5), ("--steps", 6), ("--sample-every", 3)):
+        given[given.index(option) + 1] = value
+    given.append("--out")
     assert train(*given, tmp_path / "one") == 0
     torchrun(2, "xlsd_train", *given, tmp_path / "two first", "--stop-after", 3)
     assert train(*given, tmp_path / "two first") == 0
     assert train(*given, tmp_path / "one first", "--stop-after", 3) == 0
-    torchrun(2, "xlsd_train", *given, tmp_path / "one first")
+    looked = ("samples/step-00000003/*", "validation/step-00000003*")
+    shutil.rmtree(tmp_path / "one first/samples/step-00000003")
+    (tmp_path / "one first/validation/step-00000003.safetensors").unlink()
+    of_two(train, *given, tmp_path / "one first", log=tmp_path / "log")
+    for pattern in looked:
+        found = files(tmp_path / "one", pattern)
+        assert found
+        assert files(tmp_path / "one first", pattern) == found
+    assert files(tmp_path / "two first", "*/step-00000000*") == files(
+        tmp_path / "one", "*/step-00000000*"
+    )
     one = metrics(tmp_path / "one")
     last = "checkpoints/step-00000006/unet.safetensors"
     weights = load_file(tmp_path / "one" / last)
@@ -332,9 +447,50 @@ def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) 
             assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
             for name in ("step", "images_seen", "epoch", "lr"):
                 assert theirs[name] == ours[name]
-        for name, value in load_file(tmp_path / other / last).items():
-            assert torch.allclose(value, weights[name], atol=1e-5), name
+        for path, value in load_file(tmp_path / other / last).items():
+            assert torch.allclose(value, weights[path], atol=1e-5), path
     assert json.loads((tmp_path / "two first/config.json").read_text())["processes"] == 2
+
+
+def of_two(target: Any, *args: object, log: Path) -> None:
+    """Two processes of one run, both of which must succeed."""
+    for number, process in enumerate(together(2, target, *args, log=log)):
+        process.join()
+        assert process.exitcode == 0, log.with_suffix(f".{number}").read_text()
+
+
+def test_signals_to_all_processes_save_once(arguments: Arguments, tmp_path: Path) -> None:
+    """To both at once and again, as a launcher hands on what they were sent themselves."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    given = ["--phase", "unet", *arguments, "--sample-every", 0, "--out", run]
+    given[given.index("--steps") + 1] = 2000
+    both = together(2, slow_train, *given, log=log)
+    wait_for(lambda: steps(run) >= 2)
+    for process in (*both, *both):
+        os.kill(process.pid, signal.SIGTERM)
+    for number, process in enumerate(both):
+        process.join(60)
+        assert process.exitcode == 0, log.with_suffix(f".{number}").read_text()
+    assert int(checkpoints(run)[-1].name[5:]) == len(metrics(run)) < 2000
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_is_said_by_the_others(
+    arguments: Arguments, tmp_path: Path, killed: int
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    given = ["--phase", "unet", *arguments, "--sample-every", 0, "--out", run]
+    given[given.index("--steps") + 1] = 2000
+    both = together(2, slow_train, *given, log=log)
+    wait_for(lambda: steps(run) >= 4)
+    both[killed].kill()
+    other, text = both[1 - killed], log.with_suffix(f".{1 - killed}")
+    other.join(60)
+    assert other.exitcode == 1, text.read_text()
+    (said,) = [x for x in text.read_text().splitlines() if x.startswith("xlsd-train: ")]
+    assert "another process of this run has ended" in said
+    assert said.endswith(f"the same command with --out {run} goes on from it")
+    assert checkpoints(run)
 
 
 def test_two_processes_step_their_layers_together(arguments: Arguments, tmp_path: Path) -> None:
@@ -342,7 +498,7 @@ def test_two_processes_step_their_layers_together(arguments: Arguments, tmp_path
     for option, value in (("--steps", 3), ("--sample-every", 0), ("--lr", 1e-5)):
         given[given.index(option) + 1] = value
     assert train(*given, tmp_path / "one") == 0
-    torchrun(2, "xlsd_train", *given, tmp_path / "two")
+    of_two(train, *given, tmp_path / "two", log=tmp_path / "log")
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
         assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
@@ -356,7 +512,7 @@ def test_a_batch_smaller_than_the_processes_still_trains(
     for option, value in (("--batch", 1), ("--accum", 1), ("--steps", 3), ("--sample-every", 0)):
         given[given.index(option) + 1] = value
     assert train(*given, tmp_path / "one") == 0
-    torchrun(2, "xlsd_train", *given, tmp_path / "two")
+    of_two(train, *given, tmp_path / "two", log=tmp_path / "log")
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
 

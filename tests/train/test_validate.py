@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from tests.support import files, metrics, train
 from tests.train.conftest import Open
 from xlsd_train.checkpoint import checkpoints
-from xlsd_train.validate import BANDS, Candidate, best_of, read_losses, save_losses, say
-from xlsd_train.verdict import Losses
+from xlsd_train.validate import BANDS, Candidate, best_of, read_losses, save_losses, say, tell
+from xlsd_train.verdict import Losses, summary
 
 Out = pytest.CaptureFixture[str]
 LIVE = {"live": nullcontext()}
@@ -159,6 +159,36 @@ def test_the_best_checkpoint_and_those_like_it_are_named(tmp_path: Path) -> None
     assert untrained
     assert "that is the model it began from" in say(untrained)
     assert best_of(tmp_path, (99,)) is None
+
+
+def test_the_verdict_says_what_it_does_not_cover(tmp_path: Path) -> None:
+    """A newest checkpoint that was not measured, and a better step that was not saved."""
+    log = tmp_path / "validation.jsonl"
+    for step, mean in ((0, 2.0), (10, 1.0), (20, 1.5)):
+        found = {"live/held_out": losses(mean), "live/training": losses(mean)}
+        save_losses(tmp_path, step, found)
+        line = {"step": step, "weights": "live", **summary(*found.values())}
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert tell(tmp_path / "none", [5]) is None
+    untrained = tell(tmp_path, [])
+    assert untrained
+    assert untrained.startswith("held-out loss of the model it began from: 1.99")
+    assert "none can be called the best" in untrained
+    assert "step 10, loss 0.99731, was lower, but no checkpoint holds it" in untrained
+    assert tell(tmp_path, [15]) == untrained
+    whole = tell(tmp_path, [10, 20])
+    assert whole
+    assert whole.startswith("best on held-out images: step 10, loss 0.997")
+    assert "measured" not in whole
+    assert "lower" not in whole
+    later = tell(tmp_path, [10, 25])
+    assert later
+    assert later.endswith("step 25, the newest checkpoint, was not measured")
+    lost = tell(tmp_path, [20])
+    assert lost
+    assert lost.startswith("best on held-out images: step 20")
+    assert lost.endswith("; step 10, loss 0.99731, was lower, but no checkpoint holds it")
 
 
 def test_the_best_checkpoint_is_kept(arguments: list[object], tmp_path: Path, capsys: Out) -> None:
