@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.history import History
 from xlsd_train.validate import HELD_OUT, Candidate, named, read_losses
 from xlsd_train.verdict import NARROW, Interval, Losses, overall
@@ -26,6 +27,7 @@ class Standing:
     best: Candidate | None = None  # where its held-out loss was lowest; None: not compared
     loss: Interval | None = None  # there
     beyond: Interval | None = None  # of that above the best run's; None: it is the best
+    saved: bool = True  # whether a checkpoint holds the weights of `best`
 
     @property
     def verdict(self) -> str:
@@ -39,6 +41,13 @@ class Standing:
         return f"worse by {self.beyond}"
 
     @property
+    def at(self) -> str:
+        """Where its held-out loss was lowest, in words."""
+        if self.best is None:
+            return ""
+        return named(self.best) + ("" if self.saved else " (no checkpoint holds it)")
+
+    @property
     def cells(self) -> tuple[str, ...]:
         """For a table, under HEADER."""
         return (
@@ -46,7 +55,7 @@ class Standing:
             str(self.step),
             f"{self.smoothed:.5f}" if self.smoothed is not None else "",
             str(self.loss) if self.loss else "",
-            named(self.best) if self.best else "",
+            self.at,
             self.verdict,
         )
 
@@ -59,7 +68,8 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
     standings = [
         Standing(run.name, run.last.get("step", 0), run.last.get("loss_smoothed")) for run in runs
     ]
-    measured = {run.name: run for run in runs if run.validation}
+    # The model that a run began from says nothing of the run.
+    measured = {run.name: run for run in runs if any(line["step"] for line in run.validation)}
     lowest = {name: _lowest(run) for name, run in measured.items()}
     validated = {name: found for name, found in lowest.items() if found is not None}
     if not validated:
@@ -85,6 +95,7 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
             validated[it.name][0],
             figures[it.name].interval,
             (figures[it.name] - figures[best]).interval if it.name != best else None,
+            _is_saved(measured[it.name], validated[it.name][0]),
         )
         if it.name in validated
         else it
@@ -120,6 +131,10 @@ def _lowest(run: History) -> tuple[Candidate, Losses] | None:
     return next(iter(found.items()), None)
 
 
+def _is_saved(run: History, candidate: Candidate) -> bool:
+    return candidate[0] in {0, *map(step_of, checkpoints(run.folder))}
+
+
 def _unlike(runs: list[History]) -> str | None:
     """Why losses of these runs are of different things; None where they are of one."""
     for name, told in (("objective", _objective), ("scaling of latents", _scaling)):
@@ -149,14 +164,14 @@ def _answer(standings: list[Standing], images: int) -> str:
             f"began from"
         )
     if len(compared) == 1:
-        return f"{best.name} alone was validated: {best.loss} at {named(best.best)}"
-    lowest = f"its held-out loss is lowest, {best.loss} at {named(best.best)}"
+        return f"{best.name} alone was validated: {best.loss} at {best.at}"
+    lowest = f"its held-out loss is lowest, {best.loss} at {best.at}"
     if not alike:
         return f"take {best.name}: {lowest}, and {images} images tell it apart from every other"
     if len(alike) == len(compared) - 1:
         return (
             f"{images} held-out images tell none of them apart: {best.name} has the lowest loss, "
-            f"{best.loss} at {named(best.best)}, and with other images another might have"
+            f"{best.loss} at {best.at}, and with other images another might have"
         )
     return f"take {best.name}, or {', or '.join(alike)}, not told apart from it: {lowest}"
 
@@ -167,6 +182,7 @@ def _by_training(standings: list[Standing]) -> str:
         return "nothing compares yet: no run has taken a step"
     best = min(begun, key=lambda it: it.smoothed or 0.0)
     return (
-        f"no run was validated (--validate-every), so training loss alone compares, which says "
-        f"little of other images: it is lowest for {best.name}, {best.smoothed:.5f}"
+        f"no run was validated after its first step (--validate-every), so training loss alone "
+        f"compares, which says little of other images: it is lowest for {best.name}, "
+        f"{best.smoothed:.5f}"
     )

@@ -447,8 +447,8 @@ def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) 
             assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
             for name in ("step", "images_seen", "epoch", "lr"):
                 assert theirs[name] == ours[name]
-        for path, value in load_file(tmp_path / other / last).items():
-            assert torch.allclose(value, weights[path], atol=1e-5), path
+        for path, weight in load_file(tmp_path / other / last).items():
+            assert torch.allclose(weight, weights[path], atol=1e-5), path
     assert json.loads((tmp_path / "two first/config.json").read_text())["processes"] == 2
 
 
