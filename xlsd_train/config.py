@@ -36,7 +36,8 @@ class TrainConfig:
     """Train the UNet, the text encoder, or both, from a latent store.
 
     Given an --out that exists, a run goes on exactly where its last complete checkpoint is, to the
-    bit. Ctrl-C saves first. `touch RUN/SAVE`, `RUN/SAMPLE` or `RUN/STOP` act at the next step.
+    bit. Ctrl-C, SIGTERM or a closed terminal saves first. `touch RUN/SAVE`, `RUN/SAMPLE` or
+    `RUN/STOP` act at the next step.
     """
 
     phase: Phase
