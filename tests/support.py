@@ -45,6 +45,7 @@ def spawn(target: Callable[..., Any], *args: object, log: Path) -> Any:
 
 def _call(target: Callable[..., Any], args: tuple[object, ...], log: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

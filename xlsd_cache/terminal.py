@@ -13,6 +13,7 @@ import os
 import re
 import select
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,8 @@ def _say_refused(name: str) -> bool:
     """Say that stdout could not be written, if so. A reader that has left knows it."""
     error = _streams[0].refused if _streams else None
     if error is None or error.errno == errno.EPIPE:
+        return False
+    if error.errno == errno.EIO and stat.S_ISCHR(os.fstat(1).st_mode):  # a terminal that closed
         return False
     warn(f"{name}: cannot write to stdout: {error.strerror}")
     return True

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,6 +34,7 @@ from xlsd_train.checkpoint import checkpoints
 from xlsd_train.config import FINDS_RATE
 from xlsd_train.schedule import Slot
 from xlsd_train.step import Plan, Step
+from xlsd_train.validate import read_losses
 
 Arguments = list[object]
 
@@ -415,7 +417,8 @@ def test_touched_files_act_at_the_next_step(arguments: Arguments, tmp_path: Path
 def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) -> None:
     """Losses equal to rounding, weights too; and a checkpoint of either resumes in the other.
 
-    Samples and validation, which they share, are one process's to the bit for the same weights.
+    Samples and validation, which they share, are one process's to the bit for the same weights
+    and the same plan, which a run keeps.
     """
     given = ["--phase", "both", *arguments, "--optimizer", "adamw", *measuring(3), "--ema"]
     for option, value in (("--lr", 1e-5), ("--steps", 6), ("--sample-every", 3)):
@@ -433,9 +436,10 @@ def test_two_processes_see_what_one_would(arguments: Arguments, tmp_path: Path) 
         found = files(tmp_path / "one", pattern)
         assert found
         assert files(tmp_path / "one first", pattern) == found
-    assert files(tmp_path / "two first", "*/step-00000000*") == files(
-        tmp_path / "one", "*/step-00000000*"
-    )
+    two, alone = tmp_path / "two first", tmp_path / "one"  # begun with other micro-batches
+    assert files(two, "samples/step-00000000/*") == files(alone, "samples/step-00000000/*")
+    for name, losses in read_losses(alone, 0).items():
+        assert np.allclose(read_losses(two, 0)[name], losses, rtol=1e-5)
     one = metrics(tmp_path / "one")
     last = "checkpoints/step-00000006/unet.safetensors"
     weights = load_file(tmp_path / "one" / last)
