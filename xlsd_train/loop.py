@@ -13,7 +13,7 @@ from tqdm import tqdm
 from xlsd_cache import UserError, terminal
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
-from xlsd_train.checkpoint import checkpoints, prune, save_checkpoint, step_of
+from xlsd_train.checkpoint import prune, save_checkpoint
 from xlsd_train.config import TrainConfig
 from xlsd_train.ema import keep_snapshots
 from xlsd_train.meter import Meter
@@ -23,6 +23,7 @@ from xlsd_train.rate import learning_rate
 from xlsd_train.report import leave_report
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
+from xlsd_train.steps import checkpoints, step_of
 from xlsd_train.validate import best_of, say
 
 

@@ -18,12 +18,12 @@ from xlsd_cache import UserError
 from xlsd_cache.interrupt import StopSignal
 from xlsd_cache.ours import is_page, refuse_foreign
 from xlsd_cache.terminal import say
-from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.history import histories, read_record
 from xlsd_train.ranking import Standing, rank, table
 from xlsd_train.report import NAME, write_page
 from xlsd_train.run_commands import SweepConfig, without
+from xlsd_train.steps import checkpoints, step_of
 
 POLL_S = 0.2
 

@@ -12,22 +12,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
 from xlsd_train import draw
-from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.config import TrainConfig
 from xlsd_train.mixture import Mask
 from xlsd_train.selection import Selection, evenly, selected
-from xlsd_train.step import Step
 from xlsd_train.verdict import Losses, Verdict, summary, verdict
+
+if TYPE_CHECKING:  # a report reads the losses, and need not wait for torch
+    from xlsd_train.batches import Batch, BatchSource
+    from xlsd_train.step import Step
 
 BANDS = 10
 SEED = 0  # not the run's: runs of all seeds are measured alike
@@ -39,17 +40,19 @@ Candidate = tuple[int, str]  # step, WEIGHTS
 class Validator:
     """What is measured, in batches that are always the same."""
 
-    source: BatchSource
+    source: "BatchSource"
     sets: dict[str, Selection]  # SETS -> samples
     batch: int  # forward passes at once
 
     def __call__(
-        self, step: Step, weights: Mapping[str, AbstractContextManager[Any]]
+        self, step: "Step", weights: Mapping[str, AbstractContextManager[Any]]
     ) -> dict[str, Losses]:
         """WEIGHTS/SET -> losses [samples, BANDS], of the weights that each context sets in place.
 
         No gradient, no random state, no module's mode changes.
         """
+        import torch
+
         plain = replace(step.objective, weight=torch.ones_like(step.objective.weight))
         measured, found = replace(step, objective=plain), {}
         for name, context in weights.items():
@@ -62,7 +65,7 @@ class Validator:
                     found[f"{name}/{which}"] = torch.cat(each).view(-1, BANDS).numpy()
         return found
 
-    def batches(self, name: str) -> Iterator[Batch]:
+    def batches(self, name: str) -> Iterator["Batch"]:
         """A set's samples by bucket, each BANDS times in succession."""
         noising = self.source.noising
         for bucket, ordinals in self._buckets(name):
@@ -115,7 +118,7 @@ def measured(config: TrainConfig, held: Mask, trains: Mask) -> int:
 
 
 def make_validator(
-    source: BatchSource, held: Mask, trains: Mask, count: int, batch: int
+    source: "BatchSource", held: Mask, trains: Mask, count: int, batch: int
 ) -> Validator:
     """Over `count` of the samples that are held out and as many that train."""
     parts = (selected(source.store, evenly(mask, count)) for mask in (held, trains))

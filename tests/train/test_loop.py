@@ -17,10 +17,10 @@ import xlsd_train.plateau
 from tests.support import cache, files, metrics, spawn, torchrun, train, wait_for, write_images
 from tests.train.conftest import Open
 from xlsd_train.batches import Batch, BatchSource
-from xlsd_train.checkpoint import checkpoints
 from xlsd_train.config import FINDS_RATE
 from xlsd_train.schedule import Slot
 from xlsd_train.step import Plan, Step
+from xlsd_train.steps import checkpoints
 
 Arguments = list[object]
 

@@ -12,8 +12,8 @@ import torch
 import xlsd_train.charts
 import xlsd_train.report
 from tests.support import train
-from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.history import histories
+from xlsd_train.steps import checkpoints, step_of
 from xlsd_train.validate import best_of, say
 
 Out = pytest.CaptureFixture[str]

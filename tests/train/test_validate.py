@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from tests.support import files, metrics, train
 from tests.train.conftest import Open
-from xlsd_train.checkpoint import checkpoints
+from xlsd_train.steps import checkpoints
 from xlsd_train.validate import BANDS, Candidate, best_of, read_losses, save_losses, say
 from xlsd_train.verdict import Losses
 
