@@ -37,8 +37,8 @@ TRAIN = (
     "foreign network hub find choose config recipe diffusion latents run_commands model_commands "
     "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
     "plateau power ema verdict validate checkpoint thin history ranking charts facts report "
-    "posthoc meter picture sample run announce prepare session loop sweep plan tags single_file "
-    "card export merge prompts page compare clip measures drawn score other_names cli __main__"
+    "posthoc meter picture prompts sample run announce prepare session loop sweep plan tags "
+    "single_file card export merge page drawn compare clip measures score other_names cli __main__"
 ).split()
 
 

@@ -142,8 +142,13 @@ class Captions:
 
     def lengths(self, texts: list[str]) -> NDArray[np.int64]:
         """How many tokens each would be, the two special ones included, if none were cut."""
-        encoded = self.tokenizer(_plain(self.tokenizer, texts), verbose=False)
-        return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
+        return token_counts(self.tokenizer, texts)
+
+
+def token_counts(tokenizer: Any, texts: list[str]) -> NDArray[np.int64]:
+    """How many tokens each text is, the two special ones included, if none were cut."""
+    encoded = tokenizer(_plain(tokenizer, texts), verbose=False)
+    return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
 
 
 def tokenize(tokenizer: Any, texts: list[str], length: int) -> "Tensor":

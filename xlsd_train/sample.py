@@ -1,21 +1,22 @@
 """Samples of the live model, by diffusers' own pipeline, that leave training untouched."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 
-from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
 from xlsd_cache.ours import marking
 from xlsd_train import draw
 from xlsd_train.captions import Columns
+from xlsd_train.config import TrainConfig
 from xlsd_train.mixture import Store
 from xlsd_train.model import Model
-from xlsd_train.parts import Parts
 from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
+from xlsd_train.prompts import read_lines, read_pictures
 from xlsd_train.selection import Selection
 from xlsd_train.thin import evenly
 
@@ -25,14 +26,14 @@ GRID_ROWS = 10
 
 @dataclass(frozen=True)
 class Sampler:
-    """What to draw, always the same: prompt i from seed + i, at any step."""
+    """What to draw, the same at any step."""
 
-    prompts: list[str]
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    seed: int
+    pictures: list[Picture]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Their prompts."""
+        return [picture.prompt for picture in self.pictures]
 
     def __call__(self, model: Model, folder: Path, step: int, accelerator: Accelerator) -> Path:
         """Draw every prompt into samples/step-N/ and renew samples/grid.png; returns the grid.
@@ -47,10 +48,7 @@ class Sampler:
         for part in (model.unet, model.text_encoder):
             part.eval()
         try:
-            for i, prompt in enumerate(self.prompts):
-                asked = Picture(
-                    prompt, "", self.seed + i, self.steps, self.guidance, self.width, self.height
-                )
+            for i, asked in enumerate(self.pictures):
                 with accelerator.autocast():
                     image = draw_picture(model, pipeline, asked)
                 save_picture(image, target / f"{i:02d}.png", asked, training_step=step)
@@ -72,37 +70,52 @@ class Sampler:
             for folder in chosen
         ]
         path = samples / "grid.png"
+        width = max(picture.width for picture in self.pictures)
+        height = max(picture.height for picture in self.pictures)
         with replacing(path) as temporary:
-            sheet(rows, self.width, self.height).save(temporary, "PNG", **marking("grid"))
+            sheet(rows, width, height).save(temporary, "PNG", **marking("grid"))
         return path
 
 
-def read_lines(path: Path, option: str) -> list[str]:
-    """The lines of a text file that hold anything. Raises UserError where there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {option} {path}: {error}; give a text file") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{option} {path} is empty; write one prompt a line")
-    return prompts
-
-
 def read_prompts(
-    path: Path | None,
+    config: TrainConfig,
     store: Store,
     selection: Selection,
     columns: Columns,
-    parts: Parts | None,
-    seed: int,
-) -> list[str]:
-    """The prompts of a file, or captions of the selected samples, in order.
+    before: Mapping[str, Any] | None,
+) -> list[Picture]:
+    """What a run draws: the prompts of --sample-prompts, or captions of the selected samples.
 
-    Raises UserError for a file without any.
+    `before` is config.json of a run that goes on. One that older versions began knows no options in
+    a line: where the file is still the one that it was, it draws what it drew. Raises UserError for
+    a file without prompts, and for one that cannot be drawn.
     """
-    if path is not None:
-        return read_lines(path, "--sample-prompts")
+    width, height = sample_size(selection.sizes)
+    default = Picture(
+        "", "", config.seed, config.sample_steps, config.sample_guidance, width, height
+    )
+    path = config.sample_prompts
+    if path is None:
+        return _literal(_captions(config, store, selection, columns), default)
+    if before and "samples" not in before:
+        lines = read_lines(path, "--sample-prompts", comments=True)
+        if lines == before.get("prompts"):
+            return _literal(lines, default)
+    return read_pictures(path, "--sample-prompts", default)
+
+
+def _literal(prompts: list[str], default: Picture) -> list[Picture]:
+    """Each prompt as it is written, from consecutive seeds."""
+    return [
+        replace(default, prompt=prompt, seed=default.seed + i) for i, prompt in enumerate(prompts)
+    ]
+
+
+def _captions(
+    config: TrainConfig, store: Store, selection: Selection, columns: Columns
+) -> list[str]:
+    """Captions of selected samples, always the same."""
+    parts, seed = config.parts(), config.seed
     texts = [store.samples[name] for name in columns.names]
     chosen: dict[str, None] = {}
     for number in draw.permutation(seed, "sample prompts", len(selection)):

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from xlsd_cache import __version__
 from xlsd_cache.fitting import decoder_told
+from xlsd_cache.terminal import say
 from xlsd_train.announce import announce
 from xlsd_train.batches import BatchSource
 from xlsd_train.checkpoint import load_optimizer
@@ -22,6 +23,7 @@ from xlsd_train.mixture import open_mixture
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.prepare import choose_samples, make_source, open_model, plan_batch, start
+from xlsd_train.prompts import remarks
 from xlsd_train.rate import planned_steps
 from xlsd_train.recipe import Recipe
 from xlsd_train.run import Run, machine, settings
@@ -79,10 +81,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         samples = choose_samples(config, store)
         shared = settings(config, store, device)
         run.compare(shared, config.force)
-        prompts = read_prompts(
-            config.sample_prompts, store, samples.selection, samples.columns, config.parts(),
-            config.seed,
-        )  # fmt: skip
+        pictures = read_prompts(config, store, samples.selection, samples.columns, run.before)
         resumed = run.checkpoint
         model = open_model(config, resumed, store)
         before = model.scheduler_config
@@ -112,7 +111,11 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             "memory": told,
             "planned_steps": planned,
             "warmup_steps": warmup,
-            "prompts": prompts,
+            "prompts": [picture.prompt for picture in pictures],
+            "samples": {
+                "size": "{}x{}".format(*sample_size(samples.selection.sizes)),
+                "pictures": [asdict(picture) for picture in pictures],
+            },
             "stores": samples.told(store),
             "unknown_tags": samples.tagged.unknown,
             "captions": cut(source),
@@ -133,6 +136,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         run.compare_model(record, config.force)
         if accelerator.is_main_process:
             announce(config, record, schedule, named, run)
+            if config.sample_every:
+                for line in remarks(pictures, model.tokenizer, model.tokens):
+                    say(line)
         accelerator.wait_for_everyone()  # all have looked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
             run.begin(record, model, config)
@@ -155,13 +161,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             model,
             named,
             Step(model, list(named.values()), optimizer, objective.to(device), accelerator, plan),
-            Sampler(
-                prompts,
-                *sample_size(source.selection.sizes),
-                config.sample_steps,
-                config.sample_guidance,
-                config.seed,
-            ),
+            Sampler(pictures),
             planned,
             warmup,
             validator,
