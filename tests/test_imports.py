@@ -34,11 +34,12 @@ CACHE = (
 ).split()
 TRAIN = (
     "draw steps schedule parts captions mixture selection batches lengths sd15 names fold tensors "
-    "foreign network hub find choose config recipe diffusion latents run_commands model_commands "
-    "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
-    "plateau power ema verdict validate checkpoint thin history ranking charts facts report "
-    "posthoc meter picture prompts sample run announce prepare session loop sweep plan tags "
-    "single_file card export merge page drawn compare clip measures score other_names cli __main__"
+    "foreign network hub find choose config other_names recipe adapt diffusion latents "
+    "run_commands model_commands reinit text model cards lion rate optim layers sliced step "
+    "footprint rehearsal memory plateau power ema verdict validate checkpoint thin history "
+    "complete ranking charts facts report posthoc pace meter picture prompts sample run announce "
+    "prepare session loop sweep plan tags single_file card export merge page drawn compare clip "
+    "measures score cli __main__"
 ).split()
 
 

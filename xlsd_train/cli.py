@@ -1,5 +1,6 @@
 """The command line `xlsd-train`, generated from each command's dataclass."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from inspect import getdoc
@@ -7,7 +8,7 @@ from typing import Any
 
 from xlsd_cache import __version__
 from xlsd_cache.cli import quiet, quiet_libraries
-from xlsd_cache.terminal import go_on_alone, run, start
+from xlsd_cache.terminal import go_on_alone, run, say, start
 from xlsd_cache.words import check_command, check_options
 from xlsd_train.config import TrainConfig
 from xlsd_train.model_commands import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
@@ -25,6 +26,13 @@ from xlsd_train.run_commands import (
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
 def _run(config: TrainConfig, command: Sequence[str]) -> None:
+    from xlsd_train.complete import complete
+
+    if told := complete(config):
+        if os.environ.get("RANK", "0") == "0":  # one of the processes that a launcher started
+            say(told)
+        return
+    quiet_libraries()
     from xlsd_train.loop import train
 
     train(config, command)
@@ -105,7 +113,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
 }
 
 PRINT = {PlanConfig, RecipesConfig, TagsConfig, ScoreConfig}  # commands that make nothing but text
-LIGHT = {RecipesConfig, TagsConfig, ReportConfig, SweepConfig}  # commands that need no torch
+# Commands that need no torch; training finds out by itself whether it does.
+LIGHT = {RecipesConfig, TagsConfig, ReportConfig, SweepConfig, TrainConfig}
 THEIRS = "build info check captions preview export-index import"  # commands of xlsd-cache
 
 

@@ -18,6 +18,7 @@ from xlsd_train.config import TrainConfig
 from xlsd_train.ema import keep_snapshots
 from xlsd_train.meter import Meter
 from xlsd_train.optim import rates
+from xlsd_train.pace import Pace
 from xlsd_train.plateau import PlateauWatch
 from xlsd_train.rate import learning_rate
 from xlsd_train.report import leave_report
@@ -25,6 +26,8 @@ from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
 from xlsd_train.steps import checkpoints, step_of
 from xlsd_train.validate import best_of, say
+
+Watches = tuple[PlateauWatch, Pace]  # of what the metrics show
 
 
 def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
@@ -57,7 +60,7 @@ def _train(session: Session, stop: StopSignal) -> None:
     first, last = state["step"] + 1, min(session.planned_steps, config.stop_after or 2**62)
     if first == 1:
         _pause(session, Due(config.sample_every > 0, config.validate_every > 0, False, False), 0, 0)
-    watch = PlateauWatch.of_run(config, run.folder / "metrics.jsonl")
+    watches = (PlateauWatch.of_run(config, run.folder / "metrics.jsonl"), Pace(last))
     with (
         closing(
             Loader(session.source, (first - 1) * accum, last * accum, session.accelerator.device)
@@ -85,14 +88,14 @@ def _train(session: Session, stop: StopSignal) -> None:
                 "wait_s": loader.wait_s - waited,
             }
             images = sum(batch.images for batch in micro)
-            _log(session, watch, bar, meter.add(line, images, loss, norm))
+            _log(session, watches, bar, meter.add(line, images, loss, norm))
             bar.update()
             if session.main:
                 _say_epoch(session, micro)
 
             due = _due(session, stop, step, last)
             if due.pauses:
-                _log(session, watch, bar, meter.flush())  # its loss must be a number
+                _log(session, watches, bar, meter.flush())  # its loss must be a number
             _pause(session, due, step, images_seen)
             if due.saves:
                 state = {
@@ -111,12 +114,13 @@ def _train(session: Session, stop: StopSignal) -> None:
         _say_end(session, state["step"], stop.asked)
 
 
-def _log(session: Session, watch: PlateauWatch, bar: Any, lines: list[dict[str, Any]]) -> None:
+def _log(session: Session, watches: Watches, bar: Any, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         line["peak_gib"] = peak_gib(session.accelerator.device)
         if session.main:
             session.run.log(line)
-            watch.see(line)
+            for watch in watches:
+                watch.see(line)
         bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
 
 

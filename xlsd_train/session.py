@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from xlsd_cache import __version__
 from xlsd_cache.fitting import decoder_told
 from xlsd_cache.terminal import say
+from xlsd_train.adapt import adapt, chosen
 from xlsd_train.announce import announce
 from xlsd_train.batches import BatchSource
 from xlsd_train.checkpoint import load_optimizer
@@ -68,6 +69,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
 
     Raises UserError before anything is written where the run cannot be as asked.
     """
+    given = chosen(config, command)
     config = config.resolved()
     accelerator, precision = start(config)
     # The default folder's name holds the time, which processes would read differently.
@@ -78,6 +80,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         closing(run),
         ExitStack() as stack,
     ):
+        config, adapted = adapt(config, store, given, run.before)
         samples = choose_samples(config, store)
         shared = settings(config, store, device)
         run.compare(shared, config.force)
@@ -93,9 +96,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         if config.reinit is not None and not resumed:
             model.reinitialise(named, config.phase, config.reinit, config.seed)
         sure = replace(config, objective=objective.kind)
-        batch, plan, told = plan_batch(sure, run, samples.selection, model, accelerator)
+        batch, plan, told, step_s = plan_batch(sure, run, samples.selection, model, accelerator)
         schedule = Schedule(store.shares(samples.selection.chosen), batch, config.seed)
-        planned, warmup = planned_steps(config, schedule)
+        planned, warmup = planned_steps(config, schedule, "warmup" in given)
         source = make_source(config, store, samples, schedule, model, objective, accelerator)
         count = samples.measured
         validator = (
@@ -104,11 +107,13 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         record = {
             "command": list(command),
             "config": asdict(config),
+            "adapted": adapted,
             "recipe": Recipe.read(config.recipe).record(config) if config.recipe else None,
             "precision": precision,
             "batch": batch,
             "plan": plan,
             "memory": told,
+            "step_s": step_s,
             "planned_steps": planned,
             "warmup_steps": warmup,
             "prompts": [picture.prompt for picture in pictures],
