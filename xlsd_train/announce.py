@@ -61,13 +61,10 @@ def announce(
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
     falls = config.scheduler != "constant"
     then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
-    short = config.warmup and config.warmup.isdecimal() and record["planned_steps"]
-    tenth = f", a tenth of the plan for the recipe's {config.warmup}"
-    print(
-        f"warm-up over {record['warmup_steps']:g} steps"
-        + (tenth if short and int(config.warmup or 0) > short else "")
-        + f" to {config.lr:g}{then}"
-    )
+    steps = config.warmup or ""
+    short = steps.isdecimal() and int(steps) > record["planned_steps"]
+    tenth = f"; a tenth of the plan, which is shorter than the recipe's {steps}" if short else ""
+    print(f"warm-up over {record['warmup_steps']:g} steps to {config.lr:g}{then}{tenth}")
     _length(config, record, schedule)
     say(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
 

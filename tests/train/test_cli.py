@@ -129,7 +129,7 @@ LIGHT = """
 import sys
 from xlsd_cache.cli import main as cache
 from xlsd_train.cli import main as train
-store, run, page = sys.argv[1:]
+store, run, page, *again = sys.argv[1:]
 assert train(["--version"]) == cache(["--version"]) == 0
 for command in (train, cache):
     try:
@@ -140,6 +140,7 @@ assert train(["recipes"]) == train(["recipes", "phase1-te"]) == 0
 assert cache(["info", store]) == cache(["info", store, "--json"]) == 0
 assert train(["tags", store]) == 0
 assert train(["report", run, "--out", page]) == 0
+assert train(again) == 0
 assert train(["sweep", "--phase", "te", "--lr", "1"]) == train(["exprt"]) == 1
 import xlsd_train.sweep
 heavy = {"torch", "diffusers", "transformers", "accelerate"} & sys.modules.keys()
@@ -153,8 +154,11 @@ def test_what_only_reads_does_not_wait_for_torch(
     run = tmp_path / "run"
     words = ["--phase", "te", "--data", store, "--model", model, "--out", run, "--batch", 2]
     words += ["--steps", 1, "--validate-every", 1, "--validation-fraction", 0.3]
-    assert train(*words, "--sample-every", 0, "--device", "cpu", "--threads", 1) == 0
+    words += ["--sample-every", 0, "--device", "cpu", "--threads", 1]
+    assert train(*words) == 0
     page = tmp_path / "page.html"
-    subprocess.run([sys.executable, "-c", LIGHT, store, run, page], check=True)
+    subprocess.run([sys.executable, "-c", LIGHT, store, run, page, *map(str, words)], check=True)
     assert page.exists()
-    assert "Traceback" not in capfd.readouterr().err
+    told = capfd.readouterr()
+    assert f"{run} is complete: step 1 of 1 planned" in told.out
+    assert "Traceback" not in told.err
