@@ -47,7 +47,7 @@ from xlsd_cache.cli import main as xlsd_cache
 from xlsd_train import sd15
 from xlsd_train.cli import main as xlsd_train
 from xlsd_train.diffusion import alphas_cumprod
-from xlsd_train.validate import read_losses
+from xlsd_train.losses import read_losses
 
 PICTURES = ("astronaut", "coffee", "chelsea", "rocket", "retina", "immunohistochemistry")
 SIDE = 64  # pixels of a tile

@@ -25,9 +25,9 @@ from benchmarks.demo.pipeline import make_pipeline
 from benchmarks.machine import machine
 from xlsd_cache import UserError
 from xlsd_cache.cli import main as xlsd_cache
-from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.cli import main as xlsd_train
-from xlsd_train.validate import best_of, read_losses, say
+from xlsd_train.losses import best_of, read_losses, say
+from xlsd_train.steps import checkpoints, step_of
 from xlsd_train.verdict import intervals, overall
 
 PICTURES = ("astronaut", "coffee", "chelsea", "rocket", "retina", "immunohistochemistry")

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 READ_SIDE = {  # what xlsd_train may import: the store's read side, and what that stands on
     "xlsd_cache",
-    "xlsd_cache.cli",  # only quiet_libraries, in the other command line
+    "xlsd_cache.cli",  # only what quiets libraries, in the other command line
     "xlsd_cache.decode",  # images of `score`, read as a store's are
     "xlsd_cache.durable",
     "xlsd_cache.fitting",
@@ -20,6 +20,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache.store",
     "xlsd_cache.terminal",
     "xlsd_cache.vae",
+    "xlsd_cache.words",
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
@@ -29,15 +30,16 @@ CACHE = (
     "tags store moments hub vae fitting known accounting arrays commit live builders space "
     "conclude encode headers unchanged place delta plan config pipeline build readback verify "
     "repair check survey info preview export_index recaption peers cached pairing items crops "
-    "thumbnails compare transfer proving importing cli __main__"
+    "thumbnails compare transfer proving importing words other_names cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "
-    "foreign network hub find choose config recipe diffusion latents run_commands model_commands "
-    "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
-    "processes plateau power ema verdict validate checkpoint thin history ranking charts facts "
-    "report posthoc meter picture sample run announce prepare session loop sweep plan tags "
-    "single_file card export merge prompts page compare clip measures drawn score cli __main__"
+    "draw steps schedule parts captions mixture selection batches lengths sd15 names fold tensors "
+    "foreign network hub find choose config other_names recipe adapt diffusion latents "
+    "run_commands model_commands reinit text model cards lion rate optim layers sliced step "
+    "footprint rehearsal memory processes plateau power ema verdict losses validate checkpoint "
+    "thin history complete ranking charts facts report posthoc pace meter picture prompts sample "
+    "run announce prepare session loop sweep plan tags single_file card export merge page drawn "
+    "compare clip measures score cli __main__"
 ).split()
 
 

@@ -6,10 +6,11 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Any
 
 import tyro
 
+from xlsd_cache import __version__
 from xlsd_cache.config import (
     BuildConfig,
     CaptionsConfig,
@@ -19,17 +20,20 @@ from xlsd_cache.config import (
     InfoConfig,
     PreviewConfig,
 )
+from xlsd_cache.other_names import NAMES
 from xlsd_cache.terminal import go_on_alone, run, start
+from xlsd_cache.words import check_command, check_options
 
-Command = (
-    Annotated[BuildConfig, tyro.conf.subcommand("build")]
-    | Annotated[InfoConfig, tyro.conf.subcommand("info")]
-    | Annotated[CheckConfig, tyro.conf.subcommand("check")]
-    | Annotated[CaptionsConfig, tyro.conf.subcommand("captions")]
-    | Annotated[PreviewConfig, tyro.conf.subcommand("preview")]
-    | Annotated[ExportIndexConfig, tyro.conf.subcommand("export-index")]
-    | Annotated[ImportConfig, tyro.conf.subcommand("import")]
-)
+COMMANDS: dict[str, type[Any]] = {
+    "build": BuildConfig,
+    "info": InfoConfig,
+    "check": CheckConfig,
+    "captions": CaptionsConfig,
+    "preview": PreviewConfig,
+    "export-index": ExportIndexConfig,
+    "import": ImportConfig,
+}
+THEIRS = "train run plan recipes tags ema sweep report sample score export swap"  # xlsd-train's
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -44,11 +48,18 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _main(args: Sequence[str] | None) -> int:
     began = time.time()
-    config = tyro.cli(
-        Command,
+    words = list(sys.argv[1:] if args is None else args)
+    if "--version" in words[:2]:
+        print(f"xlsd-cache {__version__}")
+        return 0
+    check_command("xlsd-cache", words, list(COMMANDS), THEIRS)
+    if words and words[0] in COMMANDS:
+        check_options(words[1:], COMMANDS[words[0]], NAMES)
+    config = tyro.extras.subcommand_cli_from_dict(
+        {**COMMANDS},
         prog="xlsd-cache",
         description="Encode images once into a zarr store of latents, and look after it.",
-        args=args,
+        args=words,
     )
     prints = isinstance(config, InfoConfig) or (
         isinstance(config, CheckConfig) and not config.repair
@@ -61,16 +72,17 @@ def _main(args: Sequence[str] | None) -> int:
 
         recaption(config)
         return 0
+    if isinstance(config, InfoConfig):
+        quiet()
+        from xlsd_cache.info import info
+
+        info(config)
+        return 0
     quiet_libraries()
     if isinstance(config, BuildConfig):
         from xlsd_cache.build import build
 
         build(config, began)
-        return 0
-    if isinstance(config, InfoConfig):
-        from xlsd_cache.info import info
-
-        info(config)
         return 0
     if isinstance(config, ImportConfig):
         from xlsd_cache.importing import import_caches
@@ -92,8 +104,8 @@ def _main(args: Sequence[str] | None) -> int:
     return 0 if check(config) else 1
 
 
-def quiet_libraries() -> None:
-    """No bars and notices of the libraries' own between ours; their errors still raise.
+def quiet() -> None:
+    """No notices of Pillow's between ours, where torch and diffusers are not wanted.
 
     In a log file our own bars are renewed every ten seconds instead of ten times a second.
     """
@@ -102,6 +114,11 @@ def quiet_libraries() -> None:
     # What Pillow stumbles over in files that it does not name: they get a reason where it matters.
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def quiet_libraries() -> None:
+    """The same, and no bars and notices of diffusers; their errors still raise. Takes seconds."""
+    quiet()
     import diffusers.utils.logging
     import transformers.utils.logging
 

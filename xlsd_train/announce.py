@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch.nn import Parameter
 from xlsd_cache.terminal import say
 from xlsd_train.config import TrainConfig
 from xlsd_train.lengths import told
+from xlsd_train.losses import HELD_OUT
+from xlsd_train.pace import epochs_told, hours_told
 from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
-from xlsd_train.validate import HELD_OUT
 
 
 def announce(
@@ -25,8 +27,8 @@ def announce(
     """Print it, from the record that config.json keeps."""
     for name, value in asdict(config).items():
         say(f"  {name:<24}{value}")
-    if record["recipe"]:
-        say(_recipe(record["recipe"]))
+    for line in _chosen(record):
+        say(line)
     weights = sum(parameter.numel() for parameter in named.values())
     print(record["precision"])
     say(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
@@ -65,14 +67,36 @@ def announce(
         )
     for bucket, count in schedule.small_buckets(record["batch"]):
         print(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
-    an_epoch = schedule.batches_an_epoch / config.accum
     falls = config.scheduler != "constant"
     then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
-    print(
-        f"planned {record['planned_steps']} steps, {an_epoch:.1f} an epoch; warm-up over "
-        f"{record['warmup_steps']:g} steps to {config.lr:g}{then}"
-    )
+    steps = config.warmup or ""
+    short = steps.isdecimal() and int(steps) > record["planned_steps"]
+    tenth = f"; a tenth of the plan, which is shorter than the recipe's {steps}" if short else ""
+    print(f"warm-up over {record['warmup_steps']:g} steps to {config.lr:g}{then}{tenth}")
+    _length(config, record, schedule)
     say(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
+
+
+def _length(config: TrainConfig, record: dict[str, Any], schedule: Schedule) -> None:
+    """How long the run is to be, in all units that there are, and whether that is absurd."""
+    planned, an_epoch = record["planned_steps"], schedule.batches_an_epoch / config.accum
+    last = min(planned, config.stop_after or planned)
+    images = sum(store["selected"] for store in record["stores"])
+    stops = f", of which it stops after {last}" if last < planned else ""
+    print(
+        f"planned {planned} steps{stops}, {an_epoch:.1f} an epoch: "
+        f"{epochs_told(last / an_epoch, images)}"
+    )
+    if record.get("step_s"):
+        card, step_s = record["step_s"]
+        print(hours_told(card, last * config.accum * step_s))
+
+
+def _chosen(record: dict[str, Any]) -> Iterator[str]:
+    """Where settings come from that nobody gave."""
+    if record["recipe"]:
+        yield _recipe(record["recipe"])
+    yield from (change["why"] for change in record["adapted"].values() if change["why"])
 
 
 def _recipe(record: dict[str, Any]) -> str:

@@ -8,16 +8,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from xlsd_cache import UserError
 from xlsd_train import draw
 from xlsd_train.parts import Parts
+
+if TYPE_CHECKING:  # `tags` reads columns, and need not wait for torch
+    from torch import Tensor
 
 Texts = Sequence[str | None]
 
@@ -112,7 +113,7 @@ class Captions:
     dropout: float  # how often a caption is left empty, for classifier-free guidance
     parts: Parts | None = None  # None leaves a caption as it is written
 
-    def tokens(self, texts: Texts, positions: NDArray[np.int64]) -> Tensor:
+    def tokens(self, texts: Texts, positions: NDArray[np.int64]) -> "Tensor":
         """int64 [n, length] of the samples at these positions of the run. None counts as empty."""
         return self.tokenize(self.choose(texts, positions))
 
@@ -135,20 +136,27 @@ class Captions:
         dropped = draw.words(self.seed, "tag dropout", positions).tolist()
         return list(map(self.parts.apply, chosen, order, dropped))
 
-    def tokenize(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts: list[str]) -> "Tensor":
         """int64 [n, length], cut or padded. A special token spelt out in a caption is taken out."""
-        if not texts:
-            return torch.empty((0, self.length), dtype=torch.int64)
         return tokenize(self.tokenizer, texts, self.length)
 
     def lengths(self, texts: list[str]) -> NDArray[np.int64]:
         """How many tokens each would be, the two special ones included, if none were cut."""
-        encoded = self.tokenizer(_plain(self.tokenizer, texts), verbose=False)
-        return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
+        return token_counts(self.tokenizer, texts)
 
 
-def tokenize(tokenizer: Any, texts: list[str], length: int) -> Tensor:
+def token_counts(tokenizer: Any, texts: list[str]) -> NDArray[np.int64]:
+    """How many tokens each text is, the two special ones included, if none were cut."""
+    encoded = tokenizer(_plain(tokenizer, texts), verbose=False)
+    return np.array([len(ids) for ids in encoded["input_ids"]], np.int64)
+
+
+def tokenize(tokenizer: Any, texts: list[str], length: int) -> "Tensor":
     """int64 [n, length]; of training and of samples alike."""
+    import torch
+
+    if not texts:
+        return torch.empty((0, length), dtype=torch.int64)
     encoded = tokenizer(
         _plain(tokenizer, texts), padding="max_length", truncation=True, max_length=length
     )

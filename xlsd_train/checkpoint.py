@@ -25,18 +25,9 @@ from xlsd_train.ema import Ema
 from xlsd_train.find import TEXT_ENCODER, UNET
 from xlsd_train.model import Model
 from xlsd_train.optim import numbers, set_numbers
+from xlsd_train.steps import checkpoints, step_of
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-????????"))
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step after which it was saved."""
-    return int(checkpoint.name[5:])
 
 
 def save_checkpoint(

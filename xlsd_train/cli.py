@@ -1,14 +1,18 @@
 """The command line `xlsd-train`, generated from each command's dataclass."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from inspect import getdoc
 from typing import Any
 
-from xlsd_cache.cli import quiet_libraries
-from xlsd_cache.terminal import go_on_alone, run, start
+from xlsd_cache import __version__
+from xlsd_cache.cli import quiet, quiet_libraries
+from xlsd_cache.terminal import go_on_alone, run, say, start
+from xlsd_cache.words import check_command, check_options
 from xlsd_train.config import TrainConfig
 from xlsd_train.model_commands import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
+from xlsd_train.other_names import NAMES
 from xlsd_train.recipe import parse, show
 from xlsd_train.run_commands import (
     EmaConfig,
@@ -22,6 +26,13 @@ from xlsd_train.run_commands import (
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
 def _run(config: TrainConfig, command: Sequence[str]) -> None:
+    from xlsd_train.complete import complete
+
+    if told := complete(config):
+        if os.environ.get("RANK", "0") == "0":  # one of the processes that a launcher started
+            say(told)
+        return
+    quiet_libraries()
     from xlsd_train.loop import train
 
     train(config, command)
@@ -88,6 +99,7 @@ def _score(config: ScoreConfig, _: Sequence[str]) -> None:
 # command -> (its dataclass, what runs it given that and the words of the command line)
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
     "run": (TrainConfig, _run),
+    "train": (TrainConfig, _run),
     "plan": (PlanConfig, _plan),
     "recipes": (RecipesConfig, _recipes),
     "tags": (TagsConfig, _tags),
@@ -101,12 +113,15 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
 }
 
 PRINT = {PlanConfig, RecipesConfig, TagsConfig, ScoreConfig}  # commands that make nothing but text
+# Commands that need no torch; training finds out by itself whether it does.
+LIGHT = {RecipesConfig, TagsConfig, ReportConfig, SweepConfig, TrainConfig}
+THEIRS = "build info check captions preview export-index import"  # commands of xlsd-cache
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one sentence, no traceback.
 
-    Without a command's name it is `run`, which trains; without `args` it is a program of its own.
+    Without a command's name it is `train`; without `args` it is a program of its own.
     """
     if args is None:
         start()
@@ -115,11 +130,18 @@ def main(args: Sequence[str] | None = None) -> int:
     kind, command = COMMANDS[named[0] if named else "run"]
 
     def run_it() -> int:
+        words = given[len(named) :]
+        if words[:1] == ["--version"]:
+            print(f"xlsd-train {__version__}")
+            return 0
+        if not named:
+            check_command("xlsd-train", words, list(COMMANDS), THEIRS)
+        check_options(words, kind, NAMES)
         prog = " ".join(["xlsd-train", *named])
-        config = parse(kind, given[len(named) :], prog=prog, description=_describe(kind))
+        config = parse(kind, words, prog=prog, description=_describe(kind))
         if kind not in PRINT:
             go_on_alone()
-        quiet_libraries()
+        quiet() if kind in LIGHT else quiet_libraries()
         command(config, ["xlsd-train", *given])
         return 0
 

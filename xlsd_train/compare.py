@@ -14,14 +14,15 @@ from xlsd_cache import UserError
 from xlsd_cache.durable import replacing, write_bytes
 from xlsd_cache.ours import marking
 from xlsd_cache.precision import device_of, set_precision
-from xlsd_cache.terminal import say
+from xlsd_cache.terminal import say, shown
+from xlsd_train.drawn import own_size
 from xlsd_train.export import fold_vae, vae_in
 from xlsd_train.find import Parts, find
 from xlsd_train.model import assemble, model_vae
 from xlsd_train.model_commands import SampleConfig
 from xlsd_train.page import page
 from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
-from xlsd_train.prompts import pictures
+from xlsd_train.prompts import read_pictures, remarks, size_of
 from xlsd_train.tensors import sha256_of
 
 SHOWN = 60  # prompts in grid and page, which some hundreds, as `score` wants, would make gigabytes
@@ -40,18 +41,18 @@ def compare(config: SampleConfig) -> Path:
     """
     device = device_of(config.device)
     print(set_precision("fp32"))
-    asked = pictures(config)
     names = _names(config.models)
+    asked = read_pictures(config.prompts, "--prompts", _default(config, names))
     models = [find(source, tokenizer=_tokenizer(source, config)) for source in names.values()]
     for parts in models:
         vae_in(parts)
     config.out.mkdir(parents=True, exist_ok=True)
-    files = []
+    files, said = [], set[str]()
     with tqdm(total=len(models) * len(asked), unit="image") as bar:
         for number, (name, parts) in enumerate(zip(names, models, strict=True)):
             folder = config.out / f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
             folder.mkdir()
-            files.append(_draw(name, parts, asked, folder, device, config.scheduler, bar))
+            files.append(_draw(name, parts, asked, folder, device, config.scheduler, bar, said))
     shown, files = asked[:SHOWN], [row[:SHOWN] for row in files]
     with replacing(config.out / "grid.png") as temporary:
         _grid(list(names), shown, files).save(temporary, "PNG", **marking("grid"))
@@ -71,6 +72,7 @@ def _draw(
     device: torch.device,
     scheduler: str,
     bar: Any,
+    said: set[str],
 ) -> list[Path]:
     """One model's pictures."""
     # Diffusers' pipeline knows one factor: whatever else a VAE's latents need is folded into it.
@@ -82,6 +84,10 @@ def _draw(
     model = assemble(whole, model_vae(parts.source, vae, parts.vae_padding))
     model.text_encoder.requires_grad_(False)
     pipeline = pipeline_of(model, scheduler).to(device)
+    lines = dict.fromkeys(remarks(asked, model.tokenizer, model.tokens))
+    for line in lines.keys() - said:
+        tqdm.write(shown(line))
+    said |= lines.keys()
     source = Path(parts.source)
     model_hash = sha256_of(source)[:10] if source.is_file() else None  # as A1111 writes it
     digits = max(2, len(str(len(asked) - 1)))
@@ -101,6 +107,21 @@ def _draw(
     del pipeline, model
     gc.collect()  # before the next one is loaded
     return paths
+
+
+def _default(config: SampleConfig, names: dict[str, str]) -> Picture:
+    """What is drawn where a prompt's line does not say otherwise."""
+    sizes = {name: size for name, source in names.items() if (size := own_size(source))}
+    run, size = next(iter(sizes.items()), ("", "512x512"))
+    if config.size is None and sizes:
+        others = [f"{name}'s are {own}" for name, own in sizes.items() if own != size]
+        told = f"pictures of {size}, as the samples of {run} are"
+        say("; ".join([told, *others, "--size chooses"]))
+    width, height = size_of(config.size or size, "--size")
+    return Picture(
+        "", config.negative, config.seed, config.steps, config.guidance, width, height,
+        config.scheduler,
+    )  # fmt: skip
 
 
 def _grid(models: list[str], asked: list[Picture], files: list[list[Path]]) -> Image.Image:

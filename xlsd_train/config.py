@@ -198,7 +198,8 @@ class TrainConfig:
     """Draw samples every so many steps, at step 0 and at the end; 0 never."""
 
     sample_prompts: Path | None = None
-    """A text file of prompts, one a line. Default: four captions of the store."""
+    """A text file of prompts, one a line, each with settings of its own as in `xlsd-train sample`:
+    a cat --size 512x768 --seed 5. Default: four captions of the store."""
 
     sample_steps: int = 20
     """Denoising steps a sample."""

@@ -5,11 +5,13 @@ between, and two processes draw what one would.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch takes seconds to load, and most of this module needs none
+    from torch import Tensor
 
 Words = NDArray[np.uint64]
 
@@ -66,7 +68,7 @@ def permutation(seed: int, purpose: str, count: int) -> NDArray[np.int64]:
 
 def noise(
     seed: int, positions: NDArray[np.int64], shape: tuple[int, ...], offset: float = 0.0
-) -> Tensor:
+) -> "Tensor":
     """Standard normal f32 [n, *shape], each sample from a generator of its own.
 
     `offset` times a normal number a channel is added, the same over the whole picture (Guttenberg,
@@ -80,7 +82,9 @@ def noise(
     return out
 
 
-def _normal(drawn: Words, shape: tuple[int, ...]) -> Tensor:
+def _normal(drawn: Words, shape: tuple[int, ...]) -> "Tensor":
+    import torch
+
     out = torch.empty((len(drawn), *shape))
     for target, word in zip(out, drawn.tolist(), strict=True):
         generator = torch.Generator().manual_seed(word - 2**63)
@@ -88,20 +92,24 @@ def _normal(drawn: Words, shape: tuple[int, ...]) -> Tensor:
     return out
 
 
-def timesteps(seed: int, positions: NDArray[np.int64], count: int) -> Tensor:
+def timesteps(seed: int, positions: NDArray[np.int64], count: int) -> "Tensor":
     """Timesteps int64 [n], uniform over 0..count-1 (the bias of the remainder is below 1e-16)."""
+    import torch
+
     drawn = words(seed, "timestep", positions) % np.uint64(count)
     return torch.from_numpy(drawn.astype(np.int64))
 
 
 def stratified_timesteps(
     seed: int, batch: int, size: int, places: NDArray[np.int64], count: int
-) -> Tensor:
+) -> "Tensor":
     """Timesteps int64 of some places in a batch of `size`: one in each of `size` equal strata.
 
     The strata fall to the places in a random order, so at each place every timestep is as likely,
     and any part of the batch is mixed. Stratified sampling, as in arXiv 2107.00630, appendix I.1.
     """
+    import torch
+
     strata = permutation(seed, f"strata/{batch}", size)[places]
     within = uniform(seed, f"stratum/{batch}", places)
     drawn = ((strata + within) * (count / size)).astype(np.int64)

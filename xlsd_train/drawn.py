@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from xlsd_cache import UserError
+from xlsd_cache.ours import is_run
 
 
 @dataclass(frozen=True, order=True)
@@ -47,6 +48,28 @@ def drawn_in(folders: tuple[Path, ...]) -> dict[str, list[Drawn]]:
                     f"same prompts and seeds, or one by one"
                 )
     return models
+
+
+def own_size(source: str) -> str | None:
+    """WIDTHxHEIGHT of the samples of a run, given it or a checkpoint in it; None for another model.
+
+    Where a prompt has a size of its own, it is that of the others. Of runs that older versions
+    began it is looked up in a sample.
+    """
+    folder = Path(source).expanduser()
+    for run in (folder, folder.parent.parent):
+        try:
+            record = json.loads((run / "config.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        if not is_run(record):
+            continue
+        if "samples" in record:
+            return str(record["samples"]["size"])
+        for path in sorted(run.glob("samples/step-*/00.png")):
+            with Image.open(path) as image:
+                return f"{image.width}x{image.height}"
+    return None
 
 
 def _asked(pictures: list[Drawn]) -> Counter[tuple[str, int]]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.config import TrainConfig
 from xlsd_train.history import History, stores_of
 from xlsd_train.lengths import told
-from xlsd_train.validate import tell
+from xlsd_train.losses import tell
+from xlsd_train.steps import checkpoints, step_of
 
 MATTER = (
     "phase", "model", "data", "batch", "accum", "optimizer", "lr", "scheduler", "warmup", "steps",

@@ -1,13 +1,16 @@
 """How captions fit the text encoder: how many are cut, and by how much. Told before a run."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from xlsd_train.batches import BatchSource
+if TYPE_CHECKING:  # a report says what was told, and need not wait for torch
+    from xlsd_train.batches import BatchSource
 
 LOOKED_AT = 10_000  # captions that are tokenised whole: two seconds on one core
 
 
-def cut(source: BatchSource) -> dict[str, int]:
+def cut(source: "BatchSource") -> dict[str, int]:
     """In tokens, of as many captions as are looked at: all, or random ones of a large store."""
     lengths, limit = source.lengths(LOOKED_AT), source.captions.length
     over = lengths[lengths > limit] - limit

@@ -13,19 +13,22 @@ from tqdm import tqdm
 from xlsd_cache import UserError, terminal
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
-from xlsd_train.checkpoint import checkpoints, prune, save_checkpoint, step_of
+from xlsd_train.checkpoint import prune, save_checkpoint
 from xlsd_train.config import TrainConfig
 from xlsd_train.ema import keep_snapshots
+from xlsd_train.losses import LIVE, best_of, read_losses, tell
 from xlsd_train.meter import Meter
 from xlsd_train.optim import rates
+from xlsd_train.pace import Pace
 from xlsd_train.plateau import PlateauWatch
 from xlsd_train.processes import Lost
 from xlsd_train.rate import learning_rate
 from xlsd_train.report import leave_report
 from xlsd_train.run import peak_gib
-from xlsd_train.sample import has_samples
 from xlsd_train.session import Session, open_session
-from xlsd_train.validate import LIVE, best_of, read_losses, tell
+from xlsd_train.steps import checkpoints, has_samples, step_of
+
+Watches = tuple[PlateauWatch, Pace]  # of what the metrics show
 
 
 def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
@@ -70,7 +73,7 @@ def _train(session: Session, stop: StopSignal) -> None:
         session, stop, _missed(session, first - 1, last), first - 1, state["images_seen"]
     ):
         return
-    watch = PlateauWatch.of_run(config, run.folder / "metrics.jsonl")
+    watches = (PlateauWatch.of_run(config, run.folder / "metrics.jsonl"), Pace(last))
     with (
         closing(
             Loader(session.source, (first - 1) * accum, last * accum, session.accelerator.device)
@@ -98,14 +101,14 @@ def _train(session: Session, stop: StopSignal) -> None:
                 "wait_s": loader.wait_s - waited,
             }
             images = sum(batch.images for batch in micro)
-            _log(session, watch, bar, meter.add(line, images, loss, norm))
+            _log(session, watches, bar, meter.add(line, images, loss, norm))
             bar.update()
             if session.main:
                 _say_epoch(session, micro)
 
             due = _due(session, stop, step, last)
             if due.pauses:
-                _log(session, watch, bar, meter.flush())  # its loss must be a number
+                _log(session, watches, bar, meter.flush())  # its loss must be a number
             if not _pause(session, stop, due, step, images_seen):
                 due = Due(saves=True, ends=True)
             if due.saves:
@@ -123,12 +126,13 @@ def _train(session: Session, stop: StopSignal) -> None:
                 break
 
 
-def _log(session: Session, watch: PlateauWatch, bar: Any, lines: list[dict[str, Any]]) -> None:
+def _log(session: Session, watches: Watches, bar: Any, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         line["peak_gib"] = peak_gib(session.accelerator.device)
         if session.main:
             session.run.log(line)
-            watch.see(line)
+            for watch in watches:
+                watch.see(line)
         bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
 
 

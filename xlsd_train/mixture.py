@@ -19,7 +19,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
-from xlsd_cache.fitting import original
 from xlsd_cache.identity import record_encoder, unknown_encoder
 from xlsd_cache.moments import Moments, moments
 from xlsd_cache.store import LatentStore
@@ -261,8 +260,11 @@ def _prove(stores: list[LatentStore]) -> None:
     }
     for store in stores:
         whole = store.identity.vae_sha256
-        if not known[whole] and len(known) > 1 and (vae := original(store.identity)):
-            known[whole] = vae.encoder_sha256
+        if not known[whole] and len(known) > 1:
+            from xlsd_cache.fitting import original  # loads torch; mostly not needed
+
+            if vae := original(store.identity):
+                known[whole] = vae.encoder_sha256
         if known[whole] and not store.identity.encoder_sha256:
             record_encoder(store.root, whole, known[whole])
             store.identity = replace(store.identity, encoder_sha256=known[whole])

@@ -114,14 +114,14 @@ class SampleConfig:
 
     A line of --prompts may carry its own settings after the prompt, as in `a cat, solo --seed 5
     --steps 30 --guidance 4 --size 512x768 --negative blurry, text`: these five, in any order, each
-    up to the next.
+    up to the next. kohya's --d --s --l --w --h --n mean the same.
     """
 
     models: Positional[tuple[str, ...]]
     """Runs, checkpoints, pipeline folders, single files or hub ids; NAME=... gives one a name."""
 
     prompts: Path
-    """A text file of prompts, one a line."""
+    """A text file of prompts, one a line; lines that begin with # are none."""
 
     out: Path = Path("comparison")
     """The folder to make."""
@@ -138,8 +138,9 @@ class SampleConfig:
     negative: str = ""
     """What pictures should not show."""
 
-    size: str = "512x512"
-    """Width and height in pixels, multiples of 8."""
+    size: str | None = None
+    """Width and height in pixels, multiples of 8. Default: those of the run's own samples, of the
+    first run that is named; 512x512 without one."""
 
     seed: int = 0
     """Of the first prompt; each following one has the next."""

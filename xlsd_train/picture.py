@@ -144,5 +144,7 @@ def sheet(rows: list[list[tuple[str, Path]]], width: int, height: int) -> Image.
             write.text((x + 2, y + 2), known, fill="black")  # in Pillow's own font
             if path.exists():
                 with Image.open(path) as image:
-                    made.paste(image.convert("RGB"), (x, y + LABEL_HEIGHT))
+                    drawn = image.convert("RGB")
+                drawn.thumbnail((width, height - LABEL_HEIGHT))  # one of an earlier, larger size
+                made.paste(drawn, (x, y + LABEL_HEIGHT))
     return made

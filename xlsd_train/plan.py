@@ -8,6 +8,7 @@ from typing import Any
 
 from xlsd_cache import UserError
 from xlsd_train import sd15
+from xlsd_train.adapt import adapt, chosen
 from xlsd_train.cards import CARDS
 from xlsd_train.config import DEFAULT_DATA
 from xlsd_train.find import find, part_of, text_encoder_of
@@ -63,7 +64,8 @@ def _buckets(config: PlanConfig) -> dict[str, int]:
         return {"512x512": 1}
     with open_mixture(config.data) as store:
         if any(config.selected_tags()):
-            return choose_samples(config.resolved(), store).selection.sizes
+            fitted, _ = adapt(config.resolved(), store, chosen(config, ()), None)
+            return choose_samples(fitted, store).selection.sizes
         return {name: len(rows) for name, rows in store.buckets.items() if len(rows)}
 
 

@@ -19,6 +19,7 @@ from xlsd_train.latents import normalising
 from xlsd_train.memory import Planner, choose, limit_of
 from xlsd_train.mixture import Mask, Mixture
 from xlsd_train.model import Model, load_model
+from xlsd_train.pace import predicted
 from xlsd_train.processes import PATIENCE
 from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
@@ -135,12 +136,15 @@ def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Mod
 
 def plan_batch(
     config: TrainConfig, run: Run, selection: Selection, model: Model, accelerator: Accelerator
-) -> tuple[int, Plan, str]:
-    """(batch, how it passes, what is said of it): of a run begun before what it began with."""
+) -> tuple[int, Plan, str, tuple[str, float] | None]:
+    """(batch, how it passes, what is said of it, (card, seconds a batch at its peak) if known).
+
+    Of a run begun before what it began with.
+    """
     limit = limit_of(config, accelerator.device)
     if run.before and not config.force:
         plan = Plan(*run.state().get("plan", run.before["plan"]))
-        return run.before["batch"], plan, run.before["memory"]
+        return run.before["batch"], plan, run.before["memory"], run.before.get("step_s")
     found: list[Any] = [None]
     if accelerator.is_main_process:  # memory that is free differs between cards; sums must not
         configs = model.unet.config, model.text_encoder.config.to_dict()
@@ -152,9 +156,12 @@ def plan_batch(
             limit,
         )
         unknown = f"batch {batch}, {plan}: no memory limit is known here; --vram sets one"
-        found = [(batch, plan, str(prediction or unknown))]
-    batch, plan, told = broadcast_object_list(found)[0]
-    return batch, plan, told
+        device = accelerator.device
+        named = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        step_s = predicted(prediction.seconds, named) if prediction else None
+        found = [(batch, plan, str(prediction or unknown), step_s)]
+    batch, plan, told, step_s = broadcast_object_list(found)[0]
+    return batch, plan, told, step_s
 
 
 def make_source(

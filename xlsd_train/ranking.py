@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.history import History
-from xlsd_train.validate import HELD_OUT, Candidate, named, read_losses
+from xlsd_train.losses import HELD_OUT, Candidate, named, read_losses
+from xlsd_train.steps import checkpoints, step_of
 from xlsd_train.verdict import NARROW, Interval, Losses, overall
 from xlsd_train.verdict import lowest as lowest_of
 

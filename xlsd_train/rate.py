@@ -11,8 +11,13 @@ from xlsd_train.config import Scheduler, TrainConfig
 from xlsd_train.schedule import Schedule
 
 
-def planned_steps(config: TrainConfig, schedule: Schedule) -> tuple[int, float]:
-    """Planned length and warm-up, in steps."""
+def planned_steps(
+    config: TrainConfig, schedule: Schedule, warmup_given: bool = True
+) -> tuple[int, float]:
+    """Planned length and warm-up, in steps.
+
+    A warm-up that nobody gave, but a recipe, is a tenth of a plan that is shorter than it is.
+    """
     planned = config.steps
     if planned is None:
         assert config.epochs is not None
@@ -23,7 +28,12 @@ def planned_steps(config: TrainConfig, schedule: Schedule) -> tuple[int, float]:
     steps_an_epoch = schedule.batches_an_epoch / config.accum
     if config.warmup is None and config.phase == "unet":
         return planned, min(200.0, planned / 10)
-    return planned, warmup_steps(config.warmup or "10%", planned, steps_an_epoch)
+    try:
+        return planned, warmup_steps(config.warmup or "10%", planned, steps_an_epoch)
+    except UserError:
+        if warmup_given:
+            raise
+        return planned, planned / 10
 
 
 def warmup_steps(warmup: str, planned_steps: int, steps_an_epoch: float) -> float:

@@ -5,6 +5,7 @@ counts, though it be the default that there would be without a recipe.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +20,7 @@ import tyro
 from xlsd_cache import UserError
 from xlsd_cache.terminal import say
 from xlsd_train.config import TrainConfig
+from xlsd_train.other_names import NAMES
 
 FOLDER = Path(__file__).parent / "recipes"
 # An option that changes what others are about: with another value of it these are not the recipe's.
@@ -65,7 +67,9 @@ class Recipe:
         for key, value in given.items():
             told = f"recipe {name}: {key} = {json.dumps(value, default=str)}"
             if key not in keys:
-                raise UserError(f"{told}: training has no such option{_near(key, list(keys))}")
+                meant = NAMES.get(key.replace("_", "-"), "").removeprefix("--")
+                near = f"; here {meant}" if meant else _near(key, list(keys))
+                raise UserError(f"{told}: training has no such option{near}")
             settings[keys[key]] = _fitted(value, hints[keys[key]], told)
         if "phase" not in settings:
             raise UserError(f'recipe {name} does not say what trains; add phase = "unet" or "te"')
@@ -83,12 +87,15 @@ class Recipe:
 
     def defaults(self, words: Sequence[str]) -> dict[str, Any]:
         """The settings, but for those that go with an option which the command line changes."""
+        given = options_in(words)
         gone = {
             other
-            for option, value in _options(words).items()
+            for option, value in given.items()
             if str(self.settings.get(option)) != value
             for other in GOES_WITH.get(option, ())
         }
+        if re.fullmatch(r"0*\.?0*", given.get("validation_fraction", "1")):
+            gone.add("validate_every")  # with what is held out goes what measures it
         return {name: value for name, value in self.settings.items() if name not in gone}
 
     def record(self, config: TrainConfig) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def parse(kind: type[Config], words: Sequence[str], prog: str, description: str)
 
     Raises UserError for a recipe that is none, and for what training refuses.
     """
-    name = _options(words).get("recipe") if issubclass(kind, TrainConfig) else None
+    name = options_in(words).get("recipe") if issubclass(kind, TrainConfig) else None
     if name is None or name == "None":
         return tyro.cli(kind, prog=prog, description=description, args=words)
     recipe = Recipe.read(name)
@@ -147,7 +154,7 @@ def parse(kind: type[Config], words: Sequence[str], prog: str, description: str)
     return config
 
 
-def _options(words: Sequence[str]) -> dict[str, str]:
+def options_in(words: Sequence[str]) -> dict[str, str]:
     """Field name -> the word behind each option; of those given twice the last, as tyro has it."""
     found = {}
     for word, following in zip(words, [*words, ""][1:], strict=True):

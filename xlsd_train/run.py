@@ -31,12 +31,13 @@ from xlsd_cache.durable import (
 )
 from xlsd_cache.ours import is_run
 from xlsd_cache.terminal import say
-from xlsd_train.checkpoint import STATE, checkpoints
+from xlsd_train.checkpoint import STATE
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.ema import forget_snapshots_after
+from xlsd_train.losses import SETS, forget_after, save_losses, summaries
 from xlsd_train.mixture import Mixture
 from xlsd_train.model import Model
-from xlsd_train.validate import SETS, forget_after, save_losses, summaries
+from xlsd_train.steps import checkpoints
 from xlsd_train.verdict import Losses
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"

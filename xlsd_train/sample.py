@@ -2,25 +2,27 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
 from xlsd_cache.ours import marking
 from xlsd_train import draw
 from xlsd_train.captions import Columns
+from xlsd_train.config import TrainConfig
 from xlsd_train.mixture import Store
 from xlsd_train.model import Model
-from xlsd_train.parts import Parts
 from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
 from xlsd_train.processes import ALONE, Processes
+from xlsd_train.prompts import read_lines, read_pictures
 from xlsd_train.selection import Selection
+from xlsd_train.steps import samples_of
 from xlsd_train.thin import evenly
 
 PROMPTS = 4  # taken from the store where no file is given
@@ -29,14 +31,14 @@ GRID_ROWS = 10
 
 @dataclass(frozen=True)
 class Sampler:
-    """What to draw, always the same: prompt i from seed + i, at any step."""
+    """What to draw, the same at any step."""
 
-    prompts: list[str]
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    seed: int
+    pictures: list[Picture]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Their prompts."""
+        return [picture.prompt for picture in self.pictures]
 
     def __call__(
         self,
@@ -54,10 +56,7 @@ class Sampler:
         generators of its own, and the modules are back in training mode and the VAE off the card
         after.
         """
-        asked = [
-            Picture(prompt, "", self.seed + i, self.steps, self.guidance, self.width, self.height)
-            for i, prompt in enumerate(self.prompts)
-        ]
+        asked = self.pictures
         with _drawing(model, accelerator.device):
             pipeline = pipeline_of(model)
 
@@ -67,7 +66,7 @@ class Sampler:
 
             images = processes.deal(len(asked), work, stopped)
         if images:
-            target = _folder(folder, step)
+            target = samples_of(folder, step)
             target.mkdir(parents=True, exist_ok=True)
             for i, (image, picture) in enumerate(zip(images, asked, strict=True)):
                 save_picture(image, target / f"{i:02d}.png", picture, training_step=step)
@@ -85,8 +84,10 @@ class Sampler:
             ]
             for folder in chosen
         ]
+        width = max(picture.width for picture in self.pictures)
+        height = max(picture.height for picture in self.pictures)
         with replacing(samples / "grid.png") as temporary:
-            sheet(rows, self.width, self.height).save(temporary, "PNG", **marking("grid"))
+            sheet(rows, width, height).save(temporary, "PNG", **marking("grid"))
 
 
 @contextmanager
@@ -103,41 +104,45 @@ def _drawing(model: Model, device: torch.device) -> Iterator[None]:
         model.vae.model.to("cpu")
 
 
-def has_samples(folder: Path, step: int) -> bool:
-    """Whether a run drew samples after this step."""
-    return any(_folder(folder, step).glob("*.png"))
-
-
-def _folder(run: Path, step: int) -> Path:
-    return run / "samples" / f"step-{step:08d}"
-
-
-def read_lines(path: Path, option: str) -> list[str]:
-    """The lines of a text file that hold anything. Raises UserError where there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {option} {path}: {error}; give a text file") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{option} {path} is empty; write one prompt a line")
-    return prompts
-
-
 def read_prompts(
-    path: Path | None,
+    config: TrainConfig,
     store: Store,
     selection: Selection,
     columns: Columns,
-    parts: Parts | None,
-    seed: int,
-) -> list[str]:
-    """The prompts of a file, or captions of the selected samples, in order.
+    before: Mapping[str, Any] | None,
+) -> list[Picture]:
+    """What a run draws: the prompts of --sample-prompts, or captions of the selected samples.
 
-    Raises UserError for a file without any.
+    `before` is config.json of a run that goes on. One that older versions began knows no options in
+    a line: where the file is still the one that it was, it draws what it drew. Raises UserError for
+    a file without prompts, and for one that cannot be drawn.
     """
-    if path is not None:
-        return read_lines(path, "--sample-prompts")
+    width, height = sample_size(selection.sizes)
+    default = Picture(
+        "", "", config.seed, config.sample_steps, config.sample_guidance, width, height
+    )
+    path = config.sample_prompts
+    if path is None:
+        return _literal(_captions(config, store, selection, columns), default)
+    if before and "samples" not in before:
+        lines = read_lines(path, "--sample-prompts", comments=True)
+        if lines == before.get("prompts"):
+            return _literal(lines, default)
+    return read_pictures(path, "--sample-prompts", default)
+
+
+def _literal(prompts: list[str], default: Picture) -> list[Picture]:
+    """Each prompt as it is written, from consecutive seeds."""
+    return [
+        replace(default, prompt=prompt, seed=default.seed + i) for i, prompt in enumerate(prompts)
+    ]
+
+
+def _captions(
+    config: TrainConfig, store: Store, selection: Selection, columns: Columns
+) -> list[str]:
+    """Captions of selected samples, always the same."""
+    parts, seed = config.parts(), config.seed
     texts = [store.samples[name] for name in columns.names]
     chosen: dict[str, None] = {}
     for number in draw.permutation(seed, "sample prompts", len(selection)):

@@ -11,6 +11,8 @@ from torch.nn import Parameter
 
 from xlsd_cache import __version__
 from xlsd_cache.fitting import decoder_told
+from xlsd_cache.terminal import say
+from xlsd_train.adapt import adapt, chosen
 from xlsd_train.announce import announce
 from xlsd_train.batches import BatchSource
 from xlsd_train.checkpoint import load_optimizer
@@ -23,6 +25,7 @@ from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
 from xlsd_train.prepare import choose_samples, make_source, open_model, plan_batch, start
 from xlsd_train.processes import Processes
+from xlsd_train.prompts import remarks
 from xlsd_train.rate import planned_steps
 from xlsd_train.recipe import Recipe
 from xlsd_train.run import Run, machine, settings
@@ -68,6 +71,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
 
     Raises UserError before anything is written where the run cannot be as asked.
     """
+    given = chosen(config, command)
     config = config.resolved()
     accelerator, precision = start(config)
     processes = Processes.of(accelerator)
@@ -79,13 +83,11 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         closing(run),
         ExitStack() as stack,
     ):
+        config, adapted = adapt(config, store, given, run.before)
         samples = choose_samples(config, store)
         shared = settings(config, store, device)
         run.compare(shared, config.force)
-        prompts = read_prompts(
-            config.sample_prompts, store, samples.selection, samples.columns, config.parts(),
-            config.seed,
-        )  # fmt: skip
+        pictures = read_prompts(config, store, samples.selection, samples.columns, run.before)
         resumed = run.checkpoint
         model = open_model(config, resumed, store)
         before = model.scheduler_config
@@ -97,9 +99,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         if config.reinit is not None and not resumed:
             model.reinitialise(named, config.phase, config.reinit, config.seed)
         sure = replace(config, objective=objective.kind)
-        batch, plan, told = plan_batch(sure, run, samples.selection, model, accelerator)
+        batch, plan, told, step_s = plan_batch(sure, run, samples.selection, model, accelerator)
         schedule = Schedule(store.shares(samples.selection.chosen), batch, config.seed)
-        planned, warmup = planned_steps(config, schedule)
+        planned, warmup = planned_steps(config, schedule, "warmup" in given)
         source = make_source(config, store, samples, schedule, model, objective, accelerator)
         count = samples.measured
         validator = (
@@ -108,14 +110,20 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         record = {
             "command": list(command),
             "config": asdict(config),
+            "adapted": adapted,
             "recipe": Recipe.read(config.recipe).record(config) if config.recipe else None,
             "precision": precision,
             "batch": batch,
             "plan": plan,
             "memory": told,
+            "step_s": step_s,
             "planned_steps": planned,
             "warmup_steps": warmup,
-            "prompts": prompts,
+            "prompts": [picture.prompt for picture in pictures],
+            "samples": {
+                "size": "{}x{}".format(*sample_size(samples.selection.sizes)),
+                "pictures": [asdict(picture) for picture in pictures],
+            },
             "stores": samples.told(store),
             "unknown_tags": samples.tagged.unknown,
             "captions": cut(source),
@@ -136,6 +144,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         run.compare_model(record, config.force)
         if accelerator.is_main_process:
             announce(config, record, schedule, named, run)
+            if config.sample_every:
+                for line in remarks(pictures, model.tokenizer, model.tokens):
+                    say(line)
         processes.wait()  # all have looked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
             run.begin(record, model, config)
@@ -159,13 +170,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             model,
             named,
             Step(model, list(named.values()), optimizer, objective.to(device), accelerator, plan),
-            Sampler(
-                prompts,
-                *sample_size(source.selection.sizes),
-                config.sample_steps,
-                config.sample_guidance,
-                config.seed,
-            ),
+            Sampler(pictures),
             planned,
             warmup,
             validator,

@@ -54,11 +54,11 @@ def test_impossible_options_are_one_sentence(
 
 
 def test_unknown_options_and_commands_exit_non_zero(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (("build", "--nothing"), ("nothing",), ("build", "--precision", "fp8")):
-        with pytest.raises(SystemExit) as exit_code:
-            cache(*arguments)
-        assert exit_code.value.code == 2
+    with pytest.raises(SystemExit) as exit_code:
+        cache("build", "--precision", "fp8")
+    assert exit_code.value.code == 2
     assert "fp8" in capsys.readouterr().err
+    assert cache("build", "--nothing") == cache("nothing") == 1
 
 
 def test_each_process_has_its_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.train.conftest import Open
 from xlsd_cache import UserError
-from xlsd_train.checkpoint import checkpoints, load_optimizer, prune, save_checkpoint
+from xlsd_train.checkpoint import load_optimizer, prune, save_checkpoint
 from xlsd_train.optim import numbers, set_numbers
 from xlsd_train.session import Session
+from xlsd_train.steps import checkpoints
 
 
 def stepped(open_run: Open, **settings: object) -> Session:

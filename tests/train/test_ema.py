@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tests.support import files, train
 from tests.train.conftest import Open
 from xlsd_cache import UserError
-from xlsd_train.checkpoint import checkpoints
 from xlsd_train.ema import SIGMAS, Ema, keep_snapshots, snapshots
 from xlsd_train.power import gamma_of
+from xlsd_train.steps import checkpoints
 
 Out = pytest.CaptureFixture[str]
 

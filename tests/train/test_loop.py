@@ -30,11 +30,11 @@ from tests.support import (
 from tests.train.conftest import Open
 from xlsd_cache.terminal import start
 from xlsd_train.batches import Batch, BatchSource
-from xlsd_train.checkpoint import checkpoints
 from xlsd_train.config import FINDS_RATE
+from xlsd_train.losses import read_losses
 from xlsd_train.schedule import Slot
 from xlsd_train.step import Plan, Step
-from xlsd_train.validate import read_losses
+from xlsd_train.steps import checkpoints
 
 Arguments = list[object]
 

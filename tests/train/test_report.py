@@ -12,9 +12,9 @@ import torch
 import xlsd_train.charts
 import xlsd_train.report
 from tests.support import train
-from xlsd_train.checkpoint import checkpoints, step_of
 from xlsd_train.history import histories
-from xlsd_train.validate import best_of, say
+from xlsd_train.losses import best_of, say
+from xlsd_train.steps import checkpoints, step_of
 
 Out = pytest.CaptureFixture[str]
 HOSTILE = "</script><script>alert(1)</script> & \"<img src=x onerror='alert(2)'>"

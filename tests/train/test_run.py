@@ -232,7 +232,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     arguments: list[object], tmp_path: Path, photos: Path, capsys: Out
 ) -> None:
     from benchmarks.demo.pipeline import make_pipeline, read_captions
-    from xlsd_train.checkpoint import checkpoints
+    from xlsd_train.steps import checkpoints
 
     assert train(*arguments, "--stop-after", 2) == 0
     make_pipeline(tmp_path / "demo", "demo", read_captions(photos))

@@ -1,4 +1,6 @@
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,9 @@ from tests.train.conftest import Open
 from xlsd_cache import UserError
 from xlsd_cache.store import LatentStore
 from xlsd_train.captions import Columns
+from xlsd_train.config import TrainConfig
+from xlsd_train.drawn import own_size
+from xlsd_train.picture import Picture
 from xlsd_train.sample import read_prompts, sample_size
 from xlsd_train.selection import selected
 
@@ -65,17 +70,74 @@ def test_the_grid_has_steps_down_and_prompts_across(open_run: Open, tmp_path: Pa
 
 def test_prompts_come_from_the_file_or_from_the_store(store: Path, tmp_path: Path) -> None:
     path, txt = tmp_path / "prompts.txt", Columns(("txt",), (1.0,))
-    path.write_text("\ufeffa cat\n\n  a rocket  \n", encoding="utf-8")
+    config = TrainConfig("unet", sample_steps=3, sample_guidance=2.0, seed=5)
+    given = replace(config, sample_prompts=path)
     with LatentStore.open(store) as ours:
         every = selected(ours, np.ones(len(ours), np.bool_))
-        assert read_prompts(path, ours, every, txt, None, 0) == ["a cat", "a rocket"]
-        drawn = read_prompts(None, ours, every, txt, None, 0)
-        assert len(set(drawn)) == 4
-        assert set(drawn) <= set(ours.samples["txt"].to_pylist())
-        assert read_prompts(None, ours, every, txt, None, 0) == drawn
         assert sample_size(every.sizes) == (128, 128)
+        drawn = read_prompts(config, ours, every, txt, None)
+        assert len({picture.prompt for picture in drawn}) == 4
+        assert {picture.prompt for picture in drawn} <= set(ours.samples["txt"].to_pylist())
+        assert read_prompts(config, ours, every, txt, None) == drawn
+        assert drawn[1] == Picture(drawn[1].prompt, "", 6, 3, 2.0, 128, 128)
+        path.write_text("# two\na cat\n\n  a rocket --w 64 --d 9 --n blurry \n")
+        pictures = read_prompts(given, ours, every, txt, None)
+        assert pictures == [
+            Picture("a cat", "", 5, 3, 2.0, 128, 128),
+            Picture("a rocket", "blurry", 9, 3, 2.0, 64, 128),
+        ]
         path.write_text("\n")
-        with pytest.raises(UserError, match="is empty"):
-            read_prompts(path, ours, every, txt, None, 0)
-        with pytest.raises(UserError, match="cannot read --sample-prompts"):
-            read_prompts(tmp_path / "gone", ours, every, txt, None, 0)
+        with pytest.raises(UserError, match="--sample-prompts .* is empty"):
+            read_prompts(given, ours, every, txt, None)
+
+
+def test_a_run_of_an_older_version_draws_what_it_drew(store: Path, tmp_path: Path) -> None:
+    """It took options and comments for words of the prompt; with another file it is told anew."""
+    path, txt = tmp_path / "prompts.txt", Columns(("txt",), (1.0,))
+    config = TrainConfig("unet", sample_prompts=path)
+    path.write_text("# first\na cat --seed 5\n")
+    before = {"prompts": ["# first", "a cat --seed 5"]}
+    with LatentStore.open(store) as ours:
+        every = selected(ours, np.ones(len(ours), np.bool_))
+        old = read_prompts(config, ours, every, txt, before)
+        assert [(it.prompt, it.seed) for it in old] == [("# first", 0), ("a cat --seed 5", 1)]
+        for other in ({"prompts": ["a dog"]}, {**before, "samples": {}}, None):
+            (new,) = read_prompts(config, ours, every, txt, other)
+            assert (new.prompt, new.seed) == ("a cat", 5)
+
+
+def test_a_run_draws_each_prompt_as_its_line_says(
+    open_run: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "prompts.txt", tmp_path / "run"
+    long = ", ".join(["a cat on a mat"] * 40)
+    path.write_text(f"a (cat:1.2) --d 7 --s 2 --l 3 --w 64 --h 72 --n text\n{long} --size 192x64\n")
+    draw(open_run, out, sample_prompts=path, keep=1)
+    told = capsys.readouterr().out
+    assert re.search(r"prompt 2 has \d{3} tokens and is cut to the 77 ", told)
+    assert told.count("(word:1.2)") == 1
+    with Image.open(out / "samples/step-00000007/00.png") as image:
+        assert image.size == (64, 72)
+        assert image.text["parameters"] == (  # type: ignore[attr-defined]
+            "a (cat:1.2)\nNegative prompt: text\n"
+            "Steps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 7, Size: 64x72"
+        )
+    with Image.open(out / "samples/step-00000007/01.png") as image:
+        assert image.size == (192, 64)
+    with Image.open(out / "samples/grid.png") as image:
+        assert image.size == (2 * 192, 72 + 16)
+    record = json.loads((out / "config.json").read_bytes())
+    assert record["prompts"] == ["a (cat:1.2)", long]
+    assert record["samples"]["size"] == "128x128"
+    assert record["samples"]["pictures"][0]["seed"] == 7
+    assert own_size(str(out)) == own_size(str(out / "checkpoints/step-00000001")) == "128x128"
+
+
+def test_an_older_runs_size_is_seen_in_its_samples(tmp_path: Path) -> None:
+    record = {"command": [], "config": {}, "stores": [], "settings": {}, "planned_steps": 1}
+    (tmp_path / "run/samples/step-00000000").mkdir(parents=True)
+    Image.new("RGB", (192, 64)).save(tmp_path / "run/samples/step-00000000/00.png")
+    (tmp_path / "run/config.json").write_text(json.dumps(record))
+    assert own_size(str(tmp_path / "run")) == "192x64"
+    assert own_size(str(tmp_path)) is None
+    assert own_size("org/name") is None

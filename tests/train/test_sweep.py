@@ -20,13 +20,13 @@ from tests.support import files, metrics, spawn, train, wait_for
 from tests.train.test_loop import slow_train
 from tests.train.test_report import Page
 from xlsd_cache import UserError
-from xlsd_train.checkpoint import checkpoints
 from xlsd_train.config import TrainConfig
 from xlsd_train.history import histories
+from xlsd_train.losses import read_losses
 from xlsd_train.ranking import HEADER, rank
 from xlsd_train.recipe import parse
 from xlsd_train.run_commands import SweepConfig, without
-from xlsd_train.validate import read_losses
+from xlsd_train.steps import checkpoints
 from xlsd_train.verdict import intervals, overall
 
 Out = pytest.CaptureFixture[str]

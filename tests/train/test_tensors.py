@@ -93,7 +93,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path, legacy: bool) -> None:
     held = {"state_dict": {"x": torch.ones(2), "y": Runs(trace)}}
     torch.save(held, path, _use_new_zipfile_serialization=not legacy)
     for name in ("evil.ckpt", "evil.safetensors"):  # whatever it calls itself
-        with pytest.raises(UserError, match="it holds io.open, so loading it could run code"):
+        with pytest.raises(UserError, match=r"it holds _?io\.open, so loading it could run code"):
             open_tensors(path.rename(tmp_path / name))
         path = tmp_path / name
     assert not trace.exists()
