@@ -14,16 +14,19 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache.identity",
     "xlsd_cache.interrupt",
     "xlsd_cache.moments",
+    "xlsd_cache.options",
     "xlsd_cache.ours",
     "xlsd_cache.precision",
     "xlsd_cache.sources",  # only image_files
     "xlsd_cache.store",
     "xlsd_cache.terminal",
+    "xlsd_cache.texts",
     "xlsd_cache.vae",
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "terminal ours durable interrupt precision identity manifest shard blocks formats inflate "
+    "terminal texts options "
+    "ours durable interrupt precision identity manifest shard blocks formats inflate "
     "gzips cells locate captions tables text_tables arrow_tables rows names matches match masks "
     "lists folders members tars zips archives records colours decode sources guard buckets index "
     "tags store moments hub vae fitting known accounting arrays commit live builders space "
@@ -33,7 +36,8 @@ CACHE = (
 ).split()
 TRAIN = (
     "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "
-    "foreign network hub find choose config recipe diffusion latents run_commands model_commands "
+    "foreign network hub find choose config recipe resume "
+    "diffusion latents run_commands model_commands "
     "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
     "plateau power ema verdict validate checkpoint thin history ranking charts facts report "
     "posthoc meter picture sample run announce prepare session loop sweep plan tags single_file "

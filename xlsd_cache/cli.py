@@ -19,6 +19,7 @@ from xlsd_cache.config import (
     InfoConfig,
     PreviewConfig,
 )
+from xlsd_cache.options import refuse_empty
 from xlsd_cache.terminal import go_on_alone, run, start
 
 Command = (
@@ -44,6 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _main(args: Sequence[str] | None) -> int:
     began = time.time()
+    refuse_empty(sys.argv[1:] if args is None else args)
     config = tyro.cli(
         Command,
         prog="xlsd-cache",

@@ -1,16 +1,20 @@
 """The parts of a session, each opened and checked by itself: device, samples, model, plan."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from transformers import CLIPTokenizer
 
 from xlsd_cache import UserError
+from xlsd_cache.hub import repository_of
 from xlsd_cache.precision import device_of, set_precision
+from xlsd_cache.terminal import say
 from xlsd_train.batches import BatchSource, Noising
 from xlsd_train.captions import Captions, Columns
 from xlsd_train.config import TrainConfig
@@ -19,6 +23,7 @@ from xlsd_train.latents import normalising
 from xlsd_train.memory import Planner, choose, limit_of
 from xlsd_train.mixture import Mask, Mixture
 from xlsd_train.model import Model, load_model
+from xlsd_train.resume import PLACES, START, other_start, told
 from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
 from xlsd_train.selection import Selection, Tagged, by_tags, held_out, selected
@@ -76,9 +81,14 @@ def deterministic() -> None:
     torch.backends.cudnn.benchmark = False  # it may choose another kernel every run
 
 
+def columns_of(store: Mixture, caption: str | None) -> Columns:
+    """The columns of a --caption, by name or by default."""
+    return Columns.parse(caption, store.caption_columns, store.root)
+
+
 def choose_samples(config: TrainConfig, store: Mixture) -> Samples:
     """By tags and by what is held out. Raises UserError where they are fewer than --batch."""
-    columns = Columns.parse(config.caption, store.caption_columns, store.root)
+    columns = columns_of(store, config.caption)
     tagged = by_tags(store, columns.names, *config.selected_tags())
     held = tagged.mask & held_out(store, config.validation_fraction or 0)
     trains = tagged.mask & ~held
@@ -128,6 +138,58 @@ def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Mod
     return model
 
 
+def check_start(config: TrainConfig, run: Run, store: Mixture) -> None:
+    """Refuse a resume that asks to begin with other weights, though its checkpoint has them all.
+
+    A model that lies elsewhere now is compared by its weights, and need not be there at all.
+    """
+    if run.before is None or run.checkpoint is None:
+        return
+    other = other_start(run.before["settings"], config)
+    if not other:
+        return
+    new = {name: getattr(config, name) for name in other}
+    if config.force:
+        say(f"--force: {run.folder} was begun with {told(other, new)}; its checkpoint is taken")
+        return
+    if all(name in PLACES and _is_gone(name, value) for name, value in new.items()):
+        names = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in new.items())
+        say(f"{names} is not there, and not needed: the checkpoint holds the whole model")
+        return
+    if not _begins_alike(config, run, store, new):
+        raise UserError(
+            f"{run.folder} was begun with {told(other, new)}; leave that out, as the checkpoint "
+            f"holds the whole model, or name another --out"
+        )
+
+
+def _is_gone(name: str, value: str) -> bool:
+    """Whether this is a path, and nothing is there: no name of the hub, or of a known VAE."""
+    there = Path(value).expanduser()
+    names = name == "vae" and there.name == value
+    return not names and not there.exists() and repository_of(value) is None
+
+
+def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[str, Any]) -> bool:
+    """Whether the run would begin with the weights and the tokenizer that it began with."""
+    assert run.before is not None
+    assert run.checkpoint is not None
+    if not all(Path(value).expanduser().exists() for name, value in new.items() if name in PLACES):
+        return False  # nothing is fetched for it
+    old = run.before["settings"]
+    asked = {name: getattr(config, name) or old.get(name) for name in START}
+    try:
+        model = open_model(replace(config, **asked), None, store)
+        named = model.prepare(config.phase, config.train)
+        if asked["reinit"]:
+            model.reinitialise(named, config.phase, asked["reinit"], config.seed)
+    except UserError:
+        return False
+    own = CLIPTokenizer.from_pretrained(run.folder / "base" / "tokenizer")
+    alike: bool = own.get_vocab() == model.tokenizer.get_vocab()
+    return alike and model.sha256() == run.before["model"]["sha256"]
+
+
 def plan_batch(
     config: TrainConfig, run: Run, selection: Selection, model: Model, accelerator: Accelerator
 ) -> tuple[int, Plan, str]:
@@ -148,8 +210,9 @@ def plan_batch(
         )
         unknown = f"batch {batch}, {plan}: no memory limit is known here; --vram sets one"
         found = [(batch, plan, str(prediction or unknown))]
-    batch, plan, told = broadcast_object_list(found)[0]
-    return batch, plan, told
+    batch, plan, how = broadcast_object_list(found)[0]
+    run.compare_batch(batch, plan, config.force)
+    return batch, plan, how
 
 
 def make_source(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from xlsd_cache import UserError
+from xlsd_cache import UserError, texts
 from xlsd_cache.durable import replacing
 from xlsd_cache.ours import marking
 from xlsd_train import draw
@@ -79,11 +79,7 @@ class Sampler:
 
 def read_lines(path: Path, option: str) -> list[str]:
     """The lines of a text file that hold anything. Raises UserError where there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {option} {path}: {error}; give a text file") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = texts.read_lines(path, option)
     if not prompts:
         raise UserError(f"{option} {path} is empty; write one prompt a line")
     return prompts

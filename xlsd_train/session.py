@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,15 @@ from xlsd_train.lengths import cut
 from xlsd_train.mixture import open_mixture
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
-from xlsd_train.prepare import choose_samples, make_source, open_model, plan_batch, start
+from xlsd_train.prepare import (
+    check_start,
+    choose_samples,
+    columns_of,
+    make_source,
+    open_model,
+    plan_batch,
+    start,
+)
 from xlsd_train.rate import planned_steps
 from xlsd_train.recipe import Recipe
 from xlsd_train.run import Run, machine, settings
@@ -66,11 +75,13 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
 
     Raises UserError before anything is written where the run cannot be as asked.
     """
+    fraction = config.validation_fraction
     config = config.resolved()
     accelerator, precision = start(config)
     # The default folder's name holds the time, which processes would read differently.
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
+    config = run.inherited(config, fraction)
     with (
         open_mixture(config.data, run.generations) as store,
         closing(run),
@@ -78,12 +89,13 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     ):
         samples = choose_samples(config, store)
         shared = settings(config, store, device)
-        run.compare(shared, config.force)
+        run.compare(shared, config, partial(columns_of, store))
         prompts = read_prompts(
             config.sample_prompts, store, samples.selection, samples.columns, config.parts(),
             config.seed,
         )  # fmt: skip
         resumed = run.checkpoint
+        check_start(config, run, store)
         model = open_model(config, resumed, store)
         before = model.scheduler_config
         objective = make_objective(
@@ -96,7 +108,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         sure = replace(config, objective=objective.kind)
         batch, plan, told = plan_batch(sure, run, samples.selection, model, accelerator)
         schedule = Schedule(store.shares(samples.selection.chosen), batch, config.seed)
-        planned, warmup = planned_steps(config, schedule)
+        planned, warmup = run.compare_length(config, *planned_steps(config, schedule))
         source = make_source(config, store, samples, schedule, model, objective, accelerator)
         count = samples.measured
         validator = (

@@ -174,7 +174,8 @@ def test_what_no_recipe_can_hold_is_one_sentence(
 
 
 def test_numbers_and_folders_are_what_the_options_take(tmp_path: Path) -> None:
-    path = mine(tmp_path, 'phase = "unet"\nlr = 1\nbetas = [0, 0.9]\nout = "here"\ntokens = 248\n')
+    text = 'phase = "unet"\noptimizer = "dlion"\nlr = 1\nbetas = [0, 0.9]\n'
+    path = mine(tmp_path, text + 'out = "here"\ntokens = 248\n')
     config = read("--recipe", path)
     assert repr(config.lr) == "1.0"
     assert (config.betas, config.out, config.tokens) == ((0.0, 0.9), Path("here"), 248)
@@ -193,7 +194,7 @@ def test_other_refusals(tmp_path: Path, capsys: Out) -> None:
         assert train(*words) == 1
         assert told in capsys.readouterr().err
     (tmp_path / "bytes.toml").write_bytes(b'phase = "te" # \xff')
-    with pytest.raises(UserError, match="utf-8"):
+    with pytest.raises(UserError, match="line 1: not UTF-8 text"):
         Recipe.read(str(tmp_path / "bytes.toml"))
 
 

@@ -258,7 +258,7 @@ def test_a_run_is_no_folder_for_a_sweep_and_a_launcher_does_not_start_it(
     swept: Swept, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
     monkeypatch.setattr(xlsd_train.sweep, "start", refuse)
-    given = ("sweep", "--phase", "te", "--lr", "2,1")
+    given = ("sweep", "--phase", "te", "--lr", "2e-3,1e-3")
     assert train(*given, "--out", swept.out / "lr-0.001") == 1
     assert "lr-0.001 is a run or a file; name another folder" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
