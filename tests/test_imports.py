@@ -8,6 +8,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache",
     "xlsd_cache.cli",  # only quiet_libraries, in the other command line
     "xlsd_cache.decode",  # images of `score`, read as a store's are
+    "xlsd_cache.disk",
     "xlsd_cache.durable",
     "xlsd_cache.fitting",
     "xlsd_cache.hub",
@@ -25,7 +26,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "terminal texts options "
+    "terminal texts options disk "
     "ours durable interrupt precision identity manifest shard blocks formats inflate "
     "gzips cells locate captions tables text_tables arrow_tables rows names matches match masks "
     "lists folders members tars zips archives records colours decode sources guard buckets index "
@@ -40,7 +41,7 @@ TRAIN = (
     "diffusion latents run_commands model_commands "
     "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
     "plateau power ema verdict validate checkpoint thin history ranking charts facts report "
-    "posthoc meter picture sample run announce prepare session loop sweep plan tags single_file "
+    "posthoc meter picture sample run room announce prepare session loop sweep plan tags single_file "
     "card export merge prompts page compare clip measures drawn score cli __main__"
 ).split()
 

@@ -229,6 +229,8 @@ class Run:
             shutil.rmtree(self.folder / "base", ignore_errors=True)
         if not (self.folder / "base").exists():
             self._save_base(model, config)
+        for partial in (self.folder / "checkpoints").glob(f".*{TEMPORARY}"):
+            shutil.rmtree(partial, ignore_errors=True)  # a kill met it
         for folder in (self.folder, *self.folder.glob("samples/**")):
             sweep(folder)
         step = self.state()["step"]

@@ -33,6 +33,7 @@ from xlsd_train.prepare import (
 )
 from xlsd_train.rate import planned_steps
 from xlsd_train.recipe import Recipe
+from xlsd_train.room import needed, say_room, writing
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
@@ -145,9 +146,13 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         run.compare_model(record, config.force)
         if accelerator.is_main_process:
             announce(config, record, schedule, named, run)
+            width, height = sample_size(samples.selection.sizes)
+            drawn = len(prompts) * width * height * 3
+            say_room(needed(config, run, model, named, planned, drawn), run, config)
         accelerator.wait_for_everyone()  # all have looked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
-            run.begin(record, model, config)
+            with writing(run):
+                run.begin(record, model, config)
         accelerator.wait_for_everyone()
         model.unet.to(device)
         if config.channels_last:
