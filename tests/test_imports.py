@@ -41,8 +41,8 @@ TRAIN = (
     "diffusion latents run_commands model_commands "
     "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
     "plateau power ema verdict validate checkpoint thin history ranking charts facts report "
-    "posthoc meter picture sample run room announce prepare session loop sweep plan tags single_file "
-    "card export merge prompts page compare clip measures drawn score cli __main__"
+    "posthoc meter picture sample run room announce prepare session loop sweep plan tags "
+    "single_file card export merge prompts page compare clip measures drawn score cli __main__"
 ).split()
 
 

@@ -107,7 +107,8 @@ class BuildConfig:
         """Refuse what cannot work before anything is read."""
         check_options(self)
         number, _, count = (self.shard or "0/1").partition("/")
-        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        few = len(number) <= 6 and len(count) <= 6
+        if not (few and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
         check_columns("--captions", self.caption_columns or ())
 

@@ -131,7 +131,7 @@ class TrainConfig:
     """lion; dlion: finds Lion's rate, as dadaptation 3.2 does; adamw, adafactor: torch's; prodigy:
     prodigyopt's, which finds Adam's rate."""
 
-    betas: tuple[float, float] | None = None
+    betas: tuple[Share, Share] | None = None
     """Default: 0.9 0.99 for lion, else 0.9 0.999. Adafactor has none."""
 
     d_max: Annotated[float, Within(D0, 1, above=True)] | None = None

@@ -1,5 +1,6 @@
 """One frozen dataclass for each command that is about models; their command lines are generated."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -150,6 +151,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         check_options(self)
+        sides = re.fullmatch(r"(\d+)x(\d+)", self.size)
+        if sides and max(map(len, sides.groups())) > 4:
+            raise UserError(f"--size {self.size} is more than 9999 pixels a side; lower it")
         if not self.models:
             raise UserError("no model is named; give one or several, and --prompts FILE")
         refuse_existing(self.out)

@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, Suppress, arg
 
 from xlsd_cache import UserError
-from xlsd_cache.options import Every, File, Folder, Within, check_options
+from xlsd_cache.options import Every, File, Folder, MayBeEmpty, Within, check_options
 from xlsd_train.config import Rate, TrainConfig
 from xlsd_train.parts import require_and_forbid
 
@@ -136,7 +136,7 @@ class SweepConfig(TrainConfig):
     table, an answer, and OUT/report.html, where all runs lie side by side.
     """
 
-    rates: Annotated[str, arg(name="lr")] = ""
+    rates: Annotated[str, arg(name="lr"), MayBeEmpty()] = ""  # which is then no list of rates
     """The rates, say 5e-6,4e-6,3e-6,2e-6."""
 
     lr: Annotated[Rate | None, Suppress] = None  # each run's own
