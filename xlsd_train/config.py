@@ -19,7 +19,7 @@ FINDS_RATE = ("dlion", "prodigy")
 RATES = {True: (0.01, 100.0), False: (1e-10, 0.1)}
 DEFAULT_DATA = ("latents",)
 D0 = 1e-6  # where dlion's d begins
-Rate = Annotated[float, Within(0, 100, above=True)]
+Rate = Annotated[float, Within(0, 10**6, above=True)]
 MOST_STEPS = 10**8 - 1  # checkpoints are named in eight digits
 Kind = Literal["eps", "v", "flow"]
 Weighting = Literal["none", "min-snr", "debiased"]
@@ -124,7 +124,7 @@ class TrainConfig:
     scheduler: Scheduler = "constant"
     """How the rate goes from the end of the warm-up to the planned end; rex falls late."""
 
-    lr_floor: Annotated[float, Within(0, 100)] | None = None
+    lr_floor: Annotated[float, Within(0, 10**6)] | None = None
     """The rate at the planned end, in the unit of --lr, for linear, cosine and rex. Default: 0."""
 
     optimizer: Optimizer = "lion"

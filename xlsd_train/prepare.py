@@ -148,17 +148,19 @@ def check_start(config: TrainConfig, run: Run, store: Mixture) -> None:
     other = other_start(run.before["settings"], config)
     if not other:
         return
-    new = {name: getattr(config, name) for name in other}
+    asked = {name: getattr(config, name) for name in other}
+    new = dict(asked)
     if config.force:
-        say(f"--force: {run.folder} was begun with {told(other, new)}; its checkpoint is taken")
+        say(f"--force: {run.folder} was begun with {told(other, asked)}; its checkpoint is taken")
         return
-    if all(name in PLACES and _is_gone(name, value) for name, value in new.items()):
-        names = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in new.items())
-        say(f"{names} is not there, and not needed: the checkpoint holds the whole model")
-        return
-    if not _begins_alike(config, run, store, new):
+    for name, value in list(new.items()):
+        if name in PLACES and _is_gone(name, value):
+            option = f"--{name.replace('_', '-')}"
+            say(f"{option} {value} is not there, and not needed: the checkpoint holds the model")
+            new.pop(name)
+    if new and not _begins_alike(config, run, store, new):
         raise UserError(
-            f"{run.folder} was begun with {told(other, new)}; leave that out, as the checkpoint "
+            f"{run.folder} was begun with {told(other, asked)}; leave that out, as the checkpoint "
             f"holds the whole model, or name another --out"
         )
 
@@ -177,7 +179,7 @@ def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[st
     if not all(Path(value).expanduser().exists() for name, value in new.items() if name in PLACES):
         return False  # nothing is fetched for it
     old = run.before["settings"]
-    asked = {name: getattr(config, name) or old.get(name) for name in START}
+    asked = {name: new.get(name, old.get(name)) for name in START}
     try:
         model = open_model(replace(config, **asked), None, store)
         named = model.prepare(config.phase, config.train)

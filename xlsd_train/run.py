@@ -204,9 +204,12 @@ class Run:
 
     def compare_model(self, record: dict[str, Any], force: bool) -> None:
         """Refuse a run that was killed before its first checkpoint and now begins elsewhere."""
-        if self.before is None or self.checkpoint is not None or force:
+        if self.before is None or self.checkpoint is not None:
             return
-        if record["model"]["sha256"] != self.before["model"]["sha256"]:
+        if record["model"]["sha256"] == self.before["model"]["sha256"]:
+            return
+        self.forced["model"] = self.before["model"]["source"]
+        if not force:
             raise UserError(
                 f"{self.folder} was begun with the model {self.before['model']['source']}, whose "
                 f"weights differ from those of {record['model']['source']}; give the same --model, "
@@ -261,8 +264,9 @@ class Run:
         """What config.json is to say: of a run begun before what it said, and what is other now."""
         if self.before is None:
             return record
-        kept = {name: self.before[name] for name in ("command", "model", "recipe")}
         if self.forced:
+            names = {"command", "recipe"} | ({"model"} if self.checkpoint else set())
+            kept = {name: self.before[name] for name in names & self.before.keys()}
             change = {"step": self.state()["step"], "was": self.forced}
             return {**record, **kept, "changed": [*self.before.get("changed", []), change]}
         found = dict(self.before)

@@ -123,7 +123,10 @@ def _finished(folder: Path, asked: TrainConfig) -> bool:
     found = checkpoints(folder)
     if not found:
         return False
-    planned: int = read_record(folder)["planned_steps"]
+    record = read_record(folder)
+    planned: int = record["planned_steps"]
+    if any(record["config"].get(x) != getattr(asked, x) for x in ("steps", "epochs")):
+        planned = asked.steps or 2**62  # longer or shorter than it was: the run knows
     return step_of(found[-1]) >= min(planned, asked.stop_after or planned)
 
 

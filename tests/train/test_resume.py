@@ -82,6 +82,14 @@ def test_what_changes_no_weight_goes_on(
     assert train(*words, *STEPS, *WARMUP, *given, "--out", begun, "--dry-run") == 0
 
 
+def test_a_store_that_was_moved_goes_on(
+    words: list[object], begun: Path, store: Path, tmp_path: Path
+) -> None:
+    given = [*words, *STEPS, *WARMUP, "--out", begun, "--dry-run"]
+    given[given.index("--data") + 1] = shutil.copytree(store, tmp_path / "moved")
+    assert train(*given) == 0
+
+
 def test_another_model_is_refused_also_where_it_is_not_read(
     words: list[object], begun: Path, model: Path, tmp_path: Path, capsys: Out
 ) -> None:
