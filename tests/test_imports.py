@@ -8,23 +8,27 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache",
     "xlsd_cache.cli",  # only what quiets libraries, in the other command line
     "xlsd_cache.decode",  # images of `score`, read as a store's are
+    "xlsd_cache.disk",
     "xlsd_cache.durable",
     "xlsd_cache.fitting",
     "xlsd_cache.hub",
     "xlsd_cache.identity",
     "xlsd_cache.interrupt",
     "xlsd_cache.moments",
+    "xlsd_cache.options",
     "xlsd_cache.ours",
     "xlsd_cache.precision",
     "xlsd_cache.sources",  # only image_files
     "xlsd_cache.store",
     "xlsd_cache.terminal",
+    "xlsd_cache.texts",
     "xlsd_cache.vae",
     "xlsd_cache.words",
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "terminal ours durable interrupt precision identity manifest shard blocks formats inflate "
+    "terminal texts options disk "
+    "ours durable interrupt precision identity manifest shard blocks formats inflate "
     "gzips cells locate captions tables text_tables arrow_tables rows names matches match masks "
     "lists folders members tars zips archives records colours decode sources guard buckets index "
     "tags store moments hub vae fitting known accounting arrays commit live builders space "
@@ -34,12 +38,12 @@ CACHE = (
 ).split()
 TRAIN = (
     "draw steps schedule parts captions mixture selection batches lengths sd15 names fold tensors "
-    "foreign network hub find choose config other_names recipe adapt diffusion latents "
+    "foreign network hub find choose config other_names recipe resume adapt diffusion latents "
     "run_commands model_commands reinit text model cards lion rate optim layers sliced step "
     "footprint rehearsal memory processes plateau power ema verdict losses validate checkpoint "
     "thin history complete ranking charts facts report posthoc pace meter picture prompts sample "
-    "run announce prepare session loop sweep plan tags single_file card export merge page drawn "
-    "compare clip measures score cli __main__"
+    "run room announce prepare session loop sweep plan tags single_file card export merge page "
+    "drawn compare clip measures score cli __main__"
 ).split()
 
 

@@ -25,7 +25,7 @@ class Bucket:
     @classmethod
     def parse(cls, name: str) -> "Bucket":
         """The bucket called `name`. Raises UserError when that is not a usable size."""
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name.strip())
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", name.strip())
         if not match:
             raise UserError(f"--buckets {name!r} is no size; write WIDTHxHEIGHT, say 512x768")
         bucket = cls(int(match[1]), int(match[2]))

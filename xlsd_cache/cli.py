@@ -20,6 +20,7 @@ from xlsd_cache.config import (
     InfoConfig,
     PreviewConfig,
 )
+from xlsd_cache.options import refuse_empty
 from xlsd_cache.other_names import NAMES
 from xlsd_cache.terminal import go_on_alone, run, start
 from xlsd_cache.words import check_command, check_options
@@ -55,6 +56,7 @@ def _main(args: Sequence[str] | None) -> int:
     check_command("xlsd-cache", words, list(COMMANDS), THEIRS)
     if words and words[0] in COMMANDS:
         check_options(words[1:], COMMANDS[words[0]], NAMES)
+    refuse_empty(words)
     config = tyro.extras.subcommand_cli_from_dict(
         {**COMMANDS},
         prog="xlsd-cache",

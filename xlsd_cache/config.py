@@ -10,6 +10,7 @@ import tyro
 from xlsd_cache import Padding, Precision, UserError
 from xlsd_cache.captions import Column
 from xlsd_cache.decode import MAX_PIXELS, MOST_PIXELS
+from xlsd_cache.options import Count, Every, Factor, File, Folder, Threads, Within, check_options
 from xlsd_cache.sources import RESERVED
 
 
@@ -26,35 +27,35 @@ class BuildConfig:
     """Folders, searched at every depth; archives (.tar, .tar.gz, .zip); tables of images or of
     their paths (.parquet, .arrow, .jsonl, .json, .csv); any number."""
 
-    out: Path = Path("latents")
+    out: Folder = Path("latents")
     """The store. It alone is needed for training, and may be moved."""
 
     vae: str = "sdxl"
     """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id ORG/NAME, a folder, or a .safetensors file."""
 
-    vae_scaling_factor: float | None = None
+    vae_scaling_factor: Factor | None = None
     """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""
 
     vae_padding: Padding = "zeros"
     """How the VAE's convolutions pad. reflect: for the EQ-VAEs that were trained so, and only them.
     The store remembers it."""
 
-    resolution: int = 512
+    resolution: Annotated[int, Within(64, 2**14)] = 512
     """Buckets have at most resolution x resolution pixels. A multiple of 64."""
 
     buckets: str = "aspect"
     """aspect: every ratio in steps of 64 pixels; square; or a list of sizes, 512x512,512x768."""
 
-    max_ratio: float = 4.0
+    max_ratio: Annotated[float, Within(1, 100)] = 4.0
     """Images longer than this (long side over short side) are rejected."""
 
     upscale: bool = False
     """Enlarge images that are smaller than their bucket instead of rejecting them."""
 
-    batch: int | None = None
+    batch: Annotated[int, Within(1, 10**4)] | None = None
     """Images per VAE call. Default: on a CPU one to each core, on a card what fits, up to 32."""
 
-    workers: int = os.cpu_count() or 4
+    workers: Threads = os.cpu_count() or 4
     """Images that are read and decoded at once while the VAE works. Default: one a core."""
 
     precision: Precision = "fp32"
@@ -86,14 +87,14 @@ class BuildConfig:
     """Read every image again, and re-encode those whose content differs from what was encoded.
     Without it a file is unchanged if its size, mtime, inode and ctime are."""
 
-    max_megapixels: float = MAX_PIXELS / 1e6
+    max_megapixels: Annotated[float, Within(0, MOST_PIXELS / 1e6, above=True)] = MAX_PIXELS / 1e6
     """Images of more megapixels are rejected. Decoding one may take 24 MiB a megapixel."""
 
     shard: str | None = None
     """i/n: this is process i of n that build one store together; each starts on its own part and
     helps the others at the end. Default: as torchrun or accelerate launch started it."""
 
-    rows_per_shard: int | None = None
+    rows_per_shard: Annotated[int, Within(1, 2**20)] | None = None
     """Fixed when a store is made. Default: 256 under 30k images, 1024, 4096 above 4 million."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -104,19 +105,10 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
-        for name in ("batch", "workers", "resolution", "rows_per_shard"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
-        if self.max_ratio < 1:
-            raise UserError(f"--max-ratio {self.max_ratio} is less than 1, a square's; raise it")
-        if not 0 < self.max_megapixels <= MOST_PIXELS / 1e6:
-            raise UserError(
-                f"--max-megapixels {self.max_megapixels:g} is not between 0 and "
-                f"{MOST_PIXELS // 10**6}, the largest image that the store can hold"
-            )
+        check_options(self)
         number, _, count = (self.shard or "0/1").partition("/")
-        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        few = len(number) <= 6 and len(count) <= 6
+        if not (few and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
         check_columns("--captions", self.caption_columns or ())
 
@@ -170,6 +162,7 @@ class CaptionsConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
+        check_options(self)
         check_columns("--columns", self.caption_columns)
 
     @property
@@ -209,7 +202,7 @@ class InfoConfig:
     store: tyro.conf.Positional[Path] = field(default=Path("latents"))
     """The store's folder."""
 
-    tags: int = 20
+    tags: Every = 20
     """How many of the most frequent tags to show of a column that holds tags."""
 
     json: bool = False
@@ -217,8 +210,7 @@ class InfoConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
-        if self.tags < 0:
-            raise UserError(f"--tags {self.tags} is less than 0; give 0 for none")
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -232,7 +224,7 @@ class CheckConfig:
     store: tyro.conf.Positional[Path] = field(default=Path("latents"))
     """The store's folder."""
 
-    decode: int = 0
+    decode: Every = 0
     """Decode this many samples and compare them with their images and the VAE's own round trip."""
 
     vae: str | None = None
@@ -246,6 +238,10 @@ class CheckConfig:
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the graphics card when there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -265,7 +261,7 @@ class ImportConfig:
     vae: str
     """The VAE that made them: sdxl, sd, a hub id ORG/NAME, a folder, or a .safetensors file."""
 
-    out: Path = Path("latents")
+    out: Folder = Path("latents")
     """The store."""
 
     images: Path | None = None
@@ -281,20 +277,20 @@ class ImportConfig:
     which are divided by the factor. Latents of another VAE or of other images are refused all the
     same."""
 
-    compare: int = 16
+    compare: Count = 16
     """Latents to encode again and compare, and to send through the VAE's round trip. All others are
     compared by thumbnails made of the latents, and encoded again where those do not fit."""
 
-    vae_scaling_factor: float | None = None
+    vae_scaling_factor: Factor | None = None
     """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""
 
     vae_padding: Padding = "zeros"
     """How the VAE's convolutions padded when these latents were made, as for `build`."""
 
-    workers: int = 4
+    workers: Threads = 4
     """Threads that read the cache files."""
 
-    rows_per_shard: int | None = None
+    rows_per_shard: Annotated[int, Within(1, 2**20)] | None = None
     """Fixed when a store is made, as for `build`."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -307,11 +303,8 @@ class ImportConfig:
         """Refuse what cannot work before anything is read."""
         if not self.cache:
             raise UserError("no CACHE folder is given; name the folders of cached latents")
+        check_options(self)
         check_columns("--captions", self.caption_columns)
-        for name in ("compare", "workers", "rows_per_shard"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
@@ -329,10 +322,10 @@ class PreviewConfig:
     store: tyro.conf.Positional[Path]
     """The store's folder."""
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[File]
     """The picture to write: .png, .jpg or .webp."""
 
-    count: int = 24
+    count: Annotated[int, Within(1, 10**4)] = 24
     """How many samples to draw, chosen at random."""
 
     rows: str | None = None
@@ -344,13 +337,13 @@ class PreviewConfig:
     caption: str | None = None
     """The caption column to show and to look for tags in. Default: the first."""
 
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Another seed chooses other samples."""
 
-    columns: int = 6
+    columns: Annotated[int, Within(1, 100)] = 6
     """Pictures side by side."""
 
-    thumbnail: int = 256
+    thumbnail: Annotated[int, Within(64, 4096)] = 256
     """Pixels that the longer side of a picture takes."""
 
     vae: str | None = None
@@ -361,11 +354,7 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
-        for name in ("count", "columns"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} is less than 1; raise it")
-        if self.thumbnail < 64:
-            raise UserError(f"--thumbnail {self.thumbnail} is less than 64 pixels; raise it")
+        check_options(self)
         if self.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"{self.out} is no picture's name; end it in .png, .jpg or .webp")
         if self.rows and self.tags:
@@ -383,5 +372,9 @@ class ExportIndexConfig:
     store: tyro.conf.Positional[Path]
     """The store's folder."""
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[File]
     """The file to write."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        check_options(self)

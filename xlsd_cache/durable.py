@@ -83,8 +83,12 @@ def write_bytes(path: Path, data: bytes, staging: Path | None = None) -> None:
 
 def write_json(path: Path, value: Any, staging: Path | None = None) -> None:
     """`path` holds `value` as JSON for people: indented, paths as strings."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=os.fspath)
-    write_bytes(path, (text + "\n").encode(), staging)
+    options: dict[str, Any] = {"indent": 2, "allow_nan": False, "default": os.fspath}
+    try:
+        data = json.dumps(value, ensure_ascii=False, **options).encode()
+    except UnicodeEncodeError:  # names that are no text, as POSIX allows
+        data = json.dumps(value, **options).encode()
+    write_bytes(path, data + b"\n", staging)
 
 
 def write_parquet(path: Path, table: pa.Table, staging: Path | None = None) -> None:

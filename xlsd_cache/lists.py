@@ -12,6 +12,7 @@ from xlsd_cache import UserError
 from xlsd_cache.names import canonical, last_part, look_up
 from xlsd_cache.tables import one
 from xlsd_cache.terminal import warn
+from xlsd_cache.texts import read_lines
 
 _WILD = re.compile(r"[*?\[]")
 _PARTS = re.compile(r"\*+|\?|\[!?[^\[\]\\]+\]|.", re.DOTALL)
@@ -43,7 +44,7 @@ def _named(given: str, images: pa.Table, *, must: bool = True) -> Mask:
     file = Path(given).expanduser()
     lines, folder = [given], Path.cwd()
     if file.is_file():
-        lines, folder = _lines(file), file.absolute().parent
+        lines, folder = read_lines(file, "the list"), file.absolute().parent
     named = _by_name(lines, folder, images) if lines else np.zeros(images.num_rows, bool)
     if must and not named.any():
         what = (
@@ -54,14 +55,6 @@ def _named(given: str, images: pa.Table, *, must: bool = True) -> Mask:
             f"rejected.parquet), a path within the source, or a pattern such as *_mask.*"
         )
     return named
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {file}: {error}; it must be UTF-8 text") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _by_name(lines: list[str], folder: Path, images: pa.Table) -> Mask:

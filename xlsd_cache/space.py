@@ -1,6 +1,5 @@
 """Whether the disk can hold what is to be written, asked before the first batch is encoded."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache import UserError
+from xlsd_cache.disk import free_bytes, size
 from xlsd_cache.identity import Identity, bucket_shape
 from xlsd_cache.manifest import Manifest, Unit
 from xlsd_cache.shard import CRC_NBYTES
@@ -41,8 +41,8 @@ def bytes_to_write(
         latent = latent * np.dtype(identity.dtype).itemsize + CRC_NBYTES
         shards, counts = np.unique(rows // rows_per_shard, return_counts=True)
         for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
-            size = count * latent + 16 * rows_per_shard + CRC_NBYTES
-            total += max(0, size - _staged(manifest, Unit(bucket, shard))) + count * LOG_NBYTES
+            nbytes = count * latent + 16 * rows_per_shard + CRC_NBYTES
+            total += max(0, nbytes - _staged(manifest, Unit(bucket, shard))) + count * LOG_NBYTES
     return total
 
 
@@ -50,12 +50,14 @@ def say_room(nbytes: int, out: Path) -> None:
     """Say what is to be written, if anything, and what is free. Raises UserError for too much."""
     if not nbytes:
         return
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    usage = shutil.disk_usage(there)
-    told = f"{_size(nbytes)} to write, {_size(usage.free)} free on the disk of {out}"
-    if nbytes > usage.free and usage.total:  # a file system that says 0 of 0 does not know
+    free = free_bytes(out)
+    if free is None:
+        say(f"{size(nbytes)} to write")
+        return
+    told = f"{size(nbytes)} to write, {size(free)} free on the disk of {out}"
+    if nbytes > free:
         raise UserError(
-            f"too little room: {told}; free {_size(nbytes - usage.free)} more, give --out on a "
+            f"too little room: {told}; free {size(nbytes - free)} more, give --out on a "
             f"larger disk, or build fewer images"
         )
     say(told)
@@ -69,11 +71,3 @@ def _staged(manifest: Manifest, unit: Unit) -> int:
         except FileNotFoundError:
             continue
     return 0
-
-
-def _size(nbytes: int) -> str:
-    """For people, and exact enough to see which of two is more."""
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20)):
-        if nbytes >= 1 << power:
-            return f"{nbytes / (1 << power):.2f} {unit}"
-    return f"{nbytes / 1024:.1f} KiB"

@@ -146,6 +146,7 @@ def go_on_alone() -> None:
 def run(name: str, command: Callable[[], int], stopped: str = "stopped at once") -> int:
     """Run a command of the program NAME; returns its exit code. A user's mistake is one sentence.
 
+    And so is what the system refuses of a path: a name too long, a folder that may not be read.
     Where stdout cannot be written, for a full disk say, the code is not 0.
     """
     try:
@@ -153,6 +154,12 @@ def run(name: str, command: Callable[[], int], stopped: str = "stopped at once")
             code = command()
         except UserError as error:
             warn(f"{name}: {error}")
+            code = 1
+        except OSError as error:
+            if error.filename is None or isinstance(error, BrokenPipeError):
+                raise
+            told = f"{error.strerror}; mend that, or name another path"
+            warn(f"{name}: cannot go on: {error.filename}: {told}")
             code = 1
         except KeyboardInterrupt:
             warn(f"{name}: {stopped}")

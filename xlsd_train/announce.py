@@ -46,17 +46,10 @@ def announce(
     _stores(record["stores"])
     for tag in record["unknown_tags"]:
         say(f"  no image has the tag {tag!r} that --forbid-tags names")
-    measured = len(record["validation"].get(HELD_OUT, ()))
-    if measured:
-        print(f"  {measured} held-out images are measured beside {measured} that train")
-        meet = math.lcm(config.validate_every, config.save_every)
-        if meet > config.validate_every:
-            print(
-                f"  of the validated steps every {meet // config.validate_every}th is saved: "
-                f"--validate-every {config.validate_every} and --save-every {config.save_every} "
-                f"meet every {meet} steps, and the best checkpoint is chosen from those"
-            )
+    _measured(config, record)
     print(told(record["captions"]))
+    for line in record["remarks"] if config.sample_every else ():
+        say(line)
     print(record["memory"])
     if config.ema:
         gib = 2 * 4 * weights / 2**30
@@ -75,6 +68,20 @@ def announce(
     print(f"warm-up over {record['warmup_steps']:g} steps to {config.lr:g}{then}{tenth}")
     _length(config, record, schedule)
     say(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
+
+
+def _measured(config: TrainConfig, record: dict[str, Any]) -> None:
+    """What validation measures, and whether its steps are those that are saved."""
+    measured = len(record["validation"].get(HELD_OUT, ()))
+    if measured:
+        print(f"  {measured} held-out images are measured beside {measured} that train")
+        meet = math.lcm(config.validate_every, config.save_every)
+        if meet > config.validate_every:
+            print(
+                f"  of the validated steps every {meet // config.validate_every}th is saved: "
+                f"--validate-every {config.validate_every} and --save-every {config.save_every} "
+                f"meet every {meet} steps, and the best checkpoint is chosen from those"
+            )
 
 
 def _length(config: TrainConfig, record: dict[str, Any], schedule: Schedule) -> None:

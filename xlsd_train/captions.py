@@ -85,7 +85,7 @@ def _weighed(piece: str, there: Sequence[str]) -> tuple[str, float]:
         weight = float(number)
     except ValueError:
         weight = math.nan
-    if not 0 <= weight < math.inf:
+    if not 0 <= weight <= 1e6:
         raise UserError(
             f"--caption {piece}: {number!r} is no weight; write say {name or 'txt'}=3, or the name "
             f"alone"

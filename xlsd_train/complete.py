@@ -7,9 +7,10 @@ from dataclasses import asdict
 from xlsd_cache import UserError
 from xlsd_cache.ours import is_run
 from xlsd_train.adapt import as_asked
-from xlsd_train.config import FREE, TrainConfig
+from xlsd_train.config import TrainConfig
 from xlsd_train.history import read_record
 from xlsd_train.losses import read_losses
+from xlsd_train.resume import LENGTH, differing, other_start
 from xlsd_train.steps import checkpoints, has_samples, step_of
 
 
@@ -26,7 +27,8 @@ def complete(config: TrainConfig) -> str | None:
         return None
     there = as_asked(record)
     wanted = json.loads(json.dumps(asdict(config.resolved()), default=os.fspath))
-    if not is_run(record) or any(wanted[name] != there.get(name) for name in wanted.keys() - FREE):
+    other_length = any(wanted[name] != there.get(name) for name in LENGTH)
+    if not is_run(record) or other_length or differing(there, wanted) or other_start(there, config):
         return None
     step, planned = step_of(found[-1]), record["planned_steps"]
     if step < min(planned, config.stop_after or planned):

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from xlsd_cache import Precision, UserError
+from xlsd_cache.options import Count, Every, Folder, Share, Threads, Within, check_options
 from xlsd_train.choose import split
 from xlsd_train.parts import Parts, Shuffle, require_and_forbid, tag_list
 
@@ -12,8 +13,14 @@ Phase = Literal["unet", "te", "both"]
 Scheduler = Literal["constant", "linear", "cosine", "rex"]
 Optimizer = Literal["lion", "dlion", "adamw", "prodigy", "adafactor"]
 FINDS_RATE = ("dlion", "prodigy")
+# Bounds of --lr, whether it is a factor of what the optimizer finds (1, rarely 0.1 to 10) or the
+# rate itself: below 1e-10 fp32 rounds steps away (weights of 0.01 are 1e-9 apart), and steps of
+# 0.1, larger than nearly all weights, replace them.
+RATES = {True: (0.01, 100.0), False: (1e-10, 0.1)}
 DEFAULT_DATA = ("latents",)
 D0 = 1e-6  # where dlion's d begins
+Rate = Annotated[float, Within(0, 10**6, above=True)]
+MOST_STEPS = 10**8 - 1  # checkpoints are named in eight digits
 Kind = Literal["eps", "v", "flow"]
 Weighting = Literal["none", "min-snr", "debiased"]
 
@@ -21,6 +28,7 @@ Weighting = Literal["none", "min-snr", "debiased"]
 FREE = frozenset(
     {"recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force"}
     | {
+        "vram",  # a run keeps the plan that it began with
         "ema_snapshots",
         "validate_every",
         "sample_every",
@@ -52,10 +60,10 @@ class TrainConfig:
     reinit: str | None = None
     """Draw these weights of the UNet anew when the run begins; named as in --train."""
 
-    batch: int | Literal["auto"] = 32
+    batch: Count | Literal["auto"] = 32
     """Images per batch, all from one bucket. auto: as many as can pass at once."""
 
-    accum: int = 1
+    accum: Annotated[int, Within(1, 10**6)] = 1
     """Batches per optimizer step; their gradients are averaged over all images."""
 
     memory: Literal["fastest", "largest", "plain", "cheap", "feed-forward", "sliced"] = "fastest"
@@ -63,10 +71,10 @@ class TrainConfig:
     plain: all is kept. cheap: norms and activations are rebuilt. feed-forward: its projection too.
     sliced, largest: layer by layer, stepped inside the backward pass; largest by single images."""
 
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Images that pass at once; sliced: in the widest layers. Default: as many as fit."""
 
-    vram: float | None = None
+    vram: Annotated[float, Within(1, 10**4, above=True)] | None = None
     """GB of the card to plan for and to stay within. Default: what is free; no limit on a CPU."""
 
     channels_last: bool = False
@@ -94,21 +102,22 @@ class TrainConfig:
     vae: str | None = None
     """Swap this VAE into --model, where the model's own is not the store's. Names as in build."""
 
-    out: Path | None = None
+    out: Folder | None = None
     """The run's folder. Default: runs/PHASE-DATE-TIME."""
 
-    epochs: float | None = None
+    epochs: Annotated[float, Within(0, 10**6, above=True)] | None = None
     """Planned length in epochs: with --steps the other way to say it. Default: 3 for te, both."""
 
-    steps: int | None = None
+    steps: Annotated[int, Within(1, MOST_STEPS)] | None = None
     """Planned length in optimizer steps. Default: 1000000 for unet."""
 
-    stop_after: int | None = None
+    stop_after: Count | None = None
     """Stop after this step without changing the planned length, so no learning rate changes."""
 
-    lr: float | None = None
-    """Learning rate. Default: 3e-6 for te and both; 5e-6 for unet. For dlion and prodigy it is a
-    factor of what they find, 1; for adafactor a part of the weights' size, 1e-3."""
+    lr: Rate | None = None
+    """Learning rate, 1e-10 to 0.1. Default: 3e-6 for te and both; 5e-6 for unet. For adafactor a
+    part of the weights' size, 1e-3; for dlion and prodigy a factor of the rate that they find, 1,
+    and never a rate itself: 0.01 to 100."""
 
     warmup: str | None = None
     """Steps (200), percent of the plan (10%), epochs (0.5e). Default: 10%; for unet at most 200."""
@@ -116,23 +125,23 @@ class TrainConfig:
     scheduler: Scheduler = "constant"
     """How the rate goes from the end of the warm-up to the planned end; rex falls late."""
 
-    lr_floor: float | None = None
+    lr_floor: Annotated[float, Within(0, 10**6)] | None = None
     """The rate at the planned end, in the unit of --lr, for linear, cosine and rex. Default: 0."""
 
     optimizer: Optimizer = "lion"
     """lion; dlion: finds Lion's rate, as dadaptation 3.2 does; adamw, adafactor: torch's; prodigy:
     prodigyopt's, which finds Adam's rate."""
 
-    betas: tuple[float, float] | None = None
+    betas: tuple[Share, Share] | None = None
     """Default: 0.9 0.99 for lion, else 0.9 0.999. Adafactor has none."""
 
-    d_max: float | None = None
+    d_max: Annotated[float, Within(D0, 1, above=True)] | None = None
     """The most that dlion's d may become. Default: no limit."""
 
-    d_growth: float | None = None
+    d_growth: Annotated[float, Within(1, 10**6, above=True)] | None = None
     """The most that dlion's or prodigy's d may grow by in one step, as a factor; above 1."""
 
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Within(0, 1000)] = 0.0
     """Decoupled weight decay."""
 
     precision: Precision = "fp32"
@@ -159,22 +168,22 @@ class TrainConfig:
     shuffle: Shuffle = "none"
     """The order of a caption's tags, or of its sentences (split by full stop), anew each time."""
 
-    keep_first: int = 0
+    keep_first: Every = 0
     """So many first tags (or sentences) stay first, and are not subject to --tag-dropout."""
 
-    tag_dropout: float = 0.0
+    tag_dropout: Share = 0.0
     """How often each tag is left out, 0 to 1."""
 
-    max_tags: int | None = None
+    max_tags: Count | None = None
     """At most so many tags, cut after shuffling."""
 
-    caption_dropout: float = 0.0
+    caption_dropout: Share = 0.0
     """How often a caption is left out, which classifier-free guidance wants; 0 to 1."""
 
     tokens: Literal[248] | None = None
     """Stretch a text encoder of 77 tokens to 248, as LongCLIP does. Default: its own length."""
 
-    clip_skip: int = 0
+    clip_skip: Annotated[int, Within(0, 100)] = 0
     """Layers of the text encoder before its last whose states are used; A1111's 2 is 1 here."""
     objective: Kind | None = None
     """eps: noise. v: velocity, with zero terminal SNR. flow: rectified. Default: --model's own."""
@@ -182,10 +191,10 @@ class TrainConfig:
     loss_weight: Weighting = "none"
     """By timestep. min-snr: for eps and v, whose last step then weighs nothing. debiased: eps."""
 
-    min_snr_gamma: float | None = None
+    min_snr_gamma: Annotated[float, Within(0, 10**6, above=True)] | None = None
     """With --loss-weight min-snr: the SNR above which timesteps weigh less. Default: 5."""
 
-    noise_offset: float = 0.0
+    noise_offset: Annotated[float, Within(0, 10)] = 0.0
     """Spread of a random shift of each channel's noise, say 0.05, for darker and lighter images."""
 
     timesteps: Literal["uniform", "stratified"] = "uniform"
@@ -194,50 +203,50 @@ class TrainConfig:
     normalize_latents: bool = False
     """Mean 0 and spread 1 in every channel, by the store's statistics; kept with the model."""
 
-    sample_every: int = 250
+    sample_every: Every = 250
     """Draw samples every so many steps, at step 0 and at the end; 0 never."""
 
     sample_prompts: Path | None = None
     """A text file of prompts, one a line, each with settings of its own as in `xlsd-train sample`:
     a cat --size 512x768 --seed 5. Default: four captions of the store."""
 
-    sample_steps: int = 20
+    sample_steps: Annotated[int, Within(1, 1000)] = 20
     """Denoising steps a sample."""
 
-    sample_guidance: float = 7.5
+    sample_guidance: Annotated[float, Within(0, 1000)] = 7.5
     """Classifier-free guidance of samples."""
 
-    validate_every: int = 0
+    validate_every: Every = 0
     """Measure the loss on held-out images every so many steps, at step 0 and the end; 0 never."""
 
-    validation_fraction: float | None = None
+    validation_fraction: Share | None = None
     """Share of the images, by their content, that never trains. Default: 0.01 if validated."""
 
-    validation_images: int = 256
+    validation_images: Count = 256
     """Measure at most so many held-out images and as many that train, at ten timesteps each."""
 
     ema: bool = False
     """Keep two averages of the weights on the CPU, from which `xlsd-train ema` makes others."""
 
-    ema_every: int | None = None
+    ema_every: Count | None = None
     """With --ema: take in the weights every so many steps, which is cheaper. Default: 1."""
 
-    ema_snapshots: int | None = None
+    ema_snapshots: Count | None = None
     """With --ema: keep at most so many snapshots of the averages, in RUN/ema. Default: 12."""
 
-    save_every: int = 500
+    save_every: Count = 500
     """Write a checkpoint every so many steps, and at the end."""
 
-    keep: int = 3
+    keep: Every = 3
     """Keep this many newest checkpoints; 0 keeps all."""
 
-    seed: int = 0
+    seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0
     """Order, noise, timesteps, captions and samples follow from it."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the graphics card when there is one."""
 
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads of torch. Default: torch's own. Sums depend on it, so a resume compares it."""
 
     deterministic: bool = True
@@ -253,18 +262,12 @@ class TrainConfig:
         """Refuse what cannot work before anything is loaded."""
         if not self.data:
             raise UserError("--data names no store; give one or several, or leave it out")
-        self._check_numbers()
+        check_options(self)
         if self.steps is not None and self.epochs is not None:
             raise UserError(
                 f"--steps {self.steps} and --epochs {self.epochs:g} both give the planned length; "
                 f"leave one out"
             )
-        if self.epochs is not None and self.epochs <= 0:
-            raise UserError(f"--epochs {self.epochs:g} is not above 0; raise it")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise UserError(f"--lr {self.lr:g} is not a positive number; give say 3e-6")
-        if not 0 <= self.caption_dropout <= 1:
-            raise UserError(f"--caption-dropout {self.caption_dropout:g} is not within 0 to 1")
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
         self._check_rates()
@@ -273,26 +276,6 @@ class TrainConfig:
         self._check_validation()
         self.parts()
         self.selected_tags()
-
-    def _check_numbers(self) -> None:
-        counts = (
-            "batch micro_batch accum steps stop_after save_every sample_steps threads max_tags "
-            "validation_images ema_every ema_snapshots"
-        ).split()
-        for name in counts:
-            value = getattr(self, name)
-            if value not in {None, "auto"} and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} is less than 1; raise it")
-        switches = (
-            "sample_every keep weight_decay sample_guidance keep_first clip_skip noise_offset "
-            "validate_every"
-        ).split()
-        for name in switches:
-            if getattr(self, name) < 0:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} {getattr(self, name)} is negative; 0 turns it off")
-        if self.vram is not None and not 1 < self.vram < float("inf"):
-            raise UserError(f"--vram {self.vram:g} is not above 1 GB; give your card's, say 24")
 
     def _check_patterns(self) -> None:
         """Which weights train, and which begin anew."""
@@ -314,19 +297,18 @@ class TrainConfig:
     def _check_rates(self) -> None:
         """What the optimizer and the schedule take."""
         kind = self.optimizer
-        for name, least, takers in (("d_max", D0, ("dlion",)), ("d_growth", 1.0, FINDS_RATE)):
+        for name, takers in (("d_max", ("dlion",)), ("d_growth", FINDS_RATE)):
             value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if value is not None and kind not in takers:
                 raise UserError(
                     f"{option} is for --optimizer {' or '.join(takers)}, not {kind}; leave it out"
                 )
-            if value is not None and not least < value < float("inf"):
-                raise UserError(f"{option} {value:g} is not above {least:g}; raise it")
         if kind == "prodigy" and self.memory in {"sliced", "largest"}:
             raise UserError(
                 f"--optimizer prodigy steps all weights at once and --memory {self.memory} each "
                 f"layer by itself; choose --memory fastest, or another optimizer"
             )
+        self._check_lr()
         if self.betas and kind == "adafactor":
             raise UserError("--betas are not for --optimizer adafactor, which has none; leave them")
         floor = self.lr_floor
@@ -335,8 +317,33 @@ class TrainConfig:
                 f"--lr-floor {floor:g} is never reached by a constant rate; leave it out, or "
                 f"choose --scheduler linear, cosine or rex"
             )
-        if floor is not None and self.lr is not None and not 0 <= floor < self.lr:
-            raise UserError(f"--lr-floor {floor:g} is not between 0 and --lr {self.lr:g}; lower it")
+        if floor is not None and floor >= self.rate:
+            raise UserError(f"--lr-floor {floor:g} is not below --lr {self.rate:g}; lower it")
+
+    def _check_lr(self) -> None:
+        """A rate that trains nothing, or breaks the weights in a step, is another optimizer's."""
+        finds, (least, most) = self.optimizer in FINDS_RATE, RATES[self.optimizer in FINDS_RATE]
+        if finds and not least <= self.rate <= most:
+            raise UserError(
+                f"--lr {self.rate:g} is a factor of the learning rate that --optimizer "
+                f"{self.optimizer} finds, not a rate; leave --lr out, or give {least:g} to {most:g}"
+            )
+        if not least <= self.rate <= most:
+            raise UserError(
+                f"--lr {self.rate:g} is no learning rate for --optimizer {self.optimizer}; leave "
+                f"it out, or give {least:g} to {most:g}"
+            )
+
+    @property
+    def rate(self) -> float:
+        """--lr, or its default."""
+        if self.lr is not None:
+            return self.lr
+        # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
+        lr = 5e-6 if self.phase == "unet" else 3e-6
+        # T5's for fine-tuning (Raffel et al. 2020, arXiv 1910.10683, 2.1); the paper's 1e-2 trains
+        # from nothing.
+        return {"dlion": 1.0, "prodigy": 1.0, "adafactor": 1e-3}.get(self.optimizer, lr)
 
     def parts(self) -> Parts | None:
         """What becomes of captions' parts; None: nothing.
@@ -373,7 +380,7 @@ class TrainConfig:
 
     def _check_validation(self) -> None:
         fraction = self.validation_fraction
-        if fraction is not None and not 0 <= fraction < 1:
+        if fraction == 1:
             raise UserError(
                 f"--validation-fraction {fraction:g} is not within 0 to 1; give say 0.01"
             )
@@ -395,10 +402,6 @@ class TrainConfig:
                 f"--min-snr-gamma {self.min_snr_gamma:g} does nothing with --loss-weight "
                 f"{self.loss_weight}; add --loss-weight min-snr or leave it out"
             )
-        if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < float("inf"):
-            raise UserError(f"--min-snr-gamma {self.min_snr_gamma:g} is not above 0; give say 5")
-        if not self.noise_offset < float("inf"):
-            raise UserError(f"--noise-offset {self.noise_offset:g} is no number; give say 0.05")
 
     def resolved(self) -> "TrainConfig":
         """With the defaults that depend on the phase and the optimizer filled in."""
@@ -406,11 +409,6 @@ class TrainConfig:
         steps, epochs = self.steps, self.epochs
         if steps is None and epochs is None:
             steps, epochs = (1_000_000, None) if unet else (None, 3.0)
-        # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
-        lr = 5e-6 if unet else 3e-6
-        # T5's for fine-tuning (Raffel et al. 2020, arXiv 1910.10683, 2.1); the paper's 1e-2 trains
-        # from nothing.
-        lr = {"dlion": 1.0, "prodigy": 1.0, "adafactor": 1e-3}.get(self.optimizer, lr)
         betas = {"lion": (0.9, 0.99), "adafactor": None}.get(self.optimizer, (0.9, 0.999))
         fraction = self.validation_fraction
         if fraction is None:
@@ -419,7 +417,7 @@ class TrainConfig:
             self,
             steps=steps,
             epochs=epochs,
-            lr=self.lr if self.lr is not None else lr,
+            lr=self.rate,
             betas=self.betas or betas,
             validation_fraction=fraction,
             ema_every=self.ema_every or (1 if self.ema else None),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from xlsd_cache import UserError, terminal
@@ -24,6 +23,7 @@ from xlsd_train.plateau import PlateauWatch
 from xlsd_train.processes import Lost
 from xlsd_train.rate import learning_rate
 from xlsd_train.report import leave_report
+from xlsd_train.room import writing
 from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
 from xlsd_train.steps import checkpoints, has_samples, step_of
@@ -41,17 +41,13 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
         folder = session.run.folder
         try:
             if not config.dry_run:
-                _train(session, stop)
+                with writing(session.run):
+                    _train(session, stop)
                 _say_end(session, stop)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"memory is full with {session.take_step.plan}, and no plan takes less; the last "
                 f"complete checkpoint stands: lower --batch, or free the card of other programs"
-            ) from error
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot go on writing {folder}: {error}; the last complete checkpoint is "
-                f"{session.run.checkpoint}: mend that and run the same command with --out {folder}"
             ) from error
         except (Lost, RuntimeError) as error:
             if not session.processes.lost(error):

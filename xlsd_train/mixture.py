@@ -27,6 +27,7 @@ from xlsd_train.schedule import Share
 Ordinals = NDArray[np.int64]  # of a bucket's live samples
 Mask = NDArray[np.bool_]  # of the rows of store.samples
 
+MOST = 10**6  # of a weight
 MUST_AGREE = ("channels", "scaling_factor", "shift_factor", "vae_padding")  # and the encoder
 
 
@@ -218,14 +219,15 @@ def _weighed(given: str) -> tuple[str, Fraction]:
     path, colon, number = given.rpartition(":")
     if not colon or not path or Path(given).expanduser().exists() or {"/", "\\"} & set(number):
         return given, Fraction(1)
-    try:
-        weight = Fraction(number)
+    try:  # as a float first: Fraction writes 1e999999999 out
+        sane = "/" in number or 0 < float(number) <= MOST
+        weight = Fraction(number) if sane else Fraction(0)
     except (ValueError, ZeroDivisionError):
         weight = Fraction(0)
-    if weight <= 0:
+    if not 0 < weight <= MOST:
         raise UserError(
-            f"--data {given}: {number!r} is no weight above 0; write {path}:2 to use each of its "
-            f"images twice an epoch, or leave the store out"
+            f"--data {given}: {number!r} is no weight above 0 and up to {MOST}; write {path}:2 to "
+            f"use each of its images twice an epoch, or leave the store out"
         )
     return path, weight
 

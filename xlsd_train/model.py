@@ -94,6 +94,14 @@ class Model:
         state = {key: value.contiguous() for key, value in getattr(self, name).state_dict().items()}
         return {PREFIX + key: v for key, v in state.items()} if name == "text_encoder" else state
 
+    def to(self, device: torch.device, channels_last: bool) -> None:
+        """What trains and what it is fed through; the VAE stays where it is."""
+        self.unet.to(device)
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        self.text_encoder.to(device)
+        self.scaling = self.scaling.to(device)
+
     def save_base(self, folder: Path, phase: Phase) -> None:
         """Everything that training does not change: a pipeline without its trained weights."""
         copy_tokenizer(self.tokenizer_folder, folder / "tokenizer", self.tokens)

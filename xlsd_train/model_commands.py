@@ -1,12 +1,14 @@
 """One frozen dataclass for each command that is about models; their command lines are generated."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
 from xlsd_cache import UserError
+from xlsd_cache.options import Every, Factor, Folder, MayBeEmpty, Target, Within, check_options
 from xlsd_train.sd15 import HUB_ID
 
 
@@ -22,7 +24,7 @@ class ExportConfig:
     checkpoint: Positional[str]
     """A run (its newest checkpoint), a checkpoint, a pipeline folder, a single file or a hub id."""
 
-    out: Positional[Path]
+    out: Positional[Annotated[Path, Target("folder or file")]]
     """The folder to make, or the .safetensors file."""
 
     format: Literal["diffusers", "single-file"] = "diffusers"
@@ -31,7 +33,7 @@ class ExportConfig:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of all weights."""
 
-    scaling_factor: float | None = None
+    scaling_factor: Factor | None = None
     """Fold the VAE to this factor. Default: 0.18215 for single-file; for diffusers its own."""
 
     vae: str | None = None
@@ -45,9 +47,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        factor = self.scaling_factor
-        if factor is not None and not 0 < factor < float("inf"):
-            raise UserError(f"--scaling-factor {factor:g} is not a positive number; give 0.18215")
+        check_options(self)
         single = self.format == "single-file"
         if single and self.out.suffix != ".safetensors":
             raise UserError(
@@ -72,7 +72,7 @@ class SwapConfig:
     A folder of diffusers, whose VAE's config says its own scaling factor.
     """
 
-    out: Positional[Path]
+    out: Positional[Folder]
     """The folder to make."""
 
     model: str = HUB_ID
@@ -84,7 +84,7 @@ class SwapConfig:
     vae: str = "sdxl"
     """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id, a folder or a .safetensors file."""
 
-    vae_scaling_factor: float | None = None
+    vae_scaling_factor: Factor | None = None
     """Of a --vae in a single file, which does not say it: 0.13025 for SDXL's, 0.18215 for SD's."""
 
     text_encoder: str | None = None
@@ -95,9 +95,7 @@ class SwapConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        factor = self.vae_scaling_factor
-        if factor is not None and not 0 < factor < float("inf"):
-            raise UserError(f"--vae-scaling-factor {factor:g} is not a positive number")
+        check_options(self)
         refuse_existing(self.out)
 
 
@@ -123,26 +121,26 @@ class SampleConfig:
     prompts: Path
     """A text file of prompts, one a line; lines that begin with # are none."""
 
-    out: Path = Path("comparison")
+    out: Folder = Path("comparison")
     """The folder to make."""
 
     scheduler: Scheduler = "dpm++"
     """DPM++ 2M, the same with Karras' noise levels, Euler, Euler ancestral, DDIM, or UniPC."""
 
-    steps: int = 20
+    steps: Annotated[int, Within(1, 1000)] = 20
     """Denoising steps a picture."""
 
-    guidance: float = 7.5
+    guidance: Annotated[float, Within(0, 1000)] = 7.5
     """Classifier-free guidance."""
 
-    negative: str = ""
+    negative: Annotated[str, MayBeEmpty()] = ""
     """What pictures should not show."""
 
     size: str | None = None
     """Width and height in pixels, multiples of 8. Default: those of the run's own samples, of the
     first run that is named; 512x512 without one."""
 
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
     """Of the first prompt; each following one has the next."""
 
     tokenizer: str | None = None
@@ -153,6 +151,10 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
+        check_options(self)
+        sides = re.fullmatch(r"(\d+)x(\d+)", self.size or "")
+        if sides and max(map(len, sides.groups())) > 4:
+            raise UserError(f"--size {self.size} is more than 9999 pixels a side; lower it")
         if not self.models:
             raise UserError("no model is named; give one or several, and --prompts FILE")
         refuse_existing(self.out)
@@ -179,7 +181,7 @@ class ScoreConfig:
     clip: str = "openai/clip-vit-large-patch14-336"
     """Who judges: a hub id, or a folder with a CLIP. Only scores of the same CLIP compare."""
 
-    most: int = 10_000
+    most: Every = 10_000
     """Take so many of --real, drawn at random and always the same; 0: all."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -190,10 +192,9 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
+        check_options(self)
         if not self.folders:
             raise UserError("no folder of pictures is named; give what `xlsd-train sample` made")
-        if self.most < 0:
-            raise UserError(f"--most {self.most} is negative; 0 takes all")
 
 
 def refuse_existing(out: Path) -> None:

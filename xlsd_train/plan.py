@@ -54,7 +54,7 @@ def show(config: PlanConfig) -> None:
 def _buckets(config: PlanConfig) -> dict[str, int]:
     """Names and images of the buckets to plan for."""
     for name in config.size:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name) or any(
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", name) or any(
             int(side) % 64 for side in name.split("x")
         ):
             raise UserError(f"--size {name} is not WIDTHxHEIGHT in multiples of 64, as 512x768 is")

@@ -1,16 +1,20 @@
 """The parts of a session, each opened and checked by itself: device, samples, model, plan."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from transformers import CLIPTokenizer
 
 from xlsd_cache import UserError
+from xlsd_cache.hub import repository_of
 from xlsd_cache.precision import device_of, set_precision
+from xlsd_cache.terminal import say
 from xlsd_train.batches import BatchSource, Noising
 from xlsd_train.captions import Captions, Columns
 from xlsd_train.config import TrainConfig
@@ -21,6 +25,7 @@ from xlsd_train.mixture import Mask, Mixture
 from xlsd_train.model import Model, load_model
 from xlsd_train.pace import predicted
 from xlsd_train.processes import PATIENCE
+from xlsd_train.resume import PLACES, START, other_start, told
 from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
 from xlsd_train.selection import Selection, Tagged, by_tags, held_out, selected
@@ -82,9 +87,14 @@ def deterministic() -> None:
     torch.backends.cudnn.benchmark = False  # it may choose another kernel every run
 
 
+def columns_of(store: Mixture, caption: str | None) -> Columns:
+    """The columns of a --caption, by name or by default."""
+    return Columns.parse(caption, store.caption_columns, store.root)
+
+
 def choose_samples(config: TrainConfig, store: Mixture) -> Samples:
     """By tags and by what is held out. Raises UserError where they are fewer than --batch."""
-    columns = Columns.parse(config.caption, store.caption_columns, store.root)
+    columns = columns_of(store, config.caption)
     tagged = by_tags(store, columns.names, *config.selected_tags())
     held = tagged.mask & held_out(store, config.validation_fraction or 0)
     trains = tagged.mask & ~held
@@ -134,6 +144,60 @@ def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Mod
     return model
 
 
+def check_start(config: TrainConfig, run: Run, store: Mixture) -> None:
+    """Refuse a resume that asks to begin with other weights, though its checkpoint has them all.
+
+    A model that lies elsewhere now is compared by its weights, and need not be there at all.
+    """
+    if run.before is None or run.checkpoint is None:
+        return
+    other = other_start(run.before["settings"], config)
+    if not other:
+        return
+    asked = {name: getattr(config, name) for name in other}
+    new = dict(asked)
+    if config.force:
+        say(f"--force: {run.folder} was begun with {told(other, asked)}; its checkpoint is taken")
+        return
+    for name, value in list(new.items()):
+        if name in PLACES and _is_gone(name, value):
+            option = f"--{name.replace('_', '-')}"
+            say(f"{option} {value} is not there, and not needed: the checkpoint holds the model")
+            new.pop(name)
+    if new and not _begins_alike(config, run, store, new):
+        raise UserError(
+            f"{run.folder} was begun with {told(other, asked)}; leave that out, as the checkpoint "
+            f"holds the whole model, or name another --out"
+        )
+
+
+def _is_gone(name: str, value: str) -> bool:
+    """Whether this is a path, and nothing is there: no name of the hub, or of a known VAE."""
+    there = Path(value).expanduser()
+    names = name == "vae" and there.name == value
+    return not names and not there.exists() and repository_of(value) is None
+
+
+def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[str, Any]) -> bool:
+    """Whether the run would begin with the weights and the tokenizer that it began with."""
+    assert run.before is not None
+    assert run.checkpoint is not None
+    if not all(Path(value).expanduser().exists() for name, value in new.items() if name in PLACES):
+        return False  # nothing is fetched for it
+    old = run.before["settings"]
+    asked = {name: new.get(name, old.get(name)) for name in START}
+    try:
+        model = open_model(replace(config, **asked), None, store)
+        named = model.prepare(config.phase, config.train)
+        if asked["reinit"]:
+            model.reinitialise(named, config.phase, asked["reinit"], config.seed)
+    except UserError:
+        return False
+    own = CLIPTokenizer.from_pretrained(run.folder / "base" / "tokenizer")
+    alike: bool = own.get_vocab() == model.tokenizer.get_vocab()
+    return alike and model.sha256() == run.before["model"]["sha256"]
+
+
 def plan_batch(
     config: TrainConfig, run: Run, selection: Selection, model: Model, accelerator: Accelerator
 ) -> tuple[int, Plan, str, tuple[str, float] | None]:
@@ -160,8 +224,9 @@ def plan_batch(
         named = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         step_s = predicted(prediction.seconds, named) if prediction else None
         found = [(batch, plan, str(prediction or unknown), step_s)]
-    batch, plan, told, step_s = broadcast_object_list(found)[0]
-    return batch, plan, told, step_s
+    batch, plan, how, step_s = broadcast_object_list(found)[0]
+    run.compare_batch(batch, plan, config.force)
+    return batch, plan, how, step_s
 
 
 def make_source(

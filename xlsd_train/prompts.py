@@ -5,7 +5,6 @@ of kohya's sd-scripts, --w --h --s --l --d --n, in any order, each up to the nex
 lines that begin with #, are no prompts.
 """
 
-import codecs
 import math
 import re
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xlsd_cache import UserError
+from xlsd_cache.texts import read_text
 from xlsd_train.captions import token_counts
 from xlsd_train.picture import Picture
 
@@ -38,7 +38,7 @@ def read_lines(path: Path, option: str, comments: bool = False) -> list[str]:
     """
     if path.suffix.lower() in {".json", ".toml"}:
         raise UserError(f"{option} {path}: write the prompts to a text file, one a line")
-    lines = [line.strip() for line in _text(path, option).splitlines()]
+    lines = [line.strip() for line in read_text(path, option).splitlines()]
     prompts = [line for line in lines if line and (comments or not line.startswith("#"))]
     if not prompts:
         raise UserError(f"{option} {path} is empty; write one prompt a line")
@@ -136,13 +136,3 @@ def _drawable(asked: Picture, where: str) -> Picture:
     if not 0 <= asked.seed < SEEDS:
         raise UserError(f"{where}: --seed {asked.seed} is not from 0 to {SEEDS - 1}; give another")
     return asked
-
-
-def _text(path: Path, option: str) -> str:
-    """Of a file in UTF-8, or in UTF-16 with its mark, as PowerShell writes it."""
-    try:
-        data = path.read_bytes()
-        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return data.decode("utf-16" if marked else "utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {option} {path}: {error}; give a text file") from error

@@ -7,7 +7,7 @@ import math
 import re
 
 from xlsd_cache import UserError
-from xlsd_train.config import Scheduler, TrainConfig
+from xlsd_train.config import MOST_STEPS, Scheduler, TrainConfig
 from xlsd_train.schedule import Schedule
 
 
@@ -25,6 +25,11 @@ def planned_steps(
         batches = schedule.batches(int(whole))
         batches += math.ceil(part * (schedule.batches(int(whole) + 1) - batches))
         planned = max(1, math.ceil(batches / config.accum))
+        if planned > MOST_STEPS:
+            raise UserError(
+                f"--epochs {config.epochs:g} is {planned} steps, and a run has at most "
+                f"{MOST_STEPS}; lower it"
+            )
     steps_an_epoch = schedule.batches_an_epoch / config.accum
     if config.warmup is None and config.phase == "unet":
         return planned, min(200.0, planned / 10)
@@ -34,6 +39,26 @@ def planned_steps(
         if warmup_given:
             raise
         return planned, planned / 10
+
+
+def first_other_rate(
+    config: TrainConfig, old: tuple[int, float], new: tuple[int, float], steps: int
+) -> int | None:
+    """The first of the steps 1 to `steps` that two (planned length, warm-up) give other rates.
+
+    None: the rates are all the same, and so is each of these steps, to the bit.
+    """
+    last = steps
+    if config.scheduler == "constant":  # alike from the longer warm-up's end on
+        last = min(steps, math.ceil(max(old[1], new[1])))
+
+    def rate(step: int, plan: tuple[int, float]) -> float:
+        planned, warmup = plan
+        return learning_rate(
+            config.rate, warmup, step, config.scheduler, planned, config.lr_floor or 0.0
+        )
+
+    return next((n for n in range(1, last + 1) if rate(n, old) != rate(n, new)), None)
 
 
 def warmup_steps(warmup: str, planned_steps: int, steps_an_epoch: float) -> float:

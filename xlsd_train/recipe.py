@@ -18,7 +18,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 from xlsd_cache import UserError
+from xlsd_cache.options import refuse_empty
 from xlsd_cache.terminal import say
+from xlsd_cache.texts import read_text
 from xlsd_train.config import TrainConfig
 from xlsd_train.other_names import NAMES
 
@@ -56,9 +58,9 @@ class Recipe:
                 f"`xlsd-train recipes` lists them, and one's own is a file that ends in .toml"
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, "the recipe")
             given = tomllib.loads(text)
-        except (OSError, ValueError) as error:  # tomllib's and of UTF-8 are ValueErrors
+        except (ValueError, RecursionError) as error:  # tomllib's is a ValueError
             raise UserError(f"cannot read the recipe {name}: {error}") from error
         hints = get_type_hints(TrainConfig)
         keys = {field.name.replace("_", "-"): field.name for field in fields(TrainConfig)}
@@ -133,6 +135,7 @@ def parse(kind: type[Config], words: Sequence[str], prog: str, description: str)
 
     Raises UserError for a recipe that is none, and for what training refuses.
     """
+    refuse_empty(words, kind)
     name = options_in(words).get("recipe") if issubclass(kind, TrainConfig) else None
     if name is None or name == "None":
         return tyro.cli(kind, prog=prog, description=description, args=words)
@@ -179,7 +182,7 @@ def _fitted(value: object, hint: Any, told: str) -> Any:
                 return tuple(_fitted(x, y, told) for x, y in zip(value, of, strict=True))
         elif kind is float and type(value) in {int, float}:
             return float(value)  # type: ignore[arg-type]
-        elif kind is Path and isinstance(value, str):
+        elif kind is Path and isinstance(value, str) and value:
             return Path(value)
         elif type(value) is kind:
             return value

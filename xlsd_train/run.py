@@ -10,7 +10,9 @@ import platform
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +39,8 @@ from xlsd_train.ema import forget_snapshots_after
 from xlsd_train.losses import SETS, forget_after, save_losses, summaries
 from xlsd_train.mixture import Mixture
 from xlsd_train.model import Model
+from xlsd_train.rate import first_other_rate
+from xlsd_train.resume import FIXED, LENGTH, Read, differing, refuse, told
 from xlsd_train.steps import checkpoints
 from xlsd_train.verdict import Losses
 
@@ -50,6 +54,8 @@ class Run:
 
     folder: Path
     before: dict[str, Any] | None  # config.json as it was when the run began; None: a new run
+    forced: dict[str, Any] = field(default_factory=dict)  # name -> what --force changed of it
+    _lengthened: bool = False
     _metrics: IO[str] | None = field(default=None)
     _board: SummaryWriter | None = field(default=None)
     _lock: BaseFileLock | None = field(default=None)
@@ -97,29 +103,114 @@ class Run:
         value: dict[str, Any] = json.loads((checkpoint / STATE).read_bytes())
         return value
 
-    def compare(self, settings: dict[str, Any], force: bool) -> None:
-        """Refuse to go on where a setting differs from the run's, naming each; or say so."""
+    def compare(self, settings: dict[str, Any], config: TrainConfig, caption: Read) -> None:
+        """Refuse to go on where a setting that could change a weight differs, naming each.
+
+        With --force say so instead, but for what the checkpoint cannot do. `caption` gives a
+        --caption's columns.
+        """
         if self.before is None:
             return
+        old = self._old_settings(settings, config)
+        differ = differing(old, settings, caption)
+        fixed = {name: was for name, was in differ.items() if name in FIXED}
+        if settings["ema"] and not old.get("ema", False):
+            fixed["ema"] = False
+        if self.checkpoint and fixed and (config.force or "ema" in fixed):
+            raise UserError(
+                f"{self.folder} was begun with {told(fixed, settings)}, which its checkpoint "
+                f"cannot do; give the same again, or begin from its weights: --model {self.folder} "
+                f"and another --out"
+            )
+        self._inexact(differ, settings, config.force)
+
+    def compare_length(self, config: TrainConfig, planned: int, warmup: float) -> tuple[int, float]:
+        """(planned length, warm-up) to go on with, in steps.
+
+        Raises UserError for others than the run's where a step so far would have had another rate.
+        """
+        if self.before is None:
+            return planned, warmup
+        was: tuple[int, float] = self.before["planned_steps"], self.before["warmup_steps"]
         old = self.before["settings"]
-        differ = {name for name in old.keys() | settings if old.get(name) != settings.get(name)}
+        new = {name: getattr(config, name) for name in LENGTH}
+        differ = {name: old.get(name) for name in LENGTH if old.get(name) != new[name]}
+        if not differ and not self.forced:  # as it was counted when it began
+            return was
+        if was == (planned, warmup):
+            return was
+        step = self.state()["step"]
+        if planned < step:
+            raise UserError(
+                f"{self.folder} is at step {step} already, behind the {planned} planned now; give "
+                f"--steps {step} or more, or another --out"
+            )
+        other = first_other_rate(config, was, (planned, warmup), step)
+        if other is None:
+            say(
+                f"planned {planned} steps, and {was[0]} before: every step so far had the same "
+                f"learning rate, so the run is exactly the one that was planned so from its start"
+            )
+            self._lengthened = True
+            return planned, warmup
+        why = f" (so step {other} would have had another learning rate)"
+        self._inexact(differ, new, config.force, why)
+        return planned, warmup
+
+    def compare_batch(self, batch: int, plan: Sequence[Any], force: bool) -> None:
+        """Note that --force chose another batch, or another way to pass it."""
+        if self.before and force:
+            was = {"batch": self.before["batch"], "plan": list(self.before["plan"])}
+            now = {"batch": batch, "plan": list(plan)}
+            differ = {name: value for name, value in was.items() if value != now[name]}
+            self.forced = differ | self.forced
+
+    def _inexact(
+        self, differ: dict[str, Any], now: Mapping[str, Any], force: bool, why: str = ""
+    ) -> None:
         if not differ:
             return
-        told = ", ".join(
-            f"{name} {old.get(name)} and not {settings.get(name)}" for name in sorted(differ)
-        )
         if not force:
+            raise refuse(self.folder, told(differ, now) + why)
+        self.forced |= differ
+        say(f"--force: {self.folder} was begun with {told(differ, now)}; not bit-exact from here")
+
+    def _old_settings(self, settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+        """The run's, with what they were in effect where it is written another way now."""
+        assert self.before is not None
+        old: dict[str, Any] = dict(self.before["settings"])
+        if settings["batch"] in {"auto", self.before["batch"]}:
+            old["batch"] = settings["batch"]
+        kind = self.before.get("objective", {}).get("kind")
+        if self.checkpoint and kind and settings["objective"] in {None, kind}:
+            old["objective"] = settings["objective"]  # left out, it is as the checkpoint has it
+        if "card" in settings:  # earlier versions wrote it down for people alone
+            old.setdefault("card", self.before.get("machine", {}).get("card"))
+        if not (self.before.get("validation") and config.validate_every):
+            old["validation_images"] = settings["validation_images"]
+        return old
+
+    def inherited(self, config: TrainConfig, fraction: float | None) -> TrainConfig:
+        """The config with what was not asked for as the run has it: the images held out."""
+        if self.before is None or fraction is not None:
+            return config
+        held: float = self.before["settings"].get("validation_fraction", 0.0)
+        if config.validate_every and not held:
             raise UserError(
-                f"{self.folder} was begun with {told}; give the same again, another --out, or "
-                f"--force to go on inexactly"
+                f"{self.folder} was begun without held-out images, so that --validate-every "
+                f"{config.validate_every} has nothing to measure; leave it out, or name another "
+                f"--out"
             )
-        say(f"--force: {self.folder} was begun with {told}; it goes on, but not exactly")
+        return replace(config, validation_fraction=held)
 
     def compare_model(self, record: dict[str, Any], force: bool) -> None:
         """Refuse a run that was killed before its first checkpoint and now begins elsewhere."""
-        if self.before is None or self.checkpoint is not None or force:
+        if self.before is None or self.checkpoint is not None:
             return
-        if record["model"]["sha256"] != self.before["model"]["sha256"]:
+        if record["model"]["sha256"] == self.before["model"]["sha256"]:
+            return
+        self.forced["model"] = self.before["model"]["source"]
+        if not force:
             raise UserError(
                 f"{self.folder} was begun with the model {self.before['model']['source']}, whose "
                 f"weights differ from those of {record['model']['source']}; give the same --model, "
@@ -136,19 +227,14 @@ class Run:
             raise UserError(
                 f"another process is training in {self.folder}; wait for it or name another --out"
             ) from None
-        if self.before is None:
-            write_json(self.folder / "config.json", record)
-        base = self.folder / "base"
-        if not base.exists():
-            temporary = self.folder / f"base{TEMPORARY}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            model.save_base(temporary, config.phase)
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    fsync_file(path)
-            temporary.rename(base)
-            fsync_folder(self.folder)
+        if (told := self._renewed(record)) != self.before:
+            write_json(self.folder / "config.json", told)
+        if not self.checkpoint:
+            shutil.rmtree(self.folder / "base", ignore_errors=True)
+        if not (self.folder / "base").exists():
+            self._save_base(model, config)
+        for partial in (self.folder / "checkpoints").glob(f".*{TEMPORARY}"):
+            shutil.rmtree(partial, ignore_errors=True)  # a kill met it
         for folder in (self.folder, *self.folder.glob("samples/**")):
             sweep(folder)
         step = self.state()["step"]
@@ -159,6 +245,39 @@ class Run:
         forget_snapshots_after(self.folder, last)
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def _save_base(self, model: Model, config: TrainConfig) -> None:
+        temporary = self.folder / f"base{TEMPORARY}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            model.save_base(temporary, config.phase)
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    fsync_file(path)
+            temporary.rename(self.folder / "base")
+            fsync_folder(self.folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _renewed(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What config.json is to say: of a run begun before what it said, and what is other now."""
+        if self.before is None:
+            return record
+        if self.forced:
+            names = {"command", "recipe"} | ({"model"} if self.checkpoint else set())
+            kept = {name: self.before[name] for name in names & self.before.keys()}
+            change = {"step": self.state()["step"], "was": self.forced}
+            return {**record, **kept, "changed": [*self.before.get("changed", []), change]}
+        found = dict(self.before)
+        if not found.get("validation"):
+            found["validation"] = record["validation"]
+        if self._lengthened:
+            for group in ("settings", "config"):
+                found[group] = {**found[group], **{name: record[group][name] for name in LENGTH}}
+            found |= {name: record[name] for name in ("planned_steps", "warmup_steps")}
+        return found
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one step's metrics, for programs and for TensorBoard."""
@@ -198,10 +317,12 @@ class Run:
 
     def close(self) -> None:
         """Close files and unlock."""
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(OSError):  # a full disk, of which the session's error tells
+            if self._metrics is not None:
+                self._metrics.close()
+        with suppress(OSError):
+            if self._board is not None:
+                self._board.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -235,6 +356,15 @@ def settings(config: TrainConfig, stores: Mixture, device: torch.device) -> dict
             f"{part.store.fingerprint[:16]}:{float(part.weight):g}" for part in stores.parts
         ),
         **{f"{name} version": version(name) for name in NUMERIC},
+        **(_card(device) if device.type == "cuda" else {}),
+    }
+
+
+def _card(device: torch.device) -> dict[str, Any]:
+    """Other cards, and other versions of cuDNN, choose other kernels, which round otherwise."""
+    return {
+        "card": torch.cuda.get_device_name(device),
+        "cudnn version": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 
 

@@ -9,7 +9,8 @@ from typing import Annotated
 from tyro.conf import Positional, Suppress, arg
 
 from xlsd_cache import UserError
-from xlsd_train.config import TrainConfig
+from xlsd_cache.options import Every, File, Folder, MayBeEmpty, Within, check_options
+from xlsd_train.config import Rate, TrainConfig
 from xlsd_train.parts import require_and_forbid
 
 
@@ -40,6 +41,10 @@ class RecipesConfig:
     name: Positional[str | None] = None
     """Print this one, whose name may be a .toml file's, as it is. Default: a line for each."""
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        check_options(self)
+
 
 @dataclass(frozen=True)
 class TagsConfig:
@@ -57,7 +62,7 @@ class TagsConfig:
     forbid_tags: str | None = None
     """Count no sample that has any of these tags, A,B: each whole and as it is written."""
 
-    most: int = 50
+    most: Every = 50
     """Tell so many tags of each column, the most frequent first; 0: all."""
 
     json: bool = False
@@ -65,8 +70,7 @@ class TagsConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before the store is opened."""
-        if self.most < 0:
-            raise UserError(f"--most {self.most} is negative; 0 tells all")
+        check_options(self)
         require_and_forbid(self.require_tags, self.forbid_tags)
 
 
@@ -81,18 +85,19 @@ class EmaConfig:
     run: Positional[Path]
     """The run's folder."""
 
-    out: Positional[Path]
+    out: Positional[Folder]
     """A new folder for the average."""
 
-    sigma_rel: float = 0.10
+    sigma_rel: Annotated[float, Within(0, 12**-0.5, above=True)] = 0.10
     """Length of the average, above 0 and below 0.288, which is all of training alike."""
 
-    step: int | None = None
+    step: Every | None = None
     """The average as of this step. Default: the newest snapshot's."""
 
     def __post_init__(self) -> None:
         """Refuse lengths that no power function has."""
-        if not 0 < self.sigma_rel < 12**-0.5:
+        check_options(self)
+        if self.sigma_rel == 12**-0.5:
             raise UserError(
                 f"--sigma-rel {self.sigma_rel:g} is not above 0 and below {12**-0.5:.3f}; give say "
                 f"0.1"
@@ -110,11 +115,12 @@ class ReportConfig:
     runs: Positional[tuple[Path, ...]]
     """The folders of runs."""
 
-    out: Annotated[Path | None, arg(aliases=["-o"])] = None
+    out: Annotated[File | None, arg(aliases=["-o"])] = None
     """The page, .html. Default: RUN/report.html for one run, else report.html."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before a log is read."""
+        check_options(self)
         if not self.runs:
             raise UserError("no run is named; give the folder of one or several")
         if self.out is not None and (self.out.suffix != ".html" or self.out.is_dir()):
@@ -130,15 +136,15 @@ class SweepConfig(TrainConfig):
     table, an answer, and OUT/report.html, where all runs lie side by side.
     """
 
-    rates: Annotated[str, arg(name="lr")] = ""
+    rates: Annotated[str, arg(name="lr"), MayBeEmpty()] = ""  # which is then no list of rates
     """The rates, say 5e-6,4e-6,3e-6,2e-6."""
 
-    lr: Annotated[float | None, Suppress] = None  # each run's own
+    lr: Annotated[Rate | None, Suppress] = None  # each run's own
 
-    out: Path | None = None
+    out: Folder | None = None
     """The folder of the runs. Default: runs/sweep-PHASE-DATE-TIME."""
 
-    validate_every: int = 0
+    validate_every: Every = 0
     """Measure the loss on held-out images every so many steps, at step 0 and the end; 0 never.
     Default: a tenth of --stop-after or --steps; 250 of a length in epochs."""
 

@@ -3,15 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.nn import Parameter
 
 from xlsd_cache import __version__
 from xlsd_cache.fitting import decoder_told
-from xlsd_cache.terminal import say
 from xlsd_train.adapt import adapt, chosen
 from xlsd_train.announce import announce
 from xlsd_train.batches import BatchSource
@@ -23,11 +22,20 @@ from xlsd_train.lengths import cut
 from xlsd_train.mixture import open_mixture
 from xlsd_train.model import Model
 from xlsd_train.optim import make_optimizer
-from xlsd_train.prepare import choose_samples, make_source, open_model, plan_batch, start
+from xlsd_train.prepare import (
+    check_start,
+    choose_samples,
+    columns_of,
+    make_source,
+    open_model,
+    plan_batch,
+    start,
+)
 from xlsd_train.processes import Processes
 from xlsd_train.prompts import remarks
 from xlsd_train.rate import planned_steps
 from xlsd_train.recipe import Recipe
+from xlsd_train.room import needed, say_room, writing
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
@@ -71,13 +79,14 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
 
     Raises UserError before anything is written where the run cannot be as asked.
     """
-    given = chosen(config, command)
+    given, fraction = chosen(config, command), config.validation_fraction
     config = config.resolved()
     accelerator, precision = start(config)
     processes = Processes.of(accelerator)
     # The default folder's name holds the time, which processes would read differently.
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
+    config = run.inherited(config, fraction)
     with (
         open_mixture(config.data, run.generations) as store,
         closing(run),
@@ -86,9 +95,10 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         config, adapted = adapt(config, store, given, run.before)
         samples = choose_samples(config, store)
         shared = settings(config, store, device)
-        run.compare(shared, config.force)
+        run.compare(shared, config, partial(columns_of, store))
         pictures = read_prompts(config, store, samples.selection, samples.columns, run.before)
         resumed = run.checkpoint
+        check_start(config, run, store)
         model = open_model(config, resumed, store)
         before = model.scheduler_config
         objective = make_objective(
@@ -101,7 +111,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         sure = replace(config, objective=objective.kind)
         batch, plan, told, step_s = plan_batch(sure, run, samples.selection, model, accelerator)
         schedule = Schedule(store.shares(samples.selection.chosen), batch, config.seed)
-        planned, warmup = planned_steps(config, schedule, "warmup" in given)
+        planned, warmup = run.compare_length(
+            config, *planned_steps(config, schedule, "warmup" in given)
+        )
         source = make_source(config, store, samples, schedule, model, objective, accelerator)
         count = samples.measured
         validator = (
@@ -127,6 +139,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             "stores": samples.told(store),
             "unknown_tags": samples.tagged.unknown,
             "captions": cut(source),
+            "remarks": remarks(pictures, model.tokenizer, model.tokens),
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
             "objective": objective.record(before),
@@ -144,18 +157,14 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         run.compare_model(record, config.force)
         if accelerator.is_main_process:
             announce(config, record, schedule, named, run)
-            if config.sample_every:
-                for line in remarks(pictures, model.tokenizer, model.tokens):
-                    say(line)
+            drawn = sum(3 * picture.width * picture.height for picture in pictures)
+            say_room(needed(config, run, model, named, planned, drawn), run, config)
         processes.wait()  # all have looked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
-            run.begin(record, model, config)
+            with writing(run):
+                run.begin(record, model, config)
         processes.wait()
-        model.unet.to(device)
-        if config.channels_last:
-            model.unet.to(memory_format=torch.channels_last)
-        model.text_encoder.to(device)
-        model.scaling = model.scaling.to(device)
+        model.to(device, config.channels_last)
         optimizer = make_optimizer(config, named.values())
         if resumed:
             load_optimizer(resumed, named, optimizer)

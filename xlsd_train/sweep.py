@@ -19,10 +19,11 @@ from xlsd_cache.interrupt import StopSignal
 from xlsd_cache.ours import is_page, refuse_foreign
 from xlsd_cache.terminal import say
 from xlsd_train.adapt import as_asked
-from xlsd_train.config import FREE, TrainConfig
+from xlsd_train.config import TrainConfig
 from xlsd_train.history import histories, read_record
 from xlsd_train.ranking import Standing, rank, table
 from xlsd_train.report import NAME, write_page
+from xlsd_train.resume import differing, told
 from xlsd_train.run_commands import SweepConfig, without
 from xlsd_train.steps import checkpoints, step_of
 
@@ -105,15 +106,12 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
             continue
         there = as_asked(read_record(folder))
         wanted = json.loads(json.dumps(asdict(asked), default=os.fspath))
-        compared = wanted.keys() - FREE - {"data"}  # the store may move: a run checks what it holds
-        told = ", ".join(
-            f"{name} {there.get(name)} and not {wanted[name]}"
-            for name in sorted(compared)
-            if there.get(name) != wanted[name]
-        )
-        if told and not asked.force:
+        # What a run can tell only with its store and model open, it tells itself.
+        differ = differing(there, wanted)
+        if differ and not asked.force:
             raise UserError(
-                f"{folder} was begun with {told}; give the same again, or another --out"
+                f"{folder} was begun with {told(differ, wanted)}; give the same again, or another "
+                f"--out"
             )
 
 
@@ -122,7 +120,10 @@ def _finished(folder: Path, asked: TrainConfig) -> bool:
     found = checkpoints(folder)
     if not found:
         return False
-    planned: int = read_record(folder)["planned_steps"]
+    record = read_record(folder)
+    planned: int = record["planned_steps"]
+    if any(record["config"].get(x) != getattr(asked, x) for x in ("steps", "epochs")):
+        planned = asked.steps or 2**62  # longer or shorter than it was: the run knows
     return step_of(found[-1]) >= min(planned, asked.stop_after or planned)
 
 
@@ -149,7 +150,7 @@ def _beyond(standings: list[Standing]) -> str:
         return ""
     rates = {it.name: float(it.name.split()[1].rstrip(",")) for it in standings}
     best = next(it for it in standings if it.beyond is None)
-    for end, told in ((min, "lowest rate tried: a lower"), (max, "highest rate tried: a higher")):
+    for end, side in ((min, "lowest rate tried: a lower"), (max, "highest rate tried: a higher")):
         if best.best and best.best[0] and end(rates, key=rates.__getitem__) == best.name:
-            return f"; it is the {told} one may do better"
+            return f"; it is the {side} one may do better"
     return ""

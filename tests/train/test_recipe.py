@@ -172,10 +172,29 @@ def test_what_no_recipe_can_hold_is_one_sentence(
 
 
 def test_numbers_and_folders_are_what_the_options_take(tmp_path: Path) -> None:
-    path = mine(tmp_path, 'phase = "unet"\nlr = 1\nbetas = [0, 0.9]\nout = "here"\ntokens = 248\n')
+    text = 'phase = "unet"\noptimizer = "dlion"\nlr = 1\nbetas = [0, 0.9]\n'
+    path = mine(tmp_path, text + 'out = "here"\ntokens = 248\n')
     config = read("--recipe", path)
     assert repr(config.lr) == "1.0"
     assert (config.betas, config.out, config.tokens) == ((0.0, 0.9), Path("here"), 248)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_recipes_of_windows_editors_and_shells_are_read(tmp_path: Path, encoding: str) -> None:
+    text = '# mine, \u00fcber alles\r\nphase = "unet"\r\nlr = 1e-4\r\n'
+    path = tmp_path / "mine.toml"
+    path.write_bytes(text.encode(encoding))
+    assert read("--recipe", path).lr == 1e-4
+    assert Recipe.read(str(path)).text == text.replace("\r\n", "\n")
+
+
+def test_a_recipe_of_a_factor_that_trains_nothing_is_refused(tmp_path: Path) -> None:
+    path = mine(tmp_path, 'phase = "unet"\noptimizer = "prodigy"\nlr = 1e-5\n')
+    with pytest.raises(UserError, match="recipe .*mine.toml: --lr 1e-05 is a factor"):
+        Recipe.read(str(path))
+    path.write_text('phase = "unet"\nout = ""\n')
+    with pytest.raises(UserError, match='out = "" is not text'):
+        Recipe.read(str(path))
 
 
 def test_other_refusals(tmp_path: Path, capsys: Out) -> None:
@@ -191,7 +210,7 @@ def test_other_refusals(tmp_path: Path, capsys: Out) -> None:
         assert train(*words) == 1
         assert told in capsys.readouterr().err
     (tmp_path / "bytes.toml").write_bytes(b'phase = "te" # \xff')
-    with pytest.raises(UserError, match="utf-8"):
+    with pytest.raises(UserError, match="line 1: not UTF-8 text"):
         Recipe.read(str(tmp_path / "bytes.toml"))
 
 

@@ -60,14 +60,18 @@ def test_the_folder_tells_everything_about_the_run(
         ("--batch", 5, "batch 4 and not 5"),
         ("--lr", 2e-3, "lr 0.001 and not 0.002"),
         ("--seed", 1, "seed 0 and not 1"),
-        ("--steps", 7, "steps 6 and not 7"),
-        ("--warmup", 1, "warmup 0 and not 1"),
+        ("--warmup", 2, "warmup 0 and not 2 (so step 1 would have had another learning rate)"),
+        ("--scheduler", "linear", "scheduler constant and not linear"),
         ("--threads", 2, "threads 1 and not 2"),
         ("--precision", "tf32", "precision fp32 and not tf32"),
         ("--optimizer", "adamw", "optimizer lion and not adamw"),
-        ("--model", "elsewhere", "model "),
         ("--caption-dropout", 0.5, "caption_dropout 0.0 and not 0.5"),
         ("--objective", "v", "objective None and not v"),
+        ("--tokens", 248, "tokens None and not 248"),
+        ("--reinit", "unet.conv_in", "reinit None and not unet.conv_in"),
+        ("--vae", "taesdxl", "vae None and not taesdxl"),
+        ("--model", "some/other", "and not some/other"),
+        ("--ema", None, "ema False and not True"),
         ("--loss-weight", "debiased", "loss_weight none and not debiased"),
         ("--timesteps", "stratified", "timesteps uniform and not stratified"),
     ],
@@ -77,10 +81,11 @@ def test_a_resume_with_other_settings_is_refused_naming_them(
 ) -> None:
     assert train(*arguments, "--stop-after", 3) == 0
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    assert train(*changed(arguments, option, value)) == 1
+    given = changed(arguments, option, value) if value is not None else [*arguments, option]
+    assert train(*given) == 1
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
     assert told in sentence
-    assert "--force" in sentence
+    assert "--out" in sentence
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 

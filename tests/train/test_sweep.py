@@ -256,11 +256,20 @@ def test_what_no_sweep_could_be_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_factors_of_what_an_optimizer_finds_are_no_rates(tmp_path: Path, capsys: Out) -> None:
+    words = ("--recipe", "phase1-unet", "--lr", "4e-6,2e-6", "--out", tmp_path / "out")
+    assert train("sweep", *words) == 1
+    assert "--lr 4e-06 is a factor of the learning rate that --optimizer dlion finds" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_is_no_folder_for_a_sweep_and_a_launcher_does_not_start_it(
     swept: Swept, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
     monkeypatch.setattr(xlsd_train.sweep, "start", refuse)
-    given = ("sweep", "--phase", "te", "--lr", "2,1")
+    given = ("sweep", "--phase", "te", "--lr", "2e-3,1e-3")
     assert train(*given, "--out", swept.out / "lr-0.001") == 1
     assert "lr-0.001 is a run or a file; name another folder" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
