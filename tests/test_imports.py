@@ -32,12 +32,14 @@ CACHE = (
     "thumbnails compare transfer proving importing cli __main__"
 ).split()
 TRAIN = (
-    "draw schedule parts captions mixture selection batches lengths sd15 names fold tensors "
-    "foreign network hub find choose config recipe diffusion latents run_commands model_commands "
+    "draw schedule parts captions mixture selection batches lengths sd15 names fold finite "
+    "tensors foreign network hub prediction find choose config recipe diffusion latents "
+    "run_commands model_commands "
     "reinit text model cards lion rate optim layers sliced step footprint rehearsal memory "
     "plateau power ema verdict validate checkpoint thin history ranking charts facts report "
     "posthoc meter picture sample run announce prepare session loop sweep plan tags single_file "
-    "card export merge prompts page compare clip measures drawn score cli __main__"
+    "ldm_config needs card appearing export merge prompts page compare clip measures drawn score "
+    "cli __main__"
 ).split()
 
 

@@ -21,6 +21,7 @@ from xlsd_cache.terminal import say
 from xlsd_train.checkpoint import checkpoints
 from xlsd_train.ema import SIGMAS, snapshots
 from xlsd_train.find import TEXT_ENCODER, UNET
+from xlsd_train.finite import count, is_finite
 from xlsd_train.network import PREFIX
 from xlsd_train.power import Profile, coefficients, gamma_of
 from xlsd_train.run_commands import EmaConfig
@@ -70,11 +71,25 @@ def reconstruct(config: EmaConfig) -> None:
 def _sum(terms: list[tuple[Any, str]], counts: list[float], name: str) -> Tensor:
     """One tensor, f32, summed in f64: counts of both signs nearly cancel."""
     total: Tensor | None = None
-    for (file, sigma), count in zip(terms, counts, strict=True):
-        value = file.get_tensor(f"{sigma}/{name}").double() * count
+    for (file, sigma), times in zip(terms, counts, strict=True):
+        value = file.get_tensor(f"{sigma}/{name}").double() * times
         total = value if total is None else total.add_(value)
     assert total is not None
-    return total.float()
+    if not is_finite(average := total.float()):
+        raise _unfit(terms, name)
+    return average
+
+
+def _unfit(terms: list[tuple[Any, str]], name: str) -> UserError:
+    """Which of the snapshots is the first that holds what no average can be made of."""
+    for file, sigma in terms:
+        if not is_finite(value := file.get_tensor(f"{sigma}/{name}")):
+            step = file.metadata()["step"]
+            return UserError(
+                f"the snapshot of step {step}: {sigma}/{name} has {count(value)} that are nan or "
+                f"infinite; remove RUN/ema/step-{int(step):08d}.safetensors and those after it"
+            )
+    return UserError(f"the average of {name} is too large for its dtype; give another --sigma-rel")
 
 
 def _opened(path: Path) -> Any:
