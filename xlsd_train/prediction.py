@@ -199,9 +199,7 @@ def _word(path: Path, where: str, given: str) -> str | None:
     """Diffusers' word; warns of one that is unknown, and goes on without."""
     word = given.strip().lower().replace("-", "_").replace(" ", "_")
     if word and word not in _WORDS:
-        warn(
-            f"{path}: {where} says that it predicts {given!r}, which is unknown here and not taken"
-        )
+        warn(f"{path}: {where} says that it predicts {given!r}, which is unknown and left aside")
     return _WORDS.get(word)
 
 
