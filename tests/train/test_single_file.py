@@ -75,12 +75,14 @@ class Wrapper:
         low = distance.ge(0).cumsum(0).argmax(0).clamp(max=len(self.log_sigmas) - 2)
         first, second = self.log_sigmas[low], self.log_sigmas[low + 1]
         share = ((first - sigma.log()) / (first - second)).clamp(0, 1)
-        return ((1 - share) * low + share * (low + 1)).view(sigma.shape)
+        found: Tensor = ((1 - share) * low + share * (low + 1)).view(sigma.shape)
+        return found
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         scale = 1 / (sigma**2 + 1).sqrt()
         out = self.network(x * scale, self.timestep(sigma[None])[0])
-        return out * -sigma * scale + x * scale**2 if self.v else x - out * sigma
+        image: Tensor = out * -sigma * scale + x * scale**2 if self.v else x - out * sigma
+        return image
 
 
 def sample_euler(denoise: Wrapper, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def by_diffusers(network: Network, noise: Tensor, sigmas: list[float] | None) ->
         scheduler.set_timesteps(STEPS)
     else:
         scheduler.set_timesteps(sigmas=sigmas)
-    x = noise * scheduler.sigmas[0]
+    x: Tensor = noise * scheduler.sigmas[0]
     for t in scheduler.timesteps:
         out = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x).prev_sample
