@@ -135,7 +135,20 @@ def load_vae(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load the VAE {spec!r}: {told}") from error
-    return Vae.of(spec, source, model.float().requires_grad_(False).eval(), padding)
+    model = model.float().requires_grad_(False).eval()
+    _refuse_unfit(spec, model)
+    return Vae.of(spec, source, model, padding)
+
+
+def _refuse_unfit(spec: str, model: Any) -> None:
+    """Raises UserError where a weight is nan or infinite."""
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(torch.stack(value.aminmax())).all():
+            bad = value.numel() - int(torch.isfinite(value).sum())
+            raise UserError(
+                f"the VAE {spec!r}: {name} has {bad} of {value.numel()} values that are nan or "
+                f"infinite; fetch it anew, or give another"
+            )
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

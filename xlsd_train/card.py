@@ -11,6 +11,7 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 
 from xlsd_cache import __version__
+from xlsd_train.prediction import prediction_type
 
 CARD = """\
 ---
@@ -29,7 +30,8 @@ A model of SD1.5's shape. {{ folded }}
 The licence is that of the base model.
 
 {% if single -%}
-Put `{{ files[0][0] }}` where your program keeps SD1.5 models; it needs nothing else.
+Put `{{ files[0][0] }}` where your program keeps SD1.5 models
+{{- "." if needs else "; it needs nothing else." }}
 {%- else -%}
 ```python
 from diffusers import StableDiffusionPipeline
@@ -37,6 +39,10 @@ from diffusers import StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained("{{ title }}")
 ```
 {%- endif %}
+{%- for line in told %}
+
+{{ line }}
+{%- endfor %}
 
 | | |
 |---|---|
@@ -117,7 +123,7 @@ class History:
     def metadata(self, title: str, folded: str, scheduler: dict[str, Any]) -> dict[str, str]:
         """For a safetensors header: modelspec's keys (sai_model_spec 1.0.0), and ours."""
         config = _public(self.record.get("config", {}))
-        prediction = scheduler.get("prediction_type", "epsilon")
+        prediction = prediction_type(scheduler)
         stores = self.record.get("stores", ())  # 0: that of imported latents is unknown
         side = max((store["resolution"] for store in stores), default=0) or 512
         told = {
@@ -141,9 +147,13 @@ class History:
         return {name: str(value) for name, value in told.items() if value is not None}
 
     def card(
-        self, title: str, folded: str, dtype: str, files: dict[str, str], grid: str | None
-    ) -> str:
-        """README.md. `files` maps names to hashes, one alone is a single file; `grid` is a name."""
+        self, title: str, folded: str, dtype: str, files: dict[str, str], grid: str | None,
+        needs: str, notes: list[str],
+    ) -> str:  # fmt: skip
+        """README.md. `files` maps names to hashes, one alone is a single file; `grid` is a name.
+
+        `needs` is what programs must be told, if anything, and `notes` are good to know.
+        """
         config = _public(self.record.get("config", {}))
         base = _public(self.record.get("model", {}).get("source", self.source))
         facts = {
@@ -175,6 +185,8 @@ class History:
             title=title,
             heading=_cell(title),
             folded=folded,
+            needs=bool(needs),
+            told=[_plain(line) for line in (needs, *notes) if line],
             hub_base=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
             facts=[(name, _cell(value)) for name, value in facts.items() if value is not None],
             grid=quote(grid) if grid else None,
@@ -208,6 +220,11 @@ def _public(value: Any) -> Any:
         return {name: _public(item) for name, item in value.items()}
     path = Path(value) if isinstance(value, str) else Path()
     return path.name if path.is_absolute() else value
+
+
+def _plain(text: str) -> str:
+    """Text in which a name begins no markup; code spans stay."""
+    return re.sub(r"([|<\\\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _cell(value: Any) -> str:

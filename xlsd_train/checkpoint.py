@@ -8,6 +8,7 @@ checkpoints/step-00000250/
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -23,11 +24,14 @@ from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
 from xlsd_train.ema import Ema
 from xlsd_train.find import TEXT_ENCODER, UNET
+from xlsd_train.finite import count, unfit
 from xlsd_train.model import Model
 from xlsd_train.optim import numbers, set_numbers
 from xlsd_train.steps import checkpoints, step_of
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+# What holds back an optimizer that finds its rate, of which --lr is a factor.
+CALMER = {"dlion": "a --d-max below what d came to", "prodigy": "a --d-growth nearer to 1"}
 
 
 def save_checkpoint(
@@ -38,14 +42,21 @@ def save_checkpoint(
     state: dict[str, Any],
     ema: Ema | None = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]`; its folder appears when all of it is on the disk."""
+    """Write the checkpoint of `state["step"]`; its folder appears when all of it is on the disk.
+
+    Raises UserError, and writes nothing, where a number of it is nan or infinite.
+    """
     final = run / "checkpoints" / f"step-{state['step']:08d}"
     if final.exists():  # stopped at the step it was resumed from
         return final
+    trained = {name.partition(".")[0] for name in named}
+    states = {name: optimizer.state[parameter] for name, parameter in named.items()}
+    found = numbers(optimizer)
+    tensors = _trained_tensors(model, trained, states) | (ema.tensors() if ema else {})
+    _refuse_unfit(run, state["step"], tensors, found)
     folder = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
     folder.mkdir(parents=True)
     try:
-        trained = {name.partition(".")[0] for name in named}
         for part, file in (("unet", UNET), ("text_encoder", TEXT_ENCODER)):
             if part in trained:
                 save_file(model.weights(part), folder / file, {"format": "pt"})
@@ -53,13 +64,12 @@ def save_checkpoint(
                 link_or_copy(run / "base" / file, folder / file)
         tensors = {
             f"{name}/{key}": torch.as_tensor(value).contiguous()  # Prodigy's step is an int
-            for name, parameter in named.items()
-            for key, value in optimizer.state[parameter].items()
+            for name, held in states.items()
+            for key, value in held.items()
         }
         save_file(tensors, folder / OPTIMIZER, {"format": "pt"})
         if ema:
             ema.save(folder)
-        found = numbers(optimizer)
         write_json(folder / STATE, {**state, "optimizer": found} if found else state)
         for path in folder.iterdir():
             fsync_file(path)
@@ -70,6 +80,60 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return final
+
+
+def _trained_tensors(
+    model: Model, trained: set[str], states: dict[str, dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Weights and optimizer by name, where they are, not copied."""
+    weights = {
+        f"{part}.{name}": value
+        for part in sorted(trained, reverse=True)
+        for name, value in getattr(model, part).state_dict().items()
+    }
+    return weights | {
+        f"{name}/{key}": value
+        for name, held in states.items()
+        for key, value in held.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _refuse_unfit(
+    run: Path, step: int, tensors: dict[str, Tensor], counted: dict[str, float]
+) -> None:
+    """Raises UserError where a weight, the optimizer or an average is nan or infinite.
+
+    It names the first, and says what to do. On a card it waits once, for one pass over them.
+    """
+    bad = [f"{name} ({count(tensors[name])})" for name in unfit(tensors)]
+    bad += [f"the optimizer's {name}" for name, x in counted.items() if not math.isfinite(x)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        raise UserError(
+            f"after step {step} some numbers are nan or infinite, those of {bad[0]}{more}; nothing "
+            f"of it was kept: {remedy(run)}"
+        )
+
+
+def remedy(run: Path) -> str:
+    """What to do where numbers have become nan or infinite, with a checkpoint or without one.
+
+    What a run was begun with may not change on resuming, but by --force.
+    """
+    path = run / "config.json"
+    record: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    calmer = CALMER.get(record.get("config", {}).get("optimizer", ""), "a lower --lr")
+    there = checkpoints(run)
+    if not there:
+        return (
+            f"no checkpoint is there yet to go on from, so begin again with {calmer} and another "
+            f"--out"
+        )
+    return (
+        f"{there[-1]} stands: to go on from it, give the same command with --out {run}, {calmer} "
+        f"and --force"
+    )
 
 
 def load_optimizer(
@@ -84,6 +148,8 @@ def load_optimizer(
         there = {f"{name}/{key}" for name, p in named.items() for key in optimizer.state[p]}
         if there != tensors.keys():
             raise ValueError(f"{min(there ^ tensors.keys())} is in only one of them")
+        if bad := unfit(tensors):
+            raise ValueError(f"{bad[0]} has {count(tensors[bad[0]])} that are nan or infinite")
         for path, value in tensors.items():
             name, _, key = path.rpartition("/")
             state = optimizer.state[named[name]]

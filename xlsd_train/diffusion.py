@@ -13,9 +13,8 @@ from torch import Tensor
 
 from xlsd_cache import UserError
 from xlsd_train.config import Kind, Weighting, check_weighting
+from xlsd_train.prediction import has_zero_snr, prediction_type, scheduler_for
 
-# What a scheduler's config says of the objective; all else in it is the noise schedule's.
-_OURS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "use_flow_sigmas")
 _PREDICTIONS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}
 SNR_CAP = 1000.0
 
@@ -46,7 +45,7 @@ class Objective:
 
     def record(self, before: dict[str, Any]) -> dict[str, Any]:
         """For config.json: what is predicted, and what the scheduler's config said before."""
-        said, says = map(prediction_type, (before, self.scheduler_config))
+        said, says = map(_in_words, (before, self.scheduler_config))
         return {"kind": self.kind, "before": said, "anew": said != says}
 
     def corrupt(
@@ -108,39 +107,10 @@ def predicts(scheduler_config: dict[str, Any]) -> Kind:
     return _PREDICTIONS[said]
 
 
-def prediction_type(scheduler_config: dict[str, Any]) -> str:
-    """As the scheduler's config says, in diffusers' words."""
-    if str(scheduler_config.get("_class_name", "")).startswith("FlowMatch"):
-        return "flow_prediction"
-    return str(scheduler_config.get("prediction_type", "epsilon"))
-
-
-def scheduler_for(kind: Kind, scheduler_config: dict[str, Any]) -> dict[str, Any]:
-    """The model's scheduler config, made to say what it will predict and how to sample it.
-
-    v: zero terminal SNR and trailing timesteps, as arXiv 2305.08891, sections 3.1 to 3.3, wants.
-    flow: diffusers' DPM-Solver with sigma = t / T, which StableDiffusionPipeline can drive;
-    FlowMatchEulerDiscreteScheduler lacks what that pipeline asks of a scheduler.
-    Raises UserError for a flow model's scheduler, which has no betas to train eps or v on.
-    """
+def _in_words(scheduler_config: dict[str, Any]) -> str:
     said = prediction_type(scheduler_config)
-    if kind == "eps" and said == "epsilon":
-        return scheduler_config
-    if kind != "flow" and said == "flow_prediction" and "beta_start" not in scheduler_config:
-        raise UserError(
-            f"--objective {kind} needs a noise schedule, and the model's "
-            f"{scheduler_config['_class_name']} has none; take --objective flow"
-        )
-    kept = {key: value for key, value in scheduler_config.items() if key not in _OURS}
-    if kind == "eps":
-        return {**kept, "prediction_type": "epsilon"}
-    kept["_class_name"] = "DPMSolverMultistepScheduler"
-    if kind == "v":
-        kept |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-        return {**kept, "timestep_spacing": "trailing"}
-    shift = kept.pop("shift", kept.pop("flow_shift", 1.0))
-    kept |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    return {**kept, "flow_shift": shift}
+    ends = said == "v_prediction" and not has_zero_snr(scheduler_config)
+    return f"{said} without zero terminal SNR" if ends else said
 
 
 def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import link_or_copy
+from xlsd_train.finite import unfit
 from xlsd_train.power import gamma_of, kept, superfluous
 
 SIGMAS = ("0.05", "0.10")
@@ -94,14 +95,17 @@ class Ema:
 
     def save(self, folder: Path) -> None:
         """Write the snapshot into a checkpoint's folder."""
+        # One entry: safetensors writes several in random order, and files would differ by run.
+        save_file(self.tensors(), folder / SNAPSHOT, {"step": str(self.step)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages under the snapshot's names, up to the last update."""
         self.finish()
-        tensors = {
+        return {
             f"{sigma}/{name}": value
             for sigma, average in self.averages.items()
             for name, value in average.items()
         }
-        # One entry: safetensors writes several in random order, and files would differ by run.
-        save_file(tensors, folder / SNAPSHOT, {"step": str(self.step)})
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint. Raises UserError where it has no snapshot of this model."""
@@ -114,7 +118,9 @@ class Ema:
                     for name, value in average.items():
                         value.copy_(file.get_tensor(f"{sigma}/{name}"))
                 self.step = int(file.metadata()["step"])
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            if bad := unfit(self.tensors()):
+                raise ValueError(f"{bad[0]} is not finite")
+        except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{path} does not fit this run ({error}); it is damaged or another run's: remove "
                 f"{checkpoint} to go on from the checkpoint before it"

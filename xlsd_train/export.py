@@ -1,31 +1,30 @@
 """`xlsd-train export`: a model for other programs, written a tensor at a time and read back."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 
 from xlsd_cache import UserError
-from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_bytes, write_json
+from xlsd_cache.durable import fsync_file, write_bytes, write_json
 from xlsd_cache.terminal import say
 from xlsd_cache.vae import Vae, load_vae
 from xlsd_train import sd15
+from xlsd_train.appearing import appearing, missing_config, withdrawing, write_beside
 from xlsd_train.card import History
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
+from xlsd_train.ldm_config import ldm_config
 from xlsd_train.model import model_vae
 from xlsd_train.model_commands import ExportConfig
-from xlsd_train.network import POSITIONS, PREFIX, Part, empty
+from xlsd_train.needs import needs, notes
+from xlsd_train.network import POSITIONS, PREFIX, Part, checked, empty
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored, compare_tensors, in_memory, sha256_of, write_tensors
 from xlsd_train.text import copy_tokenizer
@@ -53,8 +52,42 @@ def write_model(
 ) -> Path:
     """A whole model, as a single file or as a folder of diffusers, durably or not at all."""
     factor = SD15_FACTOR if single and factor is None else factor
-    vae, folded = fold_vae(vae_in(parts), factor, parts.trained)
+    parts, folded, needed, noted = _prepared(parts, out.name, single, factor)
     history = History.of(parts.source, parts.checkpoint)
+    title = out.stem if single else out.name
+    metadata = history.metadata(title, folded, parts.scheduler)
+    config = missing_config(out, _ldm_config(parts, out.name)) if single else None
+    grid = f"{title}.samples.png" if single else "samples.png"
+    write = _write_file if single else _write_folder
+    written: list[Path] = []
+    with withdrawing(written), appearing(out) as temporary:
+        with _told(parts.source, out, dtype):
+            hashes = write(parts, temporary, out, DTYPES[dtype], metadata)
+        card = history.card(
+            title, folded, dtype, hashes, grid if history.grid else None, needed, noted
+        )
+        beside = {f"{title}.md" if single else "README.md": card.encode()}
+        if history.grid is not None:
+            beside[grid] = history.grid.read_bytes()
+        if config is not None:
+            beside[f"{title}.yaml"] = config.encode()
+        write_beside(out.parent if single else temporary, beside, written)
+    say(folded)
+    for file, digest in hashes.items():
+        path = out if single else out / file
+        say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
+    if needed:
+        say(needed)
+    return out
+
+
+def _prepared(
+    parts: Parts, name: str, single: bool, factor: float | None
+) -> tuple[Parts, str, str, list[str]]:
+    """The parts as they are written; in words what was done, what programs need, what to note."""
+    parts = _checked(parts)
+    own = float(empty("vae", vae_in(parts).config).config["scaling_factor"])
+    vae, folded = fold_vae(vae_in(parts), factor, parts.trained)
     parts = replace(parts, vae=vae)
     if parts.clip_skip:
         parts = pass_on(parts)
@@ -67,33 +100,39 @@ def write_model(
             " Its convolutions pad by reflection, which no model file can say: set padding_mode to "
             "reflect in the program that decodes, or pictures have artefacts at their edges."
         )
-    title = out.stem if single else out.name
-    metadata = history.metadata(title, folded, parts.scheduler)
-    grid = f"{title}.samples.png" if single else "samples.png"
-    write = _write_file if single else _write_folder
-    with _appearing(out) as temporary:
-        try:
-            hashes = write(parts, temporary, out, DTYPES[dtype], metadata)
-        except OverflowError as error:
-            raise UserError(
-                f"{parts.source} has weights that {dtype} cannot hold: {error}; give --dtype bf16 "
-                f"or fp32"
-            ) from error
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot export {parts.source} to {out}: {error}; nothing was written there: mend "
-                f"that and run the same again"
-            ) from error
-        card = history.card(title, folded, dtype, hashes, grid if history.grid else None)
-        beside = out.parent if single else temporary
-        write_bytes(beside / (f"{title}.md" if single else "README.md"), card.encode())
-        if history.grid is not None:
-            write_bytes(beside / grid, history.grid.read_bytes())
-    say(folded)
-    for file, digest in hashes.items():
-        path = out if single else out / file
-        say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
-    return out
+    assert parts.text_encoder is not None
+    tokens = parts.text_encoder.tensors[POSITIONS].shape[0]
+    needed = needs(name, parts.scheduler, tokens, single, parts.vae_padding == "reflect")
+    return parts, folded, needed, notes(own, factor or own, single)
+
+
+@contextmanager
+def _told(source: str, out: Path, dtype: str) -> Iterator[None]:
+    """What can go wrong in writing, as a user is told it."""
+    try:
+        yield
+    except OverflowError as error:
+        remedy = "give --dtype bf16 or fp32" if dtype == "fp16" else "give another model"
+        raise UserError(
+            f"{source} has weights that {dtype} cannot hold: {error}; {remedy}"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot export {source} to {out}: {error}; nothing was written there: mend that and "
+            f"run the same again"
+        ) from error
+
+
+def _ldm_config(parts: Parts, name: str) -> str | None:
+    assert parts.text_encoder is not None
+    return ldm_config(parts.unet, parts.text_encoder, vae_in(parts), parts.scheduler, name)
+
+
+def _checked(parts: Parts) -> Parts:
+    """The same, of which reading raises UserError where a weight is not finite."""
+    assert parts.text_encoder is not None
+    encoder, vae = checked(parts.text_encoder), checked(vae_in(parts))
+    return replace(parts, unet=checked(parts.unet), text_encoder=encoder, vae=vae)
 
 
 def with_decoder(parts: Parts, spec: str) -> Parts:
@@ -209,7 +248,9 @@ def _write_folder(
             config = {k: v for k, v in config.items() if k != "dtype"}
             config["torch_dtype"] = str(dtype).removeprefix("torch.")
         write_json(temporary / part.kind / "config.json", config)
-        tensors = {name: stored.to(dtype) for name, stored in part.tensors.items()}
+        tensors = {
+            name: stored.to(dtype, f"{part.kind}'s {name}") for name, stored in part.tensors.items()
+        }
         file = f"{part.kind}/{FILES[part.kind]}"
         hashes[file] = _write_weights(temporary / file, tensors, told)
     assert parts.tokenizer is not None
@@ -257,25 +298,3 @@ def _write_tokenizer(source: Path, target: Path, tokens: int) -> None:
             ) from error
         write_bytes(target / "vocab.json", vocabulary.encode())
         write_bytes(target / "merges.txt", "\n".join(["#version: 0.2", *pairs, ""]).encode())
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends well, it becomes `out`, durably and whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{escape(out.name)}.*{TEMPORARY}"):  # by a killed export
-        if not psutil.pid_exists(int(left.name.split(".")[-2])):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        yield temporary
-        for path in [temporary, *temporary.rglob("*")]:
-            fsync_folder(path) if path.is_dir() else fsync_file(path)
-        if out.is_dir():
-            out.rmdir()  # it is empty
-        temporary.rename(out)
-        fsync_folder(out.parent)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)

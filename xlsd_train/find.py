@@ -11,7 +11,7 @@ from typing import Any
 
 from xlsd_cache import Padding, UserError
 from xlsd_cache.hub import no_such, repository_of
-from xlsd_cache.terminal import say
+from xlsd_cache.terminal import say, warn
 from xlsd_train import names, sd15
 from xlsd_train.fold import Normalisation
 from xlsd_train.foreign import UNET_ALONE, kind_of, remedy
@@ -34,6 +34,7 @@ from xlsd_train.network import (
     read_config,
     read_json,
 )
+from xlsd_train.prediction import file_scheduler, has_zero_snr, prediction_type
 from xlsd_train.tensors import open_tensors
 
 UNET, TEXT_ENCODER = "unet.safetensors", "text_encoder.safetensors"  # in a checkpoint
@@ -77,7 +78,7 @@ def find(
         )
     found = _find(source, ema, vae)
     if unet is not None:
-        found = replace(found, unet=part_of("unet", unet, found.unet.config, "--unet"))
+        found = _with_unet(found, part_of("unet", unet, found.unet.config, "--unet"), unet)
     if text_encoder is not None:
         config = found.text_encoder.config if found.text_encoder else sd15.TEXT_ENCODER
         encoder, own = text_encoder_of(text_encoder, config)
@@ -166,6 +167,53 @@ def part_of(kind: Kind, source: str, config: Mapping[str, Any], option: str) -> 
     return plain_part(kind, config, tensors, str(path))
 
 
+def _with_unet(found: Parts, unet: Part, source: str) -> Parts:
+    """The model with another UNet, and with the scheduler that lies with that, if one does.
+
+    What is predicted is the UNet's. Warns where that is not the model's.
+    """
+    theirs = _scheduler_of(Path(source).expanduser())
+    found = replace(found, unet=unet)
+    if theirs is None:
+        return found
+    ours = found.scheduler
+    if all(of(theirs) == of(ours) for of in (prediction_type, has_zero_snr)):
+        return found
+    warn(
+        f"--unet {source} predicts {prediction_type(theirs)} and {found.source} "
+        f"{prediction_type(ours)}: the UNet's own noise schedule is taken"
+    )
+    return replace(found, scheduler=theirs)
+
+
+def _scheduler_of(unet: Path) -> dict[str, Any] | None:
+    """What a UNet's folder, file or run says of its scheduler; None where it says nothing."""
+    if unet.is_file() and unet.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+        inside = unet.parent / "state.json"
+        return _scheduler_of(unet.parent) if inside.is_file() else _scheduler_by_file(unet)
+    if (unet / "checkpoints").is_dir():
+        return _beside(unet / "base")
+    if (unet / "state.json").is_file():
+        return _beside(unet.parent.parent / "base")
+    return _beside(unet) or (_beside(unet.parent) if unet.name == "unet" else None)
+
+
+def _scheduler_by_file(path: Path) -> dict[str, Any] | None:
+    """A single file's; of a UNet in a pipeline's folder, the pipeline's."""
+    folder = path.parent.parent if path.parent.name == "unet" else path.parent
+    tensors, metadata = open_tensors(path)
+    return file_scheduler(path, tensors, metadata, _own_scheduler(metadata), _beside(folder))
+
+
+def _beside(folder: Path) -> dict[str, Any] | None:
+    return _scheduler(folder) if (folder / "scheduler").is_dir() else None
+
+
+def _own_scheduler(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What our exports keep in their header."""
+    return json.loads(metadata[CONFIGS]).get("scheduler") if CONFIGS in metadata else None
+
+
 def _find(source: str, ema: bool, vae: bool) -> Parts:
     path = Path(source).expanduser()
     if (path / "checkpoints").is_dir():
@@ -245,7 +293,7 @@ def _in_file(path: Path, source: str, ema: bool) -> Parts:
         raise UserError(f"{source} is no SD1.5 in a single file: it is {told}" + remedy(kind))
     configs = {"unet": sd15.UNET, "text_encoder": sd15.TEXT_ENCODER, "vae": sd15.VAE}
     configs |= _configs(path, metadata)
-    own = configs.pop("scheduler", sd15.SCHEDULER)
+    own = configs.pop("scheduler", None)
     found = {
         name: ldm_part(name, config, tensors, source, ema)  # type: ignore[arg-type]
         for name, config in configs.items()
@@ -253,7 +301,7 @@ def _in_file(path: Path, source: str, ema: bool) -> Parts:
     unet, beside = found["unet"], path.parent / "tokenizer"
     assert unet is not None
     tokenizer = beside if beside.is_dir() else None
-    scheduler = _scheduler(path.parent) if (path.parent / "scheduler").is_dir() else own
+    scheduler = file_scheduler(path, tensors, metadata, own, _beside(path.parent)) or sd15.SCHEDULER
     return Parts(source, unet, found["text_encoder"], found["vae"], tokenizer, scheduler)
 
 

@@ -76,7 +76,7 @@ def _train(session: Session, stop: StopSignal) -> None:
         ) as loader,
         tqdm(total=last, initial=first - 1, unit="step", disable=not session.main) as bar,
     ):
-        batches, meter = iter(loader), Meter(state["smoothed"])
+        batches, meter = iter(loader), Meter(state["smoothed"], run.folder)
 
         meter.begin()
         for step in range(first, last + 1):

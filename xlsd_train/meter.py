@@ -8,12 +8,14 @@ never by a checkpoint.
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xlsd_cache import UserError
+from xlsd_train.checkpoint import remedy
 
 SMOOTHING = 0.99  # weight of the past in the smoothed loss, a step
 
@@ -23,6 +25,7 @@ class Meter:
     """Takes the steps in order; `flush` and `add` give the lines that are due for the metrics."""
 
     smoothed: list[float]  # [sum, weight], whose ratio needs no start-up correction
+    run: Path | None = None  # whose checkpoints a loss that is not finite leaves
     _pending: tuple[dict[str, Any], int, Tensor, Tensor, float | None] | None = None
     _begun: float = 0.0
 
@@ -51,8 +54,8 @@ class Meter:
         seconds, self._begun = ended - self._begun, ended
         if not math.isfinite(both[0]):
             raise UserError(
-                f"the loss of step {line['step']} is {both[0]}; nothing of it was kept: go on from "
-                f"the last checkpoint with a lower --lr"
+                f"the loss of step {line['step']} is {both[0]}; nothing of it was kept"
+                + (f": {_remedy(self.run, line['step'])}" if self.run else "")
             )
         total, weight = (SMOOTHING * part for part in self.smoothed)
         self.smoothed = [total + both[0], weight + 1]
@@ -60,3 +63,13 @@ class Meter:
         line["loss_smoothed"] = self.smoothed[0] / self.smoothed[1]
         line["images_per_s"] = images / seconds
         return [line]
+
+
+def _remedy(run: Path, step: int) -> str:
+    """Before the first step no rate has moved a weight."""
+    if step == 1:
+        return (
+            "no weight had moved yet, so --lr is not the cause: look for wrong latents with "
+            "`xlsd-cache check`, or try another --model"
+        )
+    return remedy(run)

@@ -6,18 +6,21 @@ latent-diffusion's names: what training loads and what export writes both come f
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from xlsd_cache import UserError
 from xlsd_cache.vae import CLASSES
 from xlsd_train import names
+from xlsd_train.finite import count, is_finite, unfit
 from xlsd_train.tensors import Stored, open_tensors
 
 Kind = Literal["unet", "text_encoder", "vae"]
@@ -50,14 +53,52 @@ def empty(kind: Kind, config: Mapping[str, Any]) -> Any:
 
 
 def build(part: Part) -> Any:
-    """The network with its weights, fp32 on the CPU, in evaluation mode."""
+    """The network with its weights, fp32 on the CPU, in evaluation mode.
+
+    Raises UserError where a weight is not finite.
+    """
     module = empty(part.kind, part.config)
     state = {
-        name.removeprefix(PREFIX): stored.read().to(torch.float32, copy=True)
-        for name, stored in part.tensors.items()
+        name: stored.read().to(torch.float32, copy=True) for name, stored in part.tensors.items()
     }
+    if bad := unfit(state):
+        raise _not_finite(part, bad[0], state[bad[0]], len(bad) - 1)
+    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
     module.load_state_dict(state, assign=True)
     return module.eval()
+
+
+def checked(part: Part) -> Part:
+    """The same, of which reading raises UserError where a weight is not finite."""
+
+    def read(name: str, stored: Stored) -> Tensor:
+        value = stored.read()
+        if not is_finite(value):
+            raise _not_finite(part, name, value)
+        return value
+
+    tensors = {
+        name: replace(stored, read=partial(read, name, stored))
+        for name, stored in part.tensors.items()
+    }
+    return replace(part, tensors=tensors)
+
+
+def _not_finite(part: Part, name: str, value: Tensor, others: int = 0) -> UserError:
+    """What is wrong with a part: which tensor, as its file calls it too, and what to do."""
+    there = part.tensors[name].name
+    where = f", {there} in the file," if there not in ("", name) else ""
+    more = f", and so have {others} more of its tensors" if others else ""
+    checkpoint = Path(part.source).parent
+    remedy = "fetch or make it anew, or give another"
+    if (checkpoint / "state.json").is_file():
+        remedy = (
+            f"remove {checkpoint}, so that the checkpoint before it counts, or name an earlier one"
+        )
+    return UserError(
+        f"{part.source}: {part.kind}'s {name}{where} has {count(value)} that are nan or "
+        f"infinite{more}; {remedy}"
+    )
 
 
 def ldm_part(

@@ -20,6 +20,7 @@ from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy
 from xlsd_cache.terminal import say
 from xlsd_train.ema import SIGMAS, snapshots
 from xlsd_train.find import TEXT_ENCODER, UNET
+from xlsd_train.finite import count, is_finite, unfit
 from xlsd_train.network import PREFIX
 from xlsd_train.power import Profile, coefficients, gamma_of
 from xlsd_train.run_commands import EmaConfig
@@ -59,7 +60,7 @@ def reconstruct(config: EmaConfig) -> None:
         keys = list(files[0].keys())
         names = [name.partition("/")[2] for name in keys if name.startswith(SIGMAS[0])]
         averaged = {
-            name: _sum(terms, counts.tolist(), name)
+            name: _sum(run, terms, counts.tolist(), name)
             for name in tqdm(names, unit="tensor", disable=None)
         }
     said = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
@@ -67,14 +68,28 @@ def reconstruct(config: EmaConfig) -> None:
     say(f"{out}: as --model takes it")
 
 
-def _sum(terms: list[tuple[Any, str]], counts: list[float], name: str) -> Tensor:
+def _sum(run: Path, terms: list[tuple[Any, str]], counts: list[float], name: str) -> Tensor:
     """One tensor, f32, summed in f64: counts of both signs nearly cancel."""
     total: Tensor | None = None
-    for (file, sigma), count in zip(terms, counts, strict=True):
-        value = file.get_tensor(f"{sigma}/{name}").double() * count
+    for (file, sigma), times in zip(terms, counts, strict=True):
+        value = file.get_tensor(f"{sigma}/{name}").double() * times
         total = value if total is None else total.add_(value)
     assert total is not None
-    return total.float()
+    if not is_finite(average := total.float()):
+        raise _unfit(run, terms, name)
+    return average
+
+
+def _unfit(run: Path, terms: list[tuple[Any, str]], name: str) -> UserError:
+    """Which of the snapshots is the first that holds what no average can be made of."""
+    for file, sigma in terms:
+        if not is_finite(value := file.get_tensor(f"{sigma}/{name}")):
+            path = snapshots(run)[int(file.metadata()["step"])]
+            return UserError(
+                f"{path}: {sigma}/{name} has {count(value)} that are nan or infinite; remove it, "
+                f"and those after it"
+            )
+    return UserError(f"the average of {name} is too large for fp32; give another --sigma-rel")
 
 
 def _opened(path: Path) -> Any:
@@ -100,6 +115,11 @@ def _write(
             state = load_file(newest / file)
             for name in state:
                 state[name] = averaged.get(f"{part}.{name.removeprefix(prefix)}", state[name])
+            if bad := unfit(state):
+                raise UserError(
+                    f"{newest / file}: {bad[0]} has {count(state[bad[0]])} that are nan or "
+                    f"infinite; remove {newest}"
+                )
             save_file(state, checkpoint / file, {"format": "pt"})
             fsync_file(checkpoint / file)
         write_json(checkpoint / "state.json", {"step": step, "ema": said})

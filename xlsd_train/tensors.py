@@ -6,7 +6,6 @@ format is safetensors': eight bytes of length, a JSON header, the tensors withou
 
 import hashlib
 import json
-import math
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xlsd_cache import UserError
+from xlsd_train.finite import count, is_finite
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,6 +48,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    name: str = ""  # in its file
 
     @property
     def nbytes(self) -> int:
@@ -58,16 +59,20 @@ class Stored:
         """The same numbers in another shape."""
         return replace(self, shape=shape, read=lambda: self.read().reshape(shape))
 
-    def to(self, dtype: torch.dtype) -> "Stored":
-        """In another dtype; integers stay. Reading raises OverflowError where it cannot hold it."""
+    def to(self, dtype: torch.dtype, what: str = "") -> "Stored":
+        """In another dtype; integers stay.
+
+        Reading raises OverflowError, which names `what`, where the dtype cannot hold a number.
+        """
         if dtype == self.dtype or not self.dtype.is_floating_point:
             return self
 
         def read() -> Tensor:
             old = self.read()
             new = old.to(dtype)
-            if not _finite(new) and _finite(old):
-                raise OverflowError(f"{old.abs().max():g} is too large for {dtype}")
+            if not is_finite(new) and is_finite(old):
+                most = old.abs().max().item()
+                raise OverflowError(f"{what or self.name}, {count(new)}, the largest {most:g}")
             return new
 
         return replace(self, dtype=dtype, read=read)
@@ -91,7 +96,8 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 piece = file.get_slice(name)
                 dtype = DTYPES[piece.get_dtype()]
-                stored[name] = Stored(tuple(piece.get_shape()), dtype, partial(_read, path, name))
+                read = partial(_read, path, name)
+                stored[name] = Stored(tuple(piece.get_shape()), dtype, read, name)
             return stored, dict(file.metadata() or {})
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(
@@ -162,11 +168,6 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(_bytes(tensor).data).digest()
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Without the temporaries that torch.isfinite makes."""
-    return not tensor.numel() or all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
-
-
 def _is_pickle(path: Path) -> bool:
     """Whether torch.save wrote it, in its zip format or the older one."""
     with path.open("rb") as file:
@@ -189,7 +190,8 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
     while isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
         held = held["state_dict"]
     items = held.items() if isinstance(held, dict) else ()
-    return {str(name): in_memory(value) for name, value in items if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in items if isinstance(value, Tensor)}
+    return {name: replace(in_memory(value), name=name) for name, value in tensors.items()}
 
 
 def _why(path: Path, error: Exception) -> str:

@@ -12,7 +12,8 @@ from diffusers.training_utils import compute_snr
 from tests.support import files, metrics, train
 from tests.train.conftest import Open
 from xlsd_cache import UserError
-from xlsd_train.diffusion import Objective, alphas_cumprod, make_objective, scheduler_for
+from xlsd_train.diffusion import Objective, alphas_cumprod, make_objective
+from xlsd_train.prediction import scheduler_for
 
 Config = dict[str, Any]
 STEPS = torch.arange(1000)

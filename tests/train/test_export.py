@@ -17,12 +17,14 @@ from benchmarks.demo.pipeline import make_pipeline, read_captions
 from tests.support import train
 from tests.train.test_names import published
 from xlsd_train import sd15
+from xlsd_train.config import Kind
 from xlsd_train.export import fold_vae
 from xlsd_train.find import find
 from xlsd_train.fold import SD15_FACTOR
 from xlsd_train.names import UNET as PREFIX
 from xlsd_train.names import ema_name
 from xlsd_train.network import Part, build, config_of, empty, shapes_of
+from xlsd_train.prediction import scheduler_for
 from xlsd_train.single_file import single_file
 from xlsd_train.tensors import Stored
 
@@ -474,3 +476,104 @@ def test_exported_parts_load_in_diffusers_with_every_weight(model: Path, tmp_pat
     assert not any(told.values())
     ours = build(find(str(model)).unet)
     assert equal(dict(unet.state_dict()), dict(ours.state_dict()))
+
+
+SINGLE = ("--format", "single-file")
+
+
+def predicting(model: Path, out: Path, kind: Kind) -> Path:
+    """The small model, saying that it predicts this."""
+    shutil.copytree(model, out)
+    path = out / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(scheduler_for(kind, json.loads(path.read_bytes()))))
+    return out
+
+
+def test_a_v_file_says_so_to_every_program(model: Path, tmp_path: Path, capsys: Out) -> None:
+    source, out = predicting(model, tmp_path / "source", "v"), tmp_path / "out" / "my.v.safetensors"
+    export(source, out, *SINGLE)
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    card = (out.parent / "my.v.md").read_text()
+    for told in (last, card):
+        assert "my.v.yaml" in told
+        assert "ModelSamplingDiscrete (v_prediction, zsnr on)" in told
+    assert "it needs nothing else" not in card
+    assert "parameterization: v\n" in (out.parent / "my.v.yaml").read_text()
+    assert {"v_pred", "ztsnr"} <= load_file(out).keys()
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "my.v.md", "my.v.safetensors", "my.v.yaml"
+    ]  # fmt: skip
+    assert find(str(out)).scheduler == find(str(source)).scheduler
+    # The marks are no weights, and disturb no loader.
+    config = assuming(model, tmp_path / "sd15")
+    pipeline = StableDiffusionPipeline.from_single_file(str(out), config=config)
+    ours = build(find(str(source)).unet).state_dict()
+    assert equal(dict(pipeline.unet.state_dict()), dict(ours))
+
+
+def test_a_flow_file_has_no_yaml_and_tells_what_it_needs(
+    model: Path, tmp_path: Path, capsys: Out
+) -> None:
+    source, out = predicting(model, tmp_path / "source", "flow"), tmp_path / "f.safetensors"
+    export(source, out, *SINGLE)
+    assert "ModelSamplingSD3 with shift 1.0" in capsys.readouterr().out.splitlines()[-1]
+    assert "needs nothing else" not in (tmp_path / "f.md").read_text()
+    assert not (tmp_path / "f.yaml").exists()
+    assert "v_pred" not in load_file(out)
+    export(source, tmp_path / "folder")
+    assert "diffusers must be 0.32 or newer" in (tmp_path / "folder/README.md").read_text()
+
+
+def test_an_eps_file_needs_nothing_else_and_both_cards_speak_of_the_factors(
+    keys_file: Path, single: Path, model: Path, tmp_path: Path
+) -> None:
+    card = keys_file.with_suffix(".md").read_text()
+    assert "it needs nothing else" in card
+    assert "from_single_file" not in card  # nothing was folded
+    assert not keys_file.with_suffix(".yaml").exists()
+    folder = export(model, tmp_path / "folder") / "README.md"
+    for path in (single.with_suffix(".md"), folder):
+        assert "`from_single_file`" in path.read_text()
+        assert "--no-half-vae" in path.read_text()
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+def test_another_yaml_beside_is_refused_and_left(
+    model: Path, tmp_path: Path, capsys: Out, kind: Kind
+) -> None:
+    """Else A1111 and Forge would read the one file by the other."""
+    source, out = predicting(model, tmp_path / "source", kind), tmp_path / "out" / "m.safetensors"
+    out.parent.mkdir()
+    out.with_suffix(".yaml").write_text("model: {params: {parameterization: v}}")
+    assert train("export", source, out, *SINGLE) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "m.yaml exists already, and A1111 and Forge would read it as m.safetensors's" in line
+    assert [path.name for path in out.parent.iterdir()] == ["m.yaml"]
+    assert out.with_suffix(".yaml").read_text() == "model: {params: {parameterization: v}}"
+
+
+def test_a_killed_exports_own_yaml_is_no_obstacle_and_a_failed_ones_is_withdrawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import xlsd_train.appearing as module
+
+    source = predicting(model, tmp_path / "source", "v")
+    first, again = tmp_path / "a" / "m.safetensors", tmp_path / "b" / "m.safetensors"
+    seen = []
+    real = module.fsync_file
+
+    def full(path: Path) -> None:
+        seen.extend(sorted(x.name for x in path.parent.iterdir() if x.name[0] != "."))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "fsync_file", full)
+    with pytest.raises(OSError, match="No space"):
+        train("export", source, first, *SINGLE)
+    assert seen == ["m.md", "m.yaml"]  # a model never has its name before them
+    assert list(first.parent.iterdir()) == []
+    monkeypatch.setattr(module, "fsync_file", real)
+    export(source, first, *SINGLE)
+    again.parent.mkdir()
+    shutil.copy(first.with_suffix(".yaml"), again.parent)
+    export(source, again, *SINGLE)
+    assert again.read_bytes() == first.read_bytes()

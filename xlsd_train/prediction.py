@@ -1,0 +1,214 @@
+"""What a model predicts: as a scheduler's config says it, and as files do, by several conventions.
+
+A single file has no scheduler. What it predicts is said, where it is said at all, by
+
+  NAME.yaml beside it        model.params.parameterization, which A1111 and Forge read
+  its keys v_pred and ztsnr  empty tensors, which Forge, ComfyUI (for SDXL) and others read
+  its header                 our configs; modelspec.prediction_type; sd-scripts'
+                             ss_v_parameterization and ss_zero_terminal_snr
+  scheduler/ beside it       as in a pipeline's folder
+
+and of that order the first one counts.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml  # type: ignore[import-untyped]
+
+from xlsd_cache import UserError
+from xlsd_cache.terminal import warn
+from xlsd_train import sd15
+from xlsd_train.tensors import Stored
+
+Kind = Literal["eps", "v", "flow"]
+V_PRED, ZTSNR = "v_pred", "ztsnr"  # names of empty tensors
+# What a scheduler's config says of the objective; all else in it is the noise schedule's.
+_OURS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "use_flow_sigmas")
+_ZERO = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+_WORDS = {  # as it is written somewhere, in lower case and with underscores -> diffusers' word
+    **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
+    **dict.fromkeys(("v_prediction", "v", "v_pred", "vpred", "velocity"), "v_prediction"),
+    **dict.fromkeys(("flow_prediction", "flow", "rectified_flow"), "flow_prediction"),
+    **dict.fromkeys(("sample", "x0"), "sample"),
+}
+_NEARLY_ZERO = 1e-6  # abar of a schedule's end: of zero terminal SNR less, of SD1.5's own 0.0047
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one place says."""
+
+    where: str
+    kind: str | None  # diffusers' word
+    zero_snr: bool | None = None
+
+
+def prediction_type(scheduler_config: Mapping[str, Any]) -> str:
+    """As the scheduler's config says, in diffusers' words."""
+    if str(scheduler_config.get("_class_name", "")).startswith("FlowMatch"):
+        return "flow_prediction"
+    return str(scheduler_config.get("prediction_type", "epsilon"))
+
+
+def has_zero_snr(scheduler_config: Mapping[str, Any]) -> bool:
+    """Whether its noise schedule ends in noise alone (arXiv 2305.08891)."""
+    return bool(scheduler_config.get("rescale_betas_zero_snr"))
+
+
+def scheduler_for(kind: Kind, scheduler_config: dict[str, Any]) -> dict[str, Any]:
+    """The model's scheduler config, made to say what it will predict and how to sample it.
+
+    v: zero terminal SNR and trailing timesteps, as arXiv 2305.08891, sections 3.1 to 3.3, wants.
+    flow: diffusers' DPM-Solver with sigma = t / T, which StableDiffusionPipeline can drive;
+    FlowMatchEulerDiscreteScheduler lacks what that pipeline asks of a scheduler.
+    Raises UserError for a flow model's scheduler, which has no betas to train eps or v on.
+    """
+    said = prediction_type(scheduler_config)
+    if kind == "eps" and said == "epsilon":
+        return scheduler_config
+    if kind != "flow" and said == "flow_prediction" and "beta_start" not in scheduler_config:
+        raise UserError(
+            f"--objective {kind} needs a noise schedule, and the model's "
+            f"{scheduler_config['_class_name']} has none; take --objective flow"
+        )
+    kept = {key: value for key, value in scheduler_config.items() if key not in _OURS}
+    if kind == "eps":
+        return {**kept, "prediction_type": "epsilon"}
+    kept["_class_name"] = "DPMSolverMultistepScheduler"
+    if kind == "v":
+        return {**kept, "prediction_type": "v_prediction", **_ZERO}
+    shift = kept.pop("shift", kept.pop("flow_shift", 1.0))
+    kept |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return {**kept, "flow_shift": shift}
+
+
+def file_scheduler(
+    path: Path,
+    tensors: Mapping[str, Stored],
+    header: Mapping[str, str],
+    own: dict[str, Any] | None,
+    beside: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """The scheduler's config of a single file, from all that it says; None where nothing does.
+
+    `own` is the one in its header, `beside` that of the folder in which it lies. Warns where two
+    places disagree.
+    """
+    said = [*_by_yaml(path.with_suffix(".yaml")), *_by_keys(tensors)]
+    said += [Said("its own scheduler", prediction_type(own), has_zero_snr(own))] if own else []
+    said += _by_header(path, header)
+    if beside:
+        said.append(Said("scheduler/ beside it", prediction_type(beside), has_zero_snr(beside)))
+    found = own or beside
+    if not said:
+        return found
+    kind = _first(path, "prediction type", [(it.where, it.kind) for it in said])
+    agree = [it for it in said if it.kind in (None, kind)]
+    zero = _first(path, "zero terminal SNR", [(it.where, it.zero_snr) for it in agree])
+    if zero is None:
+        zero = _ends_in_noise(tensors)
+    return _scheduler(str(kind or "epsilon"), bool(zero), found or sd15.SCHEDULER)
+
+
+def _scheduler(kind: str, zero: bool, found: dict[str, Any]) -> dict[str, Any]:
+    """A config that says both, as the found one where that does already."""
+    if kind == prediction_type(found) and (
+        kind == "flow_prediction" or zero == has_zero_snr(found)
+    ):
+        return found
+    if kind == "flow_prediction":
+        return scheduler_for("flow", found)
+    if prediction_type(found) == "flow_prediction" and "beta_start" not in found:
+        found = sd15.SCHEDULER
+    kept = {key: value for key, value in found.items() if key not in _OURS}
+    kept["prediction_type"] = kind
+    if zero:  # SD1.5's own scheduler, PNDM, does not know it
+        kept |= {"_class_name": "DPMSolverMultistepScheduler", **_ZERO}
+    return kept
+
+
+def _first(path: Path, what: str, told: list[tuple[str, Any]]) -> Any:
+    """What the first place says that says anything; warns where another one disagrees."""
+    known = [(where, value) for where, value in told if value is not None]
+    for where, value in known[1:]:
+        if value != known[0][1]:
+            beside = path.with_suffix(".yaml").name
+            remedy = f"; a {beside} beside it, with model.params.parameterization, would decide it"
+            warn(
+                f"{path}: two places disagree on its {what}: {known[0][0]} says {known[0][1]} and "
+                f"{where} {value}: the first is taken" + remedy * (known[0][0] != beside)
+            )
+            break
+    return known[0][1] if known else None
+
+
+def _by_keys(tensors: Mapping[str, Stored]) -> Iterator[Said]:
+    """Of the second alone the type is not known; where neither is, nothing is said."""
+    zero = True if ZTSNR in tensors else None
+    if V_PRED in tensors:
+        yield Said(f"its key {V_PRED}", "v_prediction", zero)
+    elif zero:
+        yield Said(f"its key {ZTSNR}", None, zero)
+
+
+def _by_header(path: Path, header: Mapping[str, str]) -> Iterator[Said]:
+    name = "modelspec.prediction_type"
+    if name in header:
+        yield Said(name, _word(path, name, header[name]))
+    told = {
+        name: _truth(header.get(name)) for name in ("ss_v_parameterization", "ss_zero_terminal_snr")
+    }
+    v, zero = told.values()
+    if v is not None:
+        yield Said("ss_v_parameterization", "v_prediction" if v else "epsilon")
+    if zero is not None:
+        yield Said("ss_zero_terminal_snr", None, zero)
+
+
+def _by_yaml(path: Path) -> Iterator[Said]:
+    """LDM's config; or sgm's, where a denoiser's scaling says it. Raises UserError for no YAML."""
+    if not path.is_file():
+        return
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot read {path}, which says what the model beside it predicts: {problem}; mend or "
+            f"remove it"
+        ) from error
+    params = _at(told, "model", "params")
+    scaling = _at(params, "denoiser_config", "params", "scaling_config", "target")
+    word = _at(params, "parameterization")
+    if word is None and isinstance(scaling, str):
+        word = scaling.rpartition(".")[2].removesuffix("Scaling")
+    if word is not None and (kind := _word(path, path.name, str(word))):
+        yield Said(path.name, kind)
+
+
+def _at(told: Any, *names: str) -> Any:
+    for name in names:
+        told = told.get(name) if isinstance(told, dict) else None
+    return told
+
+
+def _word(path: Path, where: str, given: str) -> str | None:
+    """Diffusers' word; warns of one that is unknown, and goes on without."""
+    word = given.strip().lower().replace("-", "_").replace(" ", "_")
+    if word and word not in _WORDS:
+        warn(f"{path}: {where} says that it predicts {given!r}, which is unknown and left aside")
+    return _WORDS.get(word)
+
+
+def _truth(given: str | None) -> bool | None:
+    """Python's words in a header; None where it says neither."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(given).strip().lower())
+
+
+def _ends_in_noise(tensors: Mapping[str, Stored]) -> bool:
+    """By the noise schedule that a file holds."""
+    held = tensors.get("alphas_cumprod")
+    return held is not None and bool(held.read().flatten()[-1] < _NEARLY_ZERO)
