@@ -38,9 +38,9 @@ from safetensors.numpy import save_file
 from benchmarks.real_step import machine
 from xlsd_cache import Precision, UserError
 from xlsd_cache.cli import main as xlsd_cache
-from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.encode import Encoder, to_input
 from xlsd_cache.precision import set_precision
+from xlsd_cache.quiet import quiet_libraries
 from xlsd_cache.vae import Vae, load_vae
 
 Batch = NDArray[np.uint8]  # [B, H, W, 3]

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from benchmarks.real_step import drawn_batch, machine, model_of, step_of
 from xlsd_cache import UserError
-from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.precision import set_precision
+from xlsd_cache.quiet import quiet_libraries
 from xlsd_train.batches import Batch
 from xlsd_train.config import Phase, TrainConfig
 from xlsd_train.step import Plan, Step

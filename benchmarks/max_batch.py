@@ -34,8 +34,8 @@ from benchmarks.real_step import (
     step_of,
 )
 from xlsd_cache import Precision, UserError
-from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.precision import set_precision
+from xlsd_cache.quiet import quiet_libraries
 from xlsd_train.config import Phase, TrainConfig
 from xlsd_train.lion import DLion
 from xlsd_train.memory import GIB, KEEPING, Planner, largest, limit_card, limit_of

@@ -44,8 +44,8 @@ from benchmarks.real_step import (
 from benchmarks.turns import Contestant, Result, take_turns
 from xlsd_cache import Precision, UserError
 from xlsd_cache.cli import main as xlsd_cache
-from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.precision import set_precision
+from xlsd_cache.quiet import quiet_libraries
 from xlsd_cache.store import LatentStore
 from xlsd_train.batches import Batch, BatchSource, Loader, Noising
 from xlsd_train.captions import Columns

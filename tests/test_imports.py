@@ -6,7 +6,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 READ_SIDE = {  # what xlsd_train may import: the store's read side, and what that stands on
     "xlsd_cache",
-    "xlsd_cache.cli",  # only what quiets libraries, in the other command line
     "xlsd_cache.decode",  # images of `score`, read as a store's are
     "xlsd_cache.disk",
     "xlsd_cache.durable",
@@ -18,6 +17,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache.options",
     "xlsd_cache.ours",
     "xlsd_cache.precision",
+    "xlsd_cache.quiet",
     "xlsd_cache.sources",  # only image_files
     "xlsd_cache.store",
     "xlsd_cache.terminal",
@@ -27,11 +27,11 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "terminal texts options disk "
-    "ours durable interrupt precision identity manifest shard blocks formats inflate "
-    "gzips cells locate captions tables text_tables arrow_tables rows names matches match masks "
-    "lists folders members tars zips archives records colours decode sources guard buckets index "
-    "tags store moments hub vae fitting known accounting arrays commit live builders space "
+    "terminal quiet texts options disk ours durable interrupt precision identity manifest shard "
+    "blocks formats inflate gzips cells locate captions tables text_tables arrow_tables rows names "
+    "matches match masks lists folders members tars zips archives records colours decode sources "
+    "guard buckets index tags store moments hub vae fitting known accounting arrays commit live "
+    "builders space "
     "conclude encode headers unchanged place delta plan config pipeline build readback verify "
     "repair check survey info preview export_index recaption peers cached pairing items crops "
     "thumbnails compare transfer proving importing words other_names cli __main__"

@@ -1,10 +1,7 @@
 """The command line `xlsd-cache`, generated from the dataclasses in config.py."""
 
-import logging
-import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +19,7 @@ from xlsd_cache.config import (
 )
 from xlsd_cache.options import refuse_empty
 from xlsd_cache.other_names import NAMES
+from xlsd_cache.quiet import quiet, quiet_libraries
 from xlsd_cache.terminal import go_on_alone, run, start
 from xlsd_cache.words import check_command, check_options
 
@@ -104,26 +102,3 @@ def _main(args: Sequence[str] | None) -> int:
     from xlsd_cache.check import check
 
     return 0 if check(config) else 1
-
-
-def quiet() -> None:
-    """No notices of Pillow's between ours, where torch and diffusers are not wanted.
-
-    In a log file our own bars are renewed every ten seconds instead of ten times a second.
-    """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")  # tqdm reads it when it is imported
-    # What Pillow stumbles over in files that it does not name: they get a reason where it matters.
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def quiet_libraries() -> None:
-    """The same, and no bars and notices of diffusers; their errors still raise. Takes seconds."""
-    quiet()
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()

@@ -9,7 +9,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional, Suppress
 
@@ -151,6 +151,8 @@ def _positionals(kind: type[Any]) -> int:
 
 def _count(hint: Any) -> int:
     """How many words a value of this type takes at most."""
+    if get_origin(hint) is Annotated:
+        return _count(get_args(hint)[0])
     if hint is bool:
         return 0
     if get_origin(hint) in {Union, UnionType}:

@@ -22,6 +22,7 @@ SHARES: dict[int, Sequence[float]] = {8: (0.01, 0.02, 0.05, 0.1), 4: (0.1, 0.2)}
 AT_ANY_RATE: dict[int, Sequence[float]] = {
     2: (0.2, 0.3, 0.5)
 }  # where the command line asks for validation
+PLENTY = 100  # where nothing has to be counted: stores of millions
 Changes = dict[str, dict[str, Any]]  # option -> from, to, why
 
 
@@ -85,6 +86,8 @@ def _validation(config: TrainConfig, store: Mixture, given: frozenset[str]) -> C
     if not config.validate_every or "validation_fraction" in given:
         return {}
     mask, old = _selected(config, store), config.validation_fraction or 0.0
+    if old * mask.sum() > PLENTY:
+        return {}
     asked = "validate_every" in given
     for least, share in _shares(old, SHARES | (AT_ANY_RATE if asked else {})):
         held = int((mask & held_out(store, share)).sum())
@@ -99,7 +102,7 @@ def _validation(config: TrainConfig, store: Mixture, given: frozenset[str]) -> C
     if asked:
         raise UserError(
             f"--validate-every {config.validate_every} cannot be: of the {mask.sum()} images of "
-            f"{store.root} too few could be held out; leave it out"
+            f"{store.root} too few could be held out; leave it out, or give 0"
         )
     why = f"nothing is measured: {mask.sum()} images are too few to hold any out"
     return {
@@ -109,9 +112,13 @@ def _validation(config: TrainConfig, store: Mixture, given: frozenset[str]) -> C
 
 
 def _batch(config: TrainConfig, store: Mixture, given: frozenset[str]) -> Changes:
+    if config.batch == "auto" or "batch" in given:
+        return {}
     mask = _selected(config, store)
+    if mask.sum() * (1 - (config.validation_fraction or 0.0)) > PLENTY * config.batch:
+        return {}
     count = int((mask & ~held_out(store, config.validation_fraction or 0.0)).sum())
-    if config.batch == "auto" or "batch" in given or not 0 < count < config.batch:
+    if not 0 < count < config.batch:
         return {}
     why = f"--batch {count} in place of {config.batch}: there are no more images to train on"
     return {"batch": {"from": config.batch, "to": count, "why": why}}

@@ -7,7 +7,7 @@ from inspect import getdoc
 from typing import Any
 
 from xlsd_cache import __version__
-from xlsd_cache.cli import quiet, quiet_libraries
+from xlsd_cache.quiet import quiet, quiet_libraries
 from xlsd_cache.terminal import go_on_alone, run, say, start
 from xlsd_cache.words import check_command, check_options
 from xlsd_train.config import TrainConfig

@@ -19,7 +19,7 @@ FINDS_RATE = ("dlion", "prodigy")
 RATES = {True: (0.01, 100.0), False: (1e-10, 0.1)}
 DEFAULT_DATA = ("latents",)
 D0 = 1e-6  # where dlion's d begins
-Rate = Annotated[float, Within(0, 10**6, above=True)]
+Rate = Annotated[float, Within(0, 3e38, above=True)]  # up to fp32's largest; see RATES
 MOST_STEPS = 10**8 - 1  # checkpoints are named in eight digits
 Kind = Literal["eps", "v", "flow"]
 Weighting = Literal["none", "min-snr", "debiased"]
@@ -125,7 +125,7 @@ class TrainConfig:
     scheduler: Scheduler = "constant"
     """How the rate goes from the end of the warm-up to the planned end; rex falls late."""
 
-    lr_floor: Annotated[float, Within(0, 10**6)] | None = None
+    lr_floor: Annotated[float, Within(0, 3e38)] | None = None
     """The rate at the planned end, in the unit of --lr, for linear, cosine and rex. Default: 0."""
 
     optimizer: Optimizer = "lion"
@@ -253,7 +253,8 @@ class TrainConfig:
     """Deterministic GPU kernels, which exact resuming needs."""
 
     force: bool = False
-    """Resume although settings, store, model or versions differ; exactness is then lost."""
+    """Resume although settings, store, model or versions differ; exactness is then lost. Also begin
+    on a disk that is too small, or at any --lr."""
 
     dry_run: bool = False
     """Check everything, print what would run, and stop."""
@@ -322,6 +323,8 @@ class TrainConfig:
 
     def _check_lr(self) -> None:
         """A rate that trains nothing, or breaks the weights in a step, is another optimizer's."""
+        if self.force:
+            return
         finds, (least, most) = self.optimizer in FINDS_RATE, RATES[self.optimizer in FINDS_RATE]
         if finds and not least <= self.rate <= most:
             raise UserError(

@@ -220,11 +220,10 @@ def _weighed(given: str) -> tuple[str, Fraction]:
     if not colon or not path or Path(given).expanduser().exists() or {"/", "\\"} & set(number):
         return given, Fraction(1)
     try:  # as a float first: Fraction writes 1e999999999 out
-        sane = "/" in number or 0 < float(number) <= MOST
-        weight = Fraction(number) if sane else Fraction(0)
-    except (ValueError, ZeroDivisionError):
+        weight = Fraction(number) if 0 < float(number) <= MOST else Fraction(0)
+    except ValueError:
         weight = Fraction(0)
-    if not 0 < weight <= MOST:
+    if not weight:
         raise UserError(
             f"--data {given}: {number!r} is no weight above 0 and up to {MOST}; write {path}:2 to "
             f"use each of its images twice an epoch, or leave the store out"

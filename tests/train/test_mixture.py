@@ -122,7 +122,6 @@ def test_statistics_count_each_store_as_often_as_it_is_used(store: Path, other: 
         (["{store}:twice"], "'twice' is no weight above 0"),
         (["{store}:nan"], "'nan' is no weight above 0"),
         (["{store}:1e999999999"], "'1e999999999' is no weight above 0"),
-        (["{store}:1/0"], "'1/0' is no weight above 0"),
         (["{store}", "{store}/../latents:2"], "names {store} twice"),
         (["nowhere"], "no latent store in nowhere"),
         (["{store}", "{foreign}"], "their latents must not mix"),

@@ -13,12 +13,13 @@ from tests.train.conftest import Open
 from xlsd_cache import UserError
 from xlsd_cache.store import Identity, LatentStore
 from xlsd_cache.vae import load_vae
-from xlsd_train.checkpoint import checkpoints, load_optimizer, save_checkpoint
+from xlsd_train.checkpoint import load_optimizer, save_checkpoint
 from xlsd_train.ema import keep_snapshots
 from xlsd_train.find import find
 from xlsd_train.model import load_model
 from xlsd_train.network import build, checked
 from xlsd_train.session import Session
+from xlsd_train.steps import checkpoints
 
 Out = pytest.CaptureFixture[str]
 UNET = "unet/diffusion_pytorch_model.safetensors"

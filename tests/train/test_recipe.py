@@ -142,6 +142,7 @@ def test_what_goes_with_an_option_goes_with_it() -> None:
     [
         ("max-tag = 7", "max-tag = 7: training has no such option; did you mean max-tags?"),
         ("max_tags = 7", "max_tags = 7: training has no such option; did you mean max-tags?"),
+        ("learning_rate = 1e-4", "learning_rate = 0.0001: training has no such option; here lr"),
         ('recipe = "phase1-te"', 'recipe = "phase1-te": training has no such option'),
         ('optimizer = "loin"', 'optimizer = "loin" is not "lion" or'),
         ('optimizer = "loin"', "did you mean lion?"),

@@ -89,7 +89,7 @@ def swept(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
         redirect_stderr(error),
     ):
         patch.setattr(xlsd_train.sweep, "start", fork)
-        code = train("sweep", *arguments, "--lr=1e-3,1e30,1e-5", "--out", out)
+        code = train("sweep", *arguments, "--lr=1e-3,1e30,1e-5", "--force", "--out", out)
     return Swept(out, code, said.getvalue().splitlines(), error.getvalue())
 
 
