@@ -10,6 +10,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache.decode",  # images of `score`, read as a store's are
     "xlsd_cache.durable",
     "xlsd_cache.fitting",
+    "xlsd_cache.full",
     "xlsd_cache.hub",
     "xlsd_cache.identity",
     "xlsd_cache.interrupt",
@@ -23,7 +24,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "terminal ours durable interrupt precision identity manifest shard blocks formats inflate "
+    "terminal ours durable interrupt precision full identity manifest shard blocks formats inflate "
     "gzips cells locate captions tables text_tables arrow_tables rows names matches match masks "
     "lists folders members tars zips archives records colours decode sources guard buckets index "
     "tags store moments hub vae fitting known accounting arrays commit live builders space "

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from xlsd_cache import UserError, terminal
+from xlsd_cache.full import is_full
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import checkpoints, prune, save_checkpoint, step_of
@@ -37,7 +38,9 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
         try:
             if not config.dry_run:
                 _train(session, stop)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
             raise UserError(
                 f"memory is full with {session.take_step.plan}, and no plan takes less; the last "
                 f"complete checkpoint stands: lower --batch, or free the card of other programs"

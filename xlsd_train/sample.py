@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
+from xlsd_cache.full import give_back
 from xlsd_cache.ours import marking
 from xlsd_train import draw
 from xlsd_train.captions import Columns
@@ -58,6 +59,7 @@ class Sampler:
             for part in (model.unet, model.text_encoder):
                 part.train()
             model.vae.model.to("cpu")
+            give_back(accelerator.device)
         return self._grid(folder / "samples")
 
     def _grid(self, samples: Path) -> Path:

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
+from xlsd_cache.full import give_back
 from xlsd_train import draw
 from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.config import TrainConfig
@@ -60,6 +61,7 @@ class Validator:
                         for x in self.batches(which)
                     ]
                     found[f"{name}/{which}"] = torch.cat(each).view(-1, BANDS).numpy()
+        give_back(step.accelerator.device)  # its shapes are not training's
         return found
 
     def batches(self, name: str) -> Iterator[Batch]:
