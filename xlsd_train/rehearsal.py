@@ -46,7 +46,7 @@ _IN_BF16 = {
 _IN_FP32 = {F.group_norm, F.layer_norm, F.interpolate, F.softmax, torch.softmax, Tensor.softmax}
 
 
-class _AsOnACard(TorchFunctionMode):
+class AsOnACard(TorchFunctionMode):
     """Has tensors without data computed as a card does it.
 
     Attention runs its kernel, of which else they get the formula; under autocast, which is the
@@ -79,7 +79,7 @@ class _AsOnACard(TorchFunctionMode):
 
 
 @contextmanager
-def _rebuilding(card: _AsOnACard) -> Iterator[None]:
+def _rebuilding(card: AsOnACard) -> Iterator[None]:
     """Also what is rebuilt in the backward pass, where torch has left all modes."""
     layers.rebuilding = lambda: card
     try:
@@ -92,7 +92,7 @@ class DatalessStep(Step):
     """The step; of a layer's slices it runs two, which stand for all of them."""
 
     tracker: Tracker
-    card: _AsOnACard
+    card: AsOnACard
 
     @contextmanager
     def _mixed(self) -> Iterator[None]:
@@ -186,7 +186,7 @@ class Rehearsal:
         key = plan, batch, size
         if key not in self._logs:
             step, tracker = self._step, Tracker(self._workspaces)
-            step.plan, step.tracker, step.card = plan, tracker, _AsOnACard()
+            step.plan, step.tracker, step.card = plan, tracker, AsOnACard()
             with META, step.card, _rebuilding(step.card):
                 tracker.hold(step.parameters, WEIGHTS)
                 tracker.hold(self._frozen, FROZEN)
