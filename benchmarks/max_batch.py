@@ -8,7 +8,6 @@ weights, the card refusing all beyond the limit: what runs out of memory does no
 does without a card: it sets what torch's allocator really holds beside what the plan says.
 """
 
-import gc
 import shlex
 import sys
 import time
@@ -34,6 +33,7 @@ from benchmarks.real_step import (
     step_of,
 )
 from xlsd_cache import Precision, UserError
+from xlsd_cache.full import give_back, is_full
 from xlsd_cache.precision import set_precision
 from xlsd_cache.quiet import quiet_libraries
 from xlsd_train.config import Phase, TrainConfig
@@ -91,7 +91,7 @@ class MaxBatchConfig:
 class Strict(Step):
     """The step, which does not go over to another plan when its memory is full."""
 
-    def _tighten(self, error: torch.OutOfMemoryError) -> None:
+    def _tighten(self, error: RuntimeError) -> None:
         raise error
 
 
@@ -112,7 +112,7 @@ def main(config: MaxBatchConfig, command: Sequence[str]) -> None:
         print("predicted only: nothing is measured, for there is no CUDA card here")
     else:
         limit_card(limit / GIB, torch.device(device))
-        deterministic()
+        deterministic(True)
     columns = ["phase", "optimizer", "tokens", "size", "way", "largest", "FLOPs"]
     columns += ["measured", "batch", "GiB", "allocated", "error", "reserved"] * (device == "cuda")
     print(row(columns))
@@ -218,18 +218,20 @@ class Trial:
         try:
             step([drawn_batch(step.model, batch, size, "cuda")], 0.0)
             torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
-            drop_gradients(step.parameters)
-            if isinstance(step.optimizer, DLion):
-                step.optimizer.forget()
-            return False
-        return True
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+        else:
+            return True
+        drop_gradients(step.parameters)
+        if isinstance(step.optimizer, DLion):
+            step.optimizer.forget()
+        return False
 
 
 def _free() -> None:
     """What the last trial held, fragments included."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    give_back(torch.device("cuda"))
 
 
 def nearest(fits: Callable[[int], bool], guess: int) -> int:

@@ -9,8 +9,6 @@ example does besides (clipping, EMA, logging, reading files) is left out, in its
 from dataclasses import dataclass
 from typing import Any
 
-import dadaptation
-import lion_pytorch
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
@@ -79,6 +77,9 @@ def checkpointing(model: Model, on: bool) -> None:
 
 def optimizer_of(config: TrainConfig, model: Model) -> torch.optim.Optimizer:
     """The library's optimizer of a resolved config, at a rate at which no loss runs away."""
+    import dadaptation
+    import lion_pytorch
+
     parameters = [p for m in (model.unet, model.text_encoder) for p in m.parameters()]
     trained = [p for p in parameters if p.requires_grad]
     given: dict[str, Any] = {"lr": 1e-9, "betas": config.betas, "weight_decay": config.weight_decay}

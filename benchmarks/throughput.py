@@ -195,8 +195,7 @@ def measure_phase(config: ThroughputConfig) -> Measured:
     if device == "cuda":
         if config.limit_gib:
             limit_card(config.limit_gib, torch.device(device))
-        if config.deterministic:
-            deterministic()
+        deterministic(config.deterministic)
     peak, source = peak_tflops(config.precision, config.peak_tflops, device)
     model, settings = model_of(config.model), settings_of(config)
     plan = plan_of(config, settings, model)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_loop import checkpointing
-from xlsd_train.footprint import flop_counter
+from xlsd_cache.full import give_back, is_full
+from xlsd_train.footprint import FlopCounter
 from xlsd_train.model import Model
 from xlsd_train.run import peak_gib
 from xlsd_train.step import drop_gradients
@@ -56,12 +57,14 @@ def take_turns(
             _make_room(model, one, contestants, device)
             try:
                 if turn == 0:
-                    with flop_counter() as counter:
+                    with FlopCounter() as counter:
                         one.take().item()
-                    result.tflop = counter.get_total_flops() / 1e12
+                    result.tflop = counter.total / 1e12
                 else:
                     result.times.append(_timed(one, device))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_full(error):
+                    raise
                 result.full = True
             result.peak_gib = max(result.peak_gib, peak_gib(torch.device(device)))
     return results
@@ -91,7 +94,7 @@ def _make_room(
     for other in contestants.values():
         if other.optimizer is not one.optimizer:
             _move(other.optimizer, "cpu")
-    torch.cuda.empty_cache()
+    give_back(torch.device(device))
     _move(one.optimizer, device)
     torch.cuda.reset_peak_memory_stats()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xlsd_cache import Precision, UserError
+from xlsd_cache.full import give_back, is_full
 from xlsd_cache.vae import Vae
 
 
@@ -88,7 +89,9 @@ class Encoder:
         """
         try:
             return self._encode(pixels)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
             count, height, width = pixels.shape[:3]
             if count == 1:
                 raise UserError(
@@ -96,6 +99,7 @@ class Encoder:
                     f"its memory, lower --resolution, or use --device cpu"
                 ) from error
             tqdm.write(f"{count} images of {width}x{height} do not fit the card; halving them")
+        give_back(self.device)
         return np.concatenate([self.encode(half) for half in np.array_split(pixels, 2)])
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Device and precision as decisions that are made once, and printed with their reason."""
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -17,7 +18,19 @@ def device_of(name: str) -> torch.device:
         raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    _configure_allocator()
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _configure_allocator() -> None:
+    """Have torch grow its pieces of a card's memory where that is known, unless the user has a say.
+
+    Buckets have many shapes; in pieces of fixed sizes the memory of one is of little use to the
+    next, so it is given back and asked for again, for which the card waits. Read when CUDA starts.
+    """
+    known = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in known):
+        os.environ[known[0]] = "expandable_segments:True"
 
 
 def set_precision(precision: Precision) -> str:

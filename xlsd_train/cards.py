@@ -1,18 +1,22 @@
 """What graphics cards can do at most, by NVIDIA's data sheets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from xlsd_cache import Precision
 
 
 @dataclass(frozen=True)
 class Card:
-    """Dense TFLOP/s (bf16 with fp32 accumulation) and memory bandwidth in GB/s."""
+    """Dense TFLOP/s (bf16 with fp32 accumulation), memory bandwidth in GB/s, multiprocessors."""
 
     fp32: float
     tf32: float
     bf16: float
     bandwidth: float
+    processors: int
 
     def tflops(self, precision: Precision) -> float:
         """The peak of convolutions and matmuls."""
@@ -22,16 +26,31 @@ class Card:
         """The peak of attention, which splits every fp32 product into three TF32 ones."""
         return self.bf16 if precision == "bf16" else self.tf32 / 3
 
+    def busy(self, blocks: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The share of the card that kernels of so many blocks keep at work, one a processor."""
+        waves = blocks / self.processors
+        return waves / np.ceil(waves)
+
 
 CARDS = {
-    "RTX 3090": Card(35.6, 35.6, 71.0, 936),
-    "RTX 4090": Card(82.6, 82.6, 165.2, 1008),
-    "A100": Card(19.5, 156.0, 312.0, 1555),  # of 40 GB; that of 80 GB has 2039 GB/s
-    "H100": Card(66.9, 494.7, 989.4, 3350),
-    "H200": Card(66.9, 494.7, 989.4, 4800),
+    "RTX 3090": Card(35.6, 35.6, 71.0, 936, 82),
+    "RTX 4090": Card(82.6, 82.6, 165.2, 1008, 128),
+    "A100": Card(19.5, 156.0, 312.0, 1555, 108),  # of 40 GB; that of 80 GB has 2039 GB/s
+    "H100": Card(66.9, 494.7, 989.4, 3350, 132),  # SXM; PCIe and NVL are others
+    "H200": Card(66.9, 494.7, 989.4, 4800, 132),
+}
+# As CUDA gives them, in full: a `4090 D`, a `Laptop GPU` or a `3090 Ti` is another card.
+_DEVICES = {
+    "NVIDIA GeForce RTX 3090": CARDS["RTX 3090"],
+    "NVIDIA GeForce RTX 4090": CARDS["RTX 4090"],
+    "NVIDIA A100-SXM4-40GB": CARDS["A100"],
+    "NVIDIA A100-PCIE-40GB": CARDS["A100"],
+    "NVIDIA A100-SXM4-80GB": replace(CARDS["A100"], bandwidth=2039),
+    "NVIDIA H100 80GB HBM3": CARDS["H100"],
+    "NVIDIA H200": CARDS["H200"],
 }
 
 
 def card_named(name: str) -> Card | None:
-    """The card in a device's name as CUDA gives it, say `NVIDIA GeForce RTX 4090`."""
-    return next((card for known, card in CARDS.items() if known in name), None)
+    """The card of a device's name, `NVIDIA GeForce RTX 4090`; None where its peak is not known."""
+    return _DEVICES.get(name)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing, write_bytes
+from xlsd_cache.full import is_full
 from xlsd_cache.ours import marking
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.terminal import say, shown
@@ -96,7 +97,9 @@ def _draw(
         path = folder / f"{i:0{digits}d}.png"
         try:
             image = draw_picture(model, pipeline, picture)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
             raise UserError(
                 f"a picture of {picture.width}x{picture.height} needs more memory than the card "
                 f"has; give a smaller --size, or --device cpu"

@@ -26,6 +26,7 @@ from xlsd_train.power import gamma_of, kept, superfluous
 
 SIGMAS = ("0.05", "0.10")
 SNAPSHOT = "ema.safetensors"
+BLOCK = 2**26  # elements of pinned memory at once, 256 MiB
 
 
 class Ema:
@@ -35,9 +36,11 @@ class Ema:
         """Of these parameters, updated after every so many steps."""
         self.named, self.every = named, every
         self.step = 0  # of the last update
-        self.averages = {sigma: {name: _host(p) for name, p in named.items()} for sigma in SIGMAS}
+        self.averages = {
+            sigma: {name: torch.zeros(p.shape) for name, p in named.items()} for sigma in SIGMAS
+        }
         self._cards = [p for p in named.values() if p.is_cuda]
-        self._stage = {name: _host(p, pin=True) for name, p in named.items()} if self._cards else {}
+        self._stage = pinned(named) if self._cards else {}
         cuda: Any = torch.cuda
         self._stream: Any = cuda.Stream() if self._cards else None
         self._thread = ThreadPoolExecutor(1, "ema")
@@ -187,5 +190,30 @@ def forget_snapshots_after(run: Path, step: int) -> None:
             path.unlink()
 
 
-def _host(parameter: Tensor, pin: bool = False) -> Tensor:
-    return torch.zeros(parameter.shape, dtype=torch.float32, pin_memory=pin)
+def pinned(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Uninitialised f32 tensors of these shapes that a card copies to while the host goes on.
+
+    Torch rounds what it pins up to a power of two, so they share blocks that are one.
+    """
+    sizes = {name: tensor.numel() for name, tensor in named.items()}
+    found: dict[str, Tensor] = {}
+    for block in packed(sizes, BLOCK):
+        room = sum(sizes[name] for name in block)
+        memory = torch.empty(room, dtype=torch.float32, pin_memory=True)
+        parts = torch.split(memory, [sizes[name] for name in block])
+        found |= {name: x.view(named[name].shape) for name, x in zip(block, parts, strict=True)}
+    return {name: found[name] for name in named}
+
+
+def packed(sizes: Mapping[str, int], room: int) -> list[list[str]]:
+    """Names in blocks of up to `room`, the largest first; a larger one is a block by itself."""
+    blocks: list[list[str]] = []
+    free: list[int] = []
+    for name in sorted(sizes, key=lambda x: -sizes[x]):
+        at = next((i for i, left in enumerate(free) if sizes[name] <= left), len(free))
+        if at == len(free):
+            blocks.append([])
+            free.append(room)
+        blocks[at].append(name)
+        free[at] -= sizes[name]
+    return blocks

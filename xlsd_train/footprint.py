@@ -18,30 +18,51 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 ROUND = 512  # CUDA's caching allocator hands out multiples of it
-CUBLAS = 32 * 2**20  # bytes of workspace, as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks
+# Bytes of workspace, as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks, of two handles: autograd's thread has
+# its own.
+CUBLAS = 2 * 32 * 2**20
 WEIGHTS, FROZEN, STATE, GRADIENTS = "weights", "frozen weights", "optimizer", "gradients"
 WORKSPACE, ACTIVATIONS = "workspaces", "activations"
 _aten = torch.ops.aten
+_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        _aten._scaled_dot_product_flash_attention_backward
-    ),
+    _ATTENTION_BACKWARD: _aten._scaled_dot_product_flash_attention_backward,
 }
 # cuDNN may repack input, weight and output into its own layout: an upper bound, not measured.
 _CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
-def flop_counter() -> FlopCounterMode:
-    """Torch's counter of every kernel that runs, with the CPU's attention, which it leaves out."""
-    counter = FlopCounterMode(display=False)
-    for ours, known in _ATTENTION.items():
-        counter.flop_registry[ours] = counter.flop_registry[known]
-    return counter
+# How torch counts every kernel, and the CPU's attention, which it leaves out.
+_FLOP = {**flop_registry, **{ours: flop_registry[known] for ours, known in _ATTENTION.items()}}
+
+
+def flop_of(packet: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
+    """Of a kernel that ran; 0 for what does not multiply."""
+    count = _FLOP.get(packet)
+    return int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
+
+
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
+    """Counts what every kernel multiplies while it is entered.
+
+    Torch's FlopCounterMode also watches modules, by hooks that do not bear `autograd.grad`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.total += flop_of(func.overloadpacket, args, kwargs, out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,7 @@ class Footprint:
     flop: NDArray[np.float64]
     moved: NDArray[np.float64]  # bytes
     times: NDArray[np.float64]  # how many kernels it stands for
+    blocks: NDArray[np.float64]  # of attention's backward, if it sums in one order; else 0
     update: int  # the first kernel of the optimizer's step
 
     @property
@@ -83,6 +105,7 @@ class Footprint:
             flop=line(self.flop, other.flop),
             moved=line(self.moved, other.moved),
             times=line(self.times, other.times),
+            blocks=np.rint(line(self.blocks, other.blocks)),
         )
 
     def peak(self, again: bool = False, unit: int = ROUND) -> dict[str, int]:
@@ -110,12 +133,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         self.events: list[tuple[int, int]] = []  # (+1 or -1, storage number)
         self.nbytes: list[int] = []  # of storages
         self.label: dict[int, str] = {}  # of storages
-        self.kernels: list[tuple[int, float, float, float]] = []  # kind, FLOP, bytes moved, times
+        # Kind, FLOP, bytes moved, times, blocks.
+        self.kernels: list[tuple[int, float, float, float, int]] = []
         self.times = 1.0  # how many kernels the next ones stand for
         self.update: int | None = None  # the first kernel of the optimizer's step
         self._workspaces = workspaces
         self._numbers: dict[int, int] = {}  # storage's address -> its number, while it lives
-        self._flops = flop_counter().flop_registry
 
     def hold(self, tensors: Any, label: str) -> None:
         """Name the storages of these tensors; those not seen so far are there from here on."""
@@ -152,10 +175,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         written = new if not func._schema.is_mutable else outputs
         if written and packet.__name__ not in _FREE:  # what is left are views
             moved = sum(x.numel() * x.element_size() for x in (*inputs, *written))
-            count = self._flops.get(packet)
-            flop = count(*args, **(kwargs or {}), out_val=out) if count else 0
+            flop = flop_of(packet, args, kwargs, out)
             kind = 0 if not flop else 2 if packet in _ATTENTION else 1
-            self.kernels.append((kind, flop, moved, self.times))
+            # Torch's kernel gives one block to each head of an image, where the order is fixed.
+            blocks = args[0].shape[0] * args[0].shape[1] if packet is _ATTENTION_BACKWARD else 0
+            self.kernels.append((kind, flop, moved, self.times, blocks))
             if self._workspaces and packet in _CONVOLUTIONS:
                 self._pass(moved)
         return out
@@ -170,9 +194,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
     def footprint(self) -> Footprint:
         """All that was logged so far."""
         sign, number = np.array(self.events).T
-        kind, flop, moved, times = np.array(self.kernels).T
+        kind, flop, moved, times, blocks = np.array(self.kernels).T
         labels = tuple(self.label.get(i, ACTIVATIONS) for i in range(len(self.nbytes)))
         return Footprint(
             sign, number, np.array(self.nbytes, np.float64), labels, kind.astype(np.int64), flop,
-            moved, times, len(self.kernels) if self.update is None else self.update,
+            moved, times, blocks, len(self.kernels) if self.update is None else self.update,
         )  # fmt: skip

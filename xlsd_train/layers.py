@@ -8,6 +8,7 @@ is; non-reentrant checkpointing stops before that last operation, which is thus 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -38,6 +39,10 @@ _EXPECTED = {
     "conv_in_kernel": 3, "time_embedding_act_fn": None, "mid_block_type": "UNetMidBlock2DCrossAttn",
     "downsample_padding": 1, "cross_attention_norm": None, "dropout": 0.0,
 }  # fmt: skip
+
+
+# What regions are rebuilt under. A rehearsal stands in for a card in it.
+rebuilding: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -151,15 +156,22 @@ def rebuild(recompute: Recompute, region: Callable[..., Tensor], *inputs: Tensor
     if recompute == "nothing" or not torch.is_grad_enabled():
         return region(*inputs)
     # There is no dropout, so no random state to bring back.
-    out: Tensor = checkpoint(region, *inputs, use_reentrant=False, preserve_rng_state=False)
+    out: Tensor = checkpoint(
+        region, *inputs, use_reentrant=False, preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), rebuilding()),
+    )  # fmt: skip
     return out
 
 
 def _resnet(m: Any, recompute: Recompute, temb: Tensor, *parts: Tensor) -> Tensor:
     """ResnetBlock2D on the joined channels of `parts`, which are joined again when rebuilt.
 
+    Where nothing is rebuilt they are joined once, as two joins would both be kept.
+
     diffusers divides the result by output_scale_factor, which is 1: a pass over memory for nothing.
     """
+    if recompute == "nothing":
+        parts = (_join(parts),)
     h = rebuild(recompute, lambda *z: m.conv1(F.silu(m.norm1(_join(z)))), *parts)
     h = h + m.time_emb_proj(F.silu(temb))[:, :, None, None]
     h = rebuild(recompute, lambda z: m.conv2(F.silu(m.norm2(z))), h)

@@ -6,10 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from xlsd_cache import UserError, terminal
+from xlsd_cache.full import is_full
 from xlsd_cache.interrupt import StopSignal
 from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import prune, save_checkpoint
@@ -44,12 +44,13 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
                 with writing(session.run):
                     _train(session, stop)
                 _say_end(session, stop)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"memory is full with {session.take_step.plan}, and no plan takes less; the last "
-                f"complete checkpoint stands: lower --batch, or free the card of other programs"
-            ) from error
         except (Lost, RuntimeError) as error:
+            if is_full(error):
+                raise UserError(
+                    f"memory is full with {session.take_step.plan}, and no plan takes less; the "
+                    f"last complete checkpoint stands: lower --batch, or free the card of other "
+                    f"programs"
+                ) from error
             if not session.processes.lost(error):
                 raise
             raise UserError(

@@ -67,6 +67,8 @@ class Planner:
     ) -> None:
         self._rehearse = Rehearsal(config, unet_config, text_config, workspaces)
         self._precision, self._workspaces = config.precision, workspaces
+        # Of bf16 there is another kernel, whose blocks are as many.
+        self._in_order = config.deterministic and config.precision != "bf16"
         # Prodigy needs all gradients at once.
         self.ways: tuple[Way, ...] = KEEPING if config.optimizer == "prodigy" else WAYS
 
@@ -91,6 +93,9 @@ class Planner:
         bandwidth = card.bandwidth * 1e9
         peaks = (np.inf, card.tflops(self._precision), card.attention_tflops(self._precision))
         computing = print_.flop / (np.array(peaks)[print_.kind] * 1e12)
+        if self._in_order:
+            few = print_.blocks > 0
+            computing[few] /= card.busy(print_.blocks[few])
         each = np.maximum(np.maximum(computing, print_.moved / bandwidth), KERNEL_S) * print_.times
         adding = (passes - 1) * 3 * self._rehearse.gradients_nbytes / bandwidth
         passing, updating = each[: print_.update], each[print_.update :]
@@ -209,20 +214,25 @@ def largest(buckets: Mapping[str, int]) -> Size:
 
 def limit_card(gib: float, device: torch.device) -> None:
     """Refuse the card more memory than this."""
-    share = gib * GIB / torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    # A device that stands for the only card has no index, and torch wants one here.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    share = gib * GIB / torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), index)
 
 
 def limit_of(config: TrainConfig, device: torch.device | None) -> float | None:
     """Bytes that torch's tensors may take on a device, if there is one; None: no limit is known.
 
-    Of --vram a twelfth, at least 1 GiB, is left to CUDA's context, libraries and fragmentation. A
-    card is kept from giving more than --vram.
+    Of --vram, or of what a card has free, a twelfth, at least 1 GiB, is left to CUDA's context,
+    libraries and fragmentation. A card is kept from giving more than --vram.
     """
+    card = device if device and device.type == "cuda" else None
     if config.vram is not None:
-        if device and device.type == "cuda":
-            limit_card(config.vram, device)
-        return (config.vram - max(1.0, config.vram / 12)) * GIB
-    if device is None or device.type != "cuda":
+        if card:
+            limit_card(config.vram, card)
+        gib = config.vram
+    elif card:
+        gib = torch.cuda.mem_get_info(card)[0] / GIB
+    else:
         return None
-    return 0.96 * torch.cuda.mem_get_info(device)[0]
+    return (gib - max(1.0, gib / 12)) * GIB

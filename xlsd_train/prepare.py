@@ -69,8 +69,7 @@ def start(config: TrainConfig) -> tuple[Accelerator, str]:
     precision = set_precision(config.precision)
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.deterministic:
-        deterministic()
+    deterministic(config.deterministic)
     mixed = "bf16" if config.precision == "bf16" else "no"
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(
@@ -79,12 +78,16 @@ def start(config: TrainConfig) -> tuple[Accelerator, str]:
     return accelerator, precision
 
 
-def deterministic() -> None:
-    """Have a card choose the same kernels every time, and those that always sum in one order."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
+def deterministic(on: bool) -> None:
+    """Have a card choose the same kernels every time, and those that always sum in one order.
+
+    Else cuDNN times its kernels for every shape, and takes the fastest.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False  # it may choose another kernel every run
+    torch.backends.cudnn.benchmark = not on  # it may choose another kernel every run
 
 
 def columns_of(store: Mixture, caption: str | None) -> Columns:

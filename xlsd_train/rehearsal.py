@@ -1,17 +1,22 @@
 """The training step on tensors without data: any batch, in seconds and without the memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from xlsd_train import layers
 from xlsd_train.batches import Batch
 from xlsd_train.config import TrainConfig
 from xlsd_train.diffusion import Objective
@@ -28,25 +33,74 @@ Size = tuple[int, int]  # height and width of latents
 META = torch.device("meta")  # its tensors have shapes and no data
 
 
-class _Attention(TorchFunctionMode):
-    """Has attention run its kernel on tensors without data, which else get the formula."""
+# What CUDA's autocast does with the functions that the networks call; a CPU's does otherwise, and
+# tensors without data get neither. The rest computes in what it is given.
+_IN_BF16 = {
+    F.conv2d,
+    F.linear,
+    F.scaled_dot_product_attention,
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+}
+_IN_FP32 = {F.group_norm, F.layer_norm, F.interpolate, F.softmax, torch.softmax, Tensor.softmax}
+
+
+class AsOnACard(TorchFunctionMode):
+    """Has tensors without data computed as a card does it.
+
+    Attention runs its kernel, of which else they get the formula; under autocast, which is the
+    CPU's in name and does nothing to them, each function computes in what CUDA's makes of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: dict[Parameter, Tensor] | None = None  # in bf16, kept until autocast ends
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {**(kwargs or {})}
+        if torch.is_autocast_enabled("cpu"):
+            for functions, dtype in ((_IN_BF16, torch.bfloat16), (_IN_FP32, torch.float32)):
+                if func in functions:
+                    args, given = tree_map(partial(self._cast, dtype), (args, given))
         if func is F.scaled_dot_product_attention:
-            given = {"is_causal": False, "attn_mask": None, **(kwargs or {})}
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
-            mask, scale = given["attn_mask"], given.get("scale")
-            return kernel(*args[:3], 0.0, given["is_causal"], attn_mask=mask, scale=scale)[0]
-        return func(*args, **(kwargs or {}))
+            mask, scale = given.get("attn_mask"), given.get("scale")
+            causal = given.get("is_causal", False)
+            return kernel(*args[:3], 0.0, causal, attn_mask=mask, scale=scale)[0]
+        return func(*args, **given)
+
+    def _cast(self, dtype: torch.dtype, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == dtype:
+            return x
+        if self.weights is None or not isinstance(x, Parameter) or not x.requires_grad:
+            return x.to(dtype)
+        return self.weights.setdefault(x, x.to(dtype))  # nothing passes a weight twice
+
+
+@contextmanager
+def _rebuilding(card: AsOnACard) -> Iterator[None]:
+    """Also what is rebuilt in the backward pass, where torch has left all modes."""
+    layers.rebuilding = lambda: card
+    try:
+        yield
+    finally:
+        layers.rebuilding = nullcontext
 
 
 class DatalessStep(Step):
     """The step; of a layer's slices it runs two, which stand for all of them."""
 
     tracker: Tracker
+    card: AsOnACard
 
-    def _mixed(self) -> Any:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.accelerator.mixed)
+    @contextmanager
+    def _mixed(self) -> Iterator[None]:
+        """Autocast; what it made of trained weights lives as long."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.accelerator.mixed):
+            self.card.weights = {}
+            yield
+            self.card.weights = None
 
     def _each(self, layer: Layer, count: int, work: Work) -> None:
         size = self.plan.micro_batch * layer.room
@@ -132,8 +186,8 @@ class Rehearsal:
         key = plan, batch, size
         if key not in self._logs:
             step, tracker = self._step, Tracker(self._workspaces)
-            step.plan, step.tracker = plan, tracker
-            with META, _Attention():
+            step.plan, step.tracker, step.card = plan, tracker, AsOnACard()
+            with META, step.card, _rebuilding(step.card):
                 tracker.hold(step.parameters, WEIGHTS)
                 tracker.hold(self._frozen, FROZEN)
                 tracker.hold(list(step.optimizer.state.values()), STATE)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from xlsd_cache.durable import replacing
+from xlsd_cache.full import give_back
 from xlsd_cache.ours import marking
 from xlsd_train import draw
 from xlsd_train.captions import Columns
@@ -102,6 +103,7 @@ def _drawing(model: Model, device: torch.device) -> Iterator[None]:
         for part in (model.unet, model.text_encoder):
             part.train()
         model.vae.model.to("cpu")
+        give_back(device)
 
 
 def read_prompts(

@@ -7,14 +7,30 @@ independent of the batch, and it costs one more forward pass.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from xlsd_cache.full import is_full
 from xlsd_train.layers import Layer
 
 Work = Callable[[int, int], None]
+
+
+class PartlyDone(torch.OutOfMemoryError):
+    """Memory was full when some of a slice's gradients were added: it cannot be done again."""
+
+
+class Slice(NamedTuple):
+    """What differentiating a slice gave, of which nothing is kept yet."""
+
+    a: int
+    b: int
+    loss: Tensor | None  # of the last layer
+    inner: dict[str, Tensor]  # gradients of the wanted inputs
+    outer: dict[Parameter, Tensor]  # and of the layer's parameters
 
 
 class SlicedPass:
@@ -82,15 +98,16 @@ class SlicedPass:
         given = self._gradients.pop(layer.output, None)  # none of the last layer, which has a loss
 
         def work(a: int, b: int) -> None:
-            inner, outer = self._differentiate(layer, wanted, given, a, b)
-            # Nothing after this takes memory that could lack, so no slice is added twice.
-            for name, gradient in inner.items():
-                self._keep(name, gradient, a, b, name in fresh, layer)
-            for parameter, gradient in outer.items():
-                if parameter in sums:
-                    sums[parameter] += gradient
-                else:
-                    sums[parameter] = gradient
+            found = self._differentiate(layer, wanted, given, a, b)
+            self._make_room(found, fresh, layer)
+            # From here on no memory is taken, so that no slice is added twice. Yet a kernel that
+            # is loaded at its first use may lack some.
+            try:
+                self._keep(found, fresh, sums)
+            except RuntimeError as error:
+                if not is_full(error):
+                    raise
+                raise PartlyDone(str(error)) from error
 
         self._each(layer, self._count, work)
         for name in layer.inputs:
@@ -99,7 +116,7 @@ class SlicedPass:
 
     def _differentiate(
         self, layer: Layer, wanted: list[str], given: Tensor | None, a: int, b: int
-    ) -> tuple[dict[str, Tensor], dict[Parameter, Tensor]]:
+    ) -> Slice:
         """Gradients of a slice of the wanted inputs, and by it of the layer's parameters."""
         parts = [self._values[name][a:b].detach() for name in layer.inputs]
         leaves = [
@@ -115,25 +132,38 @@ class SlicedPass:
                 out = self._loss_of(out, a, b)
         to_out = None if given is None else given[a:b]
         gradients = torch.autograd.grad(out, [*leaves, *trained], to_out, allow_unused=True)
-        if given is None:
-            self.loss += out.detach()
-        found = [*zip([*wanted, *trained], gradients, strict=True)]
-        inner = {k: g for k, g in found[: len(wanted)] if g is not None}
-        outer = {k: g for k, g in found[len(wanted) :] if g is not None}
-        return inner, outer  # type: ignore[return-value]
+        first, last = gradients[: len(wanted)], gradients[len(wanted) :]
+        inner = {k: g for k, g in zip(wanted, first, strict=True) if g is not None}
+        outer = {k: g for k, g in zip(trained, last, strict=True) if g is not None}
+        return Slice(a, b, out.detach() if given is None else None, inner, outer)
 
-    def _keep(self, name: str, gradient: Tensor, a: int, b: int, fresh: bool, layer: Layer) -> None:
-        """Write a slice of the gradient of a value, or add it to what other layers have given."""
-        if not fresh:
-            self._gradients[name][a:b] += gradient
-        elif b - a == self._count:
-            # One half of what a join gives would keep the other half alive.
-            alone = gradient.untyped_storage().nbytes() == gradient.nbytes
-            self._gradients[name] = gradient if alone else gradient.clone()
-        else:
-            if name not in self._gradients:
+    def _make_room(self, found: Slice, fresh: set[str], layer: Layer) -> None:
+        """Take all memory that keeping a slice needs; it changes nothing that another try reads."""
+        for name in fresh & found.inner.keys():
+            gradient, value = found.inner[name], self._values[name]
+            if found.b - found.a == self._count:
+                # One half of what a join gives would keep the other half alive.
+                alone = gradient.untyped_storage().nbytes() == gradient.nbytes
+                found.inner[name] = gradient if alone else gradient.clone()
+            elif name not in self._gradients:
                 # No layer before this one takes the value: its own memory, slice by slice.
-                value = self._values[name]
                 last = self._first_use[name] is layer
                 self._gradients[name] = value if last else torch.empty_like(value)
-            self._gradients[name][a:b] = gradient
+
+    def _keep(self, found: Slice, fresh: set[str], sums: dict[Parameter, Tensor]) -> None:
+        """Add a slice's loss and gradients to what others have given."""
+        a, b = found.a, found.b
+        for name, gradient in found.inner.items():
+            if name not in fresh:
+                self._gradients[name][a:b].add_(gradient)
+            elif b - a == self._count:
+                self._gradients[name] = gradient
+            else:
+                self._gradients[name][a:b] = gradient
+        for parameter, gradient in found.outer.items():
+            if parameter in sums:
+                sums[parameter] += gradient
+            else:
+                sums[parameter] = gradient
+        if found.loss is not None:
+            self.loss += found.loss

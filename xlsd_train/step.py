@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
+from xlsd_cache.full import give_back, is_full
 from xlsd_train.batches import Batch
 from xlsd_train.diffusion import Objective
 from xlsd_train.layers import EPSILON, INPUT_IDS, NOISY, TIMESTEPS, Layer, Recompute, make_layers
 from xlsd_train.lion import chunks
 from xlsd_train.model import Model
 from xlsd_train.optim import finish, steps_in_parts
-from xlsd_train.sliced import SlicedPass
+from xlsd_train.sliced import PartlyDone, SlicedPass
 
 Way = Literal["plain", "cheap", "feed-forward", "sliced"]
 
@@ -74,7 +75,8 @@ class Step:
         """Update the weights; returns mean loss over all images and gradient norm, on the device.
 
         Nothing here waits for the device, so a loss that is not finite is the caller's to find.
-        Raises torch.OutOfMemoryError where its memory is full and no plan is tighter.
+        Raises an error that `is_full` where memory is full and no plan is tighter, or where it
+        was full when some of the update was done: then the weights are good for nothing.
         """
         images = sum(batch.images for batch in batches)
         for group in self.optimizer.param_groups:
@@ -84,9 +86,11 @@ class Step:
         while loss is None and self.plan.way != "sliced":
             try:
                 loss = self._micro_batched(batches, images)
-            except torch.OutOfMemoryError as error:  # no weight has changed: all of it again
+            except RuntimeError as error:
                 self._tighten(error)
+            if loss is None:  # no weight has changed: all of it again
                 drop_gradients(self.parameters)
+                give_back(self.accelerator.device)
         if loss is None:
             loss = self._sliced(batches, images)
         else:
@@ -175,15 +179,23 @@ class Step:
             b = min(count, a + self.plan.micro_batch * layer.room)
             try:
                 work(a, b)
-                a = b
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
                 self._tighten(error)
+                b = a
+            if b == a:  # nothing was done
+                give_back(self.accelerator.device)
+            a = b
 
-    def _tighten(self, error: torch.OutOfMemoryError) -> None:
-        """Go over to a plan that needs less, and say so; raises the error where there is none."""
+    def _tighten(self, error: RuntimeError) -> None:
+        """Go over to a plan that needs less, and say so.
+
+        Raises the error where there is none, or where it is not about memory or comes too late.
+        """
         plan = self.plan.tighter()
         # Another way sums gradients in other messages; and not every optimizer steps in parts.
         stays = self.accelerator.num_processes > 1 or not steps_in_parts(self.optimizer)
+        if isinstance(error, PartlyDone) or not is_full(error):
+            raise error
         if plan is None or (plan.way != self.plan.way and stays):
             raise error
         tqdm.write(
@@ -191,8 +203,6 @@ class Step:
             f"noise, and so is all that follows"
         )
         self.plan = plan
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _update(self, parameters: Sequence[Parameter]) -> None:
         """Step these weights, whose gradients are complete, and free those."""

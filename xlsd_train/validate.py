@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from xlsd_cache import UserError
+from xlsd_cache.full import give_back
 from xlsd_train import draw
 from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.config import TrainConfig
@@ -68,6 +69,7 @@ class Validator:
                         return None
                     if losses:
                         found[f"{name}/{which}"] = np.concatenate(losses).reshape(-1, BANDS)
+        give_back(step.accelerator.device)  # its shapes are not training's
         return found
 
     def batches(self, name: str) -> Iterator[Batch]:

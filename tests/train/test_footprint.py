@@ -12,7 +12,7 @@ from xlsd_train import sd15
 from xlsd_train.batches import Batch
 from xlsd_train.config import TrainConfig
 from xlsd_train.diffusion import make_objective
-from xlsd_train.footprint import Tracker, flop_counter
+from xlsd_train.footprint import FlopCounter, Tracker
 from xlsd_train.latents import Scaling
 from xlsd_train.memory import Planner
 from xlsd_train.optim import make_optimizer
@@ -112,21 +112,21 @@ def test_workspaces_are_counted_at_convolutions_where_asked() -> None:
 
 def test_kernels_have_the_flops_that_the_counter_counts() -> None:
     step = real_step(TrainConfig(phase="both").resolved(), Plan("cheap", 2))
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         step([real_batch(2)], 0.0)
     tracker = Tracker()
     with tracker:
         step([real_batch(2)], 0.0)
-    assert tracker.footprint().tflop == pytest.approx(counter.get_total_flops() / 1e12)
+    assert tracker.footprint().tflop == pytest.approx(counter.total / 1e12)
 
 
 def test_attention_is_counted_on_the_cpu_too() -> None:
     """Two matrix products forward and five backward, one of them forward's again (Dao 2022)."""
     q, k, v = (torch.randn(1, 3, tokens, 8, requires_grad=True) for tokens in (64, 16, 16))
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         out: Tensor = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         torch.autograd.backward(out.sum())
-    assert counter.get_total_flops() == (2 + 5) * 2 * 3 * 64 * 16 * 8
+    assert counter.total == (2 + 5) * 2 * 3 * 64 * 16 * 8
 
 
 def test_footprints_of_different_runs_are_not_mixed() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.demo.pipeline import make_networks
 from xlsd_cache import UserError
-from xlsd_train.footprint import flop_counter
+from xlsd_train.footprint import FlopCounter
 from xlsd_train.layers import EPSILON, INPUT_IDS, NOISY, TIMESTEPS, Recompute, make_layers
 
 
@@ -79,11 +79,11 @@ def saved_bytes(layers: Any, values: dict[str, Tensor], recompute: Recompute) ->
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = run(layers, values, recompute)
         out.square().sum().backward()  # type: ignore[no-untyped-call]
-    return sum(kept.values()), counter.get_total_flops()
+    return sum(kept.values()), counter.total
 
 
 def test_cheap_keeps_much_less_and_computes_nothing_twice() -> None:

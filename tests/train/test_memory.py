@@ -1,15 +1,22 @@
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.demo.pipeline import make_networks
 from xlsd_cache import UserError
 from xlsd_train import sd15
+from xlsd_train.cards import CARDS, card_named
 from xlsd_train.config import TrainConfig
+from xlsd_train.layers import INPUT_IDS, NOISY, TIMESTEPS, make_layers
 from xlsd_train.memory import GIB, WAYS, Planner, choose, largest, last, limit_of
+from xlsd_train.rehearsal import AsOnACard, Rehearsal
 from xlsd_train.step import Plan
 
 UNET = TrainConfig(phase="unet").resolved()
@@ -163,3 +170,128 @@ def test_sd15s_text_encoder_on_24_gb() -> None:
     config = TrainConfig(phase="te").resolved()
     planner = Planner(config, {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER)
     assert planner.predict(Plan("sliced", 4), 256, (64, 64)).peak <= 22 * GIB
+
+
+@pytest.fixture
+def one_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int]]:
+    """A driver that has one card of 24 GiB, 18 of them free; what fractions it was asked for."""
+    asked: list[tuple[float, int]] = []
+    total = SimpleNamespace(total_memory=24 * GIB)
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: total)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (18 * GIB, 24 * GIB))
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda *x: asked.append(x), raising=False
+    )
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("device", "index"), [(torch.device("cuda"), 0), (torch.device("cuda", 0), 0),
+                          (torch.device("cuda", 3), 3)],
+)  # fmt: skip
+def test_a_card_is_limited_whether_or_not_its_device_has_an_index(
+    one_card: list[tuple[float, int]], device: torch.device, index: int
+) -> None:
+    """Accelerate's device of the only card has none, and torch wants one."""
+    assert limit_of(replace(UNET, vram=12.0), device) == 11 * GIB
+    assert limit_of(replace(UNET, vram=48.0), device) == 44 * GIB
+    assert one_card == [(0.5, index), (1.0, index)]
+
+
+def test_the_reserve_is_the_same_without_vram(one_card: list[tuple[float, int]]) -> None:
+    free = limit_of(UNET, torch.device("cuda"))
+    assert free == limit_of(replace(UNET, vram=18.0), None) == 16.5 * GIB
+    assert not one_card
+
+
+def test_a_card_is_known_by_its_whole_name() -> None:
+    assert card_named("NVIDIA GeForce RTX 4090") == CARDS["RTX 4090"]
+    assert card_named("NVIDIA H100 80GB HBM3") == CARDS["H100"]
+    for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
+                 "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 PCIe", "NVIDIA H100 NVL",
+                 "NVIDIA GeForce RTX 5090", ""):  # fmt: skip
+        assert card_named(name) is None
+
+
+def test_blocks_fill_a_card_in_waves() -> None:
+    busy = CARDS["RTX 4090"].busy(np.array([48.0, 128.0, 129.0, 256.0]))
+    assert busy.tolist() == [48 / 128, 1, 129 / 256, 1]
+
+
+def test_deterministic_attention_of_few_images_leaves_a_card_idle() -> None:
+    """One block for each head of an image: the nano model's two, so two images fill 4 of 128."""
+    tables = {}
+    for on in (True, False):
+        config = TrainConfig(phase="unet", deterministic=on).resolved()
+        made = Planner(config, *configs(), workspaces=False)
+        tables[on] = {n: made.predict(Plan("plain", n), 64, SIZE).seconds for n in (2, 64)}
+    for card in CARDS:
+        slower = {n: tables[True][n][card] / tables[False][n][card] for n in (2, 64)}
+        assert slower[2] >= slower[64] >= 1
+    rough = TrainConfig(phase="unet", precision="bf16").resolved()
+    rehearsed = Planner(rough, *configs(), workspaces=False)._rehearse(Plan("plain", 2), 6, SIZE)
+    counted = sorted({int(x) for x in rehearsed.blocks if x})
+    assert counted == [2 * 6]  # its kernel has others, so no time follows from them
+
+
+def test_bf16_is_rehearsed_as_cuda_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass on fake tensors of a card, under CUDA's own autocast, gives the dtypes."""
+
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.kernels: list[tuple[str, Any, Any]] = []
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            first = out[0] if isinstance(out, tuple) else out
+            if name in {"convolution", "addmm", "mm", "native_group_norm", "native_layer_norm", "cat",
+                        "upsample_nearest2d", "silu", "gelu"}:  # fmt: skip
+                self.kernels.append((name, tuple(first.shape), first.dtype))
+            return first if first is out else out
+
+    rough = TrainConfig(phase="unet", precision="bf16").resolved()
+    step = Rehearsal(rough, *configs(), workspaces=False)._step
+    card = step.card = AsOnACard()
+    ours, theirs = Seen(), Seen()
+
+    def given(device: str) -> dict[str, Any]:
+        return {
+            NOISY: torch.empty(2, 4, 8, 8, device=device),
+            TIMESTEPS: torch.zeros(2, dtype=torch.int64, device=device),
+            INPUT_IDS: torch.zeros(2, 77, dtype=torch.int64, device=device),
+        }
+
+    with torch.device("meta"), card, torch.no_grad(), ours:
+        step._predict(given("meta"), "nothing")
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        unet, text_encoder = make_networks("nano", 600)
+        layers = make_layers(unet, text_encoder, lambda ids: text_encoder(ids).last_hidden_state)
+        values = given("cuda")
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            with theirs:
+                for layer in layers:
+                    values[layer.output] = layer.run("nothing", *[values[x] for x in layer.inputs])
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+    assert len(theirs.kernels) > 100
+    assert ours.kernels == theirs.kernels
+
+
+@pytest.mark.parametrize("way", ["plain", "cheap", "feed-forward", "sliced"])
+def test_bf16_keeps_half_of_most_and_rebuilds_in_it(way: Any) -> None:
+    rough = TrainConfig(phase="both", precision="bf16").resolved()
+    exact = TrainConfig(phase="both").resolved()
+    peaks = {}
+    for config in (rough, exact):
+        made = Planner(config, *configs(), workspaces=False)
+        peaks[config.precision] = made.predict(Plan(way, 4), 4, SIZE).items["activations"]
+    assert 0.4 < peaks["bf16"] / peaks["fp32"] < 0.95

@@ -1,0 +1,139 @@
+"""Ten minutes on a card that answer what no CPU can tell of this project.
+
+    python benchmarks/card.py                               writes benchmarks/results/CARD.json
+    python benchmarks/card.py --tiny --out FOLDER/cpu.json  on a CPU: shows that it runs
+
+Weights are random and nothing is fetched. Each part is written down when it is done; one that fails
+is recorded with its error, the others go on, and the exit code is 1.
+"""
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a file
+
+import tyro
+
+from benchmarks.card_bench import Bench, Found
+from benchmarks.card_encode import encode
+from benchmarks.card_exact import determinism, strict
+from benchmarks.card_memory import largest, peaks
+from benchmarks.card_speed import attention, kernels, speed, syncs
+from benchmarks.real_step import machine
+from xlsd_cache import UserError
+from xlsd_cache.cli import quiet_libraries
+from xlsd_cache.durable import write_bytes, write_json
+from xlsd_cache.precision import device_of, set_precision
+from xlsd_train.memory import limit_card
+from xlsd_train.prepare import deterministic
+
+Part = Literal[
+    "strict", "attention", "determinism", "peaks", "speed", "kernels", "encode", "largest", "syncs"
+]
+PARTS: dict[Part, Callable[[Bench], Found]] = {
+    "strict": strict, "attention": attention, "determinism": determinism, "peaks": peaks,
+    "speed": speed, "kernels": kernels, "encode": encode, "largest": largest, "syncs": syncs,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """Measure this card."""
+
+    tiny: bool = False
+    """The smallest model on the CPU."""
+
+    out: Path | None = None
+    """A .json; the table is written beside it. Default: benchmarks/results/CARD.json."""
+
+    part: tuple[Part, ...] = tuple(PARTS)
+    """Parts to measure, in this order."""
+
+    vram: float = 24.0
+    """GB: the card gives no more."""
+
+    seconds: float = 600.0
+    """After so many, no part is begun."""
+
+
+def main(config: CardConfig, command: Sequence[str]) -> int:
+    """Measure and write; 1 where a part failed."""
+    if config.tiny and config.out is None:
+        raise UserError("--tiny measures no card; say with --out where its figures go")
+    if not config.tiny:
+        device_of("cuda")  # raises where there is none
+    quiet_libraries()
+    bench = Bench(config.tiny, config.vram, config.seconds)
+    folder = Path(__file__).parent / "results"
+    slug = re.sub(r"[^a-z0-9]+", "-", bench.name.lower()).strip("-")
+    out = config.out or folder / f"{slug}.json"
+    deterministic(True)
+    found: Found = {
+        "machine": machine(bench.device.type),
+        "command": shlex.join(("python", "benchmarks/card.py", *command)),
+        "precision": set_precision("fp32"),
+        "model": f"{bench.model}, {8 * bench.size[1]}x{8 * bench.size[0]}, batch {bench.batch}",
+        "vram_gb": config.vram,
+    }
+    for key, value in found.items():
+        print(f"{key}: {value}", flush=True)
+    if not config.tiny:
+        limit_card(config.vram, bench.device)
+    for name in config.part:
+        found[name] = measured(PARTS[name], bench)
+        write_json(out, found)
+        print("\n".join(table({name: found[name]})), flush=True)
+    write_bytes(out.with_suffix(".txt"), ("\n".join(table(found)) + "\n").encode())
+    print(f"written: {out}")
+    return 1 if any("failed" in found[name] for name in config.part) else 0
+
+
+def measured(part: Callable[[Bench], Found], bench: Bench) -> Found:
+    """What a part found and how long it took, or why it failed."""
+    begun = time.perf_counter()
+    if bench.left() < 0:
+        return {"failed": "no time left"}
+    try:
+        found = part(bench)
+    except Exception as error:  # rented minutes: the other parts are wanted all the same
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    deterministic(True)
+    set_precision("fp32")
+    bench.free()
+    return {**found, "took_s": time.perf_counter() - begun}
+
+
+def table(found: Found) -> list[str]:
+    """Lines for people: a part's name, and a line for each thing that it measured."""
+    lines = []
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            lines.append(f"{name}: {value}")
+            continue
+        lines.append(name)
+        for key, cell in value.items():
+            rows = [(key, cell)] if not isinstance(cell, list) else [(key, x) for x in cell]
+            lines += [f"  {first!s:<28} {_told(second)}" for first, second in rows]
+    return lines
+
+
+def _told(value: object) -> str:
+    if isinstance(value, dict):
+        cells = [(key, cell, _told(cell)) for key, cell in value.items()]
+        return ", ".join(f"{k} ({t})" if isinstance(x, dict) else f"{k} {t}" for k, x, t in cells)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_told, value)) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(CardConfig, description=__doc__), sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"card: {error}")
