@@ -27,9 +27,9 @@ from benchmarks.card_memory import largest, peaks
 from benchmarks.card_speed import attention, kernels, speed, syncs
 from benchmarks.real_step import machine
 from xlsd_cache import UserError
-from xlsd_cache.cli import quiet_libraries
 from xlsd_cache.durable import write_bytes, write_json
 from xlsd_cache.precision import device_of, set_precision
+from xlsd_cache.quiet import quiet_libraries
 from xlsd_train.memory import limit_card
 from xlsd_train.prepare import deterministic
 
