@@ -44,7 +44,7 @@ class Meter:
     def flush(self) -> list[dict[str, Any]]:
         """The line of the step that is pending, for which this waits.
 
-        Raises UserError for a loss that is not finite.
+        Raises UserError for a loss or a gradient that is not finite.
         """
         if self._pending is None:
             return []
@@ -52,9 +52,11 @@ class Meter:
         both = torch.stack([loss, norm]).tolist()  # waits for the device
         ended = ended or time.perf_counter()
         seconds, self._begun = ended - self._begun, ended
-        if not math.isfinite(both[0]):
+        for what, value in zip(("loss", "gradient's norm"), both, strict=True):
+            if math.isfinite(value):
+                continue
             raise UserError(
-                f"the loss of step {line['step']} is {both[0]}; nothing of it was kept"
+                f"the {what} of step {line['step']} is {value}; nothing of it was kept"
                 + (f": {_remedy(self.run, line['step'])}" if self.run else "")
             )
         total, weight = (SMOOTHING * part for part in self.smoothed)
