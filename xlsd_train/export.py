@@ -60,9 +60,8 @@ def write_model(
     grid = f"{title}.samples.png" if single else "samples.png"
     write = _write_file if single else _write_folder
     written: list[Path] = []
-    with withdrawing(written), appearing(out) as temporary:
-        with _told(parts.source, out, dtype):
-            hashes = write(parts, temporary, out, DTYPES[dtype], metadata)
+    with _told(parts.source, out, dtype), withdrawing(written), appearing(out) as temporary:
+        hashes = write(parts, temporary, out, DTYPES[dtype], metadata)
         card = history.card(
             title, folded, dtype, hashes, grid if history.grid else None, needed, noted
         )

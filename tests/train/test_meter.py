@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,4 +44,34 @@ def test_a_loss_that_is_not_finite_is_found_before_anything_is_kept() -> None:
     meter = Meter([0.0, 0.0])
     meter.add({"step": 7}, 1, torch.tensor(torch.nan), torch.tensor(0.0))
     with pytest.raises(UserError, match="the loss of step 7 is nan; nothing of it was kept"):
+        meter.flush()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "saved", "step", "told"),
+    [
+        ("lion", False, 1, "no weight had moved yet, so --lr is not the cause"),
+        ("lion", False, 2, "begin again with a lower --lr and another --out"),
+        ("lion", True, 9, "step-00000004 stands: to go on from it, give the same command with"),
+        ("adamw", True, 9, "a lower --lr and --force"),
+        ("dlion", True, 9, "a --d-max below what d came to and --force"),
+        ("prodigy", True, 9, "a --d-growth nearer to 1 and --force"),
+    ],
+)
+def test_what_is_advised_is_possible(
+    tmp_path: Path, optimizer: str, saved: bool, step: int, told: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"optimizer": optimizer}}))
+    if saved:
+        (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+    meter = Meter([0.0, 0.0], tmp_path)
+    meter.add({"step": step}, 1, torch.tensor(torch.inf), torch.tensor(0.0))
+    with pytest.raises(UserError, match=f"the loss of step {step} is inf.*{told}"):
+        meter.flush()
+
+
+def test_a_gradient_that_is_not_finite_is_found_as_well() -> None:
+    meter = Meter([0.0, 0.0])
+    meter.add({"step": 7}, 1, torch.tensor(1.0), torch.tensor(torch.inf))
+    with pytest.raises(UserError, match="the gradient's norm of step 7 is inf"):
         meter.flush()
