@@ -236,7 +236,7 @@ def test_deterministic_attention_of_few_images_leaves_a_card_idle() -> None:
     assert counted == [2 * 6]  # its kernel has others, so no time follows from them
 
 
-def test_bf16_is_rehearsed_as_cuda_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_rehearsed_as_cuda_casts() -> None:
     """The forward pass on fake tensors of a card, under CUDA's own autocast, gives the dtypes."""
 
     class Seen(TorchDispatchMode):
@@ -253,7 +253,7 @@ def test_bf16_is_rehearsed_as_cuda_casts(monkeypatch: pytest.MonkeyPatch) -> Non
             if name in {"convolution", "addmm", "mm", "native_group_norm", "native_layer_norm", "cat",
                         "upsample_nearest2d", "silu", "gelu"}:  # fmt: skip
                 self.kernels.append((name, tuple(first.shape), first.dtype))
-            return first if first is out else out
+            return out
 
     rough = TrainConfig(phase="unet", precision="bf16").resolved()
     step = Rehearsal(rough, *configs(), workspaces=False)._step
@@ -269,8 +269,19 @@ def test_bf16_is_rehearsed_as_cuda_casts(monkeypatch: pytest.MonkeyPatch) -> Non
 
     with torch.device("meta"), card, torch.no_grad(), ours:
         step._predict(given("meta"), "nothing")
-    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+    with torch.device("meta"):
         unet, text_encoder = make_networks("nano", 600)
+    with FakeTensorMode(), torch.no_grad():
+        for module in (*unet.modules(), *text_encoder.modules()):
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    empty = torch.empty(weight.shape, device="cuda")
+                    module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(
+                        buffer.shape, dtype=buffer.dtype, device="cuda"
+                    )
         layers = make_layers(unet, text_encoder, lambda ids: text_encoder(ids).last_hidden_state)
         values = given("cuda")
         torch.set_autocast_enabled("cuda", True)
@@ -286,7 +297,7 @@ def test_bf16_is_rehearsed_as_cuda_casts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ours.kernels == theirs.kernels
 
 
-@pytest.mark.parametrize("way", ["plain", "cheap", "feed-forward", "sliced"])
+@pytest.mark.parametrize("way", ["cheap", "sliced"])
 def test_bf16_keeps_half_of_most_and_rebuilds_in_it(way: Any) -> None:
     rough = TrainConfig(phase="both", precision="bf16").resolved()
     exact = TrainConfig(phase="both").resolved()
