@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode as torch_flops
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import peak_of
 from benchmarks.demo.pipeline import make_networks
@@ -154,7 +154,7 @@ def test_flops_of_a_sliced_step_are_counted() -> None:
             step([real_batch(2)], 0.0)
         totals.append(counter.total)
     assert 1.2 < totals[1] / totals[0] < 1.4
-    with torch_flops(display=False) as known:
+    with FlopCounterMode(display=False) as known:
         q = torch.ones(2, 3, requires_grad=True)
         (q @ torch.ones(3, 4)).sum().backward()  # type: ignore[no-untyped-call]
     with FlopCounter() as ours:
