@@ -1,5 +1,6 @@
 """Benchmarks cannot rot: each runs here for one iteration."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,23 @@ def test_align_tells_losses_of_each_warm_start() -> None:
     assert [line.split()[0] for line in lines[head + 2 : head + 4]] == ["0", "4"]
     (plain,) = [line.split() for line in lines if line.startswith(" " * 8 + "plain swap")]
     assert plain[2:] == ["1.00", "1.00"]
+
+
+def test_card_runs_every_part_without_a_card(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    lines = run("benchmarks/card.py", "--tiny", "--out", str(out))
+    assert lines[0].startswith("machine: ")
+    assert lines[-1] == f"written: {out}"
+    found = json.loads(out.read_text())
+    parts = [name for name, value in found.items() if isinstance(value, dict)]
+    assert parts == ["strict", "attention", "determinism", "peaks", "speed", "kernels", "encode",
+                     "largest", "syncs"]  # fmt: skip
+    assert not [name for name in parts if "failed" in found[name]]
+    assert found["strict"]["strict"]
+    exact = [x for x in found["determinism"].values() if isinstance(x, dict)]
+    assert exact == [{"twice": True, "resumed": True}] * 2
+    assert abs(found["peaks"]["plain by 2"]["error"]) < 0.03
+    assert found["speed"]["sliced by 2"]["tflop"] > found["speed"]["plain by 2"]["tflop"]
+    assert len(found["kernels"]["top"]) == 10
+    table = out.with_suffix(".txt").read_text().splitlines()
+    assert [line for line in table if line in parts] == parts

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.support import cache
 from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected, decode
 from xlsd_cache.encode import Encoder, to_input
+from xlsd_cache.precision import device_of
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import load_vae
 
@@ -72,7 +74,12 @@ def test_without_a_batch_every_core_encodes_one_image_at_a_time(
 
 
 @pytest.mark.parametrize("room", [1, 2, 3])
-def test_a_batch_that_does_not_fit_is_halved(vae: Path, room: int) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"),
+     RuntimeError("GET was unable to find an engine to execute this computation")],
+)  # fmt: skip
+def test_a_batch_that_does_not_fit_is_halved(vae: Path, room: int, error: RuntimeError) -> None:
     """The memory ends in the VAE's first layer, as on a card."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     encoder = Encoder(load_vae(str(vae)), "fp32", torch.device("cpu"))
@@ -80,7 +87,7 @@ def test_a_batch_that_does_not_fit_is_halved(vae: Path, room: int) -> None:
 
     def full(_: object, inputs: tuple[torch.Tensor]) -> None:
         if len(inputs[0]) > room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     hook = encoder.vae.model.encoder.register_forward_pre_hook(full)
     assert np.abs(encoder.encode(pixels) - expected).max() < 1e-5 * expected.std()
@@ -129,3 +136,23 @@ def test_pixels_in_another_range_are_found_by_decoding(
     assert cache("check", tmp_path / "l") == 0
     assert cache("check", tmp_path / "l", "--decode", 8) == 1
     assert capsys.readouterr().out.count("WRONG") >= 6
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_cards_memory_grows_in_place_unless_the_user_says_otherwise(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "set, so that it is put back")
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:64")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("sys.platform", "linux")
+    device_of("cpu")
+    assert os.environ.get("PYTORCH_ALLOC_CONF") in (None, "max_split_size_mb:64")
+    assert device_of("auto") == torch.device("cuda", 0)
+    told = {name: os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", own) if name}
+    first = "max_split_size_mb:64" if own == "PYTORCH_ALLOC_CONF" else None
+    expected = {"PYTORCH_ALLOC_CONF": first if own else "expandable_segments:True"}
+    assert told == expected | ({own: "max_split_size_mb:64"} if own else {})

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.demo.pipeline import make_networks
 from tests.support import files, train
 from tests.train.conftest import Open
 from xlsd_cache import UserError
-from xlsd_train.ema import SIGMAS, Ema, keep_snapshots, snapshots
+from xlsd_train.ema import BLOCK, SIGMAS, Ema, keep_snapshots, packed, pinned, snapshots
 from xlsd_train.power import gamma_of
 from xlsd_train.steps import checkpoints
 
@@ -166,3 +167,29 @@ def test_another_models_snapshot_is_refused(tmp_path: Path) -> None:
     other = Ema({"v": torch.nn.Parameter(torch.zeros(3))})
     with pytest.raises(UserError, match="does not fit this run"):
         other.load(tmp_path)
+
+
+def test_what_is_pinned_wastes_little() -> None:
+    """SD1.5's UNet in shape, every block rounded up to a power of two as torch does it."""
+    with torch.device("meta"):
+        unet, _ = make_networks("sd15", 1000)
+    named = dict(unet.named_parameters())
+    sizes = {name: p.numel() for name, p in named.items()}
+    blocks = packed(sizes, BLOCK)
+    assert sorted(name for block in blocks for name in block) == sorted(sizes)
+    taken = [sum(sizes[name] for name in block) for block in blocks]
+    rounded = sum(1 << (n - 1).bit_length() for n in taken)
+    assert max(taken) <= BLOCK
+    assert rounded < 1.03 * sum(sizes.values())
+    assert packed({"a": 9, "b": 2, "c": 3}, 4) == [["a"], ["c"], ["b"]]
+
+
+def test_what_is_pinned_has_the_shapes_and_none_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr("torch.empty", lambda *size, dtype, pin_memory: empty(*size, dtype=dtype))
+    named = {"a": torch.zeros(3, 2), "b": torch.zeros(()), "c": torch.zeros(2, 2, 2)}
+    found = pinned(named)
+    for value, name in enumerate(named):
+        assert found[name].shape == named[name].shape
+        found[name].fill_(value)
+    assert all((found[name] == value).all() for value, name in enumerate(named))

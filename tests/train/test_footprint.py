@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import peak_of
 from benchmarks.demo.pipeline import make_networks
@@ -141,3 +142,22 @@ def test_footprints_of_different_runs_are_not_mixed() -> None:
         prints[0].at(3, 1, prints[1], 2)
     doubled = prints[0].at(3, 1, prints[0], 2)
     assert np.array_equal(doubled.nbytes, prints[0].nbytes)
+
+
+def test_flops_of_a_sliced_step_are_counted() -> None:
+    """It calls `autograd.grad`, at which the hooks of torch's own counter fail."""
+    step = real_step(TrainConfig(phase="both").resolved(), Plan("sliced", 1))
+    totals = []
+    for plan in (Plan("plain", 2), Plan("sliced", 1)):
+        step.plan = plan
+        with FlopCounter() as counter:
+            step([real_batch(2)], 0.0)
+        totals.append(counter.total)
+    assert 1.2 < totals[1] / totals[0] < 1.4
+    with FlopCounterMode(display=False) as known:
+        q = torch.ones(2, 3, requires_grad=True)
+        (q @ torch.ones(3, 4)).sum().backward()  # type: ignore[no-untyped-call]
+    with FlopCounter() as ours:
+        q = torch.ones(2, 3, requires_grad=True)
+        (q @ torch.ones(3, 4)).sum().backward()  # type: ignore[no-untyped-call]
+    assert ours.total == known.get_total_flops()

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +76,81 @@ def test_a_gradient_that_is_not_finite_is_found_as_well() -> None:
     meter.add({"step": 7}, 1, torch.tensor(1.0), torch.tensor(torch.inf))
     with pytest.raises(UserError, match="the gradient's norm of step 7 is inf"):
         meter.flush()
+
+
+class Stream:
+    """A card's stream: what it was given, in order, and what the host has waited for."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+        self.waited: list[int] = []  # places in `given`
+        self.clock_ms = 0.0
+
+    def event(self, **_: Any) -> "Event":
+        return Event(self)
+
+
+class Event:
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def record(self) -> None:
+        self.at, self.time_ms = len(self.stream.given), self.stream.clock_ms
+
+    def synchronize(self) -> None:
+        self.stream.waited.append(self.at)
+
+    def elapsed_time(self, later: "Event") -> float:
+        return later.time_ms - self.time_ms
+
+
+class OnCard(torch.Tensor):
+    """A number that counts as a card's."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """CUDA's events and pinned memory, and nothing else, replaced."""
+    made, empty = Stream(), torch.empty
+
+    def pinned(*size: int, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        return empty(*size)
+
+    monkeypatch.setattr("torch.cuda.Event", made.event)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.memory_stats", lambda _: {"num_alloc_retries": 3})
+    monkeypatch.setattr("torch.empty", pinned)
+    return made
+
+
+def test_the_host_never_waits_for_the_newest_step_of_a_card(stream: Stream) -> None:
+    meter = Meter([0.0, 0.0])
+    meter.begin()
+    lines: list[dict[str, Any]] = []
+    lasted = [8.0, 2.0, 4.0]
+    for step, seconds in enumerate(lasted, 1):
+        stream.given.append(f"step {step}")
+        stream.clock_ms += 1000 * seconds
+        loss, norm = (torch.tensor(float(x)).as_subclass(OnCard) for x in (step, 1))
+        lines += meter.add({"step": step}, 8, loss, norm)
+        assert stream.waited == list(range(1, step))  # for those before this one
+    lines += meter.flush()
+    assert [line["loss"] for line in lines] == [1, 2, 3]
+    assert [line["images_per_s"] for line in lines] == [8 / seconds for seconds in lasted]
+    assert {line["alloc_retries"] for line in lines} == {3}
+
+
+def test_a_pause_is_no_steps_time_on_a_card(stream: Stream) -> None:
+    meter = Meter([0.0, 0.0])
+    lines: list[dict[str, Any]] = []
+    for step in (1, 2):
+        meter.begin()
+        stream.clock_ms += 2000
+        one = torch.tensor(1.0).as_subclass(OnCard)
+        lines += meter.add({"step": step}, 8, one, one)
+        lines += meter.flush()
+        stream.clock_ms += 300_000  # samples
+    assert [line["images_per_s"] for line in lines] == [4, 4]

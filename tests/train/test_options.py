@@ -172,9 +172,12 @@ def test_it_changes_what_a_run_leaves(run: Any, option: str) -> None:
 def test_channels_last_and_determinism_are_as_asked(open_run: Open, tmp_path: Path) -> None:
     plain = open_run(channels_last=False, deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
+    backends: Any = torch.backends
+    assert backends.cudnn.benchmark  # what it is for
     assert not _channels_last(plain.model.unet)
     asked = open_run(channels_last=True, deterministic=True, out=tmp_path / "asked")
     assert torch.are_deterministic_algorithms_enabled()
+    assert not backends.cudnn.benchmark
     assert _channels_last(asked.model.unet)
 
 
