@@ -154,7 +154,7 @@ def try_all(phase: str, plan: Plan, most: int | None, *, all_: bool = False, acc
     return right
 
 
-@pytest.mark.parametrize(("phase", "plan"), zip([*PHASES, *PHASES], PLANS, strict=True))
+@pytest.mark.parametrize(("phase", "plan"), [*zip([*PHASES, *PHASES], PLANS, strict=True)])
 def test_memory_that_is_full_at_any_moment_never_gives_wrong_gradients(
     phase: str, plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
