@@ -241,7 +241,7 @@ def test_another_sweep_is_not_gone_on_with(
         (("--lr", "1e-3,0.001"), "names no two different rates, or one twice"),
         (("--lr", "slow,fast"), "--lr 'slow,fast' is no list of rates"),
         ((), "--lr '' is no list of rates"),
-        (("--lr", "1e-3,-1"), "--lr -1 is not a positive number"),
+        (("--lr", "1e-3,-1"), "--lr -1 is not above 0"),
         (("--lr", "4e-3,1e-5", "--scheduler", "linear", "--lr-floor", "1e-4"), "--lr-floor 0.0001"),
         (("--lr", "4e-3,1e-5", "--batch", 0), "--batch 0"),
     ],
@@ -306,7 +306,7 @@ def test_folders_and_validation_have_defaults_of_their_own() -> None:
         ({"stop_after": 500, "validate_every": 7}, True, 7),
     ):
         told: dict[str, Any] = settings
-        runs = SweepConfig(phase="te", rates="2,1", **told).runs(given)
+        runs = SweepConfig(phase="te", rates="2e-3,1e-3", **told).runs(given)
         assert {run.validate_every for run in runs.values()} == {every}
 
 
