@@ -51,10 +51,10 @@ def _main(args: Sequence[str] | None) -> int:
     if "--version" in words[:2]:
         print(f"xlsd-cache {__version__}")
         return 0
+    refuse_empty(words)
     check_command("xlsd-cache", words, list(COMMANDS), THEIRS)
     if words and words[0] in COMMANDS:
         check_options(words[1:], COMMANDS[words[0]], NAMES)
-    refuse_empty(words)
     config = tyro.extras.subcommand_cli_from_dict(
         {**COMMANDS},
         prog="xlsd-cache",

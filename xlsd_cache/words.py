@@ -127,7 +127,7 @@ def _there(path: str) -> str:
     """The path, or what of it follows NAME= or precedes :WEIGHT, where that exists; else empty."""
     for each in (path, path.partition("=")[2], path.rpartition(":")[0]):
         try:
-            if each and Path(each).expanduser().exists():
+            if " " in each and Path(each).expanduser().exists():
                 return each
         except (OSError, ValueError, RuntimeError):  # a name that is too long, say
             continue

@@ -7,6 +7,7 @@ from inspect import getdoc
 from typing import Any
 
 from xlsd_cache import __version__
+from xlsd_cache.options import refuse_empty
 from xlsd_cache.quiet import quiet, quiet_libraries
 from xlsd_cache.terminal import go_on_alone, run, say, start
 from xlsd_cache.words import check_command, check_options
@@ -136,6 +137,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         if not named:
             check_command("xlsd-train", words, list(COMMANDS), THEIRS)
+        refuse_empty(words, kind)
         check_options(words, kind, NAMES)
         prog = " ".join(["xlsd-train", *named])
         config = parse(kind, words, prog=prog, description=_describe(kind))

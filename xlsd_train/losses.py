@@ -1,6 +1,6 @@
 """What validation found of a run, in its folder, and the verdict on its checkpoints.
 
-RUN/validation/step-00000250.safetensors    WEIGHTS/SET: losses f32 [samples, validate.BANDS]
+RUN/validation/step-00000250.safetensors    WEIGHTS/SET: losses f32 [samples, BANDS]
 RUN/config.json, "validation"               the keys of each set's samples, in that order
 RUN/validation.jsonl                        a line for each step and WEIGHTS: means and intervals
 """
@@ -17,6 +17,7 @@ from xlsd_cache.durable import replacing
 from xlsd_train.verdict import Losses, Verdict, summary, verdict
 
 HELD_OUT, TRAINING = SETS = ("held_out", "training")
+BANDS = 10  # of timesteps
 LIVE = "live"  # WEIGHTS: those that train, beside averages of them
 Candidate = tuple[int, str]  # step, WEIGHTS
 

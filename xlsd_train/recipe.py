@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 from xlsd_cache import UserError
-from xlsd_cache.options import refuse_empty
 from xlsd_cache.terminal import say
 from xlsd_cache.texts import read_text
 from xlsd_train.config import TrainConfig
@@ -135,7 +134,6 @@ def parse(kind: type[Config], words: Sequence[str], prog: str, description: str)
 
     Raises UserError for a recipe that is none, and for what training refuses.
     """
-    refuse_empty(words, kind)
     name = options_in(words).get("recipe") if issubclass(kind, TrainConfig) else None
     if name is None or name == "None":
         return tyro.cli(kind, prog=prog, description=description, args=words)

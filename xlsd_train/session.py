@@ -86,13 +86,13 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     # The default folder's name holds the time, which processes would read differently.
     config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
     run, device = Run.open(config), accelerator.device
-    config = run.inherited(config, fraction)
     with (
         open_mixture(config.data, run.generations) as store,
         closing(run),
         ExitStack() as stack,
     ):
         config, adapted = adapt(config, store, given, run.before)
+        config = run.inherited(config, fraction)
         samples = choose_samples(config, store)
         shared = settings(config, store, device)
         run.compare(shared, config, partial(columns_of, store))

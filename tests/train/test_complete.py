@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ def begun(run: Path, config: TrainConfig, step: int, planned: int, **told: Any) 
     (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     record = {"config": asdict(asked.resolved()), "settings": {}, "planned_steps": planned, **told}
     (run / "config.json").write_text(json.dumps(record, default=str))
+    drawn = run / "samples" / f"step-{step:08d}" / "00.png"
+    drawn.parent.mkdir(parents=True)
+    drawn.touch()
     return asked
 
 
@@ -24,6 +28,12 @@ def test_a_run_that_is_where_it_was_to_end_is_complete(tmp_path: Path) -> None:
     assert told.startswith(f"{tmp_path} is complete: step 10 of 10 planned, checkpoint {tmp_path}")
     assert told.endswith("with a longer plan, --steps or --epochs, it goes on")
     assert complete(replace(asked, sample_every=7, keep=1)), "neither changes a weight"
+    shutil.rmtree(tmp_path / "samples")  # which a signal at the end left out
+    assert complete(asked) is None
+    assert complete(replace(asked, sample_every=0))
+    assert (
+        complete(replace(asked, sample_every=0, validate_every=5, validation_fraction=0.1)) is None
+    )
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,7 @@ def test_a_resume_without_its_averages_is_refused(
         save_file({"0.05/x": torch.zeros(1)}, path, {"step": "1"})
     assert train(*arguments, "--ema", "--out", run) == 1
     assert "ema.safetensors does not fit this run" in capsys.readouterr().err
-    assert train(*arguments, "--out", run) == 1
-    assert "was begun with ema True" in capsys.readouterr().err
+    assert train(*arguments, "--out", run) == 0  # averages may end
 
 
 def test_snapshots_outlive_their_checkpoints_and_are_thinned(

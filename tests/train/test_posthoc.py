@@ -70,7 +70,7 @@ def test_the_average_is_a_model(run: Path, store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--sigma-rel", 0.3), "--sigma-rel 0.3 is not above 0"),
+        (("--sigma-rel", 0.3), "--sigma-rel 0.3 is more than 0.288"),
         (("--sigma-rel", 0), "--sigma-rel 0 is not above 0"),
         (("--step", 13), "--step 13 is not within the 12 steps"),
         (("--step", 0), "--step 0 is not within"),
