@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.initialization import no_init_weights
 
 from xlsd_cache import UserError
 from xlsd_cache.vae import CLASSES
@@ -44,7 +45,7 @@ class Part:
 
 def empty(kind: Kind, config: Mapping[str, Any]) -> Any:
     """The network of a config, its weights without memory: their names and shapes."""
-    with init_empty_weights():
+    with init_empty_weights(), no_init_weights():  # without memory nothing is to be drawn
         if kind == "unet":
             return UNet2DConditionModel.from_config(dict(config))
         if kind == "text_encoder":
