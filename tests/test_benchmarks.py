@@ -1,4 +1,4 @@
-"""Benchmarks cannot rot: each runs here for one iteration."""
+"""Benchmarks cannot rot: each runs here for one iteration, the longer ones with -m slow."""
 
 import json
 import subprocess
@@ -41,6 +41,7 @@ def test_throughput_measures_every_phase_with_and_without_the_store() -> None:
     assert sum("the loader's share" in line for line in lines) == 3
 
 
+@pytest.mark.slow
 def test_export_measures_memory_and_time() -> None:
     options = ("--size", "nano", "--formats", "single-file", "--dtypes", "fp16")
     lines = run("benchmarks/export.py", *options)
@@ -62,6 +63,7 @@ def test_captions_measures_planning_captions_and_scanning() -> None:
     assert items == ["5,000"] * 7 + ["120"] * 2
 
 
+@pytest.mark.slow
 def test_throughput_against_a_plain_loop_needs_no_store() -> None:
     lines = run(
         "benchmarks/throughput.py", "--phase", "te", "--steps", "1", "--batch", "1",
@@ -81,6 +83,7 @@ def test_throughput_against_a_plain_loop_needs_no_store() -> None:
         assert abs(float(ratio) / (images[ours] / images[theirs]) - 1) < 0.01
 
 
+@pytest.mark.slow
 def test_max_batch_predicts_what_the_allocator_holds() -> None:
     lines = run(
         "benchmarks/max_batch.py", "--model", "nano", "--check", "--phase", "te",
@@ -92,6 +95,7 @@ def test_max_batch_predicts_what_the_allocator_holds() -> None:
     assert verdicts(lines)[0].startswith("PASS  3 of 3")
 
 
+@pytest.mark.slow
 def test_max_batch_finds_the_largest_batch() -> None:
     options = ("--model", "nano", "--phase", "te", "--size", "64x64", "--way", "plain", "cheap")
     lines = run("benchmarks/max_batch.py", *options, "--vram", "2")
@@ -127,6 +131,7 @@ def test_decoding_is_measured_by_format_route_and_guard() -> None:
     assert all(float(rows[name][0]) > 0 for name in ("in this process", "in one child"))
 
 
+@pytest.mark.slow
 def test_cache_compares_build_with_bare_loops_and_peers() -> None:
     vae = Path("benchmarks") / "demo" / "vae"
     options = ("--vae", str(vae), "--images", "3", "--rounds", "1", "--resolution", "64")
@@ -161,6 +166,7 @@ def test_store_reads_the_same_rows_by_every_reader() -> None:
     assert len(verdicts(lines)) == 6
 
 
+@pytest.mark.slow
 def test_scale_takes_every_step() -> None:
     """Its own assertions: tags are found where the captions have them."""
     options = ("--rows", "3000", "--rows-per-shard", "256", "--resume-at", "1000")
@@ -174,6 +180,7 @@ def test_scale_takes_every_step() -> None:
     assert len(verdicts(lines)) == 5
 
 
+@pytest.mark.slow
 def test_overtrain_tells_every_checkpoint_and_the_best() -> None:
     lines = run("benchmarks/overtrain.py", "--steps", "2", "--tiles", "20", "--held-out", "0.4")
     assert lines[0].startswith("machine: ")
@@ -184,6 +191,7 @@ def test_overtrain_tells_every_checkpoint_and_the_best() -> None:
     assert [line.split()[2] for line in lines[8:10]] == ["training", "held-out"]
 
 
+@pytest.mark.slow
 def test_align_tells_losses_of_each_warm_start() -> None:
     lines = run(
         "benchmarks/align.py", "--short-side", "128", "--vae-steps", "2", "--base-steps", "2",

@@ -36,6 +36,7 @@ def planner(phase: str = "unet", optimizer: str = "lion") -> Planner:
     return Planner(config.resolved(), *configs(), workspaces=False)
 
 
+@pytest.mark.slow
 def test_less_is_kept_the_more_is_done_again() -> None:
     found = [planner().predict(Plan(way, 8), 8, SIZE) for way in ("plain", "cheap", "feed-forward")]
     sliced = planner().predict(Plan("sliced", 1), 8, SIZE)
@@ -82,6 +83,7 @@ def test_the_fastest_plan_keeps_as_much_as_fits() -> None:
     assert plan.fastest(16, SIZE, least - 1, None, None) is None
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     for way in ("plain", "cheap", "feed-forward", "sliced"):
         plan = Plan(way, 1)
@@ -92,6 +94,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
             assert (planner().predict(passing, batch, SIZE).peak <= limit) == fits
 
 
+@pytest.mark.slow
 def test_interpolated_footprints_are_those_of_real_runs() -> None:
     """A batch that was never run is predicted to the byte."""
     for plan in (Plan("plain", 7), Plan("cheap", 7), Plan("feed-forward", 7), Plan("sliced", 1)):
@@ -138,6 +141,7 @@ def test_without_a_limit_nothing_is_predicted() -> None:
         choose(replace(UNET, batch="auto"), never, {"512x512": 99}, 1, None)
 
 
+@pytest.mark.slow
 def test_automatic_batches_are_as_many_as_pass_at_once() -> None:
     limit = planner().predict(Plan("sliced", 4), 24, SIZE).peak
     buckets = {"256x256": 1000}
@@ -297,7 +301,7 @@ def test_the_rehearsal_knows_all_that_cuda_casts() -> None:
     assert called & cast <= known | in_fp32_anyway
 
 
-@pytest.mark.parametrize("way", ["cheap", "sliced"])
+@pytest.mark.parametrize("way", ["cheap", pytest.param("sliced", marks=pytest.mark.slow)])
 def test_bf16_keeps_half_of_most_and_rebuilds_in_it(way: Any) -> None:
     rough = TrainConfig(phase="both", precision="bf16").resolved()
     exact = TrainConfig(phase="both").resolved()

@@ -161,7 +161,10 @@ def _words(options: dict[str, object]) -> Words:
     return tuple(words)
 
 
-@pytest.mark.parametrize("option", CHANGES)
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(x, marks=pytest.mark.slow) if x == "vram" else x for x in CHANGES],
+)
 def test_it_changes_what_a_run_leaves(run: Any, option: str) -> None:
     value, needs, kind = CHANGES[option]
     without = {**BASE, **needs}
