@@ -73,7 +73,7 @@ article: $(INSTALLED)
 	@echo "A model for other programs:                   article/phase2.safetensors"
 
 test: $(INSTALLED) lint
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ def complete(config: TrainConfig) -> str | None:
     there = as_asked(record)
     wanted = json.loads(json.dumps(asdict(config.resolved()), default=os.fspath))
     other_length = any(wanted[name] != there.get(name) for name in LENGTH)
+    if wanted["data"] != there.get("data"):
+        return None
     if not is_run(record) or other_length or differing(there, wanted) or other_start(there, config):
         return None
     step, planned = step_of(found[-1]), record["planned_steps"]

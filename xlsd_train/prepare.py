@@ -67,14 +67,14 @@ def start(config: TrainConfig) -> tuple[Accelerator, str]:
     """Set precision, threads and determinism, and find the device and the other processes."""
     device = device_of(config.device)
     precision = set_precision(config.precision)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     deterministic(config.deterministic)
     mixed = "bf16" if config.precision == "bf16" else "no"
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(
         mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patient]
     )
+    if config.threads:  # now: accelerate sets a number of its own for several processes
+        torch.set_num_threads(config.threads)
     return accelerator, precision
 
 

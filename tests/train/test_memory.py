@@ -46,6 +46,7 @@ def test_less_is_kept_the_more_is_done_again() -> None:
     assert 1.2 < sliced.factor < 1.4
 
 
+@pytest.mark.slow
 def test_items_add_up_and_are_what_they_say() -> None:
     unet, text_encoder = make_networks("nano", 600)
     nbytes, frozen = (sum(4 * p.numel() for p in m.parameters()) for m in (unet, text_encoder))
@@ -301,7 +302,8 @@ def test_the_rehearsal_knows_all_that_cuda_casts() -> None:
     assert called & cast <= known | in_fp32_anyway
 
 
-@pytest.mark.parametrize("way", ["cheap", pytest.param("sliced", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["cheap", "sliced"])
+@pytest.mark.slow
 def test_bf16_keeps_half_of_most_and_rebuilds_in_it(way: Any) -> None:
     rough = TrainConfig(phase="both", precision="bf16").resolved()
     exact = TrainConfig(phase="both").resolved()

@@ -28,6 +28,7 @@ def test_a_table_of_all_ways_and_the_one_that_the_run_would_take(
     assert (told["chosen"]["way"], told["chosen"]["micro_batch"]) == ("sliced", 2)
 
 
+@pytest.mark.slow
 def test_sizes_may_be_named_and_must_be_sizes(
     model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,7 +211,7 @@ def test_the_best_checkpoint_is_kept(arguments: list[object], tmp_path: Path, ca
         (("--validate-every", 1, "--validation-fraction", 0), "has nothing to measure"),
         (("--validate-every", 1, "--validation-fraction", 1), "--validation-fraction 1 is not"),
         (("--validate-every", 1, "--validation-fraction", 0.001), "holds out 0 of the 8 images"),
-        (("--validate-every", -1), "--validate-every -1 is negative"),
+        (("--validate-every", -1), "--validate-every -1 is less than 0"),
         (("--validate-every", 1, "--validation-images", 0), "--validation-images 0"),
         (("--validation-fraction", 0.8), "holds out every image that is selected"),
     ],
