@@ -23,8 +23,10 @@ def run(*args: str) -> list[str]:
 
 
 def test_throughput_measures_phases_with_and_without_the_store() -> None:
-    options = ("--phase", "unet", "te", "--steps", "1", "--batch", "2")
-    options += ("--resolution", "64", "--threads", "1")
+    options = (
+        "--phase", "unet", "te", "--steps", "1", "--batch", "2", "--resolution", "64",
+        "--threads", "1",
+    )  # fmt: skip
     lines = run("benchmarks/throughput.py", *options)
     assert lines[0].startswith("machine: ")
     assert lines[1] == "command: python benchmarks/throughput.py " + " ".join(options)
