@@ -58,7 +58,7 @@ def left(run: Path) -> tuple[Any, ...]:
     return weights, files(run, "ema/*"), files(run, "samples/**/*.png"), metrics(run), measured
 
 
-@pytest.mark.parametrize("phase", ["unet", "te", "both"])
+@pytest.mark.parametrize("phase", ["unet", pytest.param("te", marks=pytest.mark.slow), "both"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     arguments: Arguments, tmp_path: Path, phase: str
 ) -> None:
@@ -132,6 +132,7 @@ def test_the_first_plateau_is_said_once(
     assert said.endswith("--optimizer lion --lr 6.7e-07 goes on at this rate")
 
 
+@pytest.mark.slow
 def test_reinitialised_layers_begin_anew_once(
     arguments: Arguments, model: Path, tmp_path: Path
 ) -> None:
@@ -499,6 +500,7 @@ def test_a_process_that_dies_is_said_by_the_others(
     assert checkpoints(run)
 
 
+@pytest.mark.slow
 def test_two_processes_step_their_layers_together(arguments: Arguments, tmp_path: Path) -> None:
     given = ["--phase", "unet", *arguments, "--memory", "sliced", "--micro-batch", 1, "--out"]
     for option, value in (("--steps", 3), ("--sample-every", 0), ("--lr", 1e-5)):

@@ -161,9 +161,17 @@ def _words(options: dict[str, object]) -> Words:
     return tuple(words)
 
 
+# Of these, tests of what they do see them act as well.
+SLOW = {
+    "vram", "require_tags", "forbid_tags", "drop_tags", "shuffle", "keep_first", "tag_dropout",
+    "max_tags", "caption_dropout", "tokens", "clip_skip", "objective", "loss_weight", "batch",
+    "accum", "optimizer", "reinit", "train", "scheduler", "lr_floor",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "option",
-    [pytest.param(x, marks=pytest.mark.slow) if x == "vram" else x for x in CHANGES],
+    [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CHANGES],
 )
 def test_it_changes_what_a_run_leaves(run: Any, option: str) -> None:
     value, needs, kind = CHANGES[option]

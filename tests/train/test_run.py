@@ -215,6 +215,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_progress_in_a_log_file_does_not_fill_it(arguments: list[object]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "xlsd_train", *map(str, changed(arguments, "--steps", 40))],
