@@ -21,7 +21,7 @@ from xlsd_cache.options import refuse_empty
 from xlsd_cache.other_names import NAMES
 from xlsd_cache.quiet import quiet, quiet_libraries
 from xlsd_cache.terminal import go_on_alone, run, start
-from xlsd_cache.words import check_command, check_options
+from xlsd_cache.words import check_command, check_words
 
 COMMANDS: dict[str, type[Any]] = {
     "build": BuildConfig,
@@ -54,7 +54,7 @@ def _main(args: Sequence[str] | None) -> int:
     refuse_empty(words)
     check_command("xlsd-cache", words, list(COMMANDS), THEIRS)
     if words and words[0] in COMMANDS:
-        check_options(words[1:], COMMANDS[words[0]], NAMES)
+        check_words(words[1:], COMMANDS[words[0]], NAMES)
     config = tyro.extras.subcommand_cli_from_dict(
         {**COMMANDS},
         prog="xlsd-cache",

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from xlsd_cache import UserError
 
 LONGEST = 200  # bytes of a name: file systems hold 255, and temporary files have longer ones
-_POSITIONAL = get_args(Positional[int])[1]
+POSITIONAL = get_args(Positional[int])[1]  # what it notes of a field
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def check_options(config: Any) -> None:
     """Raise UserError for the first value that no run of the command can use."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
-        value, option = getattr(config, field.name), option_of(field.name, hints[field.name])
-        for kind, notes in leaves(hints[field.name]):
+        hint, value = hints[field.name], getattr(config, field.name)
+        option = option_of(field.name, hint)
+        for kind, notes in leaves(hint):
             for each in value if isinstance(value, tuple) else (value,):
                 if isinstance(each, kind) or (kind is float and type(each) is int):
                     _check(each, notes, option)
@@ -74,12 +75,17 @@ def leaves(hint: Any, notes: tuple[Any, ...] = ()) -> Iterator[tuple[type, tuple
         yield hint, notes
 
 
+def marks_of(hint: Any) -> tuple[Any, ...]:
+    """What is noted of a field as a whole."""
+    return get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+
+
 def option_of(name: str, hint: Any) -> str:
     """How the command line has a field: --its-name, or NAME for a positional one."""
-    notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    if _POSITIONAL in notes:
+    marks = marks_of(hint)
+    if POSITIONAL in marks:
         return name.upper()
-    given = next((note.name for note in notes if getattr(note, "name", None)), name)
+    given = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
     return f"--{given.replace('_', '-')}"
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from xlsd_cache import Padding, UserError
+from xlsd_cache.finite import count, unfit
 from xlsd_cache.hub import cached, fetch, no_such, repository_of, require
 
 # name -> hub repository, and the folder in it
@@ -142,13 +143,12 @@ def load_vae(
 
 def _refuse_unfit(spec: str, model: Any) -> None:
     """Raises UserError where a weight is nan or infinite."""
-    for name, value in model.state_dict().items():
-        if not torch.isfinite(torch.stack(value.aminmax())).all():
-            bad = value.numel() - int(torch.isfinite(value).sum())
-            raise UserError(
-                f"the VAE {spec!r}: {name} has {bad} of {value.numel()} values that are nan or "
-                f"infinite; fetch it anew, or give another"
-            )
+    state = model.state_dict()
+    if bad := unfit(state):
+        raise UserError(
+            f"the VAE {spec!r}: {bad[0]} has {count(state[bad[0]])} that are nan or infinite; "
+            f"fetch it anew, or give another"
+        )
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

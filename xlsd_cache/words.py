@@ -5,19 +5,18 @@ Looked at before the parser, whose own errors are long, and begin with whatever 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from tyro.conf import Positional, Suppress
+from tyro.conf import Suppress
 
 from xlsd_cache import UserError
+from xlsd_cache.options import POSITIONAL, marks_of, option_of
 
 MANY = 1 << 30  # words that an option takes
 OPTION = re.compile(r"--?[A-Za-z]")
-POSITIONAL, HIDDEN = Positional, Suppress
 
 
 def check_command(prog: str, words: Sequence[str], commands: Sequence[str], other: str) -> None:
@@ -32,11 +31,12 @@ def check_command(prog: str, words: Sequence[str], commands: Sequence[str], othe
         theirs = "xlsd-cache" if prog == "xlsd-train" else "xlsd-train"
         raise UserError(f"{first} is a command of the other program: {theirs} {first}")
     raise UserError(
-        f"{first!r} is no command of {prog}{near(first, commands)} `{prog} --help` lists them all"
+        f"{first!r} is no command of {prog}{near(first, commands) or ';'} `{prog} --help` lists "
+        f"them all"
     )
 
 
-def check_options(words: Sequence[str], kind: type[Any], names: Mapping[str, str]) -> None:
+def check_words(words: Sequence[str], kind: type[Any], names: Mapping[str, str]) -> None:
     """Raise UserError for an option that the command does not have, and for words that none takes.
 
     `names` are those that other programs use: option -> ours, or a sentence about it, both without
@@ -73,22 +73,23 @@ def check_options(words: Sequence[str], kind: type[Any], names: Mapping[str, str
 def options_of(kind: type[Any]) -> dict[str, int]:
     """Every option of a command's dataclass -> how many words it takes at most."""
     found = {}
-    for name, hint, marks in _fields(kind):
-        if POSITIONAL in marks or HIDDEN in marks:
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        marks = marks_of(hint)
+        if POSITIONAL in marks or Suppress in marks:
             continue
-        own = [mark for mark in marks if hasattr(mark, "aliases")]
-        option = "--" + next((mark.name for mark in own if mark.name), name.replace("_", "-"))
-        for each in (option, *(alias for mark in own for alias in mark.aliases or ())):
+        option = option_of(name, hint)
+        aliases = (alias for mark in marks for alias in getattr(mark, "aliases", None) or ())
+        for each in (option, *aliases):
             found[each] = _count(hint)
         if hint is bool:
             found["--no-" + option[2:]] = 0
     return found
 
 
-def near(given: str, right: Sequence[str]) -> str:
-    """What was likely meant, as the end of a sentence; empty where nothing is near."""
-    found = get_close_matches(given, right, 1, 0.6)
-    return f"; did you mean {found[0]}?" if found else ";"
+def near(given: str, right: Sequence[str], least: float = 0.6) -> str:
+    """What was likely meant, as the end of a sentence; empty where nothing is so near, 0 to 1."""
+    found = get_close_matches(given, right, 1, least)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _unknown(word: str, options: Mapping[str, int], names: Mapping[str, str]) -> str:
@@ -134,19 +135,9 @@ def _there(path: str) -> str:
     return ""
 
 
-def _fields(kind: type[Any]) -> list[tuple[str, Any, tuple[Any, ...]]]:
-    """(name, type, annotations) of a dataclass's fields."""
-    hints = get_type_hints(kind, include_extras=True)
-    found = []
-    for field in fields(kind):
-        hint = hints[field.name]
-        marks = getattr(hint, "__metadata__", ())
-        found.append((field.name, get_args(hint)[0] if marks else hint, marks))
-    return found
-
-
 def _positionals(kind: type[Any]) -> int:
-    return sum(_count(hint) for _, hint, marks in _fields(kind) if POSITIONAL in marks)
+    hints = get_type_hints(kind, include_extras=True).values()
+    return sum(_count(hint) for hint in hints if POSITIONAL in marks_of(hint))
 
 
 def _count(hint: Any) -> int:

@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from xlsd_cache import UserError
-from xlsd_train.captions import Columns
 from xlsd_train.config import TrainConfig
 from xlsd_train.mixture import Mask, Mixture
 from xlsd_train.recipe import Recipe, options_in
-from xlsd_train.selection import by_tags, held_out
+from xlsd_train.selection import by_tags, columns_of, held_out
 
 # How many are to be held out -> the shares tried, few of them, so that a store that grows a little,
 # or runs on different parts of it, mostly hold out the same images.
@@ -133,5 +132,5 @@ def _shares(old: float, wanted: Mapping[int, Sequence[float]]) -> Iterator[tuple
 
 def _selected(config: TrainConfig, store: Mixture) -> Mask:
     """Rows that the tags leave."""
-    columns = Columns.parse(config.caption, store.caption_columns, store.root)
+    columns = columns_of(store, config.caption)
     return by_tags(store, columns.names, *config.selected_tags()).mask

@@ -41,16 +41,25 @@ CARDS = {
 }
 # As CUDA gives them, in full: a `4090 D`, a `Laptop GPU` or a `3090 Ti` is another card.
 _DEVICES = {
-    "NVIDIA GeForce RTX 3090": CARDS["RTX 3090"],
-    "NVIDIA GeForce RTX 4090": CARDS["RTX 4090"],
-    "NVIDIA A100-SXM4-40GB": CARDS["A100"],
-    "NVIDIA A100-PCIE-40GB": CARDS["A100"],
-    "NVIDIA A100-SXM4-80GB": replace(CARDS["A100"], bandwidth=2039),
-    "NVIDIA H100 80GB HBM3": CARDS["H100"],
-    "NVIDIA H200": CARDS["H200"],
+    "NVIDIA GeForce RTX 3090": "RTX 3090",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+    "NVIDIA A100-SXM4-40GB": "A100",
+    "NVIDIA A100-PCIE-40GB": "A100",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
 }
+_BANDWIDTH = {"NVIDIA A100-SXM4-80GB": 2039}  # where it is not that of CARDS
+
+
+def known_as(name: str) -> str | None:
+    """Which of CARDS a device of this name is, `NVIDIA GeForce RTX 4090`; None for another card."""
+    return _DEVICES.get(name)
 
 
 def card_named(name: str) -> Card | None:
-    """The card of a device's name, `NVIDIA GeForce RTX 4090`; None where its peak is not known."""
-    return _DEVICES.get(name)
+    """The card of a device's name; None where its peak is not known."""
+    known = known_as(name)
+    if known is None:
+        return None
+    return replace(CARDS[known], bandwidth=_BANDWIDTH.get(name, CARDS[known].bandwidth))

@@ -22,12 +22,12 @@ from torch.nn import Parameter
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
+from xlsd_cache.finite import count, unfit
 from xlsd_train.ema import Ema
 from xlsd_train.find import TEXT_ENCODER, UNET
-from xlsd_train.finite import count, unfit
 from xlsd_train.model import Model
 from xlsd_train.optim import numbers, set_numbers
-from xlsd_train.steps import checkpoints, step_of
+from xlsd_train.steps import checkpoints, partial_checkpoints, step_of
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 # What holds back an optimizer that finds its rate, of which --lr is a factor.
@@ -173,7 +173,7 @@ def prune(run: Path, keep: int, best: int | None = None) -> None:
 
     And what killed saves left.
     """
-    for folder in (run / "checkpoints").glob(f".*{TEMPORARY}"):
+    for folder in partial_checkpoints(run):
         shutil.rmtree(folder, ignore_errors=True)
     for checkpoint in checkpoints(run)[:-keep] if keep else []:
         if step_of(checkpoint) == best:

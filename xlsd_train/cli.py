@@ -10,7 +10,7 @@ from xlsd_cache import __version__
 from xlsd_cache.options import refuse_empty
 from xlsd_cache.quiet import quiet, quiet_libraries
 from xlsd_cache.terminal import go_on_alone, run, say, start
-from xlsd_cache.words import check_command, check_options
+from xlsd_cache.words import check_command, check_words
 from xlsd_train.config import TrainConfig
 from xlsd_train.model_commands import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
 from xlsd_train.other_names import NAMES
@@ -138,7 +138,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if not named:
             check_command("xlsd-train", words, list(COMMANDS), THEIRS)
         refuse_empty(words, kind)
-        check_options(words, kind, NAMES)
+        check_words(words, kind, NAMES)
         prog = " ".join(["xlsd-train", *named])
         config = parse(kind, words, prog=prog, description=_describe(kind))
         if kind not in PRINT:

@@ -20,10 +20,10 @@ from xlsd_train.drawn import own_size
 from xlsd_train.export import fold_vae, vae_in
 from xlsd_train.find import Parts, find
 from xlsd_train.model import assemble, model_vae
-from xlsd_train.model_commands import SampleConfig
+from xlsd_train.model_commands import SampleConfig, size_of
 from xlsd_train.page import page
 from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture, sheet
-from xlsd_train.prompts import read_pictures, remarks, size_of
+from xlsd_train.prompts import read_pictures, remarks
 from xlsd_train.tensors import sha256_of
 
 SHOWN = 60  # prompts in grid and page, which some hundreds, as `score` wants, would make gigabytes

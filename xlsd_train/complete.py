@@ -9,7 +9,7 @@ from xlsd_cache.ours import is_run
 from xlsd_train.adapt import as_asked
 from xlsd_train.config import TrainConfig
 from xlsd_train.history import read_record
-from xlsd_train.losses import read_losses
+from xlsd_train.losses import is_validated
 from xlsd_train.resume import LENGTH, differing, other_start
 from xlsd_train.steps import checkpoints, has_samples, step_of
 
@@ -37,7 +37,7 @@ def complete(config: TrainConfig) -> str | None:
         return None
     if config.sample_every and not has_samples(config.out, step):
         return None  # a signal at its end left out what is due there
-    if config.validate_every and not read_losses(config.out, step):
+    if config.validate_every and not is_validated(config.out, step):
         return None
     if step < planned:
         longer = "without --stop-after, or with a higher one, it goes on"

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import link_or_copy
-from xlsd_train.finite import unfit
+from xlsd_cache.finite import unfit
 from xlsd_train.power import gamma_of, kept, superfluous
 
 SIGMAS = ("0.05", "0.10")

@@ -15,7 +15,7 @@ from xlsd_train.batches import Batch, Loader
 from xlsd_train.checkpoint import prune, save_checkpoint
 from xlsd_train.config import TrainConfig
 from xlsd_train.ema import keep_snapshots
-from xlsd_train.losses import LIVE, best_of, read_losses, tell
+from xlsd_train.losses import LIVE, best_of, is_validated, tell
 from xlsd_train.meter import Meter
 from xlsd_train.optim import rates
 from xlsd_train.pace import Pace
@@ -162,11 +162,11 @@ def _missed(session: Session, step: int, last: int) -> Due:
     """What is due at step 0; later what a signal left out after the checkpoint's step."""
     samples, validates = _regular(session, step, step == last)
     folder = session.run.folder
-    drawn, measured = step > 0 and has_samples(folder, step), bool(read_losses(folder, step))
-    main = session.main  # its folder counts
-    return Due(
-        *session.processes.any(main and samples and not drawn, main and validates and not measured)
-    )
+    if session.main:  # whose folder counts
+        samples &= step == 0 or not has_samples(folder, step)
+        validates &= not is_validated(folder, step)
+    main = session.main
+    return Due(*session.processes.any(main and samples, main and validates))
 
 
 def _regular(session: Session, step: int, ends: bool) -> tuple[bool, bool]:

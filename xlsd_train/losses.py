@@ -36,6 +36,11 @@ def read_losses(run: Path, step: int) -> dict[str, Losses]:
     return load_file(path) if path.exists() else {}
 
 
+def is_validated(run: Path, step: int) -> bool:
+    """Whether there are losses of a step, which are not read."""
+    return _path(run, step).exists()
+
+
 def forget_after(run: Path, step: int) -> None:
     """Remove what outran the checkpoint of `step`."""
     for path in (run / "validation").glob("step-????????.safetensors"):
@@ -71,12 +76,12 @@ def tell(run: Path, saved: Sequence[int]) -> str | None:
     if found is None:
         return None
     told = [say(found)]
-    if all(step == 0 or not _path(run, step).exists() for step in saved):
+    if all(step == 0 or not is_validated(run, step) for step in saved):
         told = [
             f"held-out loss of the model it began from: {found.loss}",
             "no checkpoint that trained was measured, so none can be called the best",
         ]
-    elif not _path(run, saved[-1]).exists():
+    elif not is_validated(run, saved[-1]):
         told.append(f"step {saved[-1]}, the newest checkpoint, was not measured")
     lost = _lost(run, {0, *saved}, found.loss.mean)
     if lost:

@@ -99,6 +99,7 @@ class SwapConfig:
         refuse_existing(self.out)
 
 
+MOST_PIXELS = 4096  # of a side of a picture
 Scheduler = Literal["dpm++", "dpm++-karras", "euler", "euler-a", "ddim", "unipc"]
 
 
@@ -152,9 +153,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         check_options(self)
-        sides = re.fullmatch(r"(\d+)x(\d+)", self.size or "")
-        if sides and max(map(len, sides.groups())) > 4:
-            raise UserError(f"--size {self.size} is more than 9999 pixels a side; lower it")
+        if self.size is not None:
+            size_of(self.size, "--size")
         if not self.models:
             raise UserError("no model is named; give one or several, and --prompts FILE")
         refuse_existing(self.out)
@@ -195,6 +195,17 @@ class ScoreConfig:
         check_options(self)
         if not self.folders:
             raise UserError("no folder of pictures is named; give what `xlsd-train sample` made")
+
+
+def size_of(text: str, where: str) -> tuple[int, int]:
+    """(width, height) of 512x768. Raises UserError for what no picture can be."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(side % 8 == 0 and 0 < side <= MOST_PIXELS for side in (width, height)):
+        raise UserError(
+            f"{where}: {text!r} is no size in multiples of 8, up to {MOST_PIXELS}; give say 512x768"
+        )
+    return width, height
 
 
 def refuse_existing(out: Path) -> None:

@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.initialization import no_init_weights
 
 from xlsd_cache import UserError
+from xlsd_cache.finite import count, is_finite, unfit
 from xlsd_cache.vae import CLASSES
 from xlsd_train import names
-from xlsd_train.finite import count, is_finite, unfit
 from xlsd_train.tensors import Stored, open_tensors
 
 Kind = Literal["unet", "text_encoder", "vae"]

@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from xlsd_train.cards import CARDS
+from xlsd_train.cards import known_as
 
 ABSURD = 1000  # epochs
 FIRST, STEPS, ENOUGH_S = 2, 20, 30.0  # steps that are not measured, then as many or as long
@@ -25,12 +25,12 @@ def epochs_told(epochs: float, images: int) -> str:
 
 def predicted(seconds: Mapping[str, float], device: str) -> tuple[str, float] | None:
     """(card, seconds a step at its peak) of a device by its name; None for a card not known."""
-    return next(((card, took) for card, took in seconds.items() if card in device), None)
+    card = known_as(device)
+    return (card, seconds[card]) if card is not None and card in seconds else None
 
 
 def hours_told(card: str, seconds: float) -> str:
     """Of a whole run, predicted before it."""
-    assert card in CARDS
     return (
         f"no less than {_long(seconds)} at an {card}'s peak; twice that is good, and samples and "
         f"validation are not in it"

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
+from xlsd_cache.finite import count, is_finite, unfit
 from xlsd_cache.terminal import say
 from xlsd_train.ema import SIGMAS, snapshots
 from xlsd_train.find import TEXT_ENCODER, UNET
-from xlsd_train.finite import count, is_finite, unfit
 from xlsd_train.network import PREFIX
 from xlsd_train.power import Profile, coefficients, gamma_of
 from xlsd_train.run_commands import EmaConfig

@@ -14,16 +14,16 @@ and of that order the first one counts.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from xlsd_cache import UserError
 from xlsd_cache.terminal import warn
 from xlsd_train import sd15
+from xlsd_train.config import Kind
 from xlsd_train.tensors import Stored
 
-Kind = Literal["eps", "v", "flow"]
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # names of empty tensors
 # What a scheduler's config says of the objective; all else in it is the noise schedule's.
 _OURS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "use_flow_sigmas")

@@ -28,7 +28,7 @@ from xlsd_train.processes import PATIENCE
 from xlsd_train.resume import PLACES, START, other_start, told
 from xlsd_train.run import Run
 from xlsd_train.schedule import Schedule
-from xlsd_train.selection import Selection, Tagged, by_tags, held_out, selected
+from xlsd_train.selection import Selection, Tagged, by_tags, columns_of, held_out, selected
 from xlsd_train.step import Plan
 from xlsd_train.validate import measured
 
@@ -88,11 +88,6 @@ def deterministic(on: bool) -> None:
     torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not on  # it may choose another kernel every run
-
-
-def columns_of(store: Mixture, caption: str | None) -> Columns:
-    """The columns of a --caption, by name or by default."""
-    return Columns.parse(caption, store.caption_columns, store.root)
 
 
 def choose_samples(config: TrainConfig, store: Mixture) -> Samples:

@@ -111,7 +111,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            raise Lost(_said(error)) from error
+            raise Lost(str(error)) from error
 
     def lost(self, error: Exception) -> bool:
         """Whether an error, of sums of gradients also, says that another process is gone."""
@@ -126,7 +126,3 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def _said(error: RuntimeError) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

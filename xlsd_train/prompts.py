@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xlsd_cache import UserError
-from xlsd_cache.texts import read_text
+from xlsd_cache import UserError, texts
 from xlsd_train.captions import token_counts
+from xlsd_train.model_commands import size_of
 from xlsd_train.picture import Picture
 
 SEEDS = 2**63  # what torch's generators take, but for negative ones
-MOST_STEPS, MOST_GUIDANCE, MOST_PIXELS = 1000, 1000, 4096  # a model has 1000 timesteps
+MOST_STEPS, MOST_GUIDANCE = 1000, 1000  # a model has 1000 timesteps
 TOLD = 8  # prompts that are cut and named one by one
 OURS = ("seed", "steps", "guidance", "size", "negative")
 # sd-scripts' library/train_util.py, line_to_prompt_dict
@@ -38,8 +38,8 @@ def read_lines(path: Path, option: str, comments: bool = False) -> list[str]:
     """
     if path.suffix.lower() in {".json", ".toml"}:
         raise UserError(f"{option} {path}: write the prompts to a text file, one a line")
-    lines = [line.strip() for line in read_text(path, option).splitlines()]
-    prompts = [line for line in lines if line and (comments or not line.startswith("#"))]
+    lines = texts.read_lines(path, option)
+    prompts = [line for line in lines if comments or not line.startswith("#")]
     if not prompts:
         raise UserError(f"{option} {path} is empty; write one prompt a line")
     return prompts
@@ -55,17 +55,6 @@ def read_pictures(path: Path, option: str, default: Picture) -> list[Picture]:
         _picture(line, replace(default, seed=default.seed + i), f"{path}, prompt {i + 1}")
         for i, line in enumerate(lines)
     ]
-
-
-def size_of(text: str, where: str) -> tuple[int, int]:
-    """(width, height) of 512x768. Raises UserError for what no picture can be."""
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not all(side % 8 == 0 and 0 < side <= MOST_PIXELS for side in (width, height)):
-        raise UserError(
-            f"{where}: {text!r} is no size in multiples of 8, up to {MOST_PIXELS}; give say 512x768"
-        )
-    return width, height
 
 
 def remarks(asked: list[Picture], tokenizer: Any, tokens: int) -> list[str]:

@@ -9,7 +9,6 @@ import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 from types import UnionType
@@ -20,10 +19,12 @@ import tyro
 from xlsd_cache import UserError
 from xlsd_cache.terminal import say
 from xlsd_cache.texts import read_text
+from xlsd_cache.words import near
 from xlsd_train.config import TrainConfig
 from xlsd_train.other_names import NAMES
 
 FOLDER = Path(__file__).parent / "recipes"
+ALIKE = 0.5  # how near a name must be to be taken for a slip
 # An option that changes what others are about: with another value of it these are not the recipe's.
 GOES_WITH = {
     "steps": ("epochs",),
@@ -53,7 +54,7 @@ class Recipe:
         path = shipped().get(name, Path(name))
         if path.suffix != ".toml":
             raise UserError(
-                f"--recipe {name}: there is none of this name{_near(name, list(shipped()))}; "
+                f"--recipe {name}: there is none of this name{near(name, list(shipped()), ALIKE)}; "
                 f"`xlsd-train recipes` lists them, and one's own is a file that ends in .toml"
             )
         try:
@@ -69,8 +70,8 @@ class Recipe:
             told = f"recipe {name}: {key} = {json.dumps(value, default=str)}"
             if key not in keys:
                 meant = NAMES.get(key.replace("_", "-"), "").removeprefix("--")
-                near = f"; here {meant}" if meant else _near(key, list(keys))
-                raise UserError(f"{told}: training has no such option{near}")
+                instead = f"; here {meant}" if meant else near(key, list(keys), ALIKE)
+                raise UserError(f"{told}: training has no such option{instead}")
             settings[keys[key]] = _fitted(value, hints[keys[key]], told)
         if "phase" not in settings:
             raise UserError(f'recipe {name} does not say what trains; add phase = "unet" or "te"')
@@ -186,7 +187,7 @@ def _fitted(value: object, hint: Any, told: str) -> Any:
             return value
     right = [x for kind in kinds if get_origin(kind) is Literal for x in get_args(kind)]
     wanted = " or ".join(_called(kind) for kind in kinds if kind is not type(None))
-    raise UserError(f"{told} is not {wanted}{_near(str(value), [str(x) for x in right])}")
+    raise UserError(f"{told} is not {wanted}{near(str(value), [str(x) for x in right], ALIKE)}")
 
 
 def _called(kind: Any) -> str:
@@ -199,8 +200,3 @@ def _called(kind: Any) -> str:
         return f"a list{count}, each {_called(of[0])}"
     names = {float: "a number", int: "a whole number", bool: "true or false"}
     return names.get(kind, "text in quotes")
-
-
-def _near(given: str, right: list[str]) -> str:
-    found = get_close_matches(given, right, 1, 0.5)
-    return f"; did you mean {found[0]}?" if found else ""

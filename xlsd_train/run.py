@@ -41,7 +41,7 @@ from xlsd_train.mixture import Mixture
 from xlsd_train.model import Model
 from xlsd_train.rate import first_other_rate
 from xlsd_train.resume import FIXED, LENGTH, Read, differing, refuse, told
-from xlsd_train.steps import checkpoints
+from xlsd_train.steps import checkpoints, partial_checkpoints
 from xlsd_train.verdict import Losses
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
@@ -233,8 +233,8 @@ class Run:
             shutil.rmtree(self.folder / "base", ignore_errors=True)
         if not (self.folder / "base").exists():
             self._save_base(model, config)
-        for partial in (self.folder / "checkpoints").glob(f".*{TEMPORARY}"):
-            shutil.rmtree(partial, ignore_errors=True)  # a kill met it
+        for partial in partial_checkpoints(self.folder):
+            shutil.rmtree(partial, ignore_errors=True)
         for folder in (self.folder, *self.folder.glob("samples/**")):
             sweep(folder)
         step = self.state()["step"]

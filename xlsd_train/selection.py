@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from xlsd_cache import UserError
+from xlsd_train.captions import Columns
 from xlsd_train.mixture import Mask, Ordinals, Store
 
 
@@ -42,6 +43,11 @@ class Selection:
             ordinals = self.ordinals(names[at], numbers[of_it] - starts[at])
             rows[of_it] = store.sample_index(names[at], ordinals)
         return rows
+
+
+def columns_of(store: Store, caption: str | None) -> Columns:
+    """The columns of a --caption, by name or by default."""
+    return Columns.parse(caption, store.caption_columns, store.root)
 
 
 def selected(store: Store, mask: Mask) -> Selection:

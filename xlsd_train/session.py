@@ -25,7 +25,6 @@ from xlsd_train.optim import make_optimizer
 from xlsd_train.prepare import (
     check_start,
     choose_samples,
-    columns_of,
     make_source,
     open_model,
     plan_batch,
@@ -39,6 +38,7 @@ from xlsd_train.room import needed, say_room, writing
 from xlsd_train.run import Run, machine, settings
 from xlsd_train.sample import Sampler, read_prompts, sample_size
 from xlsd_train.schedule import Schedule
+from xlsd_train.selection import columns_of
 from xlsd_train.step import Step
 from xlsd_train.validate import Validator, make_validator
 

@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
+from xlsd_cache.durable import TEMPORARY
+
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-????????"))
+
+
+def partial_checkpoints(run: Path) -> list[Path]:
+    """What killed saves left."""
+    return list((run / "checkpoints").glob(f".*{TEMPORARY}"))
 
 
 def samples_of(run: Path, step: int) -> Path:

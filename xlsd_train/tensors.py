@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xlsd_cache import UserError
-from xlsd_train.finite import count, is_finite
+from xlsd_cache.finite import count, is_finite
 
 DTYPES = {
     "F64": torch.float64,

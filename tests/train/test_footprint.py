@@ -1,4 +1,3 @@
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,14 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import peak_of
 from benchmarks.demo.pipeline import make_networks
-from xlsd_train import sd15
+from tests.train.conftest import bare_step
 from xlsd_train.batches import Batch
 from xlsd_train.config import TrainConfig
-from xlsd_train.diffusion import make_objective
 from xlsd_train.footprint import FlopCounter, Tracker
-from xlsd_train.latents import Scaling
 from xlsd_train.memory import Planner
-from xlsd_train.optim import make_optimizer
 from xlsd_train.step import Plan, Step
 
 SIZE = (32, 24)
@@ -24,21 +20,7 @@ SIZE = (32, 24)
 
 def real_step(config: TrainConfig, plan: Plan) -> Step:
     """A step of the small model with real weights, on the CPU."""
-    unet, text_encoder = make_networks("nano", 600)
-    unet.requires_grad_(config.phase != "te")
-    text_encoder.requires_grad_(config.phase != "unet")
-    trained = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
-    model: Any = SimpleNamespace(
-        unet=unet, text_encoder=text_encoder, scaling=Scaling.of([0] * 4, [1] * 4, False),
-        encode=lambda ids: text_encoder(ids).last_hidden_state,
-    )  # fmt: skip
-    alone: Any = SimpleNamespace(
-        device=torch.device("cpu"), num_processes=1,
-        autocast=lambda: torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"),
-    )  # fmt: skip
-    optimizer = make_optimizer(config, trained)
-    objective = make_objective("eps", "none", 0, sd15.SCHEDULER)
-    return Step(model, trained, optimizer, objective, alone, plan)
+    return bare_step(config, plan, *make_networks("nano", 600))
 
 
 def real_batch(count: int) -> Batch:

@@ -6,9 +6,9 @@ import pytest
 from transformers import CLIPTokenizer
 
 from xlsd_cache import UserError
-from xlsd_train.model_commands import SampleConfig
+from xlsd_train.model_commands import SampleConfig, size_of
 from xlsd_train.picture import Picture
-from xlsd_train.prompts import read_pictures, remarks, size_of
+from xlsd_train.prompts import read_pictures, remarks
 
 DEFAULT = Picture("", "", 0, 20, 7.5, 512, 512)
 

@@ -21,12 +21,8 @@ Out = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def arguments(model: Path, store: Path, tmp_path: Path) -> list[object]:
-    return [
-        "--phase", "unet", "--batch", 4, "--data", store, "--model", model, "--steps", 6,
-        "--save-every", 2, "--sample-every", 0, "--lr", 1e-3, "--warmup", 0, "--threads", 1,
-        "--device", "cpu", "--out", tmp_path / "run",
-    ]  # fmt: skip
+def arguments(arguments: list[object]) -> list[object]:
+    return [*arguments, "--device", "cpu"]
 
 
 @pytest.mark.parametrize("optimizer", ["lion", "dlion", "adamw", "prodigy", "adafactor"])

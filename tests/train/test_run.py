@@ -14,16 +14,6 @@ from xlsd_train.run import Run
 Out = pytest.CaptureFixture[str]
 
 
-@pytest.fixture
-def arguments(model: Path, store: Path, tmp_path: Path) -> list[object]:
-    """A run of six steps in tmp_path/run."""
-    return [
-        "--phase", "unet", "--batch", 4, "--data", store, "--model", model, "--steps", 6,
-        "--save-every", 2, "--sample-every", 0, "--lr", 1e-3, "--warmup", 0, "--threads", 1,
-        "--out", tmp_path / "run",
-    ]  # fmt: skip
-
-
 def changed(arguments: list[object], option: str, value: object) -> list[object]:
     given = list(arguments)
     if option in given:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from xlsd_train.finite import count, is_finite, unfit
+from xlsd_cache.finite import count, is_finite, unfit
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
