@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -17,12 +18,11 @@ from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.encode import Encoder
 from xlsd_cache.precision import set_precision
 from xlsd_cache.vae import Vae, load_vae
-from xlsd_train.prepare import deterministic
 
 
 def encode(bench: Bench) -> Found:
     """images/s of ready pixels in each precision, and of the whole build in fp32."""
-    deterministic(False)
+    torch.use_deterministic_algorithms(False)  # as `build` leaves it
     bench.free()
     side, count = (64, 4) if bench.tiny else (512, 64)
     found: Found = {}

@@ -1,7 +1,11 @@
 """Whether fp32 is strict on a card, and two runs and a resumed one the same to the bit."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +70,20 @@ def errors(kernel: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, flo
 
 def _far(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b.detach()).norm() / b.detach().norm())
+
+
+def room(bench: Bench) -> Found:
+    """Whether the first step's bits depend on what memory is free, in fresh processes."""
+    bench.free()
+    found: Found = {}
+    for name, vram in ((f"{bench.vram:g} GB", bench.vram), ("the whole card", None)):
+        command = [sys.executable, str(Path(__file__).parent / "card_room.py")]
+        command += ["--tiny"] if bench.tiny else []
+        command += ["--vram", str(vram)] if vram else []
+        took = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        found[name] = json.loads(took.stdout)
+    one, other = found.values()
+    return {**found, "same": one["momentum"] == other["momentum"]}
 
 
 def determinism(bench: Bench) -> Found:

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.allocations import peak_of
 from benchmarks.card_bench import Bench, Found
-from benchmarks.max_batch import nearest, whole
+from benchmarks.max_batch import whole
 from xlsd_cache.full import is_full
 from xlsd_train.config import TrainConfig
 from xlsd_train.memory import GIB, KEEPING, limit_of
@@ -50,7 +50,7 @@ def _real(bench: Bench) -> Found:
 
 
 def largest(bench: Bench) -> Found:
-    """The largest batch of each way that really passes, looked for around the predicted one."""
+    """The largest batch of each way that really passes, to a sixteenth of the predicted one."""
     deterministic(True)
     limit = limit_of(TrainConfig("unet", vram=bench.vram), None) or 0.0
     if bench.tiny:
@@ -64,7 +64,12 @@ def largest(bench: Bench) -> Found:
         def fits(count: int, plan: Plan = plan, tried: dict[int, str] = tried) -> bool:
             return _fits(bench, whole(plan, count), count, limit, tried)
 
-        real = nearest(fits, predicted)
+        stride = max(1, predicted // 16)  # a step of the largest takes most of a minute
+        real = predicted
+        while real > 0 and not fits(real):
+            real -= stride
+        while real >= predicted and fits(real + stride):
+            real += stride
         found[way] = {"predicted": predicted, "largest": real, "tried": tried}
     return found
 
@@ -74,7 +79,7 @@ def _fits(bench: Bench, plan: Plan, count: int, limit: float, tried: dict[int, s
     if bench.tiny:  # nobody refuses memory here, so the prediction does
         tried[count] = "predicted"
         return bench.planner.predict(plan, count, bench.size).peak <= limit
-    if bench.left() < 20:
+    if bench.left() < 60:
         tried[count] = "no time left"
         return False
     bench.free()

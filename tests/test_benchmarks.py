@@ -217,10 +217,11 @@ def test_card_runs_every_part_without_a_card(tmp_path: Path) -> None:
     assert lines[-1] == f"written: {out}"
     found = json.loads(out.read_text())
     parts = [name for name, value in found.items() if isinstance(value, dict)]
-    assert parts == ["strict", "attention", "determinism", "peaks", "speed", "kernels", "encode",
-                     "largest", "syncs"]  # fmt: skip
+    assert parts == ["strict", "attention", "room", "determinism", "peaks", "speed", "kernels",
+                     "syncs", "encode", "free", "largest"]  # fmt: skip
     assert not [name for name in parts if "failed" in found[name]]
     assert found["strict"]["strict"]
+    assert found["room"]["same"]
     exact = [x for x in found["determinism"].values() if isinstance(x, dict)]
     assert exact == [{"twice": True, "resumed": True}] * 2
     assert abs(found["peaks"]["plain by 2"]["error"]) < 0.03
@@ -228,3 +229,10 @@ def test_card_runs_every_part_without_a_card(tmp_path: Path) -> None:
     assert len(found["kernels"]["top"]) == 10
     table = out.with_suffix(".txt").read_text().splitlines()
     assert [line for line in table if line in parts] == parts
+    run("benchmarks/card.py", "--tiny", "--out", str(out), "--part", "strict")
+    again = json.loads(out.read_text())
+    assert again["peaks"] == found["peaks"]  # of the same machine: a file may be made in parts
+    assert (
+        again["command"]
+        == f"{found['command']}; python benchmarks/card.py --tiny --out {out} --part strict"
+    )

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xlsd_cache import Precision, UserError
-from xlsd_cache.full import give_back, is_full
+from xlsd_cache.full import give_back, is_full, room_on
 from xlsd_cache.vae import Vae
 
 
@@ -38,6 +38,7 @@ class Encoder:
     device: torch.device
     batch: int = 8  # images a call
     calls: int = 1  # at once
+    _full_at: list[float] = field(default_factory=lambda: [math.inf], repr=False)  # pixels
 
     def __post_init__(self) -> None:
         self.vae.model.to(self.device)
@@ -65,7 +66,7 @@ class Encoder:
         # At full resolution about six fp32 tensors of the first width live at once.
         nbytes = 6 * 4 * pixels * vae.model.config["block_out_channels"][0]
         if device.type == "cuda":
-            there = torch.cuda.get_device_properties(device).total_memory * 0.7
+            there = room_on(device) * 0.7
             return cls(vae, precision, device, 2 ** min(5, max(0, int(math.log2(there / nbytes)))))
         fitting = int(psutil.virtual_memory().available * 0.7 / nbytes)
         return cls(vae, precision, device, 1, max(1, min(torch.get_num_threads(), fitting)))
@@ -84,22 +85,28 @@ class Encoder:
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [B,H,W,3] -> raw latents f32 [B,C,H/8,W/8], the posterior's mean.
 
-        A batch that the card has no room for is encoded in halves. Raises UserError where it has
-        none for a single image: tiles would fit, but their latents are others near every seam.
+        A batch that the card has no room for is encoded in halves, and so are all that are as
+        large. Raises UserError where it has none for a single image: tiles would fit, but their
+        latents are others near every seam.
         """
-        try:
-            return self._encode(pixels)
-        except RuntimeError as error:
-            if not is_full(error):
-                raise
-            count, height, width = pixels.shape[:3]
-            if count == 1:
-                raise UserError(
-                    f"the card has no room to encode one image of {width}x{height}; free some of "
-                    f"its memory, lower --resolution, or use --device cpu"
-                ) from error
-            tqdm.write(f"{count} images of {width}x{height} do not fit the card; halving them")
-        give_back(self.device)
+        count, height, width = pixels.shape[:3]
+        if count == 1 or count * height * width < self._full_at[0]:
+            try:
+                return self._encode(pixels)
+            except RuntimeError as error:
+                if not is_full(error):
+                    raise
+                if count == 1:
+                    raise UserError(
+                        f"the card has no room to encode one image of {width}x{height}; free some "
+                        f"of its memory, lower --resolution, or use --device cpu"
+                    ) from error
+            tqdm.write(
+                f"{count} images of {width}x{height} do not fit the card; from here on it encodes "
+                f"half as many at once"
+            )
+            self._full_at[0] = count * height * width
+            give_back(self.device)
         return np.concatenate([self.encode(half) for half in np.array_split(pixels, 2)])
 
     @torch.inference_mode()

@@ -78,7 +78,7 @@ def _measured(config: TrainConfig, record: dict[str, Any]) -> None:
         meet = math.lcm(config.validate_every, config.save_every)
         if meet > config.validate_every:
             print(
-                f"  of the validated steps every {meet // config.validate_every}th is saved: "
+                f"  one of {meet // config.validate_every} validated steps is saved: "
                 f"--validate-every {config.validate_every} and --save-every {config.save_every} "
                 f"meet every {meet} steps, and the best checkpoint is chosen from those"
             )

@@ -16,7 +16,7 @@ from xlsd_train.checkpoint import prune, save_checkpoint
 from xlsd_train.config import TrainConfig
 from xlsd_train.ema import keep_snapshots
 from xlsd_train.losses import LIVE, best_of, is_validated, tell
-from xlsd_train.meter import Meter
+from xlsd_train.meter import FailureWatch, Meter
 from xlsd_train.optim import rates
 from xlsd_train.pace import Pace
 from xlsd_train.plateau import PlateauWatch
@@ -28,7 +28,7 @@ from xlsd_train.run import peak_gib
 from xlsd_train.session import Session, open_session
 from xlsd_train.steps import checkpoints, has_samples, step_of
 
-Watches = tuple[PlateauWatch, Pace]  # of what the metrics show
+Watches = tuple[PlateauWatch, Pace, FailureWatch]  # of what the metrics show
 
 
 def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
@@ -70,7 +70,8 @@ def _train(session: Session, stop: StopSignal) -> None:
         session, stop, _missed(session, first - 1, last), first - 1, state["images_seen"]
     ):
         return
-    watches = (PlateauWatch.of_run(config, run.folder / "metrics.jsonl"), Pace(last))
+    plateau = PlateauWatch.of_run(config, run.folder / "metrics.jsonl")
+    watches = (plateau, Pace(last), FailureWatch())
     with (
         closing(
             Loader(session.source, (first - 1) * accum, last * accum, session.accelerator.device)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from xlsd_cache import UserError
 from xlsd_train.checkpoint import remedy
@@ -61,9 +62,12 @@ class _UnderWay:
         return float(begun.event.elapsed_time(self.event)) / 1000
 
     def told(self) -> dict[str, int]:
-        """How often memory was so full that the card had to stop and sort it, in the run so far."""
+        """How often the card had to stop and sort its memory, and had none even so, so far."""
         stats = torch.cuda.memory_stats(self.device)
-        return {"alloc_retries": stats.get("num_alloc_retries", 0)}
+        return {
+            "alloc_retries": stats.get("num_alloc_retries", 0),
+            "alloc_failures": stats.get("num_ooms", 0),
+        }
 
 
 class _Begun:
@@ -81,6 +85,23 @@ def _mark() -> Any:
     event = cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+class FailureWatch:
+    """Says once that memory was refused to a step that went on all the same."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def see(self, line: dict[str, Any]) -> None:
+        """A line of the metrics."""
+        if not self._said and (failures := line.get("alloc_failures", 0)):
+            self._said = True
+            tqdm.write(
+                f"memory was refused {failures} times up to step {line['step']}, which went on: "
+                f"where a kernel finds no room cuDNN takes another, which rounds otherwise, so "
+                f"that a resume may differ in the last bits; a lower --vram plans for more room"
+            )
 
 
 @dataclass

@@ -32,8 +32,8 @@ def predicted(seconds: Mapping[str, float], device: str) -> tuple[str, float] | 
 def hours_told(card: str, seconds: float) -> str:
     """Of a whole run, predicted before it."""
     return (
-        f"no less than {_long(seconds)} at an {card}'s peak; twice that is good, and samples and "
-        f"validation are not in it"
+        f"no less than {_long(seconds)} at an {card}'s peak; 2.5 times that is usual, and samples "
+        f"and validation are not in it"
     )
 
 
@@ -74,6 +74,8 @@ class Pace:
 
 def _long(seconds: float) -> str:
     hours = seconds / 3600
+    if hours < 1:
+        return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
     if hours < 48:
         return f"{hours:.1f} hours"
     return f"{hours:,.0f} hours ({hours / 24:,.0f} days)"

@@ -13,6 +13,7 @@ from tests.support import cache
 from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected, decode
 from xlsd_cache.encode import Encoder, to_input
+from xlsd_cache.full import room_on
 from xlsd_cache.precision import device_of
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import load_vae
@@ -85,12 +86,19 @@ def test_a_batch_that_does_not_fit_is_halved(vae: Path, room: int, error: Runtim
     encoder = Encoder(load_vae(str(vae)), "fp32", torch.device("cpu"))
     expected = encoder.encode(pixels)
 
+    refused = []
+
     def full(_: object, inputs: tuple[torch.Tensor]) -> None:
         if len(inputs[0]) > room:
+            refused.append(len(inputs[0]))
             raise error
 
     hook = encoder.vae.model.encoder.register_forward_pre_hook(full)
     assert np.abs(encoder.encode(pixels) - expected).max() < 1e-5 * expected.std()
+    assert len(set(refused)) == len(refused) > 0
+    refused.clear()
+    encoder.encode(pixels)
+    assert not refused  # it is remembered what did not fit
     hook.remove()
     room = 0
     encoder.vae.model.encoder.register_forward_pre_hook(full)
@@ -156,3 +164,16 @@ def test_a_cards_memory_grows_in_place_unless_the_user_says_otherwise(
     first = "max_split_size_mb:64" if own == "PYTORCH_ALLOC_CONF" else None
     expected = {"PYTORCH_ALLOC_CONF": first if own else "expandable_segments:True"}
     assert told == expected | ({own: "max_split_size_mb:64"} if own else {})
+
+
+def test_room_on_a_card_is_what_is_free_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own numbers, and nothing else, replaced: 24 GiB of which half may be used."""
+    gib = 2**30
+    for name, value in (
+        ("mem_get_info", (20 * gib, 24 * gib)), ("get_per_process_memory_fraction", 0.5),
+        ("memory_reserved", 3 * gib), ("memory_allocated", 2 * gib), ("current_device", 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    assert room_on(torch.device("cuda")) == (12 - 3 + 1) * gib
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _: 1.0)
+    assert room_on(torch.device("cuda", 0)) == (20 + 1) * gib

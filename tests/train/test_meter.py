@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xlsd_cache import UserError
-from xlsd_train.meter import SMOOTHING, Meter
+from xlsd_train.meter import SMOOTHING, FailureWatch, Meter
 
 
 def test_each_step_has_its_own_time_though_it_is_told_late(
@@ -121,7 +121,9 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
 
     monkeypatch.setattr("torch.cuda.Event", made.event)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.cuda.memory_stats", lambda _: {"num_alloc_retries": 3})
+    monkeypatch.setattr(
+        "torch.cuda.memory_stats", lambda _: {"num_alloc_retries": 3, "num_ooms": 2}
+    )
     monkeypatch.setattr("torch.empty", pinned)
     return made
 
@@ -141,6 +143,7 @@ def test_the_host_never_waits_for_the_newest_step_of_a_card(stream: Stream) -> N
     assert [line["loss"] for line in lines] == [1, 2, 3]
     assert [line["images_per_s"] for line in lines] == [8 / seconds for seconds in lasted]
     assert {line["alloc_retries"] for line in lines} == {3}
+    assert {line["alloc_failures"] for line in lines} == {2}
 
 
 def test_a_pause_is_no_steps_time_on_a_card(stream: Stream) -> None:
@@ -154,3 +157,13 @@ def test_a_pause_is_no_steps_time_on_a_card(stream: Stream) -> None:
         lines += meter.flush()
         stream.clock_ms += 300_000  # samples
     assert [line["images_per_s"] for line in lines] == [4, 4]
+
+
+def test_memory_that_was_refused_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = FailureWatch()
+    for step, failures in enumerate((0, 0, 4, 9), 1):
+        watch.see({"step": step, "alloc_failures": failures})
+    watch.see({"step": 5})  # on a CPU
+    said = capsys.readouterr().out
+    assert said.count("memory was refused") == 1
+    assert "4 times up to step 3" in said

@@ -32,6 +32,8 @@ def test_hours_are_predicted_for_known_cards_alone() -> None:
     assert predicted(seconds, "") is None
     assert hours_told("RTX 4090", 1e6).startswith("no less than 278 hours (12 days) at an RTX 4090")
     assert hours_told("A100", 3600).startswith("no less than 1.0 hours at an A100's peak")
+    assert hours_told("A100", 300).startswith("no less than 5 minutes at")
+    assert hours_told("A100", 7.2).startswith("no less than 7 seconds at")
 
 
 def said(steps: int, last: int, step_s: float) -> list[str]:
