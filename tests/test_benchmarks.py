@@ -22,9 +22,10 @@ def run(*args: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_throughput_measures_phases_with_and_without_the_store() -> None:
+@pytest.mark.parametrize("phases", [("te",), pytest.param(("unet", "te"), marks=pytest.mark.slow)])
+def test_throughput_measures_phases_with_and_without_the_store(phases: tuple[str, ...]) -> None:
     options = (
-        "--phase", "unet", "te", "--steps", "1", "--batch", "2", "--resolution", "64",
+        "--phase", *phases, "--steps", "1", "--batch", "2", "--resolution", "64",
         "--threads", "1",
     )  # fmt: skip
     lines = run("benchmarks/throughput.py", *options)
@@ -34,14 +35,14 @@ def test_throughput_measures_phases_with_and_without_the_store() -> None:
     assert "TFLOP/s" in lines[3]
     table = [line.split() for line in lines if line.split()[1:2] in (["memory"], ["store"])]
     assert [row[:2] for row in table] == [
-        [phase, data] for phase in ("unet", "te") for data in ("memory", "store")
+        [phase, data] for phase in phases for data in ("memory", "store")
     ]
     for _, _, steps, images, tflop, rate, share, gib in table:
         assert float(images) == 2 * float(steps) or abs(float(images) / float(steps) - 2) < 0.01
         assert abs(float(tflop) * float(steps) / float(rate) - 1) < 0.01
         assert 0 < float(share) < 100
         assert 0.1 < float(gib) < 8
-    assert sum("the loader's share" in line for line in lines) == 2
+    assert sum("the loader's share" in line for line in lines) == len(phases)
 
 
 @pytest.mark.slow

@@ -333,6 +333,7 @@ def test_a_decoding_process_that_dies_costs_nothing(
     assert ours == files(tmp_path / "latents", "latents.zarr/**/*")
 
 
+@pytest.mark.slow
 def test_torchrun_shares_one_store_between_its_processes(
     images: Path, vae: Path, tmp_path: Path, build: Build
 ) -> None:

@@ -79,8 +79,9 @@ def run_to_the_end(workers: int, start: Start, log: Path) -> None:
         assert process.exitcode == 0, log.read_text()[-2000:]
 
 
-def test_thirty_kills_with_three_workers(
-    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kills", [9, pytest.param(30, marks=pytest.mark.slow)])
+def test_kills_with_three_workers(
+    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kills: int
 ) -> None:
     """Killed at random moments, the store ends byte-equal; a kill costs at most one batch."""
     images, batch = tmp_path / "images", 4
@@ -100,14 +101,14 @@ def test_thirty_kills_with_three_workers(
         options = ("--out", out, *rest, "--shard", f"{part}/3")
         return spawn(worker, counters[part], 0.3, images, *options, log=log)
 
-    at_work = kill_at_work(30, counters, start)
+    at_work = kill_at_work(kills, counters, start)
     run_to_the_end(3, start, log)
-    assert at_work >= 25, "most kills must hit a build at work"
+    assert at_work >= kills * 5 // 6, "most kills must hit a build at work"
     assert files(out, "latents.zarr/**/*") == expected
     extra = sum(map(size_of, counters)) - len(names)
     with capsys.disabled():
-        print(f"\n30 kills, {at_work} of them at work, cost {extra} encodings")
-    assert 0 < extra <= 32 * batch  # two more are killed when thirty are
+        print(f"\n{kills} kills, {at_work} of them at work, cost {extra} encodings")
+    assert 0 < extra <= (kills + 2) * batch  # two more are killed when these are
     assert cache("check", out, "--decode", 3) == 0
     told = sums(out, capsys)
     assert (told["scanned"], told["live"], told["rejected"]) == (201, 200, {"truncated": 1})

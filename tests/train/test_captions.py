@@ -138,6 +138,7 @@ def test_what_is_no_mix_is_refused(given: str | None, told: str) -> None:
         Columns.parse(given, ["txt", "wd"], "latents")
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_random_about_captions_resumes_to_the_bit(
     photos: Path, vae: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

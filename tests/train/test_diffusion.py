@@ -196,7 +196,7 @@ def test_the_tables_move_together(config: Config) -> None:
     assert {x.device.type for x in (moved.signal, moved.sigma, moved.weight)} == {"meta"}
 
 
-@pytest.mark.parametrize("objective", ["eps", "v", "flow"])
+@pytest.mark.parametrize("objective", [pytest.param("eps", marks=pytest.mark.slow), "v", "flow"])
 def test_every_objective_trains_samples_and_says_so_to_diffusers(
     model: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
 ) -> None:

@@ -50,7 +50,7 @@ def directly(steps: list[dict[str, torch.Tensor]], sigma: float, every: int = 1)
     }
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_averages_are_those_of_the_trajectory_through_a_resume(
     arguments: list[object], tmp_path: Path, every: int
 ) -> None:
@@ -70,6 +70,7 @@ def test_the_averages_are_those_of_the_trajectory_through_a_resume(
     assert list(snapshots(whole)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_keeping_averages_changes_no_weight(arguments: list[object], tmp_path: Path) -> None:
     """Nor does measuring them; and both are validated beside the live weights."""
     common = (*arguments, "--validation-fraction", 0.4, "--seed", 3)

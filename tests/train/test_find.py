@@ -147,7 +147,9 @@ def test_full_size_files_are_read_by_sd15s_configuration(tmp_path: Path) -> None
     assert (found.tokenizer, found.scheduler["beta_end"]) == (None, 0.012)
 
 
-@pytest.mark.parametrize("names", ["folder", "diffusers", "ldm", "bare"])
+@pytest.mark.parametrize(
+    "names", ["folder", pytest.param("diffusers", marks=pytest.mark.slow), "ldm", "bare"]
+)
 def test_a_unet_replaces_the_models(model: Path, foreign: Path, tmp_path: Path, names: str) -> None:
     other = tmp_path / "other"
     make_pipeline(other, "nano", ["a dog"], seed=5)

@@ -58,7 +58,9 @@ def left(run: Path) -> tuple[Any, ...]:
     return weights, files(run, "ema/*"), files(run, "samples/**/*.png"), metrics(run), measured
 
 
-@pytest.mark.parametrize("phase", ["unet", pytest.param("te", marks=pytest.mark.slow), "both"])
+@pytest.mark.parametrize(
+    "phase", ["unet", *(pytest.param(x, marks=pytest.mark.slow) for x in ("te", "both"))]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     arguments: Arguments, tmp_path: Path, phase: str
 ) -> None:
@@ -74,7 +76,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert samples.items() <= files(tmp_path / "parts", "samples/step*/*.png").items()
 
 
-@pytest.mark.parametrize("optimizer", ["dlion", "adamw", "prodigy", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "dlion",
+        "adamw",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("prodigy", "adafactor")),
+    ],
+)
 def test_every_optimizer_resumes_to_the_bit(
     arguments: Arguments, tmp_path: Path, optimizer: str
 ) -> None:
@@ -95,6 +104,7 @@ def test_every_optimizer_resumes_to_the_bit(
         assert lines[0]["d"] == 1e-6 < lines[7]["d"] <= lines[9]["d"]
 
 
+@pytest.mark.slow
 def test_rate_options_act_and_a_stop_step_changes_no_rate(
     arguments: Arguments, tmp_path: Path
 ) -> None:
@@ -152,6 +162,7 @@ def test_reinitialised_layers_begin_anew_once(
     assert far == {"conv_in.weight", "conv_in.bias"}
 
 
+@pytest.mark.slow
 def test_a_run_that_steps_inside_backward_resumes_exactly(
     arguments: Arguments, tmp_path: Path
 ) -> None:
@@ -165,6 +176,7 @@ def test_a_run_that_steps_inside_backward_resumes_exactly(
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_tightened_stays_so_after_a_resume(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,16 +214,17 @@ def all_at_once(images: Path, vae: Path, folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("phase", "optimizer", "mixed"),
+    ("phase", "optimizer", "mixed", "due"),
     [
-        pytest.param("unet", "lion", False, marks=pytest.mark.slow),
-        ("te", "dlion", True),
-        pytest.param("te", "adamw", True, marks=pytest.mark.slow),
+        pytest.param("unet", "lion", False, 10, marks=pytest.mark.slow),
+        ("te", "dlion", True, 4),
+        pytest.param("te", "dlion", True, 6, marks=pytest.mark.slow),
+        pytest.param("te", "adamw", True, 6, marks=pytest.mark.slow),
     ],
 )
 def test_kill_9_again_and_again(
     arguments: Arguments, store: Path, vae: Path, tmp_path: Path, phase: str, optimizer: str,
-    mixed: bool,
+    mixed: bool, due: int,
 ) -> None:  # fmt: skip
     """Weights, optimizer state, averages, samples, metrics, validation: all bit-equal."""
     given = ["--phase", phase, *arguments, "--optimizer", optimizer]
@@ -228,9 +241,9 @@ def test_kill_9_again_and_again(
 
     random.seed(phase + optimizer)
     run, log, kills, killed_at = tmp_path / "killed", tmp_path / "log", 0, set[int]()
-    while kills < (6 if mixed else 10) or len(killed_at) < 4:  # at different steps
+    while kills < due or len(killed_at) < min(4, due - 1):  # at different steps
         process = spawn(slow_train, *given, "--out", run, log=log)
-        if kills < 3:  # while it starts
+        if kills < due // 3:  # while it starts
             time.sleep(random.uniform(0.1, 1.5))
         else:  # some steps on from where it began again
             newest = max((int(path.name[5:]) for path in checkpoints(run)), default=0)
@@ -285,7 +298,13 @@ def test_sampling_saving_and_logging_change_no_weight(arguments: Arguments, tmp_
     assert metrics(tmp_path / "none") == metrics(tmp_path / "all")
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGHUP, signal.SIGTERM] * 2])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param([signal.SIGINT], marks=pytest.mark.slow),
+        [signal.SIGHUP, signal.SIGTERM] * 2,
+    ],
+)
 def test_signals_save_and_say_how_to_go_on(
     arguments: Arguments, tmp_path: Path, numbers: list[signal.Signals]
 ) -> None:
@@ -525,7 +544,7 @@ def test_a_batch_smaller_than_the_processes_still_trains(
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("number", "step"), [(9, 5), (11, 6)])
+@pytest.mark.parametrize(("number", "step"), [(9, 5), pytest.param(11, 6, marks=pytest.mark.slow)])
 def test_a_loss_gone_wrong_ends_the_run_and_keeps_the_last_checkpoint(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], number: int, step: int,
@@ -552,6 +571,7 @@ def small_disk(limit: int, *args: object) -> int:
     return train(*args)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_last_checkpoint_stands(
     arguments: Arguments, tmp_path: Path
 ) -> None:

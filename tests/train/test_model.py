@@ -107,6 +107,7 @@ def test_another_vae_is_refused_unless_the_stores_is_swapped_in(
         load_model(str(copy), str(copy), identity)
 
 
+@pytest.mark.slow
 def test_the_default_model_is_the_hubs_sd15_with_the_stores_vae(
     model: Path, store: Path, tmp_path: Path
 ) -> None:

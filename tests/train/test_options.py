@@ -166,6 +166,7 @@ SLOW = {
     "vram", "require_tags", "forbid_tags", "drop_tags", "shuffle", "keep_first", "tag_dropout",
     "max_tags", "caption_dropout", "tokens", "clip_skip", "objective", "loss_weight", "batch",
     "accum", "optimizer", "reinit", "train", "scheduler", "lr_floor",
+    "validation_fraction", "validate_every", "epochs",
 }  # fmt: skip
 
 

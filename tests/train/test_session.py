@@ -55,6 +55,7 @@ def test_a_run_with_everything_resumes_to_the_bit(
     assert (whole / "samples/grid.png").read_bytes() == (resumed / "samples/grid.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_plan_trains_the_same_but_for_rounding(
     whole: Path, model: Path, store: Path, tmp_path: Path
 ) -> None:

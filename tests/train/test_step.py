@@ -18,6 +18,8 @@ from xlsd_train.batches import Batch
 from xlsd_train.session import Session
 from xlsd_train.step import Plan, Step
 
+PHASES = ["unet", "te", pytest.param("both", marks=pytest.mark.slow)]
+
 
 def batches(session: Session, count: int, first: int = 0) -> list[Batch]:
     return [session.source.make(session.schedule.slot(first + n)) for n in range(count)]
@@ -126,7 +128,7 @@ def test_only_what_train_says_trains(open_run: Open) -> None:
 
 
 @pytest.mark.parametrize("accum", [1, 2])
-@pytest.mark.parametrize("phase", ["unet", "te", "both"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_every_plan_gives_the_plain_steps_gradients(open_run: Open, phase: str, accum: int) -> None:
     session = open_run(phase=phase, caption_dropout=0.2)
     parts = batches(session, accum, first=1)
@@ -142,7 +144,7 @@ def test_every_plan_gives_the_plain_steps_gradients(open_run: Open, phase: str, 
                 assert torch.equal(got_after[name], after[name]), (plan, name)
 
 
-@pytest.mark.parametrize("phase", ["unet", "te", "both"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_in_float64_every_plan_is_the_plain_step_to_rounding(open_run: Open, phase: str) -> None:
     """So what differs in float32 is the order of sums: no worse than in the plain step itself."""
     session = open_run(phase=phase)
@@ -166,7 +168,9 @@ def test_in_float64_every_plan_is_the_plain_step_to_rounding(open_run: Open, pha
         assert distance(gradients, exact) < 2 * own < 1e-5, plan
 
 
-@pytest.mark.parametrize("optimizer", ["lion", "dlion", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer", ["lion", "dlion", pytest.param("adamw", marks=pytest.mark.slow)]
+)
 def test_stepping_inside_backward_changes_no_bit(
     open_run: Open, optimizer: str, tmp_path: Path
 ) -> None:

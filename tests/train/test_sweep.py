@@ -160,6 +160,7 @@ def test_its_report_has_the_runs_side_by_side(swept: Swept) -> None:
     assert [row[0] for row in page.tables["samples"][1:]] == ["0", "3", "6"]
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_it_goes_on_to_the_bit(
     swept: Swept, arguments: list[object], tmp_path: Path
 ) -> None:
@@ -277,6 +278,7 @@ def test_a_run_is_no_folder_for_a_sweep_and_a_launcher_does_not_start_it(
     assert "start it without a launcher" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_asks_one_real_run_and_writes_nothing(
     arguments: list[object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,7 +150,7 @@ def test_a_stretched_encoder_reads_248_tokens_and_the_first_20_alike(encoder: An
         stretch(encoder, 77)
 
 
-@pytest.mark.parametrize("phase", ["unet", "te"])
+@pytest.mark.parametrize("phase", ["unet", pytest.param("te", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_a_stretched_encoder_needs_no_flag(
     model: Path, store: Path, tmp_path: Path, phase: str
 ) -> None:

@@ -58,6 +58,7 @@ def test_validating_changes_no_weight_and_numbers_are_bit_equal_after_a_resume(
     assert "3 held-out images are measured beside 3 that train" in said
 
 
+@pytest.mark.slow
 def test_lines_that_outran_the_checkpoint_are_cut(arguments: list[object], tmp_path: Path) -> None:
     run = tmp_path / "run"
     given = (*arguments, "--validate-every", 2, "--out", run)
