@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xlsd_cache import Precision, UserError
-from xlsd_cache.full import give_back, is_full, room_on
+from xlsd_cache.full import give_back, is_full, most_on
 from xlsd_cache.vae import Vae
 
 
@@ -66,7 +66,7 @@ class Encoder:
         # At full resolution about six fp32 tensors of the first width live at once.
         nbytes = 6 * 4 * pixels * vae.model.config["block_out_channels"][0]
         if device.type == "cuda":
-            there = room_on(device) * 0.7
+            there = most_on(device) * 0.7
             return cls(vae, precision, device, 2 ** min(5, max(0, int(math.log2(there / nbytes)))))
         fitting = int(psutil.virtual_memory().available * 0.7 / nbytes)
         return cls(vae, precision, device, 1, max(1, min(torch.get_num_threads(), fitting)))

@@ -40,10 +40,8 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def room_on(device: torch.device) -> int:
-    """Bytes that this process may still take on a card: what is free there, up to its own limit."""
-    free, total = torch.cuda.mem_get_info(device)
+def most_on(device: torch.device) -> float:
+    """Bytes that this process may take of a card, whoever else is on it: the same in every run."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    most = torch.cuda.get_per_process_memory_fraction(index) * total
-    reserved = torch.cuda.memory_reserved(index)
-    return int(min(free, most - reserved)) + reserved - torch.cuda.memory_allocated(index)
+    share: float = torch.cuda.get_per_process_memory_fraction(index)
+    return share * torch.cuda.get_device_properties(index).total_memory

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.support import cache
 from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected, decode
 from xlsd_cache.encode import Encoder, to_input
-from xlsd_cache.full import room_on
+from xlsd_cache.full import most_on
 from xlsd_cache.precision import device_of
 from xlsd_cache.store import LatentStore
 from xlsd_cache.vae import load_vae
@@ -166,14 +167,12 @@ def test_a_cards_memory_grows_in_place_unless_the_user_says_otherwise(
     assert told == expected | ({own: "max_split_size_mb:64"} if own else {})
 
 
-def test_room_on_a_card_is_what_is_free_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_card_may_give_does_not_depend_on_who_else_is_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """CUDA's own numbers, and nothing else, replaced: 24 GiB of which half may be used."""
-    gib = 2**30
-    for name, value in (
-        ("mem_get_info", (20 * gib, 24 * gib)), ("get_per_process_memory_fraction", 0.5),
-        ("memory_reserved", 3 * gib), ("memory_allocated", 2 * gib), ("current_device", 0),
-    ):  # fmt: skip
-        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
-    assert room_on(torch.device("cuda")) == (12 - 3 + 1) * gib
-    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _: 1.0)
-    assert room_on(torch.device("cuda", 0)) == (20 + 1) * gib
+    properties = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _: 0.5)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    assert most_on(torch.device("cuda")) == most_on(torch.device("cuda", 0)) == 12 * 2**30
