@@ -28,8 +28,9 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "terminal quiet texts options disk ours durable interrupt precision full identity manifest "
-    "shard blocks formats inflate gzips cells locate captions tables text_tables arrow_tables rows "
+    "terminal quiet regular texts options disk ours durable interrupt precision full identity "
+    "manifest sound shard blocks formats inflate gzips captions cells locate outside tables "
+    "text_tables arrow_tables rows "
     "names matches match masks lists folders members tars zips archives records colours decode "
     "sources guard buckets index tags store moments hub vae fitting known accounting arrays commit "
     "live builders space "

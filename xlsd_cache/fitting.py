@@ -81,12 +81,12 @@ def original(identity: Identity) -> Vae | None:
 def stored_identity(out: Path, vae: Vae, dry_run: bool) -> Identity | None:
     """That of the store which this VAE is to add to, if there is one; says what a user may miss."""
     if warning := padding_warning(vae):
-        print(warning, file=sys.stderr)
+        warn(warning)
     if not (out / "latents.zarr" / "zarr.json").exists():
         return None
     stored = proved(read_attributes(out)[0], vae, [out], record=not dry_run)
     if stored.encoder_is(vae.sha256, vae.encoder_sha256) and (told := decoder_told(vae, stored)):
-        print(told)
+        say(told)
     return stored
 
 
