@@ -1,13 +1,13 @@
 """Which VAEs fit a store's latents: those with its encoder and padding, whatever their decoder."""
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from xlsd_cache import UserError
 from xlsd_cache.identity import Identity, read_attributes, record_encoder, unknown_encoder
+from xlsd_cache.terminal import say, warn
 from xlsd_cache.vae import NAMES, Vae, load_vae
 
 # Trained with reflection padding, as their pages say: Anzhc's EQ-VAEs and what is trained on them.

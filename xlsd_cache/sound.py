@@ -21,7 +21,8 @@ def map_table(path: Path, wanted: pa.Schema, others: pa.DataType | None = None) 
     """
     require_regular(path)
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    own, rest = table.schema[: len(wanted)], table.schema[len(wanted) :]
+    fields = list(table.schema)
+    own, rest = fields[: len(wanted)], fields[len(wanted) :]
     same = [(f.name, f.type) for f in own] == [(f.name, f.type) for f in wanted]
     if not same or any(field.type != others for field in rest):
         raise ValueError("it has other columns")
