@@ -1,6 +1,5 @@
 """Nothing disappears: scanned = encoded + reused + duplicate + rejected (by reason) + pending."""
 
-import json
 from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 from xlsd_cache.durable import write_json
 from xlsd_cache.known import find_places, unit_names
 from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.regular import read_json
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class Accounting:
     def live(self) -> int:
         """Images that training sees."""
         return self.encoded + self.reused
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field is of its kind and the sums are right, as of a file they may not."""
+        numbers = [self.scanned, self.encoded, self.reused, self.duplicate, self.pending]
+        numbers += [*self.rejected.values(), *self.buckets.values()]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            return False
+        left_out = self.duplicate + sum(self.rejected.values()) + self.pending
+        return self.live + left_out == self.scanned
 
     def __str__(self) -> str:
         total = self.live + self.duplicate + sum(self.rejected.values()) + self.pending
@@ -92,10 +102,13 @@ def save_accounting(manifest: Manifest, generation: int, counts: Accounting) -> 
 def saved_accounting(root: Path, generation: int) -> Accounting | None:
     """The sums of the last build, if it ended well and the log has not moved on since."""
     try:
-        value: dict[str, Any] = json.loads(_path(root).read_bytes())
-    except FileNotFoundError:
+        value: dict[str, Any] = read_json(_path(root))
+        told = Accounting(**value) if value.pop("generation") == generation else None
+        if told is None or not told.is_sound:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or none of ours
         return None
-    return Accounting(**value) if value.pop("generation") == generation else None
+    return told
 
 
 def _path(root: Path) -> Path:

@@ -13,6 +13,7 @@ from xlsd_cache.gzips import END, gzip_of
 from xlsd_cache.inflate import BadSource, ReadAt, inflate
 from xlsd_cache.locate import GZIPPED, span
 from xlsd_cache.members import Asked, Members, Roll, normal, printable
+from xlsd_cache.regular import open_regular
 from xlsd_cache.tars import Entry as TarEntry
 from xlsd_cache.tars import Tar
 from xlsd_cache.zips import DEFLATED, STORED, NoZip, Zip
@@ -28,7 +29,7 @@ def read_members(archive: Path, asked: Asked) -> Members:
     """
     reader = _read_zip if archive.suffix.lower() == ".zip" else _read_tar
     try:
-        with archive.open("rb") as file:
+        with open_regular(archive) as file:
             return reader(archive, file, asked)
     except (OSError, NoZip) as error:
         told = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,7 +1,6 @@
 """The zarr metadata, made by zarr-python and put in place by us: zarr itself never syncs a file."""
 
 import asyncio
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from zarr.storage import MemoryStore
 
 from xlsd_cache.durable import fsync_folder, write_bytes
 from xlsd_cache.manifest import Manifest
+from xlsd_cache.regular import read_json
 
 
 def write_group(manifest: Manifest, attributes: dict[str, Any]) -> None:
@@ -32,9 +32,18 @@ def grow_array(
     missing one. Does nothing where the array is that long already.
     """
     path = manifest.array(bucket) / "zarr.json"
-    if path.exists() and json.loads(path.read_bytes())["shape"][0] >= rows:
+    if path.exists() and _rows(path) >= rows:
         return
     mend_array(manifest, bucket, rows, shape, dtype, shard)
+
+
+def _rows(path: Path) -> int:
+    """How many rows an array's zarr.json claims; 0 where it is damaged, to be written again."""
+    try:
+        rows: int = read_json(path)["shape"][0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return 0
+    return rows if type(rows) is int else 0
 
 
 def array_fault(

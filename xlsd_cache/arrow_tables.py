@@ -1,6 +1,5 @@
 """Rows of parquet files, and of the .arrow files that Hugging Face's save_to_disk writes."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import pyarrow.compute as pc
 
 from xlsd_cache.captions import Column, field_text, value_text
 from xlsd_cache.cells import embedded, follow, read_columns, table_schema
+from xlsd_cache.regular import read_json
 from xlsd_cache.tables import IDS, KEYS, NAMES, NOTHING, Rows, numbered, of_kind, one
 
 PIXELS = ("image", "img", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp", "content", "data")
@@ -62,7 +62,7 @@ def arrow_files(folder: Path, names: list[str]) -> set[str]:
     """Which .arrow files of a folder are its data: save_to_disk lists them, beside caches."""
     if "state.json" in names:
         try:
-            told = json.loads((folder / "state.json").read_bytes())["_data_files"]
+            told = read_json(folder / "state.json")["_data_files"]
             return {str(file["filename"]) for file in told}
         except (OSError, ValueError, KeyError, TypeError):
             pass  # another program's state.json

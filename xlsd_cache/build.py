@@ -66,6 +66,7 @@ def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
         config.exclude,
         config.workers,
         config.image_suffixes,
+        allow_outside=config.allow_outside,
     )
     _say_found(found, config)
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
@@ -201,7 +202,7 @@ def _encode(
     order = mine + [unit for unit in units if unit not in set(mine)]
     dtype = identity.dtype
     work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers, config.max_pixels)
-    print(encoder)
+    say(encoder)
     with StopSignal(STOPPING) as stop:
         work.run(todo, order, stop)
     if stop.asked:
@@ -209,10 +210,10 @@ def _encode(
             f"stopped; every batch encoded so far is kept in {config.out}: run the same command "
             f"again to go on"
         )
-    print(f"time: {work.seconds:.2f} s: {work.shares()}")
+    say(f"time: {work.seconds:.2f} s: {work.shares()}")
     if work.rounding:
         rounding = float(np.sqrt(np.mean(np.square(work.rounding))))
-        print(f"float16 rounding: {rounding:.1e} of the latents' spread")
+        say(f"float16 rounding: {rounding:.1e} of the latents' spread")
 
 
 def _identity(config: BuildConfig, vae: Vae) -> Identity:
@@ -248,7 +249,7 @@ def _say_memory(config: BuildConfig) -> None:
             f"--max-megapixels {config.max_megapixels:g}: decoding such an image may take "
             f"{one:.1f} GiB, and this machine has {there:.1f} GiB of memory; lower it"
         )
-    print(
+    say(
         f"images of up to {config.max_megapixels:g} megapixels: decoding one may take {one:.1f} "
         f"GiB, {workers} at once {workers * one:.1f} GiB of this machine's {there:.1f} GiB"
     )
@@ -260,7 +261,9 @@ def _say_found(found: Scan, config: BuildConfig) -> None:
     images = found.images.num_rows
     say(f"found {images} images in {', '.join(config.source)}", end="")
     over = ", ".join(f"{count} {kind}" for kind, count in sorted(found.passed_over.items()))
-    print(f"; passed over {over}" if over else "")
+    say(f"; passed over {over}" if over else "")
+    for sentence in found.notes:
+        say(sentence)
     for sentence in found.damaged:
         warn(f"WARNING: {sentence}")
     for column in found.columns:
@@ -289,19 +292,19 @@ def _say_plan(plan: Plan) -> None:
     fresh = plan.entries.filter(pa.array(plan.fresh))
     buckets = fresh["bucket"].value_counts().to_pylist()
     shown = ", ".join(sorted(f"{count['values']} {count['counts']}" for count in buckets))
-    print(f"to encode: {fresh.num_rows} images" + (f" ({shown})" if shown else ""))
+    say(f"to encode: {fresh.num_rows} images" + (f" ({shown})" if shown else ""))
     counts = {
         count["values"]: count["counts"]
         for count in plan.leaving["reason"].value_counts().to_pylist()
     }
     if removed := counts.pop("", 0):
-        print(
+        say(
             f"{removed} images are no longer among the sources and leave training; their latents "
             f"stay, for when they come back"
         )
     if counts:
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
-        print(f"{sum(counts.values())} images are rejected now and leave training ({why})")
+        say(f"{sum(counts.values())} images are rejected now and leave training ({why})")
 
 
 def _say_room(

@@ -5,7 +5,6 @@ committed since is encoded, all else reused, whichever of them asks. Read and wr
 holds the plan lock.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import psutil
 from xlsd_cache.commit import planning
 from xlsd_cache.durable import HOST, write_json
 from xlsd_cache.manifest import Manifest, Unit
+from xlsd_cache.regular import read_json
 
 DAY_S = 86400.0  # what a process on another machine is believed to take at most
 
@@ -119,11 +119,17 @@ def _leave(manifest: Manifest, me: Builder, ended: float) -> None:
 
 def _read(manifest: Manifest) -> Together | None:
     try:
-        told = json.loads(_path(manifest).read_bytes())
+        told = read_json(_path(manifest))
         told["builders"] = tuple(Builder(**it) for it in told["builders"])
         told |= {name: frozenset(told[name]) for name in ("before", "joined")}
         return Together(**told)
-    except (OSError, ValueError, KeyError, TypeError):  # none yet; or not ours to read: begin anew
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # none yet; or not ours to read: begin anew
         return None
 
 

@@ -3,12 +3,13 @@
 import gzip
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from safetensors import safe_open
 
 from xlsd_cache.decode import Rejected
 from xlsd_cache.peers import CacheFile, is_ai_toolkits
+from xlsd_cache.regular import require_regular
 
+_FILE_BYTES = 2**29  # of an .npz or .pt: their tables and pickles are read whole
 _GZIPPED = 2**28  # bytes that a gzipped file may inflate to: a latent has some hundred thousand
 _TEXT = re.compile(r"tokens|text_enc|.*prompt|.*text_embed")  # keys of OneTrainer's, SimpleTuner's
 
@@ -46,6 +49,7 @@ Contents = list[Held] | Rejected | None
 def peek(file: CacheFile) -> Contents:
     """What a file holds."""
     try:
+        require_regular(file.path)
         form = _format(file.path)
         held = list(_PEEK[form](file.path))
         if held:
@@ -62,6 +66,7 @@ def peek(file: CacheFile) -> Contents:
 def read(file: CacheFile, held: Held) -> NDArray[Any] | Rejected:
     """The latent, float16 or float32 [C,h,w], as the file holds it; or why it cannot be used."""
     try:
+        require_regular(file.path)
         form = _format(file.path)
         if form == "npz":
             with np.load(file.path, allow_pickle=False) as arrays:
@@ -85,6 +90,8 @@ def _format(path: Path) -> str:
     """`npz`, `torch` or `safetensors`, by the first bytes; by the name where they tell nothing."""
     with path.open("rb") as file:
         head = file.read(16)
+        if head[8:9] != b"{" and os.fstat(file.fileno()).st_size > _FILE_BYTES:
+            raise ValueError(f"it has more than {_FILE_BYTES >> 20} MiB, as no latents have")
     if head.startswith(b"PK\3\4"):
         with zipfile.ZipFile(path) as members:
             names = members.namelist()
@@ -109,8 +116,7 @@ def _peek_npz(path: Path) -> Iterator[Held]:
             original = None
             if f"original_size{size[1]}.npy" in names:
                 with arrays.open(f"original_size{size[1]}.npy") as file:
-                    width, height = npy.read_array(file, allow_pickle=False).tolist()
-                original = int(width), int(height)
+                    original = _two_numbers(file)
             others = ("latents_flipped", "alpha_mask")
             yield Held(
                 "kohya",
@@ -120,6 +126,24 @@ def _peek_npz(path: Path) -> Iterator[Held]:
                 original,
                 beside=tuple(other for other in others if f"{other}{size[1]}.npy" in names),
             )
+
+
+def _two_numbers(file: IO[bytes]) -> tuple[int, int]:
+    """The two numbers in an .npy; its header may claim any number of them."""
+    data = file.read(4096)
+    npy.read_magic(begun := io.BytesIO(data))
+    if npy.read_array_header_1_0(begun)[0] != (2,):
+        raise ValueError("its original_size is not two numbers")
+    width, height = npy.read_array(io.BytesIO(data), allow_pickle=False).tolist()
+    return pixels(width), pixels(height)
+
+
+def pixels(told: Any) -> int:
+    """A side or a place in pixels as a file tells it. Raises ValueError for what is neither."""
+    number = int(told)
+    if not 0 <= number < 2**31:
+        raise ValueError(f"{str(told)[:40]} are no pixels of an image")
+    return number
 
 
 def _peek_torch(path: Path) -> Iterator[Held]:
@@ -141,8 +165,8 @@ def _peek_torch(path: Path) -> Iterator[Held]:
         name,
         _floats(tuple(latent.shape), latent.dtype),
         latent.dtype == torch.float16,
-        (int(width), int(height)) if width else None,
-        (int(offset[1]), int(offset[0])) if offset else None,
+        (pixels(width), pixels(height)) if width else None,
+        (pixels(offset[1]), pixels(offset[0])) if offset else None,
     )
 
 
@@ -157,7 +181,7 @@ def _peek_safetensors(path: Path) -> Iterator[Held]:
         yield Held("ai-toolkit" if is_ai_toolkits(path) else "safetensors", "latent", shape, half)
         return
     numbers = [
-        int(json.loads(told.get(name, "0")) or 0)
+        pixels(json.loads(told.get(name, "0")) or 0)
         for name in ("crop_x", "crop_y", "scale_to_width", "scale_to_height")
     ]
     yield Held(

@@ -5,17 +5,19 @@ line ends in it are spaces, a list is joined as tags, and an object gives its ke
 """
 
 import codecs
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from xlsd_cache.regular import parse_json
 
 Kind = Literal["sidecar", "json", "jsonl", "csv", "parquet"]
 _KINDS: dict[str, Kind] = {
     "json": "json", "jsonl": "jsonl", "csv": "csv", "parquet": "parquet", "arrow": "parquet",
 }  # fmt: skip
 CAPTION_BYTES = 2**24  # of a file beside an image; a larger one holds no caption
+_BESIDE_BYTES = 2**26  # that its JSON may take when parsed: many threads parse at once
 
 
 class LeftOut(str):
@@ -122,8 +124,8 @@ def read_object(data: bytes | LeftOut | None) -> tuple[Any, list[str]]:
     if isinstance(data, LeftOut):
         return None, [data]
     try:
-        return json.loads(decode_text(data)[0], strict=False), []
-    except (ValueError, RecursionError):
+        return parse_json(decode_text(data)[0], _BESIDE_BYTES, strict=False), []
+    except ValueError:
         return None, [BROKEN]
 
 

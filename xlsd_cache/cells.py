@@ -13,15 +13,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from xlsd_cache.captions import decode_text
 from xlsd_cache.inflate import BadSource
+from xlsd_cache.regular import require_regular
 
 Version = tuple[int, int, int, int]  # size, mtime, inode, ctime of the file
+_TABLE_BYTES, _TIMES = 2**30, 32  # bytes, and times its own size, that columns may take
 _HELD_BYTES = 2**29  # of decoded parquet row groups: rows of one group are read in any order
 
 
 def table_schema(file: Path) -> pa.Schema:
     """The schema of a parquet or .arrow file. Raises OSError and ArrowException."""
-    return pq.read_schema(file) if _is_parquet(file) else _mapped(str(file)).schema
+    require_regular(file)
+    schema = pq.read_schema(file) if _is_parquet(file) else _mapped(str(file)).schema
+    len("".join(schema.names))  # UnicodeDecodeError, a ValueError, where one is not UTF-8
+    return schema
 
 
 def read_columns(file: Path, columns: list[str]) -> pa.Table:
@@ -31,10 +37,58 @@ def read_columns(file: Path, columns: list[str]) -> pa.Table:
     """
     if _is_parquet(file):
         with pq.ParquetFile(file, page_checksum_verification=True) as opened:
-            return opened.read(columns=columns)
+            return _read_bounded(opened, columns, file.stat().st_size)
     table = _mapped(str(file)).select(list(dict.fromkeys(c.partition(".")[0] for c in columns)))
     table.validate(full=True)  # a file that lies must not crash who reads it
     return table
+
+
+def _read_bounded(file: pq.ParquetFile, columns: list[str], nbytes: int) -> pa.Table:
+    """The columns, texts that are not UTF-8 read as Latin-1.
+
+    Raises ArrowInvalid for what a few bytes were made to stand for, as a text named a billion
+    times is.
+    """
+    most, held = max(_TABLE_BYTES, _TIMES * nbytes), 0
+    batches = []
+    for batch in file.iter_batches(_rows_at_once(file), columns=columns):
+        held += batch.nbytes
+        if held > most:
+            raise pa.ArrowInvalid(f"its {nbytes} bytes hold more than {most >> 20} MiB of texts")
+        batches.append(_legible(batch))
+    if not batches:
+        return file.read(columns=columns)
+    return pa.Table.from_batches(batches)
+
+
+def _rows_at_once(file: pq.ParquetFile) -> int:
+    """Few enough that a page of one long text, named by each row, does not fill the memory."""
+    told = file.metadata
+    leaves = (
+        told.row_group(i).column(j).total_uncompressed_size
+        for i in range(told.num_row_groups)
+        for j in range(told.num_columns)
+    )
+    most: int = max(leaves, default=1)
+    return max(16, min(65536, _TABLE_BYTES // max(1, most)))
+
+
+def _legible(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with texts in UTF-8. Raises ArrowInvalid where one lies deeper and is not."""
+    try:
+        batch.validate(full=True)
+        return batch
+    except pa.ArrowInvalid:
+        columns = []
+        for column in batch.columns:
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                values = column.cast(pa.large_binary()).to_pylist()
+                texts = [value and decode_text(value)[0] for value in values]
+                column = pa.array([text or None for text in texts], column.type)  # noqa: PLW2901
+            columns.append(column)
+        batch = pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+        batch.validate(full=True)
+        return batch
 
 
 def cell_sizes(file: Path, column: str) -> Iterator[int | None]:
@@ -52,7 +106,8 @@ def embedded(file: Path, column: str) -> pa.Array:
         for number in range(opened.metadata.num_row_groups):
             group = opened.metadata.row_group(number)
             leaves = [group.column(i) for i in range(group.num_columns)]
-            told = next(leaf for leaf in leaves if leaf.path_in_schema == column).statistics
+            leaf = next((leaf for leaf in leaves if leaf.path_in_schema == column), None)
+            told = leaf.statistics if leaf is not None else None
             nulls = told.null_count if told is not None and told.has_null_count else -1
             if nulls in (0, group.num_rows):
                 parts.append(pa.repeat(nulls == 0, group.num_rows))
@@ -64,6 +119,7 @@ def embedded(file: Path, column: str) -> pa.Array:
 
 def read_cell(path: str, column: str, row: int) -> bytes:
     """One value, whose whole piece of the file is decoded and kept for the next. Raises OSError."""
+    require_regular(path)
     status = Path(path).stat()
     version = status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
     try:
@@ -71,7 +127,7 @@ def read_cell(path: str, column: str, row: int) -> bytes:
         group = bisect_right(starts, row) - 1
         values = _held(path, version, column, group)
         value = values[row - starts[group]].as_py()
-    except (pa.ArrowException, KeyError, IndexError, OSError) as error:
+    except (pa.ArrowException, KeyError, IndexError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's; pyarrow's own have none
             raise
         raise BadSource("corrupt", f"cannot read {column} of row {row}: {error}") from error

@@ -31,8 +31,8 @@ def conclude(
 def say_sums(out: Path, counts: Accounting) -> None:
     """Print what became of every image."""
     for bucket, count in counts.buckets.items():
-        print(f"  {bucket:>9} {count:>9}")
-    print(counts)
+        say(f"  {bucket:>9} {count:>9}")
+    say(counts)
     if counts.rejected or counts.duplicate:
         say(f"listed in {out / 'rejected.parquet'}")
 

@@ -80,6 +80,9 @@ class BuildConfig:
     exclude: tuple[str, ...] = ()
     """Images not to use, as with --only: '*_mask.*'."""
 
+    allow_outside: bool = False
+    """Let the rows of tables name files outside the table's folder and the named sources."""
+
     forget: tuple[str, ...] = ()
     """Names of earlier sources that are gone for good: their images leave training."""
 

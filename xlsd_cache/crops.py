@@ -1,16 +1,17 @@
 """Where SimpleTuner cropped each image: its latents do not say, a table among the images does."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from xlsd_cache import UserError
-from xlsd_cache.cached import Contents
+from xlsd_cache.cached import Contents, pixels
 from xlsd_cache.items import Peeked
+from xlsd_cache.regular import read_json
 
+_TABLE_BYTES = 2**29
 TABLE = "aspect_ratio_bucket_metadata*.json"
 
 
@@ -40,15 +41,17 @@ def _cropped(held: Contents, crop: _Crop | None) -> Contents:
 def _read(path: Path, crops: dict[str, _Crop | None]) -> None:
     """Add a table's crops, by both names that SimpleTuner gives a cache file; None: ambiguous."""
     try:
-        table = json.loads(path.read_bytes())
+        table = read_json(path, _TABLE_BYTES)
         for image, told in table.items():
             top, left = told["crop_coordinates"]
             width, height = told["intermediary_size"]
-            crop = _Crop((int(left), int(top)), (int(width), int(height)))
+            crop = _Crop((pixels(left), pixels(top)), (pixels(width), pixels(height)))
+            if not all(crop.scaled):
+                raise ValueError(f"an intermediary_size of {width}x{height}")
             stem = Path(image).stem
             for name in (stem, hashlib.sha256(stem.encode()).hexdigest()):
                 crops[name] = crop if crops.get(name, crop) == crop else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
             f"cannot read {path}, which says where SimpleTuner cropped the images: "
             f"{type(error).__name__}: {error}; restore it, or move it away"

@@ -22,6 +22,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xlsd_cache.regular import open_regular
+
 TEMPORARY = ".tmp"  # the suffix by which a later run knows what a killed one left
 _SUM, _UNKNOWN = b"crc32c=", b"________"
 HOST = socket.gethostname().partition(".")[0] or "host"
@@ -113,7 +115,7 @@ def is_whole(path: Path) -> bool:
         crc, at = _checksum(path)
     except ValueError:  # empty, or the checksum itself is gone
         return False
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(at)
         return file.read(len(_UNKNOWN)) == b"%08x" % crc
 
@@ -123,7 +125,7 @@ def _checksum(path: Path) -> tuple[int, int]:
 
     Raises ValueError where it stands nowhere.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = data.rfind(_SUM) + len(_SUM)
         if at < len(_SUM):
             raise ValueError

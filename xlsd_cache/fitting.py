@@ -1,13 +1,13 @@
 """Which VAEs fit a store's latents: those with its encoder and padding, whatever their decoder."""
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from xlsd_cache import UserError
 from xlsd_cache.identity import Identity, read_attributes, record_encoder, unknown_encoder
+from xlsd_cache.terminal import say, warn
 from xlsd_cache.vae import NAMES, Vae, load_vae
 
 # Trained with reflection padding, as their pages say: Anzhc's EQ-VAEs and what is trained on them.
@@ -81,12 +81,12 @@ def original(identity: Identity) -> Vae | None:
 def stored_identity(out: Path, vae: Vae, dry_run: bool) -> Identity | None:
     """That of the store which this VAE is to add to, if there is one; says what a user may miss."""
     if warning := padding_warning(vae):
-        print(warning, file=sys.stderr)
+        warn(warning)
     if not (out / "latents.zarr" / "zarr.json").exists():
         return None
     stored = proved(read_attributes(out)[0], vae, [out], record=not dry_run)
     if stored.encoder_is(vae.sha256, vae.encoder_sha256) and (told := decoder_told(vae, stored)):
-        print(told)
+        say(told)
     return stored
 
 

@@ -16,14 +16,17 @@ def is_hidden(name: str) -> bool:
     return name in _OF_SYSTEMS or (name.startswith(".") and name not in (".", ".."))
 
 
-def walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+def walk(
+    root: Path, passed_over: Counter[str], links: list[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files, sorted) of every folder below `root`, `root` first.
 
     Hidden names are left out and counted, as are broken links, folders linked twice, and what is a
-    store's or a run's of ours. Raises UserError for a folder that cannot be read: what is in it
-    would silently be missing.
+    store's or a run's of ours. Links that lead out of `root` are added to `links`. Raises UserError
+    for a folder that cannot be read: what is in it would silently be missing.
     """
     seen: set[tuple[int, int]] = set()
+    inside = os.path.realpath(root).rstrip(os.sep) + os.sep
     pending = [str(root)]
     while pending:
         folder = pending.pop()
@@ -40,6 +43,9 @@ def walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, list[str]
                         passed_over["hidden"] += 1
                         continue
                     kind = _kind(entry)
+                    if links is not None and entry.is_symlink() and kind in ("file", "folder"):
+                        real = os.path.realpath(entry.path) + os.sep
+                        links += [] if real.startswith(inside) else [entry.path]
                     if kind == "file":
                         names.append(entry.name)
                     elif kind == "folder":

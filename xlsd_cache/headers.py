@@ -33,6 +33,7 @@ from xlsd_cache.inflate import BadSource
 from xlsd_cache.locate import open_source, read_source
 from xlsd_cache.names import look_up
 from xlsd_cache.ours import MARK, is_marked
+from xlsd_cache.regular import parse_json
 from xlsd_cache.tables import one
 
 HEADERS = pa.schema(
@@ -182,7 +183,7 @@ def _resume(
     with journal.open("r+b") as file:
         for line in file:
             try:
-                lines.append(tuple(json.loads(line)))
+                lines.append(tuple(parse_json(line)))
             except (ValueError, TypeError):
                 break
             whole += len(line)

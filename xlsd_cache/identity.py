@@ -5,20 +5,22 @@ the whole; the encoder's is added in manifest/encoder.json as soon as that VAE h
 zarr.json never changes: a store's fingerprint is made from it.
 """
 
-import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from xlsd_cache import Padding, UserError
 from xlsd_cache.durable import write_json
+from xlsd_cache.regular import read_json
 
 FORMAT = "xlsd-latents"
 VERSION = 1
 ENCODER = "manifest/encoder.json"  # in stores of older versions
 DOWNSCALE = 8  # pixels a latent, of every VAE known here
+_TEXT = 4096  # characters of a name, a path or a list of sizes
 LABELS = {
     "encoder_sha256": "the VAE's encoder half (encoder and quant_conv)",
     "vae_sha256": "the VAE",
@@ -75,13 +77,16 @@ def read_attributes(root: Path) -> tuple[Identity, int]:
     """The identity and the rows per shard of the store in `root`. Raises UserError for no store."""
     path = root / "latents.zarr" / "zarr.json"
     try:
-        attributes = json.loads(path.read_bytes())["attributes"]
+        attributes = read_json(path)["attributes"]
         if attributes["format"] != FORMAT:
             raise KeyError("format")
-        version, rows_per_shard = attributes["version"], int(attributes["rows_per_shard"])
+        version, rows_per_shard = attributes["version"], attributes["rows_per_shard"]
+        if type(rows_per_shard) is not int or not 0 < rows_per_shard <= 2**20:
+            raise ValueError(f"rows_per_shard is {str(rows_per_shard)[:40]!r}")
         known = {field.name for field in fields(Identity)}
         told = {name: value for name, value in attributes["identity"].items() if name in known}
         identity = Identity(**told)
+        _check(identity)
     except FileNotFoundError:
         raise UserError(
             f"no latent store in {root}: {path} is missing; make one with "
@@ -99,11 +104,31 @@ def read_attributes(root: Path) -> tuple[Identity, int]:
     return replace(identity, encoder_sha256=_recorded_encoder(root, identity)), rows_per_shard
 
 
+def _check(identity: Identity) -> None:
+    """Raises ValueError for a value that no store of ours has: numbers size buffers."""
+    for field in fields(identity):
+        value, kinds = getattr(identity, field.name), get_args(field.type) or (field.type,)
+        kinds = tuple(type(kind) if isinstance(kind, str) else kind for kind in kinds)
+        if type(value) not in (*kinds, *([int] if float in kinds else [])) or (
+            isinstance(value, str) and len(value) > _TEXT
+        ):
+            raise ValueError(f"{field.name} is {str(value)[:40]!r}")
+    for name, sound in (
+        ("channels", 0 < identity.channels <= 64),
+        ("dtype", identity.dtype in ("float32", "float16")),
+        ("scaling_factor", 0 < abs(identity.scaling_factor) < math.inf),
+        ("shift_factor", abs(identity.shift_factor) < math.inf),
+        ("vae_padding", identity.vae_padding in get_args(Padding)),
+    ):
+        if not sound:
+            raise ValueError(f"{name} is {str(getattr(identity, name))[:40]!r}")
+
+
 def _recorded_encoder(root: Path, identity: Identity) -> str:
     """The encoder's hash as the store says it, or as it was found out since; empty: not known."""
     if not identity.encoder_sha256:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads((root / ENCODER).read_bytes())
+            told = read_json(root / ENCODER)
             if told["vae_sha256"] == identity.vae_sha256:
                 return str(told["encoder_sha256"])
     return identity.encoder_sha256
@@ -117,6 +142,8 @@ def record_encoder(root: Path, vae_sha256: str, encoder_sha256: str) -> None:
     stored, _ = read_attributes(root)
     if stored.vae_sha256 == vae_sha256 and not stored.encoder_sha256:
         staging = root / "staging"
+        if staging.is_symlink() or (root / "manifest").is_symlink():
+            return
         with suppress(OSError):
             told = {"vae_sha256": vae_sha256, "encoder_sha256": encoder_sha256}
             write_json(root / ENCODER, told, staging if staging.is_dir() else None)

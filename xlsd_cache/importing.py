@@ -28,7 +28,7 @@ from xlsd_cache.peers import KEEPS, find
 from xlsd_cache.precision import device_of, set_precision
 from xlsd_cache.proving import Prover, settle
 from xlsd_cache.space import bytes_to_write, say_room, uncommitted_places
-from xlsd_cache.terminal import warn
+from xlsd_cache.terminal import say, warn
 from xlsd_cache.transfer import DIVIDED, Transfer, order, plan_imports
 from xlsd_cache.vae import Vae, load_vae, require_vae
 
@@ -67,7 +67,7 @@ def import_caches(config: ImportConfig, began: float | None = None) -> Accountin
     stored = stored_identity(config.out, vae, config.dry_run)
     rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(items), stored)
     if config.dry_run:
-        print(f"to import: {len(imports.fresh)} latents")
+        say(f"to import: {len(imports.fresh)} latents")
         return None
     with writing(config.out):
         generation = _write_plan(config, manifest, items, identity, rows_per_shard)
@@ -207,7 +207,7 @@ def _caption_changes(manifest: Manifest, items: list[Item], columns: tuple[str, 
 
 def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportConfig) -> None:
     with_image = sum(item.image is not None for item in items)
-    print(
+    say(
         f"found {len(items)} latents of {kind} ({KEEPS[kind]} of the posterior), {with_image} "
         f"with their image" + (f"; passed over {passed_over} other files" if passed_over else "")
     )

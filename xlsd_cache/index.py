@@ -20,13 +20,24 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache.durable import replacing, temporary_path
-from xlsd_cache.manifest import Manifest, Unit, last_rows
+from xlsd_cache.manifest import COMMIT, MOST_ROWS, PLAN, Manifest, Unit, is_bucket, last_rows
+from xlsd_cache.regular import JSON_BYTES, open_regular, parse_json, read_regular
+from xlsd_cache.sound import map_table
 
 # Rows of a record batch, at most: its texts must stay below Arrow's 2 GiB. No batch holds rows of
 # two buckets, so a bucket's numbers lie in one piece up to here, and are mapped and not copied.
 BATCH = 1 << 20
 _BUCKET = 1 << 40  # by how much two neighbouring buckets' places differ
 
+# The columns of `samples`; those behind them are captions.
+_OWN = ("key", "source", "width", "height", "crop", "bucket", "row")
+SAMPLES = pa.schema(
+    [
+        *(PLAN.field(name).with_nullable(False) for name in _OWN),
+        COMMIT.field("content_hash"),
+        COMMIT.field("crc32c").with_nullable(False),
+    ]
+)
 Ints = NDArray[np.int64]
 
 
@@ -57,10 +68,7 @@ def make_view(manifest: Manifest, generation: int, rows_per_shard: int) -> View:
     spans = dict(zip(buckets, itertools.pairwise(starts), strict=True))
     ranges = {bucket: (start, stop) for bucket, (start, stop) in spans.items() if start < stop}
     gather = partial(_gather, ranges, manifest.staging)
-    columns = {
-        name: gather(manifest.plan_lines(generation, [name])[name], plan)
-        for name in ("key", "source", "width", "height", "crop", "bucket", "row")
-    }
+    columns = {name: gather(manifest.plan_lines(generation, [name])[name], plan) for name in _OWN}
     hashes = manifest.commits(units, ["content_hash"])["content_hash"]
     columns["content_hash"] = gather(hashes, commit)
     columns["crc32c"] = gather(crcs, commit)
@@ -81,6 +89,8 @@ def save_view(root: Path, view: View) -> None:
         "fingerprint": view.fingerprint,
     }
     table = view.samples.replace_schema_metadata({"xlsd": json.dumps(told)})
+    if (root / "staging").is_symlink():  # then it stays in memory
+        return
     try:
         with (
             replacing(root / "index.arrow", root / "staging") as temporary,
@@ -94,15 +104,29 @@ def save_view(root: Path, view: View) -> None:
 def cached_view(root: Path, generation: int) -> View | None:
     """The view in `index.arrow`, mapped, if it is there, whole, and of this generation."""
     try:
-        source = pa.memory_map(str(root / "index.arrow"))
-        table = pa.ipc.open_file(source).read_all()
-        told: dict[str, Any] = json.loads(table.schema.metadata[b"xlsd"])
+        table = map_table(root / "index.arrow", SAMPLES, pa.string())
+        told: dict[str, Any] = parse_json(table.schema.metadata[b"xlsd"])
         if told["generation"] != generation:
             return None
         ranges = {bucket: (start, stop) for bucket, (start, stop) in told["ranges"].items()}
-        return View(generation, table, ranges, 0, told["fingerprint"])
+        _check_ranges(table, ranges)
+        return View(generation, table, ranges, 0, str(told["fingerprint"]))
     except Exception:  # absent, or damaged in whatever way: it is derived, and made anew
         return None
+
+
+def _check_ranges(table: pa.Table, ranges: dict[str, tuple[int, int]]) -> None:
+    """Raises ValueError where the ranges are not the table's buckets, one after the other."""
+    ends = [0, *(stop for _, stop in ranges.values())]
+    starts = [*(start for start, _ in ranges.values()), table.num_rows]
+    if ends != starts or sorted(ends) != ends or not all(map(is_bucket, ranges)):
+        raise ValueError("its buckets are not where it says")
+    rows = table["row"].to_numpy()
+    if len(rows) and (rows.min() < 0 or rows.max() >= MOST_ROWS):
+        raise ValueError("its rows are no rows of a store")
+    falls = np.flatnonzero(np.diff(rows) <= 0) + 1
+    if not np.isin(falls, starts).all():
+        raise ValueError("its rows are not in order")
 
 
 def _planned(manifest: Manifest, generation: int) -> tuple[Ints, Ints, list[str]]:
@@ -191,7 +215,7 @@ def _gather(
             for i in range(start, stop, BATCH):
                 yield _take(chunks, starts, at[i : min(i + BATCH, stop)])
 
-    if len(at) > BATCH:
+    if len(at) > BATCH and not staging.is_symlink():
         _give_back()
         path = temporary_path(staging, "column")
         schema = pa.schema([("column", column.type)])
@@ -234,11 +258,11 @@ def _give_back() -> None:
 
 def _fingerprint(manifest: Manifest, generation: int, committed: set[Unit]) -> str:
     """sha256 over the names and bytes of every file of the log that the view was made from."""
-    digest = hashlib.sha256((manifest.root / "latents.zarr" / "zarr.json").read_bytes())
+    digest = hashlib.sha256(read_regular(manifest.root / "latents.zarr" / "zarr.json", JSON_BYTES))
     paths = manifest.files(generation) + [manifest.commit(unit) for unit in sorted(committed)]
     for path in paths:
         digest.update(path.relative_to(manifest.root).as_posix().encode())
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

@@ -29,14 +29,13 @@ def info(config: InfoConfig) -> dict[str, Any]:
     vae, latents = value["vae"], value["latents"]
     rejected = ", ".join(f"{reason} {count}" for reason, count in value["rejected"].items())
     say(f"{config.store}: {value['live']} live images, {_size(value['bytes'])}", end="")
-    print(f", {value['pending']} not encoded yet" if value["pending"] else "")
-    print(f"  scanned    {value['scanned']}")
-    print(f"  encoded    {value['encoded']}\n  reused     {value['reused']}")
-    print(f"  duplicate  {value['duplicate']}")
-    print(
-        f"  rejected   {sum(value['rejected'].values())}" + (f" ({rejected})" if rejected else "")
-    )
-    print("  buckets    " + ", ".join(f"{name} {n}" for name, n in value["buckets"].items()))
+    say(f", {value['pending']} not encoded yet" if value["pending"] else "")
+    say(f"  scanned    {value['scanned']}")
+    say(f"  encoded    {value['encoded']}")
+    say(f"  reused     {value['reused']}")
+    say(f"  duplicate  {value['duplicate']}")
+    say(f"  rejected   {sum(value['rejected'].values())}" + (f" ({rejected})" if rejected else ""))
+    say("  buckets    " + ", ".join(f"{name} {n}" for name, n in value["buckets"].items()))
     _say_captions(value)
     say(f"  VAE        {vae['name']} ({vae['sha256'][:12]}), scaling factor", end=" ")
     imported = isinstance(latents["preprocessing"], str)
@@ -45,10 +44,11 @@ def info(config: InfoConfig) -> dict[str, Any]:
     say(f"{vae['scaling_factor']}{padded}, {'imported:' if imported else 'encoded in'} {how}")
     mean = " ".join(f"{x:+.3f}" for x in latents["mean"])
     std = " ".join(f"{x:.3f}" for x in latents["std"])
-    print(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
-    print(f"             mean by channel {mean}\n             std by channel  {std}")
+    say(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
+    say(f"             mean by channel {mean}")
+    say(f"             std by channel  {std}")
     disk = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in value["disk"].items())
-    print(f"  disk       {disk}")
+    say(f"  disk       {disk}")
     return value
 
 
@@ -56,8 +56,8 @@ def _say_captions(value: dict[str, Any]) -> None:
     for name, count in value["captions"].items():
         words = value["words"][name]
         say(f"  captions   {name} {count} of {value['live']} images, words", end=" ")
-        print(f"{words['median']:g} in the median, {words['max']} at most")
-        tags = ", ".join(f"{tag} {n}" for tag, n in value["tags"].get(name, {}).items())
+        say(f"{words['median']:g} in the median, {words['max']} at most")
+        tags = ", ".join(f"{_short(tag)} {n}" for tag, n in value["tags"].get(name, {}).items())
         print(textwrap.fill(shown(tags), 96, initial_indent=" " * 13, subsequent_indent=" " * 13))
 
 
@@ -133,6 +133,11 @@ def _disk_use(root: Path) -> dict[str, int]:
         if stat.S_ISREG(status.st_mode):
             parts[top if top in parts else "other"] += status.st_size
     return parts
+
+
+def _short(tag: str) -> str:
+    """A tag as a line shows it: a caption without a comma is one, too."""
+    return tag if len(tag) <= 96 else f"{tag[:93]}..."
 
 
 def _size(nbytes: int) -> str:

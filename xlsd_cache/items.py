@@ -19,6 +19,7 @@ from xlsd_cache.peers import CacheFile, Found
 
 Entry = dict[str, Any]  # one row of manifest.PLAN
 Crop = tuple[float, float, float, float]
+MOST_SIDE, MOST_AREA = 99_999, 2**28  # pixels of a bucket: its latents are read whole
 Peeked = tuple[CacheFile, Contents]
 
 
@@ -178,6 +179,9 @@ def _unfit(item: Item, channels: int) -> Rejected | None:
     if any(not side or side * DOWNSCALE % STEP for side in held.shape[1:]):
         height, width = (side * DOWNSCALE for side in held.shape[1:])
         return Rejected("other_size", f"{width}x{height} is not in steps of {STEP} pixels")
+    height, width = (side * DOWNSCALE for side in held.shape[1:])
+    if max(height, width) > MOST_SIDE or height * width > MOST_AREA:
+        return Rejected("other_size", f"{width}x{height} is larger than any bucket")
     if held.original and all(item.size) and held.original != item.size:
         was, now = ("x".join(map(str, size)) for size in (held.original, item.size))
         return Rejected("changed_image", f"cached from {was}, upright the image is {now} now")

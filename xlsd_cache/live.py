@@ -8,7 +8,6 @@ lock, and put in place by one rename a bucket: a row is never called live that i
 """
 
 import asyncio
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,8 @@ from zarr.storage import MemoryStore
 from xlsd_cache.commit import planning
 from xlsd_cache.durable import fsync_folder, write_bytes
 from xlsd_cache.index import View, make_view
-from xlsd_cache.manifest import Manifest
+from xlsd_cache.manifest import MOST_ROWS, Manifest
+from xlsd_cache.regular import read_json
 
 FOLDER = "live"  # a group, so that the arrays of the group above are the buckets and nothing else
 CHUNK = 1 << 20  # rows: a bucket is one file, up to a million images
@@ -47,8 +47,16 @@ def live_masks(manifest: Manifest, view: View) -> dict[str, Mask]:
     for path in sorted(manifest.array("").glob("*x*/zarr.json")):
         bucket = path.parent.name
         try:
-            rows: int = json.loads(path.read_bytes())["shape"][0]
-        except (OSError, ValueError, KeyError, TypeError):  # which `check` says of the array itself
+            rows: int = read_json(path)["shape"][0]
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+        ):  # `check` says it of the array
+            continue
+        if not (type(rows) is int and 0 <= rows <= MOST_ROWS):
             continue
         start, stop = view.ranges.get(bucket, (0, 0))
         live = view.samples["row"].slice(start, stop - start).to_numpy()

@@ -24,6 +24,7 @@ from typing import IO, NamedTuple
 from xlsd_cache.cells import read_cell
 from xlsd_cache.gzips import gzip_of
 from xlsd_cache.inflate import BadSource, Stretch, inflate
+from xlsd_cache.regular import open_regular
 
 BETWEEN = "//"
 GZIPPED = (".tar.gz", ".tgz")  # tars whose places are in what they inflate to
@@ -111,13 +112,13 @@ def open_source(source: str, most: int = sys.maxsize) -> IO[bytes]:
     """
     archive, _, place = source.partition(BETWEEN)
     if not place:
-        return Path(source).open("rb")
+        return open_regular(source)
     at = _SPAN.match(place)
     if at is None or archive.endswith(GZIPPED):
         return io.BytesIO(read_source(source, most))
     offset, length, size = int(at[1]), int(at[2]), int(at[3] or at[2])
     _refuse_above(most, max(length, size))
-    file = Path(archive).open("rb", buffering=0)  # noqa: SIM115 - closed with what is returned
+    file = open_regular(archive, buffered=False)
     return io.BufferedReader(Stretch(file, offset, length, size if at[3] else None), 16384)
 
 
@@ -149,7 +150,7 @@ def _no_source(source: str, place: str) -> OSError:
 
 
 def _read_file(path: Path, most: int) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         _refuse_above(most, os.fstat(file.fileno()).st_size)
         return file.read()
 
@@ -158,7 +159,7 @@ def _read_span(archive: str, offset: int, length: int) -> bytes:
     """A stretch of an archive, fewer bytes where it ends before."""
     if archive.endswith(GZIPPED):
         return gzip_of(Path(archive)).read_at(offset, length)
-    with Path(archive).open("rb") as file:
+    with open_regular(archive) as file:
         if offset + length > os.fstat(file.fileno()).st_size:  # and a lie may be of any size
             return b""
         file.seek(offset)

@@ -6,8 +6,9 @@ it goes nowhere. Reading the log up to a generation gives the store as it was th
 """
 
 import re
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import write_parquet
+from xlsd_cache.regular import require_regular
 
 PLAN = pa.schema(
     [
@@ -58,6 +60,12 @@ DAMAGED = pa.schema(
     ]
 )
 CAPTIONS = pa.schema([("key", pa.string()), ("column", pa.string()), ("text", pa.string())])
+_FIELDS = {field.name: field for table in (PLAN, COMMIT, CAPTIONS) for field in table}
+_BUCKET = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)  # a folder's name, too
+_MOST_PIXELS = 2**28  # of a bucket: one latent is read whole
+MOST_ROWS = 2**31  # of a bucket
+_NEEDED = frozenset("key bucket row status column text".split())
+_FOLDERS = ("latents.zarr", "manifest", "captions", "staging", "stray")
 
 
 @dataclass(frozen=True, order=True)
@@ -96,8 +104,26 @@ class Manifest:
         """The commit record of one shard: the shard counts from the moment this exists."""
         return self.root / "manifest" / "commit" / f"{unit.name}.parquet"
 
+    def refuse_links(self) -> None:
+        """Raise UserError where writing in this folder would write, or delete, somewhere else.
+
+        The store itself may be a link; its folders, and the files that are written in place, not.
+        """
+        inside = [self.root / name for name in _FOLDERS]
+        for folder in (self.root / "manifest", self.root / "latents.zarr", self.array("live")):
+            inside += _folders(folder)
+        inside += [self.root / "manifest" / "rehashed"]
+        for path in inside:
+            if path.is_symlink():
+                raise _leads_away(path, "a link")
+        for path in self.staging.iterdir() if self.staging.is_dir() else ():
+            with suppress(FileNotFoundError):  # another process may have removed it
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    raise _leads_away(path, "no file of ours")
+
     def make_folders(self) -> None:
-        """Create the folders of an empty store."""
+        """Create the folders of an empty store. Raises UserError as `refuse_links` does."""
+        self.refuse_links()
         for kind in ("plan", "commit", "removed", "damaged"):
             (self.root / "manifest" / kind).mkdir(parents=True, exist_ok=True)
         for folder in ("latents.zarr", "captions", "staging"):
@@ -111,8 +137,8 @@ class Manifest:
         """The shards that have a commit record."""
         folder = self.root / "manifest" / "commit"
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        found = (re.fullmatch(r"(\d+x\d+)\.(\d+)\.parquet", name) for name in names)
-        return {Unit(match[1], int(match[2])) for match in found if match}
+        found = (re.fullmatch(r"(\d+x\d+)\.(\d{1,10})\.parquet", name, re.ASCII) for name in names)
+        return {Unit(it[1], int(it[2])) for it in found if it and is_bucket(it[1])}
 
     def write_plan(
         self,
@@ -190,15 +216,18 @@ class Manifest:
         names: set[str] = set()
         for path in self._caption_files(generation):
             names.update(pc.unique(read_log(path, ["column"])["column"]).to_pylist())
-        return sorted(names)
+        return sorted(names - _FIELDS.keys() | names & {"text", "column"})
 
     def caption_lines(self, generation: int, column: str, field: str) -> pa.ChunkedArray:
         """The keys or texts of all that was said in a caption column, in order."""
         chunks = []
         for path in self._caption_files(generation):
             with _readable(path):
+                require_regular(path)
                 batches = pq.ParquetFile(path).iter_batches(1 << 17, columns=["column", field])
-                chunks += [b[field].filter(pc.equal(b["column"], column)) for b in batches]
+                found = [b[field].filter(pc.equal(b["column"], column)) for b in batches]
+                pa.chunked_array(found, pa.string()).validate(full=True)
+                chunks += found
         return pa.chunked_array(chunks, pa.string())
 
     def files(self, generation: int) -> list[Path]:
@@ -229,21 +258,47 @@ class Manifest:
 
 
 def read_log(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of one of the log's tables. Raises UserError where it cannot be read."""
+    """Columns of one of the log's tables. Raises UserError where it cannot be read, or lies."""
     with _readable(path):
+        require_regular(path)
         file = pq.ParquetFile(path)
         there = set(file.schema_arrow.names)
         table = file.read([name for name in columns if name in there])
-    for name in LATER.intersection(columns) - there:
-        table = table.append_column(PLAN.field(name), pa.nulls(table.num_rows, pa.int64()))
-    return table.select(list(columns))
+        for name in LATER.intersection(columns) - there:
+            table = table.append_column(PLAN.field(name), pa.nulls(table.num_rows, pa.int64()))
+        table = table.select(list(columns))
+        table = table.cast(pa.schema([_FIELDS[name] for name in columns]))
+        _check(table)
+    return table
+
+
+def _check(table: pa.Table) -> None:
+    """Raises ValueError for names that are no paths, and places that no store has."""
+    table.validate(full=True)
+    for column in table.column_names:
+        if column in _NEEDED and table[column].null_count:
+            raise ValueError(f"its {column} is missing in some rows")
+    if "bucket" in table.column_names:
+        for name in pc.unique(table["bucket"]).to_pylist():
+            if name and not is_bucket(name):
+                raise ValueError(f"{name[:40]!r} is no name of a bucket")
+    if "row" in table.column_names and table.num_rows:
+        ends = pc.min_max(table["row"]).as_py()
+        if not -1 <= ends["min"] <= ends["max"] < MOST_ROWS:
+            raise ValueError(f"its rows are from {ends['min']} to {ends['max']}")
+
+
+def is_bucket(name: str) -> bool:
+    """Whether a bucket can have this name, which is a folder's too."""
+    size = _BUCKET.fullmatch(name)
+    return size is not None and int(size[1]) * int(size[2]) <= _MOST_PIXELS
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         store = path.parents[1 if path.parent.name == "captions" else 2]
         raise UserError(
             f"cannot read {path}, a part of the store's log: {' '.join(str(error).split())[:200]}; "
@@ -267,6 +322,18 @@ def last_rows(table: pa.Table, columns: list[str]) -> NDArray[np.int64]:
     last = np.full(count, -1)
     last[codes] = np.arange(table.num_rows)  # of what is assigned to one place, the last stays
     return np.sort(last[last >= 0])
+
+
+def _folders(folder: Path) -> list[Path]:
+    """What is in a folder that is a folder, or a link to one."""
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _leads_away(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is {what}, and nothing is written through it; replace it by what it stands for, "
+        f"or remove it"
+    )
 
 
 def _numbers(folder: Path, pattern: str) -> list[int]:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from xlsd_cache.cells import read_cell
 from xlsd_cache.names import Ints, joined
+from xlsd_cache.regular import read_regular
 from xlsd_cache.tables import Rows
 
 NOBODY, SEVERAL = -1, -2  # in place of an image's number
+OWN_BYTES = 2**30  # of an image that is compared with the store's
 _SHOWN = 20  # tables that get a line of their own
 
 
@@ -93,8 +95,8 @@ class Matches:
             if rows.cell and rows.labels is not None and rows.labels[at].is_valid:
                 return read_cell(str(rows.file), rows.cell, at)
             path = self.path[row].as_py() or self.key[row].as_py() + Path(key).suffix
-            return Path(path).read_bytes()
-        except OSError:
+            return read_regular(path, OWN_BYTES)
+        except (OSError, ValueError):
             return None
 
     def texts(self, column: str) -> pa.Array:

@@ -4,7 +4,6 @@ A command replaces a file only where that is of the kind that it writes; and wha
 among images is no image to be trained on.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from xlsd_cache import UserError
+from xlsd_cache.regular import open_regular, read_json, require_regular
 
 MARK = "xlsd"  # the name of a PNG's text and of a parquet file's metadata; in EXIF, a first word
 GENERATOR = '<meta name="generator" content="xlsd-train report">'
@@ -44,15 +44,16 @@ def refuse_foreign(path: Path, suffixes: tuple[str, ...], is_ours: Callable[[Pat
 def is_index(path: Path) -> bool:
     """Whether export-index wrote this file."""
     try:
+        require_regular(path)
         return MARK.encode() in (pq.read_metadata(path).metadata or {})
-    except (OSError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):
         return False
 
 
 def is_page(path: Path) -> bool:
     """Whether `xlsd-train report` or a run wrote this page, of whatever version."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(1024)
     except OSError:
         return False
@@ -62,7 +63,7 @@ def is_page(path: Path) -> bool:
 def is_picture(path: Path) -> bool:
     """Whether one of our commands drew this picture."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return is_marked(file)
     except OSError:
         return False
@@ -107,7 +108,7 @@ def is_run(record: Any) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none."""
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

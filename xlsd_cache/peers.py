@@ -37,16 +37,18 @@ bghira/SimpleTuner, a folder of `.pt` with the folders of the images
     caches are dictionaries of prompt_embeds.
 """
 
-import json
-import os
+import io
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from xlsd_cache import UserError
+from xlsd_cache.folders import walk
 from xlsd_cache.formats import IMAGE_SUFFIXES
+from xlsd_cache.regular import read_json, read_regular
 
 # What each keeps of the posterior, by its source.
 KEEPS = {
@@ -61,6 +63,7 @@ _HASHED = re.compile(r"(.+)_[A-Za-z0-9_-]{22}")  # ai-toolkit's name
 _NO_LATENTS = ("_t_e_cache", "_clip_vision_cache")  # ai-toolkit's other folders
 _KOHYA_TEXT = ("_te.npz", "_te_outputs.npz")
 _INDEXES = ("aggregate.pt", "cache.json")
+_INDEX_BYTES = 2**29  # of one
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,10 @@ def find(folders: tuple[Path, ...]) -> Found:
         root = folder.expanduser().absolute()
         if not root.is_dir():
             raise UserError(f"no folder {folder}; name a folder of cached latents")
-        before = len(found.files)
-        for place, _, names in os.walk(root, onerror=_unreadable, followlinks=True):
-            _find_in(found, root, Path(place), sorted(names))
+        before, passed_over = len(found.files), Counter[str]()
+        for place, names in walk(root, passed_over):  # each linked folder once
+            _find_in(found, root, Path(place), names)
+        found.passed_over += sum(passed_over.values())
         if len(found.files) == before:
             raise UserError(
                 f"no cached latents in {folder}: none of its files is an .npz of kohya's, a .pt of "
@@ -103,15 +107,8 @@ def find(folders: tuple[Path, ...]) -> Found:
     return found
 
 
-def _unreadable(error: OSError) -> None:
-    raise UserError(
-        f"cannot read the folder {error.filename}: {error.strerror}; make it readable or leave it "
-        f"out, for what is in it would silently be missing"
-    ) from error
-
-
 def _find_in(found: Found, root: Path, folder: Path, names: list[str]) -> None:
-    images = _index(folder) if set(names) & set(_INDEXES) else {}
+    images = _index(folder, names) if set(names) & set(_INDEXES) else {}
     for name in names:
         path = folder / name
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -182,17 +179,18 @@ def _kohya_names(stem: str) -> list[str]:
     return names
 
 
-def _index(folder: Path) -> dict[str, str]:
+def _index(folder: Path, names: list[str]) -> dict[str, str]:
     """Name of a `.pt` file -> its image, of a folder of OneTrainer's."""
     try:
-        if (folder / "cache.json").exists():
-            entries = json.loads((folder / "cache.json").read_bytes())["entries"]
+        if "cache.json" in names:
+            entries = read_json(folder / "cache.json", _INDEX_BYTES)["entries"]
             images: dict[str, str] = {}
             for image, entry in sorted(entries.items(), reverse=True):  # equal images share a file
                 variants = entry.get("variants") or {"": entry}  # version 2 had only one
                 images |= {v["cache_file"]: image for v in variants.values() if "cache_file" in v}
             return images
-        told = torch.load(folder / "aggregate.pt", map_location="cpu", weights_only=True)
+        data = io.BytesIO(read_regular(folder / "aggregate.pt", _INDEX_BYTES))
+        told = torch.load(data, map_location="cpu", weights_only=True)
         items = dict(enumerate(told)) if isinstance(told, list) else told
         return {
             str(number): str(item["image_path"])
@@ -200,7 +198,7 @@ def _index(folder: Path) -> dict[str, str]:
             if isinstance(item, dict) and "image_path" in item
         }
     except Exception as error:  # whatever a malformed file makes the libraries stumble over
-        name = "cache.json" if (folder / "cache.json").exists() else "aggregate.pt"
+        name = "cache.json" if "cache.json" in names else "aggregate.pt"
         raise UserError(
             f"cannot read {folder / name}, which alone says whose latents lie beside it: "
             f"{' '.join(str(error).split())[:200]}; restore it, or leave that folder out"

@@ -1,5 +1,6 @@
 """`xlsd-cache preview`: a contact sheet of decoded latents: people see what training sees."""
 
+from bisect import bisect_left
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from xlsd_cache.terminal import say
 from xlsd_cache.vae import Vae
 
 CAPTION_LINES = 5
+_READ = 4096  # characters of a caption that are measured: more than any cell holds
 INK, FAINT, PAPER, CROP = "#222222", "#999999", "#ffffff", "#4477aa"
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -35,7 +37,7 @@ def preview(config: PreviewConfig) -> None:
         chosen = _chosen(store, config, column)
         vae = vae_of(store.identity, config.vae, [store.root])
         if told := decoder_told(vae, store.identity):
-            print(told)
+            say(told)
         device = device_of(config.device)
         vae.model.to(device)
         sheet = _Sheet(config.columns, config.thumbnail, len(chosen))
@@ -151,7 +153,7 @@ class _Sheet:
     def _crop_box(self, x: int, y: int, sample: dict[str, Any]) -> None:
         """The image as an outline, two lines tall, and what of it went into the latent."""
         room = 2 * self.leading - 6
-        scale = room / max(sample["width"], sample["height"])
+        scale = room / max(1, sample["width"], sample["height"])
         whole = (x, y + 3, x + sample["width"] * scale, y + 3 + sample["height"] * scale)
         left, top, right, bottom = (side * scale for side in sample["crop"])
         self.pen.rectangle((x + left, y + 3 + top, x + right, y + 3 + bottom), CROP)
@@ -160,20 +162,24 @@ class _Sheet:
     def _wrapped(self, text: str) -> list[str]:
         """The text in lines that fit the cell, the last ending in ... where there is more."""
         lines = [""]
-        for word in text.split():
+        for word in text[:_READ].split():
             longer = f"{lines[-1]} {word}".strip()
             if lines[-1] and self.font.getlength(longer) > self.thumbnail:
                 lines.append(word)
             else:
                 lines[-1] = longer
-        if len(lines) > CAPTION_LINES:
-            lines[CAPTION_LINES - 1] += " ..."
-        return [self._cut(line, self.thumbnail) for line in lines[:CAPTION_LINES]]
+            if len(lines) > CAPTION_LINES:
+                break
+        if len(lines) > CAPTION_LINES or len(text) > _READ:
+            lines = lines[:CAPTION_LINES]
+            lines[-1] += " ..."
+        return [self._cut(line, self.thumbnail) for line in lines]
 
     def _cut(self, line: str, room: int) -> str:
         """The line, or as much of it as fits: a word may be wider than its cell."""
-        fitting = line
-        while self.font.getlength(fitting) > room and line:
-            line = line[:-1]
-            fitting = line + "..."
-        return fitting if line else ""
+        if self.font.getlength(line) <= room:
+            return line
+        fits = bisect_left(
+            range(len(line)), True, key=lambda n: self.font.getlength(f"{line[:n]}...") > room
+        )
+        return f"{line[: fits - 1]}..." if fits > 1 else ""

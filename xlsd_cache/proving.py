@@ -1,6 +1,5 @@
 """Which of a cache's latents are what they are said to be: together, and each by itself."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from xlsd_cache.guard import decoders
 from xlsd_cache.identity import DOWNSCALE
 from xlsd_cache.items import Item
 from xlsd_cache.peers import KEEPS
+from xlsd_cache.terminal import say, warn
 from xlsd_cache.thumbnails import Thumbnails
 from xlsd_cache.transfer import order
 from xlsd_cache.vae import Vae
@@ -91,9 +91,9 @@ class Prover:
 
     def _judge(self, found: list[Likeness], count: int) -> Verdict | None:
         """Of all together; None where they are not their images' and others of the cache were."""
-        print(f"compared {len(found)} of {count} latents with {self.vae.name}:")
+        say(f"compared {len(found)} of {count} latents with {self.vae.name}:")
         for likeness in found:
-            print(f"  {likeness}")
+            say(f"  {likeness}")
         adding = (self.config.out / "latents.zarr" / "zarr.json").exists()
         if adding and all(one.alike is not None and one.alike < OTHER for one in found):
             return None
@@ -106,7 +106,7 @@ class Prover:
                 f"images, or add --force to import them all the same"
             )
         for doubt in verdict.doubtful:
-            print(f"forced: {doubt}", file=sys.stderr)
+            warn(f"forced: {doubt}")
         return verdict
 
     def _fit(
@@ -137,7 +137,7 @@ class Prover:
             (found,) = compare([sample], self.vae, self.device, rounds=0)
             self._weigh({origin: found}, limit)
         if seen:
-            print(
+            say(
                 f"the thumbnails of {len(seen) - len(doubted)} of the other {len(seen)} are their "
                 f"images'; the other {len(doubted)} were compared as well"
             )
@@ -175,11 +175,11 @@ class Prover:
         """Name some of what is refused; all are in the table of the rejected."""
         for reason, count in sorted(self.forced.items()):
             if count:
-                print(f"forced: {count} latents, {reason}: {REASONS[reason]}", file=sys.stderr)
+                warn(f"forced: {count} latents, {reason}: {REASONS[reason]}")
         for origin, why in islice(self.refused.items(), 20):
-            print(f"refused {origin}: {why.reason}: {why.detail}", file=sys.stderr)
+            warn(f"refused {origin}: {why.reason}: {why.detail}")
         if len(self.refused) > 20:
-            print(f"and {len(self.refused) - 20} more were refused", file=sys.stderr)
+            warn(f"and {len(self.refused) - 20} more were refused")
 
     def _pixels(self, item: Item, divisor: int = 1) -> Pixels | None:
         """What should have gone into the VAE, or smaller, if the image is there and readable."""

@@ -82,6 +82,7 @@ def _log(
     tables: list[Table],
 ) -> list[Changes]:
     root = manifest.root
+    manifest.refuse_links()
     with FileLock(manifest.staging / "plan.lock"):
         generations = manifest.generations()
         if not generations:

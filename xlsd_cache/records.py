@@ -1,5 +1,6 @@
 """One source of any kind as a stream of records: files below a folder, members, rows of a table."""
 
+import errno
 import os
 import unicodedata
 from collections import Counter
@@ -8,8 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from stat import S_ISREG
-
-import pyarrow as pa
 
 from xlsd_cache import UserError
 from xlsd_cache.archives import read_members
@@ -20,7 +19,9 @@ from xlsd_cache.folders import walk
 from xlsd_cache.locate import GZIPPED, Stat, cell
 from xlsd_cache.matches import Table
 from xlsd_cache.members import printable
-from xlsd_cache.rows import read_rows
+from xlsd_cache.outside import Fence, Outside
+from xlsd_cache.regular import open_regular
+from xlsd_cache.rows import UNREADABLE, read_rows
 from xlsd_cache.tables import EMBEDDING, is_table, normal_path, of_kind
 from xlsd_cache.text_tables import holds_rows
 
@@ -48,6 +49,18 @@ class Tally:
     damaged: list[str] = field(default_factory=list)  # a sentence for each file read in part
     tables: list[Table] = field(default_factory=list)  # of which captions are asked
     unread: list[Path] = field(default_factory=list)  # tables that could not be read
+    outside: list[Outside] = field(default_factory=list)  # complete once all records are read
+    links: list[tuple[Path, list[str]]] = field(default_factory=list)  # of folders, to elsewhere
+    fence: Fence = field(default_factory=lambda: Fence(()))  # of what rows may name
+
+    def notes(self) -> list[str]:
+        """Sentences on what is read that lies elsewhere than the source that names it."""
+        told = [told for it in self.outside if (told := it.told())]
+        for root, links in self.links:
+            if links:
+                some = ", ".join(links[:3]) + (", ..." if len(links) > 3 else "")
+                told.append(f"{root}: {len(links)} links lead outside it and are followed: {some}")
+        return told
 
     def add(self, table: Table, search: "Search") -> None:
         """Keep a table whose rows are asked for."""
@@ -110,7 +123,9 @@ def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Itera
     A zip in a folder is somebody's backup as likely as a source: it must be named itself.
     """
     start = len(str(root).rstrip("/\\")) + 1
-    for folder, files in walk(root, tally.passed_over):
+    links: list[str] = []
+    tally.links.append((root, links))
+    for folder, files in walk(root, tally.passed_over, links):
         there = Names(files)
         tables = _tables(files, search)
         inside = f"{name}/{folder[start:]}".rstrip("/").replace(os.sep, "/")
@@ -121,7 +136,7 @@ def folder_records(name: str, root: Path, search: Search, tally: Tally) -> Itera
                     stat = Stat.of(Path(path).stat())
                 except FileNotFoundError:  # deleted while we were looking: it was never there
                     continue
-                beside = partial(_beside, folder, there, search.stem(file))
+                beside = partial(_beside, folder, there, search.stem(file), _anywhere)
                 source = path if _is_utf8(path) else ""
                 key = printable(f"{inside}/{file}")
                 yield Record(key, source, stat, beside)
@@ -214,7 +229,7 @@ def _table(file: Path, inside: str, files: list[str], search: Search, tally: Tal
         if name.endswith(".json") and not holds_rows(file):
             return None
         rows = read_rows(file, search.columns)
-    except (OSError, ValueError, KeyError, pa.ArrowException, UserError) as error:
+    except (*UNREADABLE, UserError) as error:
         told = error if isinstance(error, UserError) else f"cannot read {file}: {error}"
         tally.damaged.append(f"{told}; it is left out")
         tally.unread.append(file)
@@ -231,18 +246,43 @@ def row_records(table: Table, tally: Tally) -> Iterator[Record]:
     rows = table.rows
     if rows.cell:
         yield from _cell_records(table, rows.cell, tally)
+    fence, outside = tally.fence.with_table(rows.file), Outside(rows.file)
+    tally.outside.append(outside)
+    own = Fence(()).with_table(rows.file)
     start = len(str(rows.folder).rstrip("/\\")) + 1
-    for written in rows.path.drop_null().to_pylist():
+    named = rows.path.drop_null()
+    once = named.unique()
+    if len(once) < len(named):
+        tally.passed_over["named twice"] += len(named) - len(once)
+    for written in once.to_pylist():
         path = normal_path(rows.folder, written)
-        status = _file_status(path) or _file_status(path := path.replace("\\", "/"))
+        status = _file_status(path)
+        if status is None and "\\" in path:
+            path = normal_path(rows.folder, written.replace("\\", "/"))
+            status = _file_status(path)
         if status is None:
             tally.passed_over["named but not there"] += 1
             continue
+        if not own.holds(path):
+            outside.rows += 1
+            if not (fence.allow_outside or fence.holds(path)):
+                outside.refuse(written)
+                continue
+            outside.folders[path.rpartition(os.sep)[0] or os.sep] += 1
         inside = Path(path).is_relative_to(rows.folder)
         key = f"{table.own_place}/{path[start:] if inside else path.lstrip('/')}"
         folder, _, file = path.rpartition(os.sep)
-        beside = partial(_beside, folder, None, Path(file).stem)
+        within = partial(_may_read, fence, outside)
+        beside = partial(_beside, folder, None, Path(file).stem, within)
         yield Record(key.replace(os.sep, "/"), path, Stat.of(status), beside)
+
+
+def _may_read(fence: Fence, outside: Outside, path: str) -> bool:
+    """Whether a caption is to be read; one that is a link to elsewhere is counted."""
+    if fence.allow_outside or fence.holds(path):
+        return True
+    outside.captions.append(path)
+    return False
 
 
 def _file_status(path: str) -> os.stat_result | None:
@@ -267,7 +307,13 @@ def _cell_records(table: Table, column: str, tally: Tally) -> Iterator[Record]:
             tally.passed_over["rows without an image"] += 1
 
 
-def _beside(folder: str, there: Names | None, stem: str, suffix: str) -> bytes | LeftOut | None:
+def _beside(
+    folder: str,
+    there: Names | None,
+    stem: str,
+    within: Callable[[str], bool],
+    suffix: str,
+) -> bytes | LeftOut | None:
     """`there` are the names in the folder, where they are known: most questions need no disk."""
     wanted = f"{stem}.{suffix}"
     if there is not None:
@@ -275,21 +321,27 @@ def _beside(folder: str, there: Names | None, stem: str, suffix: str) -> bytes |
         return None if found is None else _read_caption(f"{folder}{os.sep}{found}")
     composed = unicodedata.normalize("NFD", wanted), _composed(wanted)
     tried = [wanted] if wanted.isascii() else dict.fromkeys([wanted, *composed])
-    texts = (_read_caption(f"{folder}{os.sep}{name}", is_file=False) for name in tried)
+    paths = (f"{folder}{os.sep}{name}" for name in tried)
+    texts = (_read_caption(path) for path in paths if os.path.lexists(path) and within(path))
     return next((text for text in texts if text is not None), None)
 
 
-def _read_caption(path: str, *, is_file: bool = True) -> bytes | LeftOut | None:
-    """The content, or None where no file is; only of what may be a pipe is that asked first."""
+def _anywhere(path: str) -> bool:
+    del path  # of a folder that the user named, links are followed
+    return True
+
+
+def _read_caption(path: str) -> bytes | LeftOut | None:
+    """The content, or None where no file is."""
     try:
-        if not is_file and _file_status(path) is None:
-            return None
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - once an image: a Path costs more
+        with open_regular(path, buffered=False) as file:
             data = file.read(CAPTION_BYTES + 1)
         return TOO_LARGE if len(data) > CAPTION_BYTES else data
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EISDIR, errno.ENXIO):  # a pipe, a folder, a socket
+            return None
         raise UserError(
             f"cannot read the caption {path}: {error.strerror}; mend or remove it"
         ) from error

@@ -11,6 +11,12 @@ from xlsd_cache.captions import Column
 from xlsd_cache.tables import EMBEDDING, Rows
 from xlsd_cache.text_tables import read_text_table
 
+# What the libraries raise of a file that is not what it says; UserError is none of them.
+UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, RecursionError, zlib.error,
+    pa.ArrowException,
+)  # fmt: skip
+
 
 def read_rows(file: Path, columns: tuple[Column, ...]) -> Rows:
     """All rows with their captions in the columns that this kind of file can hold.
@@ -21,6 +27,6 @@ def read_rows(file: Path, columns: tuple[Column, ...]) -> Rows:
     arrow = file.name.lower().endswith(EMBEDDING)
     try:
         return (read_arrow_table if arrow else read_text_table)(file, columns)
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, pa.ArrowException) as error:
+    except UNREADABLE as error:
         told = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot read {file}: {told}; mend it or leave it out") from error

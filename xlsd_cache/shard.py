@@ -11,6 +11,7 @@ are always found through the index: writers may lay records in any order.
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlsd_cache.durable import fsync_folder, write_bytes
+from xlsd_cache.regular import parse_json
 
 MISSING = 2**64 - 1  # offset and length of a row that the shard does not hold
 CRC_NBYTES = 4
@@ -41,6 +43,13 @@ class Row:
     reason: str = ""
     detail: str = ""
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether each value is of its kind, as in a damaged journal it may not be."""
+        texts = self.content_hash, self.reason, self.detail
+        crc = self.crc32c is None or (type(self.crc32c) is int and 0 <= self.crc32c < 2**32)
+        return crc and type(self.slot) is int and all(isinstance(text, str) for text in texts)
+
 
 class ShardReader:
     """Random access to the rows of one complete shard; safe to use from several threads."""
@@ -51,8 +60,11 @@ class ShardReader:
         Raises CorruptShard where the index is missing, damaged or of another size, and OSError.
         """
         self.path, self.nbytes = path, nbytes
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        self._fd = os.open(path, flags)  # which does not wait, were it a pipe
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise CorruptShard(f"{path}: not a regular file")
             self.offsets = self._read_index(rows)
         except BaseException:
             self.close()
@@ -139,8 +151,10 @@ def read_journal(path: Path) -> dict[int, Row]:
         return rows
     for line in path.read_bytes().split(b"\n")[:-1]:  # a torn last line has no newline
         try:
-            row = Row(**json.loads(line))
+            row = Row(**parse_json(line))
         except (ValueError, TypeError):
+            break
+        if not row.is_sound:
             break
         rows[row.slot] = row
     return rows

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from xlsd_cache import UserError
 from xlsd_cache.blocks import in_blocks
-from xlsd_cache.captions import Column, LeftOut, read_captions, read_object
+from xlsd_cache.captions import CAPTION_BYTES, Column, LeftOut, read_captions, read_object
 from xlsd_cache.folders import walk
 from xlsd_cache.formats import IMAGE_SUFFIXES, is_image
 from xlsd_cache.lists import listed
@@ -21,6 +21,7 @@ from xlsd_cache.masks import with_masks
 from xlsd_cache.match import by_former_names, captions_of, match
 from xlsd_cache.matches import Matches
 from xlsd_cache.names import look_up
+from xlsd_cache.outside import Fence
 from xlsd_cache.records import (
     ARCHIVE_SUFFIXES,
     Record,
@@ -31,6 +32,7 @@ from xlsd_cache.records import (
     given_table,
     row_records,
 )
+from xlsd_cache.regular import read_regular
 from xlsd_cache.tables import TABLE_SUFFIXES, URLS, is_table, one
 
 # The store's own columns of a sample; any other column is a caption.
@@ -73,6 +75,7 @@ class Scan:
     beside: pa.Table  # manifest.CAPTIONS that tables do not give
     matches: Matches  # of tables' rows with the images called `keys`
     keys: pa.Array
+    notes: list[str]  # a sentence for each source that has files elsewhere read
 
     def with_former_names(self, former: pa.Table, content: pa.Table) -> "Scan":
         """Also with the captions of rows that name images as they were called before.
@@ -110,25 +113,29 @@ def scan(
     exclude: tuple[str, ...] = (),
     workers: int = 8,
     image_suffixes: tuple[str, ...] = (),
+    *,
+    allow_outside: bool = False,
 ) -> Scan:
     """All images of the sources with their captions in `columns`, see captions.Column.
 
     None takes the column of AUTO that most images have. A file that two sources name counts for the
-    first. `only` and `exclude` are patterns, or files of them, see lists.py;
-    `image_suffixes` as of records.Search. A source that cannot
-    be read costs itself, and is said; raises UserError for one that is missing, and where no image
-    is found.
+    first. `only` and `exclude` are patterns, or files of them, see lists.py; `image_suffixes` as of
+    records.Search; `allow_outside` lets rows name files in any folder. A source that cannot be read
+    costs itself, and is said; raises UserError for one that is missing, and where no image is
+    found.
     """
     roots = named_roots(sources)
     parsed = tuple(map(Column.parse, AUTO if columns is None else columns))
     search = replace(image_search(parsed), image_suffixes=image_suffixes)
     urls = search.tables and columns is not None
     found = _Found()
+    found.tally.fence = Fence.around(list(roots.values()), allow_outside=allow_outside)
     for name, root in roots.items():
         stream = records_of(name, root, search, found.tally)
         images = _take(stream, parsed, urls, found, workers)
         if not images.num_rows and not is_table(root.name):
             found.tally.damaged.append(_no_images(root))
+    found.tally.damaged += [told for it in found.tally.outside if (told := it.refusal())]
     images = _each_once(pa.concat_tables([IMAGES.empty_table(), *found.images]), found.tally)
     if not images.num_rows:
         raise UserError(_nothing(sources, found.tally))
@@ -141,6 +148,7 @@ def scan(
     scanned = Scan(
         kept, beside, tuple(column.name for column in parsed), tuple(roots), tally.passed_over,
         found.remarks, tally.damaged, bool(tally.unread), beside, matches, one(images["key"]),
+        tally.notes(),
     )  # fmt: skip
     scanned = scanned.with_rows()
     return scanned if columns is not None else _one_column(scanned)
@@ -204,6 +212,8 @@ def named_roots(sources: tuple[str, ...]) -> dict[str, Path]:
             raise UserError(
                 f"{source} is no source of images; name a folder, or a file ending in {suffixes}"
             )
+        if not (root.is_dir() or root.is_file()):
+            raise UserError(f"{source} is a pipe, a socket or a device; name a file or a folder")
         if root.resolve() in resolved:
             raise UserError(f"{source} is named twice; name each source once")
         resolved.add(root.resolve())
@@ -299,7 +309,7 @@ def _read_urls(sources: list[str]) -> list[str | None]:
     found = []
     for source in sources:
         try:
-            found.append(_url(Path(source).with_suffix(".json").read_bytes()))
+            found.append(_url(read_regular(Path(source).with_suffix(".json"), CAPTION_BYTES)))
         except (OSError, ValueError):
             found.append(None)
     return found

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache.durable import replacing
+from xlsd_cache.sound import map_table
 
 _SCHEMA = pa.schema([("tag", pa.large_string()), ("samples", pa.large_list(pa.int32()))])
 PART = 1 << 18  # captions taken apart at a time: some hundred MiB of tags
@@ -52,8 +53,10 @@ def open_tags(root: Path, column: str, texts: pa.ChunkedArray, fingerprint: str)
     It stays in memory where the store is not writable.
     """
     path = root / f"tags.{quote(column, safe='')}.arrow"
-    batch = _mapped(path, fingerprint)
-    if batch is None:
+    batch = _mapped(path, fingerprint, len(texts))
+    if batch is None and (root / "staging").is_symlink():
+        batch = _make(texts)
+    elif batch is None:
         batch = _make(texts).replace_schema_metadata({"fingerprint": fingerprint})
         with (
             suppress(OSError),
@@ -61,16 +64,22 @@ def open_tags(root: Path, column: str, texts: pa.ChunkedArray, fingerprint: str)
             pa.ipc.new_file(temporary, batch.schema) as writer,
         ):
             writer.write_batch(batch)
-        batch = _mapped(path, fingerprint) or batch
+        batch = _mapped(path, fingerprint, len(texts)) or batch
     return Tags(batch["tag"], batch["samples"])
 
 
-def _mapped(path: Path, fingerprint: str) -> pa.RecordBatch | None:
+def _mapped(path: Path, fingerprint: str, samples: int) -> pa.RecordBatch | None:
     try:
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        return batch if batch.schema.metadata[b"fingerprint"] == fingerprint.encode() else None
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        table = map_table(path, _SCHEMA)
+        if table.schema.metadata[b"fingerprint"] != fingerprint.encode():
+            return None
+        batch, *more = table.to_batches()
+        numbers = pc.min_max(batch["samples"].values).as_py()
+        if more or not -1 < (numbers["min"] or 0) <= (numbers["max"] or 0) < max(1, samples):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
+    return batch
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ _UNSAFE = re.compile(
     "\ufff9-\ufffb\\ud800-\\udfff\U000e0000-\U000e007f]"
 )
 
+# What else than _UNSAFE a program may write: line ends, tabs, and colours, as help and bars have.
+_RAW = re.compile(r"\x1b\[[0-9;]*[mAK]|(?![\t\n\r])" + _UNSAFE.pattern)
+
 
 def shown(text: object) -> str:
     """The text with control characters, line ends among them, as escapes: one harmless line."""
@@ -53,6 +56,22 @@ def say_json(value: Any) -> None:
         text = json.dumps(value, indent=2)
     # Line ends are JSON's own: those within a text are escaped already.
     print(_UNSAFE.sub(lambda it: it[0] if it[0] == "\n" else json.dumps(it[0])[1:-1], text))
+
+
+class _Text(io.TextIOWrapper):
+    """Text of whoever writes it, libraries too: nothing of it does more to a terminal than colour.
+
+    What of ours may hold names is escaped by `say` and `warn` already.
+    """
+
+    def write(self, text: str) -> int:
+        """Write it; returns how much of it that is: all."""
+        super().write(_RAW.sub(_tamed, text))
+        return len(text)
+
+
+def _tamed(found: re.Match[str]) -> str:
+    return found[0] if found[0].startswith("\x1b[") else shown(found[0])
 
 
 class _Stream(io.RawIOBase):
@@ -110,7 +129,7 @@ def start() -> None:
         stream = getattr(sys, name)
         if os.name == "posix" and stream is getattr(sys, f"__{name}__"):
             _streams.append(_Stream(number, f"<{name}>", lasting=number == 2))
-            replaced = io.TextIOWrapper(
+            replaced = _Text(
                 io.BufferedWriter(_streams[-1]),
                 encoding=getattr(stream, "encoding", "utf-8"),
                 errors="backslashreplace",

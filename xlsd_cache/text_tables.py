@@ -4,24 +4,28 @@ import codecs
 import csv
 import gzip
 import io
-import json
+import itertools
+import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
 from xlsd_cache import UserError
 from xlsd_cache.captions import Column, decode_text, field_text
 from xlsd_cache.formats import is_image
+from xlsd_cache.regular import open_regular, parse_json
 from xlsd_cache.tables import IDS, KEYS, NAMES, PATHS, Rows, of_kind, one
 
 _BLOCK = 65536  # rows
 _LINE_BYTES = 2**24  # the longest line or CSV field that is read
-_JSON_BYTES = 2**30  # the largest array or dictionary that is read; lines have no such limit
+_JSON_BYTES = 2**29  # the largest array or dictionary that is read; lines have no such limit
+_INFLATED, _TIMES = 2**28, 64  # bytes, and times its own size, that a gzipped table may inflate to
+_LONG_LINES = 64  # pieces of a line that is too long, which are passed over
 # How a dictionary of objects begins.
 _DICTIONARY = re.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{')
 Row = dict[str, Any]
@@ -65,7 +69,7 @@ def holds_rows(file: Path) -> bool:
 
     Most .json files there are about the one image beside them. Raises OSError.
     """
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         head: bytes = opened.read(4096).removeprefix(codecs.BOM_UTF8)
     return head.lstrip()[:1] == b"[" or bool(_DICTIONARY.match(head))
 
@@ -90,19 +94,24 @@ class _Objects:
         return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
     def _open(self) -> Any:
-        with self.file.open("rb") as opened:
-            zipped = opened.read(2) == b"\x1f\x8b"
-        return gzip.open(self.file) if zipped else self.file.open("rb")
+        """The file, inflated where it is gzipped, and then up to what a table may inflate to."""
+        file = open_regular(self.file)
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not zipped:
+            return file
+        most = max(_INFLATED, _TIMES * os.fstat(file.fileno()).st_size)
+        return io.BufferedReader(_Bounded(file, most))
 
     def _json(self) -> Iterator[Row]:
         """An array of objects, or a dictionary by image, as kohya's meta_cap.json is."""
         with self._open() as opened:
             data = opened.read(_JSON_BYTES + 1)
         if len(data) > _JSON_BYTES:
-            raise UserError(f"{self.file} is JSON of more than 1 GiB; write it as JSON lines")
+            raise UserError(f"{self.file} is JSON of more than 512 MiB; write it as JSON lines")
         try:
-            value = json.loads(decode_text(data)[0], strict=False)
-        except (ValueError, RecursionError):
+            value = parse_json(decode_text(data)[0], strict=False)
+        except ValueError:
             yield from self._lines()  # JSON lines under another name
             return
         items = value if isinstance(value, list) else [value]
@@ -131,33 +140,102 @@ class _Objects:
                 while line := lines.readline(_LINE_BYTES):
                     count += 1
                     yield line
+                    if not _pass_rest(lines, line):
+                        self.damage = f"line {count} has no end; what follows is not read"
+                        return
             except (EOFError, OSError, zlib.error) as error:
                 if isinstance(error, OSError) and error.errno:
                     raise
                 self.damage = f"the gzip stream ends after {count} lines: {error}"
 
     def _csv(self, delimiter: str) -> Iterator[Row]:
+        encoding = self._encoding()
+        with self._open() as opened, io.TextIOWrapper(opened, encoding, "replace", "") as text:
+            header = text.readline(_LINE_BYTES)
+            if delimiter not in header and ";" in header:  # as spreadsheets write it in Europe
+                delimiter = ";"
+            csv.field_size_limit(_LINE_BYTES)
+            lines = itertools.chain([header], _text_lines(text))
+            reader = csv.DictReader((it.replace("\0", "") for it in lines), delimiter=delimiter)
+            broken: list[int] = []
+            try:
+                for row in reader:
+                    if None in row:  # more cells than the header has
+                        broken.append(reader.line_num)
+                    else:
+                        yield {str(name).strip(): value or None for name, value in row.items()}
+            except (csv.Error, EOFError, zlib.error, _TooMuch) as error:
+                self.damage = f"from line {reader.line_num} on it cannot be read: {error}"
+            self._say_broken(broken, "lines", "rows of the header's length")
+
+    def _encoding(self) -> str:
+        """UTF-8 or UTF-16 by its mark, else Latin-1 where not all of it is UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
         with self._open() as opened:
-            text = decode_text(opened.read(_JSON_BYTES))[0]
-        header = text.partition("\n")[0]
-        if delimiter not in header and ";" in header:  # as spreadsheets write it in much of Europe
-            delimiter = ";"
-        csv.field_size_limit(_LINE_BYTES)
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        broken: list[int] = []
-        try:
-            for row in reader:
-                if None in row:  # more cells than the header has
-                    broken.append(reader.line_num)
-                else:
-                    yield {str(name).strip(): value or None for name, value in row.items()}
-        except csv.Error as error:
-            self.damage = f"from line {reader.line_num} on it cannot be read: {error}"
-        self._say_broken(broken, "lines", "rows of the header's length")
+            try:
+                piece = opened.read(2**20)
+                if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    return "utf-16"
+                while piece:
+                    decoder.decode(piece)
+                    piece = opened.read(2**20)
+                decoder.decode(b"", final=True)
+            except UnicodeDecodeError:
+                return "latin-1"
+            except (EOFError, zlib.error, _TooMuch, OSError) as error:  # said when it is read
+                if isinstance(error, OSError) and error.errno:
+                    raise
+        return "utf-8-sig"
 
     def _say_broken(self, broken: list[int], what: str, wanted: str = "JSON objects") -> None:
         if broken and not self.damage:
             self.damage = f"{len(broken)} {what} are no {wanted}, the first is {broken[0]}"
+
+
+class _TooMuch(OSError):
+    """A gzip stream of a few bytes that goes on for ever."""
+
+
+class _Bounded(io.RawIOBase):
+    """A gzip stream, of which no more than `most` bytes are read."""
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self._gzip, self._most, self._read = file, gzip.GzipFile(fileobj=file), most, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As of a file; raises what gzip does, and OSError beyond `most`."""
+        data = self._gzip.read1(len(buffer))
+        self._read += len(data)
+        if self._read > self._most:
+            raise _TooMuch(f"it inflates to more than {self._most >> 20} MiB; write it unpacked")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Close the file as well."""
+        self._file.close()
+        super().close()
+
+
+def _pass_rest(lines: IO[bytes], line: bytes) -> bool:
+    """Go on behind the line of which this is the beginning; False where its end is far away."""
+    for _ in range(_LONG_LINES):
+        if len(line) < _LINE_BYTES or line.endswith(b"\n"):
+            return True
+        line = lines.readline(_LINE_BYTES)
+    return False
+
+
+def _text_lines(text: IO[str]) -> Iterator[str]:
+    """The lines. Raises csv.Error for one that is too long."""
+    while line := text.readline(_LINE_BYTES):
+        if len(line) == _LINE_BYTES and not line.endswith(("\n", "\r")):
+            raise csv.Error(f"a line of more than {_LINE_BYTES >> 20} MiB")
+        yield line
 
 
 def _named(name: str, told: Any) -> Row:
@@ -170,8 +248,8 @@ def _named(name: str, told: Any) -> Row:
 
 def _object(line: bytes) -> Row | None:
     try:
-        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode(), strict=False)
-    except (ValueError, RecursionError):
+        row = parse_json(line.removeprefix(codecs.BOM_UTF8).decode(), strict=False)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None
 

@@ -4,6 +4,7 @@ import codecs
 from pathlib import Path
 
 from xlsd_cache import UserError
+from xlsd_cache.regular import open_regular
 
 MOST_BYTES = 2**26  # 64 MiB, a million lines: more is no text that a person wrote
 _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
@@ -22,7 +23,7 @@ def read_text(path: Path, what: str) -> str:
     UserError for a file that cannot be read, and for other bytes, naming their line.
     """
     try:
-        with path.expanduser().open("rb") as file:
+        with open_regular(path.expanduser()) as file:
             data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or error

@@ -200,7 +200,7 @@ def test_an_image_of_hugging_faces_is_read_with_bytes_or_by_its_path(tmp_path: P
                  [str(tmp_path / "im/a.png"), "b.png", "../im/b.png", None],
                  ["by path", "inside", "relative", "nothing"])  # fmt: skip
     for source in (file, file.parent):
-        found = scan((str(source),), ("parquet:text",))
+        found = scan((str(source), str(tmp_path / "im")), ("parquet:text",))
         by_text = {text: key for key, text in told(found, "parquet:text").items()}
         sources = dict(zip(*(found.images[n].to_pylist() for n in ("key", "source")), strict=True))
         read = {text: read_source(sources[key]) for text, key in by_text.items() if text}

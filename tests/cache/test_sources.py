@@ -16,8 +16,8 @@ from xlsd_cache.locate import read_source, stat_source
 from xlsd_cache.sources import Scan, scan
 
 
-def found(source: Path, *columns: str) -> Scan:
-    return scan((str(source),), columns or ("txt",))
+def found(source: Path, *columns: str, allow_outside: bool = False) -> Scan:
+    return scan((str(source),), columns or ("txt",), allow_outside=allow_outside)
 
 
 def keys(scanned: Scan) -> list[str]:
@@ -206,7 +206,7 @@ def test_json_lines_of_image_paths(tmp_path: Path, field: str) -> None:
     rows = [{field: path, "text": f"about {i}", "id": i} for i, path in enumerate(paths)]
     lines = [json.dumps(row) for row in rows] + ["", "{broken", "[1]"]
     write_lines(tmp_path / "data" / "list.jsonl", lines)
-    result = found(tmp_path / "data" / "list.jsonl", "jsonl:text", "txt")
+    result = found(tmp_path / "data" / "list.jsonl", "jsonl:text", "txt", allow_outside=True)
     outside = str(tmp_path / "elsewhere" / "c.png").lstrip("/")
     assert texts(result) == {
         "list.jsonl/images/a.png": {"jsonl:text": "about 0", "txt": "picture 0"},
