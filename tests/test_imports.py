@@ -38,13 +38,14 @@ CACHE = (
     "thumbnails compare transfer proving importing words other_names cli __main__"
 ).split()
 TRAIN = (
-    "draw steps schedule parts captions mixture selection batches lengths sd15 names fold finite "
-    "tensors foreign network hub prediction find choose config other_names recipe resume adapt "
-    "diffusion latents run_commands model_commands reinit text model cards lion rate optim layers "
-    "sliced step footprint rehearsal memory processes plateau power ema verdict losses validate "
-    "checkpoint thin history complete ranking charts facts report posthoc pace meter picture "
-    "prompts sample run room announce prepare session loop sweep plan tags single_file ldm_config "
-    "needs card appearing export merge page drawn compare clip measures score cli __main__"
+    "draw steps json_files inside record schedule parts captions mixture selection batches "
+    "lengths sd15 names fold finite tensors foreign network hub prediction find choose config "
+    "other_names recipe resume adapt diffusion latents run_commands model_commands reinit text "
+    "model cards lion rate optim layers sliced step footprint rehearsal memory processes plateau "
+    "power ema verdict losses validate checkpoint thin history complete ranking charts facts "
+    "report posthoc pace meter picture prompts sample run room announce prepare session loop "
+    "sweep plan tags single_file ldm_config needs card appearing export merge page drawn compare "
+    "clip measures score cli __main__"
 ).split()
 
 

@@ -12,9 +12,8 @@ from html import escape
 from typing import Any
 
 from xlsd_train.history import History
-from xlsd_train.losses import HELD_OUT, SETS
+from xlsd_train.losses import BANDS, HELD_OUT, SETS
 from xlsd_train.thin import Series, evenly
-from xlsd_train.validate import BANDS
 
 COLOURS = (
     "#0072b2",

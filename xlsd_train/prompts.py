@@ -14,10 +14,10 @@ from typing import Any
 from xlsd_cache import UserError
 from xlsd_cache.texts import read_text
 from xlsd_train.captions import token_counts
-from xlsd_train.picture import Picture
+from xlsd_train.picture import MOST_PIXELS, Picture
 
 SEEDS = 2**63  # what torch's generators take, but for negative ones
-MOST_STEPS, MOST_GUIDANCE, MOST_PIXELS = 1000, 1000, 4096  # a model has 1000 timesteps
+MOST_STEPS, MOST_GUIDANCE = 1000, 1000  # a model has 1000 timesteps
 TOLD = 8  # prompts that are cut and named one by one
 OURS = ("seed", "steps", "guidance", "size", "negative")
 # sd-scripts' library/train_util.py, line_to_prompt_dict

@@ -17,12 +17,11 @@ from torch.nn import Parameter
 
 from xlsd_cache import UserError
 from xlsd_cache.disk import free_bytes, held_bytes, size
-from xlsd_cache.durable import TEMPORARY
 from xlsd_cache.terminal import say, warn
 from xlsd_train.config import TrainConfig
 from xlsd_train.model import Model
 from xlsd_train.run import Run
-from xlsd_train.steps import checkpoints
+from xlsd_train.steps import checkpoints, partial_checkpoints
 
 STATES = {"lion": 1, "dlion": 2, "adamw": 2, "prodigy": 4}  # copies of what trains
 STEP_NBYTES = 700  # of metrics.jsonl and TensorBoard's log
@@ -98,7 +97,7 @@ def say_room(room: Room, run: Run, config: TrainConfig) -> None:
     if free is None or not room.first:
         say(told)
         return
-    free += sum(held_bytes(path) for path in _partial(run))
+    free += sum(held_bytes(path) for path in partial_checkpoints(run.folder))
     told += f", and {size(free)} are free on the disk of {run.folder}"
     if room.least > free and not config.force:
         lower = f"lower --keep {config.keep}, " if config.keep > 1 else ""
@@ -154,11 +153,6 @@ def _number(error: Exception) -> int | None:
         return error.errno
     found = re.search(r"os error (\d+)", str(error))  # as safetensors tells it
     return int(found[1]) if found else None
-
-
-def _partial(run: Run) -> list[Any]:
-    """Checkpoints that a kill met, which the run removes as it begins."""
-    return list((run.folder / "checkpoints").glob(f".*{TEMPORARY}"))
 
 
 def _nbytes(module: Any) -> int:

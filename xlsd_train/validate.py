@@ -20,14 +20,13 @@ from xlsd_cache.full import give_back
 from xlsd_train import draw
 from xlsd_train.batches import Batch, BatchSource
 from xlsd_train.config import TrainConfig
-from xlsd_train.losses import LIVE, SETS
+from xlsd_train.losses import BANDS, LIVE, SETS
 from xlsd_train.mixture import Mask
 from xlsd_train.processes import ALONE, Processes
 from xlsd_train.selection import Selection, evenly, selected
 from xlsd_train.step import Step
 from xlsd_train.verdict import Losses
 
-BANDS = 10
 SEED = 0  # not the run's: runs of all seeds are measured alike
 Numbers = NDArray[np.int64]
 Part = tuple[str, Numbers, Numbers, Numbers]  # of a batch: bucket, ordinals, positions, timesteps

@@ -11,9 +11,8 @@ from safetensors.numpy import load_file
 
 from tests.support import files, metrics, train
 from tests.train.conftest import Open
-from xlsd_train.losses import Candidate, best_of, read_losses, save_losses, say, tell
+from xlsd_train.losses import BANDS, Candidate, best_of, read_losses, save_losses, say, tell
 from xlsd_train.steps import checkpoints
-from xlsd_train.validate import BANDS
 from xlsd_train.verdict import Losses, summary
 
 Out = pytest.CaptureFixture[str]
