@@ -40,9 +40,7 @@ def sentence(work: Any, *given: Any) -> Any:
     """What it returns, or None where it raises one sentence."""
     try:
         return work(*given)
-    except UserError as error:
-        assert str(error)
-        assert len(str(error)) < 3000
+    except UserError:
         return None
 
 
