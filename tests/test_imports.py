@@ -31,21 +31,22 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 CACHE = (
     "terminal quiet regular texts options words disk ours durable interrupt precision full finite "
     "identity manifest sound shard blocks formats inflate gzips captions cells locate outside "
-    "tables text_tables arrow_tables rows names matches match masks lists folders members tars zips "
-    "archives records colours decode sources guard buckets index tags store moments hub vae fitting "
-    "known accounting arrays commit live builders space conclude encode headers unchanged place "
-    "delta plan config pipeline build readback verify repair check survey info preview export_index "
-    "recaption peers cached pairing items crops thumbnails compare transfer proving importing "
-    "other_names cli __main__"
+    "tables text_tables arrow_tables rows names matches match masks lists folders members tars "
+    "zips archives records colours decode sources guard buckets index tags store moments hub vae "
+    "fitting known accounting arrays commit live builders space conclude encode headers unchanged "
+    "place delta plan config pipeline build readback verify repair check survey info preview "
+    "export_index recaption peers cached pairing items crops thumbnails compare transfer proving "
+    "importing other_names cli __main__"
 ).split()
 TRAIN = (
-    "draw steps schedule parts captions mixture selection batches lengths sd15 names fold tensors "
-    "foreign network hub choose config prediction find other_names recipe resume adapt diffusion "
-    "latents run_commands model_commands reinit text model cards lion rate optim layers sliced "
-    "step footprint rehearsal memory processes plateau power ema verdict losses validate "
-    "checkpoint thin history complete ranking charts facts report posthoc pace meter picture "
-    "prompts sample run room announce prepare session loop sweep plan tags single_file ldm_config "
-    "needs card appearing export merge page drawn compare clip measures score cli __main__"
+    "draw steps json_files inside record schedule parts captions mixture selection batches "
+    "lengths sd15 names fold tensors foreign network hub choose config prediction find "
+    "other_names recipe resume adapt diffusion latents run_commands model_commands reinit text "
+    "model cards lion rate optim layers sliced step footprint rehearsal memory processes plateau "
+    "power ema verdict losses validate checkpoint thin history complete ranking charts facts "
+    "report posthoc pace meter picture prompts sample run room announce prepare session loop "
+    "sweep plan tags single_file ldm_config needs card appearing export merge page drawn compare "
+    "clip measures score cli __main__"
 ).split()
 
 

@@ -139,8 +139,10 @@ def _checksum(path: Path) -> tuple[int, int]:
 def sweep(folder: Path) -> None:
     """Remove temporary files of processes that no longer run; other machines' after a day."""
     for path in folder.glob(f"*{TEMPORARY}"):
-        named = re.search(r"\.([^.]+)\.(\d+)\.tmp$", path.name)
-        dead = named and named[1] == HOST and not psutil.pid_exists(int(named[2]))
+        named = re.search(r"\.[0-9a-f]{8}\.([^.]+)\.([0-9]{1,9})\.tmp$", path.name)
+        if not named or path.is_dir():  # somebody else's
+            continue
+        dead = named[1] == HOST and not psutil.pid_exists(int(named[2]))
         try:
             if dead or time.time() - path.stat().st_mtime > 86400:
                 path.unlink()

@@ -30,27 +30,27 @@ def announce(
     for line in _chosen(record):
         say(line)
     weights = sum(parameter.numel() for parameter in named.values())
-    print(record["precision"])
+    say(record["precision"])
     say(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
     objective = record["objective"]
     weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
     anew = f"; the model predicted {objective['before']} so far, and learns to anew"
-    print(
+    say(
         f"objective {objective['kind']}{weight}, {config.timesteps} timesteps"
         + (anew if objective["anew"] else "")
     )
     if record["latents"]["normalized"]:
-        print("latents are normalised by channel, with " + json.dumps(record["latents"]))
+        say("latents are normalised by channel, with " + json.dumps(record["latents"]))
     if record["vae"]["decoder"]:
-        print(record["vae"]["decoder"])
+        say(record["vae"]["decoder"])
     _stores(record["stores"])
     for tag in record["unknown_tags"]:
         say(f"  no image has the tag {tag!r} that --forbid-tags names")
     _measured(config, record)
-    print(told(record["captions"]))
+    say(told(record["captions"]))
     for line in record["remarks"] if config.sample_every else ():
         say(line)
-    print(record["memory"])
+    say(record["memory"])
     if config.ema:
         gib = 2 * 4 * weights / 2**30
         held = gib * 1.5 if record["settings"]["device"] == "cuda" else gib  # a copy on its way
@@ -59,13 +59,13 @@ def announce(
             f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {run.folder / 'ema'}"
         )
     for bucket, count in schedule.small_buckets(record["batch"]):
-        print(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
+        say(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
     falls = config.scheduler != "constant"
     then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
     steps = config.warmup or ""
     short = steps.isdecimal() and int(steps) > record["planned_steps"]
     tenth = f"; a tenth of the plan, which is shorter than the recipe's {steps}" if short else ""
-    print(f"warm-up over {record['warmup_steps']:g} steps to {config.lr:g}{then}{tenth}")
+    say(f"warm-up over {record['warmup_steps']:g} steps to {config.lr:g}{then}{tenth}")
     _length(config, record, schedule)
     say(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
 
@@ -74,10 +74,10 @@ def _measured(config: TrainConfig, record: dict[str, Any]) -> None:
     """What validation measures, and whether its steps are those that are saved."""
     measured = len(record["validation"].get(HELD_OUT, ()))
     if measured:
-        print(f"  {measured} held-out images are measured beside {measured} that train")
+        say(f"  {measured} held-out images are measured beside {measured} that train")
         meet = math.lcm(config.validate_every, config.save_every)
         if meet > config.validate_every:
-            print(
+            say(
                 f"  one of {meet // config.validate_every} validated steps is saved: "
                 f"--validate-every {config.validate_every} and --save-every {config.save_every} "
                 f"meet every {meet} steps, and the best checkpoint is chosen from those"
@@ -90,13 +90,13 @@ def _length(config: TrainConfig, record: dict[str, Any], schedule: Schedule) -> 
     last = min(planned, config.stop_after or planned)
     images = sum(store["selected"] for store in record["stores"])
     stops = f", of which it stops after {last}" if last < planned else ""
-    print(
+    say(
         f"planned {planned} steps{stops}, {an_epoch:.1f} an epoch: "
         f"{epochs_told(last / an_epoch, images)}"
     )
     if record.get("step_s"):
         card, step_s = record["step_s"]
-        print(hours_told(card, last * config.accum * step_s))
+        say(hours_told(card, last * config.accum * step_s))
 
 
 def _chosen(record: dict[str, Any]) -> Iterator[str]:
@@ -126,11 +126,11 @@ def _stores(stores: list[dict[str, Any]]) -> None:
             line += f", without the {later} later ones, unfinished or newer than the run"
         say(line)
         if store["tagged"] < store["images"]:
-            print(f"  {store['tagged']} of {store['images']} images are selected by their tags")
+            say(f"  {store['tagged']} of {store['images']} images are selected by their tags")
         if store["selected"] < store["tagged"]:
-            print(f"  {store['tagged'] - store['selected']} of them are held out for validation")
+            say(f"  {store['tagged'] - store['selected']} of them are held out for validation")
         if store["weight"] != 1 or len(stores) > 1:
-            print(
+            say(
                 f"  an epoch uses each {store['weight']:g} times: {used / sum(uses):.1%} of what "
                 f"it uses"
             )

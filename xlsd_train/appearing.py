@@ -1,6 +1,7 @@
 """A model's file or folder appears when all of it is there, and what lies beside it before it."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, write_bytes
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends well, it becomes `out`, durably and whole."""
+    if out.is_symlink() and out.is_dir():  # which a user has made
+        out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{escape(out.name)}.*{TEMPORARY}"):  # by a killed export
-        if not psutil.pid_exists(int(left.name.split(".")[-2])):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        pid = left.name.removeprefix(f".{out.name}.").removesuffix(TEMPORARY)
+        if re.fullmatch("[0-9]{1,9}", pid) and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary

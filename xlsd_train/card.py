@@ -11,7 +11,10 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 
 from xlsd_cache import __version__
+from xlsd_train.json_files import misfit, read_log
+from xlsd_train.losses import SETS
 from xlsd_train.prediction import prediction_type
+from xlsd_train.record import read_record, read_state
 
 CARD = """\
 ---
@@ -91,12 +94,12 @@ class History:
         if checkpoint is None:
             return cls(source, {}, {}, {}, {}, None, None)
         run, state = checkpoint.parent.parent, checkpoint / "state.json"
-        seen = json.loads(state.read_bytes())
+        seen = read_state(checkpoint)
         record = run / "config.json"
         grid = run / "samples" / "grid.png"
         return cls(
             source,
-            json.loads(record.read_bytes()) if record.is_file() else {},
+            read_record(run) if record.is_file() else {},
             seen,
             _line(run / "metrics.jsonl", seen["step"]),
             _line(run / "validation.jsonl", seen["step"]),
@@ -118,14 +121,14 @@ class History:
     def _of_stores(self, name: str) -> str | None:
         """What the stores' records say; None without a run, or where none does."""
         stores = self.record.get("stores", ())
-        return " + ".join(str(store[name]) for store in stores if store[name]) or None
+        return " + ".join(str(store[name]) for store in stores if store.get(name)) or None
 
     def metadata(self, title: str, folded: str, scheduler: dict[str, Any]) -> dict[str, str]:
         """For a safetensors header: modelspec's keys (sai_model_spec 1.0.0), and ours."""
         config = _public(self.record.get("config", {}))
         prediction = prediction_type(scheduler)
         stores = self.record.get("stores", ())  # 0: that of imported latents is unknown
-        side = max((store["resolution"] for store in stores), default=0) or 512
+        side = max((store.get("resolution", 0) for store in stores), default=0) or 512
         told = {
             "format": "pt",
             "modelspec.sai_model_spec": "1.0.0",
@@ -197,16 +200,17 @@ class History:
         )
 
 
+_LINE = {"step!": int, **{name: {"mean!": float} for name in (*SETS, "gap")}}
+
+
 def _line(path: Path, step: int) -> dict[str, Any]:
     """A log's newest line up to this step, of the weights themselves; {} where there is none."""
     found: dict[str, Any] = {}
-    if path.is_file():
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                told = json.loads(line) if line.endswith("\n") else {}
-                live = told.get("weights", "live") == "live"
-                if live and told.get("step", step + 1) <= step:
-                    found = told
+    for told in (line for lines in read_log(path) for _, line in lines):
+        if told is None or misfit(told, _LINE):
+            continue
+        if told.get("weights", "live") == "live" and told["step"] <= step:
+            found = told
     return found
 
 

@@ -7,7 +7,6 @@ checkpoints/step-00000250/
   state.json                                    where the run stands; the optimizer's numbers
 """
 
-import json
 import math
 import os
 import shutil
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -25,11 +23,14 @@ from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy
 from xlsd_cache.finite import count, unfit
 from xlsd_train.ema import Ema
 from xlsd_train.find import TEXT_ENCODER, UNET
+from xlsd_train.json_files import load_json
 from xlsd_train.model import Model
 from xlsd_train.optim import numbers, set_numbers
-from xlsd_train.steps import checkpoints, partial_checkpoints, step_of
+from xlsd_train.record import read_state
+from xlsd_train.steps import STATE, checkpoints, partial_checkpoints, step_of
+from xlsd_train.tensors import read_tensors
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER = "optimizer.safetensors"
 # What holds back an optimizer that finds its rate, of which --lr is a factor.
 CALMER = {"dlion": "a --d-max below what d came to", "prodigy": "a --d-growth nearer to 1"}
 
@@ -47,7 +48,7 @@ def save_checkpoint(
     Raises UserError, and writes nothing, where a number of it is nan or infinite.
     """
     final = run / "checkpoints" / f"step-{state['step']:08d}"
-    if final.exists():  # stopped at the step it was resumed from
+    if (final / STATE).exists():  # stopped at the step it was resumed from
         return final
     trained = {name.partition(".")[0] for name in named}
     states = {name: optimizer.state[parameter] for name, parameter in named.items()}
@@ -122,7 +123,7 @@ def remedy(run: Path) -> str:
     What a run was begun with may not change on resuming, but by --force.
     """
     path = run / "config.json"
-    record: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    record: dict[str, Any] = load_json(path) if path.is_file() else {}
     calmer = CALMER.get(record.get("config", {}).get("optimizer", ""), "a lower --lr")
     there = checkpoints(run)
     if not there:
@@ -144,7 +145,7 @@ def load_optimizer(
     Raises UserError where the file is damaged or another model's.
     """
     try:
-        tensors: dict[str, Tensor] = load_file(checkpoint / OPTIMIZER)
+        tensors = read_tensors(checkpoint / OPTIMIZER)
         there = {f"{name}/{key}" for name, p in named.items() for key in optimizer.state[p]}
         if there != tensors.keys():
             raise ValueError(f"{min(there ^ tensors.keys())} is in only one of them")
@@ -159,9 +160,8 @@ def load_optimizer(
                 state[key].copy_(value)
             else:
                 state[key] = value.item()
-        told = json.loads((checkpoint / STATE).read_bytes())
-        set_numbers(optimizer, told.get("optimizer", {}))
-    except (OSError, ValueError, SafetensorError) as error:
+        set_numbers(optimizer, read_state(checkpoint).get("optimizer", {}))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{checkpoint / OPTIMIZER} does not fit this run ({error}); it is damaged or another "
             f"run's: remove {checkpoint} to go on from the checkpoint before it"

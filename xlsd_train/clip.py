@@ -12,17 +12,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from xlsd_cache import UserError
 from xlsd_cache.decode import Rejected, decode, header_of
 from xlsd_cache.hub import no_such, repository_of
 from xlsd_train.hub import TOKENIZER_FILES, fetch_model
-from xlsd_train.network import read_json
+from xlsd_train.json_files import misfit
+from xlsd_train.network import plain_config, read_json
+from xlsd_train.tensors import open_tensors
 
 Embeddings = NDArray[np.float64]  # [n, D], each of length 1
 FILES = ["config.json", "preprocessor_config.json", *TOKENIZER_FILES]
 BATCH, READERS = 32, 4  # images through CLIP at once; files decoded and prepared at once
+PROCESSORS = (None, "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil",
+              "CLIPFeatureExtractor")  # fmt: skip
+MOST_SIDE = 4096  # pixels; the largest CLIPs see 560
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # some of CLIP's repositories have no other
 
 
@@ -105,20 +110,27 @@ class Clip:
 def load_clip(source: str, device: torch.device) -> Clip:
     """A CLIP of the hub's, or a folder with one, fp32. Raises UserError where there is none."""
     folder = _folder(source)
-    kind = read_json(folder / "config.json").get("model_type")
+    told = read_json(folder / "config.json")
+    kind = told.get("model_type")
     if kind != "clip":
         raise UserError(
             f"--clip {source} is a {kind} and no whole CLIP; give one with text and image encoder, "
             f"such as openai/clip-vit-large-patch14-336"
         )
+    _refuse_other(folder, source)
     try:
         model, told = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True,
+            folder, config=_config(told, source), dtype=torch.float32, local_files_only=True,
+            trust_remote_code=False, weights_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True,  # they are told, and refused
         )  # fmt: skip
         # Without torchvision, so that scores are the same with it and without.
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        processor = CLIPImageProcessorPil.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # what damaged files make the libraries stumble over, whatever it is
         raise UserError(
             f"--clip {source} does not load: {' '.join(str(error).split())[:200]}; give a folder "
@@ -132,6 +144,41 @@ def load_clip(source: str, device: torch.device) -> Clip:
             f"give one with text and image encoder"
         )
     return Clip(model.to(device).eval(), processor, tokenizer)
+
+
+def _config(told: dict[str, Any], source: str) -> CLIPConfig:
+    """CLIP's own classes, whatever other code the config names."""
+    halves = {
+        name: plain_config(half, f"--clip {source} has a CLIP")
+        for name, half in told.items()
+        if name in {"text_config", "vision_config"} and isinstance(half, dict)
+    }
+    found: CLIPConfig = CLIPConfig.from_dict(
+        plain_config(told, f"--clip {source} has a CLIP") | halves
+    )
+    return found
+
+
+def _refuse_other(folder: Path, source: str) -> None:
+    """Raises UserError for other ways to prepare images than CLIP's, and for what is no weights."""
+    path = folder / "preprocessor_config.json"
+    told = read_json(path) if path.is_file() else {}
+    named = told.get("image_processor_type") or told.get("feature_extractor_type")
+    sides = [told.get(name) for name in ("size", "crop_size")]
+    numbers = [x for it in sides for x in (it.values() if isinstance(it, dict) else [it])]
+    if named not in PROCESSORS:
+        raise UserError(
+            f"--clip {source}: its preprocessor_config.json wants {named} to prepare images, and "
+            f"no code but CLIP's own is run; give a CLIP that wants {PROCESSORS[1]}"
+        )
+    if any(x is not None and (misfit(x, int) or not 0 < x <= MOST_SIDE) for x in numbers):
+        raise UserError(f"--clip {source}: {path} has a size that no CLIP has; give a whole CLIP")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"--clip {source} holds an adapter, which is no CLIP; give a whole CLIP")
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            open_tensors(folder / name)
+            break
 
 
 def _folder(source: str) -> Path:

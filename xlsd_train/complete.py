@@ -8,8 +8,9 @@ from xlsd_cache import UserError
 from xlsd_cache.ours import is_run
 from xlsd_train.adapt import as_asked
 from xlsd_train.config import TrainConfig
-from xlsd_train.history import read_record
+from xlsd_train.inside import refuse_links
 from xlsd_train.losses import is_validated
+from xlsd_train.record import read_record
 from xlsd_train.resume import LENGTH, differing, other_start
 from xlsd_train.steps import checkpoints, has_samples, step_of
 
@@ -19,7 +20,10 @@ def complete(config: TrainConfig) -> str | None:
 
     Where a setting differs that counts, it is training that goes on or refuses.
     """
-    if config.out is None or config.dry_run or not (found := checkpoints(config.out)):
+    if config.out is None or config.dry_run:
+        return None
+    refuse_links(config.out)
+    if not (found := checkpoints(config.out)):
         return None
     try:
         record = read_record(config.out)
@@ -27,13 +31,11 @@ def complete(config: TrainConfig) -> str | None:
         return None
     there = as_asked(record)
     wanted = json.loads(json.dumps(asdict(config.resolved()), default=os.fspath))
-    other_length = any(wanted[name] != there.get(name) for name in LENGTH)
-    if wanted["data"] != there.get("data"):
+    other = any(wanted[name] != there.get(name) for name in (*LENGTH, "data"))
+    if not is_run(record) or other or differing(there, wanted) or other_start(there, config):
         return None
-    if not is_run(record) or other_length or differing(there, wanted) or other_start(there, config):
-        return None
-    step, planned = step_of(found[-1]), record["planned_steps"]
-    if step < min(planned, config.stop_after or planned):
+    step, planned = step_of(found[-1]), record.get("planned_steps")
+    if planned is None or step < min(planned, config.stop_after or planned):
         return None
     if config.sample_every and not has_samples(config.out, step):
         return None  # a signal at its end left out what is due there

@@ -1,6 +1,5 @@
 """Pictures that `sample`, or a run, has drawn, read back: each model's, with what was asked for."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,9 @@ from PIL import Image
 
 from xlsd_cache import UserError
 from xlsd_cache.ours import is_run
+from xlsd_train.json_files import load_json, parse_json
+from xlsd_train.record import read_record
+from xlsd_train.steps import steps_in
 
 
 @dataclass(frozen=True, order=True)
@@ -30,6 +32,8 @@ def drawn_in(folders: tuple[Path, ...]) -> dict[str, list[Drawn]]:
         if not given.is_dir():
             raise UserError(f"{given} is no folder; give what `xlsd-train sample` made")
         inner = sorted(path for path in given.iterdir() if path.is_dir())
+        for path in inner:
+            _refuse_link(path)
         found = {str(folder): _pictures(folder) for folder in (given, *inner)}
         models |= {name: pictures for name, pictures in found.items() if pictures}
         if not any(found.values()):
@@ -59,21 +63,39 @@ def own_size(source: str) -> str | None:
     folder = Path(source).expanduser()
     for run in (folder, folder.parent.parent):
         try:
-            record = json.loads((run / "config.json").read_bytes())
+            record = load_json(run / "config.json")
         except (OSError, ValueError):
             continue
         if not is_run(record):
             continue
+        record = read_record(run)
         if "samples" in record:
             return str(record["samples"]["size"])
-        for path in sorted(run.glob("samples/step-*/00.png")):
-            with Image.open(path) as image:
-                return f"{image.width}x{image.height}"
+        for folder in steps_in(run / "samples").values():
+            if (path := folder / "00.png").is_file():
+                return _size(path)
     return None
 
 
 def _asked(pictures: list[Drawn]) -> Counter[tuple[str, int]]:
     return Counter((picture.prompt, picture.seed) for picture in pictures)
+
+
+def _size(path: Path) -> str | None:
+    """WIDTHxHEIGHT of a picture, by its header; None for what is none."""
+    try:
+        with Image.open(path) as image:
+            return f"{image.width}x{image.height}"
+    except Exception:  # whatever a file that is none has Pillow stumble over
+        return None
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a link, and only pictures that lie there themselves are scored; put what "
+            f"it points to in its place, or remove it"
+        )
 
 
 def _pictures(folder: Path) -> list[Drawn]:
@@ -82,11 +104,12 @@ def _pictures(folder: Path) -> list[Drawn]:
     for path in sorted(folder.glob("*.png")):
         if path.name == "grid.png":  # which `sample` and runs leave beside them
             continue
+        _refuse_link(path)
         try:
             with Image.open(path) as image:
-                told = json.loads(image.info["xlsd"])
+                told = parse_json(image.info["xlsd"])
             found.append(Drawn(str(told["prompt"]), int(told["seed"]), path))
-        except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever a file that is none has Pillow stumble over
             raise UserError(
                 f"{path} does not say what was asked for ({type(error).__name__}: {error}); give "
                 f"only pictures that `xlsd-train sample` drew, as it wrote them"

@@ -23,6 +23,8 @@ from xlsd_cache import UserError
 from xlsd_cache.durable import link_or_copy
 from xlsd_cache.finite import unfit
 from xlsd_train.power import gamma_of, kept, superfluous
+from xlsd_train.steps import steps_in
+from xlsd_train.tensors import check_length
 
 SIGMAS = ("0.05", "0.10")
 SNAPSHOT = "ema.safetensors"
@@ -114,13 +116,14 @@ class Ema:
         """Go on from a checkpoint. Raises UserError where it has no snapshot of this model."""
         path = checkpoint / SNAPSHOT
         try:
+            check_length(path)
             with safe_open(path, "pt") as file:
                 if len(file.keys()) != len(SIGMAS) * len(self.named):
                     raise KeyError("other names")
                 for sigma, average in self.averages.items():
                     for name, value in average.items():
                         value.copy_(file.get_tensor(f"{sigma}/{name}"))
-                self.step = int(file.metadata()["step"])
+                self.step = int((file.metadata() or {})["step"])
             if bad := unfit(self.tensors()):
                 raise ValueError(f"{bad[0]} is not finite")
         except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
@@ -179,8 +182,7 @@ def keep_snapshots(run: Path, checkpoints: list[Path], most: int) -> None:
 
 def snapshots(run: Path) -> dict[int, Path]:
     """Step of the checkpoint -> snapshot, oldest first."""
-    found = sorted((run / "ema").glob("step-????????.safetensors"))
-    return {int(path.stem[5:]): path for path in found}
+    return steps_in(run / "ema", ".safetensors")
 
 
 def forget_snapshots_after(run: Path, step: int) -> None:

@@ -20,6 +20,7 @@ from xlsd_train.appearing import appearing, missing_config, withdrawing, write_b
 from xlsd_train.card import History
 from xlsd_train.find import CONFIGS, Parts, completed, find
 from xlsd_train.fold import SD15_FACTOR, Normalisation, fold
+from xlsd_train.json_files import load_object
 from xlsd_train.ldm_config import ldm_config
 from xlsd_train.model import model_vae
 from xlsd_train.model_commands import ExportConfig
@@ -31,6 +32,7 @@ from xlsd_train.text import copy_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+MOST_GRID = 2**28  # bytes
 FILES = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
 
 
@@ -67,7 +69,7 @@ def write_model(
         )
         beside = {f"{title}.md" if single else "README.md": card.encode()}
         if history.grid is not None:
-            beside[grid] = history.grid.read_bytes()
+            beside[grid] = _grid(history.grid)
         if config is not None:
             beside[f"{title}.yaml"] = config.encode()
         write_beside(out.parent if single else temporary, beside, written)
@@ -222,6 +224,13 @@ def fold_vae(
     return replace(part, config=changed, tensors={**part.tensors, **folded}), told
 
 
+def _grid(path: Path) -> bytes:
+    """A run's grid of samples. Raises UserError for what is too large to be one."""
+    if path.stat().st_size > MOST_GRID:
+        raise UserError(f"{path} is larger than a grid of samples can be; remove it")
+    return path.read_bytes()
+
+
 def _write_file(
     parts: Parts, temporary: Path, out: Path, dtype: torch.dtype, metadata: dict[str, str]
 ) -> dict[str, str]:
@@ -287,7 +296,7 @@ def _write_tokenizer(source: Path, target: Path, tokens: int) -> None:
     copy_tokenizer(source, target, tokens)
     if not (target / "vocab.json").exists() or not (target / "merges.txt").exists():
         try:
-            model: dict[str, Any] = json.loads((source / "tokenizer.json").read_bytes())["model"]
+            model: dict[str, Any] = load_object(source / "tokenizer.json")["model"]
             pairs = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
             vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
         except (OSError, ValueError, KeyError, TypeError) as error:

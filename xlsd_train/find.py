@@ -3,7 +3,6 @@
 A checkpoint of ours holds the trained networks' weights; all else lies once in its run's `base/`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,18 +22,30 @@ from xlsd_train.hub import (
     VAE_FILES,
     fetch_model,
 )
+from xlsd_train.inside import refuse_links
+from xlsd_train.json_files import misfit, parse_json
 from xlsd_train.network import (
+    KINDS,
+    MOST_LAYERS,
     PREFIX,
     Kind,
     Part,
     check,
+    checked_config,
     folder_part,
     ldm_part,
     plain_part,
     read_config,
     read_json,
+    read_told,
 )
-from xlsd_train.prediction import file_scheduler, has_zero_snr, prediction_type
+from xlsd_train.prediction import (
+    file_scheduler,
+    has_zero_snr,
+    known_scheduler,
+    prediction_type,
+)
+from xlsd_train.steps import checkpoints
 from xlsd_train.tensors import open_tensors
 
 UNET, TEXT_ENCODER = "unet.safetensors", "text_encoder.safetensors"  # in a checkpoint
@@ -211,13 +222,14 @@ def _beside(folder: Path) -> dict[str, Any] | None:
 
 def _own_scheduler(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What our exports keep in their header."""
-    return json.loads(metadata[CONFIGS]).get("scheduler") if CONFIGS in metadata else None
+    return _told(metadata).get("scheduler")
 
 
 def _find(source: str, ema: bool, vae: bool) -> Parts:
     path = Path(source).expanduser()
     if (path / "checkpoints").is_dir():
-        found = sorted((path / "checkpoints").glob("step-????????"))
+        refuse_links(path)
+        found = checkpoints(path)
         if not found:
             raise UserError(f"the run {source} has no checkpoint yet; train it further first")
         path = found[-1]
@@ -238,6 +250,7 @@ def _find(source: str, ema: bool, vae: bool) -> Parts:
 
 
 def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
+    refuse_links(checkpoint.parent.parent)
     base = checkpoint.parent.parent / "base"
     parts = {}
     for kind, file in (("unet", UNET), ("text_encoder", TEXT_ENCODER)):
@@ -254,20 +267,25 @@ def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
 
 def _trained(path: Path) -> Normalisation | None:
     """What a run says that it made of raw latents, (raw - shift) * scale of each channel."""
-    if not path.is_file() or not (told := read_json(path))["normalized"]:
+    if not path.is_file() or not (told := read_told(path))["normalized"]:
         return None
     return Normalisation(tuple(told["shift"]), tuple(1 / scale for scale in told["scale"]))
 
 
 def _padding(path: Path) -> Padding:
     """What a run says that its VAE's convolutions pad with."""
-    told: Padding = read_json(path).get("padding", "zeros") if path.is_file() else "zeros"
+    told: Padding = read_told(path).get("padding", "zeros") if path.is_file() else "zeros"
     return told
 
 
 def _clip_skip(path: Path) -> int:
     """What a run says that its --clip-skip was."""
-    return int(read_json(path)["clip_skip"]) if path.is_file() else 0
+    if not path.is_file():
+        return 0
+    skip = read_json(path).get("clip_skip")
+    if not isinstance(skip, int) or not 0 <= skip < MOST_LAYERS:
+        raise UserError(f"{path} says no clip_skip; it is damaged or no run's")
+    return skip
 
 
 def _in_folder(folder: Path, source: str) -> Parts:
@@ -308,12 +326,30 @@ def _in_file(path: Path, source: str, ema: bool) -> Parts:
 def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What a single file's metadata, or the folder in which it lies, says of its parts."""
     if CONFIGS in metadata:
-        told: dict[str, dict[str, Any]] = json.loads(metadata[CONFIGS])
-        return told
-    kinds: tuple[Kind, ...] = ("unet", "text_encoder", "vae")
-    beside = {kind: path.parent / kind for kind in kinds}
+        return _told(metadata)
+    beside = {kind: path.parent / kind for kind in KINDS}
     return {k: read_config(k, at) for k, at in beside.items() if (at / "config.json").is_file()}
 
 
+def _told(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What our exports keep in their header, of each part. Raises UserError for anything else."""
+    try:
+        told = parse_json(metadata.get(CONFIGS, "{}"))
+        why = misfit(told, {str: dict}) or ", ".join(told.keys() - {*KINDS, "scheduler"})
+    except ValueError as error:
+        told, why = {}, str(error)
+    if why:
+        raise UserError(f"the file's metadata {CONFIGS} is none of ours: {why}; export it anew")
+    plain = {
+        kind: checked_config(kind, config, f"the file's metadata {CONFIGS}")
+        for kind, config in told.items()
+        if kind != "scheduler"
+    }
+    if "scheduler" in told:
+        plain["scheduler"] = known_scheduler(told["scheduler"], "the file's metadata")
+    return plain
+
+
 def _scheduler(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "scheduler" / "scheduler_config.json")
+    path = folder / "scheduler" / "scheduler_config.json"
+    return known_scheduler(read_json(path), str(path))

@@ -1,6 +1,5 @@
 """What a run's folder tells of it, for people: also of one that is going on, or was killed."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +8,23 @@ from typing import Any
 import numpy as np
 
 from xlsd_cache import UserError
+from xlsd_train.config import MOST_STEPS
+from xlsd_train.json_files import misfit, read_log
+from xlsd_train.losses import BANDS, SETS
+from xlsd_train.record import read_record
+from xlsd_train.steps import steps_in
 from xlsd_train.thin import Series, Thinner
 
 NUMBERS = (
     "loss", "loss_smoothed", "lr", "lr_effective", "d", "grad_norm", "images_per_s", "wait_s",
     "peak_gib",
 )  # fmt: skip
-CHUNK = 1 << 20  # bytes of a log that are parsed at once
+LAST = {*NUMBERS, "epoch", "images_seen"}  # what is told of the newest step
+_INTERVAL = {"mean!": float, "low!": float, "high!": float}
+_MEASURED = {
+    "step!": int, "weights!": str, "gap!": _INTERVAL,
+    **{f"{name}!": {**_INTERVAL, "bands!": [_INTERVAL]} for name in SETS},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,47 +66,6 @@ def histories(folders: Sequence[Path]) -> list[History]:
     return [_read(*each) for each in zip(_names(paths), folders, records, strict=True)]
 
 
-def read_lines(path: Path) -> Iterator[list[dict[str, Any] | None]]:
-    """A log's whole lines in order, some at a time; None for one that is no JSON object."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        while lines := file.readlines(CHUNK):
-            if not lines[-1].endswith(b"\n"):
-                lines.pop()  # being written, or a kill met it
-            yield _parse(lines)
-
-
-def _parse(lines: list[bytes]) -> list[dict[str, Any] | None]:
-    try:
-        found = json.loads(b"[" + b",".join(lines) + b"]")  # at once: half the time
-        if len(found) == len(lines) and all(isinstance(line, dict) for line in found):
-            return list(found)
-    except ValueError:
-        if len(lines) <= 1:
-            return [None] * len(lines)
-    if len(lines) <= 1:
-        return [None] * len(lines)
-    half = len(lines) // 2
-    return _parse(lines[:half]) + _parse(lines[half:])
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """A run's config.json. Raises UserError for a folder that is no run."""
-    path = folder / "config.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} holds no run (no config.json); name the folder of a run"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; name the folder of a run") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path} is no run's; name the folder of a run")
-    return record
-
-
 def _names(paths: list[Path]) -> list[str]:
     """The last parts of the paths, as many as tell them apart."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
@@ -109,16 +77,16 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _read(name: str, folder: Path, record: dict[str, Any]) -> History:
     thinner, last, unread = Thinner(NUMBERS), {}, 0
-    for lines in read_lines(folder / "metrics.jsonl"):
-        told = [line for line in lines if line is not None and "step" in line]
+    for lines in _lines(folder / "metrics.jsonl"):
+        told = [line for line in lines if line is not None and _is_step(line.get("step"))]
         unread += len(lines) - len(told)
         if told:
-            rows = [[line.get(number, np.nan) for line in told] for number in NUMBERS]
+            rows = [[_number(line.get(number)) for line in told] for number in NUMBERS]
             thinner.add(np.array([line["step"] for line in told]), np.array(rows, np.float64))
-            last = told[-1]
+            last = {k: v for k, v in told[-1].items() if k not in LAST or _is_number(v)}
     series = {number: thinner.series(number) for number in NUMBERS}
-    validation = [line for lines in read_lines(folder / "validation.jsonl") for line in lines]
-    measured = [line for line in validation if line is not None]
+    validation = [line for lines in _lines(folder / "validation.jsonl") for line in lines]
+    measured = [line for line in validation if line is not None and _is_measured(line)]
     return History(
         name,
         folder,
@@ -127,8 +95,35 @@ def _read(name: str, folder: Path, record: dict[str, Any]) -> History:
         {number: found for number, found in series.items() if found.steps},
         measured,
         {
-            int(path.name[5:]): sorted(path.glob("[0-9]*.png"))
-            for path in sorted((folder / "samples").glob("step-????????"))
+            step: sorted(path.glob("[0-9]*.png"))
+            for step, path in steps_in(folder / "samples").items()
         },
         unread + len(validation) - len(measured),
+    )
+
+
+def _lines(log: Path) -> Iterator[list[dict[str, Any] | None]]:
+    """A log's objects, None for a line that is none."""
+    for lines in read_log(log):
+        yield [found for _, found in lines]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or misfit(value, int) is None
+
+
+def _is_step(value: Any) -> bool:
+    return misfit(value, int) is None and 0 <= value <= MOST_STEPS
+
+
+def _number(value: Any) -> float:
+    """For a chart; nan, which is left out, where it is no number."""
+    return float(value) if _is_number(value) else float("nan")
+
+
+def _is_measured(line: dict[str, Any]) -> bool:
+    return (
+        misfit(line, _MEASURED) is None
+        and _is_step(line["step"])
+        and all(len(line[name]["bands"]) == BANDS for name in SETS)
     )

@@ -4,7 +4,6 @@ RUN/base/latents.json keeps the one that a run's model is trained with, for late
 export: the network sees (raw - shift) * scale, by channel.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from xlsd_cache import UserError
 from xlsd_cache.durable import write_json
 from xlsd_cache.vae import Vae
 from xlsd_train.mixture import Mixture
+from xlsd_train.network import read_told
 
 FILE = "latents.json"
 
@@ -88,7 +88,7 @@ def load_scaling(source: str, base: Path, vae: Vae, own: Callable[[], Vae]) -> S
     path = base / FILE
     if not path.exists():
         return own_scaling(vae)
-    told = json.loads(path.read_bytes())
+    told = read_told(path)
     if not told["normalized"]:
         return own_scaling(vae)
     if told["vae_sha256"] != vae.sha256:

@@ -260,7 +260,7 @@ def _say_end(session: Session, stop: StopSignal) -> None:
         terminal.say(f"samples {run.folder / 'samples' / 'grid.png'}")
     told = tell(run.folder, list(map(step_of, checkpoints(run.folder))))
     if told:
-        print(told)
+        terminal.say(told)
     if not stop.hurries:
         terminal.say(leave_report(run.folder))
     if stop.asked or step < planned:

@@ -5,19 +5,24 @@ RUN/config.json, "validation"               the keys of each set's samples, in t
 RUN/validation.jsonl                        a line for each step and WEIGHTS: means and intervals
 """
 
-import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
+from xlsd_train.json_files import misfit, read_log
+from xlsd_train.steps import steps_in
 from xlsd_train.verdict import Losses, Verdict, summary, verdict
 
 HELD_OUT, TRAINING = SETS = ("held_out", "training")
-BANDS = 10  # of timesteps
+_LINE = {"step!": int, "weights!": str, f"{HELD_OUT}!": {"mean!": float}}
+BANDS = 10  # of timesteps, from least noise to most
+MOST_NBYTES = 2**28  # of a step's losses: some 100,000 images, as often as there are averages
 LIVE = "live"  # WEIGHTS: those that train, beside averages of them
 Candidate = tuple[int, str]  # step, WEIGHTS
 
@@ -31,9 +36,24 @@ def save_losses(run: Path, step: int, losses: dict[str, Losses]) -> None:
 
 
 def read_losses(run: Path, step: int) -> dict[str, Losses]:
-    """WEIGHTS/SET -> losses; empty for a step that was not validated."""
+    """WEIGHTS/SET -> losses; empty for a step that was not validated.
+
+    Raises UserError for a file that holds no losses.
+    """
     path = _path(run, step)
-    return load_file(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        if path.stat().st_size > MOST_NBYTES:
+            raise ValueError("it is too large")
+        found = load_file(path)
+        for name, losses in found.items():
+            fits = losses.ndim == 2 and losses.dtype == np.float32 and 0 not in losses.shape
+            if not fits or name.count("/") != 1:
+                raise ValueError(f"{name} is {losses.dtype} of shape {losses.shape}")
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path} holds no validation's losses: {error}; remove it") from error
+    return found
 
 
 def is_validated(run: Path, step: int) -> bool:
@@ -43,8 +63,8 @@ def is_validated(run: Path, step: int) -> bool:
 
 def forget_after(run: Path, step: int) -> None:
     """Remove what outran the checkpoint of `step`."""
-    for path in (run / "validation").glob("step-????????.safetensors"):
-        if int(path.stem[5:]) > step:
+    for at, path in steps_in(run / "validation", ".safetensors").items():
+        if at > step:
             path.unlink()
 
 
@@ -92,13 +112,12 @@ def tell(run: Path, saved: Sequence[int]) -> str | None:
 def _lost(run: Path, saved: set[int], loss: float) -> str | None:
     """The lowest loss below `loss` of a validated step that is not saved, in words."""
     lowest: dict[Candidate, float] = {}
-    path = run / "validation.jsonl"
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):  # cut off by a kill
-            told = json.loads(line)
-            step, mean = told["step"], told[HELD_OUT]["mean"]
-            if step not in saved and mean < min([loss, *lowest.values()]):
-                lowest = {(step, told["weights"]): mean}
+    for told in (line for lines in read_log(run / "validation.jsonl") for _, line in lines):
+        if told is None or misfit(told, _LINE):
+            continue
+        step, mean = told["step"], told[HELD_OUT]["mean"]
+        if step not in saved and mean < min([loss, *lowest.values()]):
+            lowest = {(step, told["weights"]): mean}
     return next((f"{named(one)}, loss {mean:.5f}," for one, mean in lowest.items()), None)
 
 

@@ -1,11 +1,11 @@
 """`xlsd-train swap`: a model with another VAE in it, as training with that VAE begins."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from xlsd_cache import UserError
 from xlsd_cache.fitting import padding_warning
+from xlsd_cache.terminal import warn
 from xlsd_cache.vae import load_vae
 from xlsd_train.export import has_encoder, vae_part, write_model
 from xlsd_train.find import completed, find
@@ -26,7 +26,7 @@ def swap(config: SwapConfig) -> Path:
             f"gives {vae.channels}; give another --vae"
         )
     if warning := padding_warning(vae):
-        print(warning, file=sys.stderr)
+        warn(warning)
     parts = completed(parts)
     same = parts.vae is not None and has_encoder(parts, vae)
     # What a run made of its old VAE's latents says nothing of the new one's.

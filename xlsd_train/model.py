@@ -181,8 +181,10 @@ def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
     assert parts.text_encoder is not None
     assert parts.tokenizer is not None
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(parts.tokenizer)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = CLIPTokenizer.from_pretrained(
+            parts.tokenizer, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # what damaged files make the library stumble over
         told = " ".join(str(error).split())[:300]
         raise UserError(
             f"cannot load the model {parts.source}: its tokenizer, {parts.tokenizer}, fails: "

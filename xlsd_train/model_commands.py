@@ -210,5 +210,6 @@ def size_of(text: str, where: str) -> tuple[int, int]:
 
 def refuse_existing(out: Path) -> None:
     """Raises UserError where something that is not an empty folder has this name already."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    there = out.exists() or out.is_symlink()
+    if there and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already and is not overwritten; remove it or name another")

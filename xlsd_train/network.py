@@ -4,12 +4,12 @@ Whatever it comes from, a folder of diffusers or transformers, old or new, or a 
 latent-diffusion's names: what training loads and what export writes both come from here.
 """
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -22,9 +22,30 @@ from xlsd_cache import UserError
 from xlsd_cache.finite import count, is_finite, unfit
 from xlsd_cache.vae import CLASSES
 from xlsd_train import names
+from xlsd_train.json_files import load_object, misfit
 from xlsd_train.tensors import Stored, open_tensors
 
 Kind = Literal["unet", "text_encoder", "vae"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+CLASSES_OF: dict[Kind, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "text_encoder": ("clip_text_model", "clip", "CLIPTextModel"),
+    "vae": tuple(CLASSES),
+}
+# Keys of a config by which libraries load code, kernels or adapters from elsewhere.
+CODE = frozenset(
+    "auto_map custom_pipelines attn_implementation _attn_implementation quantization_config "
+    "_attn_implementation_internal experts_implementation _experts_implementation "
+    "_experts_implementation_internal use_kernels".split()
+)
+LAYERS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block",
+          "reverse_transformer_layers_per_block", "num_encoder_blocks",
+          "num_decoder_blocks")  # fmt: skip
+MOST_LAYERS, MOST_NUMBER = 100, 2**24  # of a network's layers; of any number in a config
+MOST_WEIGHTS = 4 * 10**9  # of a part; SD1.5's UNet has 0.86 billion
+INDEX = {"weight_map!": {str: str}}
+TOLD = {"normalized!": bool, "shift!": [float], "scale!": [float], "vae_sha256!": str,
+        "encoder_sha256": str, "padding": str}  # fmt: skip
 # transformers 5 drops this from its names; SD1.5's file and every other program have it.
 PREFIX = "text_model."
 POSITIONS = f"{PREFIX}embeddings.position_embedding.weight"  # [tokens, width]
@@ -44,13 +65,23 @@ class Part:
 
 
 def empty(kind: Kind, config: Mapping[str, Any]) -> Any:
-    """The network of a config, its weights without memory: their names and shapes."""
-    with init_empty_weights(), no_init_weights():  # without memory nothing is to be drawn
-        if kind == "unet":
-            return UNet2DConditionModel.from_config(dict(config))
-        if kind == "text_encoder":
-            return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
-        return CLASSES[config.get("_class_name", "AutoencoderKL")].from_config(dict(config))
+    """The network of a config, its weights without memory: their names and shapes.
+
+    Raises UserError for a config of which none can be made.
+    """
+    try:
+        with init_empty_weights(), no_init_weights():  # without memory nothing is to be drawn
+            if kind == "unet":
+                return UNet2DConditionModel.from_config(dict(config))
+            if kind == "text_encoder":
+                return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+            return CLASSES[config.get("_class_name", "AutoencoderKL")].from_config(dict(config))
+    except Exception as error:  # whatever the libraries stumble over in values of any kind
+        told = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the {kind.replace('_', ' ')}'s config makes no network: {told}; it is damaged, or "
+            f"another model's"
+        ) from error
 
 
 def build(part: Part) -> Any:
@@ -186,8 +217,13 @@ def _weights(folder: Path, source: str) -> dict[str, Stored]:
     for stem in ("diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
-            return {k: v for file in files for k, v in open_tensors(folder / file)[0].items()}
+            told = read_json(index)
+            files = set(told["weight_map"].values()) if not misfit(told, INDEX) else set()
+            if not files or any(Path(file).name != file for file in files):
+                raise UserError(f"{index} lists no files of its folder; give a whole model")
+            return {
+                k: v for file in sorted(files) for k, v in open_tensors(folder / file)[0].items()
+            }
         for end in (".safetensors", ".fp16.safetensors", ".bin"):
             path = folder / (("pytorch_model" if end == ".bin" and stem == "model" else stem) + end)
             if path.is_file():
@@ -198,21 +234,62 @@ def _weights(folder: Path, source: str) -> dict[str, Stored]:
 def read_config(kind: Kind, folder: Path) -> dict[str, Any]:
     """The config.json of a part. Raises UserError where it is missing, or another class's."""
     config = read_json(folder / "config.json")
-    if kind == "text_encoder" and "text_config" in config:  # of the whole of CLIP
-        return {**config["text_config"], "architectures": ["CLIPTextModel"]}
-    if kind == "vae" and config.get("_class_name") not in CLASSES:
+    if kind == "text_encoder" and isinstance(config.get("text_config"), dict):  # of a whole CLIP
+        config = {**config["text_config"], "architectures": ["CLIPTextModel"]}
+    return checked_config(kind, config, str(folder))
+
+
+def checked_config(kind: Kind, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A part's config without what could have a library load other code than its own.
+
+    Raises UserError for another class than the part's, and for numbers that no such network has.
+    """
+    what = kind.replace("_", " ")
+    named = config.get("_class_name", None if kind == "vae" else CLASSES_OF[kind][0])
+    named = config.get("model_type", named) if kind == "text_encoder" else named
+    if named not in CLASSES_OF[kind]:
         raise UserError(
-            f"{folder} holds a {config.get('_class_name')}, which is no VAE known here; give an "
-            f"{' or '.join(CLASSES)}"
+            f"{where} holds a {named}, which is no {what.replace('vae', 'VAE')} known here; give "
+            f"an {' or '.join(CLASSES_OF[kind])}"
         )
-    return config
+    return plain_config(config, f"{where} has a {what}")
+
+
+def plain_config(config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A config without what could have a library load other code than its own.
+
+    Raises UserError, which `what` begins, for numbers that no such network has.
+    """
+    for name, value in config.items():
+        for number in value if isinstance(value, list) else [value]:
+            absurd = isinstance(number, int) and abs(number) > MOST_NUMBER
+            absurd |= name in LAYERS and number is not None and not _is_depth(number)
+            if absurd or (isinstance(value, list) and len(value) > MOST_LAYERS):
+                raise UserError(
+                    f"{what} of {name} {str(value)[:40]}, which none of SD1.5's kind has; it is "
+                    f"damaged, or another model"
+                )
+    return {name: value for name, value in config.items() if name not in CODE}
+
+
+def _is_depth(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value <= MOST_LAYERS
+
+
+def read_told(path: Path) -> dict[str, Any]:
+    """A run's latents.json. Raises UserError where it is missing or damaged."""
+    told = read_json(path)
+    if why := misfit(told, TOLD):
+        raise UserError(f"{path} is not as a run writes it: {why}; it is damaged or no run's")
+    if len(told["shift"]) != len(told["scale"]) or 0 in told["scale"]:
+        raise UserError(f"{path} has no scale for each channel; it is damaged or no run's")
+    return told
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A model's JSON file. Raises UserError where it is missing or damaged."""
     try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-        return value
+        return load_object(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the model: {path} is missing or damaged ({error}); give a whole model"
@@ -224,6 +301,12 @@ def check(part: Part) -> None:
     network = empty(part.kind, part.config)
     shapes = shapes_of(part.kind, network)
     what = type(network).__name__
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    if weights > MOST_WEIGHTS:
+        raise UserError(
+            f"{part.source} has {weights / 1e9:.3g} billion weights, and SD1.5's largest part has "
+            f"0.86; give an SD1.5"
+        )
     missing = sorted(shapes.keys() - part.tensors.keys())
     if missing:
         raise UserError(

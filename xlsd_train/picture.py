@@ -21,6 +21,7 @@ from xlsd_cache.durable import replacing
 from xlsd_cache.ours import MARK
 from xlsd_train.captions import tokenize
 from xlsd_train.model import Model
+from xlsd_train.model_commands import MOST_PIXELS
 
 LABEL_HEIGHT = 16
 # Name on the command line -> A1111's, diffusers' scheduler, its options.
@@ -142,9 +143,17 @@ def sheet(rows: list[list[tuple[str, Path]]], width: int, height: int) -> Image.
             x, y = across * width, down * height
             known = label[: width // 6].encode("latin-1", "replace").decode("latin-1")
             write.text((x + 2, y + 2), known, fill="black")  # in Pillow's own font
-            if path.exists():
-                with Image.open(path) as image:
-                    drawn = image.convert("RGB")
+            if drawn := _drawn(path):
                 drawn.thumbnail((width, height - LABEL_HEIGHT))  # one of an earlier, larger size
                 made.paste(drawn, (x, y + LABEL_HEIGHT))
     return made
+
+
+def _drawn(path: Path) -> Image.Image | None:
+    """A picture of ours; None where there is none, or one larger than any that is drawn here."""
+    try:
+        with Image.open(path) as image:
+            fits = image.format == "PNG" and max(image.size) <= MOST_PIXELS
+            return image.convert("RGB") if fits else None
+    except Exception:  # whatever a file that is none has Pillow stumble over
+        return None

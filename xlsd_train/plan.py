@@ -1,12 +1,12 @@
 """`xlsd-train plan`: what each way of passing a batch takes, and the largest batch of each."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from xlsd_cache import UserError
+from xlsd_cache.terminal import say, say_json
 from xlsd_train import sd15
 from xlsd_train.adapt import adapt, chosen
 from xlsd_train.cards import CARDS
@@ -48,7 +48,11 @@ def show(config: PlanConfig) -> None:
         "chosen": _told(chosen, limit, most) if chosen else None,
         "largest_batch": max(most.values()),
     }
-    print(json.dumps(told, indent=2) if config.json else _table(told))
+    if config.json:
+        say_json(told)
+    else:
+        for line in _table(told).splitlines():
+            say(line)
 
 
 def _buckets(config: PlanConfig) -> dict[str, int]:

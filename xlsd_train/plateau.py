@@ -1,6 +1,5 @@
 """Where D-Lion's d stops growing for the first time: the rate with which plain Lion may go on."""
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -10,10 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from xlsd_cache.terminal import shown
 from xlsd_train.config import TrainConfig
+from xlsd_train.json_files import misfit, read_log
 
 WINDOW = 100  # steps over which d hardly grows on a plateau
 GROWTH = 1.02  # by a factor less than this over the window
+LINE = {"step!": int, "d!": float, "lr_effective!": float}
 RISE = 10.0  # after it has grown by this factor since the first step
 
 
@@ -61,16 +63,16 @@ class PlateauWatch:
         watch = cls(config.d_max)
         if config.optimizer != "dlion":
             watch._done = True
-        elif metrics.exists():
-            with metrics.open(encoding="utf-8") as file:
-                for line in file:
-                    watch.next(json.loads(line))
+        else:
+            for line in (line for lines in read_log(metrics) for _, line in lines):
+                if line is not None and misfit(line, LINE) is None:
+                    watch.next(line)
         return watch
 
     def see(self, line: Mapping[str, Any]) -> None:
         """Say it, at the step where it is found."""
         if found := self.next(line):
-            tqdm.write(str(found))
+            tqdm.write(shown(found))
 
     def next(self, line: Mapping[str, Any]) -> Plateau | None:
         """The plateau that this step's metrics end the search for; at later steps None again."""

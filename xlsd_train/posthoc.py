@@ -5,13 +5,14 @@ the same sum of their weights.
 """
 
 import os
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,10 +22,12 @@ from xlsd_cache.finite import count, is_finite, unfit
 from xlsd_cache.terminal import say
 from xlsd_train.ema import SIGMAS, snapshots
 from xlsd_train.find import TEXT_ENCODER, UNET
+from xlsd_train.inside import refuse_links
 from xlsd_train.network import PREFIX
 from xlsd_train.power import Profile, coefficients, gamma_of
 from xlsd_train.run_commands import EmaConfig
 from xlsd_train.steps import checkpoints
+from xlsd_train.tensors import check_length, read_tensors
 
 
 def reconstruct(config: EmaConfig) -> None:
@@ -33,6 +36,7 @@ def reconstruct(config: EmaConfig) -> None:
     Raises UserError where the run has no snapshots, or the folder exists.
     """
     run, out = config.run, config.out
+    refuse_links(run)
     there = snapshots(run)
     if not there or not checkpoints(run):
         raise UserError(f"{run} has no EMA snapshots; train it with --ema")
@@ -41,7 +45,7 @@ def reconstruct(config: EmaConfig) -> None:
         raise UserError(
             f"--step {step} is not within the {max(there)} steps of {run} that have snapshots"
         )
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; name a new folder")
     wanted = Profile(gamma_of(config.sigma_rel), step)
     with ExitStack() as stack:
@@ -57,7 +61,7 @@ def reconstruct(config: EmaConfig) -> None:
             f"{len(files)} snapshots of {run}: its profile is met to {error:.1%}"
         )
         terms = [(file, sigma) for file in files for sigma in SIGMAS]
-        keys = list(files[0].keys())
+        keys = _names(run, files)
         names = [name.partition("/")[2] for name in keys if name.startswith(SIGMAS[0])]
         averaged = {
             name: _sum(run, terms, counts.tolist(), name)
@@ -66,6 +70,14 @@ def reconstruct(config: EmaConfig) -> None:
     said = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
     _write(run, out, step, averaged, said)
     say(f"{out}: as --model takes it")
+
+
+def _names(run: Path, files: list[Any]) -> list[str]:
+    """The tensors of the snapshots. Raises UserError where they are not all the same ones."""
+    every = [{name: file.get_slice(name).get_shape() for name in file.keys()} for file in files]  # noqa: SIM118
+    if not all(each == every[0] for each in every):
+        raise UserError(f"the snapshots in {run / 'ema'} are not of one model; train it anew")
+    return list(every[0])
 
 
 def _sum(run: Path, terms: list[tuple[Any, str]], counts: list[float], name: str) -> Tensor:
@@ -84,7 +96,8 @@ def _unfit(run: Path, terms: list[tuple[Any, str]], name: str) -> UserError:
     """Which of the snapshots is the first that holds what no average can be made of."""
     for file, sigma in terms:
         if not is_finite(value := file.get_tensor(f"{sigma}/{name}")):
-            path = snapshots(run)[int(file.metadata()["step"])]
+            step = int(file.metadata()["step"])
+            path = snapshots(run).get(step, run / "ema")
             return UserError(
                 f"{path}: {sigma}/{name} has {count(value)} that are nan or infinite; remove it, "
                 f"and those after it"
@@ -94,9 +107,24 @@ def _unfit(run: Path, terms: list[tuple[Any, str]], name: str) -> UserError:
 
 def _opened(path: Path) -> Any:
     try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
+        check_length(path)
+        file: Any = safe_open(path, "pt")
+        step = (file.metadata() or {}).get("step", "")
+        if not re.fullmatch("[0-9]{1,8}", step):
+            raise ValueError(f"its step is {step!r}")
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read the snapshot {path}: {error}; remove it") from error
+    return file
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}; remove {path.parent}, so that the checkpoint before it "
+            f"counts"
+        ) from error
 
 
 def _write(
@@ -112,7 +140,7 @@ def _write(
             (UNET, "unet", ""),
             (TEXT_ENCODER, "text_encoder", PREFIX),
         ):
-            state = load_file(newest / file)
+            state = _read(newest / file)
             for name in state:
                 state[name] = averaged.get(f"{part}.{name.removeprefix(prefix)}", state[name])
             if bad := unfit(state):

@@ -20,8 +20,10 @@ import yaml  # type: ignore[import-untyped]
 
 from xlsd_cache import UserError
 from xlsd_cache.terminal import warn
+from xlsd_cache.texts import read_text
 from xlsd_train import sd15
 from xlsd_train.config import Kind
+from xlsd_train.json_files import misfit
 from xlsd_train.tensors import Stored
 
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # names of empty tensors
@@ -34,6 +36,23 @@ _WORDS = {  # as it is written somewhere, in lower case and with underscores -> 
     **dict.fromkeys(("flow_prediction", "flow", "rectified_flow"), "flow_prediction"),
     **dict.fromkeys(("sample", "x0"), "sample"),
 }
+_SCHEDULERS = frozenset(  # diffusers' names
+    "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep "
+    "DPMSolverMultistepInverse DPMSolverSDE DPMSolverSinglestep EDMDPMSolverMultistep EDMEuler "
+    "EulerAncestralDiscrete EulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete "
+    "FlowMatchLCM HeunDiscrete IPNDM KDPM2AncestralDiscrete KDPM2Discrete LCM LMSDiscrete PNDM "
+    "SASolver TCD UniPCMultistep".split()
+)
+_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+_MOST_YAML = 2**18  # characters; LDM's configs have some 2000
+_MOST_TIMESTEPS = 100_000
+_NUMBER, _TRUTH = (None, float), (None, bool)
+_SCHEDULER = {
+    "_class_name": str, "num_train_timesteps": int, "beta_start": float, "beta_end": float,
+    "beta_schedule": str, "trained_betas": (None, [float]), "prediction_type": str,
+    "rescale_betas_zero_snr": _TRUTH, "steps_offset": int, "set_alpha_to_one": _TRUTH,
+    "use_flow_sigmas": _TRUTH, "flow_shift": _NUMBER, "shift": _NUMBER, "timestep_spacing": str,
+}  # fmt: skip
 _NEARLY_ZERO = 1e-6  # abar of a schedule's end: of zero terminal SNR less, of SD1.5's own 0.0047
 
 
@@ -51,6 +70,24 @@ def prediction_type(scheduler_config: Mapping[str, Any]) -> str:
     if str(scheduler_config.get("_class_name", "")).startswith("FlowMatch"):
         return "flow_prediction"
     return str(scheduler_config.get("prediction_type", "epsilon"))
+
+
+def known_scheduler(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config. Raises UserError for a class or a value that no model of SD1.5's kind has."""
+    name = str(config.get("_class_name", "PNDMScheduler"))
+    why = misfit(config, _SCHEDULER)
+    if name.removesuffix("Scheduler") not in _SCHEDULERS:
+        why = f"its class is {name}"
+    steps, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    if not why and not 1 <= steps <= _MOST_TIMESTEPS:
+        why = f"num_train_timesteps is {steps}"
+    if not why and schedule not in _BETAS:
+        why = f"beta_schedule is {schedule}"
+    if why:
+        raise UserError(
+            f"{where} says of no noise schedule known here: {why}; give an SD1.5's scheduler"
+        )
+    return config
 
 
 def has_zero_snr(scheduler_config: Mapping[str, Any]) -> bool:
@@ -173,8 +210,8 @@ def _by_yaml(path: Path) -> Iterator[Said]:
     if not path.is_file():
         return
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = _yaml(read_text(path, "the configuration"))
+    except (ValueError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot read {path}, which says what the model beside it predicts: {problem}; mend or "
@@ -187,6 +224,21 @@ def _by_yaml(path: Path) -> Iterator[Said]:
         word = scaling.rpartition(".")[2].removesuffix("Scaling")
     if word is not None and (kind := _word(path, path.name, str(word))):
         yield Said(path.name, kind)
+
+
+def _yaml(text: str) -> Any:
+    """The value of a text. Raises ValueError for one that is too long or too deep to be parsed.
+
+    What its aliases stand for is in memory once, however often they say it.
+    """
+    if len(text) > _MOST_YAML:
+        raise ValueError(f"it is longer than {_MOST_YAML >> 10} KiB")
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (TypeError, AttributeError, OverflowError) as error:  # keys and dates that are none
+        raise ValueError(str(error)) from None
 
 
 def _at(told: Any, *names: str) -> Any:

@@ -191,7 +191,9 @@ def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[st
             model.reinitialise(named, config.phase, asked["reinit"], config.seed)
     except UserError:
         return False
-    own = CLIPTokenizer.from_pretrained(run.folder / "base" / "tokenizer")
+    own = CLIPTokenizer.from_pretrained(
+        run.folder / "base" / "tokenizer", local_files_only=True, trust_remote_code=False
+    )
     alike: bool = own.get_vocab() == model.tokenizer.get_vocab()
     return alike and model.sha256() == run.before["model"]["sha256"]
 

@@ -126,7 +126,8 @@ def _lowest(run: History) -> tuple[Candidate, Losses] | None:
             weights, _, which = name.rpartition("/")
             mean = losses.mean(dtype=np.float64)
             lower = all(mean < x.mean(dtype=np.float64) for x in found.values())
-            if which == HELD_OUT and np.isfinite(mean) and lower:
+            known = len(losses) == len(run.record.get("validation", {}).get(HELD_OUT, ()))
+            if known and which == HELD_OUT and np.isfinite(mean) and lower:
                 found = {(step, weights): losses}
     return next(iter(found.items()), None)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 from xlsd_cache import UserError
-from xlsd_cache.terminal import say
+from xlsd_cache.terminal import say, shown
 from xlsd_cache.texts import read_text
 from xlsd_cache.words import near
 from xlsd_train.config import TrainConfig
@@ -122,7 +122,8 @@ def shipped() -> dict[str, Path]:
 def show(name: str | None) -> None:
     """Print a recipe as it is, or a line for each that is shipped."""
     if name is not None:
-        print(Recipe.read(name).text, end="")
+        for line in Recipe.read(name).text.splitlines():
+            print("\t".join(map(shown, line.split("\t"))))
         return
     recipes = [Recipe.read(name) for name in shipped()]
     width = max(len(recipe.name) for recipe in recipes)

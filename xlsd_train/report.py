@@ -26,6 +26,7 @@ from xlsd_train.thin import evenly
 
 NAME = "report.html"
 STEPS, PROMPTS = 10, 8  # of samples, at most
+PICTURE = 64 << 20  # bytes of one, 4096 x 4096 pixels of noise; a larger one is left out
 PICTURES = 24 << 20  # bytes of all pictures, beyond which fewer steps are shown, but two
 PAGE = (
     """\
@@ -190,7 +191,7 @@ def choose_samples(runs: list[History]) -> Samples:
     prompts = max((len(paths) for run in runs for paths in run.samples.values()), default=0)
     columns = [(run, i) for i in range(min(prompts, PROMPTS)) for run in runs if run.samples]
     found = {step: [_picture(run, step, i) for run, i in columns] for step in steps}
-    size = sum(path.stat().st_size for paths in found.values() for path in paths if path)
+    size = sum(_nbytes(path) for paths in found.values() for path in paths if path)
     most = max(2, min(STEPS, PICTURES * len(steps) // max(1, size)))
     chosen = [steps[i] for i in evenly(len(steps), most)]
     notes = [
@@ -206,7 +207,12 @@ def choose_samples(runs: list[History]) -> Samples:
 
 def _picture(run: History, step: int, prompt: int) -> Path | None:
     paths = {path.stem: path for path in run.samples.get(step, ())}
-    return paths.get(f"{prompt:02d}")
+    path = paths.get(f"{prompt:02d}")
+    return path if path and _nbytes(path) <= PICTURE else None
+
+
+def _nbytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _prompt(run: History, i: int) -> str:

@@ -27,21 +27,23 @@ from xlsd_cache.durable import (
     TEMPORARY,
     fsync_file,
     fsync_folder,
+    replacing,
     sweep,
-    write_bytes,
     write_json,
 )
 from xlsd_cache.ours import is_run
 from xlsd_cache.terminal import say
-from xlsd_train.checkpoint import STATE
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.ema import forget_snapshots_after
+from xlsd_train.inside import refuse_links
+from xlsd_train.json_files import load_json, read_log
 from xlsd_train.losses import SETS, forget_after, save_losses, summaries
 from xlsd_train.mixture import Mixture
 from xlsd_train.model import Model
 from xlsd_train.rate import first_other_rate
+from xlsd_train.record import read_state, refuse_unfit
 from xlsd_train.resume import FIXED, LENGTH, Read, differing, refuse, told
-from xlsd_train.steps import checkpoints, partial_checkpoints
+from xlsd_train.steps import checkpoints, partial_checkpoints, steps_in
 from xlsd_train.verdict import Losses
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
@@ -62,17 +64,23 @@ class Run:
 
     @classmethod
     def open(cls, config: TrainConfig) -> "Run":
-        """Look at the folder without writing to it. Raises UserError where it is something else."""
+        """Look at the folder without writing to it.
+
+        Raises UserError where it is something else, or holds links.
+        """
         stamp = time.strftime("%Y%m%d-%H%M%S")
         folder = config.out or Path("runs") / f"{config.phase}-{stamp}"
         path = folder / "config.json"
+        refuse_links(folder)
         try:
-            before = json.loads(path.read_bytes())
+            before = load_json(path)
         except FileNotFoundError:
             before = None
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}; name another --out") from error
         if is_run(before):
+            refuse_unfit(folder, before)
+            _refuse_incomplete(folder)
             return cls(folder, before)
         if before is not None:
             raise UserError(
@@ -100,8 +108,7 @@ class Run:
         checkpoint = self.checkpoint
         if checkpoint is None:
             return {"step": 0, "images_seen": 0, "smoothed": [0.0, 0.0]}
-        value: dict[str, Any] = json.loads((checkpoint / STATE).read_bytes())
-        return value
+        return read_state(checkpoint)
 
     def compare(self, settings: dict[str, Any], config: TrainConfig, caption: Read) -> None:
         """Refuse to go on where a setting that could change a weight differs, naming each.
@@ -234,8 +241,9 @@ class Run:
         if not (self.folder / "base").exists():
             self._save_base(model, config)
         for partial in partial_checkpoints(self.folder):
-            shutil.rmtree(partial, ignore_errors=True)
-        for folder in (self.folder, *self.folder.glob("samples/**")):
+            shutil.rmtree(partial, ignore_errors=True)  # a kill met it
+        samples = self.folder / "samples"
+        for folder in (self.folder, samples, *steps_in(samples).values()):
             sweep(folder)
         step = self.state()["step"]
         last = step if self.checkpoint else -1  # without one even step 0 is measured again
@@ -310,7 +318,7 @@ class Run:
     def asked(self, name: str) -> bool:
         """Whether the user has touched RUN/NAME since; the file is taken away."""
         path = self.folder / name
-        if not path.exists():
+        if path.is_dir() or not path.exists():  # what `touch` does not make asks for nothing
             return False
         path.unlink(missing_ok=True)
         return True
@@ -329,10 +337,26 @@ class Run:
 
 def _cut(path: Path, step: int) -> None:
     """Leave the whole lines of a log up to a step."""
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        whole = (line for line in lines if line.endswith(b"\n"))
-        write_bytes(path, b"".join(x for x in whole if json.loads(x)["step"] <= step))
+    if not path.exists():
+        return
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for lines in read_log(path):
+            file.writelines(line for line, found in lines if _is_up_to(found, step))
+
+
+def _is_up_to(line: dict[str, Any] | None, step: int) -> bool:
+    at = (line or {}).get("step")
+    return isinstance(at, int) and at <= step
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    """Raises UserError for what has a checkpoint's name and is none: the run would save there."""
+    whole = checkpoints(folder)
+    for path in steps_in(folder / "checkpoints").values():
+        if path not in whole:
+            raise UserError(
+                f"{path} is no checkpoint, for it has no state.json; move it out of the run"
+            )
 
 
 def _foreign(path: Path) -> bool:

@@ -23,7 +23,7 @@ from xlsd_train.picture import Picture, draw_picture, pipeline_of, save_picture,
 from xlsd_train.processes import ALONE, Processes
 from xlsd_train.prompts import read_lines, read_pictures
 from xlsd_train.selection import Selection
-from xlsd_train.steps import samples_of
+from xlsd_train.steps import samples_of, steps_in
 from xlsd_train.thin import evenly
 
 PROMPTS = 4  # taken from the store where no file is given
@@ -76,14 +76,13 @@ class Sampler:
 
     def _grid(self, samples: Path) -> None:
         """Steps down, prompts across; of many steps some, the first and last among them."""
-        folders = sorted(samples.glob("step-????????"))
-        chosen = [folders[i] for i in evenly(len(folders), GRID_ROWS)]
+        there = list(steps_in(samples).items())
         rows = [
             [
-                (f"step {int(folder.name[5:])}: {prompt}", folder / f"{column:02d}.png")
+                (f"step {step}: {prompt}", folder / f"{column:02d}.png")
                 for column, prompt in enumerate(self.prompts)
             ]
-            for folder in chosen
+            for step, folder in (there[i] for i in evenly(len(there), GRID_ROWS))
         ]
         width = max(picture.width for picture in self.pictures)
         height = max(picture.height for picture in self.pictures)

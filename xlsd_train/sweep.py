@@ -20,8 +20,10 @@ from xlsd_cache.ours import is_page, refuse_foreign
 from xlsd_cache.terminal import say
 from xlsd_train.adapt import as_asked
 from xlsd_train.config import TrainConfig
-from xlsd_train.history import histories, read_record
+from xlsd_train.history import histories
+from xlsd_train.inside import refuse_link
 from xlsd_train.ranking import Standing, rank, table
+from xlsd_train.record import read_record
 from xlsd_train.report import NAME, write_page
 from xlsd_train.resume import differing, told
 from xlsd_train.run_commands import SweepConfig, without
@@ -102,6 +104,7 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
             "sweep starts processes of its own and is itself one; start it without a launcher"
         )
     for folder, asked in runs.items():
+        refuse_link(folder)
         if not (folder / "config.json").exists():
             continue
         there = as_asked(read_record(folder))
@@ -121,7 +124,7 @@ def _finished(folder: Path, asked: TrainConfig) -> bool:
     if not found:
         return False
     record = read_record(folder)
-    planned: int = record["planned_steps"]
+    planned: int = record.get("planned_steps", 2**62)
     if any(record["config"].get(x) != getattr(asked, x) for x in ("steps", "epochs")):
         planned = asked.steps or 2**62  # longer or shorter than it was: the run knows
     return step_of(found[-1]) >= min(planned, asked.stop_after or planned)
@@ -139,8 +142,9 @@ def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> N
         state = ", failed" if run.folder in failed else state
         named.append(replace(run, name=f"--lr {asked.lr}{state}"))
     standings, answer = rank(named)
-    print(table(standings))
-    print(answer + _beyond(standings))
+    for line in table(standings).splitlines():
+        say(line)
+    say(answer + _beyond(standings))
     say(f"report {write_page(named, out / NAME)}")
 
 

@@ -67,7 +67,7 @@ def _counts(
 
 def _table(told: dict[str, Any], unknown: tuple[str, ...]) -> None:
     print(f"{told['selected']} of {told['images']} images")
-    print("buckets: " + ", ".join(f"{name} {n}" for name, n in told["buckets"].items()))
+    say("buckets: " + ", ".join(f"{name} {n}" for name, n in told["buckets"].items()))
     for tag in unknown:
         say(f"no image has the tag {tag!r} that --forbid-tags names")
     for name, found in told["tags"].items():

@@ -6,8 +6,8 @@ format is safetensors': eight bytes of length, a JSON header, the tensors withou
 
 import hashlib
 import json
-import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from xlsd_cache import UserError
 from xlsd_cache.finite import count, is_finite
+from xlsd_train.json_files import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,6 +40,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+MOST_OLD = 2**34  # bytes of a pickle that has to be read whole
+MOST_HEADER = 2**25  # bytes; SD1.5's has 130,000, and with much metadata some have millions
 HASH, UNKNOWN = "modelspec.hash_sha256", "0x" + "_" * 64
 
 
@@ -89,8 +93,11 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     Raises UserError for a file that is neither, is cut short, or could run code.
     """
     try:
+        if not path.is_file():
+            raise UserError(f"cannot read {path}: it is no file; give one of weights")
         if _is_pickle(path):
             return _open_pickle(path), {}
+        check_length(path)
         with safe_open(path, "pt") as file:
             stored = {}
             for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -99,10 +106,22 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 read = partial(_read, path, name)
                 stored[name] = Stored(tuple(piece.get_shape()), dtype, read, name)
             return stored, dict(file.metadata() or {})
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise UserError(
             f"cannot read {path}: {_why(path, error)}; fetch or write it anew"
         ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file of our own. Raises ValueError for what is none."""
+    if not path.is_file():
+        raise ValueError("it is missing")
+    check_length(path)
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(_why(path, error)) from error
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
@@ -168,6 +187,33 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(_bytes(tensor).data).digest()
 
 
+def check_length(path: Path) -> None:
+    """Raises ValueError for a header longer than its file, or than any; nothing else is read."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(100)
+    if told := _other(head):
+        raise ValueError(told)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 9 or not head[8:].lstrip().startswith(b"{"):
+        raise ValueError("it is no .safetensors file, or its header is cut short")
+    if length > min(size - 8, MOST_HEADER):
+        most = "and it has {size}" if length > size - 8 else "more than any has"
+        raise ValueError(
+            f"its header claims {length} bytes, {most.format(size=size)}, so it is cut short or "
+            f"damaged"
+        )
+
+
+def _other(head: bytes) -> str:
+    """What a file is by its first bytes, where people often have it in place of weights."""
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git LFS and not the file itself"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is a web page"
+    return ""
+
+
 def _is_pickle(path: Path) -> bool:
     """Whether torch.save wrote it, in its zip format or the older one."""
     with path.open("rb") as file:
@@ -178,9 +224,9 @@ def _is_pickle(path: Path) -> bool:
 
 def _open_pickle(path: Path) -> dict[str, Stored]:
     try:
-        with path.open("rb") as file:  # of a path torch.load believes the suffix
-            held = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        held = _loaded(path)
+    # The bytes of a stranger have the unpickler raise errors of all kinds.
+    except Exception as error:
         names = re.search(r"GLOBAL (\S+)", str(error))
         told = f"it holds {names[1]}, so" if names else "damaged, or"
         raise UserError(
@@ -191,7 +237,38 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
         held = held["state_dict"]
     items = held.items() if isinstance(held, dict) else ()
     tensors = {str(name): value for name, value in items if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in CODES:
+            raise UserError(
+                f"{path}: {name} is no plain tensor but {value.layout} of {value.dtype} on "
+                f"{value.device}; give the .safetensors of it"
+            )
     return {name: replace(in_memory(value), name=name) for name, value in tensors.items()}
+
+
+def _loaded(path: Path) -> Any:
+    """What torch saved there, by an unpickler that makes tensors and plain values only.
+
+    Of the zip format the tensors stay on the disk until they are read. Raises whatever damage makes
+    it stumble over.
+    """
+    with path.open("rb") as file:
+        if file.read(1) == b"\x80":  # the older format
+            if path.stat().st_size > MOST_OLD:
+                raise ValueError("it is larger than any of its kind")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    held = sum(member.file_size for member in members)
+    pickled = max((it.file_size for it in members if it.filename.endswith(".pkl")), default=0)
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or held > path.stat().st_size or pickled > MOST_HEADER:  # torch packs nothing
+        raise ValueError("it claims more than it holds")
+    if path.suffix == ".safetensors":  # whose suffix torch.load believes
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _why(path: Path, error: Exception) -> str:
@@ -200,17 +277,13 @@ def _why(path: Path, error: Exception) -> str:
         return " ".join(str(error).split())[:200]
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(100)
-        if head.startswith(b"version https://git-lfs"):
-            return "it is a pointer of git LFS and not the file itself"
-        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-            return "it is a web page"
-        length = int.from_bytes(head[:8], "little")
-        file.seek(8)
+        length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(min(length, size)))
-            spans = (it["data_offsets"][1] for name, it in header.items() if name[:2] != "__")
+            header = parse_json(file.read(length))
+            spans = [it["data_offsets"][1] for name, it in header.items() if name[:2] != "__"]
             needs = 8 + length + max(spans, default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"it is no .safetensors file, or its header is cut short ({error})"
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return f"it is no .safetensors file, or its header is damaged ({error})"
+    if needs <= size:
+        return f"its header is damaged ({error})"
     return f"its header speaks of {needs} bytes and it has {size}, so it is cut short or damaged"

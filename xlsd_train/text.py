@@ -4,7 +4,6 @@ LongCLIP-L is CLIP-L with 248 positions in place of 77 (arXiv 2403.15378); `--to
 with the positions from which its authors began training theirs.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from torch import Tensor
 from xlsd_cache import UserError
 from xlsd_cache.durable import write_json
 from xlsd_train.hub import TOKENIZER_FILES
+from xlsd_train.inside import refuse_leading_out
+from xlsd_train.json_files import load_object
 
 KEPT, FACTOR = 20, 4  # LongCLIP: positions that stay as they are; how many one of the rest becomes
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -86,12 +87,25 @@ def stretch(encoder: Any, tokens: int) -> None:
 
 def copy_tokenizer(source: Path, target: Path, tokens: int) -> None:
     """A tokenizer's files, and in them the length that other programs cut captions to."""
+    there = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in there:
+        refuse_leading_out(source / name)
     target.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for name in there:
+        shutil.copyfile(source / name, target / name)
     path = target / TOKENIZER_CONFIG
-    told = json.loads(path.read_bytes()) if path.exists() else {"tokenizer_class": "CLIPTokenizer"}
+    told: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer"}
+    if path.exists():
+        try:
+            told = load_object(path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the tokenizer's {source / TOKENIZER_CONFIG} is damaged ({error}); give another "
+                f"as --tokenizer"
+            ) from error
+    if "auto_map" in told:  # no code of others is handed on
+        told = {name: value for name, value in told.items() if name != "auto_map"}
+        write_json(path, told)
     if told.get("model_max_length") != tokens:
         write_json(path, {**told, "model_max_length": tokens})
 

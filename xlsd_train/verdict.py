@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from xlsd_train import draw
 
 RESAMPLES, ENDS = 2000, (0.025, 0.975)  # 95%
+AT_ONCE = 2**24  # weights, 128 MiB; of up to 8388 images all resamples are summed at once
 NARROW = 30  # images; of normal figures a 95% interval of 4 holds 81%, of 12 91%, of 30 94%
 Name = TypeVar("Name")
 Losses = NDArray[np.float32]  # [samples, bands], unweighted; rows of two of them are the same image
@@ -65,7 +66,7 @@ class Verdict(Generic[Name]):
 def intervals(losses: Losses) -> list[Interval]:
     """Of the mean over all bands, and then of each band."""
     values = np.column_stack([losses.mean(axis=1, dtype=np.float64), losses.astype(np.float64)])
-    return _intervals(values.mean(axis=0), weights(len(values)) @ values)
+    return _intervals(values.mean(axis=0), _resampled(values, "bootstrap"))
 
 
 def summary(held_out: Losses, training: Losses) -> dict[str, Any]:
@@ -110,15 +111,27 @@ def overall(losses: Losses, purpose: str = "bootstrap") -> Estimate:
 
 def mean(values: NDArray[np.float64], purpose: str = "bootstrap") -> Estimate:
     """Of one value an image."""
-    return Estimate(float(values.mean()), weights(len(values), purpose) @ values)
+    return Estimate(float(values.mean()), _resampled(values, purpose))
 
 
-def weights(count: int, purpose: str = "bootstrap") -> NDArray[np.float64]:
-    """What each of `count` images weighs in each resample, f64 [RESAMPLES, count]."""
-    drawn = draw.words(0, purpose, np.arange(RESAMPLES * count)) % np.uint64(count)
-    at = drawn.astype(np.int64).reshape(RESAMPLES, count) + count * np.arange(RESAMPLES)[:, None]
-    times = np.bincount(at.ravel(), minlength=RESAMPLES * count)
-    return times.reshape(RESAMPLES, count) / count
+def _resampled(values: NDArray[np.float64], purpose: str) -> NDArray[np.float64]:
+    """The mean of each resample of the rows, as many resamples at once as memory is to hold."""
+    count = len(values)
+    some = max(1, min(RESAMPLES, AT_ONCE // count))
+    starts = range(0, RESAMPLES, some)
+    parts = (weights(count, purpose, range(i, min(i + some, RESAMPLES))) for i in starts)
+    return np.concatenate([part @ values for part in parts])
+
+
+def weights(
+    count: int, purpose: str = "bootstrap", which: range = range(RESAMPLES)
+) -> NDArray[np.float64]:
+    """What each of `count` images weighs in these resamples, f64 [resamples, count]."""
+    n = len(which)
+    drawn = draw.words(0, purpose, np.arange(which.start * count, which.stop * count))
+    at = (drawn % np.uint64(count)).astype(np.int64).reshape(n, count)
+    times = np.bincount((at + count * np.arange(n)[:, None]).ravel(), minlength=n * count)
+    return times.reshape(n, count) / count
 
 
 def _intervals(means: NDArray[np.float64], resampled: NDArray[np.float64]) -> list[Interval]:

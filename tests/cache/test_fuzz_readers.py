@@ -396,4 +396,4 @@ def test_what_is_not_damaged_is_read(tmp_path: Path) -> None:
     for name, data in LATENTS.items():
         (tmp_path / name).write_bytes(data)
         (held,) = peek(CacheFile("kohya", tmp_path / name, "s/a", "", 1, 0))  # type: ignore[misc]
-        assert held.shape == (4, 8, 8)  # type: ignore[union-attr]
+        assert held.shape == (4, 8, 8)

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tests.support import picture, train, write_images
+from xlsd_cache import UserError
 from xlsd_train.clip import load_clip
 from xlsd_train.picture import Picture, save_picture
 
@@ -218,7 +219,7 @@ def test_what_cannot_be_scored_is_refused_by_name(
         ((drawn, "--clip", model / "text_encoder"), "is a clip_text_model and no whole CLIP"),
         ((drawn, "--clip", tmp_path), "config.json is missing or damaged"),
         ((drawn, "--clip", lacking), "of a CLIP's weights"),
-        ((drawn, "--clip", unread), "does not load"),
+        ((drawn, "--clip", unread), "no .safetensors file"),
         ((broken, *judge), "03.png is truncated"),
     ]:
         capsys.readouterr()
@@ -234,3 +235,32 @@ def test_a_hub_that_is_not_reached_says_how_to_name_a_folder(
     told = capsys.readouterr().err
     assert "cannot fetch nobody/clip-that-is-not-there" in told
     assert "give a folder with a CLIP" in " ".join(told.split())
+
+
+def test_no_code_of_a_clip_runs_and_none_asks_to(
+    clip: Path, tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    folder, mark = Path(shutil.copytree(clip, tmp_path / "clip")), tmp_path / "mark"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    kinds = {"config.json": "AutoModel", "tokenizer_config.json": "AutoTokenizer"}
+    for name, kind in {**kinds, "preprocessor_config.json": "AutoImageProcessor"}.items():
+        told = json.loads((folder / name).read_text())
+        told |= {"auto_map": {kind: "evil.Evil", "AutoConfig": "evil.Evil"}}
+        told |= {"attn_implementation": "some/kernel"} if name == "config.json" else {}
+        (folder / name).write_text(json.dumps(told))
+    load_clip(str(folder), torch.device("cpu"))
+    for named, told in (("Evil", "wants Evil"), ("CLIPImageProcessor", "a size that no CLIP has")):
+        wide = {"image_processor_type": named, "size": {"shortest_edge": 10**9}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(wide))
+        with pytest.raises(UserError, match=told):
+            load_clip(str(folder), torch.device("cpu"))
+    assert not mark.exists()
+
+
+def test_pictures_that_are_links_are_not_scored(tmp_path: Path, capsys: Out) -> None:
+    (tmp_path / "key").write_text("PRIVATE-KEY")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/00.png").symlink_to(tmp_path / "key")
+    assert train("score", tmp_path / "out") == 1
+    assert f"{tmp_path / 'out/00.png'} is a link" in capsys.readouterr().err

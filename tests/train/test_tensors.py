@@ -1,13 +1,18 @@
 import json
+import os
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from xlsd_cache import UserError
-from xlsd_train.tensors import compare_tensors, in_memory, open_tensors, write_tensors
+from xlsd_train.tensors import compare_tensors, in_memory, open_tensors, read_tensors, write_tensors
 
 MIXED = {
     "b": torch.randn(3, 5),
@@ -138,3 +143,78 @@ def test_too_large_a_number_for_half_is_an_error_and_infinity_is_not() -> None:
     assert in_memory(torch.tensor([float("inf")])).to(torch.float16).read().isinf().all()
     whole = in_memory(torch.arange(3))
     assert whole.to(torch.float16) is whole
+
+
+def header(text: bytes, claimed: int | None = None) -> bytes:
+    return (len(text) if claimed is None else claimed).to_bytes(8, "little") + text
+
+
+def entry(**other: object) -> bytes:
+    about = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **other}
+    return json.dumps({"a": about}).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(b'{"a"', 2**40),
+        header(b'{"a"', 2**64 - 1),
+        header(b"{" + b" " * 2**25 + b"}", 2**25 + 2),
+        header(b'{"a":' * 100_000),
+        header(b'{"a":' + b"[" * 100_000),
+        header(entry(data_offsets=[0, 2**62])) + bytes(4),
+        header(entry(data_offsets=[4, 0])) + bytes(4),
+        header(entry(shape=[-1])) + bytes(4),
+        header(entry(shape=[2**40, 2**40])) + bytes(4),
+        header(entry(dtype="F33")) + bytes(4),
+        header(entry(dtype="F4")) + bytes(4),
+        header(entry()[:-1] + b"," + entry(data_offsets=[4, 8])[1:]) + bytes(8),
+    ],
+)
+def test_a_header_that_lies_is_refused_and_little_is_read(tmp_path: Path, content: bytes) -> None:
+    """Also of a file whose size is no bytes on the disk."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    for size in (len(content), 3 * 2**30):
+        os.truncate(path, size)
+        with pytest.raises(UserError, match="cannot read") as error:
+            open_tensors(path)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match="."):
+            read_tensors(path)
+
+
+def test_a_pickle_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    """Torch packs nothing; and what it saved stays on the disk until it is read."""
+    path = tmp_path / "model.ckpt"
+    torch.save({"x": torch.zeros(2**20)}, path)
+    assert torch.equal(open_tensors(path)[0]["x"].read(), torch.zeros(2**20))
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    with pytest.raises(UserError, match="no bare weights: damaged"):
+        open_tensors(tmp_path / "packed.ckpt")
+    torch.save({"x": torch.ones(2, 2).to_sparse()}, path)
+    with pytest.raises(UserError, match="x is no plain tensor"):
+        open_tensors(path)
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=60), st.integers(0, 80), st.sampled_from(["zip", "old", "safetensors"]))
+def test_any_change_to_a_file_of_weights_ends_in_weights_or_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, at: int, kind: str
+) -> None:
+    path = tmp_path_factory.mktemp("noise") / "x.ckpt"
+    if kind == "safetensors":
+        save_file({"a": torch.ones(2)}, path)
+    else:
+        torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=kind == "zip")
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + noise + data[at + len(noise) :])
+    with suppress(UserError):
+        tensors, _ = open_tensors(path)
+        for stored in tensors.values():
+            stored.read()
