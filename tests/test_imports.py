@@ -19,6 +19,7 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
     "xlsd_cache.options",
     "xlsd_cache.ours",
     "xlsd_cache.precision",
+    "xlsd_cache.regular",
     "xlsd_cache.quiet",
     "xlsd_cache.sources",  # only image_files
     "xlsd_cache.store",

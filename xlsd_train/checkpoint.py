@@ -21,9 +21,9 @@ from torch.nn import Parameter
 from xlsd_cache import UserError
 from xlsd_cache.durable import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
 from xlsd_cache.finite import count, unfit
+from xlsd_cache.regular import read_json
 from xlsd_train.ema import Ema
 from xlsd_train.find import TEXT_ENCODER, UNET
-from xlsd_train.json_files import load_json
 from xlsd_train.model import Model
 from xlsd_train.optim import numbers, set_numbers
 from xlsd_train.record import read_state
@@ -123,7 +123,7 @@ def remedy(run: Path) -> str:
     What a run was begun with may not change on resuming, but by --force.
     """
     path = run / "config.json"
-    record: dict[str, Any] = load_json(path) if path.is_file() else {}
+    record: dict[str, Any] = read_json(path) if path.is_file() else {}
     calmer = CALMER.get(record.get("config", {}).get("optimizer", ""), "a lower --lr")
     there = checkpoints(run)
     if not there:

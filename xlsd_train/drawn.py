@@ -8,7 +8,7 @@ from PIL import Image
 
 from xlsd_cache import UserError
 from xlsd_cache.ours import is_run
-from xlsd_train.json_files import load_json, parse_json
+from xlsd_cache.regular import parse_json, read_json
 from xlsd_train.record import read_record
 from xlsd_train.steps import steps_in
 
@@ -63,7 +63,7 @@ def own_size(source: str) -> str | None:
     folder = Path(source).expanduser()
     for run in (folder, folder.parent.parent):
         try:
-            record = load_json(run / "config.json")
+            record = read_json(run / "config.json")
         except (OSError, ValueError):
             continue
         if not is_run(record):

@@ -10,6 +10,7 @@ from typing import Any
 
 from xlsd_cache import Padding, UserError
 from xlsd_cache.hub import no_such, repository_of
+from xlsd_cache.regular import parse_json
 from xlsd_cache.terminal import say, warn
 from xlsd_train import names, sd15
 from xlsd_train.fold import Normalisation
@@ -23,7 +24,7 @@ from xlsd_train.hub import (
     fetch_model,
 )
 from xlsd_train.inside import refuse_links
-from xlsd_train.json_files import misfit, parse_json
+from xlsd_train.json_files import misfit
 from xlsd_train.network import (
     KINDS,
     MOST_LAYERS,

@@ -1,37 +1,18 @@
 """JSON that anybody may have written: read within bounds, and of the shape that is wanted."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MOST_NBYTES = 2**25  # of a file; parsed, the worst of that many takes 1 GB
+from xlsd_cache.regular import parse_json, read_json
+
 LINE_NBYTES = 2**20  # of a log's line, which has some hundred bytes
 CHUNK = 1 << 20  # bytes of a log that are parsed at once
 
 
-def load_json(path: Path) -> Any:
-    """What a JSON file holds. Raises OSError, or ValueError for all that is none."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError("it is no file")
-    with path.open("rb") as file:
-        data = file.read(MOST_NBYTES + 1)
-    if len(data) > MOST_NBYTES:
-        raise ValueError(f"it is longer than {MOST_NBYTES >> 20} MiB")
-    return parse_json(data)
-
-
-def parse_json(data: bytes | str) -> Any:
-    """The value. Raises ValueError for all that is no JSON, or too deep to be parsed."""
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
 def load_object(path: Path) -> dict[str, Any]:
-    """The same, for a file that holds an object."""
-    value = load_json(path)
+    """What a file holds that is a JSON object. Raises OSError, or ValueError for all else."""
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError("it holds no JSON object")  # noqa: TRY004 - as of all that is none
     return value

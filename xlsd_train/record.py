@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from xlsd_cache import UserError
+from xlsd_cache.regular import read_json
 from xlsd_train.inside import refuse_links
-from xlsd_train.json_files import load_json, misfit
+from xlsd_train.json_files import misfit
 from xlsd_train.steps import STATE
 
 CONFIG = "config.json"
@@ -79,7 +80,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     refuse_links(folder)
     path = folder / CONFIG
     try:
-        record = load_json(path)
+        record = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} holds no run (no config.json); name the folder of a run"
@@ -106,7 +107,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's state.json. Raises UserError where it is damaged."""
     path = checkpoint / STATE
     try:
-        state = load_json(path)
+        state = read_json(path)
         if why := misfit(state, _STATE):
             raise ValueError(why)
     except (OSError, ValueError) as error:

@@ -32,11 +32,12 @@ from xlsd_cache.durable import (
     write_json,
 )
 from xlsd_cache.ours import is_run
+from xlsd_cache.regular import read_json
 from xlsd_cache.terminal import say
 from xlsd_train.config import FREE, TrainConfig
 from xlsd_train.ema import forget_snapshots_after
 from xlsd_train.inside import refuse_links
-from xlsd_train.json_files import load_json, read_log
+from xlsd_train.json_files import read_log
 from xlsd_train.losses import SETS, forget_after, save_losses, summaries
 from xlsd_train.mixture import Mixture
 from xlsd_train.model import Model
@@ -73,7 +74,7 @@ class Run:
         path = folder / "config.json"
         refuse_links(folder)
         try:
-            before = load_json(path)
+            before = read_json(path)
         except FileNotFoundError:
             before = None
         except (OSError, ValueError) as error:

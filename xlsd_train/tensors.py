@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xlsd_cache import UserError
 from xlsd_cache.finite import count, is_finite
-from xlsd_train.json_files import parse_json
+from xlsd_cache.regular import parse_json
 
 DTYPES = {
     "F64": torch.float64,

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlsd_cache import UserError
+from xlsd_cache.regular import JSON_BYTES, read_json
 from xlsd_train.history import histories
-from xlsd_train.json_files import CHUNK, LINE_NBYTES, MOST_NBYTES, load_json, misfit, read_log
+from xlsd_train.json_files import CHUNK, LINE_NBYTES, misfit, read_log
 from xlsd_train.network import KINDS, check, checked_config, plain_part, read_told
 from xlsd_train.picture import Picture
 from xlsd_train.prediction import file_scheduler, known_scheduler
@@ -132,13 +133,13 @@ def test_files_are_read_within_bounds(tmp_path: Path) -> None:
     for text, told in (("[" * 10**5, "too deep"), ("", "Expecting"), ("\ufeff", "")):
         path.write_text(text)
         with pytest.raises(ValueError, match=told):
-            load_json(path)
-    os.truncate(path, MOST_NBYTES + 1)
-    with pytest.raises(ValueError, match="longer than 32 MiB"):
-        load_json(path)
+            read_json(path)
+    os.truncate(path, JSON_BYTES + 1)
+    with pytest.raises(OSError, match="are more than"):
+        read_json(path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no file"):
-        load_json(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_json(tmp_path / "pipe")
 
 
 def test_a_log_is_read_in_order_whatever_its_lines(tmp_path: Path) -> None:
