@@ -87,7 +87,7 @@ def main(config: CardConfig, command: Sequence[str]) -> int:
     }
     for key, value in found.items():
         print(f"{key}: {value}", flush=True)
-    if before := _found_before(out, found["machine"]):
+    if before := found_before(out, found["machine"]):
         found = {**before, **found, "command": f"{before['command']}; {found['command']}"}
     if not config.tiny:
         limit_card(config.vram, bench.device)
@@ -100,7 +100,7 @@ def main(config: CardConfig, command: Sequence[str]) -> int:
     return 1 if any("failed" in found[name] for name in config.part) else 0
 
 
-def _found_before(out: Path, here: str) -> Found:
+def found_before(out: Path, here: str) -> Found:
     """What the file has already, where it is of this machine and these versions."""
     before: Found = json.loads(out.read_text()) if out.exists() else {}
     return before if before.get("machine") == here else {}

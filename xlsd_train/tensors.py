@@ -6,6 +6,7 @@ format is safetensors': eight bytes of length, a JSON header, the tensors withou
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -98,14 +99,16 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         if _is_pickle(path):
             return _open_pickle(path), {}
         check_length(path)
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as checked, path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header, was = parse_json(file.read(length)), os.fstat(file.fileno())
             stored = {}
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                piece = file.get_slice(name)
-                dtype = DTYPES[piece.get_dtype()]
-                read = partial(_read, path, name)
-                stored[name] = Stored(tuple(piece.get_shape()), dtype, read, name)
-            return stored, dict(file.metadata() or {})
+            for name in checked.keys():  # noqa: SIM118 - it is no mapping
+                it = header[name]
+                shape, dtype = tuple(it["shape"]), DTYPES[it["dtype"]]
+                read = partial(_read, path, was, 8 + length + it["data_offsets"][0], shape, dtype)
+                stored[name] = Stored(shape, dtype, read, name)
+            return stored, dict(checked.metadata() or {})
     except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise UserError(
             f"cannot read {path}: {_why(path, error)}; fetch or write it anew"
@@ -171,11 +174,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path, name: str) -> Tensor:
-    # Opened anew each time: pages of a file that stays mapped would count as our memory.
-    with safe_open(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+def _read(
+    path: Path, was: os.stat_result, at: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """A tensor of a file whose header is known, which to parse for each would take a second.
+
+    Read, for pages of a file that stays mapped would count as our memory. Raises OSError where it
+    is another file by now.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        now = os.fstat(file.fileno())
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (was.st_ino, was.st_size, was.st_mtime_ns):
+            raise OSError(f"{path} was replaced while it was read")
+        file.seek(at)
+        left = _bytes(tensor).data
+        while left and (count := file.readinto(left)):
+            left = left[count:]
+        if left:
+            raise OSError(f"{path} was cut short while it was read")
+    return tensor
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

@@ -217,7 +217,7 @@ def all_at_once(images: Path, vae: Path, folder: Path) -> dict[str, object]:
     ("phase", "optimizer", "mixed", "due"),
     [
         pytest.param("unet", "lion", False, 10, marks=pytest.mark.slow),
-        ("te", "dlion", True, 4),
+        ("te", "dlion", False, 4),
         pytest.param("te", "dlion", True, 6, marks=pytest.mark.slow),
         pytest.param("te", "adamw", True, 6, marks=pytest.mark.slow),
     ],

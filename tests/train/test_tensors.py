@@ -68,8 +68,22 @@ def test_tensors_are_read_only_when_asked_for(tmp_path: Path) -> None:
     assert {name: (it.shape, it.dtype) for name, it in tensors.items()} == {
         "a": ((4, 2), torch.float32), "b": ((3,), torch.float16)
     }  # fmt: skip
-    save_file({"a": torch.full((4, 2), 5.0)}, path, {"format": "pt"})
-    assert torch.equal(tensors["a"].read(), torch.full((4, 2), 5.0))
+    was, fives = path.stat(), torch.full((4, 2), 5.0)
+    with path.open("r+b") as file:  # as if it had been so all the time
+        file.write(path.read_bytes().replace(bytes(32), fives.numpy().tobytes()))
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert torch.equal(tensors["a"].read(), fives)
+
+
+def test_a_file_that_was_replaced_meanwhile_is_not_read_as_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(3), "b": torch.ones(2, dtype=torch.bfloat16)}, path)
+    stored, _ = open_tensors(path)
+    assert torch.equal(stored["b"].read(), torch.ones(2, dtype=torch.bfloat16))
+    save_file({"c": torch.ones(9)}, tmp_path / "other")
+    (tmp_path / "other").replace(path)
+    with pytest.raises(OSError, match="was replaced while it was read"):
+        stored["a"].read()
 
 
 def test_a_pickle_of_bare_tensors_is_read_as_its_state_dict(tmp_path: Path) -> None:
