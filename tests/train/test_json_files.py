@@ -130,7 +130,7 @@ def test_a_yaml_that_means_harm_is_a_sentence(tmp_path: Path, text: str) -> None
 
 def test_files_are_read_within_bounds(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    for text, told in (("[" * 10**5, "too deep"), ("", "Expecting"), ("\ufeff", "")):
+    for text, told in (("[" * 10**5, "too deep"), ("", "Expecting"), ("\ufeff", "Expecting")):
         path.write_text(text)
         with pytest.raises(ValueError, match=told):
             read_json(path)
