@@ -26,6 +26,7 @@ from xlsd_train.hub import (
 from xlsd_train.inside import refuse_links
 from xlsd_train.json_files import misfit
 from xlsd_train.network import (
+    CLASSES_OF,
     KINDS,
     MOST_LAYERS,
     PREFIX,
@@ -33,6 +34,7 @@ from xlsd_train.network import (
     Part,
     check,
     checked_config,
+    class_in,
     folder_part,
     ldm_part,
     plain_part,
@@ -165,7 +167,10 @@ def part_of(kind: Kind, source: str, config: Mapping[str, Any], option: str) -> 
     known = _configs(path, metadata)
     if kind in known:
         config = known[kind]
-    elif (path.parent / "config.json").is_file():
+    elif (
+        (beside := path.parent / "config.json").is_file()
+        and class_in(kind, read_json(beside)) in CLASSES_OF[kind]  # else it lies there for others
+    ):
         config = read_config(kind, path.parent)
     prefix = {"unet": names.UNET, "text_encoder": names.TEXT_ENCODER, "vae": names.VAE}[kind]
     if kind == "unet" and "input_blocks.0.0.weight" in tensors:

@@ -91,7 +91,7 @@ def load_scaling(source: str, base: Path, vae: Vae, own: Callable[[], Vae]) -> S
     told = read_told(path)
     if not told["normalized"]:
         return own_scaling(vae)
-    if told["vae_sha256"] != vae.sha256:
+    if told.get("vae_sha256") != vae.sha256:
         encoder = told.get("encoder_sha256") or own().encoder_sha256  # older runs keep one hash
         if encoder != vae.encoder_sha256:
             raise UserError(

@@ -44,7 +44,7 @@ LAYERS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block
 MOST_LAYERS, MOST_NUMBER = 100, 2**24  # of a network's layers; of any number in a config
 MOST_WEIGHTS = 4 * 10**9  # of a part; SD1.5's UNet has 0.86 billion
 INDEX = {"weight_map!": {str: str}}
-TOLD = {"normalized!": bool, "shift!": [float], "scale!": [float], "vae_sha256!": str,
+TOLD = {"normalized!": bool, "shift!": [float], "scale!": [float], "vae_sha256": str,
         "encoder_sha256": str, "padding": str}  # fmt: skip
 # transformers 5 drops this from its names; SD1.5's file and every other program have it.
 PREFIX = "text_model."
@@ -239,14 +239,19 @@ def read_config(kind: Kind, folder: Path) -> dict[str, Any]:
     return checked_config(kind, config, str(folder))
 
 
+def class_in(kind: Kind, config: Mapping[str, Any]) -> Any:
+    """What a config says that it is of; where it does not, the part's own class, but no VAE's."""
+    named = config.get("_class_name", None if kind == "vae" else CLASSES_OF[kind][0])
+    return config.get("model_type", named) if kind == "text_encoder" else named
+
+
 def checked_config(kind: Kind, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A part's config without what could have a library load other code than its own.
 
     Raises UserError for another class than the part's, and for numbers that no such network has.
     """
     what = kind.replace("_", " ")
-    named = config.get("_class_name", None if kind == "vae" else CLASSES_OF[kind][0])
-    named = config.get("model_type", named) if kind == "text_encoder" else named
+    named = class_in(kind, config)
     if named not in CLASSES_OF[kind]:
         raise UserError(
             f"{where} holds a {named}, which is no {what.replace('vae', 'VAE')} known here; give "

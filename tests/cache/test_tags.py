@@ -75,7 +75,9 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "tags.txt.arrow"
     path.write_bytes({"cut": path.read_bytes()[:-9], "empty": b"", "not ours": b"ARROW1"}[damage])
     assert as_dict(open_tags(tmp_path, "txt", texts, "f")) == expected
-    assert as_dict(open_tags(tmp_path, "txt", pa.chunked_array([["of", "another"]]), "f")) == expected
+    assert (
+        as_dict(open_tags(tmp_path, "txt", pa.chunked_array([["of", "another"]]), "f")) == expected
+    )
 
 
 def test_a_store_that_cannot_be_written_is_still_asked(store: Path, tmp_path: Path) -> None:

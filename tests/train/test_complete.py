@@ -14,7 +14,9 @@ def begun(run: Path, config: TrainConfig, step: int, planned: int, **told: Any) 
     """A run's folder, as far as it is looked at; returns what is asked of it."""
     asked = replace(config, out=run)
     (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    (run / "checkpoints" / f"step-{step:08d}" / "state.json").write_text("{}")
     record = {"config": asdict(asked.resolved()), "settings": {}, "planned_steps": planned, **told}
+    record["stores"] = []
     (run / "config.json").write_text(json.dumps(record, default=str))
     drawn = run / "samples" / f"step-{step:08d}" / "00.png"
     drawn.parent.mkdir(parents=True)
