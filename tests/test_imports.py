@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 READ_SIDE = {  # what xlsd_train may import: the store's read side, and what that stands on
     "xlsd_cache",
+    "xlsd_cache.configs",
     "xlsd_cache.decode",  # images of `score`, read as a store's are
     "xlsd_cache.disk",
     "xlsd_cache.durable",
@@ -30,14 +31,14 @@ READ_SIDE = {  # what xlsd_train may import: the store's read side, and what tha
 }
 # The stations in the order in which data passes them; each may import only earlier ones.
 CACHE = (
-    "terminal quiet regular texts options words disk ours durable interrupt precision full finite "
-    "identity manifest sound shard blocks formats inflate gzips captions cells locate outside "
-    "tables text_tables arrow_tables rows names matches match masks lists folders members tars "
-    "zips archives records colours decode sources guard buckets index tags store moments hub vae "
-    "fitting known accounting arrays commit live builders space conclude encode headers unchanged "
-    "place delta plan config pipeline build readback verify repair check survey info preview "
-    "export_index recaption peers cached pairing items crops thumbnails compare transfer proving "
-    "importing other_names cli __main__"
+    "terminal quiet regular configs texts options words disk ours durable interrupt precision "
+    "full finite identity manifest sound shard blocks formats inflate gzips captions cells locate "
+    "outside tables text_tables arrow_tables rows names matches match masks lists folders members "
+    "tars zips archives records colours decode sources guard buckets index tags store moments hub "
+    "vae fitting known accounting arrays commit live builders space conclude encode headers "
+    "unchanged place delta plan config pipeline build readback verify repair check survey info "
+    "preview export_index recaption peers cached pairing items crops thumbnails compare transfer "
+    "proving importing other_names cli __main__"
 ).split()
 TRAIN = (
     "draw steps json_files inside record schedule parts captions mixture selection batches "

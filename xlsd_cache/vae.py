@@ -5,6 +5,7 @@ was trained further reads and writes the same latents.
 """
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors import SafetensorError
 from torch import Tensor
 
 from xlsd_cache import Padding, UserError
+from xlsd_cache.configs import plain_config
 from xlsd_cache.finite import count, unfit
 from xlsd_cache.hub import cached, fetch, no_such, repository_of, require
 
@@ -133,7 +134,9 @@ def load_vae(
         raise UserError(
             f"cannot load the VAE {spec!r}: it lacks weights; give a whole VAE"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever the libraries stumble over in a config of any kind
         told = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load the VAE {spec!r}: {told}") from error
     model = model.float().requires_grad_(False).eval()
@@ -200,7 +203,7 @@ def _repository(repository: str, subfolder: str | None, fetching: bool) -> Path:
 def _from_folder(folder: Path, subfolder: str | None) -> Any:
     if subfolder is None and not (folder / "config.json").exists():
         subfolder = "vae"
-    config = AutoencoderKL.load_config(str(folder), subfolder=subfolder)
+    config = _config(folder, subfolder)
     if config.get("_class_name") not in CLASSES:
         raise UserError(
             f"{folder} holds a {config.get('_class_name')}, which is no VAE known here; "
@@ -215,6 +218,22 @@ def _from_folder(folder: Path, subfolder: str | None) -> Any:
     return model
 
 
+def _config(folder: Path, subfolder: str | None) -> dict[str, Any]:
+    """Of a VAE, before anything is built of it. Raises UserError for numbers that no VAE has."""
+    config: dict[str, Any] = AutoencoderKL.load_config(str(folder), subfolder=subfolder)
+    plain_config(config, f"{folder} has a VAE")
+    if "quantization_config" in config:
+        raise UserError(f"{folder} holds a quantised VAE; give it in fp32 or half precision")
+    factor, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
+    numbers = all(type(x) in {int, float} and math.isfinite(x) for x in (factor, shift))
+    if not numbers or not factor:
+        raise UserError(
+            f"{folder} has a VAE of scaling_factor {str(factor)[:40]} and shift_factor "
+            f"{str(shift)[:40]}, by which no latents are scaled; mend its config.json"
+        )
+    return config
+
+
 def _from_file(path: Path, scaling_factor: float | None) -> Any:
     if path.suffix != ".safetensors":
         raise UserError(
@@ -222,7 +241,7 @@ def _from_file(path: Path, scaling_factor: float | None) -> Any:
             f"loaded: convert it first"
         )
     if (path.parent / "config.json").exists():
-        config = AutoencoderKL.load_config(str(path.parent))
+        config = _config(path.parent, None)
         kind = CLASSES.get(config.get("_class_name", ""), AutoencoderKL)
         return kind.from_single_file(str(path), config=str(path.parent), local_files_only=True)
     if scaling_factor is None:

@@ -15,11 +15,12 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from xlsd_cache import UserError
+from xlsd_cache.configs import plain_config
 from xlsd_cache.decode import Rejected, decode, header_of
 from xlsd_cache.hub import no_such, repository_of
 from xlsd_train.hub import TOKENIZER_FILES, fetch_model
 from xlsd_train.json_files import misfit
-from xlsd_train.network import plain_config, read_json
+from xlsd_train.network import read_json
 from xlsd_train.tensors import open_tensors
 
 Embeddings = NDArray[np.float64]  # [n, D], each of length 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xlsd_cache import Padding, UserError
+from xlsd_cache.configs import MOST_LAYERS
 from xlsd_cache.hub import no_such, repository_of
 from xlsd_cache.regular import parse_json
 from xlsd_cache.terminal import say, warn
@@ -28,7 +29,6 @@ from xlsd_train.json_files import misfit
 from xlsd_train.network import (
     CLASSES_OF,
     KINDS,
-    MOST_LAYERS,
     PREFIX,
     Kind,
     Part,

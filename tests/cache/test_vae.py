@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,29 @@ def test_what_is_no_vae_is_refused_in_one_sentence(
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(UserError, match=told) as error:
         load_vae(spec, scaling_factor=1.0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers_per_block": 10**9}, {"layers_per_block": "two"}, {"block_out_channels": [10**9]},
+        {"block_out_channels": "many"}, {"norm_num_groups": 0}, {"in_channels": {}},
+        {"down_block_types": ["os.system"]}, {"quantization_config": {"load_in_4bit": True}},
+        {"act_fn": ["silu"] * 10**5}, {"scaling_factor": [1]}, {"scaling_factor": 0},
+        {"shift_factor": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_makes_no_vae_is_one_sentence(
+    vae: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Whatever a stranger wrote there; nothing is built for ever, and no code is looked for."""
+    copy = shutil.copytree(vae, tmp_path / "vae")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError) as error:
+        load_vae(str(copy))
     assert "\n" not in str(error.value)
 
 
