@@ -4,7 +4,6 @@ import codecs
 from pathlib import Path
 
 from xlsd_cache import UserError
-from xlsd_cache.regular import open_regular
 
 MOST_BYTES = 2**26  # 64 MiB, a million lines: more is no text that a person wrote
 _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
@@ -23,7 +22,7 @@ def read_text(path: Path, what: str) -> str:
     UserError for a file that cannot be read, and for other bytes, naming their line.
     """
     try:
-        with open_regular(path.expanduser()) as file:
+        with path.expanduser().open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or error

@@ -64,7 +64,9 @@ def test_what_is_advised_is_possible(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"config": {"optimizer": optimizer}}))
     if saved:
-        (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+        state = tmp_path / "checkpoints/step-00000004/state.json"
+        state.parent.mkdir(parents=True)
+        state.write_text("{}")
     meter = Meter([0.0, 0.0], tmp_path)
     meter.add({"step": step}, 1, torch.tensor(torch.inf), torch.tensor(0.0))
     with pytest.raises(UserError, match=f"the loss of step {step} is inf.*{told}"):
