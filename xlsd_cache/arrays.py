@@ -32,18 +32,19 @@ def grow_array(
     missing one. Does nothing where the array is that long already.
     """
     path = manifest.array(bucket) / "zarr.json"
-    if path.exists() and _rows(path) >= rows:
+    told = rows_told(path)
+    if told is not None and told >= rows:
         return
     mend_array(manifest, bucket, rows, shape, dtype, shard)
 
 
-def _rows(path: Path) -> int:
-    """How many rows an array's zarr.json claims; 0 where it is damaged, to be written again."""
+def rows_told(path: Path) -> int | None:
+    """How many rows an array's zarr.json claims; None where it is missing, or damaged."""
     try:
         rows: int = read_json(path)["shape"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return 0
-    return rows if type(rows) is int else 0
+        return None
+    return rows if type(rows) is int else None
 
 
 def array_fault(

@@ -123,13 +123,8 @@ def _read(manifest: Manifest) -> Together | None:
         told["builders"] = tuple(Builder(**it) for it in told["builders"])
         told |= {name: frozenset(told[name]) for name in ("before", "joined")}
         return Together(**told)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # none yet; or not ours to read: begin anew
+    # None yet; or not ours to read, and a new one is begun.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -4,6 +4,7 @@ After a kill at any moment a path holds either its old content or its new, whole
 loss as well: a rename that was not synced may survive with an empty file behind it.
 """
 
+import errno
 import json
 import mmap
 import os
@@ -56,8 +57,11 @@ def temporary_path(folder: Path, name: str) -> Path:
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path to write; when the block ends well, it becomes `path`, durably.
 
-    The temporary file lies in `staging` (same file system) or, by default, beside `path`.
+    The temporary file lies in `staging` (same file system) or, by default, next to `path`. Raises
+    OSError for a `staging` that is a link, which would have it written somewhere else.
     """
+    if staging is not None and staging.is_symlink():
+        raise OSError(errno.ELOOP, "a link", os.fspath(staging))
     temporary = temporary_path(staging or path.parent, path.name)
     try:
         yield temporary

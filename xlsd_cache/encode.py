@@ -29,7 +29,7 @@ def to_input(pixels: Tensor) -> Tensor:  # uint8 [B,H,W,3] -> f32 [B,3,H,W] in [
     return (2.0 * (pixels.permute(0, 3, 1, 2).float() / 255.0)) - 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoder:
     """A VAE on its device, at its precision, and how it is called."""
 
@@ -38,7 +38,7 @@ class Encoder:
     device: torch.device
     batch: int = 8  # images a call
     calls: int = 1  # at once
-    _full_at: list[float] = field(default_factory=lambda: [math.inf], repr=False)  # pixels
+    _full_at: float = field(default=math.inf, init=False)  # pixels a call, which did not fit
 
     def __post_init__(self) -> None:
         self.vae.model.to(self.device)
@@ -90,7 +90,7 @@ class Encoder:
         latents are others near every seam.
         """
         count, height, width = pixels.shape[:3]
-        if count == 1 or count * height * width < self._full_at[0]:
+        if count == 1 or count * height * width < self._full_at:
             try:
                 return self._encode(pixels)
             except RuntimeError as error:
@@ -105,7 +105,7 @@ class Encoder:
                 f"{count} images of {width}x{height} do not fit the card; from here on it encodes "
                 f"half as many at once"
             )
-            self._full_at[0] = count * height * width
+            self._full_at = count * height * width
             give_back(self.device)
         return np.concatenate([self.encode(half) for half in np.array_split(pixels, 2)])
 

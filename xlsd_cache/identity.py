@@ -142,7 +142,7 @@ def record_encoder(root: Path, vae_sha256: str, encoder_sha256: str) -> None:
     stored, _ = read_attributes(root)
     if stored.vae_sha256 == vae_sha256 and not stored.encoder_sha256:
         staging = root / "staging"
-        if staging.is_symlink() or (root / "manifest").is_symlink():
+        if (root / "manifest").is_symlink():
             return
         with suppress(OSError):
             told = {"vae_sha256": vae_sha256, "encoder_sha256": encoder_sha256}

@@ -89,8 +89,6 @@ def save_view(root: Path, view: View) -> None:
         "fingerprint": view.fingerprint,
     }
     table = view.samples.replace_schema_metadata({"xlsd": json.dumps(told)})
-    if (root / "staging").is_symlink():  # then it stays in memory
-        return
     try:
         with (
             replacing(root / "index.arrow", root / "staging") as temporary,

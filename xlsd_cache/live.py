@@ -17,11 +17,11 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from xlsd_cache.arrays import rows_told
 from xlsd_cache.commit import planning
 from xlsd_cache.durable import fsync_folder, write_bytes
 from xlsd_cache.index import View, make_view
 from xlsd_cache.manifest import MOST_ROWS, Manifest
-from xlsd_cache.regular import read_json
 
 FOLDER = "live"  # a group, so that the arrays of the group above are the buckets and nothing else
 CHUNK = 1 << 20  # rows: a bucket is one file, up to a million images
@@ -46,17 +46,8 @@ def live_masks(manifest: Manifest, view: View) -> dict[str, Mask]:
     masks = {}
     for path in sorted(manifest.array("").glob("*x*/zarr.json")):
         bucket = path.parent.name
-        try:
-            rows: int = read_json(path)["shape"][0]
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-        ):  # `check` says it of the array
-            continue
-        if not (type(rows) is int and 0 <= rows <= MOST_ROWS):
+        rows = rows_told(path)
+        if rows is None or not 0 <= rows <= MOST_ROWS:  # `check` says it of the array
             continue
         start, stop = view.ranges.get(bucket, (0, 0))
         live = view.samples["row"].slice(start, stop - start).to_numpy()

@@ -54,9 +54,7 @@ def open_tags(root: Path, column: str, texts: pa.ChunkedArray, fingerprint: str)
     """
     path = root / f"tags.{quote(column, safe='')}.arrow"
     batch = _mapped(path, fingerprint, len(texts))
-    if batch is None and (root / "staging").is_symlink():
-        batch = _make(texts)
-    elif batch is None:
+    if batch is None:
         batch = _make(texts).replace_schema_metadata({"fingerprint": fingerprint})
         with (
             suppress(OSError),

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 
 from xlsd_cache import __version__
-from xlsd_train.json_files import misfit, read_log
+from xlsd_train.json_files import objects_in
 from xlsd_train.losses import SETS
 from xlsd_train.prediction import prediction_type
 from xlsd_train.record import read_record, read_state
@@ -206,9 +206,7 @@ _LINE = {"step!": int, **{name: {"mean!": float} for name in (*SETS, "gap")}}
 def _line(path: Path, step: int) -> dict[str, Any]:
     """A log's newest line up to this step, of the weights themselves; {} where there is none."""
     found: dict[str, Any] = {}
-    for told in (line for lines in read_log(path) for _, line in lines):
-        if told is None or misfit(told, _LINE):
-            continue
+    for told in objects_in(path, _LINE):
         if told.get("weights", "live") == "live" and told["step"] <= step:
             found = told
     return found

@@ -8,7 +8,6 @@ from xlsd_cache import UserError
 from xlsd_cache.ours import is_run
 from xlsd_train.adapt import as_asked
 from xlsd_train.config import TrainConfig
-from xlsd_train.inside import refuse_links
 from xlsd_train.losses import is_validated
 from xlsd_train.record import read_record
 from xlsd_train.resume import LENGTH, differing, other_start
@@ -20,10 +19,7 @@ def complete(config: TrainConfig) -> str | None:
 
     Where a setting differs that counts, it is training that goes on or refuses.
     """
-    if config.out is None or config.dry_run:
-        return None
-    refuse_links(config.out)
-    if not (found := checkpoints(config.out)):
+    if config.out is None or config.dry_run or not (found := checkpoints(config.out)):
         return None
     try:
         record = read_record(config.out)

@@ -31,6 +31,12 @@ def read_log(path: Path) -> Iterator[list[tuple[bytes, dict[str, Any] | None]]]:
             yield [(line, found.pop(0) if line else None) for line in lines]
 
 
+def objects_in(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a log that are of a shape, see `misfit`; all other lines are passed over."""
+    for lines in read_log(path):
+        yield from (line for _, line in lines if line is not None and not misfit(line, shape))
+
+
 def _some(file: Any) -> list[bytes]:
     """The next whole lines, b"" for one that is too long; without a last one that does not end."""
     found: list[bytes] = []

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from xlsd_cache import UserError
 from xlsd_cache.durable import replacing
-from xlsd_train.json_files import misfit, read_log
+from xlsd_train.json_files import objects_in
 from xlsd_train.steps import steps_in
 from xlsd_train.verdict import Losses, Verdict, summary, verdict
 
@@ -112,9 +112,7 @@ def tell(run: Path, saved: Sequence[int]) -> str | None:
 def _lost(run: Path, saved: set[int], loss: float) -> str | None:
     """The lowest loss below `loss` of a validated step that is not saved, in words."""
     lowest: dict[Candidate, float] = {}
-    for told in (line for lines in read_log(run / "validation.jsonl") for _, line in lines):
-        if told is None or misfit(told, _LINE):
-            continue
+    for told in objects_in(run / "validation.jsonl", _LINE):
         step, mean = told["step"], told[HELD_OUT]["mean"]
         if step not in saved and mean < min([loss, *lowest.values()]):
             lowest = {(step, told["weights"]): mean}

@@ -32,8 +32,8 @@ def predicted(seconds: Mapping[str, float], device: str) -> tuple[str, float] | 
 def hours_told(card: str, seconds: float) -> str:
     """Of a whole run, predicted before it."""
     return (
-        f"no less than {_long(seconds)} at an {card}'s peak; 2.5 times that is usual, and samples "
-        f"and validation are not in it"
+        f"no less than {_long(seconds)} at an {card}'s peak; an H200 took 2.5 times its own, and "
+        f"samples and validation are not in it"
     )
 
 

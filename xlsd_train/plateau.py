@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from xlsd_cache.terminal import shown
 from xlsd_train.config import TrainConfig
-from xlsd_train.json_files import misfit, read_log
+from xlsd_train.json_files import objects_in
 
 WINDOW = 100  # steps over which d hardly grows on a plateau
 GROWTH = 1.02  # by a factor less than this over the window
@@ -64,9 +64,8 @@ class PlateauWatch:
         if config.optimizer != "dlion":
             watch._done = True
         else:
-            for line in (line for lines in read_log(metrics) for _, line in lines):
-                if line is not None and misfit(line, LINE) is None:
-                    watch.next(line)
+            for line in objects_in(metrics, LINE):
+                watch.next(line)
         return watch
 
     def see(self, line: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from xlsd_train.find import TEXT_ENCODER, UNET
 from xlsd_train.inside import refuse_links
 from xlsd_train.network import PREFIX
 from xlsd_train.power import Profile, coefficients, gamma_of
+from xlsd_train.record import unreadable
 from xlsd_train.run_commands import EmaConfig
 from xlsd_train.steps import checkpoints
 from xlsd_train.tensors import check_length, read_tensors
@@ -121,10 +122,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return read_tensors(path)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; remove {path.parent}, so that the checkpoint before it "
-            f"counts"
-        ) from error
+        raise unreadable(path, error) from error
 
 
 def _write(

@@ -61,14 +61,8 @@ RECORD: dict[str, Any] = {
     "warmup_steps": float,
     "xlsd": str,
 }  # fmt: skip
-_RESUMED = (
-    "batch",
-    "memory",
-    "model",
-    "plan",
-    "planned_steps",
-    "warmup_steps",
-)  # what goes on needs
+# What a run that goes on needs.
+_RESUMED = ("batch", "memory", "model", "plan", "planned_steps", "warmup_steps")
 _STATE = {
     "step!": int, "images_seen": int, "smoothed": [float, float], "plan": [str, int],
     "optimizer": {str: float},
@@ -111,9 +105,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if why := misfit(state, _STATE):
             raise ValueError(why)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; remove {checkpoint}, so that the checkpoint before it "
-            f"counts"
-        ) from error
+        raise unreadable(path, error) from error
     found: dict[str, Any] = state
     return found
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to say of a checkpoint's file that is damaged."""
+    return UserError(
+        f"cannot read {path}: {error}; remove {path.parent}, so that the checkpoint before it "
+        f"counts"
+    )
