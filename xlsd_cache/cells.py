@@ -19,6 +19,8 @@ from xlsd_cache.regular import require_regular
 
 Version = tuple[int, int, int, int]  # size, mtime, inode, ctime of the file
 _TABLE_BYTES, _TIMES = 2**30, 32  # bytes, and times its own size, that columns may take
+_ROWS = 65536  # read at once
+_DECODED_BYTES = 2**28  # of texts in one piece, about: Arrow's hold 2 GiB
 _HELD_BYTES = 2**29  # of decoded parquet row groups: rows of one group are read in any order
 
 
@@ -36,41 +38,70 @@ def read_columns(file: Path, columns: list[str]) -> pa.Table:
     Raises OSError and ArrowException.
     """
     if _is_parquet(file):
-        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
-            return _read_bounded(opened, columns, file.stat().st_size)
+        return _read_bounded(file, columns)
     table = _mapped(str(file)).select(list(dict.fromkeys(c.partition(".")[0] for c in columns)))
     table.validate(full=True)  # a file that lies must not crash who reads it
     return table
 
 
-def _read_bounded(file: pq.ParquetFile, columns: list[str], nbytes: int) -> pa.Table:
+def _read_bounded(file: Path, columns: list[str]) -> pa.Table:
     """The columns, texts that are not UTF-8 read as Latin-1.
 
     Raises ArrowInvalid for what a few bytes were made to stand for, as a text named a billion
     times is.
     """
+    nbytes = file.stat().st_size
     most, held = max(_TABLE_BYTES, _TIMES * nbytes), 0
     batches = []
-    for batch in file.iter_batches(_rows_at_once(file), columns=columns):
-        held += batch.nbytes
-        if held > most:
-            raise pa.ArrowInvalid(f"its {nbytes} bytes hold more than {most >> 20} MiB of texts")
-        batches.append(_legible(batch))
-    if not batches:
-        return file.read(columns=columns)
+    with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+        if not opened.metadata.num_rows:
+            return opened.read(columns=columns)
+        schema, leaves = opened.schema_arrow, list(_leaves(opened, columns))
+        rows, named = _rows_at_once(leaves), set[str]()
+        if rows < _ROWS:  # so few at a time are slow
+            named = {leaf.path_in_schema for leaf in leaves if leaf.path_in_schema in schema.names}
+            named -= {leaf.path_in_schema for leaf in leaves if not _is_named(leaf)}
+            rows = _rows_at_once([leaf for leaf in leaves if leaf.path_in_schema not in named])
+    options = {"page_checksum_verification": True, "read_dictionary": sorted(named)}
+    with pq.ParquetFile(file, **options) as opened:
+        for batch in opened.iter_batches(rows, columns=columns):
+            decoded = sum(_named_nbytes(batch[name]) for name in named)
+            rest = (batch[it.name].nbytes for it in batch.schema if it.name not in named)
+            held += decoded + sum(rest)
+            if held > most:
+                raise pa.ArrowInvalid(
+                    f"its {nbytes} bytes hold more than {most >> 20} MiB of texts"
+                )
+            plain = [schema.field(it.name) if it.name in named else it for it in batch.schema]
+            step = max(1, batch.num_rows // (1 + decoded // _DECODED_BYTES))
+            pieces = (batch.slice(first, step) for first in range(0, batch.num_rows, step))
+            batches += [_legible(piece.cast(pa.schema(plain))) for piece in pieces]
     return pa.Table.from_batches(batches)
 
 
-def _rows_at_once(file: pq.ParquetFile) -> int:
+def _rows_at_once(leaves: list[Any]) -> int:
     """Few enough that a page of one long text, named by each row, does not fill the memory."""
-    told = file.metadata
-    leaves = (
-        told.row_group(i).column(j).total_uncompressed_size
-        for i in range(told.num_row_groups)
-        for j in range(told.num_columns)
-    )
-    most: int = max(leaves, default=1)
-    return max(16, min(65536, _TABLE_BYTES // max(1, most)))
+    most: int = max((leaf.total_uncompressed_size for leaf in leaves), default=1)
+    return max(16, min(_ROWS, _TABLE_BYTES // max(1, most)))
+
+
+def _leaves(file: pq.ParquetFile, columns: list[str]) -> Iterator[Any]:
+    """What the file says of each of the columns, in each row group."""
+    for i in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(i)
+        for leaf in map(group.column, range(group.num_columns)):
+            if any(f"{leaf.path_in_schema}.".startswith(f"{name}.") for name in columns):
+                yield leaf
+
+
+def _is_named(leaf: Any) -> bool:
+    """Whether its texts can be read as what the rows name: no more than the file holds."""
+    return leaf.physical_type == "BYTE_ARRAY" and "DELTA_BYTE_ARRAY" not in leaf.encodings
+
+
+def _named_nbytes(texts: pa.DictionaryArray) -> int:
+    """Bytes of the texts, each as often as a row names it."""
+    return pc.sum(pc.binary_length(texts.dictionary).take(texts.indices)).as_py() or 0
 
 
 def _legible(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -15,6 +15,7 @@ JSON_BYTES = 2**26  # of a file that describes others: 64 MiB
 # What parsing may take of memory beside the text: an object costs some 64 bytes, so does a string.
 _PARSED_BYTES = 2**30
 _OBJECT, _STRING, _ITEM = 72, 64, 8
+_DECODERS = {strict: json.JSONDecoder(strict=strict) for strict in (True, False)}  # dear to make
 
 
 def open_regular(path: str | Path, *, buffered: bool = True) -> IO[bytes]:
@@ -58,8 +59,10 @@ def parse_json(text: str | bytes, most: int = _PARSED_BYTES, *, strict: bool = T
     """
     if _OBJECT * len(text) > most and _parsed_bytes(text) > most:
         raise ValueError(f"parsed it would take more than {most >> 20} MiB of memory")
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")  # as json.loads does it
     try:
-        return json.loads(text, strict=strict)
+        return _DECODERS[strict].decode(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deep") from None
 

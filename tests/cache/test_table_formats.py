@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.support import write_images
 from xlsd_cache import UserError
 from xlsd_cache.captions import Column, field_text
+from xlsd_cache.cells import read_columns
 from xlsd_cache.locate import read_source, stat_source
 from xlsd_cache.rows import read_rows
 from xlsd_cache.sources import Scan, scan
@@ -255,3 +256,57 @@ def test_one_image_of_a_sample_is_chosen_by_its_suffix(tmp_path: Path, tar: bool
     name = source.name
     assert told(found) == {f"{name}/{i}.image.png": f"of sample {i}" for i in range(2)}
     assert found.passed_over["other images"] == 4
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"use_dictionary": False}, {"row_group_size": 70}, {"dictionary_pagesize_limit": 2000},
+     {"use_dictionary": False, "column_encoding": {"few": "DELTA_BYTE_ARRAY"}}],
+    ids=str,
+)  # fmt: skip
+def test_however_many_rows_are_read_at_once_they_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """Few at a time, or as the texts that rows name: as a small file is read, all at once."""
+    table = pa.table({
+        "few": ["x", None, "yy"] * 200,
+        "large": pa.array(["a", "b" * 9, None] * 200, pa.large_string()),
+        "each": [f"text {i}" * 3 for i in range(600)],
+        "tags": [["p", "q"], None, []] * 200,
+        "image": [{"bytes": b"1", "path": "k"}, None, {"bytes": None, "path": "l"}] * 200,
+        "nothing": pa.nulls(600, pa.string()),
+        "number": range(600),
+    })  # fmt: skip
+    for name, part in (("all.parquet", table), ("none.parquet", table.slice(0, 0))):
+        pq.write_table(part, tmp_path / name, **how)
+        for columns in (["few", "each", "nothing"], table.column_names, ["image.path"], ["number"]):
+            expected = pq.ParquetFile(tmp_path / name).read(columns=columns).combine_chunks()
+            for budget in (2**30, 40_000):  # bytes read at once
+                monkeypatch.setattr("xlsd_cache.cells._TABLE_BYTES", budget)
+                monkeypatch.setattr("xlsd_cache.cells._TIMES", 1000)
+                got = read_columns(tmp_path / name, columns)
+                assert got.combine_chunks().equals(expected), (columns, budget)
+
+
+def test_one_long_text_named_by_many_rows_is_refused_before_it_is_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xlsd_cache.cells._TABLE_BYTES", 2**24)
+    table = pa.table({"text": pa.repeat("x" * 2**20, 3).dictionary_encode().take([0] * 5000)})
+    pq.write_table(table, tmp_path / "bomb.parquet", dictionary_pagesize_limit=2**22)
+    assert (tmp_path / "bomb.parquet").stat().st_size < 2**18
+    with pytest.raises(pa.ArrowInvalid, match="hold more than 16 MiB of texts"):
+        read_columns(tmp_path / "bomb.parquet", ["text"])
+
+
+def test_many_long_texts_are_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xlsd_cache.cells._TABLE_BYTES", 2**20)
+    monkeypatch.setattr("xlsd_cache.cells._TIMES", 1000)
+    monkeypatch.setattr("xlsd_cache.cells._DECODED_BYTES", 2**16)
+    table = pa.table({"text": [f"{i:04d}" * 100 for i in range(3000)]})
+    pq.write_table(table, tmp_path / "long.parquet")
+    got = read_columns(tmp_path / "long.parquet", ["text"])
+    assert got.combine_chunks().equals(table.combine_chunks())
+    assert got["text"].num_chunks > 10
