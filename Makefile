@@ -79,6 +79,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 bench-smoke: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py --steps 1 --batch 2 --resolution 64

@@ -21,18 +21,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a file
 
 import tyro
 
-from benchmarks.card_bench import Bench, Found
-from benchmarks.card_encode import encode
-from benchmarks.card_exact import determinism, room, strict
-from benchmarks.card_memory import largest, peaks
-from benchmarks.card_speed import attention, free, kernels, speed, syncs
-from benchmarks.real_step import machine
-from xlsd_cache import UserError
-from xlsd_cache.durable import write_bytes, write_json
-from xlsd_cache.precision import device_of, set_precision
-from xlsd_cache.quiet import quiet_libraries
-from xlsd_train.memory import limit_card
-from xlsd_train.prepare import deterministic
+from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.card_parts.encode import encode
+from benchmarks.card_parts.exact import determinism, room, strict
+from benchmarks.card_parts.memory import largest, peaks
+from benchmarks.card_parts.speed import attention, free, kernels, speed, syncs
+from benchmarks.lib.real_step import machine
+from xlsd_cache.console.libraries import quiet_libraries
+from xlsd_cache.errors import UserError
+from xlsd_cache.runtime.atomic import write_bytes, write_json
+from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_train.memory.planner import limit_card
+from xlsd_train.training.setup import deterministic
 
 Part = Literal[
     "strict", "attention", "room", "determinism", "peaks", "speed", "kernels", "syncs", "encode",

@@ -30,8 +30,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.demo.pipeline import VAE
-from benchmarks.plain_loop import PlainLoop, optimizer_of, vae_of
-from benchmarks.real_step import (
+from benchmarks.lib.plain_loop import PlainLoop, optimizer_of, vae_of
+from benchmarks.lib.real_step import (
     CAPTIONS,
     captions_of,
     drawn_batch,
@@ -41,21 +41,23 @@ from benchmarks.real_step import (
     peak_tflops,
     step_of,
 )
-from benchmarks.turns import Contestant, Result, take_turns
-from xlsd_cache import Precision, UserError
+from benchmarks.lib.turns import Contestant, Result, take_turns
 from xlsd_cache.cli import main as xlsd_cache
-from xlsd_cache.precision import set_precision
-from xlsd_cache.quiet import quiet_libraries
-from xlsd_cache.store import LatentStore
-from xlsd_train.batches import Batch, BatchSource, Loader, Noising
-from xlsd_train.captions import Columns
-from xlsd_train.config import Optimizer, Phase, TrainConfig
-from xlsd_train.memory import GIB, SLICES, Planner, limit_card, limit_of
-from xlsd_train.model import Model
-from xlsd_train.prepare import deterministic
-from xlsd_train.schedule import Schedule
-from xlsd_train.selection import selected
-from xlsd_train.step import Plan, Step
+from xlsd_cache.console.libraries import quiet_libraries
+from xlsd_cache.dataset.batch_order import Schedule
+from xlsd_cache.errors import UserError
+from xlsd_cache.runtime.device import set_precision
+from xlsd_cache.schema import Precision
+from xlsd_cache.store.reader import LatentStore
+from xlsd_train.config.train import Optimizer, Phase, TrainConfig
+from xlsd_train.data.captions import Columns
+from xlsd_train.data.loader import Batch, BatchSource, Loader
+from xlsd_train.data.noise import Noising
+from xlsd_train.data.selection import selected
+from xlsd_train.memory.planner import GIB, SLICES, Planner, limit_card, limit_of
+from xlsd_train.model.bundle import Model
+from xlsd_train.step.step import Plan, Step
+from xlsd_train.training.setup import deterministic
 
 
 @dataclass(frozen=True)

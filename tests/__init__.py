@@ -1,1 +1,1 @@
-"""Tests mirror files: tests/cache/test_store.py is about xlsd_cache/store.py."""
+"""Tests mirror files: tests/cache/store/test_reader.py is about xlsd_cache/store/reader.py."""

@@ -8,7 +8,12 @@ from typing import Any
 import tyro
 
 from xlsd_cache import __version__
-from xlsd_cache.config import (
+from xlsd_cache.console.aliases import NAMES
+from xlsd_cache.console.libraries import quiet, quiet_libraries
+from xlsd_cache.console.option_checks import refuse_empty
+from xlsd_cache.console.suggestions import check_command, check_words
+from xlsd_cache.console.terminal import go_on_alone, run, start
+from xlsd_cache.options import (
     BuildConfig,
     CaptionsConfig,
     CheckConfig,
@@ -17,11 +22,6 @@ from xlsd_cache.config import (
     InfoConfig,
     PreviewConfig,
 )
-from xlsd_cache.options import refuse_empty
-from xlsd_cache.other_names import NAMES
-from xlsd_cache.quiet import quiet, quiet_libraries
-from xlsd_cache.terminal import go_on_alone, run, start
-from xlsd_cache.words import check_command, check_words
 
 COMMANDS: dict[str, type[Any]] = {
     "build": BuildConfig,
@@ -68,37 +68,37 @@ def _main(args: Sequence[str] | None) -> int:
         go_on_alone()
     # Imported late: neither --help nor captions need wait for torch and diffusers.
     if isinstance(config, CaptionsConfig):
-        from xlsd_cache.recaption import recaption
+        from xlsd_cache.commands.captions import recaption
 
         recaption(config)
         return 0
     if isinstance(config, InfoConfig):
         quiet()
-        from xlsd_cache.info import info
+        from xlsd_cache.commands.info import info
 
         info(config)
         return 0
     quiet_libraries()
     if isinstance(config, BuildConfig):
-        from xlsd_cache.build import build
+        from xlsd_cache.commands.build import build
 
         build(config, began)
         return 0
     if isinstance(config, ImportConfig):
-        from xlsd_cache.importing import import_caches
+        from xlsd_cache.commands.import_latents import import_caches
 
         import_caches(config, began)
         return 0
     if isinstance(config, PreviewConfig):
-        from xlsd_cache.preview import preview
+        from xlsd_cache.commands.preview import preview
 
         preview(config)
         return 0
     if isinstance(config, ExportIndexConfig):
-        from xlsd_cache.export_index import export_index
+        from xlsd_cache.commands.export_index import export_index
 
         export_index(config)
         return 0
-    from xlsd_cache.check import check
+    from xlsd_cache.commands.check import check
 
     return 0 if check(config) else 1

@@ -7,15 +7,14 @@ from inspect import getdoc
 from typing import Any
 
 from xlsd_cache import __version__
-from xlsd_cache.options import refuse_empty
-from xlsd_cache.quiet import quiet, quiet_libraries
-from xlsd_cache.terminal import go_on_alone, run, say, start
-from xlsd_cache.words import check_command, check_words
-from xlsd_train.config import TrainConfig
-from xlsd_train.model_commands import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
-from xlsd_train.other_names import NAMES
-from xlsd_train.recipe import parse, show
-from xlsd_train.run_commands import (
+from xlsd_cache.console.libraries import quiet, quiet_libraries
+from xlsd_cache.console.option_checks import refuse_empty
+from xlsd_cache.console.suggestions import check_command, check_words
+from xlsd_cache.console.terminal import go_on_alone, run, say, start
+from xlsd_train.config.aliases import NAMES
+from xlsd_train.config.model_options import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
+from xlsd_train.config.recipes import parse, show
+from xlsd_train.config.run_options import (
     EmaConfig,
     PlanConfig,
     RecipesConfig,
@@ -23,24 +22,25 @@ from xlsd_train.run_commands import (
     SweepConfig,
     TagsConfig,
 )
+from xlsd_train.config.train import TrainConfig
 
 
 # One a command, each importing late: --help need not wait for torch and diffusers.
 def _run(config: TrainConfig, command: Sequence[str]) -> None:
-    from xlsd_train.complete import complete
+    from xlsd_train.checkpoints.complete import complete
 
     if told := complete(config):
         if os.environ.get("RANK", "0") == "0":  # one of the processes that a launcher started
             say(told)
         return
     quiet_libraries()
-    from xlsd_train.loop import train
+    from xlsd_train.training.loop import train
 
     train(config, command)
 
 
 def _plan(config: PlanConfig, _: Sequence[str]) -> None:
-    from xlsd_train.plan import show
+    from xlsd_train.commands.plan import show
 
     show(config)
 
@@ -50,49 +50,49 @@ def _recipes(config: RecipesConfig, _: Sequence[str]) -> None:
 
 
 def _tags(config: TagsConfig, _: Sequence[str]) -> None:
-    from xlsd_train.tags import tags
+    from xlsd_train.commands.tags import tags
 
     tags(config)
 
 
 def _sweep(config: SweepConfig, command: Sequence[str]) -> None:
-    from xlsd_train.sweep import sweep
+    from xlsd_train.commands.sweep import sweep
 
     sweep(config, command[2:])
 
 
 def _report(config: ReportConfig, _: Sequence[str]) -> None:
-    from xlsd_train.report import report
+    from xlsd_train.report.page import report
 
     report(config)
 
 
 def _export(config: ExportConfig, _: Sequence[str]) -> None:
-    from xlsd_train.export import export
+    from xlsd_train.export.export import export
 
     export(config)
 
 
 def _swap(config: SwapConfig, _: Sequence[str]) -> None:
-    from xlsd_train.merge import swap
+    from xlsd_train.export.swap import swap
 
     swap(config)
 
 
 def _ema(config: EmaConfig, _: Sequence[str]) -> None:
-    from xlsd_train.posthoc import reconstruct
+    from xlsd_train.commands.ema import reconstruct
 
     reconstruct(config)
 
 
 def _sample(config: SampleConfig, _: Sequence[str]) -> None:
-    from xlsd_train.compare import compare
+    from xlsd_train.commands.sample import compare
 
     compare(config)
 
 
 def _score(config: ScoreConfig, _: Sequence[str]) -> None:
-    from xlsd_train.score import score
+    from xlsd_train.commands.score import score
 
     score(config)
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from xlsd_train import sd15
+from xlsd_train.config import sd15
 
 VAE = Path(__file__).parent / "vae"
 Size = Literal["nano", "demo", "keys", "sd15"]

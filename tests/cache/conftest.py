@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from xlsd_cache import headers
-from xlsd_cache.encode import Encoder
+from xlsd_cache.encoding.encoder import Encoder
+from xlsd_cache.planning import probe as headers
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support import cache
-from xlsd_cache.config import BuildConfig, ImportConfig
+from xlsd_cache.options import BuildConfig, ImportConfig
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from xlsd_train import sd15
-from xlsd_train.config import TrainConfig
-from xlsd_train.diffusion import make_objective
-from xlsd_train.latents import Scaling
-from xlsd_train.optim import make_optimizer
-from xlsd_train.session import Session, open_session
-from xlsd_train.step import Plan, Step
+from xlsd_train.config import sd15
+from xlsd_train.config.train import TrainConfig
+from xlsd_train.model.latent_scaling import Scaling
+from xlsd_train.optim.factory import make_optimizer
+from xlsd_train.step.objective import make_objective
+from xlsd_train.step.step import Plan, Step
+from xlsd_train.training.session import Session, open_session
 
 Open = Callable[..., Session]
 

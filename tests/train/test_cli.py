@@ -9,9 +9,9 @@ import pytest
 
 from tests.support import cache, train
 from xlsd_cache import __version__
-from xlsd_cache.words import options_of
+from xlsd_cache.console.suggestions import options_of
 from xlsd_train.cli import COMMANDS, main
-from xlsd_train.other_names import NAMES
+from xlsd_train.config.aliases import NAMES
 
 # and `rates`, which the command line calls --lr
 POSITIONAL = {"checkpoint", "out", "models", "store", "run", "runs", "rates", "name", "folders"}
@@ -142,7 +142,7 @@ assert train(["tags", store]) == 0
 assert train(["report", run, "--out", page]) == 0
 assert train(again) == 0
 assert train(["sweep", "--phase", "te", "--lr", "1"]) == train(["exprt"]) == 1
-import xlsd_train.sweep
+import xlsd_train.commands.sweep
 heavy = {"torch", "diffusers", "transformers", "accelerate"} & sys.modules.keys()
 assert not heavy, heavy
 """

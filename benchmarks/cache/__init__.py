@@ -1,0 +1,1 @@
+"""Benchmarks of xlsd_cache: build, captions, decoding, reading, scale."""

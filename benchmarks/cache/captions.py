@@ -1,0 +1,219 @@
+"""Planning and captions at scale: a million images in the log, and real files to scan.
+
+    python benchmarks/cache/captions.py
+
+The store's log is real, its shards are not there: neither planning nor captions read a latent.
+"""
+
+import gzip
+import io
+import json
+import os
+import platform
+import resource
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a file
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from PIL import Image
+
+from xlsd_cache.cli import main as xlsd_cache
+from xlsd_cache.errors import UserError
+from xlsd_cache.images.buckets import Buckets
+from xlsd_cache.integrity.accounting import account
+from xlsd_cache.planning.log_state import NOTHING, read_known
+from xlsd_cache.planning.plan import make_plan, refuse_lost_sources
+from xlsd_cache.planning.probe import read_headers
+from xlsd_cache.sources.scan import IMAGES, scan
+from xlsd_cache.store.identity import Identity, attributes_of
+from xlsd_cache.store.manifest import CAPTIONS, COMMIT, Manifest, Unit
+from xlsd_cache.store.zarr_metadata import write_group
+
+ROWS_PER_SHARD = 4096
+BUCKET = "512x512"
+IDENTITY = Identity(
+    vae_name="none", vae_source="none", vae_class="none", vae_sha256="0" * 64,
+    scaling_factor=0.13025, shift_factor=0.0, channels=4, dtype="float16", precision="fp32",
+    preprocessing=1, resolution=512, buckets="aspect", max_ratio=4.0, upscale=False,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CaptionsBenchmarkConfig:
+    """Measure planning, captions and scanning."""
+
+    rows: int = 1_000_000
+    """Images in the log."""
+
+    files: int = 20_000
+    """Real images, each with a .txt, to scan and to read the headers of."""
+
+    workers: int = 4
+    """Threads, as in xlsd-cache build."""
+
+
+def main(config: CaptionsBenchmarkConfig, command: Sequence[str]) -> None:
+    """Print one table; the memory is this process's so far."""
+    print(f"machine: {machine()}")
+    print(f"command: {shlex.join(('python', 'benchmarks/cache/captions.py', *command))}")
+    print(f"{'':38}{'items':>12}{'s':>9}{'CPU s':>9}{'items/s':>12}{'peak GiB':>10}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        measure_log(config, folder)
+        measure_files(config, folder / "images")
+
+
+@contextmanager
+def timed(what: str, items: int) -> Iterator[None]:
+    """One row of the table."""
+    begun, cpu = time.perf_counter(), time.process_time()
+    yield
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"{what:38}{items:>12,}{seconds:>9.2f}{cpu:>9.2f}{items / seconds:>12,.0f}{peak:>10.2f}",
+        flush=True,
+    )
+
+
+def measure_log(config: CaptionsBenchmarkConfig, folder: Path) -> None:
+    """What a build and `captions` do with a log of a million rows."""
+    n, store = config.rows, folder / "latents"
+    images, captions = make_images(n), make_captions(n)
+    manifest = Manifest(store)
+    manifest.make_folders()
+    write_group(manifest, attributes_of(IDENTITY, ROWS_PER_SHARD))
+    buckets = Buckets.make("square", 512, 4.0, upscale=False)
+    with timed("first plan, headers known", n):
+        journal_headers(manifest.staging, images)
+        plan = make_plan(images, captions, ("txt",), NOTHING, buckets, 1, manifest.staging)
+    manifest.write_plan(0, plan.entries, plan.removed, plan.captions)
+    (manifest.staging / "headers.planning").unlink()
+    commit(manifest, plan.entries)
+    del plan
+    with timed("no-change rebuild: reading the log", n):
+        known = read_known(manifest, ROWS_PER_SHARD)
+    with timed("no-change rebuild: planning", n):
+        plan = make_plan(images, captions, ("txt",), known, buckets, 1)
+        refuse_lost_sources(plan, known, {"images"}, set())
+    if not plan.is_empty:
+        raise UserError("the plan of an unchanged source is not empty")
+    del known, plan
+    with timed("no-change rebuild: accounting", n):
+        account(manifest, 0, ROWS_PER_SHARD, frozenset())
+    keys = images["key"].to_pylist()
+    bare = [key.removeprefix("images/").removesuffix(".jpg") for key in keys]
+    texts = [f"another caption of {key}, woman, solo, outdoors" for key in bare]
+    pq.write_table(pa.table({"key": bare, "caption": texts}), folder / "table.parquet")
+    with gzip.open(folder / "table.jsonl.gz", "wt", compresslevel=1) as file:
+        file.writelines(
+            json.dumps({"key": k, "wd": [t]}) + "\n" for k, t in zip(bare, texts, strict=True)
+        )
+    del images, captions, keys, bare, texts
+    for what, source, column in (
+        ("captions added from parquet", "table.parquet", "parquet:caption"),
+        ("captions unchanged, from parquet", "table.parquet", "parquet:caption"),
+        ("captions added from .jsonl.gz", "table.jsonl.gz", "jsonl:wd"),
+    ):
+        with timed(what, n):
+            quietly("captions", str(store), "--from", str(folder / source), "--columns", column)
+
+
+def quietly(*args: str) -> None:
+    """Run `xlsd-cache`, its words apart from the table."""
+    printed, sys.stdout = sys.stdout, sys.stderr
+    try:
+        if xlsd_cache(args):
+            raise UserError(f"xlsd-cache {shlex.join(args)} failed; see above")
+    finally:
+        sys.stdout = printed
+
+
+def make_images(n: int) -> pa.Table:
+    """What a scan of n images in one img2dataset tree gives."""
+    relative = [f"{i // 10000:05d}/{i:09d}" for i in range(n)]
+    rng = np.random.default_rng(0)
+    columns = [
+        pa.array([f"images/{name}.jpg" for name in relative]),
+        pa.array([f"/data/images/{name}.jpg" for name in relative]),
+        pa.array(rng.integers(20_000, 200_000, n)),
+        *(pa.array(rng.integers(1 << 60, 1 << 61, n)) for _ in range(3)),
+        pa.nulls(n, pa.string()),
+        *(pa.repeat("", n) for _ in range(2)),
+    ]
+    return pa.Table.from_arrays(columns, schema=IMAGES)
+
+
+def make_captions(n: int) -> pa.Table:
+    """A caption of about 100 bytes for each of those."""
+    keys = pa.array([f"images/{i // 10000:05d}/{i:09d}.jpg" for i in range(n)])
+    tags = "woman, solo, smiling, outdoors, standing, looking at viewer, tree, brown hair, day"
+    texts = pa.array([f"{tags}, {i}" for i in range(n)])
+    return pa.table([keys, pa.repeat("txt", n), texts], schema=CAPTIONS)
+
+
+def journal_headers(staging: Path, images: pa.Table) -> None:
+    """As a planning that was killed after its last header would leave them."""
+    rows = images.select(["key", "size", "mtime_ns", "inode", "ctime_ns"]).to_pylist()
+    with (staging / "headers.planning").open("w") as file:
+        for i, row in enumerate(rows):
+            file.write(json.dumps([*row.values(), 640, 640, "", "", f"{i:016x}"]) + "\n")
+
+
+def commit(manifest: Manifest, entries: pa.Table) -> None:
+    """A commit record a shard, as if all had been encoded."""
+    entries = entries.sort_by("row")
+    for start in range(0, entries.num_rows, ROWS_PER_SHARD):
+        part = entries.slice(start, ROWS_PER_SHARD)
+        n = part.num_rows
+        hashes = pa.array([f"{i:064x}" for i in range(start, start + n)])
+        empty, said = pa.repeat("", n), pa.repeat("encoded", n)
+        crc = pa.array(np.zeros(n, np.uint32))
+        columns = [part["row"], part["key"], hashes, said, empty, empty, crc]
+        unit = Unit(BUCKET, start // ROWS_PER_SHARD)
+        pq.write_table(pa.table(columns, schema=COMMIT), manifest.commit(unit))
+
+
+def measure_files(config: CaptionsBenchmarkConfig, folder: Path) -> None:
+    """Scanning and header reading of real files, warm: more threads pay on disks that are not."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
+    jpeg = buffer.getvalue()
+    for i in range(config.files):
+        path = folder / f"{i // 1000:05d}" / f"{i:09d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg + i.to_bytes(8, "little"))
+        path.with_suffix(".txt").write_text(f"woman, solo, outdoors, {i}")
+    with timed("scan with .txt captions", config.files):
+        images = scan((str(folder),), ("txt",), workers=config.workers).images
+    with timed("headers", config.files):
+        read_headers(images, None, config.workers)
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("pyarrow", "numpy", "pillow"))
+    cpu = names[0] if names else platform.processor()
+    return f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {libraries}"
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(CaptionsBenchmarkConfig, description=__doc__), sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"captions: {error}")

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/card.py`, the suite for a GPU."""

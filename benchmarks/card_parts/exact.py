@@ -1,0 +1,135 @@
+"""Whether fp32 is strict on a card, and two runs and a resumed one the same to the bit."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.card_parts.bench import Bench, Found
+from xlsd_cache.runtime.device import set_precision
+from xlsd_cache.schema import Precision
+from xlsd_train.step.step import Plan
+from xlsd_train.training.setup import deterministic
+
+STRICT = 1e-5  # relative; TF32 is off by about 1e-3
+State = list[tuple[Tensor, Tensor]]  # each weight and its momentum
+
+
+def strict(bench: Bench) -> Found:
+    """Relative errors of outputs and gradients against float64 on the same device."""
+    found: Found = {}
+    modes: tuple[Precision, ...] = ("fp32",) if bench.tiny else ("fp32", "tf32")
+    for mode in modes:
+        set_precision(mode)
+        found[mode] = {name: errors(f, inputs) for name, f, inputs in kernels(bench)}
+    set_precision("fp32")
+    worst = max(max(each.values()) for each in found["fp32"].values())
+    return {**found, "strict": worst < STRICT}
+
+
+def kernels(bench: Bench) -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
+    """What SD1.5 is made of, at its shapes."""
+    wide, side, n = (32, 8, 1) if bench.tiny else (320, 64, 4)
+
+    def drawn(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, device=bench.device)
+
+    torch.manual_seed(0)
+    weight = drawn(wide, wide, 3, 3, scale=(9 * wide) ** -0.5)
+    yield "convolution", _convolution, [drawn(n, wide, side, side), weight]
+    yield "matmul", torch.matmul, [drawn(512, 4 * wide), drawn(4 * wide, 512)]
+    for tokens, keys, head in ((side**2, side**2, 40), (side**2 // 4, 77, 80), (64, 64, 160)):
+        q, k, v = (drawn(2, 8, count, head) for count in (tokens, keys, keys))
+        yield f"attention {tokens}x{keys}", F.scaled_dot_product_attention, [q, k, v]
+
+
+def _convolution(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1)
+
+
+def errors(kernel: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, float]:
+    """Of the output, and of the worst gradient."""
+    single = [x.clone().requires_grad_() for x in inputs]
+    double = [x.double().requires_grad_() for x in inputs]
+    ours, exact = kernel(*single), kernel(*double)
+    ones = torch.randn_like(ours)
+    pairs = zip(
+        torch.autograd.grad(ours, single, ones),
+        torch.autograd.grad(exact, double, ones.double()),
+        strict=True,
+    )
+    return {"output": _far(ours, exact), "gradients": max(_far(a, b) for a, b in pairs)}
+
+
+def _far(a: Tensor, b: Tensor) -> float:
+    return float((a.detach().double() - b.detach()).norm() / b.detach().norm())
+
+
+def room(bench: Bench) -> Found:
+    """Whether the first step's bits depend on what memory is free, in fresh processes."""
+    bench.free()
+    found: Found = {}
+    for name, vram in ((f"{bench.vram:g} GB", bench.vram), ("the whole card", None)):
+        command = [sys.executable, str(Path(__file__).parent / "room.py")]
+        command += ["--tiny"] if bench.tiny else []
+        command += ["--vram", str(vram)] if vram else []
+        took = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        found[name] = json.loads(took.stdout)
+    one, other = found.values()
+    return {**found, "same": one["momentum"] == other["momentum"]}
+
+
+def determinism(bench: Bench) -> Found:
+    """Two steps twice, and two with a new start between, the allocator having been in other use."""
+    deterministic(True)
+    step, found = bench.step, {}
+    start = _state(step)
+    for plan in (Plan("plain", 2), Plan("sliced", 2), Plan("cheap", 4))[: 2 if bench.tiny else 3]:
+        step.plan = plan
+        losses, full = _steps(bench, start, 0, 2)
+        again, repeated = _steps(bench, start, 0, 2)
+        _, half = _steps(bench, start, 0, 1)
+        held = [torch.empty(int(n), device=bench.device) for n in (3e6, 5e5, 9e6)]
+        _, resumed = _steps(bench, half, 1, 2)
+        del held
+        found[str(plan)] = {
+            "twice": losses == again and _same(full, repeated),
+            "resumed": _same(full, resumed),
+        }
+    _put(step, start)
+    return found
+
+
+def _steps(bench: Bench, state: State, first: int, last: int) -> tuple[list[float], State]:
+    """Losses of these steps, and what they left, from a state on."""
+    bench.free()
+    _put(bench.step, state)
+    batch, losses = bench.drawn(4), []
+    for number in range(first, last):
+        loss, _ = bench.step([replace(batch, noise=batch.noise + number)], 1e-5)
+        losses.append(loss.item())
+    return losses, _state(bench.step)
+
+
+def _state(step: Any) -> State:
+    state = step.optimizer.state
+    return [(p.detach().cpu().clone(), state[p]["exp_avg"].cpu().clone()) for p in step.parameters]
+
+
+def _put(step: Any, state: State) -> None:
+    with torch.no_grad():
+        for parameter, (weight, momentum) in zip(step.parameters, state, strict=True):
+            parameter.copy_(weight)
+            step.optimizer.state[parameter]["exp_avg"].copy_(momentum)
+
+
+def _same(one: State, other: State) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)

@@ -1,0 +1,96 @@
+"""Whether a card takes what the plan predicts, and which batch is truly the largest."""
+
+import torch
+
+from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.lib.allocations import peak_of
+from benchmarks.train.max_batch import whole
+from xlsd_cache.runtime.gpu_memory import is_full
+from xlsd_train.config.train import TrainConfig
+from xlsd_train.memory.planner import GIB, KEEPING, limit_of
+from xlsd_train.step.step import Plan
+from xlsd_train.training.setup import deterministic
+
+TINY_LIMIT = 30 * 2**20  # bytes above the smallest step
+
+
+def peaks(bench: Bench) -> Found:
+    """Predicted and real peaks of each plan, in GiB, the card refusing all above the limit."""
+    deterministic(True)
+    found: Found = {}
+    for plan in bench.plans:
+        predicted = bench.planner.predict(plan, bench.batch, bench.size).peak
+        bench.free()
+        bench.step.plan = plan
+        try:
+            real = _real(bench)
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+            real = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+        far = {"error": predicted / GIB / real["peak"] - 1} if "peak" in real else {}
+        found[str(plan)] = {"predicted": predicted / GIB, **real, **far}
+    return found
+
+
+def _real(bench: Bench) -> Found:
+    """GiB that a step takes at its worst, of tensors and of all that torch asked the card for."""
+    batch = bench.drawn(bench.batch)
+    if bench.tiny:
+        return {"peak": peak_of(bench.step, [batch]) / GIB}
+    torch.cuda.reset_peak_memory_stats()
+    bench.step([batch], 0.0)
+    bench.sync()
+    stats = torch.cuda.memory_stats()
+    return {
+        "peak": stats["allocated_bytes.all.peak"] / GIB,
+        "reserved": stats["reserved_bytes.all.peak"] / GIB,
+        "alloc_retries": stats["num_alloc_retries"],
+    }
+
+
+def largest(bench: Bench) -> Found:
+    """The largest batch of each way that really passes, to a sixteenth of the predicted one."""
+    deterministic(True)
+    limit = limit_of(TrainConfig("unet", vram=bench.vram), None) or 0.0
+    if bench.tiny:
+        limit = bench.planner.predict(Plan("sliced", 1), 1, bench.size).peak + TINY_LIMIT
+    found: Found = {}
+    for way in KEEPING[:1] if bench.tiny else ("sliced", *KEEPING):
+        plan = Plan(way, 4 if way == "sliced" else 1)
+        predicted = bench.planner.largest_batch(plan, bench.size, limit)
+        tried: dict[int, str] = {}
+
+        def fits(count: int, plan: Plan = plan, tried: dict[int, str] = tried) -> bool:
+            return _fits(bench, whole(plan, count), count, limit, tried)
+
+        stride = max(1, predicted // 16)  # a step of the largest takes most of a minute
+        real = predicted
+        while real > 0 and not fits(real):
+            real -= stride
+        while real >= predicted and fits(real + stride):
+            real += stride
+        found[way] = {"predicted": predicted, "largest": real, "tried": tried}
+    return found
+
+
+def _fits(bench: Bench, plan: Plan, count: int, limit: float, tried: dict[int, str]) -> bool:
+    """Whether a step of so many passes; what is not tried for want of time counts as full."""
+    if bench.tiny:  # nobody refuses memory here, so the prediction does
+        tried[count] = "predicted"
+        return bench.planner.predict(plan, count, bench.size).peak <= limit
+    if bench.left() < 60:
+        tried[count] = "no time left"
+        return False
+    bench.free()
+    bench.step.plan = plan
+    try:
+        bench.step([bench.drawn(count)], 0.0)
+        bench.sync()
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        tried[count] = type(error).__name__ + ": " + str(error)[:100]
+    else:
+        tried[count] = "fits"
+    return tried[count] == "fits"

@@ -1,0 +1,61 @@
+"""The first step of a fresh process under a limit of memory, as one line of JSON.
+
+    python benchmarks/card_parts/room.py --vram 22
+
+`card.py` compares two of them: kernels that are chosen by what memory is free sum otherwise.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a file
+
+import torch
+import tyro
+
+from benchmarks.card_parts.bench import Bench
+from xlsd_cache.console.libraries import quiet_libraries
+from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_train.memory.planner import limit_card
+from xlsd_train.training.setup import deterministic
+
+
+@dataclass(frozen=True)
+class RoomConfig:
+    """Take one step of the plan for 24 GB."""
+
+    tiny: bool = False
+    """The smallest model on the CPU."""
+
+    vram: float | None = None
+    """GB: the card gives no more. Default: all that it has."""
+
+
+def main(config: RoomConfig) -> None:
+    """Print the hash of all momentum, how often memory was refused, and the peak in GiB."""
+    quiet_libraries()
+    set_precision("fp32")
+    deterministic(True)
+    bench = Bench(config.tiny, config.vram or 24.0, 600.0)
+    if config.vram and not config.tiny:
+        limit_card(config.vram, device_of("cuda"))
+    step, digest = bench.step, hashlib.sha256()
+    step.plan = bench.plans[:3][-1]
+    step([bench.drawn(bench.batch)], 0.0)
+    for parameter in step.parameters:
+        momentum = step.optimizer.state[parameter]["exp_avg"]
+        digest.update(momentum.cpu().numpy().tobytes())
+    stats = {} if config.tiny else torch.cuda.memory_stats()
+    found = {
+        "momentum": digest.hexdigest()[:16],
+        "refused": stats.get("num_ooms", 0),
+        "peak_gib": stats.get("allocated_bytes.all.peak", 0) / 2**30,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(RoomConfig, description=__doc__))

@@ -1,0 +1,160 @@
+"""How fast each plan trains, what the host waits for, and which kernels take the time."""
+
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.lib.plain_loop import PlainLoop
+from benchmarks.lib.turns import Contestant, take_turns
+from xlsd_train.step.step import Plan
+from xlsd_train.training.meter import Meter
+from xlsd_train.training.setup import deterministic
+
+TIMED = 2  # steps of each
+LR = 1e-9  # at which no loss runs away
+# In the names of kernels that multiply; what is left moves memory.
+_MULTIPLY = (
+    "gemm", "conv", "wgrad", "dgrad", "cutlass", "xmma", "winograd", "fft", "fmha", "attention",
+    "mm", "cudnn", "nvjet",
+)  # fmt: skip
+_ATTENTION = ("fmha", "attention", "flash")
+
+
+def speed(bench: Bench) -> Found:
+    """images/s by plan and of diffusers' plain loop, turn by turn, all in one order of summing."""
+    return _compare(bench, bench.plans[:4], True)
+
+
+def free(bench: Bench) -> Found:
+    """The same of the plan for 24 GB and the plain loop, cuDNN and attention choosing freely."""
+    return _compare(bench, bench.plans[:3][-1:], False)
+
+
+def _compare(bench: Bench, plans: list[Plan], in_order: bool) -> Found:
+    step, batch = bench.step, bench.drawn(bench.batch)
+
+    def take(plan: Plan) -> Tensor:
+        step.plan = plan
+        return step([batch], LR)[0]
+
+    latents = batch.latents * step.model.vae.scaling_factor
+    plain = PlainLoop(step.model, step.optimizer, False, batch.input_ids, latents)
+    entered = {str(plan): Contestant(partial(take, plan), step.optimizer) for plan in plans}
+    # With our Lion, in its favour.
+    entered["diffusers, checkpointing"] = Contestant(plain, step.optimizer, checkpointing=True)
+    deterministic(in_order)
+    results = take_turns(step.model, entered, 1 if bench.tiny else TIMED, bench.device.type)
+    deterministic(True)
+    peak = bench.card.fp32 if bench.card else None
+    found: Found = {}
+    for name, result in results.items():
+        if result.seconds is None:
+            found[name] = {"failed": "out of memory"}
+            continue
+        rate = result.tflop / result.seconds
+        found[name] = {
+            "images_per_s": bench.batch / result.seconds,
+            "tflop": result.tflop,
+            "of_peak": rate / peak if peak else None,
+            "peak_gib": result.peak_gib,
+        }
+    return found
+
+
+def attention(bench: Bench) -> Found:
+    """Attention's backward in ms: in one order it has a block for each head of an image."""
+    side = bench.size[0] ** 2
+    found: Found = {}
+    for count in (1,) if bench.tiny else (4, 6, 11, 16, 32):
+        q, k, v = torch.randn(3, count, 8, side, 40, device=bench.device).requires_grad_().unbind()
+        each = {}
+        for name, in_order in (("deterministic", True), ("free", False)):
+            deterministic(in_order)
+            out = F.scaled_dot_product_attention(q, k, v)
+            ones = torch.ones_like(out)
+            work = partial(torch.autograd.grad, out, (q, k, v), ones, retain_graph=True)
+            each[name] = 1000 * bench.clock(work, 3)
+        found[f"{count} images"] = each
+    deterministic(True)
+    return found
+
+
+def syncs(bench: Bench) -> Found:
+    """Where the host waits for the card in a step, and how long the meter waits for the newest."""
+    found: Found = {}
+    batch = bench.drawn(4)
+    for optimizer, way in (("dlion", "cheap"), ("lion", "cheap"), ("lion", "sliced")):
+        bench.with_optimizer(optimizer)
+        bench.step.plan = Plan(way, 2)  # type: ignore[arg-type]
+        bench.step([batch], LR)
+        bench.sync()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            _debug_syncs(bench, "warn")
+            bench.step([batch], LR)
+            _debug_syncs(bench, "default")
+        waits = [x for x in warned if "synchroniz" in str(x.message)]
+        places = sorted({f"{Path(x.filename).name}:{x.lineno}" for x in waits})
+        found[f"{optimizer}, {way}"] = {"waits": len(waits), "where": places}
+    return {**found, "meter": _meter(bench)}
+
+
+def _debug_syncs(bench: Bench, mode: str) -> None:
+    if not bench.tiny:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _meter(bench: Bench) -> Found:
+    """Seconds to launch a step and to log the one before, and what the card was at after the last.
+
+    Where the host never waits for the newest step, the last is about a whole step.
+    """
+    meter, batch, waits = Meter([0.0, 0.0]), bench.drawn(4), []
+    meter.begin()
+    for number in range(4):
+        begun = time.perf_counter()
+        loss, norm = bench.step([batch], LR)
+        launched = time.perf_counter()
+        meter.add({"step": number}, 4, loss, norm)
+        waits.append([launched - begun, time.perf_counter() - launched])
+    begun = time.perf_counter()
+    bench.sync()
+    return {"launch_and_log_s": waits, "then_busy_s": time.perf_counter() - begun}
+
+
+def kernels(bench: Bench) -> Found:
+    """The ten kernels that take most of a step, and what attention and moving memory take."""
+    deterministic(True)
+    bench.step.plan, batch = bench.plans[1], bench.drawn(bench.batch)
+    bench.step([batch], LR)
+    bench.sync()
+    activities = [ProfilerActivity.CPU, *([] if bench.tiny else [ProfilerActivity.CUDA])]
+    with profile(activities=activities) as profiled:
+        bench.step([batch], LR)
+        bench.sync()
+    times = {}
+    for event in profiled.key_averages():
+        on_card = str(event.device_type).endswith("CUDA")
+        took = event.self_cpu_time_total if bench.tiny else event.self_device_time_total
+        if took > 0 and (bench.tiny or on_card):
+            times[event.key] = (took, event.count)
+    total = sum(took for took, _ in times.values()) or 1.0
+
+    def share(words: tuple[str, ...]) -> float:
+        named = [t for key, (t, _) in times.items() if any(x in key.lower() for x in words)]
+        return float(sum(named) / total)
+
+    top = sorted(times.items(), key=lambda one: -one[1][0])[:10]
+    return {
+        "seconds": total / 1e6,
+        "attention": share(_ATTENTION),
+        "moving_memory": 1 - share(_MULTIPLY),
+        "top": [{"name": name[:100], "times": n, "share": took / total} for name, (took, n) in top],
+    }

@@ -1,0 +1,1 @@
+"""What several benchmarks share: machine line, synthetic stores, real steps, turns."""

@@ -1,0 +1,106 @@
+"""The loop to measure ours against: a training step as diffusers' own example has it.
+
+Written afresh after examples/text_to_image/train_text_to_image.py of diffusers 0.42: the images are
+encoded by the VAE, the captions by the text encoder, noise and timesteps are drawn, the UNet
+predicts, its gradients are computed with gradient checkpointing, and the optimizer steps. What the
+example does besides (clipping, EMA, logging, reading files) is left out, in its favour.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.demo.pipeline import VAE
+from xlsd_cache.errors import UserError
+from xlsd_train.config import sd15
+from xlsd_train.config.train import TrainConfig
+from xlsd_train.model.bundle import Model
+
+
+@dataclass
+class PlainLoop:
+    """One step a call, on the weights of `model`, which is prepared for its phase.
+
+    With a `vae` the images `pixels` f32 [B, 3, H, W] are encoded in every step; without one
+    `latents` f32 [B, 4, h, w] are there, scaled.
+    """
+
+    model: Model
+    optimizer: torch.optim.Optimizer
+    mixed: bool  # bf16 autocast
+    input_ids: Tensor  # int64 [B, tokens]
+    latents: Tensor
+    pixels: Tensor | None = None
+    vae: Any = None
+
+    def __post_init__(self) -> None:
+        self._scheduler = DDPMScheduler.from_config(self.model.scheduler_config)
+
+    def __call__(self) -> Tensor:
+        """Update the weights; the loss, on the device."""
+        unet, text_encoder = self.model.unet, self.model.text_encoder
+        with torch.autocast(self.latents.device.type, torch.bfloat16, enabled=self.mixed):
+            latents = self.latents if self.vae is None else self._encode()
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
+            noisy = self._scheduler.add_noise(latents, noise, timesteps)
+            states = text_encoder(self.input_ids, return_dict=False)[0]
+            predicted = unet(noisy, timesteps, states, return_dict=False)[0]
+            loss = F.mse_loss(predicted.float(), noise.float(), reduction="mean")
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _encode(self) -> Tensor:
+        """Image by image: SDXL's VAE would need 20 GiB for 32 at once."""
+        latents: Tensor = self.vae.encode(self.pixels).latent_dist.sample()
+        return latents * float(self.vae.config.scaling_factor)
+
+
+def checkpointing(model: Model, on: bool) -> None:
+    """Turn gradient checkpointing on in what trains, and in what is differentiated through."""
+    if on:
+        model.unet.enable_gradient_checkpointing()
+        model.text_encoder.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    else:
+        model.unet.disable_gradient_checkpointing()
+        model.text_encoder.gradient_checkpointing_disable()
+
+
+def optimizer_of(config: TrainConfig, model: Model) -> torch.optim.Optimizer:
+    """The library's optimizer of a resolved config, at a rate at which no loss runs away."""
+    import dadaptation
+    import lion_pytorch
+
+    parameters = [p for m in (model.unet, model.text_encoder) for p in m.parameters()]
+    trained = [p for p in parameters if p.requires_grad]
+    given: dict[str, Any] = {"lr": 1e-9, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "lion":
+        made: torch.optim.Optimizer = lion_pytorch.Lion(trained, **given)
+    elif config.optimizer == "dlion":
+        made = dadaptation.DAdaptLion(trained, **given)
+    elif config.optimizer == "adamw":
+        made = torch.optim.AdamW(trained, **given)
+    else:
+        raise UserError(
+            f"--against diffusers knows no --optimizer {config.optimizer}; take lion, dlion, adamw"
+        )
+    return made
+
+
+def vae_of(model: str, device: str) -> Any:
+    """SDXL's VAE in shape beside SD1.5, with random weights; the demo's own beside the others."""
+    if model == "sd15":
+        vae: Any = AutoencoderKL.from_config({**sd15.VAE, "scaling_factor": 0.13025})
+    else:
+        vae = AutoencoderKL.from_pretrained(VAE)
+    vae.enable_slicing()
+    return vae.requires_grad_(False).to(device)

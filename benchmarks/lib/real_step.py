@@ -1,0 +1,118 @@
+"""The real training step on random weights, which benchmarks measure; and what they ran on."""
+
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from benchmarks.demo.pipeline import VAE, Size, make_networks, make_pipeline
+from benchmarks.lib.machine import cpu_name
+from xlsd_cache.encoding.vae import load_vae
+from xlsd_cache.errors import UserError
+from xlsd_cache.schema import Precision
+from xlsd_train.config import sd15
+from xlsd_train.config.train import TrainConfig
+from xlsd_train.data.captions import Captions
+from xlsd_train.data.loader import Batch
+from xlsd_train.memory.gpus import card_named
+from xlsd_train.model.bundle import Model
+from xlsd_train.model.latent_scaling import own_scaling
+from xlsd_train.optim.factory import make_optimizer
+from xlsd_train.step.objective import make_objective
+from xlsd_train.step.step import Plan, Step
+
+S = TypeVar("S", bound=Step)
+VOCABULARY = {"sd15": 49408}  # that of the others does not matter
+SMALL_VOCABULARY = 1000
+
+
+def networks(size: Size, tokens: int = 77) -> tuple[Any, Any]:
+    """UNet and text encoder with random weights, its length as asked."""
+    unet, text_encoder = make_networks(size, VOCABULARY.get(size, SMALL_VOCABULARY))
+    if tokens != text_encoder.config.max_position_embeddings:
+        told = {**text_encoder.config.to_dict(), "max_position_embeddings": tokens}
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(told))
+    return unet, text_encoder
+
+
+def model_of(size: Size, tokens: int = 77) -> Model:
+    """A model without a tokenizer: its batches are drawn, not read."""
+    scheduler = dict(DDPMScheduler.from_config(sd15.SCHEDULER).config)
+    vae = load_vae(str(VAE))
+    return Model(*networks(size, tokens), vae, None, scheduler, size, VAE, own_scaling(vae))
+
+
+CAPTIONS = ["woman, solo, smiling, outdoors", "a cup of coffee on a wooden table. it is morning."]
+
+
+def captions_of(folder: Path) -> Captions:
+    """What reads captions for a model of any size here: the smallest model's tokenizer."""
+    make_pipeline(folder / "demo", "nano", CAPTIONS)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "demo" / "tokenizer")
+    return Captions(tokenizer, tokenizer.model_max_length, 0, 0.0)
+
+
+def step_of(kind: type[S], model: Model, config: TrainConfig, plan: Plan, device: str) -> S:
+    """The step of a resolved config, its weights and state on the device."""
+    named = model.prepare(config.phase)
+    model.unet.to(device)
+    model.text_encoder.to(device)
+    mixed = "bf16" if config.precision == "bf16" else "no"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=device == "cpu")
+    optimizer = make_optimizer(config, named.values())
+    objective = make_objective("eps", "none", 0, model.scheduler_config).to(torch.device(device))
+    model.scaling = model.scaling.to(torch.device(device))
+    return kind(model, list(named.values()), optimizer, objective, accelerator, plan)
+
+
+def drawn_batch(model: Model, batch: int, size: tuple[int, int], device: str) -> Batch:
+    """A batch with latents of this height and width, drawn once."""
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn((2, batch, 4, *size), generator=generator)
+    timesteps = torch.randint(0, 1000, (batch,), generator=generator)
+    vocabulary = model.text_encoder.config.vocab_size
+    input_ids = torch.randint(0, vocabulary, (batch, model.tokens), generator=generator)
+    latents /= model.vae.scaling_factor
+    return Batch(0, "memory", 0.0, 0, batch, latents, noise, timesteps, input_ids).to(
+        torch.device(device)
+    )
+
+
+def here() -> str:
+    """The device that a benchmark takes."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine(device: str) -> str:
+    """What the figures were measured on."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "numpy"))
+    if device == "cpu":
+        return f"{cpu_name()}, {torch.get_num_threads()} threads; {libraries}"
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
+    card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    cudnn: Any = torch.backends.cudnn
+    return f"{card}; CUDA {torch.version.cuda}, cuDNN {cudnn.version()}; {libraries}"
+
+
+def peak_tflops(precision: Precision, stated: float | None, device: str) -> tuple[float, str]:
+    """The peak to hold the step against, and where it is from."""
+    if stated:
+        return stated, "as stated"
+    if device == "cuda":
+        name = torch.cuda.get_device_name(0)
+        if card := card_named(name):
+            return card.tflops(precision), f"data sheet of the {name}"
+        raise UserError(f"no peak is known of the {name}; state it with --peak-tflops")
+    side, best = 2048, float("inf")
+    a = torch.randn(side, side)
+    for _ in range(20):
+        begun = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * side**3 / best / 1e12, f"the best of 20 {side}x{side} fp32 matmuls here"

@@ -1,0 +1,210 @@
+import base64
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests.support import train
+from tests.train.export.test_export import assuming
+from xlsd_train.evaluation.images import SCHEDULERS, Picture
+
+Out = pytest.CaptureFixture[str]
+PROMPTS = "a cat <script>alert(1)</script>\na rocket, über --seed 5 --negative text --size 96x64\n"
+SIDES = ("left", "right")
+FLAGS = ("--steps", 2, "--size", "64x64", "--seed", 3, "--guidance", 3)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(PROMPTS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder, the same as a single file with the factor folded, and a base with its own VAE."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("compare")
+    single, base, out = folder / "one.safetensors", folder / "base", folder / "out"
+    assert train("export", model, single, "--format", "single-file") == 0
+    assuming(model, base)
+    shutil.copytree(model, base, dirs_exist_ok=True)
+    shutil.rmtree(base / "vae")
+    config = AutoencoderKL.load_config(model / "vae")
+    torch.manual_seed(0)
+    AutoencoderKL.from_config({**config, "scaling_factor": 0.5}).save_pretrained(base / "vae")
+    models = (model, single, f"the <b>base</b>={base}")
+    options = ("--prompts", prompts, "--out", out, "--tokenizer", model, *FLAGS)
+    assert train("sample", *models, *options) == 0
+    return out
+
+
+def pixels(path: Path) -> NDArray[np.int64]:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(np.int64)
+
+
+def told(path: Path) -> dict[str, Any]:
+    with Image.open(path) as image:
+        text: dict[str, Any] = image.text  # type: ignore[attr-defined]
+        return text
+
+
+def test_any_mix_of_formats_draws_each_with_its_own_vae(made: Path) -> None:
+    folders = sorted(path for path in made.iterdir() if path.is_dir())
+    assert [folder.name for folder in folders] == ["0-nano", "1-one.safetensors", "2-the-b-base-b-"]
+    for name in ("00.png", "01.png"):
+        ours, single, base = (pixels(folder / name) for folder in folders)
+        assert np.abs(ours - single).max() <= 1
+        assert np.abs(ours - base).max() > 20
+    assert pixels(folders[0] / "01.png").shape == (64, 96, 3)
+
+
+def test_pictures_say_how_they_were_made_in_words_that_uis_read(made: Path) -> None:
+    import hashlib
+
+    first, second = (told(made / "0-nano" / name)["parameters"] for name in ("00.png", "01.png"))
+    assert first.splitlines() == [
+        "a cat <script>alert(1)</script>",
+        "Steps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 3, Size: 64x64, Model: nano",
+    ]
+    assert second.splitlines() == [
+        "a rocket, über",
+        "Negative prompt: text",
+        "Steps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 5, Size: 96x64, Model: nano",
+    ]
+    single = made.parent / "one.safetensors"
+    digest = hashlib.sha256(single.read_bytes()).hexdigest()[:10]
+    in_single = told(made / "1-one.safetensors" / "00.png")
+    assert f"Model hash: {digest}, Model: one.safetensors" in in_single["parameters"]
+    ours = json.loads(in_single["xlsd"])
+    assert (ours["seed"], ours["guidance"], ours["source"]) == (3, 3.0, "one.safetensors")
+
+
+def test_the_grid_has_models_down_and_prompts_across(made: Path) -> None:
+    grid = pixels(made / "grid.png")
+    assert grid.shape == (3 * (64 + 16), 2 * 96, 3)
+    assert np.array_equal(grid[2 * 80 + 16 :, 96:], pixels(made / "2-the-b-base-b-" / "01.png"))
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing_of_the_users(made: Path) -> None:
+    html = (made / "index.html").read_text(encoding="utf-8")
+    assert html.count("<script>") == 1  # ours
+    assert "a cat &lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "the &lt;b&gt;base&lt;/b&gt;" in html
+    assert not re.search(
+        r"https?://|(?:src|href)\s*=", html.replace("a.src =", "").replace("b.src =", "")
+    )
+    (line,) = re.findall(r"const images = (.*);", html)
+    images = json.loads(line)
+    assert [len(row) for row in images] == [2, 2, 2]
+    data = base64.b64decode(images[2][1].removeprefix("data:image/png;base64,"))
+    assert data == (made / "2-the-b-base-b-" / "01.png").read_bytes()
+
+
+# Enough of a browser for the page's script: what it sets, and how often, is printed at the end.
+BROWSER = """
+const sets = [];
+const listening = (what) => ({...what, on: {}, addEventListener(name, f) { this.on[name] = f; }});
+const image = (name) => ({style: {}, set src(data) { sets.push([name, data]); }});
+const figure = (i) => {
+  const images = [image(`${i} left`), image(`${i} right`)];
+  const slider = listening({value: 50});
+  return {images, slider, querySelector: () => slider, querySelectorAll: () => images};
+};
+const figures = [figure(0), figure(1)];
+const selects = {left: listening({selectedIndex: 0}), right: listening({selectedIndex: 1})};
+const document = {
+  querySelectorAll: () => figures, getElementById: (id) => selects[id], ...listening({}),
+};
+{ PAGE }
+const begin = sets.splice(0);
+figures[1].slider.value = 20;
+figures[1].slider.on.input();
+const slid = [sets.splice(0), figures.map(({images}) => images[1].style.clipPath)];
+selects.right.selectedIndex = 2;
+selects.right.on.change();
+console.log(JSON.stringify({begin, slid, chosen: sets}));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node to run the page's script")
+def test_a_slider_uncovers_its_own_picture_and_loads_none(made: Path) -> None:
+    html = (made / "index.html").read_text(encoding="utf-8")
+    script = html.split("<script>")[1].split("</script>")[0]
+    done = subprocess.run(
+        ["node", "-"], input=BROWSER.replace("PAGE", script), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    (line,) = re.findall(r"const images = (.*);", html)
+    images = json.loads(line)
+    assert sorted(told["begin"]) == sorted(
+        [f"{i} {side}", images[model][i]] for i in (0, 1) for model, side in enumerate(SIDES)
+    )
+    assert told["slid"] == [[], ["inset(0 0 0 50%)", "inset(0 0 0 20%)"]]
+    assert sorted(each for each in told["chosen"] if "right" in each[0]) == [
+        ["0 right", images[2][0]], ["1 right", images[2][1]]
+    ]  # fmt: skip
+
+
+def test_of_many_prompts_grid_and_page_show_the_first(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    """Hundreds of pictures, as scores want, would be a page of gigabytes."""
+    monkeypatch.setattr("xlsd_train.commands.sample.SHOWN", 1)
+    out = tmp_path / "out"
+    assert train("sample", model, "--prompts", prompts, "--out", out, *FLAGS) == 0
+    assert "grid and page show the first 1 of 2 prompts" in capsys.readouterr().out
+    assert sorted(path.name for path in (out / "0-nano").iterdir()) == ["00.png", "01.png"]
+    assert pixels(out / "grid.png").shape == (64 + 16, 64, 3)
+    html = (out / "index.html").read_text(encoding="utf-8")
+    assert (html.count("<figure>"), html.count("data:image/png")) == (1, 1)
+
+
+def test_each_scheduler_draws_a_picture_of_its_own(
+    model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "one.txt"
+    short.write_text(f"{PROMPTS.splitlines()[0]} --steps 3")
+    drawn = {}
+    for scheduler in SCHEDULERS:
+        out = tmp_path / scheduler
+        options = ("--prompts", short, "--out", out, "--scheduler", scheduler, *FLAGS)
+        assert train("sample", model, *options) == 0
+        drawn[scheduler] = pixels(out / "0-nano" / "00.png").tobytes()
+        assert f"Sampler: {SCHEDULERS[scheduler][0]}," in told(out / "0-nano/00.png")["parameters"]
+    assert len(set(drawn.values())) == len(SCHEDULERS)
+
+
+def test_values_that_would_end_early_are_quoted() -> None:
+    picture = Picture("x", "", 1, 2, 7.5, 64, 64)
+    assert picture.parameters('a, "b"').endswith('Model: "a, \\"b\\""')
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("nowhere",), "no model nowhere"),
+        ((), "no model is named"),
+        (("nowhere", "--device", "cuda"), "--device cuda"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_written(
+    prompts: Path, tmp_path: Path, capsys: Out, words: tuple[str, ...], told: str
+) -> None:
+    if "--device" in words and torch.cuda.is_available():
+        pytest.skip("there is a card")
+    assert train("sample", *words, "--prompts", prompts, "--out", tmp_path / "out") == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

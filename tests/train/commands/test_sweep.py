@@ -1,0 +1,391 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from filelock import FileLock, Timeout
+from safetensors.numpy import load_file, save_file
+
+import xlsd_train.commands.sweep
+from tests.support import files, metrics, spawn, train, wait_for
+from tests.train.report.test_page import Page
+from tests.train.training.test_loop import slow_train
+from xlsd_cache.errors import UserError
+from xlsd_train.config.recipes import parse
+from xlsd_train.config.run_options import SweepConfig, without
+from xlsd_train.config.train import TrainConfig
+from xlsd_train.report.ranking import HEADER, rank
+from xlsd_train.runs.bootstrap import intervals, overall
+from xlsd_train.runs.history import histories
+from xlsd_train.runs.layout import checkpoints
+from xlsd_train.runs.validation_log import read_losses
+
+Out = pytest.CaptureFixture[str]
+
+
+class Forked:
+    """A run in a process forked from one that has loaded the libraries: seconds earlier there."""
+
+    def __init__(self, run: Callable[..., int], words: list[str]) -> None:
+        folder = Path(words[words.index("--out") + 1])
+        self.process = spawn(run, "run", *words, log=folder.parent.with_suffix(".log"))
+        folder.parent.with_suffix(".pid").write_text(str(self.process.pid))
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("run", timeout or 0)
+        return int(self.process.exitcode)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+
+def fork(words: list[str]) -> Any:
+    return Forked(train, words)
+
+
+def forked_sweep(*args: object) -> int:
+    """`xlsd-train sweep`, whose runs are slow enough to meet them on their way."""
+    xlsd_train.commands.sweep.start = lambda words: Forked(slow_train, words)  # type: ignore[assignment,return-value]
+    return train("sweep", *args)
+
+
+class Swept(NamedTuple):
+    out: Path
+    code: int
+    said: list[str]
+    error: str
+
+
+@pytest.fixture(scope="module")
+def arguments(model: Path, store: Path) -> list[object]:
+    return [
+        "--phase", "unet", "--batch", 3, "--data", store, "--model", model, "--steps", 100,
+        "--stop-after", 6, "--save-every", 2, "--sample-every", 3, "--sample-steps", 1,
+        "--warmup", 0, "--threads", 1, "--validation-fraction", 0.4, "--optimizer", "adamw",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """Three rates in one go, one of which no model survives; not to be changed."""
+    out, said, error = tmp_path_factory.mktemp("sweep") / "all", StringIO(), StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(said),
+        redirect_stderr(error),
+    ):
+        patch.setattr(xlsd_train.commands.sweep, "start", fork)
+        code = train("sweep", *arguments, "--lr=1e-3,1e30,1e-5", "--force", "--out", out)
+    return Swept(out, code, said.getvalue().splitlines(), error.getvalue())
+
+
+def test_a_failed_run_is_said_and_the_others_run(swept: Swept) -> None:
+    names = {path.name for path in swept.out.iterdir()}
+    assert names == {"lr-0.001", "lr-1e+30", "lr-1e-05", "report.html"}
+    assert swept.code == 1
+    assert "--lr 1e+30: failed with exit code 1; the others go on" in swept.said
+    assert f"1 of 3 runs failed, as said above: {swept.out}/lr-1e+30;" in swept.error
+    for name, rate in (("lr-0.001", 1e-3), ("lr-1e-05", 1e-5)):
+        lines = metrics(swept.out / name)
+        assert [line["step"] for line in lines] == list(range(1, 7))
+        assert {line["lr"] for line in lines} == {rate}
+        record = json.loads((swept.out / name / "config.json").read_text())
+        assert (record["planned_steps"], record["config"]["optimizer"]) == (100, "adamw")
+
+
+def test_runs_share_seed_samples_and_held_out_images(swept: Swept) -> None:
+    assert swept.said[0].startswith("validating every 1 steps, to compare by; --validate-every")
+    records = [json.loads(path.read_text()) for path in swept.out.glob("*/config.json")]
+    assert len(records) == 3
+    for name in ("validation", "prompts", "stores", "model"):
+        assert len({json.dumps(record[name]) for record in records}) == 1
+    begun = [files(path, "samples/step-00000000/*") for path in swept.out.glob("lr-*")]
+    assert begun[0] == begun[1] == begun[2]
+    assert len({(path / "metrics.jsonl").read_text()[:40] for path in swept.out.glob("lr-*")}) == 1
+
+
+def test_the_table_and_the_answer_are_right(swept: Swept) -> None:
+    """Computed here from the runs' own files, another way."""
+    at = next(i for i, line in enumerate(swept.said) if line.startswith("run  "))
+    header, *rows = ([*re.split(r" {2,}", x)] for x in swept.said[at : at + 4])
+    assert tuple(header) == HEADER
+    best = {}
+    for folder in sorted(swept.out.glob("lr-*")):
+        steps = range(7)
+        found = {step: read_losses(folder, step).get("live/held_out") for step in steps}
+        means = {step: float(x.mean()) for step, x in found.items() if x is not None}
+        step = min(means, key=lambda step: means[step])
+        best[folder.name] = step, found[step], metrics(folder)[-1]
+    (_, first, _) = best["lr-0.001"]
+    assert first is not None
+    told = {"lr-0.001": "--lr 0.001", "lr-1e+30": "--lr 1e+30, failed", "lr-1e-05": "--lr 1e-05"}
+    for row, name in zip(rows, ("lr-0.001", "lr-1e+30", "lr-1e-05"), strict=True):
+        step, losses, last = best[name]
+        assert losses is not None
+        beyond = (overall(losses) - overall(first)).interval
+        assert row[:5] == [
+            told[name], str(last["step"]), f"{last['loss_smoothed']:.5f}",
+            str(intervals(losses)[0]), f"step {step}",
+        ]  # fmt: skip
+        assert row[5] == ("best" if name == "lr-0.001" else f"worse by {beyond}")
+    answer = swept.said[at + 4]
+    assert answer.startswith("take --lr 0.001: its held-out loss is lowest, ")
+    assert "3 images tell it apart from every other (3 are few: intervals" in answer
+
+
+def test_its_report_has_the_runs_side_by_side(swept: Swept) -> None:
+    assert swept.said[-1] == f"report {swept.out / 'report.html'}"
+    page = Page(swept.out / "report.html")
+    names = ["--lr 0.001", "--lr 1e+30, failed", "--lr 1e-05"]
+    assert page.tables["settings"][0][1:] == names
+    assert page.tables["settings"][1] == ["lr", "0.001", "1e+30", "1e-05"]
+    assert [row[0] for row in page.tables["standings"][1:]] == names
+    assert all(page.traces(f"{name} {which}") for name in names for which in ("raw", "held-out"))
+    head = page.tables["samples"][0]
+    assert [x.startswith(name) for x, name in zip(head[1:], names, strict=False)] == [True] * 3
+    assert [row[0] for row in page.tables["samples"][1:]] == ["0", "3", "6"]
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_it_goes_on_to_the_bit(
+    swept: Swept, arguments: list[object], tmp_path: Path
+) -> None:
+    """SIGTERM to the sweep alone in the first run, SIGKILL to it and its run in the second."""
+    out, log = tmp_path / "sweep", tmp_path / "log"
+    given = (*arguments, "--lr", "1e-3,1e-5", "--out", out)
+    first, second = out / "lr-0.001", out / "lr-1e-05"
+
+    process = spawn(forked_sweep, *given, log=log)
+    wait_for(lambda: lines(first) >= 2)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert f"to go on from here, to the bit: the same command with --out {out}" in log.read_text()
+    assert 2 <= lines(first) < 6
+    assert int(checkpoints(first)[-1].name[5:]) == lines(first)
+    assert not second.exists()
+
+    process = spawn(forked_sweep, *given, log=log)
+    wait_for(lambda: lines(second) >= 3)
+    process.kill()
+    os.kill(int(out.with_suffix(".pid").read_text()), signal.SIGKILL)
+    process.join()
+    assert 3 <= lines(second) < 6
+    wait_for(lambda: not locked(second))
+    finished = files(first, "**/*")
+    process = spawn(forked_sweep, *given, log=log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert f"--lr 0.001: {first} is finished" in log.read_text()
+    assert files(first, "**/*") == finished
+
+    for name in ("lr-0.001", "lr-1e-05"):
+        last = "checkpoints/step-00000006/*"
+        assert files(out / name, last) == files(swept.out / name, last)
+        assert metrics(out / name) == metrics(swept.out / name)
+        for path in ("validation/step-00000006*", "samples/step-00000006/*"):
+            assert files(out / name, path) == files(swept.out / name, path)
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def locked(run: Path) -> bool:
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def refuse(words: list[str]) -> Any:
+    raise AssertionError(words)
+
+
+def test_another_sweep_is_not_gone_on_with(
+    swept: Swept, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Out,
+) -> None:  # fmt: skip
+    """Nor are finished runs passed over that were of other settings; nothing runs."""
+    monkeypatch.setattr(xlsd_train.commands.sweep, "start", refuse)
+    given = ["sweep", *arguments, "--lr", "1e-3,1e-5", "--out", swept.out]
+    for option, value in (("--batch", 2), ("--seed", 1), ("--weight-decay", 0.1)):
+        assert train(*given, option, value) == 1
+        error = capsys.readouterr().err
+        assert f"lr-0.001 was begun with {option[2:].replace('-', '_')} " in error
+        assert f" and not {value}; give the same again" in error
+    out = Path(shutil.copytree(swept.out, tmp_path / "copy"))
+    assert train(*given[:-1], out, "--batch", 2, "--force") == 0  # all are finished
+    assert "--lr 1e-05: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--lr", "1e-3"), "--lr 1e-3 names no two different rates"),
+        (("--lr", "1e-3,0.001"), "names no two different rates, or one twice"),
+        (("--lr", "slow,fast"), "--lr 'slow,fast' is no list of rates"),
+        ((), "--lr '' is no list of rates"),
+        (("--lr", "1e-3,-1"), "--lr -1 is not above 0"),
+        (("--lr", "4e-3,1e-5", "--scheduler", "linear", "--lr-floor", "1e-4"), "--lr-floor 0.0001"),
+        (("--lr", "4e-3,1e-5", "--batch", 0), "--batch 0"),
+    ],
+)
+def test_what_no_sweep_could_be_is_refused_before_anything_runs(
+    words: tuple[object, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Out,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(xlsd_train.commands.sweep, "start", refuse)
+    assert train("sweep", "--phase", "te", *words, "--out", tmp_path / "out") == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_of_what_an_optimizer_finds_are_no_rates(tmp_path: Path, capsys: Out) -> None:
+    words = ("--recipe", "phase1-unet", "--lr", "4e-6,2e-6", "--out", tmp_path / "out")
+    assert train("sweep", *words) == 1
+    assert "--lr 4e-06 is a factor of the learning rate that --optimizer dlion finds" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_no_folder_for_a_sweep_and_a_launcher_does_not_start_it(
+    swept: Swept, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    monkeypatch.setattr(xlsd_train.commands.sweep, "start", refuse)
+    given = ("sweep", "--phase", "te", "--lr", "2e-3,1e-3")
+    assert train(*given, "--out", swept.out / "lr-0.001") == 1
+    assert "lr-0.001 is a run or a file; name another folder" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(*given) == 1
+    assert "start it without a launcher" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_dry_run_asks_one_real_run_and_writes_nothing(
+    arguments: list[object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = ("--lr", "1e-3,1e-5", "--out", out, "--dry-run", "--validate-every", 0)
+    assert train("sweep", *arguments, *given) == 0
+    said = capfd.readouterr().out
+    assert f"run {out}/lr-0.001" in said
+    assert re.search(r"validate_every +0\n", said)
+    assert "the others are the same but for --lr" in said
+    assert not out.exists()
+
+
+def test_folders_and_validation_have_defaults_of_their_own() -> None:
+    config = SweepConfig(phase="te", rates="5e-6,4e-6", stop_after=500)
+    (first, run), (second, other) = config.runs(False).items()
+    assert first.parent == second.parent
+    assert re.fullmatch(r"runs/sweep-te-\d{8}-\d{6}", first.parent.as_posix())
+    assert (first.name, second.name, run.out) == ("lr-5e-06", "lr-4e-06", first)
+    assert (run.lr, other.lr, run.validate_every) == (5e-6, 4e-6, 50)
+    assert type(run).__name__ == "TrainConfig"
+    for settings, given, every in (
+        ({"stop_after": 5}, False, 1),
+        ({"steps": 300}, False, 30),
+        ({}, False, 250),
+        ({"stop_after": 500}, True, 0),
+        ({"stop_after": 500, "validate_every": 7}, True, 7),
+    ):
+        told: dict[str, Any] = settings
+        runs = SweepConfig(phase="te", rates="2e-3,1e-3", **told).runs(given)
+        assert {run.validate_every for run in runs.values()} == {every}
+
+
+def test_a_recipe_passes_through(tmp_path: Path) -> None:
+    """Its own rate does not count; the rest of it does, in the sweep and in the runs' words."""
+    words = "--recipe phase1-te --lr 5e-6,4e-6 --stop-after 500".split()
+    config = parse(SweepConfig, [*words, "--out", str(tmp_path / "out")], "", "")
+    first, second = config.runs(False).values()
+    assert (first.lr, second.lr, first.validate_every) == (5e-6, 4e-6, 50)
+    alone = [*without(words, "lr"), "--lr", "5e-6", "--validate-every", "50"]
+    assert replace(parse(TrainConfig, alone, "", "").resolved(), out=first.out) == first
+    with pytest.raises(UserError, match="no list of rates"):
+        parse(SweepConfig, words[:2], "", "").runs(False)
+
+
+def test_the_words_go_on_without_the_sweeps_own() -> None:
+    words = "--lr 1,2 --phase te --out=x --lr_floor 0 --stop-after 5 --validate_every 3".split()
+    kept = without(words, "lr", "out", "validate-every")
+    assert kept == "--phase te --lr_floor 0 --stop-after 5".split()
+
+
+def copied(swept: Swept, tmp_path: Path, *names: str) -> list[Path]:
+    return [
+        Path(shutil.copytree(swept.out / name, tmp_path / str(i))) for i, name in enumerate(names)
+    ]
+
+
+def told_of(folders: list[Path]) -> str:
+    return rank(histories(folders))[1]
+
+
+def test_what_compares_is_said_and_what_does_not(swept: Swept, tmp_path: Path) -> None:
+    good, same, bad = copied(swept, tmp_path, "lr-0.001", "lr-0.001", "lr-1e-05")
+    assert told_of([good, bad]).startswith("take 0: its held-out loss is lowest")
+    assert told_of([bad, good]).startswith("take 0: its held-out loss is lowest")
+    assert told_of([good, same]).startswith("3 held-out images tell none of them apart: 0 has")
+    assert told_of([good, same, bad]).startswith("take 0, or 1, not told apart from it: ")
+
+    # The same images in another order are the same images.
+    expected = told_of([good, bad])
+    path = bad / "config.json"
+    record = json.loads(path.read_text())
+    keys = record["validation"]["held_out"]
+    for losses in (bad / "validation").iterdir():
+        found = load_file(losses)
+        found["live/held_out"] = found["live/held_out"][::-1].copy()
+        save_file(found, losses)
+    record["validation"]["held_out"] = keys[::-1]
+    path.write_text(json.dumps(record))
+    assert told_of([good, bad]) == expected
+
+    record["validation"]["held_out"] = ["other", *keys[1:]]
+    path.write_text(json.dumps(record))
+    assert "and 2 images tell it apart" in told_of([good, bad])
+    record["validation"]["held_out"] = ["a", "b", "c"]
+    path.write_text(json.dumps(record))
+    assert told_of([good, bad]).endswith("they held out different images")
+    record["objective"]["kind"] = "v"
+    path.write_text(json.dumps(record))
+    assert "their objective differs, eps (0) and v (2)" in told_of([good, bad])
+
+    for run in (good, bad):
+        (run / "validation.jsonl").unlink()
+    assert "training loss alone compares, which says little" in told_of([good, bad])
+    assert "lowest for 0" in told_of([good, bad])
+
+
+def test_a_run_that_never_bettered_its_start_is_not_taken(swept: Swept, tmp_path: Path) -> None:
+    runs = copied(swept, tmp_path, "lr-1e+30", "lr-1e+30")
+    assert told_of(runs).startswith("none of them: on 3 held-out images no run was ever better")
+
+
+def test_the_answer_says_where_the_rates_end(swept: Swept, tmp_path: Path) -> None:
+    runs = histories(copied(swept, tmp_path, "lr-0.001", "lr-1e-05"))
+    for rate, told in (("0.001", "highest rate tried"), ("1e-06", "lowest rate tried")):
+        named = [replace(runs[0], name=f"--lr {rate}"), replace(runs[1], name="--lr 1e-05")]
+        assert told in xlsd_train.commands.sweep._beyond(rank(named)[0])
+    (run,) = histories(copied(swept, tmp_path / "again", "lr-0.001"))
+    alike = [replace(run, name="--lr 1e-02"), named[0]]
+    assert xlsd_train.commands.sweep._beyond(rank(alike)[0]) == ""

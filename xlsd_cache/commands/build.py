@@ -1,0 +1,334 @@
+"""`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from xlsd_cache.commands.finish import conclude, refuse_nothing, say_sums, writing
+from xlsd_cache.console.terminal import say, warn
+from xlsd_cache.encoding.compatibility import stored_identity
+from xlsd_cache.encoding.encoder import Encoder
+from xlsd_cache.encoding.pipeline import Work
+from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
+from xlsd_cache.errors import UserError
+from xlsd_cache.images.buckets import Buckets
+from xlsd_cache.images.decode import MAX_PIXELS, PREPROCESSING
+from xlsd_cache.images.sandbox import decode_nbytes
+from xlsd_cache.integrity.accounting import Accounting
+from xlsd_cache.options import BuildConfig
+from xlsd_cache.planning.caption_diff import caption_changes
+from xlsd_cache.planning.disk_space import bytes_to_write, say_room, uncommitted_places
+from xlsd_cache.planning.log_state import Known, by_unit, former_names, read_known, uncommitted
+from xlsd_cache.planning.plan import (
+    JOURNALS,
+    Plan,
+    contents,
+    keep_unread_captions,
+    make_plan,
+    refuse_lost_sources,
+)
+from xlsd_cache.planning.sessions import building
+from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_cache.runtime.signals import STOPPING, StopSignal
+from xlsd_cache.sources.scan import Scan, scan
+from xlsd_cache.store.commit import planning, tidy
+from xlsd_cache.store.identity import Identity, agree, attributes_of, bucket_shape
+from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.zarr_metadata import grow_array, write_group
+from xlsd_cache.tables.columns import one
+from xlsd_cache.tables.names import look_up
+
+
+def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
+    """Bring the store up to date with the images; None after a dry run.
+
+    `began` is when the command did, in seconds since the epoch. Raises UserError before anything
+    is written where the request cannot be met, and after a stop or a full disk, when everything
+    encoded so far is kept.
+    """
+    began = began or time.time()
+    print(json.dumps(asdict(config), indent=2, default=str))
+    print(set_precision(config.precision))
+    _say_memory(config)
+    device = device_of(config.device)
+    buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
+    require_vae(config.vae)  # a scan may take long
+    found = scan(
+        config.source,
+        config.caption_columns,
+        config.only,
+        config.exclude,
+        config.workers,
+        config.image_suffixes,
+        allow_outside=config.allow_outside,
+    )
+    _say_found(found, config)
+    vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
+    identity = _identity(config, vae)
+    stored = stored_identity(config.out, vae, config.dry_run)
+    manifest = Manifest(config.out)
+    rows_per_shard = agree(
+        config.out, identity, config.rows_per_shard, found.images.num_rows, stored
+    )
+    if config.dry_run:
+        known = read_known(manifest, rows_per_shard)
+        plan = _plan(config, manifest, known, found, buckets, rows_per_shard, config.rehash)
+        _say_plan(plan)
+        _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
+        return None
+    with writing(config.out):
+        generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets, began)
+        largest = max(size.width * size.height for size in buckets.sizes)
+        encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
+        with building(manifest, generation, config.part, began) as before:
+            _encode(config, manifest, generation, encoder, identity, rows_per_shard)
+            counts = conclude(manifest, generation, rows_per_shard, before)
+    _say_result(config, counts)
+    return counts
+
+
+def _write_plan(
+    config: BuildConfig,
+    manifest: Manifest,
+    found: Scan,
+    identity: Identity,
+    rows_per_shard: int,
+    buckets: Buckets,
+    began: float,
+) -> int:
+    """Make the store's folders if need be and log the next generation; returns the newest.
+
+    Of several processes that build with --rehash only the first to come here reads every image.
+    """
+    manifest.make_folders()
+    with planning(manifest):
+        tidy(manifest)
+        known = read_known(manifest, rows_per_shard)
+        rehashed = manifest.root / "manifest" / "rehashed"  # written when it was last done
+        rehash = config.rehash and not (rehashed.exists() and rehashed.stat().st_mtime >= began)
+        staging = manifest.staging
+        plan = _plan(config, manifest, known, found, buckets, rows_per_shard, rehash, staging)
+        _say_plan(plan)
+        _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
+        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
+            write_group(manifest, attributes_of(identity, rows_per_shard))
+        generations = manifest.generations()
+        generation = generations[-1] + 1 if generations else 0
+        if plan.is_empty and generations:
+            _forget_journals(manifest, config.rehash)
+            return generations[-1]
+        placed = plan.entries.filter(pc.greater_equal(plan.entries["row"], 0))
+        last = placed.group_by("bucket").aggregate([("row", "max")]).to_pylist()
+        for bucket, row in ((group["bucket"], group["row_max"]) for group in last):
+            shape = bucket_shape(bucket, identity.channels)
+            grow_array(manifest, bucket, row + 1, shape, identity.dtype, rows_per_shard)
+        manifest.write_plan(generation, plan.entries, plan.removed, plan.captions)
+        _forget_journals(manifest, config.rehash)
+        return generation
+
+
+def _forget_journals(manifest: Manifest, rehash: bool) -> None:
+    """What was read of files is in the log now."""
+    for name in JOURNALS:
+        (manifest.staging / name).unlink(missing_ok=True)
+    if rehash:
+        (manifest.root / "manifest" / "rehashed").touch()
+
+
+def _plan(
+    config: BuildConfig,
+    manifest: Manifest,
+    known: Known,
+    found: Scan,
+    buckets: Buckets,
+    rows_per_shard: int,
+    rehash: bool,
+    staging: Path | None = None,
+) -> Plan:
+    """The next generation. Raises UserError where a source of before is missing."""
+    plan = make_plan(
+        found.images,
+        found.captions,
+        found.columns,
+        known,
+        buckets,
+        config.workers,
+        staging,
+        config.max_pixels,
+        rehash,
+    )
+    refuse_lost_sources(plan, known, set(found.names), set(config.forget))
+    keys = one(found.images["key"])
+    if known.live.num_rows and pc.any(found.matches.missing()).as_py():
+        former = former_names(manifest, rows_per_shard, keys)
+        found = found.with_former_names(former, contents(plan, known))
+        captions = caption_changes(keys, found.captions, found.columns, known.captions)
+        plan = replace(plan, captions=captions)
+    for line in found.matches.told():
+        say(line)
+    _refuse_no_captions(found, config)
+    return keep_unread_captions(plan) if found.unread else plan
+
+
+def _encode(
+    config: BuildConfig,
+    manifest: Manifest,
+    generation: int,
+    encoder: Encoder,
+    identity: Identity,
+    rows_per_shard: int,
+) -> None:
+    """Encode every planned row that is not committed, this process's own part first."""
+    planned = uncommitted(manifest, generation, rows_per_shard)
+    if not planned.num_rows:
+        return
+    entries = planned.drop_columns(["reason", "detail"]).to_pylist()
+    todo = by_unit(entries, rows_per_shard)
+    now = manifest.live(generation)
+    at = look_up(one(planned["key"]), one(now["key"]))
+    now = now.take(pa.array(at, mask=at < 0))
+    same = pc.and_(*(pc.equal(now[name], planned[name]) for name in ("bucket", "row")))
+    alive = pc.fill_null(same, False).to_pylist()
+    live = {entry["key"]: entry for entry, is_alive in zip(entries, alive, strict=True) if is_alive}
+    part, parts = config.part
+    units = sorted(todo)
+    mine = units[part::parts]
+    order = mine + [unit for unit in units if unit not in set(mine)]
+    dtype = identity.dtype
+    work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers, config.max_pixels)
+    say(encoder)
+    with StopSignal(STOPPING) as stop:
+        work.run(todo, order, stop)
+    if stop.asked:
+        raise UserError(
+            f"stopped; every batch encoded so far is kept in {config.out}: run the same command "
+            f"again to go on"
+        )
+    say(f"time: {work.seconds:.2f} s: {work.shares()}")
+    if work.rounding:
+        rounding = float(np.sqrt(np.mean(np.square(work.rounding))))
+        say(f"float16 rounding: {rounding:.1e} of the latents' spread")
+
+
+def _identity(config: BuildConfig, vae: Vae) -> Identity:
+    return Identity(
+        vae_name=vae.name,
+        vae_source=vae.source,
+        vae_class=vae.class_name,
+        vae_sha256=vae.sha256,
+        scaling_factor=vae.scaling_factor,
+        shift_factor=vae.shift_factor,
+        channels=vae.channels,
+        dtype=config.store_dtype,
+        precision=config.precision,
+        preprocessing=PREPROCESSING,
+        resolution=config.resolution,
+        buckets=config.buckets,
+        max_ratio=config.max_ratio,
+        upscale=config.upscale,
+        vae_padding=vae.padding,
+        encoder_sha256=vae.encoder_sha256,
+    )
+
+
+def _say_memory(config: BuildConfig) -> None:
+    """What decoding may take, where more was asked for. Raises UserError where it cannot fit."""
+    if config.max_pixels <= MAX_PIXELS:
+        return
+    one, workers = decode_nbytes(config.max_pixels) / 2**30, config.workers
+    there = psutil.virtual_memory().total / 2**30
+    fitting = int(there / one)
+    if not fitting:
+        raise UserError(
+            f"--max-megapixels {config.max_megapixels:g}: decoding such an image may take "
+            f"{one:.1f} GiB, and this machine has {there:.1f} GiB of memory; lower it"
+        )
+    say(
+        f"images of up to {config.max_megapixels:g} megapixels: decoding one may take {one:.1f} "
+        f"GiB, {workers} at once {workers * one:.1f} GiB of this machine's {there:.1f} GiB"
+    )
+    if workers > fitting:
+        warn(f"WARNING: many such images at once do not fit in memory; --workers {fitting} is safe")
+
+
+def _say_found(found: Scan, config: BuildConfig) -> None:
+    images = found.images.num_rows
+    say(f"found {images} images in {', '.join(config.source)}", end="")
+    over = ", ".join(f"{count} {kind}" for kind, count in sorted(found.passed_over.items()))
+    say(f"; passed over {over}" if over else "")
+    for sentence in found.notes:
+        say(sentence)
+    for sentence in found.damaged:
+        warn(f"WARNING: {sentence}")
+    for column in found.columns:
+        with_text = pc.sum(pc.equal(found.captions["column"], column)).as_py() or 0
+        said = [
+            f"{n} {what}" for (name, what), n in sorted(found.remarks.items()) if name == column
+        ]
+        say(f"{column} captions: {with_text} of {images} images", end="")
+        say(f" ({', '.join(said)})" if said else "")
+    if not config.out.exists():
+        _refuse_no_captions(found, config)
+
+
+def _refuse_no_captions(found: Scan, config: BuildConfig) -> None:
+    if found.columns and not found.captions.num_rows:
+        where = ", ".join(found.columns)
+        if config.caption_columns is None:
+            where = "a .txt beside it, nor in the text or caption field of a table"
+        raise UserError(
+            f"no captions: none of the {found.images.num_rows} images has one in {where}; put them "
+            f"beside the images, name other columns with --captions, or say --captions none"
+        )
+
+
+def _say_plan(plan: Plan) -> None:
+    fresh = plan.entries.filter(pa.array(plan.fresh))
+    buckets = fresh["bucket"].value_counts().to_pylist()
+    shown = ", ".join(sorted(f"{count['values']} {count['counts']}" for count in buckets))
+    say(f"to encode: {fresh.num_rows} images" + (f" ({shown})" if shown else ""))
+    counts = {
+        count["values"]: count["counts"]
+        for count in plan.leaving["reason"].value_counts().to_pylist()
+    }
+    if removed := counts.pop("", 0):
+        say(
+            f"{removed} images are no longer among the sources and leave training; their latents "
+            f"stay, for when they come back"
+        )
+    if counts:
+        why = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+        say(f"{sum(counts.values())} images are rejected now and leave training ({why})")
+
+
+def _say_room(
+    out: Path,
+    manifest: Manifest,
+    plan: Plan,
+    known: Known,
+    identity: Identity,
+    rows_per_shard: int,
+) -> None:
+    """Say what encoding will write, if anything. Raises UserError where the disk lacks the room."""
+    old = uncommitted_places(manifest, known.live, rows_per_shard)
+    gone = pa.concat_arrays([pa.array(plan.removed, pa.string()), one(plan.entries["key"])])
+    old = old.filter(pc.invert(pc.is_in(old["key"], value_set=gone))) if old.num_rows else old
+    new = uncommitted_places(manifest, plan.entries, rows_per_shard)
+    nbytes = bytes_to_write(manifest, pa.concat_tables([old, new]), identity, rows_per_shard)
+    say_room(nbytes, out)
+
+
+def _say_result(config: BuildConfig, counts: Accounting) -> None:
+    say_sums(config.out, counts)
+    if gone := counts.rejected.get("vanished"):
+        warn(
+            f"WARNING: {gone} images were gone when their turn came; bring back what holds them "
+            f"and run the same command again, which takes them up"
+        )
+    refuse_nothing(config.out, counts, "images could be encoded")

@@ -1,0 +1,248 @@
+"""`xlsd-cache captions`: caption columns added or replaced, matched by name, no latent touched."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+
+from xlsd_cache.console.terminal import say, warn
+from xlsd_cache.errors import UserError
+from xlsd_cache.files.captions import Column, read_captions
+from xlsd_cache.integrity.accounting import save_accounting, saved_accounting
+from xlsd_cache.options import CaptionsConfig
+from xlsd_cache.planning.caption_diff import caption_changes
+from xlsd_cache.planning.log_state import former_names, read_live
+from xlsd_cache.runtime.atomic import sweep
+from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.sources.records import Record, Search, Tally, given_table
+from xlsd_cache.sources.scan import named_roots, read_urls, records_of
+from xlsd_cache.store.identity import read_attributes
+from xlsd_cache.store.index import make_view, save_view
+from xlsd_cache.store.manifest import PLAN, Manifest
+from xlsd_cache.tables.columns import Rows, is_table, one
+from xlsd_cache.tables.matching import by_former_names, captions_of, match
+from xlsd_cache.tables.names import look_up
+from xlsd_cache.tables.row_outcomes import NOBODY, Matches, Table
+
+_BLOCK = 256  # files a thread takes at once
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What one column's captions would become."""
+
+    column: str
+    delta: pa.Table  # manifest.CAPTIONS
+    added: int
+    changed: int
+    cleared: int
+    kept: int  # the same as before
+    bare: int  # images that the sources have no caption for
+    unmatched: int  # captions that belong to no image
+
+    def __str__(self) -> str:
+        cleared = f", {self.cleared} cleared" if self.cleared else ""
+        return (
+            f"{self.column}: {self.added} added, {self.changed} changed, {self.kept} kept{cleared}"
+            f"; {self.bare} images without one, {self.unmatched} captions without an image"
+        )
+
+
+def recaption(config: CaptionsConfig) -> list[Changes]:
+    """Log the captions as a generation of their own; returns what changed, a column each.
+
+    Raises UserError, nothing being written, where no caption belongs to any image or the store
+    cannot be written.
+    """
+    root = config.store.expanduser()
+    _, rows_per_shard = read_attributes(root)
+    columns = tuple(map(Column.parse, config.caption_columns))
+    tables = _read(config.source, columns)
+    try:
+        return _log(config, Manifest(root), rows_per_shard, columns, tables)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {config.store}: {error.strerror or error}; its captions are as they "
+            f"were, so mend that and run the same command again"
+        ) from error
+
+
+def _log(
+    config: CaptionsConfig,
+    manifest: Manifest,
+    rows_per_shard: int,
+    columns: tuple[Column, ...],
+    tables: list[Table],
+) -> list[Changes]:
+    root = manifest.root
+    manifest.refuse_links()
+    with FileLock(manifest.staging / "plan.lock"):
+        generations = manifest.generations()
+        if not generations:
+            raise UserError(f"{root} is not planned yet; run `xlsd-cache build` to finish it")
+        newest = generations[-1]
+        images = _images(manifest.live(newest))
+        found = _match(tables, images)
+        missing = pc.any(found.missing()).as_py()
+        if missing or len(found.moved()):  # only then is the whole log read
+            images = _images(read_live(manifest, newest))
+            _refuse_others(found, images)
+        if missing:
+            former = former_names(manifest, rows_per_shard, one(images["key"]))
+            by_former_names(found, one(images["content_hash"]), former)
+        for line in found.told():
+            say(line)
+        known = manifest.captions(newest)
+        changes = [
+            _changes(column, images, known, found, clear=config.clear_missing) for column in columns
+        ]
+        for change in changes:
+            say(change)
+        if not any(change.added + change.changed + change.kept for change in changes):
+            raise UserError(
+                f"no caption in {', '.join(config.source)} belongs to an image of {root}; name "
+                f"--columns that are there, and files or rows by the images' keys, paths or stems"
+            )
+        delta = pa.concat_tables([change.delta for change in changes])
+        if config.dry_run or not delta.num_rows:
+            print("nothing written")
+            return changes
+        sweep(manifest.staging)
+        counts = saved_accounting(root, newest)
+        manifest.write_plan(newest + 1, PLAN.empty_table(), [], delta)
+        if counts is not None:  # no image changed: the last build's sums still hold
+            save_accounting(manifest, newest + 1, counts)
+    view = make_view(manifest, newest + 1, rows_per_shard)
+    if not view.pending:
+        save_view(root, view)
+    return changes
+
+
+def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> list[Table]:
+    """The tables of rows, and the files that hold captions as tables of their own."""
+    tally = Tally()
+    suffixes = frozenset(column.suffix for column in columns if column.suffix)
+    rows = tuple(column for column in columns if column.suffix is None)
+
+    def is_caption(name: str) -> bool:
+        return any(name.endswith(f".{suffix}") for suffix in suffixes)
+
+    search = Search(is_caption, suffixes, rows, images=False)
+    sidecars = []
+    for name, root in named_roots(sources).items():
+        if is_table(root.name):
+            given_table(name, root, search, tally)
+            continue
+        stream = records_of(name, root, search, tally)
+        rows_ = _sidecars(root, stream, columns)
+        sidecars.append(Table(rows_, root.as_posix(), name, given=True, sidecars=True))
+    for sentence in tally.damaged:
+        warn(f"WARNING: {sentence}")
+    tables = [*sidecars, *tally.tables]
+    remarks = sum((table.rows.remarks for table in tables), Counter[tuple[str, str]]())
+    for (column, what), count in sorted(remarks.items()):
+        say(f"{column}: {count} {what}")
+    return tables
+
+
+def _sidecars(root: Path, stream: Iterator[Record], columns: tuple[Column, ...]) -> Rows:
+    """A row a caption file, its key the path in the source, without suffix."""
+    blocks = list(in_blocks(partial(_read_block, columns=columns), stream, _BLOCK, 8))
+    keys = pa.concat_arrays([pa.array([], pa.string()), *(block.key for block in blocks)])
+    texts = {
+        column.name: pa.concat_arrays(
+            [pa.array([], pa.string()), *(block.captions[column.name] for block in blocks)]
+        )
+        for column in columns
+    }
+    remarks = sum((block.remarks for block in blocks), Counter[tuple[str, str]]())
+    nothing = pa.nulls(len(keys), pa.string())
+    return Rows(root, nothing, keys, nothing, nothing, texts, remarks)
+
+
+def _read_block(records: list[Record], columns: tuple[Column, ...]) -> Rows:
+    """Here a record is a file that holds captions, of the columns that its suffix says."""
+    remarks = Counter[tuple[str, str]]()
+    keys: list[str] = []
+    texts: dict[str, list[str | None]] = {column.name: [] for column in columns}
+    for record in records:
+        mine = [c for c in columns if c.suffix and record.key.endswith(f".{c.suffix}")]
+        found, said = read_captions(tuple(mine), record.beside)
+        remarks.update(said)
+        suffix = max((f".{c.suffix}" for c in mine), key=len)
+        keys.append(record.key.partition("/")[2].removesuffix(suffix))
+        for column in columns:
+            texts[column.name].append(found.get(column.name))
+    nothing = pa.nulls(len(keys), pa.string())
+    captions = {name: pa.array(values, pa.string()) for name, values in texts.items()}
+    return Rows(Path(), nothing, pa.array(keys, pa.string()), nothing, nothing, captions, remarks)
+
+
+def _images(live: pa.Table) -> pa.Table:
+    """What match.match needs of all images that the log knows, and whether they have a place."""
+    url = pa.nulls(live.num_rows, pa.string())
+    placed = pc.greater_equal(live["row"], 0)
+    return pa.table([live["key"], live["source"], url, live["size"], live["content_hash"], placed],
+                    names=["key", "source", "url", "size", "content_hash", "placed"])  # fmt: skip
+
+
+def _changes(
+    column: Column, images: pa.Table, known: pa.Table, found: Matches, *, clear: bool
+) -> Changes:
+    """What one column's captions would become, as against the log's."""
+    keys = one(images["key"])
+    told = captions_of(found, keys, (column.name,))
+    has = pc.is_in(keys, value_set=one(told["key"]))
+    delta = caption_changes(keys if clear else keys.filter(has), told, (column.name,), known)
+    before = known.filter(pc.equal(known["column"], column.name))
+    had = look_up(one(delta["key"]), one(before["key"])) >= 0
+    empty = pc.equal(delta["text"], "").to_numpy()
+    placed = one(images["placed"])
+    return Changes(
+        column.name,
+        delta,
+        added=int((~had & ~empty).sum()),
+        changed=int((had & ~empty).sum()),
+        cleared=int(empty.sum()),
+        kept=told.num_rows - int((~empty).sum()),
+        bare=int(pc.sum(pc.and_(placed, pc.invert(has))).as_py() or 0),
+        unmatched=found.without_image(column.name),
+    )
+
+
+def _refuse_others(found: Matches, images: pa.Table) -> None:
+    """Leave out captions of images that were matched by key alone, and are others.
+
+    The source lay elsewhere when the store was built. Where its images lie beside these captions,
+    they must be the store's own.
+    """
+    told = [one(images[name]) for name in ("key", "size", "content_hash")]
+    for row in found.moved().tolist():
+        key, size, content = (column[int(found.image[row])].as_py() for column in told)
+        data = found.own_image(row, key)
+        if data is not None and (len(data) != size or hashlib.sha256(data).hexdigest() != content):
+            found.image[row] = NOBODY
+
+
+def _match(tables: list[Table], images: pa.Table) -> Matches:
+    """Each row with its image.
+
+    Where an image is from is read beside it only when no row names it otherwise: a million such
+    files take longer than all the rest.
+    """
+    found = match(tables, images)
+    open_ = np.ones(images.num_rows, bool)
+    open_[found.image[found.image >= 0]] = False
+    if open_.any() and any(table.rows.names_urls for table in tables):
+        sources = images["source"].filter(pa.array(open_)).to_pylist()
+        urls = pc.replace_with_mask(one(images["url"]), pa.array(open_), read_urls(sources))
+        at = images.schema.get_field_index("url")
+        found = match(tables, images.set_column(at, "url", urls))
+    return found

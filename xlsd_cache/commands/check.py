@@ -1,0 +1,220 @@
+"""`xlsd-cache check`: read everything back, and decode some of it beside its image."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from xlsd_cache.console import terminal
+from xlsd_cache.encoding.compatibility import decoder_told, vae_of
+from xlsd_cache.encoding.vae import Vae
+from xlsd_cache.errors import UserError
+from xlsd_cache.files.uri import read_source
+from xlsd_cache.images.decode import MOST_PIXELS, Pixels, Rejected, decode
+from xlsd_cache.integrity.accounting import account
+from xlsd_cache.integrity.repair import Repaired, repair
+from xlsd_cache.integrity.shard_check import NAMED, Checked, Problem
+from xlsd_cache.integrity.verify import verify, verify_index, verify_live
+from xlsd_cache.options import CheckConfig
+from xlsd_cache.runtime.device import device_of
+from xlsd_cache.store.identity import read_attributes
+from xlsd_cache.store.index import View, make_view
+from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.reader import LatentStore
+
+Say = Callable[..., None]
+TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels cost far less
+
+
+def check(config: CheckConfig) -> bool:
+    """Print every problem found, with the images it concerns; True when there is none (left)."""
+    store = _open(config.store.expanduser())
+    say = _silent if config.json else terminal.say
+    found, live = _find(store, config, say)
+    for problem in found:
+        say(f"WRONG: {problem}")
+    say(f"{len(found)} problems" if found else f"all {live} latents are right")
+    value: dict[str, Any] = {"right": not found, "live": live, "problems": list(map(asdict, found))}
+    right = not found
+    broken = [problem for problem in found if problem.kind != "image"]  # those no repair can mend
+    if config.repair and broken:
+        try:
+            repaired = repair(store, broken)
+        except OSError as error:
+            raise UserError(
+                f"cannot repair {config.store}: {error.strerror or error}; nothing good is lost, "
+                f"so mend that and run the same command again"
+            ) from error
+        lost_captions = any(problem.kind == "captions" for problem in found)
+        right = _say_repaired(_open(store.manifest.root), repaired, say) and not lost_captions
+        value |= {"right": right, "repaired": asdict(repaired)}
+    if config.json:
+        terminal.say_json(value)
+    return right
+
+
+def _open(root: Path) -> Checked:
+    identity, rows_per_shard = read_attributes(root)
+    manifest = Manifest(root)
+    generations = manifest.generations()
+    if not generations:
+        raise UserError(f"{root} is not planned yet; run `xlsd-cache build` to finish it")
+    return Checked(manifest, identity, rows_per_shard, generations[-1])
+
+
+def _find(store: Checked, config: CheckConfig, say: Say) -> tuple[list[Problem], int | None]:
+    """All problems, and the number of live images where the log can be read."""
+    manifest, generation, shard = store.manifest, store.generation, store.rows_per_shard
+    problems = verify(store)
+    if not _log_is_readable(store, problems):
+        say("the log is damaged: its sums, and index.arrow, were not checked")
+        return problems, None
+    counts, _ = account(manifest, generation, shard, frozenset())
+    say(counts)  # refuses to print sums that are wrong
+    if counts.pending:
+        told = f"holds {counts.live} images; {counts.pending} images are not encoded yet"
+        problems.append(Problem("pending", "the store", f"{told}, run the build again"))
+    view = make_view(manifest, generation, shard)
+    problems = [_with_live_names(problem, view) for problem in problems]
+    problems += verify_index(store, view) + verify_live(store, view)
+    if config.decode and not problems:
+        with LatentStore(manifest.root, store.identity, shard, view) as latents:
+            vae = vae_of(store.identity, config.vae, [manifest.root])
+            if told := decoder_told(vae, store.identity):
+                say(told)
+            problems += _check_decoded(latents, vae, config, say)
+    return problems, counts.live
+
+
+def _log_is_readable(store: Checked, problems: list[Problem]) -> bool:
+    """Whether the log can be folded: a missing commit record is no hindrance, a damaged one is."""
+    return not any(
+        problem.kind in ("plan", "captions")
+        or (problem.kind == "commit" and (store.manifest.root / problem.where).exists())
+        for problem in problems
+    )
+
+
+def _with_live_names(problem: Problem, view: View) -> Problem:
+    """The names that images have now; a commit record holds those they were encoded under."""
+    if problem.unit is None or not problem.rows or problem.unit.bucket not in view.ranges:
+        return problem
+    start, stop = view.ranges[problem.unit.bucket]
+    samples = view.samples.slice(start, stop - start)
+    at = pc.index_in(pa.array(problem.rows, pa.int64()), value_set=samples["row"]).to_pylist()
+    keys = samples["key"]
+    named = tuple(
+        f"{key} (not in training)" if i is None else str(keys[i].as_py())
+        for key, i in zip(problem.images, at, strict=True)
+    )
+    return replace(problem, images=named)
+
+
+def _say_repaired(store: Checked, repaired: Repaired, say: Say) -> bool:
+    """Tell what was done; True when the store is right again without another build."""
+    for problem in repaired.left:
+        say(f"cannot mend {problem.where}: bring it back from a copy, or build the store anew")
+    if repaired.left:
+        return False
+    for done in repaired.done:
+        say(f"mended: {done}")
+    if repaired.gone:
+        named = ", ".join(repaired.gone[:NAMED])
+        say(f"{len(repaired.gone)} images leave training, their files are gone: {named}")
+    counts, _ = account(store.manifest, store.generation, store.rows_per_shard, frozenset())
+    if counts.pending:
+        say(f"{counts.pending} images are to be encoded: run the same `xlsd-cache build` again")
+    else:
+        say(f"all {counts.live} latents are right now")
+    return not counts.pending
+
+
+def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig, say: Say) -> list[Problem]:
+    """Compare decoded latents with their images, and with what diffusers makes of those itself.
+
+    diffusers' own image processor scales the pixels here, so a latent made from pixels in another
+    range than the VAE's [-1, 1] cannot pass.
+    """
+    device = device_of(config.device)
+    vae.model.to(device)
+    processor = VaeImageProcessor()
+    chosen = np.unique(np.linspace(0, len(store) - 1, min(config.decode, len(store))).astype(int))
+    problems: list[Problem] = []
+    ours, own, changed, passed_over = [], [], [], Counter[str]()
+    for index in tqdm(chosen, "decoding", unit="image"):
+        sample = store.samples.slice(int(index), 1).to_pylist()[0]
+        pixels = _pixels(sample)
+        if isinstance(pixels, Rejected):
+            if pixels.reason == "changed":
+                changed.append(sample["key"])
+            else:
+                passed_over[pixels.detail if pixels.reason == "vanished" else pixels.reason] += 1
+            continue
+        raw = torch.from_numpy(store.read(sample["bucket"], [sample["row"]])).float()
+        x = processor.preprocess(Image.fromarray(pixels))
+        with torch.inference_mode():
+            stored = vae.decode(raw.to(device)).cpu()
+            round_trip = vae.decode(vae.encode(x.to(device))).cpu()
+        ours.append(_psnr(stored, x))
+        own.append(_psnr(round_trip, x))
+        if ours[-1] < own[-1] - TOLERATED_DB:
+            bucket, row = sample["bucket"], sample["row"]
+            told = (
+                f"row {row} decodes to {ours[-1]:.1f} dB of its image, where the VAE's own round "
+                f"trip gives {own[-1]:.1f} dB"
+            )
+            unit = Unit(bucket, row // store.rows_per_shard)
+            problems.append(Problem("latents", bucket, told, (sample["key"],), unit, (row,)))
+    for what, count in sorted(passed_over.items()):
+        say(f"{count} of {len(chosen)} images were not compared: {what}")
+    if ours:
+        say(
+            f"decoded {len(ours)}: PSNR {np.mean(ours):.2f} dB (least {min(ours):.2f}), the VAE's "
+            f"own round trip {np.mean(own):.2f} dB"
+        )
+    if changed:
+        told = (
+            f"of {len(changed)} of {len(chosen)} samples are not what was encoded; run "
+            f"`xlsd-cache build` with the store's sources and --rehash, which re-encodes them"
+        )
+        problems.append(Problem("image", "the images", told, tuple(changed)))
+    return problems
+
+
+def _pixels(sample: dict[str, Any]) -> Pixels | Rejected:
+    """The sample's image as it went into the VAE, or why not; `changed` where it is another now."""
+    if not sample["content_hash"]:  # as where it was imported without its image
+        return Rejected("vanished", "no hash of them is known")
+    try:
+        data = read_source(sample["source"])
+    except FileNotFoundError:
+        return Rejected("vanished", "gone")
+    except OSError as error:
+        # The system's errors have a number. Others say that the archive is not what it was.
+        return Rejected("unreadable" if error.errno else "changed")
+    if hashlib.sha256(data).hexdigest() != sample["content_hash"]:
+        return Rejected("changed")
+    width, height = map(int, sample["bucket"].split("x"))
+    upright = sample["width"], sample["height"]
+    return decode(data, upright, tuple(sample["crop"]), (width, height), MOST_PIXELS)
+
+
+def _silent(*_: object) -> None:
+    """Say nothing: programs read JSON."""
+
+
+def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    error: NDArray[np.float64] = ((a.clamp(-1, 1) - b) / 2).double().numpy()
+    return float(-10 * np.log10(np.mean(np.square(error)) + 1e-12))

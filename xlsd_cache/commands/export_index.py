@@ -1,0 +1,91 @@
+"""`xlsd-cache export-index`: the samples and where their latents' bytes lie, for other tools."""
+
+import contextlib
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from xlsd_cache.console.terminal import say
+from xlsd_cache.errors import UserError
+from xlsd_cache.options import ExportIndexConfig
+from xlsd_cache.runtime.atomic import write_parquet
+from xlsd_cache.runtime.own_files import MARK, is_index, refuse_foreign
+from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.reader import LatentStore
+from xlsd_cache.store.shard import CorruptShard, ShardReader
+
+
+def export_index(config: ExportIndexConfig) -> None:
+    """Write the newest complete generation's samples, sorted by (bucket, row).
+
+    Raises UserError where the store has none, a shard's index is damaged, or `out` is something
+    else or cannot be written.
+    """
+    refuse_foreign(config.out, (".parquet",), is_index)
+    with LatentStore.open(config.store) as store:
+        table = with_places(store)
+    told = {"identity": asdict(store.identity), "fingerprint": store.fingerprint}
+    table = table.replace_schema_metadata({MARK: json.dumps(told)})
+    try:
+        write_parquet(config.out, table)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {config.out}: {error.strerror or error}; name a place with room for it"
+        ) from error
+    say(f"{config.out}: {table.num_rows} samples, {config.out.stat().st_size / 2**20:.1f} MiB")
+
+
+def with_places(store: LatentStore) -> pa.Table:
+    """The samples and, of each latent: shard (file in the store), offset and nbytes, dtype, shape.
+
+    `offset` is where the latent's bytes begin in the file, little-endian and C-contiguous; their
+    crc32c, which the table holds too, follows them there.
+    """
+    count = len(store)
+    names: list[str] = []
+    codes, offsets, sizes = (np.empty(count, np.int64) for _ in range(3))
+    shapes = np.empty((count, 3), np.int32)
+    for bucket, rows in store.buckets.items():
+        at = store.sample_index(bucket, np.arange(len(rows)))
+        shapes[at] = store.shape(bucket)
+        sizes[at] = np.prod(store.shape(bucket)) * np.dtype(store.identity.dtype).itemsize
+        numbers = rows // store.rows_per_shard
+        for number in np.unique(numbers).tolist():
+            inside = numbers == number
+            codes[at[inside]] = len(names)
+            offsets[at[inside]] = _offsets(store, Unit(bucket, number), rows[inside])
+            names.append(Manifest(store.root).shard(Unit(bucket, number)).as_posix())
+    shards = [name.removeprefix(f"{store.root.as_posix()}/") for name in names]
+    columns = {
+        "shard": pa.DictionaryArray.from_arrays(codes, pa.array(shards, pa.string())),
+        "offset": pa.array(offsets),
+        "nbytes": pa.array(sizes),
+        "dtype": pa.array([store.identity.dtype] * count, pa.string()),
+        "shape": pa.FixedSizeListArray.from_arrays(shapes.reshape(-1), 3),
+    }
+    table = store.samples
+    for name, values in columns.items():
+        if name in table.column_names:  # a caption column; it keeps its name
+            raise UserError(
+                f"the caption column {name!r} of {store.root} has the name of a column that "
+                f"export-index adds; give the captions another name"
+            )
+        table = table.append_column(name, values)
+    return table
+
+
+def _offsets(store: LatentStore, unit: Unit, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    nbytes = int(np.prod(store.shape(unit.bucket))) * np.dtype(store.identity.dtype).itemsize
+    path = Manifest(store.root).shard(unit)
+    try:
+        reader = ShardReader(path, store.rows_per_shard, nbytes)
+    except (CorruptShard, OSError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}; run `xlsd-cache check {store.root}` to see what is "
+            f"damaged"
+        ) from error
+    with contextlib.closing(reader):
+        return np.asarray(reader.offsets)[rows % store.rows_per_shard].astype(np.int64)

@@ -1,0 +1,57 @@
+"""The end of a build or an import: the sums, the index, what was left out and why."""
+
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+from xlsd_cache.console.terminal import say
+from xlsd_cache.errors import UserError
+from xlsd_cache.integrity.accounting import Accounting, account, save_accounting
+from xlsd_cache.runtime.atomic import write_parquet
+from xlsd_cache.store.commit import tidy
+from xlsd_cache.store.index import make_view, save_view
+from xlsd_cache.store.live_rows import write_live
+from xlsd_cache.store.manifest import Manifest, Unit
+
+
+def conclude(
+    manifest: Manifest, generation: int, rows_per_shard: int, before: Set[Unit]
+) -> Accounting:
+    """Write what is derived from the log; `before` are the shards committed at the beginning."""
+    counts, left_out = account(manifest, generation, rows_per_shard, before)
+    view = make_view(manifest, generation, rows_per_shard)
+    write_live(manifest, rows_per_shard, view)
+    save_view(manifest.root, view)
+    write_parquet(manifest.root / "rejected.parquet", left_out, manifest.staging)
+    save_accounting(manifest, generation, counts)
+    tidy(manifest)
+    return counts
+
+
+def say_sums(out: Path, counts: Accounting) -> None:
+    """Print what became of every image."""
+    for bucket, count in counts.buckets.items():
+        say(f"  {bucket:>9} {count:>9}")
+    say(counts)
+    if counts.rejected or counts.duplicate:
+        say(f"listed in {out / 'rejected.parquet'}")
+
+
+def refuse_nothing(out: Path, counts: Accounting, done: str) -> None:
+    """Raise UserError for a store of which nothing is live; `done` as in "images could be read"."""
+    if not counts.live:
+        raise UserError(
+            f"none of the {counts.scanned} {done}; {out / 'rejected.parquet'} says why of each"
+        )
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What the disk refuses within becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot go on writing {out}: {error.strerror or error}; what is committed is safe, "
+            f"so mend that and run the same command again"
+        ) from error

@@ -1,0 +1,221 @@
+"""`xlsd-cache import`: other programs' cached latents into a store, compared before they are."""
+
+import json
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from xlsd_cache.commands.finish import conclude, refuse_nothing, say_sums, writing
+from xlsd_cache.console.terminal import say, warn
+from xlsd_cache.encoding.compatibility import stored_identity
+from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
+from xlsd_cache.errors import UserError
+from xlsd_cache.integrity.accounting import Accounting
+from xlsd_cache.interop.cache_files import KEEPS, find
+from xlsd_cache.interop.crops import add_crops
+from xlsd_cache.interop.items import Entry, Item, Peeked, make_items, peek_all
+from xlsd_cache.interop.pairing import image_records
+from xlsd_cache.interop.plausibility import Verdict
+from xlsd_cache.interop.proving import Prover, settle
+from xlsd_cache.interop.transfer import DIVIDED, Transfer, order, plan_imports
+from xlsd_cache.options import ImportConfig
+from xlsd_cache.planning.caption_diff import caption_changes
+from xlsd_cache.planning.disk_space import bytes_to_write, say_room, uncommitted_places
+from xlsd_cache.planning.sessions import building
+from xlsd_cache.runtime.atomic import write_json
+from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_cache.store.commit import planning, tidy
+from xlsd_cache.store.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
+from xlsd_cache.store.manifest import CAPTIONS, PLAN, Manifest
+from xlsd_cache.store.zarr_metadata import grow_array, write_group
+
+
+def import_caches(config: ImportConfig, began: float | None = None) -> Accounting | None:
+    """Add what the cache folders hold to the store; None after a dry run.
+
+    Nothing leaves a store by an import: folders may be given one after the other, and be gone
+    afterwards. Raises UserError before anything is written where the latents are not those of the
+    named VAE and of their images, or where that is not known and not forced.
+    """
+    began = began or time.time()
+    print(json.dumps(asdict(config), indent=2, default=str))
+    print(set_precision("fp32"))
+    require_vae(config.vae)
+    found = find(config.cache)
+    told = peek_all(found, config.workers)
+    kind = _kind(config, told)
+    if kind == "simpletuner":
+        told = add_crops(told, (*config.cache, *([config.images] if config.images else [])))
+    records = image_records(found, config.images, config.caption_columns)
+    vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
+    prover = Prover(config, vae, device_of(config.device), kind, _is_divided(config.out))
+    items, other = make_items(told, records, vae.channels, config.workers, prover.choose)
+    _say_found(items, kind, found.passed_over + other, config)
+    manifest = Manifest(config.out)
+    imports = plan_imports(manifest, items)
+    fresh = _of(imports.fresh, items)
+    verdict = prover.prove(
+        [item for item in fresh if item.origin not in imports.again],
+        [item for item in fresh if item.origin in imports.again],
+    )
+    items = settle(items, prover.refused)
+    imports = plan_imports(manifest, items)
+    identity = _identity(config.out, vae, kind, verdict, _of(imports.fresh, items))
+    stored = stored_identity(config.out, vae, config.dry_run)
+    rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(items), stored)
+    if config.dry_run:
+        say(f"to import: {len(imports.fresh)} latents")
+        return None
+    with writing(config.out):
+        generation = _write_plan(config, manifest, items, identity, rows_per_shard)
+        transfer = Transfer(manifest, identity, rows_per_shard, config.workers)
+        with building(manifest, generation, (0, 1), began) as before:
+            if not transfer.run(generation, items):
+                raise UserError(
+                    f"stopped; every batch imported so far is kept in {config.out}: run the same "
+                    f"command again to go on"
+                )
+            counts = conclude(manifest, generation, rows_per_shard, before)
+    say_sums(config.out, counts)
+    refuse_nothing(config.out, counts, "latents could be imported")
+    return counts
+
+
+def _of(entries: list[Entry], items: list[Item]) -> list[Item]:
+    """The items that these entries are of."""
+    origins = {entry["detail"] for entry in entries}
+    return [item for item in items if item.origin in origins]
+
+
+def _kind(config: ImportConfig, told: list[Peeked]) -> str:
+    """The program that made the caches. Raises UserError where several did."""
+    files: dict[str, Path] = {}
+    for file, held in told:
+        if isinstance(held, list):
+            files.setdefault(held[0].kind, file.path)
+    if len(files) > 1:
+        raise UserError(
+            f"{', '.join(map(str, config.cache))} hold caches of {' and '.join(sorted(files))}, "
+            f"which were made differently ({', '.join(str(files[kind]) for kind in sorted(files))} "
+            f"for example); import each kind into a store of its own"
+        )
+    return next(iter(files), told[0][0].kind)
+
+
+def _is_divided(out: Path) -> bool:
+    """Whether the store's latents were scaled, and divided when they were imported."""
+    if not (out / "latents.zarr" / "zarr.json").exists():
+        return False
+    return DIVIDED in str(read_attributes(out)[0].preprocessing)
+
+
+def _identity(
+    out: Path, vae: Vae, kind: str, verdict: Verdict | None, fresh: list[Item]
+) -> Identity:
+    """What imported latents are valid for: never what ours are, so that no build mixes them.
+
+    Where nothing new tells, the store's own word stands.
+    """
+    stored = None
+    if (out / "latents.zarr" / "zarr.json").exists():
+        stored = read_attributes(out)[0]
+    made = f"{kind} {KEEPS[kind]}"
+    divided = f"{made}{DIVIDED}{vae.scaling_factor:g}"
+    scaled = verdict.scaled if verdict else stored is not None and stored.preprocessing == divided
+    half = not scaled and all(item.held.half for item in fresh)
+    if stored is not None and (stored.dtype == "float32" or not fresh):
+        half = stored.dtype == "float16"
+    return Identity(
+        vae_name=vae.name,
+        vae_source=vae.source,
+        vae_class=vae.class_name,
+        vae_sha256=vae.sha256,
+        scaling_factor=vae.scaling_factor,
+        shift_factor=vae.shift_factor,
+        channels=vae.channels,
+        dtype="float16" if half else "float32",
+        precision="unknown",
+        preprocessing=divided if scaled else made,
+        resolution=0,  # of each image its own
+        buckets="imported",
+        max_ratio=0.0,
+        upscale=False,
+        vae_padding=vae.padding,
+        encoder_sha256=vae.encoder_sha256,
+    )
+
+
+def _write_plan(
+    config: ImportConfig,
+    manifest: Manifest,
+    items: list[Item],
+    identity: Identity,
+    rows_per_shard: int,
+) -> int:
+    """Make the store's folders if need be and log the next generation; returns the newest."""
+    manifest.make_folders()
+    with planning(manifest):
+        tidy(manifest)
+        imports = plan_imports(manifest, items)  # again: another process may have planned
+        generations = manifest.generations()
+        captions = _caption_changes(manifest, items, config.caption_columns)
+        if generations and not (imports.entries or imports.removed or captions.num_rows):
+            return generations[-1]
+        generation = generations[-1] + 1 if generations else 0
+        taken: Counter[str] = Counter()
+        for entry in manifest.planned(generation).to_pylist():
+            end = (entry["row"] // rows_per_shard + 1) * rows_per_shard
+            taken[entry["bucket"]] = max(taken[entry["bucket"]], end)
+        # An order that looks random and depends on the keys alone, as a build's.
+        for entry in sorted(imports.fresh, key=lambda e: order(e["key"])):
+            entry["row"] = taken[entry["bucket"]]
+            taken[entry["bucket"]] += 1
+        table = pa.Table.from_pylist(imports.entries, PLAN)
+        places = [table, manifest.live(generation)]
+        rows = uncommitted_places(manifest, pa.concat_tables(places), rows_per_shard)
+        say_room(bytes_to_write(manifest, rows, identity, rows_per_shard), config.out)
+        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
+            attributes = attributes_of(identity, rows_per_shard)
+            attributes["latents"] += f"; imported: {identity.preprocessing}"
+            write_group(manifest, attributes)
+        for bucket, count in taken.items():
+            shape = bucket_shape(bucket, identity.channels)
+            grow_array(manifest, bucket, count, shape, identity.dtype, rows_per_shard)
+        manifest.write_plan(generation, table, imports.removed, captions)
+        told = {**asdict(config), "generation": generation, "identity": asdict(identity)}
+        path = manifest.root / "manifest" / "imported" / f"{generation:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, told, manifest.staging)
+        return generation
+
+
+def _caption_changes(manifest: Manifest, items: list[Item], columns: tuple[str, ...]) -> pa.Table:
+    """Captions of the images that are there, where they differ from the log's."""
+    images = [(item.key, item.image) for item in items if item.image and not item.rejected]
+    texts = [
+        {"key": key, "column": column, "text": text}
+        for key, image in images
+        for column, text in image.captions.items()
+    ]
+    keys = pa.array([key for key, _ in images], pa.string())
+    known = manifest.captions(max(manifest.generations(), default=-1))
+    return caption_changes(keys, pa.Table.from_pylist(texts, CAPTIONS), columns, known)
+
+
+def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportConfig) -> None:
+    with_image = sum(item.image is not None for item in items)
+    say(
+        f"found {len(items)} latents of {kind} ({KEEPS[kind]} of the posterior), {with_image} "
+        f"with their image" + (f"; passed over {passed_over} other files" if passed_over else "")
+    )
+    beside = Counter(name for item in items for name in item.held.beside)
+    for name, what in (("latents_flipped", "flipped latents"), ("alpha_mask", "alpha masks")):
+        if beside[name]:
+            warn(f"passed over {beside[name]} {what} ({name})")
+    for column in config.caption_columns:
+        texts = sum(column in item.image.captions for item in items if item.image)
+        if texts < len(items):
+            warn(f"no {column!r} caption: {len(items) - texts} of {len(items)} latents")

@@ -1,0 +1,151 @@
+"""`xlsd-cache info`: what is in a store, for people and for programs."""
+
+import stat
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from xlsd_cache.console.terminal import say, say_json, shown
+from xlsd_cache.errors import UserError
+from xlsd_cache.integrity.accounting import account, saved_accounting
+from xlsd_cache.integrity.statistics import are_tags, moments, word_counts
+from xlsd_cache.options import InfoConfig
+from xlsd_cache.store.identity import read_attributes
+from xlsd_cache.store.index import cached_view, make_view
+from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.reader import LatentStore
+
+
+def info(config: InfoConfig) -> dict[str, Any]:
+    """Print what is in the store, and return it. Reads an unfinished store as well."""
+    value = describe(config.store, config.tags)
+    if config.json:
+        say_json(value)
+        return value
+    vae, latents = value["vae"], value["latents"]
+    rejected = ", ".join(f"{reason} {count}" for reason, count in value["rejected"].items())
+    say(f"{config.store}: {value['live']} live images, {_size(value['bytes'])}", end="")
+    say(f", {value['pending']} not encoded yet" if value["pending"] else "")
+    say(f"  scanned    {value['scanned']}")
+    say(f"  encoded    {value['encoded']}")
+    say(f"  reused     {value['reused']}")
+    say(f"  duplicate  {value['duplicate']}")
+    say(f"  rejected   {sum(value['rejected'].values())}" + (f" ({rejected})" if rejected else ""))
+    say("  buckets    " + ", ".join(f"{name} {n}" for name, n in value["buckets"].items()))
+    _say_captions(value)
+    say(f"  VAE        {vae['name']} ({vae['sha256'][:12]}), scaling factor", end=" ")
+    imported = isinstance(latents["preprocessing"], str)
+    how = latents["preprocessing"] if imported else vae["precision"]
+    padded = ", reflection padding" if vae["padding"] == "reflect" else ""
+    say(f"{vae['scaling_factor']}{padded}, {'imported:' if imported else 'encoded in'} {how}")
+    mean = " ".join(f"{x:+.3f}" for x in latents["mean"])
+    std = " ".join(f"{x:.3f}" for x in latents["std"])
+    say(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
+    say(f"             mean by channel {mean}")
+    say(f"             std by channel  {std}")
+    disk = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in value["disk"].items())
+    say(f"  disk       {disk}")
+    return value
+
+
+def _say_captions(value: dict[str, Any]) -> None:
+    for name, count in value["captions"].items():
+        words = value["words"][name]
+        say(f"  captions   {name} {count} of {value['live']} images, words", end=" ")
+        say(f"{words['median']:g} in the median, {words['max']} at most")
+        tags = ", ".join(f"{_short(tag)} {n}" for tag, n in value["tags"].get(name, {}).items())
+        print(textwrap.fill(shown(tags), 96, initial_indent=" " * 13, subsequent_indent=" " * 13))
+
+
+def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
+    """Everything that `info --json` prints."""
+    root = path.expanduser()
+    identity, rows_per_shard = read_attributes(root)
+    manifest = Manifest(root)
+    generations = manifest.generations()
+    if not generations:
+        raise UserError(
+            f"{root} is not planned yet; run the same `xlsd-cache build` again to finish it"
+        )
+    counts = saved_accounting(root, generations[-1])
+    if counts is None:
+        counts, _ = account(manifest, generations[-1], rows_per_shard, frozenset())
+    view = cached_view(root, generations[-1])
+    view = view or make_view(manifest, generations[-1], rows_per_shard)
+    with LatentStore(root, identity, rows_per_shard, view) as store:
+        mean, std, measured = moments(store)
+        texts = {name: store.samples[name] for name in store.caption_columns}
+        tags = {name: store.tags(name).counts(most_tags) for name in texts if are_tags(texts[name])}
+    disk = _disk_use(root)
+    return {
+        "scanned": counts.scanned,
+        "encoded": counts.encoded,
+        "reused": counts.reused,
+        "duplicate": counts.duplicate,
+        "rejected": counts.rejected,
+        "pending": counts.pending,
+        "live": counts.live,
+        "buckets": counts.buckets,
+        "captions": {name: len(text) - text.null_count for name, text in texts.items()},
+        "words": {name: _words(text) for name, text in texts.items()},
+        "tags": tags,
+        "vae": {
+            "name": identity.vae_name,
+            "source": identity.vae_source,
+            "class": identity.vae_class,
+            "sha256": identity.vae_sha256,
+            "encoder_sha256": identity.encoder_sha256,
+            "padding": identity.vae_padding,
+            "scaling_factor": identity.scaling_factor,
+            "shift_factor": identity.shift_factor,
+            "precision": identity.precision,
+        },
+        "latents": {
+            "dtype": identity.dtype,
+            "preprocessing": identity.preprocessing,
+            "channels": identity.channels,
+            "mean": mean,
+            "std": std,
+            "measured": measured,
+        },
+        "generation": generations[-1],
+        "fingerprint": view.fingerprint,
+        "rows_per_shard": rows_per_shard,
+        "resolution": identity.resolution,
+        "bytes": sum(disk.values()),
+        "disk": disk,
+    }
+
+
+def _disk_use(root: Path) -> dict[str, int]:
+    """Bytes of the store by part; a file that goes away meanwhile counts nothing."""
+    parts = {"latents": 0, "manifest": 0, "captions": 0, "other": 0}
+    for path in root.rglob("*"):
+        top = path.relative_to(root).parts[0].removesuffix(".zarr")
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            parts[top if top in parts else "other"] += status.st_size
+    return parts
+
+
+def _short(tag: str) -> str:
+    """A tag as a line shows it: a caption without a comma is one, too."""
+    return tag if len(tag) <= 96 else f"{tag[:93]}..."
+
+
+def _size(nbytes: int) -> str:
+    """For people."""
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
+
+
+def _words(texts: pa.ChunkedArray) -> dict[str, float]:
+    counts = word_counts(texts)
+    if not len(counts):
+        return {"median": 0.0, "max": 0}
+    return {"median": float(np.median(counts)), "max": int(counts.max())}

@@ -1,0 +1,185 @@
+"""`xlsd-cache preview`: a contact sheet of decoded latents: people see what training sees."""
+
+from bisect import bisect_left
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from xlsd_cache.console.terminal import say
+from xlsd_cache.encoding.compatibility import decoder_told, vae_of
+from xlsd_cache.encoding.vae import Vae
+from xlsd_cache.errors import UserError
+from xlsd_cache.options import PreviewConfig
+from xlsd_cache.runtime.atomic import replacing
+from xlsd_cache.runtime.device import device_of
+from xlsd_cache.runtime.own_files import is_picture, marking, refuse_foreign
+from xlsd_cache.store.reader import LatentStore
+
+CAPTION_LINES = 5
+_READ = 4096  # characters of a caption that are measured: more than any cell holds
+INK, FAINT, PAPER, CROP = "#222222", "#999999", "#ffffff", "#4477aa"
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+def preview(config: PreviewConfig) -> None:
+    """Draw the samples that were asked for and write the sheet, whole or not at all.
+
+    Raises UserError where there are none, for another VAE than the store's, and for an `out` that
+    is something else or cannot be written.
+    """
+    refuse_foreign(config.out, (".png", ".jpg", ".jpeg", ".webp"), is_picture)
+    with LatentStore.open(config.store) as store:
+        column = _column(store, config.caption)
+        chosen = _chosen(store, config, column)
+        vae = vae_of(store.identity, config.vae, [store.root])
+        if told := decoder_told(vae, store.identity):
+            say(told)
+        device = device_of(config.device)
+        vae.model.to(device)
+        sheet = _Sheet(config.columns, config.thumbnail, len(chosen))
+        for place, index in enumerate(tqdm(chosen, "decoding", unit="image", leave=False)):
+            sample = store.samples.slice(int(index), 1).to_pylist()[0]
+            raw = store.read(sample["bucket"], [sample["row"]])
+            caption = sample[column] if column else None
+            sheet.draw(place, _picture(vae, raw, device), sample, caption or "(no caption)")
+    try:
+        with replacing(config.out) as temporary:
+            # by name: the temporary file's own has another ending
+            kind = Image.registered_extensions()[config.out.suffix.lower()]
+            sheet.image.save(temporary, format=kind, **marking("preview"))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {config.out}: {error.strerror or error}; name a place with room for it"
+        ) from error
+    say(f"{config.out}: {len(chosen)} of {len(store)} samples, decoded with {vae.name}")
+
+
+def _column(store: LatentStore, wanted: str | None) -> str | None:
+    there = store.caption_columns
+    if wanted is not None and wanted not in there:
+        raise UserError(
+            f"{store.root} has no caption column {wanted!r}, but {', '.join(there) or 'none'}; "
+            f"name one with --caption"
+        )
+    return wanted or next(iter(there), None)
+
+
+def _chosen(store: LatentStore, config: PreviewConfig, column: str | None) -> NDArray[np.int64]:
+    """Rows of `store.samples` to draw, in their order; those of --rows in the order given."""
+    if config.rows:
+        return np.array([_place(store, row.strip()) for row in config.rows.split(",")])
+    among = np.arange(len(store))
+    if config.tags is not None:
+        if column is None:
+            raise UserError(f"{config.store} has no captions to look for --tags in; leave it out")
+        having = [store.tagged(column, tag.strip()) for tag in config.tags.split(",")]
+        among = np.flatnonzero(np.all(having, axis=0))
+        if not len(among):
+            raise UserError(
+                f"no sample of {config.store} has the tags {config.tags!r} in its caption column "
+                f"{column!r}; `xlsd-cache info {config.store}` lists the most frequent ones"
+            )
+    if not len(among):
+        raise UserError(f"{config.store} has no live samples to draw; build more images into it")
+    rng = np.random.default_rng(config.seed)
+    return np.sort(rng.choice(among, min(config.count, len(among)), replace=False))
+
+
+def _place(store: LatentStore, name: str) -> int:
+    """The row of `store.samples` that BUCKET:ROW names."""
+    bucket, _, row = name.partition(":")
+    if bucket not in store.buckets or not row.isdecimal():
+        raise UserError(
+            f"--rows {name!r} is not BUCKET:ROW with one of the buckets "
+            f"{', '.join(store.buckets)}; write say {next(iter(store.buckets), '512x512')}:0"
+        )
+    rows = store.buckets[bucket]
+    at = int(np.searchsorted(rows, int(row)))
+    if at == len(rows) or rows[at] != int(row):
+        raise UserError(
+            f"--rows {name}: bucket {bucket} has no live sample in row {row}; its {len(rows)} are "
+            f"between {rows[0]} and {rows[-1]}"
+        )
+    return int(store.sample_index(bucket, np.array([at]))[0])
+
+
+@torch.inference_mode()
+def _picture(vae: Vae, raw: NDArray[Any], device: torch.device) -> Image.Image:
+    """A latent [1, C, h, w] decoded."""
+    decoded = vae.decode(torch.from_numpy(raw).float().to(device))[0]
+    pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+class _Sheet:
+    """A page of equal cells: a picture above, what is to be said of it below."""
+
+    def __init__(self, columns: int, thumbnail: int, count: int) -> None:
+        self.columns, self.thumbnail = min(columns, count), thumbnail
+        size = max(11, thumbnail // 18)
+        self.font: Font = ImageFont.load_default(size)
+        self.gap, self.leading = size, round(size * 1.3)
+        self.cell = thumbnail + self.gap
+        self.tall = self.cell + (2 + CAPTION_LINES) * self.leading + self.gap
+        rows = -(-count // self.columns)
+        page = self.columns * self.cell + self.gap, rows * self.tall + self.gap
+        self.image = Image.new("RGB", page, PAPER)
+        self.pen = ImageDraw.Draw(self.image)
+
+    def draw(self, place: int, picture: Image.Image, sample: dict[str, Any], caption: str) -> None:
+        """Draw one sample into the cell number `place`."""
+        row, across = divmod(place, self.columns)
+        x, y = self.gap + across * self.cell, self.gap + row * self.tall
+        scale = self.thumbnail / max(picture.size)
+        width, height = (round(side * scale) for side in picture.size)
+        small = picture.resize((width, height), Image.Resampling.LANCZOS)
+        self.image.paste(small, (x, y + self.thumbnail - height))
+        y += self.thumbnail + self.gap // 3
+        self._crop_box(x, y, sample)
+        left, top, right, bottom = (round(side) for side in sample["crop"])
+        place_told = f"{sample['bucket']} row {sample['row']}"
+        crop_told = f"{left},{top}-{right},{bottom} of {sample['width']}x{sample['height']}"
+        indent = 3 * self.leading
+        for number, (line, colour) in enumerate(((place_told, INK), (crop_told, FAINT))):
+            told = self._cut(line, self.thumbnail - indent)
+            self.pen.text((x + indent, y + number * self.leading), told, colour, self.font)
+        for number, line in enumerate(self._wrapped(caption), start=2):
+            self.pen.text((x, y + number * self.leading), line, INK, self.font)
+
+    def _crop_box(self, x: int, y: int, sample: dict[str, Any]) -> None:
+        """The image as an outline, two lines tall, and what of it went into the latent."""
+        room = 2 * self.leading - 6
+        scale = room / max(1, sample["width"], sample["height"])
+        whole = (x, y + 3, x + sample["width"] * scale, y + 3 + sample["height"] * scale)
+        left, top, right, bottom = (side * scale for side in sample["crop"])
+        self.pen.rectangle((x + left, y + 3 + top, x + right, y + 3 + bottom), CROP)
+        self.pen.rectangle(whole, outline=INK)
+
+    def _wrapped(self, text: str) -> list[str]:
+        """The text in lines that fit the cell, the last ending in ... where there is more."""
+        lines = [""]
+        for word in text[:_READ].split():
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and self.font.getlength(longer) > self.thumbnail:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+            if len(lines) > CAPTION_LINES:
+                break
+        if len(lines) > CAPTION_LINES or len(text) > _READ:
+            lines = lines[:CAPTION_LINES]
+            lines[-1] += " ..."
+        return [self._cut(line, self.thumbnail) for line in lines]
+
+    def _cut(self, line: str, room: int) -> str:
+        """The line, or as much of it as fits: a word may be wider than its cell."""
+        if self.font.getlength(line) <= room:
+            return line
+        fits = bisect_left(
+            range(len(line)), True, key=lambda n: self.font.getlength(f"{line[:n]}...") > room
+        )
+        return f"{line[: fits - 1]}..." if fits > 1 else ""

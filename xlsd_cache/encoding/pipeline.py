@@ -1,0 +1,275 @@
+"""Planned units -> committed shards: threads decode ahead while others encode, each timed."""
+
+import hashlib
+import itertools
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Condition, Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from xlsd_cache.encoding.encoder import Encoder
+from xlsd_cache.files.inflate import BadSource
+from xlsd_cache.files.uri import Stat, read_source, stat_source
+from xlsd_cache.images.decode import MAX_PIXELS, Pixels, Rejected, decode, max_bytes, too_large
+from xlsd_cache.images.sandbox import Guard, decoders
+from xlsd_cache.planning.plan import Entry
+from xlsd_cache.runtime.signals import StopSignal
+from xlsd_cache.store.commit import Claim, claim
+from xlsd_cache.store.identity import bucket_shape
+from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.shard import Row
+
+Decoded = tuple[str, Pixels | Rejected]  # content hash, and pixels or a reason
+Encoded = tuple[list[Row], dict[int, NDArray[Any]]]  # what became of each row; latents by slot
+Todo = dict[Unit, dict[int, Entry]]  # the planned rows of each unit, by slot
+FLOAT16_MAX = 65504.0
+
+
+class Turns:
+    """Call n may begin once all but `calls` of those before it are written.
+
+    So a kill costs at most the `calls` batches that are being encoded, however they overtake.
+    """
+
+    def __init__(self, calls: int) -> None:
+        self._given = [time.perf_counter()] * calls  # when turn n was given
+        self._changed, self._closed = Condition(), False
+
+    def wait(self, n: int) -> float:
+        """Wait for turn n; returns when it was given. Raises CancelledError after `close`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or n < len(self._given))
+            if self._closed:
+                raise CancelledError
+            return self._given[n]
+
+    def give(self) -> None:
+        """One more call is written."""
+        with self._changed:
+            self._given.append(time.perf_counter())
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody need wait any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+@dataclass
+class Work:
+    """What one process encodes, with what, and how long each station kept it."""
+
+    manifest: Manifest
+    encoder: Encoder
+    live: Mapping[str, Entry]  # key -> entry: a planned row may be overtaken by a later change
+    rows_per_shard: int
+    dtype: str
+    workers: int
+    max_pixels: int = MAX_PIXELS  # of an image
+    wait_s: float = 0.0  # for decoding: not the time decoding takes, but what it delays
+    encode_s: float = 0.0
+    write_s: float = 0.0
+    seconds: float = 0.0  # by the clock
+    rounding: list[float] = field(default_factory=list)  # of float16, relative to the spread
+    _timing: Lock = field(default_factory=Lock)
+
+    def run(self, todo: Todo, order: list[Unit], stop: StopSignal) -> None:
+        """Encode and commit the units in this order, waiting at the end for those others hold."""
+        total, begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
+        with (
+            tqdm(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
+            ThreadPoolExecutor(self.workers) as readers,
+            self.encoder.threads(spare=1) as encoders,  # the spare one has its pixels ready
+        ):
+            while order and not stop.asked:
+                self._pass(todo, order, readers, encoders, bar, stop)
+                committed = self.manifest.committed()
+                order = [unit for unit in order if unit not in committed]
+                if order and not stop.asked:  # other processes hold these; one may yet be killed
+                    waiting = f"waiting for {len(order)} shards of other processes"
+                    bar.set_postfix_str(waiting, refresh=sys.stderr.isatty())
+                    time.sleep(0.2)
+            bar.n = total if not order else bar.n
+        self.seconds = time.perf_counter() - begun
+
+    def _pass(
+        self,
+        todo: Todo,
+        order: list[Unit],
+        readers: ThreadPoolExecutor,
+        encoders: ThreadPoolExecutor,
+        bar: Any,
+        stop: StopSignal,
+    ) -> None:
+        """Go once through the units that nobody holds, a few batches decoding ahead."""
+        calls, batch = self.encoder.calls, self.encoder.batch
+        guard = decoders(self.workers, self.max_pixels)
+        read = partial(_read_and_decode, guard, self.max_pixels)
+        ahead = calls + max(1, 2 * self.workers // batch)
+        held: list[Claim] = []
+        queue: deque[tuple[Claim, list[Future[Decoded]], Future[Encoded], bool]] = deque()
+        upcoming, turns, turn = self._batches(todo, order, held), Turns(calls), itertools.count()
+        try:
+            while True:
+                while not stop.asked and len(queue) < ahead and (found := next(upcoming, None)):
+                    taken, slots, last = found
+                    pixels = [
+                        readers.submit(read, entry, self._is_live(entry))
+                        for entry in map(taken.entries.__getitem__, slots)
+                    ]
+                    encoded = encoders.submit(self._encode, slots, pixels, turns, next(turn))
+                    queue.append((taken, pixels, encoded, last))
+                if not queue:
+                    return
+                taken, pixels, encoded, last = queue.popleft()
+                if stop.asked and encoded.cancel():  # it has not begun, nor have those after it
+                    return
+                rows, latents = encoded.result()
+                begun = time.perf_counter()
+                taken.writer.append(rows, latents)
+                turns.give()
+                if last:
+                    taken.finish()
+                    held.remove(taken)
+                self.write_s += time.perf_counter() - begun
+                bar.set_postfix_str(self.shares(), refresh=False)
+                bar.update(len(rows))
+        finally:
+            turns.close()
+            for _, pixels, encoded, _ in queue:
+                encoded.cancel()
+                for future in pixels:
+                    future.cancel()
+            for taken in held:
+                taken.release()
+
+    def _batches(
+        self, todo: Todo, order: list[Unit], held: list[Claim]
+    ) -> Iterator[tuple[Claim, list[int], bool]]:
+        """(claim, slots, whether it is the unit's last batch), unit by unit as they are claimed."""
+        for unit in order:
+            shape = bucket_shape(unit.bucket, self.encoder.vae.channels)
+            nbytes = int(np.prod(shape)) * np.dtype(self.dtype).itemsize
+            batch = self.encoder.batch
+            taken = claim(self.manifest, unit, todo[unit], batch, self.rows_per_shard, nbytes)
+            if taken is None:
+                continue
+            held.append(taken)
+            remaining = taken.writer.remaining
+            for i, slots in enumerate(remaining):
+                yield taken, list(slots), i == len(remaining) - 1
+            if not remaining:  # a killed process had written it all
+                yield taken, [], True
+
+    def _encode(
+        self, slots: list[int], futures: list[Future[Decoded]], turns: Turns, turn: int
+    ) -> Encoded:
+        """One batch, in a thread of the encoders: wait for its pixels and its turn, encode."""
+        decoded = dict(zip(slots, (future.result() for future in futures), strict=True))
+        pixels = {s: image for s, (_, image) in decoded.items() if not isinstance(image, Rejected)}
+        refused = {s: image for s, (_, image) in decoded.items() if isinstance(image, Rejected)}
+        stacked = np.stack(list(pixels.values())) if pixels else None
+        ready = time.perf_counter()
+        given = turns.wait(turn)
+        begun = time.perf_counter()
+        latents: dict[int, NDArray[Any]] = {}
+        if stacked is not None:
+            for slot, latent in zip(pixels, self.encoder.encode(stacked), strict=True):
+                stored = self._stored(latent)
+                if isinstance(stored, Rejected):
+                    refused[slot] = stored
+                else:
+                    latents[slot] = stored
+        with self._timing:
+            self.wait_s += max(0.0, ready - given)
+            self.encode_s += time.perf_counter() - begun
+        rows = []
+        for slot, (content_hash, _) in decoded.items():
+            why = refused.get(slot, Rejected(""))
+            rows.append(Row(slot, content_hash, reason=why.reason, detail=why.detail))
+        return rows, latents
+
+    def _stored(self, latent: NDArray[np.float32]) -> NDArray[Any] | Rejected:
+        """The latent in the store's dtype, or why it cannot be kept."""
+        if not np.isfinite(latent).all():
+            return Rejected("non_finite", "the VAE gave NaN or infinity")
+        if self.dtype == "float32":
+            return latent
+        if np.abs(latent).max() > FLOAT16_MAX:
+            return Rejected("overflow", f"{np.abs(latent).max():.0f} is beyond float16")
+        stored = latent.astype(np.float16)
+        spread = float(latent.std()) or 1.0
+        self.rounding.append(float((stored - latent).std()) / spread)
+        return stored
+
+    def _is_live(self, entry: Entry) -> bool:
+        now = self.live.get(entry["key"])
+        return now is not None and (now["bucket"], now["row"]) == (entry["bucket"], entry["row"])
+
+    def shares(self) -> str:
+        """What the time went into, the slowest station first."""
+        calls = self.encoder.calls
+        parts = {
+            "encode": self.encode_s / calls,
+            "wait for decode": self.wait_s / calls,
+            "write": self.write_s,
+        }
+        total = sum(parts.values()) or 1.0
+        ranked = sorted(parts.items(), key=lambda part: -part[1])
+        return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ranked)
+
+
+def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) -> Decoded:
+    """The pixels of a planned image as it is now; changed since the scan, it is planned anew."""
+    if not live:
+        return "", Rejected("removed", "removed or changed after it was planned")
+    upright, crop = (entry["width"], entry["height"]), tuple(entry["crop"])
+    if why := too_large(*upright, max_pixels):  # it was planned under another limit
+        return "", why
+    try:
+        before = stat_source(entry["source"])
+        data = _read(entry["source"], max_bytes(max_pixels))
+        now = stat_source(entry["source"])
+    except FileNotFoundError:
+        return "", Rejected("vanished", "gone between the scan and its reading")
+    except OSError as error:
+        return "", Rejected("unreadable", error.strerror or str(error))
+    changed = Rejected("changed", "changed between the scan and its reading")
+    if before != now or now[:2] != (entry["size"], entry["mtime_ns"]):
+        return "", changed
+    if isinstance(data, Rejected):
+        return "", data
+    content = hashlib.sha256(data).hexdigest()
+    if len(data) != entry["size"] or entry["content_hash"] not in ("", content):
+        return "", changed
+    width, height = map(int, entry["bucket"].split("x"))
+    pixels = guard.call(decode, data, upright, crop, (width, height), max_pixels)
+    # Another file of the same size in bytes and pixels is as good as the one that was scanned: its
+    # own hash is recorded. What else is wrong with another is not to be held against this one.
+    if isinstance(pixels, Rejected) and not _is_scanned(entry, now):
+        return content, changed
+    return content, pixels
+
+
+def _is_scanned(entry: Entry, now: Stat) -> bool:
+    """Whether the file is the very one that was scanned; older logs do not say which it was."""
+    logged = entry["inode"], entry["ctime_ns"]
+    return None in logged or logged == (now.inode, now.ctime_ns)
+
+
+def _read(source: str, most: int) -> bytes | Rejected:
+    """The image's bytes, or why they are none. Raises OSError."""
+    try:
+        return read_source(source, most)
+    except BadSource as error:
+        return Rejected(error.reason, str(error))

@@ -1,0 +1,107 @@
+"""Aspect-ratio buckets. Pure: the size of an image in, its bucket and crop box out, or a reason."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from xlsd_cache.errors import UserError
+from xlsd_cache.images.decode import Rejected
+
+STEP = 64  # pixels: the VAE's 8 times the UNet's three halvings
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A size in pixels that images are resized and cropped to."""
+
+    width: int
+    height: int
+
+    @property
+    def name(self) -> str:
+        """WIDTHxHEIGHT, the name of the bucket's array in the store."""
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Bucket":
+        """The bucket called `name`. Raises UserError when that is not a usable size."""
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", name.strip())
+        if not match:
+            raise UserError(f"--buckets {name!r} is no size; write WIDTHxHEIGHT, say 512x768")
+        bucket = cls(int(match[1]), int(match[2]))
+        if bucket.width % STEP or bucket.height % STEP:
+            raise UserError(
+                f"--buckets {bucket.name} is not in steps of {STEP} pixels, which the UNet's "
+                f"three halvings of 8-pixel latents need; round it"
+            )
+        return bucket
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image goes: its bucket, and the box of it that fills the bucket.
+
+    `crop` is (left, top, right, bottom) in pixels of the upright image, fractions kept: resizing
+    just that box equals covering the bucket and cropping the rest away, without rounding first.
+    """
+
+    bucket: Bucket
+    crop: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The bucket sizes of one store."""
+
+    sizes: tuple[Bucket, ...]
+    max_ratio: float
+    upscale: bool
+
+    @classmethod
+    def make(cls, spec: str, resolution: int, max_ratio: float, upscale: bool) -> "Buckets":
+        """`spec` is `aspect`, `square`, or explicit sizes `512x512,512x768`."""
+        if spec == "square":
+            sizes = {Bucket.parse(f"{resolution}x{resolution}")}
+        elif spec == "aspect":
+            sizes = _aspect_sizes(resolution, max_ratio)
+        else:
+            sizes = {Bucket.parse(name) for name in spec.split(",")}
+        return cls(tuple(sorted(sizes)), max_ratio, upscale)
+
+    def place(self, width: int, height: int) -> Placement | Rejected:
+        """The bucket nearest in log ratio to an upright image of this size, cropped at its centre.
+
+        Of two equally near the larger wins. Rejects `too_elongated` and `too_small`.
+        """
+        ratio = max(width, height) / min(width, height)
+        if ratio > self.max_ratio:
+            detail = f"{width}x{height} has ratio {ratio:.1f} > {self.max_ratio:g} (--max-ratio)"
+            return Rejected("too_elongated", detail)
+        bucket = min(
+            self.sizes,
+            key=lambda b: (
+                abs(math.log(width * b.height / (height * b.width))),
+                -b.width * b.height,
+                b,
+            ),
+        )
+        scale = max(bucket.width / width, bucket.height / height)
+        if scale > 1 and not self.upscale:
+            detail = f"{width}x{height} does not fill its bucket {bucket.name} (--upscale)"
+            return Rejected("too_small", detail)
+        left = (width - bucket.width / scale) / 2
+        top = (height - bucket.height / scale) / 2
+        left, top = max(0.0, left), max(0.0, top)  # rounding may leave -1e-14
+        return Placement(bucket, (left, top, width - left, height - top))
+
+
+def _aspect_sizes(resolution: int, max_ratio: float) -> set[Bucket]:
+    """For each width the tallest bucket with area at most resolution², and the same turned."""
+    if resolution % STEP or resolution <= 0:
+        raise UserError(f"--resolution {resolution} is not a positive multiple of {STEP}; round it")
+    sizes = set()
+    for width in range(STEP, int(resolution * max(1.0, max_ratio)) + 1, STEP):
+        height = resolution**2 // width // STEP * STEP
+        if height and max(width, height) <= max_ratio * min(width, height):
+            sizes |= {Bucket(width, height), Bucket(height, width)}
+    return sizes

@@ -1,0 +1,337 @@
+"""Bytes of an image file -> upright sRGB uint8 at its bucket's size, or the reason why not.
+
+What `Image.open(path).convert("RGB")` gets silently wrong is done right here: EXIF orientation, and
+files that are truncated, are bombs, or are no image at all. What it gets wrong of colours is done
+right in colours.py: transparency (hidden colours under alpha), ICC profiles, 16-bit and float.
+"""
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
+
+from xlsd_cache.images.color import UnsupportedSamples, eight_bit, to_srgb
+
+PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
+MAX_PIXELS = 128_000_000  # unless told otherwise; decoding that many takes 0.5 to 2.3 GiB
+MOST_PIXELS = 2**31 - 1  # of any image: its sides must fit the log's int32
+# A JPEG is decoded DCT-scaled where that still leaves this many times the size wanted. The worst of
+# 113 photos is then 0.91 grey levels (RMS) from its full decode; at 3 it is 1.13.
+DRAFT_MARGIN = 3.5
+# Every reason why an image is not in a store, whichever station finds it.
+REASONS = {
+    "not_an_image": "the file is empty, or its first bytes are no image format's",
+    "unsupported": "an image, in a format or variant that is not decoded",
+    "truncated": "the file ends before its picture does",
+    "corrupt": "the file contradicts itself or its format",
+    "too_many_pixels": "its header claims more than --max-megapixels",
+    "too_many_bytes": "the file is larger than any image of that many pixels",
+    "too_much_memory": "decoding it took more memory than it may",
+    "decoder_crashed": "decoding it ended the process that did",
+    "decoder_hung": "decoding it did not end in time",
+    "vanished": "the file was there when scanned and not when read",
+    "unreadable": "the system does not let the file be read",
+    "changed": "the file is not what it was when scanned",
+    "removed": "the file was removed or replaced after it was planned",
+    "bad_name": "the file's name is not UTF-8",
+    "too_elongated": "its ratio is beyond --max-ratio",
+    "too_small": "it does not fill its bucket, and --upscale is off",
+    "mask": "by its name, a mask or condition image of the image beside it",
+    "made_here": "a picture that one of these programs drew",
+    "duplicate": "the same bytes as another image",
+    "non_finite": "the VAE gave NaN or infinity",
+    "overflow": "a latent is beyond float16",
+    # Of latents that other programs cached:
+    "foreign": "it holds no latent under the names that known programs use",
+    "unsafe": "its pickle asks to run code",
+    "other_shape": "its latent has other channels than the VAE's",
+    "other_size": "its latent's size is no bucket's",
+    "changed_image": "its image has another size than when it was cached",
+    "not_its_image": "it does not correlate with the VAE's latent of its image",
+    "not_quite_its_image": "it correlates less with the latent of its image than it should",
+    "not_compared": "no image is there to compare it with",
+    "other_scale": "it is scaled otherwise than the other latents of its cache",
+}
+RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the file's
+LIMITED = frozenset({"too_many_pixels", "too_many_bytes"})  # another --max-megapixels may differ
+ORIENTATION = 0x0112  # the EXIF tag
+SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
+LANCZOS = Image.Resampling.LANCZOS
+FORMATS = tuple("JPEG PNG WEBP GIF BMP DIB TIFF PPM AVIF JPEG2000 QOI".split())
+# Pillow's own limit only warns up to twice itself; ours is checked before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded side by side already
+
+# How files begin that are images even where Pillow does not know them for one.
+_MAGIC = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|BM|II[*+]\0|MM\0[*+]|RIFF....WEBP|....ftypavi[fs]"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|qoif",
+    re.DOTALL,
+)
+# Whose header Pillow leaves to a C library, which it gives the whole file.
+PARSED_IN_C = re.compile(rb"RIFF....WEBP|....ftyp(avi[fs]|mif1|msf1)", re.DOTALL)
+# How files begin that are images in formats that Pillow does not decode here, and their names.
+_NOT_DECODED = {
+    re.compile(magic, re.DOTALL): name
+    for magic, name in (
+        (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (rb"II\xbc\x01", "JPEG XR"),
+        (rb"8BP[SB]", "Photoshop"),
+        (rb"v/1\x01", "OpenEXR"),
+        (rb"#\?(RADIANCE|RGBE)", "Radiance HDR"),
+        (rb"DDS ", "DDS"),
+        (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript"),
+        (rb"(\xef\xbb\xbf)?\s*<(svg|(\?xml|!--|!DOCTYPE svg).*<svg)\b", "SVG"),
+        (rb"II(RO|RS|U\0)|MMOR|FUJIFILM|FOVb|\0MRM|....ftypcrx ", "raw camera data"),
+    )
+}
+# Brands of ISO media files (ISO/IEC 23008-12, 23000-22) that hold pictures, AVIF's own apart.
+_HEIF = frozenset(
+    b"heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1 miaf MiHA MiHB MiHE avci j2ki".split()
+)
+_AVIF = frozenset({b"avif", b"avis"})
+_DNG_VERSION, _NEW_SUBFILE_TYPE = 0xC612, 0x00FE  # TIFF tags
+# What turns a picture upright that is stored with this orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Why an image is not in the store: a reason to count by, and the detail of this one."""
+
+    reason: str
+    detail: str = ""
+
+
+def read_size(path: Path) -> tuple[int, int] | Rejected:
+    """Width and height of the upright image in the file `path`, from its header alone."""
+    try:
+        with path.open("rb") as file:
+            return read_header(file, path.stat().st_size)
+    except FileNotFoundError:
+        return Rejected("vanished", "gone between the scan and its reading")
+    except OSError as error:
+        return Rejected("unreadable", _told(error))
+
+
+def read_header(
+    file: IO[bytes], nbytes: int, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int] | Rejected:
+    """Width and height of the upright image in a seekable file of `nbytes` bytes, at its start.
+
+    Reads the header alone, and never raises for what it holds.
+    """
+    try:
+        image = _open(file, nbytes, max_pixels)
+        if isinstance(image, Rejected):
+            return image
+        with image:
+            width, height = image.size
+            if image.format == "TIFF":  # Pillow gives a TIFF's size upright already
+                return width, height
+            # PNG's own getexif would decode the whole file to look for a late eXIf chunk.
+            orientation = Image.Image.getexif(image).get(ORIENTATION, 1)
+            return (height, width) if orientation in SIDEWAYS else (width, height)
+    except MemoryError:
+        return Rejected("too_much_memory", "reading its header ran out of memory")
+    except OSError as error:
+        return _refused(error)
+    except Exception as error:  # Pillow raises whatever a malformed header makes it stumble over
+        return Rejected("corrupt", _told(error))
+
+
+def header_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | Rejected:
+    """`read_header` of a file in memory."""
+    return read_header(io.BytesIO(data), len(data), max_pixels)
+
+
+def too_large(width: int, height: int, max_pixels: int) -> Rejected | None:
+    """Why an image of this size is not let in, if it is not."""
+    if width * height <= max_pixels:
+        return None
+    told = f"{width}x{height} is over {max_pixels / 1e6:g} megapixels; raise --max-megapixels"
+    return Rejected("too_many_pixels", told)
+
+
+def max_bytes(max_pixels: int) -> int:
+    """How large a file may be: what so many pixels take as 16-bit RGBA, and a head."""
+    return 8 * max(MAX_PIXELS, max_pixels) + 2**26
+
+
+def decode(
+    data: bytes,
+    upright_size: tuple[int, int],
+    crop: tuple[float, float, float, float],
+    size: tuple[int, int],
+    max_pixels: int = MAX_PIXELS,
+) -> Pixels | Rejected:
+    """The crop box of the image in `data`, resized to `size` = (width, height).
+
+    `crop` is in pixels of the upright image, whose size was `upright_size` when its place in the
+    store was planned. Lanczos over the box, in the image's own colours and as it is stored; sRGB
+    and upright after. Never raises for what `data` holds.
+    """
+    try:
+        image = _open(io.BytesIO(data), len(data), max_pixels)
+        if isinstance(image, Rejected):
+            return image
+        with image:
+            whole = image.size
+            divisor = _draft(image, crop, size)
+            image.load()
+            whole = whole if divisor > 1 else image.size
+            orientation = image.getexif().get(ORIENTATION, 1)
+            if orientation in SIDEWAYS:
+                whole, size = whole[::-1], size[::-1]
+            if whole != upright_size:
+                return Rejected("corrupt", f"its header gave {upright_size}, its content {whole}")
+            if image.format == "JPEG2000" and _cut_jpeg2000(data):
+                return Rejected("truncated", "the end of its codestream is missing")
+            samples = eight_bit(image)
+            box = _stored_box(crop, upright_size, orientation)
+            # reducing_gap stays off: it is faster, and up to several grey levels wrong.
+            left, top, right, bottom = (edge / divisor for edge in box)
+            resized = samples.resize(size, LANCZOS, (left, top, right, bottom))
+            profile = image.info.get("icc_profile")
+            picture = to_srgb(resized, profile)
+            if orientation in _UPRIGHT:
+                picture = picture.transpose(_UPRIGHT[orientation])
+            return np.asarray(picture, dtype=np.uint8)
+    except MemoryError:
+        return Rejected("too_much_memory", "decoding it ran out of memory")
+    except UnsupportedSamples as error:
+        return Rejected("unsupported", str(error))
+    except OSError as error:
+        return _refused(error, _cut_webp(data, len(data)))
+    except Exception as error:  # see read_header
+        return Rejected("corrupt", _told(error))
+
+
+def _open(file: IO[bytes], nbytes: int, max_pixels: int) -> Image.Image | Rejected:
+    """The image, its header parsed and its size within bounds, nothing decoded yet."""
+    head = file.read(16)
+    file.seek(0)
+    if not nbytes:
+        return Rejected("not_an_image", "the file is empty")
+    if head[:4] == b"II*\0" and head[8:10] == b"CR":  # Pillow would take it for a TIFF
+        return _not_decoded("raw camera data")
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        return _unidentified(file, file.read(4096))
+    except OSError as error:
+        file.seek(0)
+        return _refused(error, _cut_webp(file.read(12), nbytes))
+    why = too_large(*image.size, max_pixels)
+    if why is None and image.format == "TIFF" and _is_preview(image):
+        why = _not_decoded("raw camera data")
+    if why:
+        image.close()
+        return why
+    return image
+
+
+def _unidentified(file: IO[bytes], head: bytes) -> Rejected:
+    """Why Pillow knows no format for what begins with `head`."""
+    brands = _brands(head)
+    for magic, name in _NOT_DECODED.items():
+        if magic.match(head):
+            return _not_decoded(name)
+    if brands & _HEIF and not brands & _AVIF:
+        return _not_decoded("HEIF")
+    if head.startswith(b"\xff\xd8\xff"):
+        file.seek(0)
+        try:  # as Image.open did, which keeps to itself what it stumbled over
+            JpegImagePlugin.JpegImageFile(file).close()
+        except SyntaxError as error:
+            return Rejected("unsupported" if "-bit" in str(error) else "corrupt", _told(error))
+    if _MAGIC.match(head) or brands & _AVIF:
+        return Rejected("corrupt", f"starts like an image but is not readable: {head[:16]!r}")
+    return Rejected("not_an_image", f"starts with {head[:16]!r}")
+
+
+def _not_decoded(name: str) -> Rejected:
+    return Rejected("unsupported", f"{name}, which is not decoded; convert it to PNG or JPEG")
+
+
+def _brands(head: bytes) -> set[bytes]:
+    """The brands of the ISO media file that begins so: what readers it is for."""
+    if head[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(head[:4], "big"), len(head) - 3)
+    return {head[8:12], *(head[at : at + 4] for at in range(16, end, 4))}
+
+
+def _is_preview(image: Image.Image) -> bool:
+    """Whether a TIFF's first picture stands for another: raw camera files begin with such."""
+    tags = getattr(image, "tag_v2", {})
+    return _DNG_VERSION in tags or bool(tags.get(_NEW_SUBFILE_TYPE, 0) & 1)
+
+
+def _draft(
+    image: Image.Image, crop: tuple[float, float, float, float], size: tuple[int, int]
+) -> int:
+    """Have a JPEG decoded at 1/8, 1/4 or 1/2 where that shows nowhere, and return 8, 4, 2, or 1.
+
+    Of an odd size the last pixel then lies partly beyond the edge; pixel x still begins at x times
+    the divisor.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    shrink = min((crop[2] - crop[0]) / size[0], (crop[3] - crop[1]) / size[1])
+    for divisor in (8, 4, 2):
+        if shrink >= divisor * DRAFT_MARGIN:
+            drafted = image.draft(None, (image.width // divisor, image.height // divisor))
+            return divisor if drafted else 1
+    return 1
+
+
+def _stored_box(
+    crop: tuple[float, float, float, float], upright_size: tuple[int, int], orientation: int
+) -> tuple[float, float, float, float]:
+    """Where a box of the upright image lies in the stored one."""
+    (left, top, right, bottom), (width, height) = crop, upright_size
+    if orientation in (2, 3, 6, 7):
+        left, right = width - right, width - left
+    if orientation in (3, 4, 7, 8):
+        top, bottom = height - bottom, height - top
+    return (top, left, bottom, right) if orientation in SIDEWAYS else (left, top, right, bottom)
+
+
+def _refused(error: OSError, cut: bool = False) -> Rejected:
+    """What is behind an OSError: the system's have a number, Pillow's have not."""
+    if error.errno:
+        return Rejected("unreadable", _told(error))
+    cut = cut or "truncated" in str(error).lower()
+    return Rejected("truncated" if cut else "corrupt", _told(error))
+
+
+def _cut_webp(head: bytes, nbytes: int) -> bool:
+    """Whether a RIFF file of `nbytes` bytes is shorter than its own header says."""
+    return head[:4] == b"RIFF" and int.from_bytes(head[4:8], "little") + 8 > nbytes
+
+
+def _cut_jpeg2000(data: bytes) -> bool:
+    """Whether no end of codestream follows the last tile; Pillow leaves missing tiles black."""
+    last_tile = data.rfind(b"\xff\x90")  # within tiles, no byte above 8F follows an FF
+    return last_tile < 0 or data.find(b"\xff\xd9", last_tile) < 0
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]

@@ -1,0 +1,115 @@
+"""Nothing disappears: scanned = encoded + reused + duplicate + rejected (by reason) + pending."""
+
+from collections.abc import Set
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from xlsd_cache.planning.log_state import find_places, unit_names
+from xlsd_cache.runtime.atomic import write_json
+from xlsd_cache.runtime.bounded_files import read_json
+from xlsd_cache.store.manifest import Manifest, Unit
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What became of every image of one scan."""
+
+    scanned: int
+    encoded: int  # live, committed since the build began
+    reused: int  # live, committed before it
+    duplicate: int
+    rejected: dict[str, int]  # reason -> images
+    pending: int  # planned and not encoded yet; 0 when a build has ended well
+    buckets: dict[str, int]  # bucket -> live images
+
+    @property
+    def live(self) -> int:
+        """Images that training sees."""
+        return self.encoded + self.reused
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field is of its kind and the sums are right, as of a file they may not."""
+        numbers = [self.scanned, self.encoded, self.reused, self.duplicate, self.pending]
+        numbers += [*self.rejected.values(), *self.buckets.values()]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            return False
+        left_out = self.duplicate + sum(self.rejected.values()) + self.pending
+        return self.live + left_out == self.scanned
+
+    def __str__(self) -> str:
+        total = self.live + self.duplicate + sum(self.rejected.values()) + self.pending
+        assert total == self.scanned, f"the sums are wrong: {self}"  # our bug, never the user's
+        reasons = ", ".join(f"{reason} {n}" for reason, n in self.rejected.items())
+        rejected = f"{sum(self.rejected.values())} rejected" + (f" ({reasons})" if reasons else "")
+        parts = [f"{self.encoded} encoded", f"{self.reused} reused"]
+        parts += [f"{self.duplicate} duplicate", rejected]
+        parts += [f"{self.pending} pending"] if self.pending else []
+        return f"{self.scanned} scanned = " + " + ".join(parts)
+
+
+def account(
+    manifest: Manifest, generation: int, rows_per_shard: int, before: Set[Unit]
+) -> tuple[Accounting, pa.Table]:
+    """Count a generation's images; `before` are the shards that were committed at the beginning.
+
+    Also returns the table (key, reason, detail) of the rejected and the duplicates, for people.
+    """
+    live = manifest.live(generation)
+    units = unit_names(live, rows_per_shard)
+    wanted = set(pc.unique(units).to_pylist())
+    committed = manifest.commits({unit for unit in manifest.committed() if unit.name in wanted})
+    at = find_places(live, committed)
+    has = pa.array(at >= 0)
+    rows = committed.take(pa.array(at, mask=at < 0))
+    reason, detail = (pc.if_else(has, rows[n], live[n]) for n in ("reason", "detail"))
+    out = pc.not_equal(reason, "")
+    done = np.asarray(pc.and_(has, pc.invert(out)))
+    was = pc.is_in(units, value_set=pa.array([unit.name for unit in before], pa.string()))
+    was = np.asarray(was)
+    counted = _counts(reason.filter(out))
+    counts = Accounting(
+        live.num_rows,
+        int((done & ~was).sum()),
+        int((done & was).sum()),
+        counted.pop("duplicate", 0),
+        counted,
+        int(pc.sum(pc.invert(pc.or_(has, out))).as_py() or 0),
+        _counts(live["bucket"].filter(pa.array(done))),
+    )
+    columns = [column.filter(out) for column in (reason, detail, live["key"])]
+    left_out = pa.table(columns, names=["reason", "detail", "key"])
+    return counts, left_out.select(["key", "reason", "detail"])
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each value is there, by value."""
+    counts = column.value_counts().to_pylist() if len(column) else []
+    return dict(sorted((count["values"], count["counts"]) for count in counts))
+
+
+def save_accounting(manifest: Manifest, generation: int, counts: Accounting) -> None:
+    """Keep the sums that a build printed, so that `info` can give the same later."""
+    value = {"generation": generation, **asdict(counts)}
+    write_json(_path(manifest.root), value, manifest.staging)
+
+
+def saved_accounting(root: Path, generation: int) -> Accounting | None:
+    """The sums of the last build, if it ended well and the log has not moved on since."""
+    try:
+        value: dict[str, Any] = read_json(_path(root))
+        told = Accounting(**value) if value.pop("generation") == generation else None
+        if told is None or not told.is_sound:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or none of ours
+        return None
+    return told
+
+
+def _path(root: Path) -> Path:
+    return root / "manifest" / "accounting.json"

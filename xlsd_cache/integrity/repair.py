@@ -1,0 +1,271 @@
+"""What `check --repair` does: mend what can be proved, plan anew what cannot, delete nothing good.
+
+A latent is proved by the checksum in its shard's commit record. Damaged ones are named in
+`manifest/damaged`, so that nothing uses them again, and their images get fresh rows behind their
+bucket's last shard: the next build encodes exactly these. Every step is a rename, and the new
+generation exists only with the last one: after a kill the same command goes on.
+"""
+
+import hashlib
+import itertools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from xlsd_cache.files.uri import read_source, stat_source
+from xlsd_cache.integrity.shard_check import Checked, Problem, verify_shard
+from xlsd_cache.integrity.verify import damaged_places
+from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
+from xlsd_cache.store.commit import lock_path, planning, write_commit
+from xlsd_cache.store.live_rows import write_live
+from xlsd_cache.store.manifest import CAPTIONS, COMMIT, DAMAGED, PLAN, Unit
+from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, Row, ShardReader, index_of
+from xlsd_cache.store.zarr_metadata import grow_array, mend_array
+
+Entry = dict[str, Any]  # one row of manifest.PLAN
+
+
+@dataclass
+class Repaired:
+    """What was done, in words, and what is left."""
+
+    done: list[str] = field(default_factory=list)
+    to_encode: list[str] = field(default_factory=list)  # keys, for the next build
+    gone: list[str] = field(default_factory=list)  # keys that leave training: no latent, no image
+    left: list[Problem] = field(default_factory=list)  # what only a person can mend
+
+
+def repair(store: Checked, problems: list[Problem]) -> Repaired:
+    """Mend these problems of the store, alone: no build plans meanwhile. Raises OSError."""
+    result = Repaired(left=[problem for problem in problems if problem.kind == "plan"])
+    if result.left:
+        return result  # where things should be is not known
+    manifest = store.manifest
+    manifest.make_folders()
+    with planning(manifest):
+        store = replace(store, generation=manifest.generations()[-1])
+        places = [(p.unit, p.rows) for p in problems if p.kind == "latents" and p.unit]
+        lost: set[tuple[str, int]] = {(unit.bucket, row) for unit, rows in places for row in rows}
+        for problem in problems:
+            lost |= _mend(store, problem, result)
+        _plan_anew(store, lost, result)
+        if result.done or result.to_encode or result.gone:
+            (manifest.root / "index.arrow").unlink(missing_ok=True)  # derived from the old state
+    write_live(manifest, store.rows_per_shard)
+    return result
+
+
+def _mend(store: Checked, problem: Problem, result: Repaired) -> set[tuple[str, int]]:
+    """Mend one problem; returns the places whose latents are lost for good."""
+    manifest, path = store.manifest, store.manifest.root / problem.where
+    done, lost = "", set[tuple[str, int]]()
+    if problem.kind == "index":
+        done = "deleted: it is made anew when it is needed"
+    elif problem.kind == "live":
+        done = "written anew"  # at the end
+    elif problem.kind == "array":
+        bucket = path.parent.name
+        rows = int(store.places()[bucket][-1]) + 1
+        shape, dtype = store.shape(bucket), store.identity.dtype
+        mend_array(manifest, bucket, rows, shape, dtype, store.rows_per_shard)
+        done = "written anew"
+    elif problem.kind == "stray":
+        aside = manifest.root / "stray" / path.relative_to(manifest.root)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside = _unused(aside)
+        path.replace(aside)
+        done = f"moved to {store.name(aside)}"
+    elif problem.kind == "captions":
+        done = f"set aside as {_set_aside(path)}: build, or give the captions, again"
+    elif problem.kind == "commit" and problem.unit:
+        done, lost = _mend_commit(store, problem.unit)
+    elif problem.kind == "shard" and problem.unit:
+        done, lost = _mend_shard(store, problem.unit)
+    if done:
+        result.done.append(f"{problem.where} {done}")
+    return lost
+
+
+def _mend_commit(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
+    """Write a lost commit record anew, of the rows that the shard holds with right checksums.
+
+    Where the shard is not there either, nothing is committed and the next build makes both.
+    """
+    manifest, shard = store.manifest, store.rows_per_shard
+    lock = FileLock(lock_path(manifest, unit), blocking=False, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:  # a build is at work on it
+        return "", set()
+    try:
+        latent = np.empty(store.shape(unit.bucket), store.identity.dtype)
+        flat = latent.reshape(-1).view(np.uint8)
+        entries = _planned(store, unit)
+        try:
+            reader = ShardReader(manifest.shard(unit), shard, latent.nbytes)
+        except (CorruptShard, OSError):
+            aside = manifest.commit(unit).exists() and _set_aside(manifest.commit(unit))
+            return f"set aside as {aside}: its shard is lost too" if aside else "", set()
+        rows = {}
+        for slot, entry in entries.items():
+            try:
+                reader.read_into(slot, flat)
+                rows[slot] = Row(slot, _content_hash(entry), google_crc32c.value(flat))
+            except CorruptShard:
+                detail = "what became of it was lost with the shard's commit record"
+                rows[slot] = Row(slot, "", reason="lost", detail=detail)
+        reader.close()
+        write_commit(manifest, unit, shard, entries, rows)
+    finally:
+        lock.release()
+    held = sum(row.crc32c is not None for row in rows.values())
+    lost = {(unit.bucket, unit.shard * shard + s) for s, row in rows.items() if row.reason}
+    return f"written anew: {held} of {len(rows)} latents are in the shard and right", lost
+
+
+def _mend_shard(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
+    """Write a shard's file anew from the records that are right, which brings back its index.
+
+    A record belongs to the row that was committed with its checksum.
+    """
+    manifest, shard = store.manifest, store.rows_per_shard
+    given_up = damaged_places(store).get(unit.bucket, set())
+    if not verify_shard(store, unit, given_up):  # mended by now
+        return "", set()
+    commit = pq.read_table(manifest.commit(unit), schema=COMMIT)
+    commit = commit.filter(pc.equal(commit["status"], "encoded"))
+    wanted: dict[int, list[int]] = {}  # crc32c -> slots; equal latents have equal ones
+    for crc, row in zip(*_columns(commit, "crc32c", "row"), strict=True):
+        wanted.setdefault(crc, []).append(row % shard)
+    nbytes = int(np.prod(store.shape(unit.bucket))) * np.dtype(store.identity.dtype).itemsize
+    try:
+        data = memoryview(manifest.shard(unit).read_bytes())
+    except FileNotFoundError:
+        data = memoryview(b"")
+    found: dict[int, memoryview] = {}  # slot -> record, in the order of the file
+    for offset in range(0, len(data) - nbytes - CRC_NBYTES + 1, nbytes + CRC_NBYTES):
+        record = data[offset : offset + nbytes + CRC_NBYTES]
+        crc = int.from_bytes(record[-CRC_NBYTES:], "little")
+        if wanted.get(crc) and google_crc32c.value(bytes(record[:-CRC_NBYTES])) == crc:
+            found[wanted[crc].pop(0)] = record
+    if found:
+        content = b"".join(found.values()) + index_of(list(found), shard, nbytes)
+        write_bytes(manifest.shard(unit), content, manifest.staging)
+    again = verify_shard(store, unit, given_up)
+    lost = {(unit.bucket, row) for problem in again for row in problem.rows}
+    done = f"written anew: {len(found)} of {commit.num_rows} latents are right" if found else ""
+    return done, lost
+
+
+def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> None:
+    """Give the images of lost latents fresh rows, where they are still there to be encoded.
+
+    Shards that were never committed are the next build's already; only what has no image any more
+    is taken out of them, so that training can go on without it.
+    """
+    manifest, shard = store.manifest, store.rows_per_shard
+    places = store.places()
+    next_rows = {bucket: (int(rows[-1]) // shard + 1) * shard for bucket, rows in places.items()}
+    live = manifest.live(store.generation)
+    entries: list[Entry] = []
+    fresh: dict[tuple[str, int], int] = {}
+    for entry in live.take(_at_risk(store, live, lost)).to_pylist():
+        place = entry["bucket"], entry["row"]
+        if not _is_there(entry):
+            detail = "its latent was lost, and its image is not there to be encoded again"
+            entry |= {"bucket": "", "row": -1, "reason": "vanished", "detail": detail}
+            result.gone.append(entry["key"])
+        elif place in lost:
+            if place not in fresh:
+                fresh[place] = next_rows[place[0]]
+                next_rows[place[0]] += 1
+            entry["row"] = fresh[place]
+            result.to_encode.append(entry["key"])
+        else:
+            continue
+        entries.append(entry)
+    if not (entries or lost):
+        return
+    for bucket in sorted({bucket for bucket, _ in fresh}):
+        dtype = store.identity.dtype
+        grow_array(manifest, bucket, next_rows[bucket], store.shape(bucket), dtype, shard)
+    given_up = [{"bucket": bucket, "row": row} for bucket, row in sorted(lost)]
+    manifest.write_plan(
+        store.generation + 1,
+        pa.Table.from_pylist(entries, PLAN),
+        [],
+        CAPTIONS.empty_table(),
+        pa.Table.from_pylist(given_up, DAMAGED),
+    )
+
+
+def _at_risk(store: Checked, live: pa.Table, lost: set[tuple[str, int]]) -> NDArray[np.int64]:
+    """Which live entries' places are lost or in no committed shard, in the order of the places."""
+    names = live["bucket"].combine_chunks().dictionary_encode()
+    rows, codes = live["row"].to_numpy(), names.indices.to_numpy()
+    committed = store.manifest.committed()
+    found = [np.empty(0, np.int64)]
+    for code, bucket in enumerate(names.dictionary.to_pylist()):
+        here = np.flatnonzero((codes == code) & (rows >= 0))
+        gone = [row for name, row in lost if name == bucket]
+        safe = [unit.shard for unit in committed if unit.bucket == bucket]
+        risky = np.isin(rows[here], gone) | ~np.isin(rows[here] // store.rows_per_shard, safe)
+        found.append(here[risky][np.argsort(rows[here[risky]])])
+    return np.concatenate(found)
+
+
+def _planned(store: Checked, unit: Unit) -> dict[int, Entry]:
+    """The last planned entry of each slot of a unit."""
+    shard = store.rows_per_shard
+    planned = store.manifest.planned(store.generation)
+    inside = pc.and_(
+        pc.equal(planned["bucket"], unit.bucket),
+        pc.equal(pc.divide(planned["row"], shard), unit.shard),
+    )
+    return {entry["row"] % shard: entry for entry in planned.filter(inside).to_pylist()}
+
+
+def _content_hash(entry: Entry) -> str:
+    """sha256 of the planned image, read again where the log lacks it; empty where it changed."""
+    if entry["content_hash"]:
+        return str(entry["content_hash"])
+    try:
+        now = stat_source(entry["source"])._asdict()
+        same = all(entry[name] in (now[name], None) for name in now)  # older logs lack some
+        return hashlib.sha256(read_source(entry["source"])).hexdigest() if same else ""
+    except OSError:
+        return ""
+
+
+def _is_there(entry: Entry) -> bool:
+    try:
+        stat_source(entry["source"])
+    except OSError:
+        return False
+    return True
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a damaged file so that nothing reads it; returns its new name."""
+    aside = _unused(path.with_name(f"{path.name}.damaged"))
+    path.replace(aside)
+    fsync_folder(path.parent)
+    return aside.name
+
+
+def _unused(path: Path) -> Path:
+    """The path, or where something has that name already the path with a number."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(it for it in (path, *itertools.islice(numbered, 999)) if not it.exists())
+
+
+def _columns(table: pa.Table, *names: str) -> list[list[Any]]:
+    return [table[name].to_pylist() for name in names]

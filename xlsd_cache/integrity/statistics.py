@@ -1,0 +1,76 @@
+"""Statistics of a store: mean and spread of its latents, length and kind of its captions."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from xlsd_cache.store.reader import LatentStore
+
+MEASURED = 2048  # samples whose latents are read: the mean to 0.1% of the spread
+AT_ONCE = 65536  # captions: bounds the memory of their pieces
+TAG_WORDS = 3.0  # a column of tags has at most so many words a piece, and two pieces a caption
+
+
+class Moments(NamedTuple):
+    """What `moments` finds; both lists are empty for a store without samples."""
+
+    mean: list[float]  # by channel, of raw latents
+    std: list[float]
+    samples: int  # that were read
+
+
+def moments(store: LatentStore) -> Moments:
+    """Mean and standard deviation by channel over up to 2 * MEASURED samples, evenly spread.
+
+    The same generation of a store gives the same numbers, to the bit.
+    """
+    stride = max(1, len(store) // MEASURED)
+    sums: Counter[str] = Counter()
+    total = np.zeros(store.identity.channels)
+    squares = np.zeros(store.identity.channels)
+    for bucket, rows in store.buckets.items():
+        for row in rows[::stride]:
+            latent: NDArray[np.float64] = store.read(bucket, [row])[0].astype(np.float64)
+            total += latent.sum(axis=(1, 2))
+            squares += np.square(latent).sum(axis=(1, 2))
+            sums.update(samples=1, values=latent[0].size)
+    if not sums["samples"]:
+        return Moments([], [], 0)
+    mean = total / sums["values"]
+    std = np.sqrt(np.maximum(0, squares / sums["values"] - mean**2))
+    return Moments(mean.tolist(), std.tolist(), sums["samples"])
+
+
+def word_counts(texts: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Words of every caption; each line of a text is one, an alternative to the others."""
+    counts = [np.empty(0, np.int64)]
+    for part in _parts(texts):
+        lines = pc.list_flatten(pc.split_pattern(part, "\n"))
+        lines = lines.filter(pc.not_equal(lines, ""))
+        words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(lines))
+        counts.append(pc.list_value_length(words).to_numpy().astype(np.int64))
+    return np.concatenate(counts)
+
+
+def are_tags(texts: pa.ChunkedArray) -> bool:
+    """Whether a column holds comma-separated tags and not sentences, by its first captions."""
+    part = next(_parts(texts), None)
+    if part is None:
+        return False
+    pieces = pc.split_pattern(pc.replace_substring(part, "\n", ","), ",")
+    tags = pc.utf8_trim_whitespace(pc.list_flatten(pieces))
+    tags = tags.filter(pc.not_equal(tags, ""))
+    words = pc.sum(pc.list_value_length(pc.utf8_split_whitespace(tags))).as_py() or 0
+    return bool(2 * len(part) <= len(tags) and words <= TAG_WORDS * len(tags))
+
+
+def _parts(texts: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """Pieces of the captions that exist, none of them large or empty."""
+    for chunk in texts.drop_null().chunks:
+        for start in range(0, len(chunk), AT_ONCE):
+            yield chunk.slice(start, AT_ONCE)

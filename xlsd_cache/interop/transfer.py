@@ -1,0 +1,170 @@
+"""Latents out of peers' cache files into committed shards, by the same protocol as a build's."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from xlsd_cache.images.decode import RETRIED, Rejected
+from xlsd_cache.interop.formats import read
+from xlsd_cache.interop.items import Entry, Item, content_hash
+from xlsd_cache.interop.plausibility import JUDGED
+from xlsd_cache.planning.log_state import by_unit, uncommitted
+from xlsd_cache.runtime.signals import STOPPING, StopSignal
+from xlsd_cache.store.commit import Claim, claim
+from xlsd_cache.store.identity import Identity, bucket_shape
+from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.shard import Row
+
+BATCH = 64  # latents read at once: what a kill costs
+DIVIDED = " divided by "  # in the identity's preprocessing: the latents were scaled
+
+
+@dataclass(frozen=True)
+class Imports:
+    """The next generation, not yet written."""
+
+    entries: list[Entry]  # new, changed, renamed or rejected; those without a row yet have -1
+    removed: list[str]  # keys that go by another name now
+    again: set[str]  # origins of latents that were compared and refused before
+
+    @property
+    def fresh(self) -> list[Entry]:
+        """The entries whose latents are to be imported."""
+        return [entry for entry in self.entries if entry["row"] < 0 and not entry["reason"]]
+
+
+def plan_imports(manifest: Manifest, items: list[Item]) -> Imports:
+    """What the log does not say of these latents yet.
+
+    A cache file of the size and mtime that the log has is not imported again, whatever its image is
+    called by now, and whether it is there or not.
+    """
+    generation = max(manifest.generations(), default=-1)
+    live = {entry["key"]: entry for entry in manifest.live(generation).to_pylist()}
+    origins = {e["detail"] if e["row"] >= 0 else e["key"]: e for e in live.values()}
+    outcome = manifest.commits(manifest.committed())
+    retried = {(r["bucket"], r["row"]) for r in outcome.to_pylist() if r["reason"] in RETRIED}
+    retried |= {(r["bucket"], r["row"]) for r in manifest.damaged(generation).to_pylist()}
+    entries, kept, again = [], set(), set()
+    for item in items:
+        entry, old = item.entry(), origins.get(item.origin)
+        same = old and all(old[n] == entry[n] for n in ("size", "mtime_ns"))
+        if old and same and old["reason"] in JUDGED:
+            again.add(item.origin)
+        if (
+            old is None
+            or (old["bucket"], old["row"]) in retried
+            or any(old[n] != entry[n] for n in ("size", "mtime_ns", "bucket", "reason"))
+        ):
+            entries.append(entry)
+        elif item.image is None or all(old[n] == entry[n] for n in ("key", "source", "reason")):
+            entry["key"] = old["key"]
+        else:  # its image has come, or moved
+            entries.append({**entry, "row": old["row"]})
+        kept.add(entry["key"])
+    names = {item.origin for item in items}
+    removed = [e["key"] for origin, e in origins.items() if origin in names]
+    return Imports(entries, sorted(set(removed) - kept), again)
+
+
+def order(key: str) -> bytes:
+    """Sorts keys as if at random, the same whenever and wherever."""
+    return hashlib.blake2b(key.encode()).digest()
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One process's part in importing what is planned."""
+
+    manifest: Manifest
+    identity: Identity
+    rows_per_shard: int
+    workers: int
+
+    def run(self, generation: int, items: list[Item]) -> bool:
+        """Copy every planned row that is not committed, shard by shard; False after a stop."""
+        live = self.manifest.live(generation).to_pylist()
+        copy = _Copy(
+            {(entry["bucket"], entry["row"]): entry for entry in live},
+            {item.origin: item for item in items},
+            self.identity,
+        )
+        todo = self._todo(generation)
+        with (
+            StopSignal(STOPPING) as stop,
+            ThreadPoolExecutor(self.workers) as pool,
+            tqdm(desc="importing", total=sum(map(len, todo.values())), unit="latent") as bar,
+        ):
+            while todo and not stop.asked:
+                for unit, entries in sorted(todo.items()):
+                    taken = self._claim(unit, entries)
+                    if taken is not None:
+                        _fill(taken, copy, pool, bar, stop)
+                todo = self._todo(generation)
+                if todo and not stop.asked:  # other processes hold these; one may yet be killed
+                    time.sleep(0.2)
+        return not todo
+
+    def _todo(self, generation: int) -> dict[Unit, dict[int, Entry]]:
+        """The planned rows of each unit that is not committed, by slot."""
+        planned = uncommitted(self.manifest, generation, self.rows_per_shard)
+        return by_unit(planned.to_pylist(), self.rows_per_shard)
+
+    def _claim(self, unit: Unit, entries: dict[int, Entry]) -> Claim | None:
+        shape = bucket_shape(unit.bucket, self.identity.channels)
+        nbytes = int(np.prod(shape)) * np.dtype(self.identity.dtype).itemsize
+        return claim(self.manifest, unit, entries, BATCH, self.rows_per_shard, nbytes)
+
+
+def _fill(
+    taken: Claim, copy: "_Copy", pool: ThreadPoolExecutor, bar: Any, stop: StopSignal
+) -> None:
+    """Write the claimed shard's remaining batches and commit it, unless stopped between two."""
+    try:
+        for slots in taken.writer.remaining:
+            if stop.asked:
+                return
+            done = list(pool.map(copy.one, slots, (taken.entries[slot] for slot in slots)))
+            latents = {row.slot: latent for row, latent in done if latent is not None}
+            taken.writer.append([row for row, _ in done], latents)
+            bar.update(len(done))
+        taken.finish()
+    finally:
+        taken.release()
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Reads planned latents from the cache files."""
+
+    placed: Mapping[tuple[str, int], Entry]  # the live entry of each row
+    by_origin: Mapping[str, Item]
+    identity: Identity
+
+    def one(self, slot: int, entry: Entry) -> tuple[Row, NDArray[Any] | None]:
+        """The latent of one planned row in the store's dtype, or why there is none."""
+        latent, content = self._read(entry)
+        if isinstance(latent, Rejected):
+            return Row(slot, content, reason=latent.reason, detail=latent.detail), None
+        if DIVIDED in str(self.identity.preprocessing):
+            latent = latent / np.float32(self.identity.scaling_factor)
+            latent += np.float32(self.identity.shift_factor)
+        return Row(slot, content), latent.astype(self.identity.dtype, copy=False)
+
+    def _read(self, entry: Entry) -> tuple[NDArray[Any] | Rejected, str]:
+        now = self.placed.get((entry["bucket"], entry["row"]))
+        if now is None:
+            return Rejected("removed", "removed or changed after it was planned"), ""
+        item = self.by_origin.get(now["detail"])
+        if item is None:
+            return Rejected("vanished", f"{now['detail']} is not among the caches any more"), ""
+        if (item.file.size, item.file.mtime_ns) != (now["size"], now["mtime_ns"]):
+            return Rejected("changed", "the cache file changed after it was planned"), ""
+        return read(item.file, item.held), content_hash(item.image)

@@ -1,0 +1,73 @@
+"""Whether the disk can hold what is to be written, asked before the first batch is encoded."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from xlsd_cache.console.terminal import say
+from xlsd_cache.errors import UserError
+from xlsd_cache.runtime.disk import free_bytes, size
+from xlsd_cache.store.identity import Identity, bucket_shape
+from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.shard import CRC_NBYTES
+from xlsd_cache.tables.columns import one
+
+LOG_NBYTES = 512  # of the tables for one image, about: plan, commit record, index.arrow
+
+
+def uncommitted_places(manifest: Manifest, table: pa.Table, rows_per_shard: int) -> pa.Table:
+    """The rows of `table` (manifest.PLAN) that have a place in a shard with no commit record."""
+    table = table.filter(pc.greater_equal(table["row"], 0))
+    buckets = one(table["bucket"]).dictionary_encode()
+    names = buckets.dictionary.to_pylist()
+    done = [(names.index(u.bucket) << 40) + u.shard for u in manifest.committed()
+            if u.bucket in names]  # fmt: skip
+    codes = buckets.indices.to_numpy().astype(np.int64) << 40
+    units = codes + table["row"].to_numpy() // rows_per_shard
+    return table.filter(pa.array(~np.isin(units, np.array(done, np.int64))))
+
+
+def bytes_to_write(
+    manifest: Manifest, places: pa.Table, identity: Identity, rows_per_shard: int
+) -> int:
+    """What the latents of these (bucket, row) take on the disk, less what staging holds of them."""
+    total = 0
+    placed = places.select(["bucket", "row"]).group_by(["bucket", "row"]).aggregate([])
+    for bucket in pc.unique(placed["bucket"]).to_pylist():
+        rows = placed["row"].filter(pc.equal(placed["bucket"], bucket)).to_numpy()
+        latent = int(np.prod(bucket_shape(bucket, identity.channels)))
+        latent = latent * np.dtype(identity.dtype).itemsize + CRC_NBYTES
+        shards, counts = np.unique(rows // rows_per_shard, return_counts=True)
+        for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
+            nbytes = count * latent + 16 * rows_per_shard + CRC_NBYTES
+            total += max(0, nbytes - _staged(manifest, Unit(bucket, shard))) + count * LOG_NBYTES
+    return total
+
+
+def say_room(nbytes: int, out: Path) -> None:
+    """Say what is to be written, if anything, and what is free. Raises UserError for too much."""
+    if not nbytes:
+        return
+    free = free_bytes(out)
+    if free is None:
+        say(f"{size(nbytes)} to write")
+        return
+    told = f"{size(nbytes)} to write, {size(free)} free on the disk of {out}"
+    if nbytes > free:
+        raise UserError(
+            f"too little room: {told}; free {size(nbytes - free)} more, give --out on a "
+            f"larger disk, or build fewer images"
+        )
+    say(told)
+
+
+def _staged(manifest: Manifest, unit: Unit) -> int:
+    """Bytes of a shard that an interrupted build has written, or another one is writing."""
+    for path in (manifest.staging / f"{unit.name}.part", manifest.shard(unit)):
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return 0

@@ -1,0 +1,317 @@
+"""Any number of sources -> one table of images and one of captions, sorted by key."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from xlsd_cache.errors import UserError
+from xlsd_cache.files.captions import CAPTION_BYTES, Column, LeftOut, read_captions, read_object
+from xlsd_cache.files.folders import IMAGE_SUFFIXES, is_image
+from xlsd_cache.runtime.bounded_files import read_regular
+from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.sources.allowed_folders import Fence
+from xlsd_cache.sources.filters import listed
+from xlsd_cache.sources.masks import with_masks
+from xlsd_cache.sources.records import (
+    ARCHIVE_SUFFIXES,
+    Record,
+    Search,
+    Tally,
+    archive_records,
+    folder_records,
+    given_table,
+    row_records,
+)
+from xlsd_cache.store.manifest import CAPTIONS
+from xlsd_cache.tables.columns import TABLE_SUFFIXES, URLS, is_table, one
+from xlsd_cache.tables.matching import by_former_names, captions_of, match
+from xlsd_cache.tables.names import look_up
+from xlsd_cache.tables.row_outcomes import Matches
+
+IMAGES = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("inode", pa.int64()),
+        ("ctime_ns", pa.int64()),
+        ("url", pa.string()),  # as img2dataset notes it beside the image; null where unknown
+        ("reason", pa.string()),  # of decode.REASONS where the scan rejects it already, or empty
+        ("detail", pa.string()),
+    ]
+)
+_BLOCK = 256  # records a thread takes at once
+
+
+# What --captions auto takes, the first of those that most images have.
+AUTO = ("txt", *(f"{kind}:{name}" for kind in ("jsonl", "csv", "parquet")
+                 for name in ("text", "caption")))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Everything found: one row an image, and what was passed over."""
+
+    images: pa.Table  # IMAGES, sorted by key
+    captions: pa.Table  # manifest.CAPTIONS, of these images
+    columns: tuple[str, ...]  # the caption columns
+    names: tuple[str, ...]  # of the sources: what keys begin with
+    passed_over: Counter[str]  # kind -> files that are neither images nor captions
+    remarks: Counter[tuple[str, str]]  # (column, what) -> captions
+    damaged: list[str]  # a sentence for each file that was read in part, or not at all
+    unread: bool  # whether a table could not be read: its captions are not known to be gone
+    beside: pa.Table  # manifest.CAPTIONS that tables do not give
+    matches: Matches  # of tables' rows with the images called `keys`
+    keys: pa.Array
+    notes: list[str]  # a sentence for each source that has files elsewhere read
+
+    def with_former_names(self, former: pa.Table, content: pa.Table) -> "Scan":
+        """Also with the captions of rows that name images as they were called before.
+
+        `former` (key, source, content_hash) are files that were encoded, `content` (key,
+        content_hash) the images as they are now.
+        """
+        at = look_up(self.keys, one(content["key"]))
+        hashes = one(content["content_hash"]).take(pa.array(at, mask=at < 0))
+        by_former_names(self.matches, hashes, former)
+        return self.with_rows()
+
+    def with_rows(self) -> "Scan":
+        """With the captions beside the images and those of the rows matched with them."""
+        tables = [self.beside, captions_of(self.matches, self.keys, self.columns)]
+        captions = pa.concat_tables(tables)
+        mine = pc.is_in(captions["key"], value_set=one(self.images["key"]))
+        return replace(self, captions=captions.filter(mine))
+
+
+@dataclass
+class _Found:
+    """What the sources gave so far."""
+
+    tally: Tally = field(default_factory=Tally)
+    images: list[pa.Table] = field(default_factory=list)
+    captions: list[pa.Table] = field(default_factory=list)
+    remarks: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+def scan(
+    sources: tuple[str, ...],
+    columns: tuple[str, ...] | None,
+    only: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    workers: int = 8,
+    image_suffixes: tuple[str, ...] = (),
+    *,
+    allow_outside: bool = False,
+) -> Scan:
+    """All images of the sources with their captions in `columns`, see captions.Column.
+
+    None takes the column of AUTO that most images have. A file that two sources name counts for the
+    first. `only` and `exclude` are patterns, or files of them, see lists.py; `image_suffixes` as of
+    records.Search; `allow_outside` lets rows name files in any folder. A source that cannot be read
+    costs itself, and is said; raises UserError for one that is missing, and where no image is
+    found.
+    """
+    roots = named_roots(sources)
+    parsed = tuple(map(Column.parse, AUTO if columns is None else columns))
+    search = replace(image_search(parsed), image_suffixes=image_suffixes)
+    urls = search.tables and columns is not None
+    found = _Found()
+    found.tally.fence = Fence.around(list(roots.values()), allow_outside=allow_outside)
+    for name, root in roots.items():
+        stream = records_of(name, root, search, found.tally)
+        images = _take(stream, parsed, urls, found, workers)
+        if not images.num_rows and not is_table(root.name):
+            found.tally.damaged.append(_no_images(root))
+    found.tally.damaged += [told for it in found.tally.outside if (told := it.refusal())]
+    images = _each_once(pa.concat_tables([IMAGES.empty_table(), *found.images]), found.tally)
+    if not images.num_rows:
+        raise UserError(_nothing(sources, found.tally))
+    tally = found.tally
+    matches = match(tally.tables, images)
+    for table in tally.tables:
+        found.remarks.update(table.rows.remarks)
+    beside = pa.concat_tables([CAPTIONS.empty_table(), *found.captions])
+    kept = listed(with_masks(images), only, exclude)
+    scanned = Scan(
+        kept, beside, tuple(column.name for column in parsed), tuple(roots), tally.passed_over,
+        found.remarks, tally.damaged, bool(tally.unread), beside, matches, one(images["key"]),
+        tally.notes(),
+    )  # fmt: skip
+    scanned = scanned.with_rows()
+    return scanned if columns is not None else _one_column(scanned)
+
+
+def _one_column(found: Scan) -> Scan:
+    """With the caption column that most images have, the first of several."""
+    counts = Counter(dict.fromkeys(AUTO, 0))
+    for value in pc.value_counts(found.captions["column"]).to_pylist():
+        counts[value["values"]] = value["counts"]
+    (column, _), *_ = counts.most_common(1)
+    mine = found.captions.filter(pc.equal(found.captions["column"], column))
+    beside = found.beside.filter(pc.equal(found.beside["column"], column))
+    remarks = Counter({said: n for said, n in found.remarks.items() if said[0] == column})
+    return replace(found, captions=mine, columns=(column,), beside=beside, remarks=remarks)
+
+
+def _no_images(root: Path) -> str:
+    return (
+        f"no images in {root}: none of its files ends in {', '.join(sorted(IMAGE_SUFFIXES))}, and "
+        f"no parquet or .arrow file there holds any; name what holds the images"
+    )
+
+
+def _nothing(sources: tuple[str, ...], tally: Tally) -> str:
+    """Why there is nothing to encode."""
+    if tally.damaged:
+        more = len(tally.damaged) - 1
+        return tally.damaged[0] + (f" (and {more} more are like it)" if more else "")
+    return (
+        f"no images: the rows of {', '.join(sources)} name no image file that is there; name "
+        f"the folder of the images as well"
+    )
+
+
+def image_search(columns: tuple[Column, ...]) -> Search:
+    """Looks for images, and the captions beside them."""
+    rows = tuple(column for column in columns if column.suffix is None)
+    suffixes = frozenset(column.suffix for column in columns if column.suffix)
+    if rows:
+        suffixes |= {"json"}  # rows may name images by the url that img2dataset notes there
+    return Search(is_image, suffixes, rows)
+
+
+def named_roots(sources: tuple[str, ...]) -> dict[str, Path]:
+    """Each source under its own name, numbered where two share one."""
+    roots: dict[str, Path] = {}
+    resolved = set()
+    for source in sources:
+        root = Path(source).expanduser().absolute()
+        if not root.exists():
+            raise UserError(f"no folder or file {source}: nothing is there; name the images")
+        if not (root.is_dir() or root.name.endswith(ARCHIVE_SUFFIXES) or is_table(root.name)):
+            suffixes = ", ".join([*ARCHIVE_SUFFIXES, *TABLE_SUFFIXES])
+            raise UserError(
+                f"{source} is no source of images; name a folder, or a file ending in {suffixes}"
+            )
+        if not (root.is_dir() or root.is_file()):
+            raise UserError(f"{source} is a pipe, a socket or a device; name a file or a folder")
+        if root.resolve() in resolved:
+            raise UserError(f"{source} is named twice; name each source once")
+        resolved.add(root.resolve())
+        base = name = root.resolve().name or "root"
+        number = 2
+        while name in roots:
+            name, number = f"{base}~{number}", number + 1
+        roots[name] = root
+    return roots
+
+
+def records_of(name: str, root: Path, search: Search, tally: Tally) -> Iterator[Record]:
+    """The records of one source."""
+    if root.is_dir():
+        return folder_records(name, root, search, tally)
+    if is_table(root.name):
+        table = given_table(name, root, search, tally)
+        return iter(()) if table is None else row_records(table, tally)
+    return archive_records(name, root, search, tally)
+
+
+def _take(
+    stream: Iterator[Record],
+    columns: tuple[Column, ...],
+    urls: bool,
+    found: _Found,
+    workers: int,
+) -> pa.Table:
+    """The images of one source; captions that lie beside them are added to `found`."""
+    from tqdm import tqdm  # not with the command line, which may yet tell it how often to write
+
+    tables = [IMAGES.empty_table()]
+    read = partial(_read_block, columns=columns, urls=urls)
+    with tqdm(desc="scanning", unit="file", delay=2) as bar:  # seconds of silence
+        for images, captions, remarks in in_blocks(read, stream, _BLOCK, workers):
+            tables.append(images)
+            found.captions.append(captions)
+            found.remarks.update(remarks)
+            bar.update(images.num_rows)
+    # One piece instead of thousands, which every later step would go through.
+    found.images.append(pa.concat_tables(tables).combine_chunks())
+    found.captions = [pa.concat_tables([CAPTIONS.empty_table(), *found.captions]).combine_chunks()]
+    return found.images[-1]
+
+
+def _read_block(
+    records: list[Record], columns: tuple[Column, ...], urls: bool
+) -> tuple[pa.Table, pa.Table, Counter[tuple[str, str]]]:
+    keys, names, texts, remarks = [], [], [], Counter[tuple[str, str]]()
+    for record in records:
+        captions, said = read_captions(columns, record.beside)
+        remarks.update(said)
+        for column, text in captions.items():
+            keys.append(record.key)
+            names.append(column)
+            texts.append(text)
+    key = pa.array([record.key for record in records], pa.string())
+    stats = zip(*(record.stat for record in records), strict=True)
+    images = [
+        key,
+        pa.array([record.source for record in records], pa.string()),
+        *(pa.array(values, pa.int64()) for values in stats),
+        pa.array(
+            [_url(record.beside("json")) if urls else None for record in records], pa.string()
+        ),
+        pa.array([record.reason for record in records], pa.string()),
+        pa.array([record.detail for record in records], pa.string()),
+    ]
+    return (
+        pa.Table.from_arrays(images, schema=IMAGES),
+        pa.Table.from_arrays(
+            [pa.array(v, pa.string()) for v in (keys, names, texts)], schema=CAPTIONS
+        ),
+        remarks,
+    )
+
+
+def _url(data: bytes | LeftOut | None) -> str | None:
+    """Where the image is from, as the .json beside it says."""
+    value, _ = read_object(data)
+    if not isinstance(value, dict):
+        return None
+    return next((url for name in URLS if isinstance(url := value.get(name), str)), None)
+
+
+def read_urls(sources: list[str]) -> pa.Array:
+    """Where images are from, by the .json beside those that are files of their own."""
+    blocks = in_blocks(_read_urls, sources, _BLOCK, 8)
+    return pa.array([url for block in blocks for url in block], pa.string())
+
+
+def _read_urls(sources: list[str]) -> list[str | None]:
+    found = []
+    for source in sources:
+        try:
+            found.append(_url(read_regular(Path(source).with_suffix(".json"), CAPTION_BYTES)))
+        except (OSError, ValueError):
+            found.append(None)
+    return found
+
+
+def _each_once(images: pa.Table, tally: Tally) -> pa.Table:
+    """Sorted by key, with neither a key nor a file twice; the first source named wins."""
+    order = pa.array(np.arange(images.num_rows))
+    for column in ("source", "key"):
+        names = one(images[column])
+        first = pc.equal(pc.index_in(names, value_set=names), order.slice(0, images.num_rows))
+        kept = images.filter(pc.or_(first, pc.equal(names, "")))
+        if kept.num_rows < images.num_rows:
+            tally.passed_over["named twice"] += images.num_rows - kept.num_rows
+        images = kept
+    return images.sort_by("key")

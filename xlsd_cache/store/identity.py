@@ -1,0 +1,238 @@
+"""What a latent is valid for, beside its image: kept in the store, and never mixed with another.
+
+A latent depends on the encoder's half of the VAE alone. Stores of older versions kept one hash of
+the whole; the encoder's is added in manifest/encoder.json as soon as that VAE has been seen, for
+zarr.json never changes: a store's fingerprint is made from it.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from xlsd_cache.errors import UserError
+from xlsd_cache.runtime.atomic import write_json
+from xlsd_cache.runtime.bounded_files import read_json
+from xlsd_cache.schema import Padding
+
+FORMAT = "xlsd-latents"
+VERSION = 1
+ENCODER = "manifest/encoder.json"  # in stores of older versions
+DOWNSCALE = 8  # pixels a latent, of every VAE known here
+_TEXT = 4096  # characters of a name, a path or a list of sizes
+LABELS = {
+    "encoder_sha256": "the VAE's encoder half (encoder and quant_conv)",
+    "vae_sha256": "the VAE",
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a latent is valid for, beside its image's content and crop. Kept in zarr.json."""
+
+    vae_name: str
+    vae_source: str
+    vae_class: str
+    vae_sha256: str  # of the weights as fp32
+    scaling_factor: float
+    shift_factor: float
+    channels: int
+    dtype: str  # float32 | float16, as stored
+    precision: str  # fp32 | tf32 | bf16, as encoded; unknown where imported
+    preprocessing: int | str  # xlsd_cache.images.decode.PREPROCESSING; a peer's name where imported
+    resolution: int
+    buckets: str  # aspect | square | sizes | imported
+    max_ratio: float
+    upscale: bool
+    vae_padding: Padding = "zeros"  # zeros | reflect, of the VAE's convolutions
+    encoder_sha256: str = ""  # of the encoder's half alone; empty where it is not known yet
+
+    def encoder_is(self, vae_sha256: str, encoder_sha256: str) -> bool | None:
+        """Whether a VAE of these hashes has the encoder of these latents; None: not known."""
+        if vae_sha256 == self.vae_sha256:
+            return True
+        if not (self.encoder_sha256 and encoder_sha256):
+            return None
+        return encoder_sha256 == self.encoder_sha256
+
+    def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
+        """Fields that forbid mixing latents, with both values; the VAE's weights tell, not names.
+
+        `resolution` and `max_ratio` count as they are given, even where they change no bucket.
+        The encoder is `encoder_sha256` where both are known, and else the whole VAE's hash.
+        """
+        labels = {"vae_name", "vae_source", "vae_sha256", "encoder_sha256"}
+        same = self.encoder_is(other.vae_sha256, other.encoder_sha256)
+        if not same:
+            labels.remove("vae_sha256" if same is None else "encoder_sha256")
+        return {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
+            for field in fields(self)
+            if field.name not in labels and getattr(self, field.name) != getattr(other, field.name)
+        }
+
+
+def read_attributes(root: Path) -> tuple[Identity, int]:
+    """The identity and the rows per shard of the store in `root`. Raises UserError for no store."""
+    path = root / "latents.zarr" / "zarr.json"
+    try:
+        attributes = read_json(path)["attributes"]
+        if attributes["format"] != FORMAT:
+            raise KeyError("format")
+        version, rows_per_shard = attributes["version"], attributes["rows_per_shard"]
+        if type(rows_per_shard) is not int or not 0 < rows_per_shard <= 2**20:
+            raise ValueError(f"rows_per_shard is {str(rows_per_shard)[:40]!r}")
+        known = {field.name for field in fields(Identity)}
+        told = {name: value for name, value in attributes["identity"].items() if name in known}
+        identity = Identity(**told)
+        _check(identity)
+    except FileNotFoundError:
+        raise UserError(
+            f"no latent store in {root}: {path} is missing; make one with "
+            f"`xlsd-cache build IMAGES --out {root}`, or name another folder"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{root} is not a latent store: {path} is not one of ours ({error}); name another"
+        ) from error
+    if version != VERSION:
+        raise UserError(
+            f"{root} has store format {version}, this program reads {VERSION}; install the "
+            f"version of xlsd that wrote it"
+        )
+    return replace(identity, encoder_sha256=_recorded_encoder(root, identity)), rows_per_shard
+
+
+def _check(identity: Identity) -> None:
+    """Raises ValueError for a value that no store of ours has: numbers size buffers."""
+    for field in fields(identity):
+        value, kinds = getattr(identity, field.name), get_args(field.type) or (field.type,)
+        kinds = tuple(type(kind) if isinstance(kind, str) else kind for kind in kinds)
+        if type(value) not in (*kinds, *([int] if float in kinds else [])) or (
+            isinstance(value, str) and len(value) > _TEXT
+        ):
+            raise ValueError(f"{field.name} is {str(value)[:40]!r}")
+    for name, sound in (
+        ("channels", 0 < identity.channels <= 64),
+        ("dtype", identity.dtype in ("float32", "float16")),
+        ("scaling_factor", 0 < abs(identity.scaling_factor) < math.inf),
+        ("shift_factor", abs(identity.shift_factor) < math.inf),
+        ("vae_padding", identity.vae_padding in get_args(Padding)),
+    ):
+        if not sound:
+            raise ValueError(f"{name} is {str(getattr(identity, name))[:40]!r}")
+
+
+def _recorded_encoder(root: Path, identity: Identity) -> str:
+    """The encoder's hash as the store says it, or as it was found out since; empty: not known."""
+    if not identity.encoder_sha256:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = read_json(root / ENCODER)
+            if told["vae_sha256"] == identity.vae_sha256:
+                return str(told["encoder_sha256"])
+    return identity.encoder_sha256
+
+
+def record_encoder(root: Path, vae_sha256: str, encoder_sha256: str) -> None:
+    """Keep the encoder's hash in a store that knows only that of the whole VAE.
+
+    Nothing where the store has another VAE, knows it already, or cannot be written to.
+    """
+    stored, _ = read_attributes(root)
+    if stored.vae_sha256 == vae_sha256 and not stored.encoder_sha256:
+        staging = root / "staging"
+        if (root / "manifest").is_symlink():
+            return
+        with suppress(OSError):
+            told = {"vae_sha256": vae_sha256, "encoder_sha256": encoder_sha256}
+            write_json(root / ENCODER, told, staging if staging.is_dir() else None)
+
+
+def bucket_shape(bucket: str, channels: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of the bucket called WIDTHxHEIGHT."""
+    width, height = map(int, bucket.split("x"))
+    return channels, height // DOWNSCALE, width // DOWNSCALE
+
+
+def agree(
+    out: Path, identity: Identity, wanted: int | None, images: int, proved: Identity | None = None
+) -> int:
+    """Rows per shard of the store in `out`, or of the one to be made there for so many images.
+
+    Raises UserError for a folder that holds something else, and for a store of another identity or
+    another number of rows than `wanted`, naming both values. `proved` is the store's identity where
+    more is known of it than the store says.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder for the store")
+    if not (out / "latents.zarr" / "zarr.json").exists():
+        other = next(_foreign(out), None)
+        if other is not None:
+            raise UserError(
+                f"--out {out} holds {other!r} and no latent store; name an empty or new folder"
+            )
+        return wanted or (256 if images < 30_000 else 1024 if images <= 4_000_000 else 4096)
+    stored, rows_per_shard = read_attributes(out)
+    stored = proved or stored
+    differences = stored.differences(identity)
+    if set(differences) == {"vae_sha256"}:
+        raise UserError(unknown_encoder(out, stored, identity.vae_name, identity.vae_sha256))
+    if differences:
+        told = ", ".join(
+            f"{LABELS.get(name, name)} {_short(old)} and not {_short(new)}"
+            for name, (old, new) in differences.items()
+        )
+        raise UserError(
+            f"{out} was built with {told}; latents of both kinds must not mix: give --out another "
+            f"folder, or the same settings again"
+        )
+    if wanted not in (None, rows_per_shard):
+        raise UserError(
+            f"{out} has {rows_per_shard} rows a shard for ever; leave out --rows-per-shard "
+            f"{wanted}, or give --out another folder"
+        )
+    return rows_per_shard
+
+
+def _foreign(out: Path) -> Iterator[str]:
+    """What no first build of ours left that was killed early: that has its folders, and few files.
+
+    A user's folder may well be called `captions`.
+    """
+    for path in sorted(out.iterdir()) if out.exists() else ():
+        if path.name not in {"latents.zarr", "manifest", "captions", "staging"}:
+            yield path.name
+        elif path.name != "staging":
+            yield from (str(it.relative_to(out)) for it in path.rglob("*") if not it.is_dir())
+        else:
+            suffixes = {".lock", ".tmp", ".planning"}
+            yield from (f"staging/{it.name}" for it in path.iterdir() if it.suffix not in suffixes)
+
+
+def attributes_of(identity: Identity, rows_per_shard: int) -> dict[str, Any]:
+    """The attributes of the store's zarr group."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "latents": "posterior mean, unscaled; the UNet sees (x - shift_factor) * scaling_factor",
+        "rows_per_shard": rows_per_shard,
+        "identity": asdict(identity),
+    }
+
+
+def unknown_encoder(root: Path | str, stored: Identity, name: str, vae_sha256: str) -> str:
+    """That nobody can say whether a VAE has the encoder of a store that an older version built."""
+    given = stored.vae_name if "/" not in stored.vae_name else "ORIGINAL"
+    return (
+        f"whether the VAE {name} ({vae_sha256[:12]}) has the encoder of {root} is not known: an "
+        f"older version built that store and kept one hash of its whole VAE, {stored.vae_name} "
+        f"({stored.vae_sha256[:12]}), which is not at hand ({stored.vae_source}); show it that VAE "
+        f"once, `xlsd-cache preview {root} preview.png --vae {given}`, and run the same again"
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text  # a hash

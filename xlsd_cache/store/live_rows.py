@@ -1,0 +1,122 @@
+"""`latents.zarr/live/BUCKET`: which rows of a bucket's array are live, for plain zarr readers.
+
+    group = zarr.open_group("latents/latents.zarr", mode="r")
+    rows = np.flatnonzero(group["live/512x512"][:])
+
+Bool, one a row. Derived from the log at the end of each build, import and repair, under the plan
+lock, and put in place by one rename a bucket: a row is never called live that is not committed.
+"""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
+from xlsd_cache.store.commit import planning
+from xlsd_cache.store.index import View, make_view
+from xlsd_cache.store.manifest import MOST_ROWS, Manifest
+from xlsd_cache.store.zarr_metadata import rows_told
+
+FOLDER = "live"  # a group, so that the arrays of the group above are the buckets and nothing else
+CHUNK = 1 << 20  # rows: a bucket is one file, up to a million images
+ABOUT = "true where the array of that name holds a live latent; ignore all its other rows"
+
+Mask = NDArray[np.bool_]
+
+
+def write_live(manifest: Manifest, rows_per_shard: int, view: View | None = None) -> None:
+    """Say what is live in the newest generation; `view`, if given, may be of that."""
+    with planning(manifest):
+        newest = manifest.generations()[-1]
+        if view is None or view.generation != newest:
+            view = make_view(manifest, newest, rows_per_shard)
+        _put(manifest, "", _files(None))
+        for bucket, mask in live_masks(manifest, view).items():
+            _put(manifest, bucket, _files(mask))
+
+
+def live_masks(manifest: Manifest, view: View) -> dict[str, Mask]:
+    """Bucket -> bool [rows of its array]."""
+    masks = {}
+    for path in sorted(manifest.array("").glob("*x*/zarr.json")):
+        bucket = path.parent.name
+        rows = rows_told(path)
+        if rows is None or not 0 <= rows <= MOST_ROWS:  # `check` says it of the array
+            continue
+        start, stop = view.ranges.get(bucket, (0, 0))
+        live = view.samples["row"].slice(start, stop - start).to_numpy()
+        # Metadata that was damaged may call the array shorter than it is.
+        masks[bucket] = np.zeros(max(rows, live.max(initial=-1) + 1), np.bool_)
+        masks[bucket][live] = True
+    return masks
+
+
+def live_faults(manifest: Manifest, view: View) -> dict[str, str]:
+    """Folder within the store -> what is wrong there; none where the store has no such arrays yet.
+
+    `view` is the newest generation's; of one that is not encoded yet they need not know.
+    """
+    if view.pending or not manifest.array(FOLDER).exists():  # which earlier versions did not write
+        return {}
+    faults = {}
+    for bucket, mask in live_masks(manifest, view).items():
+        try:
+            there = zarr.open_array(manifest.array(FOLDER) / bucket, mode="r")[:]
+        except Exception:  # zarr raises whatever damaged files make it stumble over
+            there = None
+        if there is None or not np.array_equal(np.flatnonzero(there), np.flatnonzero(mask)):
+            what = "is missing or not readable" if there is None else "is not what the log says"
+            faults[f"latents.zarr/{FOLDER}/{bucket}"] = what
+    return faults
+
+
+def live_files(manifest: Manifest) -> set[Path]:
+    """The files that these arrays consist of, where they are there."""
+    folder = manifest.array(FOLDER)
+    inside = [path for pattern in ("zarr.json", "c.*") for path in folder.glob(f"*x*/{pattern}")]
+    return {folder / "zarr.json", *inside}
+
+
+def _files(mask: Mask | None) -> dict[str, bytes]:
+    """An array's files, or a group's, as zarr-python itself writes them; the metadata first."""
+    memory = MemoryStore()
+    if mask is None:
+        zarr.create_group(memory, attributes={"about": ABOUT})
+    else:
+        array = zarr.create_array(
+            memory,
+            shape=mask.shape,
+            chunks=(CHUNK,),
+            dtype="bool",
+            compressors=[ZstdCodec(level=3)],
+            fill_value=False,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=("sample",),
+            config={"write_empty_chunks": True},  # it replaces what was there
+        )
+        array[:] = mask
+    return asyncio.run(_read(memory))
+
+
+async def _read(memory: MemoryStore) -> dict[str, bytes]:
+    names = sorted([name async for name in memory.list()], reverse=True)  # zarr.json, c.*
+    found = {name: await memory.get(name, default_buffer_prototype()) for name in names}
+    return {name: data.to_bytes() for name, data in found.items() if data is not None}
+
+
+def _put(manifest: Manifest, bucket: str, files: dict[str, bytes]) -> None:
+    """Write what is not there already. Longer metadata with old chunks calls no new row live."""
+    folder = manifest.array(FOLDER) / bucket
+    if not folder.exists():
+        folder.mkdir()
+        fsync_folder(folder.parent)
+    for name, data in files.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != data:
+            write_bytes(path, data, manifest.staging)

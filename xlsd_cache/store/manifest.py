@@ -1,0 +1,343 @@
+"""The store's own log beside the arrays: what is planned, committed, removed and said of images.
+
+Plain parquet, one file a fact, each written once and whole. A *generation* is one planning: it
+exists when `plan/<generation>.parquet` does, and says where each new or changed image goes or why
+it goes nowhere. Reading the log up to a generation gives the store as it was then, for ever.
+"""
+
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from xlsd_cache.errors import UserError
+from xlsd_cache.runtime.atomic import write_parquet
+from xlsd_cache.runtime.bounded_files import require_regular
+
+PLAN = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),  # the image file
+        ("size", pa.int64()),  # bytes; with mtime_ns it tells whether a file changed
+        ("mtime_ns", pa.int64()),
+        ("width", pa.int32()),  # of the upright image; 0 where its header could not be read
+        ("height", pa.int32()),
+        ("crop", pa.list_(pa.float64(), 4)),  # left, top, right, bottom in upright pixels
+        ("bucket", pa.string()),  # empty where the image has no place
+        ("row", pa.int64()),  # in the bucket's array; -1 where the image has no place
+        ("content_hash", pa.string()),  # sha256 of the file, empty where planning had no need of it
+        ("reason", pa.string()),  # empty where the image has a place, else why not
+        ("detail", pa.string()),
+        ("inode", pa.int64()),  # with ctime_ns it tells whether another file took its name; null in
+        ("ctime_ns", pa.int64()),  # the log of versions that did not ask, and where imported
+    ]
+)
+COMMIT = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),  # the image's name when it was encoded
+        ("content_hash", pa.string()),
+        ("status", pa.string()),  # encoded | rejected
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("crc32c", pa.uint32()),  # of the latent's bytes
+    ]
+)
+LATER = frozenset({"inode", "ctime_ns"})  # columns that the first version's plans lack
+REMOVED = pa.schema([("key", pa.string())])
+DAMAGED = pa.schema(
+    [
+        ("bucket", pa.string()),
+        ("row", pa.int64()),  # its latent is not to be used again, by whatever image
+    ]
+)
+CAPTIONS = pa.schema([("key", pa.string()), ("column", pa.string()), ("text", pa.string())])
+_FIELDS = {field.name: field for table in (PLAN, COMMIT, CAPTIONS) for field in table}
+_BUCKET = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)  # a folder's name, too
+_MOST_PIXELS = 2**28  # of a bucket: one latent is read whole
+MOST_ROWS = 2**31  # of a bucket
+_NEEDED = frozenset("key bucket row status column text".split())
+_FOLDERS = ("latents.zarr", "manifest", "captions", "staging", "stray")
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One shard: one bucket, one writer, one commit."""
+
+    bucket: str
+    shard: int
+
+    @property
+    def name(self) -> str:
+        """As in `manifest/commit/NAME.parquet` and `staging/NAME.part`."""
+        return f"{self.bucket}.{self.shard}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The log of the store in folder `root`."""
+
+    root: Path
+
+    @property
+    def staging(self) -> Path:
+        """Where temporary files, locks and journals lie."""
+        return self.root / "staging"
+
+    def array(self, bucket: str) -> Path:
+        """The folder of a bucket's zarr array."""
+        return self.root / "latents.zarr" / bucket
+
+    def shard(self, unit: Unit) -> Path:
+        """The file of one shard."""
+        return self.array(unit.bucket) / f"c.{unit.shard}.0.0.0"
+
+    def commit(self, unit: Unit) -> Path:
+        """The commit record of one shard: the shard counts from the moment this exists."""
+        return self.root / "manifest" / "commit" / f"{unit.name}.parquet"
+
+    def refuse_links(self) -> None:
+        """Raise UserError where writing in this folder would write, or delete, somewhere else.
+
+        The store itself may be a link; its folders, and the files that are written in place, not.
+        """
+        inside = [self.root / name for name in _FOLDERS]
+        for folder in (self.root / "manifest", self.root / "latents.zarr", self.array("live")):
+            inside += _folders(folder)
+        inside += [self.root / "manifest" / "rehashed"]
+        for path in inside:
+            if path.is_symlink():
+                raise _leads_away(path, "a link")
+        for path in self.staging.iterdir() if self.staging.is_dir() else ():
+            with suppress(FileNotFoundError):  # another process may have removed it
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    raise _leads_away(path, "no file of ours")
+
+    def make_folders(self) -> None:
+        """Create the folders of an empty store. Raises UserError as `refuse_links` does."""
+        self.refuse_links()
+        for kind in ("plan", "commit", "removed", "damaged"):
+            (self.root / "manifest" / kind).mkdir(parents=True, exist_ok=True)
+        for folder in ("latents.zarr", "captions", "staging"):
+            (self.root / folder).mkdir(exist_ok=True)
+
+    def generations(self) -> list[int]:
+        """The generations that exist, oldest first."""
+        return _numbers(self.root / "manifest" / "plan", r"(\d+)\.parquet")
+
+    def committed(self) -> set[Unit]:
+        """The shards that have a commit record."""
+        folder = self.root / "manifest" / "commit"
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        found = (re.fullmatch(r"(\d+x\d+)\.(\d{1,10})\.parquet", name, re.ASCII) for name in names)
+        return {Unit(it[1], int(it[2])) for it in found if it and is_bucket(it[1])}
+
+    def write_plan(
+        self,
+        generation: int,
+        plan: pa.Table,
+        removed: list[str],
+        captions: pa.Table,
+        damaged: pa.Table | None = None,
+    ) -> None:
+        """Add a generation. Its plan is written last: only then does the generation exist."""
+        gone = pa.table({"key": sorted(removed)}, REMOVED)
+        given_up = DAMAGED.empty_table() if damaged is None else damaged
+        for path, table in (
+            (self._file("manifest/removed", generation), gone),
+            (self._captions(generation), captions),
+            (self._file("manifest/damaged", generation), given_up),
+        ):
+            if table.num_rows:
+                write_parquet(path, table, self.staging)
+            else:
+                path.unlink(missing_ok=True)  # of a planning that was killed
+        write_parquet(self._file("manifest/plan", generation), plan, self.staging)
+
+    def live(self, generation: int) -> pa.Table:
+        """The plan at a generation: one row a key, the last said of it, removed keys left out."""
+        table = last_of(self.plan_lines(generation), ["key"])
+        return table.filter(pc.is_valid(table["row"]))  # a removal has a key and nothing else
+
+    def planned(self, generation: int) -> pa.Table:
+        """Every place ever given out up to a generation, its image live or not."""
+        numbers = [n for n in self.generations() if n <= generation]
+        tables = [read_log(self._file("manifest/plan", n), PLAN.names) for n in numbers]
+        table = pa.concat_tables([PLAN.empty_table(), *tables])
+        return table.filter(pc.greater_equal(table["row"], 0))
+
+    def damaged(self, generation: int) -> pa.Table:
+        """Every place whose latent `check --repair` found damaged, up to a generation."""
+        numbers = [n for n in self.generations() if n <= generation]
+        paths = [self._file("manifest/damaged", n) for n in numbers]
+        tables = [read_log(path, DAMAGED.names) for path in paths if path.exists()]
+        return pa.concat_tables([DAMAGED.empty_table(), *tables])
+
+    def commits(self, units: set[Unit], columns: Sequence[str] = COMMIT.names) -> pa.Table:
+        """The commit records of `units` as one table, with the bucket as first column."""
+        empty = COMMIT.empty_table().select(columns)
+        tables = [empty.add_column(0, "bucket", pa.nulls(0, pa.string()))]
+        for unit in sorted(units):
+            table = read_log(self.commit(unit), columns)
+            bucket = pa.repeat(pa.scalar(unit.bucket, pa.string()), table.num_rows)
+            tables.append(table.add_column(0, "bucket", bucket))
+        return pa.concat_tables(tables)
+
+    def captions(self, generation: int) -> pa.Table:
+        """(key, column, text) at a generation, the last said of each; empty texts left out."""
+        read = [read_log(path, CAPTIONS.names) for path in self._caption_files(generation)]
+        table = last_of(pa.concat_tables([CAPTIONS.empty_table(), *read]), ["key", "column"])
+        return table.filter(pc.not_equal(table["text"], ""))
+
+    def plan_lines(self, generation: int, columns: Sequence[str] = PLAN.names) -> pa.Table:
+        """All that was planned up to a generation, in order; of a removal all but the key is null.
+
+        Column by column, a log too large for the memory can still be read.
+        """
+        kept = [PLAN.empty_table().select(columns)]
+        for n in (n for n in self.generations() if n <= generation):
+            gone = self._file("manifest/removed", n)
+            if gone.exists():
+                kept.append(read_log(gone, REMOVED.names))
+            path = self._file("manifest/plan", n)
+            kept.append(read_log(path, columns))
+        return pa.concat_tables(kept, promote_options="default").select(columns)
+
+    def caption_columns(self, generation: int) -> list[str]:
+        """Every caption column of which something was ever said, sorted."""
+        names: set[str] = set()
+        for path in self._caption_files(generation):
+            names.update(pc.unique(read_log(path, ["column"])["column"]).to_pylist())
+        return sorted(names - _FIELDS.keys() | names & {"text", "column"})
+
+    def caption_lines(self, generation: int, column: str, field: str) -> pa.ChunkedArray:
+        """The keys or texts of all that was said in a caption column, in order."""
+        chunks = []
+        for path in self._caption_files(generation):
+            with _readable(path):
+                require_regular(path)
+                batches = pq.ParquetFile(path).iter_batches(1 << 17, columns=["column", field])
+                found = [b[field].filter(pc.equal(b["column"], column)) for b in batches]
+                pa.chunked_array(found, pa.string()).validate(full=True)
+                chunks += found
+        return pa.chunked_array(chunks, pa.string())
+
+    def files(self, generation: int) -> list[Path]:
+        """The files of the log up to a generation, commit records apart."""
+        return [
+            path
+            for n in self.generations()
+            if n <= generation
+            for path in (
+                self._file("manifest/removed", n),
+                self._file("manifest/damaged", n),
+                self._file("manifest/plan", n),
+                self._captions(n),
+            )
+            if path.exists()
+        ]
+
+    def _caption_files(self, generation: int) -> list[Path]:
+        numbers = (n for n in self.generations() if n <= generation)
+        return [path for path in map(self._captions, numbers) if path.exists()]
+
+    def _file(self, folder: str, generation: int) -> Path:
+        return self.root / folder / f"{generation:06d}.parquet"
+
+    def _captions(self, generation: int) -> Path:
+        name = f"delta-{generation:06d}.parquet" if generation else "base.parquet"
+        return self.root / "captions" / name
+
+
+def read_log(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Columns of one of the log's tables. Raises UserError where it cannot be read, or lies."""
+    with _readable(path):
+        require_regular(path)
+        file = pq.ParquetFile(path)
+        there = set(file.schema_arrow.names)
+        table = file.read([name for name in columns if name in there])
+        for name in LATER.intersection(columns) - there:
+            table = table.append_column(PLAN.field(name), pa.nulls(table.num_rows, pa.int64()))
+        table = table.select(list(columns))
+        table = table.cast(pa.schema([_FIELDS[name] for name in columns]))
+        _check(table)
+    return table
+
+
+def _check(table: pa.Table) -> None:
+    """Raises ValueError for names that are no paths, and places that no store has."""
+    table.validate(full=True)
+    for column in table.column_names:
+        if column in _NEEDED and table[column].null_count:
+            raise ValueError(f"its {column} is missing in some rows")
+    if "bucket" in table.column_names:
+        for name in pc.unique(table["bucket"]).to_pylist():
+            if name and not is_bucket(name):
+                raise ValueError(f"{name[:40]!r} is no name of a bucket")
+    if "row" in table.column_names and table.num_rows:
+        ends = pc.min_max(table["row"]).as_py()
+        if not -1 <= ends["min"] <= ends["max"] < MOST_ROWS:
+            raise ValueError(f"its rows are from {ends['min']} to {ends['max']}")
+
+
+def is_bucket(name: str) -> bool:
+    """Whether a bucket can have this name, which is a folder's too."""
+    size = _BUCKET.fullmatch(name)
+    return size is not None and int(size[1]) * int(size[2]) <= _MOST_PIXELS
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        store = path.parents[1 if path.parent.name == "captions" else 2]
+        raise UserError(
+            f"cannot read {path}, a part of the store's log: {' '.join(str(error).split())[:200]}; "
+            f"`xlsd-cache check {store} --repair` mends what can be mended"
+        ) from error
+
+
+def last_of(table: pa.Table, columns: list[str]) -> pa.Table:
+    """The last row of each distinct value of `columns`, in the order of those last rows."""
+    return table.take(last_rows(table, columns)) if table.num_rows else table
+
+
+def last_rows(table: pa.Table, columns: list[str]) -> NDArray[np.int64]:
+    """Where those rows are, ascending."""
+    codes, count = np.zeros(table.num_rows, np.int64), 1
+    for column in columns if table.num_rows else []:
+        encoded = table[column].dictionary_encode().chunks  # all by one dictionary
+        codes *= len(encoded[0].dictionary)
+        count *= len(encoded[0].dictionary)
+        codes += np.concatenate([chunk.indices.to_numpy() for chunk in encoded])
+    last = np.full(count, -1)
+    last[codes] = np.arange(table.num_rows)  # of what is assigned to one place, the last stays
+    return np.sort(last[last >= 0])
+
+
+def _folders(folder: Path) -> list[Path]:
+    """What is in a folder that is a folder, or a link to one."""
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _leads_away(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is {what}, and nothing is written through it; replace it by what it stands for, "
+        f"or remove it"
+    )
+
+
+def _numbers(folder: Path, pattern: str) -> list[int]:
+    if not folder.is_dir():
+        return []
+    found = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)

@@ -1,0 +1,213 @@
+"""The read side of the latent store: what it holds, and its latents in microseconds.
+
+store = LatentStore.open("latents")
+store.buckets                       # {"512x512": live row numbers, ...}
+store.read("512x512", rows)         # raw latents [n, C, h, w], every one's crc32c verified
+store.samples                       # Arrow: key, source, bucket, row, ..., caption columns
+store.tagged("txt", "woman")        # which of the samples have that tag
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from xlsd_cache.errors import UserError
+from xlsd_cache.schema import RESERVED
+from xlsd_cache.store.identity import Identity, bucket_shape, read_attributes
+from xlsd_cache.store.index import View, cached_view, make_view, save_view
+from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.shard import CorruptShard, ShardReader
+from xlsd_cache.store.tag_index import Tags, open_tags
+
+__all__ = ["Identity", "LatentStore"]
+
+Latents = NDArray[Any]  # float16 or float32 [n, C, h, w], raw
+
+
+class LatentStore:
+    """One generation of a store, complete and unchanging however the store grows meanwhile.
+
+    Reading is safe from several threads, and after fork and spawn. Use as a context manager, or
+    `close()`, to close the shard files that reading opened.
+    """
+
+    def __init__(self, root: Path, identity: Identity, rows_per_shard: int, view: View) -> None:
+        self.root, self.identity, self.rows_per_shard = root, identity, rows_per_shard
+        self.samples: pa.Table = view.samples  # sorted by (bucket, row)
+        self.generation, self.fingerprint = view.generation, view.fingerprint
+        self.newest_generation = view.generation  # more, where later images are not encoded yet
+        self._manifest = Manifest(root)
+        self._dtype = np.dtype(identity.dtype)
+        self._tags: dict[str, Tags] = {}
+        self._ranges = view.ranges
+        self.buckets: dict[str, NDArray[np.int64]] = {
+            bucket: view.samples["row"].slice(start, stop - start).to_numpy()
+            for bucket, (start, stop) in view.ranges.items()
+        }
+        # Those not used for long are dropped, and close when their last reader lets go of them.
+        # A cache without a lock: a process forked while another thread reads can read too.
+        self._shard = lru_cache(_raise_file_limit())(
+            partial(_open_shard, self._manifest, identity, rows_per_shard)
+        )
+
+    @classmethod
+    def open(cls, path: str | Path, generation: int | None = None) -> "LatentStore":
+        """Open the newest complete generation, or the one asked for.
+
+        Raises UserError where there is no store, no such generation, or none is complete yet.
+        """
+        root = Path(path).expanduser()
+        identity, rows_per_shard = read_attributes(root)
+        manifest = Manifest(root)
+        generations = manifest.generations()
+        if generation is not None and generation not in generations:
+            raise UserError(
+                f"{root} has no generation {generation} (it has {len(generations)}); the store "
+                f"was made anew since, so start a new run"
+            )
+        pending = 0
+        for number in reversed(generations) if generation is None else [generation]:
+            view = cached_view(root, number)
+            if view is None:
+                view = make_view(manifest, number, rows_per_shard)
+                if not view.pending and number == generations[-1]:
+                    save_view(root, view)
+                    view = cached_view(root, number) or view
+            if not view.pending:
+                store = cls(root, identity, rows_per_shard, view)
+                store.newest_generation = generations[-1]
+                return store
+            pending = pending or view.pending
+        raise UserError(
+            f"{root} is not finished: {pending} images are not encoded yet; run the same "
+            f"`xlsd-cache build` again, which does only what is missing"
+        )
+
+    def __len__(self) -> int:
+        """Live samples of all buckets."""
+        return int(self.samples.num_rows)
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The columns of `samples` that are captions."""
+        return tuple(name for name in self.samples.column_names if name not in RESERVED)
+
+    def shape(self, bucket: str) -> tuple[int, int, int]:
+        """(C, h, w) of a bucket's latents."""
+        return bucket_shape(bucket, self.identity.channels)
+
+    def sample_index(self, bucket: str, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of `samples` for the n-th live samples of a bucket."""
+        return self._ranges[bucket][0] + ordinals
+
+    def read(
+        self, bucket: str, rows: Sequence[int] | NDArray[np.int64], out: Latents | None = None
+    ) -> Latents:
+        """Raw latents [n, C, h, w] of these row numbers, in this order, in the store's dtype.
+
+        `out`, if given, is filled and returned; it must be C-contiguous, of that shape and dtype.
+        Raises UserError naming the image where a latent is missing or its crc32c is wrong.
+        """
+        shape = (len(rows), *self.shape(bucket))
+        if out is None:
+            out = np.empty(shape, self._dtype)
+        elif out.shape != shape or out.dtype != self._dtype or not out.flags.c_contiguous:
+            raise ValueError(f"out must be C-contiguous {self._dtype}{shape}, not {out.shape}")
+        flat = out.reshape(len(rows), int(np.prod(shape[1:]))).view(np.uint8)
+        for number, slot, place in self._in_order(rows):
+            try:
+                self._shard(bucket, number).read_into(slot, flat[place])
+            except (CorruptShard, OSError) as error:
+                row = number * self.rows_per_shard + slot
+                raise UserError(
+                    f"cannot read {self._key(bucket, row)} (bucket {bucket}, row {row}) from "
+                    f"{self.root}: {error}; run `xlsd-cache check {self.root}` to see what is "
+                    f"damaged"
+                ) from error
+        return out
+
+    def will_need(self, bucket: str, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Start reading these rows into the page cache, without waiting: for the coming batch."""
+        for number, slot, _ in self._in_order(rows):
+            try:
+                self._shard(bucket, number).will_need(slot)
+            except (CorruptShard, OSError):
+                return  # a hint; `read` is what reports it
+
+    def tagged(self, column: str, tag: str) -> NDArray[np.bool_]:
+        """Which rows of `samples` have exactly this tag in a caption column; combine with & | ~.
+
+        The first call for a column makes its index, which takes a minute for ten million captions.
+        Raises UserError where there is no such column.
+        """
+        mask = np.zeros(len(self), np.bool_)
+        mask[self.tags(column).samples(tag)] = True
+        return mask
+
+    def tags(self, column: str) -> Tags:
+        """All tags of a caption column, and of each the samples that have it; see `tagged`."""
+        if column not in self.caption_columns:
+            there = ", ".join(self.caption_columns) or "none"
+            raise UserError(
+                f"{self.root} has no caption column {column!r} to look for tags in (it has "
+                f"{there}); name another"
+            )
+        if column not in self._tags:
+            self._tags[column] = open_tags(
+                self.root, column, self.samples[column], self.fingerprint
+            )
+        return self._tags[column]
+
+    def close(self) -> None:
+        """Close all shard files; reading opens them again."""
+        self._shard.cache_clear()
+
+    def __enter__(self) -> "LatentStore":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LatentStore.open, (self.root, self.generation)
+
+    def _in_order(self, rows: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        """(shard, slot, place in `rows`) of each row, as they follow each other on the disk."""
+        wanted = np.asarray(rows, np.int64)
+        order = np.argsort(wanted)
+        numbers, slots = np.divmod(wanted[order], self.rows_per_shard)
+        return zip(numbers.tolist(), slots.tolist(), order.tolist(), strict=True)
+
+    def _key(self, bucket: str, row: int) -> str:
+        rows = self.buckets.get(bucket, np.empty(0, np.int64))
+        at = int(np.searchsorted(rows, row))
+        if at == len(rows) or rows[at] != row:
+            return "an image that is not live"
+        return str(self.samples["key"][self._ranges[bucket][0] + at])
+
+
+def _open_shard(
+    manifest: Manifest, identity: Identity, rows_per_shard: int, bucket: str, number: int
+) -> ShardReader:
+    shape = bucket_shape(bucket, identity.channels)
+    nbytes = int(np.prod(shape)) * np.dtype(identity.dtype).itemsize
+    return ShardReader(manifest.shard(Unit(bucket, number)), rows_per_shard, nbytes)
+
+
+def _raise_file_limit() -> int:
+    """Allow as many open files as the system lets us; returns how many shards to hold open."""
+    try:
+        import resource
+    except ImportError:  # Windows allows thousands
+        return 512
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return max(64, soft // 2)

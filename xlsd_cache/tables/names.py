@@ -1,0 +1,80 @@
+"""Columns of names: as they compare, their parts, and which of others they equal."""
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from xlsd_cache.tables.columns import NOTHING
+
+Ints = NDArray[np.int64]
+SUFFIX = r"\.[^./]*$"
+FOLDERS = r"^.*/"
+
+
+def canonical(names: pa.Array) -> pa.Array:
+    """Paths as they compare: with slashes, composed accents, and no part that leads back."""
+    if names.null_count == len(names):
+        return names
+    if pc.any(pc.match_substring_regex(names, r"\\|//|^\./")).as_py():
+        names = pc.replace_substring_regex(names, r"[\\/]+", "/")
+        names = pc.replace_substring_regex(names, r"^(\./)+", "")
+    back = pc.fill_null(pc.match_substring_regex(names, r"(^|/)\.\.?/"), False)
+    if pc.any(back).as_py():
+        plain = [os.path.normpath(name) for name in names.filter(back).to_pylist()]
+        names = pc.replace_with_mask(names, back, pa.array(plain, pa.string()))
+    if pc.any(pc.invert(pc.string_is_ascii(names))).as_py():
+        names = pc.utf8_normalize(names, "NFC")
+    return names
+
+
+def stemmed(names: pa.Array) -> pa.Array:
+    """Without the suffix."""
+    return pc.replace_substring_regex(names, SUFFIX, "")
+
+
+def last_part(names: pa.Array) -> pa.Array:
+    """The file names of paths."""
+    return pc.replace_substring_regex(names, FOLDERS, "")
+
+
+def look_up(wanted: pa.Array, have: pa.Array) -> Ints:
+    """int64 [wanted]: where in `have` the last equal value is, or -1; a null equals nothing."""
+    if have.null_count == len(have) or wanted.null_count == len(wanted):
+        return np.full(len(wanted), -1)
+    backwards = have.take(pa.array(np.arange(len(have))[::-1]))
+    found = pc.index_in(wanted, value_set=backwards, skip_nulls=True)
+    at: Ints = pc.fill_null(found, len(have)).to_numpy().astype(np.int64)
+    return len(have) - 1 - at
+
+
+def only_once(names: pa.Array) -> pa.Array:
+    """The same, null where a name is there more than once."""
+    counts = pc.value_counts(names)
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    return pc.if_else(pc.is_in(names, value_set=repeated), NOTHING, names)
+
+
+def joined(arrays: list[pa.Array]) -> pa.Array:
+    """One column of all."""
+    return pa.concat_arrays([pa.array([], pa.string()), *arrays])
+
+
+def below_folder(folder: str, names: pa.Array) -> pa.Array:
+    """FOLDER/NAME of each."""
+    return pc.binary_join_element_wise(folder.rstrip("/"), names, "/")
+
+
+def bisect(names: pa.Array, order: Ints, wanted: str) -> int:
+    """How many of the names, in this order, come before `wanted` by their bytes."""
+    low, high, sought = 0, len(order), wanted.encode()
+    while low < high:
+        middle = (low + high) // 2
+        name = names[int(order[middle])].as_py()
+        if name is not None and name.encode() < sought:
+            low = middle + 1
+        else:
+            high = middle
+    return low

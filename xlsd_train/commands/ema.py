@@ -1,0 +1,156 @@
+"""`xlsd-train ema`: an average of a run's weights of any length, made after training.
+
+Karras et al. 2024 (arXiv 2312.02696), section 3.2: least squares over the snapshots' profiles, then
+the same sum of their weights.
+"""
+
+import os
+import re
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from xlsd_cache.console.terminal import say
+from xlsd_cache.encoding.finite import count, is_finite, unfit
+from xlsd_cache.errors import UserError
+from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
+from xlsd_train.config.run_options import EmaConfig
+from xlsd_train.optim.ema import SIGMAS, snapshots
+from xlsd_train.optim.ema_profiles import Profile, coefficients, gamma_of
+from xlsd_train.runs.layout import checkpoints
+from xlsd_train.runs.links import refuse_links
+from xlsd_train.runs.record import unreadable
+from xlsd_train.weights.lazy_tensors import check_length, read_tensors
+from xlsd_train.weights.locate import TEXT_ENCODER, UNET
+from xlsd_train.weights.network import PREFIX
+
+
+def reconstruct(config: EmaConfig) -> None:
+    """Write the average into `config.out`, a folder that --model takes.
+
+    Raises UserError where the run has no snapshots, or the folder exists.
+    """
+    run, out = config.run, config.out
+    refuse_links(run)
+    there = snapshots(run)
+    if not there or not checkpoints(run):
+        raise UserError(f"{run} has no EMA snapshots; train it with --ema")
+    step = max(there) if config.step is None else config.step
+    if not 0 < step <= max(there):
+        raise UserError(
+            f"--step {step} is not within the {max(there)} steps of {run} that have snapshots"
+        )
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; name a new folder")
+    wanted = Profile(gamma_of(config.sigma_rel), step)
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(path)) for path in there.values()]
+        profiles = [
+            Profile(gamma_of(float(sigma)), int(file.metadata()["step"]))
+            for file in files
+            for sigma in SIGMAS
+        ]
+        counts, error = coefficients(profiles, wanted)
+        say(
+            f"sigma_rel {config.sigma_rel:g} (gamma {wanted.gamma:.4g}) at step {step}, from "
+            f"{len(files)} snapshots of {run}: its profile is met to {error:.1%}"
+        )
+        terms = [(file, sigma) for file in files for sigma in SIGMAS]
+        keys = _names(run, files)
+        names = [name.partition("/")[2] for name in keys if name.startswith(SIGMAS[0])]
+        averaged = {
+            name: _sum(run, terms, counts.tolist(), name)
+            for name in tqdm(names, unit="tensor", disable=None)
+        }
+    said = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
+    _write(run, out, step, averaged, said)
+    say(f"{out}: as --model takes it")
+
+
+def _names(run: Path, files: list[Any]) -> list[str]:
+    """The tensors of the snapshots. Raises UserError where they are not all the same ones."""
+    every = [{name: file.get_slice(name).get_shape() for name in file.keys()} for file in files]  # noqa: SIM118
+    if not all(each == every[0] for each in every):
+        raise UserError(f"the snapshots in {run / 'ema'} are not of one model; train it anew")
+    return list(every[0])
+
+
+def _sum(run: Path, terms: list[tuple[Any, str]], counts: list[float], name: str) -> Tensor:
+    """One tensor, f32, summed in f64: counts of both signs nearly cancel."""
+    total: Tensor | None = None
+    for (file, sigma), times in zip(terms, counts, strict=True):
+        value = file.get_tensor(f"{sigma}/{name}").double() * times
+        total = value if total is None else total.add_(value)
+    assert total is not None
+    if not is_finite(average := total.float()):
+        raise _unfit(run, terms, name)
+    return average
+
+
+def _unfit(run: Path, terms: list[tuple[Any, str]], name: str) -> UserError:
+    """Which of the snapshots is the first that holds what no average can be made of."""
+    for file, sigma in terms:
+        if not is_finite(value := file.get_tensor(f"{sigma}/{name}")):
+            step = int(file.metadata()["step"])
+            path = snapshots(run).get(step, run / "ema")
+            return UserError(
+                f"{path}: {sigma}/{name} has {count(value)} that are nan or infinite; remove it, "
+                f"and those after it"
+            )
+    return UserError(f"the average of {name} is too large for fp32; give another --sigma-rel")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        check_length(path)
+        file: Any = safe_open(path, "pt")
+        step = (file.metadata() or {}).get("step", "")
+        if not re.fullmatch("[0-9]{1,8}", step):
+            raise ValueError(f"its step is {step!r}")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read the snapshot {path}: {error}; remove it") from error
+    return file
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def _write(
+    run: Path, out: Path, step: int, averaged: dict[str, Tensor], said: dict[str, Any]
+) -> None:
+    """A run's folder with one checkpoint; its other parts are links, or copies elsewhere."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
+    newest, checkpoint = checkpoints(run)[-1], temporary / "checkpoints" / f"step-{step:08d}"
+    try:
+        checkpoint.mkdir(parents=True)
+        shutil.copytree(run / "base", temporary / "base", copy_function=link_or_copy)
+        for file, part, prefix in (
+            (UNET, "unet", ""),
+            (TEXT_ENCODER, "text_encoder", PREFIX),
+        ):
+            state = _read(newest / file)
+            for name in state:
+                state[name] = averaged.get(f"{part}.{name.removeprefix(prefix)}", state[name])
+            if bad := unfit(state):
+                raise UserError(
+                    f"{newest / file}: {bad[0]} has {count(state[bad[0]])} that are nan or "
+                    f"infinite; remove {newest}"
+                )
+            save_file(state, checkpoint / file, {"format": "pt"})
+            fsync_file(checkpoint / file)
+        write_json(checkpoint / "state.json", {"step": step, "ema": said})
+        temporary.rename(out)
+        fsync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,146 @@
+"""`xlsd-train plan`: what each way of passing a batch takes, and the largest batch of each."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from xlsd_cache.console.terminal import say, say_json
+from xlsd_cache.errors import UserError
+from xlsd_train.config import sd15
+from xlsd_train.config.adapt import adapt, chosen
+from xlsd_train.config.run_options import PlanConfig
+from xlsd_train.config.train import DEFAULT_DATA
+from xlsd_train.data.mixture import open_mixture
+from xlsd_train.memory.gpus import CARDS
+from xlsd_train.memory.meta_step import Size
+from xlsd_train.memory.planner import GIB, SLICES, Planner, Prediction, asked, largest, limit_of
+from xlsd_train.step.step import Plan, Way
+from xlsd_train.training.setup import choose_samples
+from xlsd_train.weights.locate import find, part_of, text_encoder_of
+
+VRAM = 24.0  # GB, where --vram is not given
+_ITEMS = ("weights", "gradients", "optimizer", "frozen weights", "activations", "workspaces")
+
+
+def show(config: PlanConfig) -> None:
+    """Print the table, or JSON. Raises UserError for a size or a model that cannot be."""
+    config = replace(config, vram=config.vram or VRAM)
+    limit = limit_of(config, None) or 0.0
+    unet, text_encoder = _configs(config)
+    size = largest(_buckets(config))
+    planner = Planner(config.resolved(), unet, text_encoder)
+    most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in planner.ways}
+    way, part = asked(config)
+    batch = max(1, most[way or planner.ways[-1]]) if config.batch == "auto" else config.batch
+    rows = [_row(planner, x, batch, size, limit, part) for x in planner.ways]
+    chosen = planner.fastest(batch, size, limit, way, part)
+    told = {
+        "phase": config.phase,
+        "optimizer": config.optimizer,
+        "precision": config.precision,
+        "size": f"{8 * size[1]}x{8 * size[0]}",
+        "tokens": text_encoder["max_position_embeddings"],
+        "batch": batch,
+        "vram_gb": config.vram,
+        "limit_gib": limit / GIB,
+        "plans": [_told(row, limit, most) for row in rows],
+        "chosen": _told(chosen, limit, most) if chosen else None,
+        "largest_batch": max(most.values()),
+    }
+    if config.json:
+        say_json(told)
+    else:
+        for line in _table(told).splitlines():
+            say(line)
+
+
+def _buckets(config: PlanConfig) -> dict[str, int]:
+    """Names and images of the buckets to plan for."""
+    for name in config.size:
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", name) or any(
+            int(side) % 64 for side in name.split("x")
+        ):
+            raise UserError(f"--size {name} is not WIDTHxHEIGHT in multiples of 64, as 512x768 is")
+    if config.size:
+        return dict.fromkeys(config.size, 1)
+    if config.data == DEFAULT_DATA and not Path(*DEFAULT_DATA).is_dir():
+        return {"512x512": 1}
+    with open_mixture(config.data) as store:
+        if any(config.selected_tags()):
+            fitted, _ = adapt(config.resolved(), store, chosen(config, ()), None)
+            return choose_samples(fitted, store).selection.sizes
+        return {name: len(rows) for name, rows in store.buckets.items() if len(rows)}
+
+
+def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of UNet and text encoder; SD1.5's where no model is named, without fetching it."""
+    unet, text_encoder = {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER
+    if config.model is not None:
+        parts = find(
+            config.model, unet=config.unet, text_encoder=config.text_encoder, ema=config.model_ema,
+            vae=False,
+        )  # fmt: skip
+        unet = parts.unet.config
+        text_encoder = parts.text_encoder.config if parts.text_encoder else text_encoder
+    else:
+        if config.unet is not None:
+            unet = part_of("unet", config.unet, unet, "--unet").config
+        if config.text_encoder is not None:
+            text_encoder = text_encoder_of(config.text_encoder, text_encoder)[0].config
+    if config.tokens is not None:
+        text_encoder = {**text_encoder, "max_position_embeddings": config.tokens}
+    return unet, text_encoder
+
+
+def _row(
+    planner: Planner, way: Way, batch: int, size: Size, limit: float, part: int | None
+) -> Prediction:
+    """The best plan of one way that fits, else the one that takes least."""
+    found = planner.fastest(batch, size, limit, way, part)
+    return found or planner.predict(Plan(way, part or 1), batch, size)
+
+
+def _told(found: Prediction, limit: float, most: dict[Way, int]) -> dict[str, Any]:
+    return {
+        "way": found.plan.way,
+        "micro_batch": found.plan.micro_batch,
+        "passes": found.passes,
+        "peak_gib": found.peak / GIB,
+        "items_gib": {name: nbytes / GIB for name, nbytes in found.items.items()},
+        "fits": found.peak <= limit,
+        "tflop": found.tflop,
+        "flops_factor": found.factor,
+        "images_per_s": {name: found.batch / s for name, s in found.seconds.items()},
+        "largest_pass": most[found.plan.way],
+    }
+
+
+def _table(told: dict[str, Any]) -> str:
+    """For people: memory in GiB at its peak, images/s that cards reach at most."""
+    lines = [
+        "{phase}, {optimizer}, {precision}, {size}, {tokens} tokens, batch {batch}; of {vram_gb:g} "
+        "GB the run may take {limit_gib:.2f} GiB".format(**told),
+        "largest: the most samples that pass at once. images/s: at 100% of the card",
+        "",
+        f"{'':24}{'peak':>7}" + "".join(f"{x.split()[0]:>12}" for x in _ITEMS)
+        + f"{'FLOPs':>8}{'largest':>9}" + "".join(f"{x.split()[-1]:>7}" for x in CARDS),
+    ]  # fmt: skip
+    for row in told["plans"]:
+        name = f"{row['way']} by {row['micro_batch']}"
+        items = "".join(f"{row['items_gib'].get(x, 0):12.2f}" for x in _ITEMS)
+        speeds = "".join(f"{x:7.1f}" for x in row["images_per_s"].values())
+        lines.append(
+            f"{name:<24}{row['peak_gib']:7.2f}{items}{row['flops_factor']:8.3f}"
+            f"{row['largest_pass']:9}{speeds}" + ("" if row["fits"] else "  does not fit")
+        )
+    chosen = told["chosen"]
+    if chosen is None:
+        lines.append(f"\nno plan fits; the largest batch that does is {told['largest_batch']}")
+    else:
+        lines.append(
+            f"\nthe run would take: {chosen['way']} by {chosen['micro_batch']}, "
+            f"{chosen['passes']} passes, {chosen['peak_gib']:.2f} GiB; the largest batch in one "
+            f"pass is {told['largest_batch']}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""Settings that nobody chose, fitted to small data: a recipe is written for more images than these.
+
+An option on the command line, or a value of a config that is not the default's, is never changed:
+where it cannot be, the run is refused. What is changed is kept in config.json, "adapted", and a run
+that goes on takes it from there, so that it always holds out what it held out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from xlsd_cache.errors import UserError
+from xlsd_train.config.recipes import Recipe, options_in
+from xlsd_train.config.train import TrainConfig
+from xlsd_train.data.mixture import Mask, Mixture
+from xlsd_train.data.selection import by_tags, columns_of, held_out
+
+# How many are to be held out -> the shares tried, few of them, so that a store that grows a little,
+# or runs on different parts of it, mostly hold out the same images.
+SHARES: dict[int, Sequence[float]] = {8: (0.01, 0.02, 0.05, 0.1), 4: (0.1, 0.2)}
+AT_ANY_RATE: dict[int, Sequence[float]] = {
+    2: (0.2, 0.3, 0.5)
+}  # where the command line asks for validation
+PLENTY = 100  # where nothing has to be counted: stores of millions
+Changes = dict[str, dict[str, Any]]  # option -> from, to, why
+
+
+def chosen(config: TrainConfig, command: Sequence[str]) -> frozenset[str]:
+    """The fields that somebody chose: on the command line, or in place of the default."""
+    default = Recipe.read(config.recipe).settings if config.recipe else {}
+    adaptable = ("batch", "validation_fraction", "validate_every", "require_tags", "warmup")
+    return frozenset(options_in(command)) | {
+        name
+        for name in adaptable
+        if getattr(config, name) != default.get(name, getattr(TrainConfig, name))
+    }
+
+
+def adapt(
+    config: TrainConfig, store: Mixture, given: frozenset[str], before: Mapping[str, Any] | None
+) -> tuple[TrainConfig, Changes]:
+    """The resolved settings as they fit the store, and what was changed of them.
+
+    `before` is config.json of a run that goes on. Raises UserError where validation is asked for
+    and there are too few images for any.
+    """
+    if before is not None:
+        changes = {
+            name: each
+            for name, each in before.get("adapted", {}).items()
+            if name not in given and getattr(config, name) == each["from"]
+        }
+        return _changed(config, changes), changes
+    found: Changes = {}
+    for change in (_tags, _validation, _batch):
+        found |= change(_changed(config, found), store, given)
+    return _changed(config, found), found
+
+
+def as_asked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings as they were asked for, before they were adapted."""
+    asked: dict[str, Any] = dict(record.get("config", {}))
+    return asked | {name: each["from"] for name, each in record.get("adapted", {}).items()}
+
+
+def _changed(config: TrainConfig, changes: Changes) -> TrainConfig:
+    return replace(config, **{name: each["to"] for name, each in changes.items()})
+
+
+def _tags(config: TrainConfig, store: Mixture, given: frozenset[str]) -> Changes:
+    if config.require_tags is None or "require_tags" in given or not len(store):
+        return {}
+    try:
+        _selected(config, store)
+    except UserError:
+        why = (
+            f"no image of {store.root} has the tags {config.require_tags} that the recipe asks "
+            f"for: images are not chosen by tags"
+        )
+        return {"require_tags": {"from": config.require_tags, "to": None, "why": why}}
+    return {}
+
+
+def _validation(config: TrainConfig, store: Mixture, given: frozenset[str]) -> Changes:
+    if not config.validate_every or "validation_fraction" in given:
+        return {}
+    mask, old = _selected(config, store), config.validation_fraction or 0.0
+    if old * mask.sum() > PLENTY:
+        return {}
+    asked = "validate_every" in given
+    for least, share in _shares(old, SHARES | (AT_ANY_RATE if asked else {})):
+        held = int((mask & held_out(store, share)).sum())
+        if min(held, int(mask.sum()) - held) >= min(least, config.validation_images):
+            if share == old:
+                return {}
+            why = (
+                f"--validation-fraction {share:g} in place of {old:g}, for so few images: {held} "
+                f"of {mask.sum()} are held out"
+            )
+            return {"validation_fraction": {"from": old, "to": share, "why": why}}
+    if asked:
+        raise UserError(
+            f"--validate-every {config.validate_every} cannot be: of the {mask.sum()} images of "
+            f"{store.root} too few could be held out; leave it out, or give 0"
+        )
+    why = f"nothing is measured: {mask.sum()} images are too few to hold any out"
+    return {
+        "validate_every": {"from": config.validate_every, "to": 0, "why": why},
+        "validation_fraction": {"from": old, "to": 0.0, "why": ""},
+    }
+
+
+def _batch(config: TrainConfig, store: Mixture, given: frozenset[str]) -> Changes:
+    if config.batch == "auto" or "batch" in given:
+        return {}
+    mask = _selected(config, store)
+    if mask.sum() * (1 - (config.validation_fraction or 0.0)) > PLENTY * config.batch:
+        return {}
+    count = int((mask & ~held_out(store, config.validation_fraction or 0.0)).sum())
+    if not 0 < count < config.batch:
+        return {}
+    why = f"--batch {count} in place of {config.batch}: there are no more images to train on"
+    return {"batch": {"from": config.batch, "to": count, "why": why}}
+
+
+def _shares(old: float, wanted: Mapping[int, Sequence[float]]) -> Iterator[tuple[int, float]]:
+    for least, shares in wanted.items():
+        for share in (old, *shares):
+            if share >= old:
+                yield least, share
+
+
+def _selected(config: TrainConfig, store: Mixture) -> Mask:
+    """Rows that the tags leave."""
+    columns = columns_of(store, config.caption)
+    return by_tags(store, columns.names, *config.selected_tags()).mask

@@ -1,0 +1,37 @@
+"""`xlsd-train swap`: a model with another VAE in it, as training with that VAE begins."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from xlsd_cache.console.terminal import warn
+from xlsd_cache.encoding.compatibility import padding_warning
+from xlsd_cache.encoding.vae import load_vae
+from xlsd_cache.errors import UserError
+from xlsd_train.config.model_options import SwapConfig
+from xlsd_train.export.export import has_encoder, vae_part, write_model
+from xlsd_train.weights.locate import completed, find
+
+
+def swap(config: SwapConfig) -> Path:
+    """Write the merge; returns `config.out`. Raises UserError where parts do not fit."""
+    parts = find(
+        config.model, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
+        ema=config.model_ema, vae=False,
+    )  # fmt: skip
+    vae = load_vae(config.vae, config.vae_scaling_factor)
+    channels = parts.unet.config.get("in_channels", 4)
+    if vae.channels != channels:
+        raise UserError(
+            f"the UNet of {config.model} takes {channels} latent channels and the VAE {config.vae} "
+            f"gives {vae.channels}; give another --vae"
+        )
+    if warning := padding_warning(vae):
+        warn(warning)
+    parts = completed(parts)
+    same = parts.vae is not None and has_encoder(parts, vae)
+    # What a run made of its old VAE's latents says nothing of the new one's.
+    merged = replace(
+        parts, vae=vae_part(vae), checkpoint=None, trained=None,
+        vae_padding=parts.vae_padding if same else None,
+    )  # fmt: skip
+    return write_model(merged, config.out, False)

@@ -1,0 +1,221 @@
+"""Two power-function averages of the weights, kept on the CPU while training goes on.
+
+checkpoints/step-00000250/ema.safetensors   SIGMA_REL/NAME, f32, exact, to go on from
+RUN/ema/step-00000250.safetensors           the same file, which outlives its checkpoint
+
+Their lengths are those of arXiv 2312.02696, section 3.2: sigma_rel 0.05 and 0.10. From snapshots of
+them `xlsd-train ema` makes an average of any length later.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from xlsd_cache.encoding.finite import unfit
+from xlsd_cache.errors import UserError
+from xlsd_cache.runtime.atomic import link_or_copy
+from xlsd_train.optim.ema_profiles import gamma_of, kept, superfluous
+from xlsd_train.runs.layout import steps_in
+from xlsd_train.weights.lazy_tensors import check_length
+
+SIGMAS = ("0.05", "0.10")
+SNAPSHOT = "ema.safetensors"
+BLOCK = 2**26  # elements of pinned memory at once, 256 MiB
+
+
+class Ema:
+    """The averages. No memory of a card is used; on one, copying and averaging overlap the step."""
+
+    def __init__(self, named: Mapping[str, Parameter], every: int = 1) -> None:
+        """Of these parameters, updated after every so many steps."""
+        self.named, self.every = named, every
+        self.step = 0  # of the last update
+        self.averages = {
+            sigma: {name: torch.zeros(p.shape) for name, p in named.items()} for sigma in SIGMAS
+        }
+        self._cards = [p for p in named.values() if p.is_cuda]
+        self._stage = pinned(named) if self._cards else {}
+        cuda: Any = torch.cuda
+        self._stream: Any = cuda.Stream() if self._cards else None
+        self._thread = ThreadPoolExecutor(1, "ema")
+        self._under_way: Future[None] | None = None
+
+    def update(self, step: int) -> None:
+        """Take in the weights as they are after a step, if it is one to be taken.
+
+        Between, the weights count as those of the interval's end. On a card it returns at once:
+        the copies to the host run beside the next step's forward and backward, on a stream of their
+        own, and a thread averages. `before_update` keeps the optimizer from overtaking them.
+        """
+        if step % self.every:
+            return
+        self.finish()
+        if not self._cards:
+            self._average(step, self.named, None)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())  # the step that made these weights
+        with torch.cuda.stream(self._stream):
+            for name, parameter in self.named.items():
+                self._stage[name].copy_(parameter.detach(), non_blocking=True)
+            copied = self._stream.record_event()
+        self._under_way = self._thread.submit(self._average, step, self._stage, copied)
+
+    def before_update(self, *_: object) -> None:
+        """The card changes no weight before its copy has left; the host does not wait."""
+        if self._cards:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """Wait until the last update is in the averages."""
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    def contexts(self) -> dict[str, AbstractContextManager[None]]:
+        """Names for validation -> `applied`; none before the first update."""
+        return {f"ema {sigma}": self.applied(sigma) for sigma in SIGMAS if self.step}
+
+    @contextmanager
+    def applied(self, sigma: str) -> Iterator[None]:
+        """An average in the weights' place within the block; then they are back, to the bit."""
+        self.finish()
+        live = {name: parameter.detach().cpu().clone() for name, parameter in self.named.items()}
+        try:
+            self._put(self.averages[sigma])
+            yield
+        finally:
+            self._put(live)
+
+    def save(self, folder: Path) -> None:
+        """Write the snapshot into a checkpoint's folder."""
+        # One entry: safetensors writes several in random order, and files would differ by run.
+        save_file(self.tensors(), folder / SNAPSHOT, {"step": str(self.step)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages under the snapshot's names, up to the last update."""
+        self.finish()
+        return {
+            f"{sigma}/{name}": value
+            for sigma, average in self.averages.items()
+            for name, value in average.items()
+        }
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint. Raises UserError where it has no snapshot of this model."""
+        path = checkpoint / SNAPSHOT
+        try:
+            check_length(path)
+            with safe_open(path, "pt") as file:
+                if len(file.keys()) != len(SIGMAS) * len(self.named):
+                    raise KeyError("other names")
+                for sigma, average in self.averages.items():
+                    for name, value in average.items():
+                        value.copy_(file.get_tensor(f"{sigma}/{name}"))
+                self.step = int((file.metadata() or {})["step"])
+            if bad := unfit(self.tensors()):
+                raise ValueError(f"{bad[0]} is not finite")
+        except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{path} does not fit this run ({error}); it is damaged or another run's: remove "
+                f"{checkpoint} to go on from the checkpoint before it"
+            ) from error
+
+    def _average(self, step: int, weights: Mapping[str, Tensor], copied: Any) -> None:
+        if copied is not None:
+            copied.synchronize()
+        with torch.no_grad():
+            for sigma, average in self.averages.items():
+                new = 1 - kept(gamma_of(float(sigma)), self.step, step)
+                for name, value in average.items():
+                    value.lerp_(weights[name], new)
+        self.step = step
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(weights[name])
+
+
+@contextmanager
+def averaging(
+    named: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    every: int | None,
+    checkpoint: Path | None,
+) -> Iterator[Ema]:
+    """The averages of what an optimizer moves, as the checkpoint has them where there is one."""
+    ema = Ema(named, every or 1)
+    if checkpoint:
+        ema.load(checkpoint)
+    hook = optimizer.register_step_pre_hook(ema.before_update)
+    try:
+        yield ema
+    finally:
+        hook.remove()
+        ema.close()
+
+
+def keep_snapshots(run: Path, checkpoints: list[Path], most: int) -> None:
+    """Keep the checkpoints' snapshots beyond them: at most so many, evenly over training."""
+    folder = run / "ema"
+    for checkpoint in checkpoints:
+        kept_one = folder / f"{checkpoint.name}.safetensors"
+        if not kept_one.exists() and (checkpoint / SNAPSHOT).exists():
+            folder.mkdir(exist_ok=True)
+            link_or_copy(checkpoint / SNAPSHOT, kept_one)
+    there = snapshots(run)
+    for step in superfluous(sorted(there), most):
+        there[step].unlink()
+
+
+def snapshots(run: Path) -> dict[int, Path]:
+    """Step of the checkpoint -> snapshot, oldest first."""
+    return steps_in(run / "ema", ".safetensors")
+
+
+def forget_snapshots_after(run: Path, step: int) -> None:
+    """Remove what outran the checkpoint of `step`."""
+    for at, path in snapshots(run).items():
+        if at > step:
+            path.unlink()
+
+
+def pinned(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Uninitialised f32 tensors of these shapes that a card copies to while the host goes on.
+
+    Torch rounds what it pins up to a power of two, so they share blocks that are one.
+    """
+    sizes = {name: tensor.numel() for name, tensor in named.items()}
+    found: dict[str, Tensor] = {}
+    for block in packed(sizes, BLOCK):
+        room = sum(sizes[name] for name in block)
+        memory = torch.empty(room, dtype=torch.float32, pin_memory=True)
+        parts = torch.split(memory, [sizes[name] for name in block])
+        found |= {name: x.view(named[name].shape) for name, x in zip(block, parts, strict=True)}
+    return {name: found[name] for name in named}
+
+
+def packed(sizes: Mapping[str, int], room: int) -> list[list[str]]:
+    """Names in blocks of up to `room`, the largest first; a larger one is a block by itself."""
+    blocks: list[list[str]] = []
+    free: list[int] = []
+    for name in sorted(sizes, key=lambda x: -sizes[x]):
+        at = next((i for i, left in enumerate(free) if sizes[name] <= left), len(free))
+        if at == len(free):
+            blocks.append([])
+            free.append(room)
+        blocks[at].append(name)
+        free[at] -= sizes[name]
+    return blocks

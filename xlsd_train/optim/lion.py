@@ -1,0 +1,176 @@
+"""Lion and D-Lion, made to be stepped in parts: any parameters at a time, whose gradients then go.
+
+The float operations and their order are those of lion-pytorch 0.2.5 and dadaptation 3.2, so that
+results are theirs to the last bit. What is added: many tensors a kernel launch, no temporary of the
+model's size, and no wait for the device within a step.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlsd_train.config.train import D0
+
+CHUNK = 2**24  # elements that are updated at once, 64 MiB in f32; one larger tensor goes alone
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2), with decoupled weight decay.
+
+    State of each parameter: `exp_avg`, like it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update each parameter that has a gradient, and no other."""
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for chunk in chunks(group["params"]):
+                gradients = [p.grad for p in chunk]
+                averages = [self.allocate(p)["exp_avg"] for p in chunk]
+                _decay(chunk, lr * group["weight_decay"])
+                signs = _signs(averages, gradients, beta1)
+                torch._foreach_add_(chunk, signs, alpha=-lr)
+                del signs
+                torch._foreach_mul_(averages, beta2)
+                torch._foreach_add_(averages, gradients, alpha=1 - beta2)
+
+    def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state; zeros where it has none yet."""
+        return _zeros(self.state[parameter], parameter, "exp_avg")
+
+
+class DLion(torch.optim.Optimizer):
+    """Lion that finds its learning rate: D-Adaptation (Defazio and Mishchenko, arXiv 2301.07733).
+
+    The algorithm is that of dadaptation 3.2's DAdaptLion, which no paper describes: `lr * d` is
+    Lion's rate, and d, which never falls, is estimated after each training step from the signs and
+    their weighted sum s. A training step is any number of `step()`, which together take each
+    parameter at most once, in any order, and a `finish()`. State of each parameter: `exp_avg` and
+    `s`, like it; of all: `d`, `k` and `numerator_weighted` in the one group, and `used_d`, by which
+    the step under way or ended last was made.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        d0: float = D0,
+        d_max: float = math.inf,
+        d_growth: float = math.inf,
+    ) -> None:
+        """`d0` is the first d, `d_max` the largest, `d_growth` its largest factor in one step."""
+        own = {"d": d0, "k": 0, "numerator_weighted": 0.0, "used_d": d0}
+        given = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, given | own)
+        self.d_max, self.d_growth = d_max, d_growth
+        self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}  # sign * s, |s|: on the device
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update each parameter that has a gradient, and no other, with the d of the last finish().
+
+        Raises RuntimeError for a parameter that this training step has updated already.
+        """
+        (group,) = self.param_groups
+        group["used_d"] = group["d"]
+        rate, (beta1, beta2) = group["d"] * group["lr"], group["betas"]
+        root = beta2**0.5
+        for chunk in chunks(group["params"]):
+            if not self._sums.keys().isdisjoint(chunk):
+                raise RuntimeError("a parameter is stepped twice without finish() between")
+            gradients = [p.grad for p in chunk]
+            states = [self.allocate(p) for p in chunk]
+            averages, s = [x["exp_avg"] for x in states], [x["s"] for x in states]
+            _decay(chunk, rate * group["weight_decay"])
+            signs = _signs(averages, gradients, beta1)
+            torch._foreach_add_(chunk, signs, alpha=-rate)
+            torch._foreach_mul_(averages, beta2)
+            torch._foreach_add_(averages, gradients, alpha=(1 - beta2) * rate)
+            products = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(signs, s, strict=True)]
+            torch._foreach_mul_(s, root)
+            torch._foreach_add_(s, signs, alpha=(1 - root) * rate)
+            del signs
+            norms = [x.abs().sum() for x in s]
+            self._sums.update(zip(chunk, zip(products, norms, strict=True), strict=True))
+
+    def finish(self) -> None:
+        """End the training step: d for the next, of sums over the parameters in their order."""
+        (group,) = self.param_groups
+        taken = [self._sums[p] for p in group["params"] if p in self._sums]
+        self._sums.clear()
+        if not taken:
+            return
+        # The only wait for the device in a step, and one transfer.
+        products, norms = torch.stack([x for pair in taken for x in pair]).view(-1, 2).T.tolist()
+        rate, root = group["d"] * group["lr"], group["betas"][1] ** 0.5
+        numerator = norm = 0.0
+        for product, part in zip(products, norms, strict=True):  # sum() rounds otherwise
+            numerator += rate * product
+            norm += part
+        if norm == 0:  # no gradient yet
+            return
+        weighted = root * group["numerator_weighted"] + (1 - root) * numerator
+        d = group["d"]
+        if group["lr"] > 0:
+            found = max(d, weighted / ((1 - root) * norm))
+            d = min(found, d * self.d_growth, self.d_max)
+        group.update(d=d, k=group["k"] + 1, numerator_weighted=weighted)
+
+    def forget(self) -> None:
+        """End a training step on tensors without data, whose sums have no values."""
+        self._sums.clear()
+
+    def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state; zeros where it has none yet."""
+        return _zeros(self.state[parameter], parameter, "exp_avg", "s")
+
+
+def chunks(parameters: Iterable[Tensor]) -> Iterator[list[Any]]:
+    """Those with a gradient in their order, in lists of up to CHUNK elements or one larger."""
+    chunk: list[Tensor] = []
+    elements = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if chunk and elements + parameter.numel() > CHUNK:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(parameter)
+        elements += parameter.numel()
+    if chunk:
+        yield chunk
+
+
+def _zeros(state: dict[str, Tensor], parameter: Tensor, *names: str) -> dict[str, Tensor]:
+    for name in names:
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def _decay(parameters: list[Tensor], amount: float) -> None:
+    if amount:  # times 1 would change no bit
+        torch._foreach_mul_(parameters, 1 - amount)
+
+
+def _signs(averages: list[Tensor], gradients: list[Any], beta1: float) -> list[Tensor]:
+    """sign(beta1 m + (1 - beta1) g), new tensors."""
+    signs = list(torch._foreach_mul(averages, beta1))  # noqa: SLF001 (it has no public name)
+    torch._foreach_add_(signs, gradients, alpha=1 - beta1)
+    torch._foreach_sign_(signs)
+    return signs

@@ -1,0 +1,129 @@
+"""What a run's folder tells of it, for people: also of one that is going on, or was killed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlsd_cache.errors import UserError
+from xlsd_train.config.train import MOST_STEPS
+from xlsd_train.runs.downsample import Series, Thinner
+from xlsd_train.runs.json_files import misfit, read_log
+from xlsd_train.runs.layout import steps_in
+from xlsd_train.runs.record import read_record
+from xlsd_train.runs.validation_log import BANDS, SETS
+
+NUMBERS = (
+    "loss", "loss_smoothed", "lr", "lr_effective", "d", "grad_norm", "images_per_s", "wait_s",
+    "peak_gib",
+)  # fmt: skip
+LAST = {*NUMBERS, "epoch", "images_seen"}  # what is told of the newest step
+_INTERVAL = {"mean!": float, "low!": float, "high!": float}
+_MEASURED = {
+    "step!": int, "weights!": str, "gap!": _INTERVAL,
+    **{f"{name}!": {**_INTERVAL, "bands!": [_INTERVAL]} for name in SETS},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class History:
+    """A run as its folder tells it now."""
+
+    name: str
+    folder: Path
+    record: dict[str, Any]  # config.json
+    last: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
+    series: dict[str, Series]  # of NUMBERS those that were logged
+    validation: list[dict[str, Any]]  # the lines of validation.jsonl
+    samples: dict[int, list[Path]]  # step -> its pictures by prompt
+    unread: int  # lines of both logs that are no JSON
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings, with all defaults."""
+        found: dict[str, Any] = self.record.get("config", {})
+        return found
+
+
+def stores_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stores that a run trains on, each as config.json tells it."""
+    found: list[dict[str, Any]] = record["stores"]
+    return found
+
+
+def histories(folders: Sequence[Path]) -> list[History]:
+    """Each run by a name of its own. Raises UserError for a folder that is no run, or named twice.
+
+    The logs are streamed, whatever their length.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"the run {folder} is named more than once; name each once")
+    records = [read_record(folder) for folder in folders]
+    return [_read(*each) for each in zip(_names(paths), folders, records, strict=True)]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [Path(*path.parts[-parts:]).as_posix() for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read(name: str, folder: Path, record: dict[str, Any]) -> History:
+    thinner, last, unread = Thinner(NUMBERS), {}, 0
+    for lines in _lines(folder / "metrics.jsonl"):
+        told = [line for line in lines if line is not None and _is_step(line.get("step"))]
+        unread += len(lines) - len(told)
+        if told:
+            rows = [[_number(line.get(number)) for line in told] for number in NUMBERS]
+            thinner.add(np.array([line["step"] for line in told]), np.array(rows, np.float64))
+            last = {k: v for k, v in told[-1].items() if k not in LAST or _is_number(v)}
+    series = {number: thinner.series(number) for number in NUMBERS}
+    validation = [line for lines in _lines(folder / "validation.jsonl") for line in lines]
+    measured = [line for line in validation if line is not None and _is_measured(line)]
+    return History(
+        name,
+        folder,
+        record,
+        last,
+        {number: found for number, found in series.items() if found.steps},
+        measured,
+        {
+            step: sorted(path.glob("[0-9]*.png"))
+            for step, path in steps_in(folder / "samples").items()
+        },
+        unread + len(validation) - len(measured),
+    )
+
+
+def _lines(log: Path) -> Iterator[list[dict[str, Any] | None]]:
+    """A log's objects, None for a line that is none."""
+    for lines in read_log(log):
+        yield [found for _, found in lines]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or misfit(value, int) is None
+
+
+def _is_step(value: Any) -> bool:
+    return misfit(value, int) is None and 0 <= value <= MOST_STEPS
+
+
+def _number(value: Any) -> float:
+    """For a chart; nan, which is left out, where it is no number."""
+    return float(value) if _is_number(value) else float("nan")
+
+
+def _is_measured(line: dict[str, Any]) -> bool:
+    return (
+        misfit(line, _MEASURED) is None
+        and _is_step(line["step"])
+        and all(len(line[name]["bands"]) == BANDS for name in SETS)
+    )

@@ -1,0 +1,112 @@
+"""JSON that anybody may have written: read within bounds, and of the shape that is wanted."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xlsd_cache.runtime.bounded_files import parse_json, read_json
+
+LINE_NBYTES = 2**20  # of a log's line, which has some hundred bytes
+CHUNK = 1 << 20  # bytes of a log that are parsed at once
+
+
+def load_object(path: Path) -> dict[str, Any]:
+    """What a file holds that is a JSON object. Raises OSError, or ValueError for all else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")  # noqa: TRY004 - as of all that is none
+    return value
+
+
+def read_log(path: Path) -> Iterator[list[tuple[bytes, dict[str, Any] | None]]]:
+    """A log's whole lines in order, some at a time, and the object of each, None without one.
+
+    A line too long to be of a log comes as b"".
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        while lines := _some(file):
+            found = _parse([line for line in lines if line])
+            yield [(line, found.pop(0) if line else None) for line in lines]
+
+
+def objects_in(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a log that are of a shape, see `misfit`; all other lines are passed over."""
+    for lines in read_log(path):
+        yield from (line for _, line in lines if line is not None and not misfit(line, shape))
+
+
+def _some(file: Any) -> list[bytes]:
+    """The next whole lines, b"" for one that is too long; without a last one that does not end."""
+    found: list[bytes] = []
+    room = CHUNK
+    while room > 0 and (line := file.readline(LINE_NBYTES)):
+        room -= len(line)
+        if line.endswith(b"\n"):
+            found.append(line)
+        elif len(line) == LINE_NBYTES:
+            while (more := file.readline(LINE_NBYTES)) and not more.endswith(b"\n"):
+                pass
+            found.append(b"")
+    return found
+
+
+def _parse(lines: list[bytes]) -> list[dict[str, Any] | None]:
+    try:
+        found = parse_json(b"[" + b",".join(lines) + b"]")  # at once: half the time
+        if len(found) == len(lines) and all(isinstance(line, dict) for line in found):
+            return list(found)
+    except ValueError:
+        pass
+    if len(lines) <= 1:
+        return [None] * len(lines)
+    half = len(lines) // 2
+    return _parse(lines[:half]) + _parse(lines[half:])
+
+
+def misfit(value: Any, shape: Any, where: str = "") -> str | None:
+    """Where a value is not of this shape, in words; None where it is.
+
+    A shape is a type (float takes whole numbers too), [shape] for a list of any length, [one, two]
+    for a list of two, a tuple of shapes for either, None, {str: shape} for any names, or a dict of
+    names, those with ! needed.
+    """
+    if isinstance(shape, tuple):
+        found = [misfit(value, each, where) for each in shape]
+        return None if None in found else found[-1]
+    told = f"{where or 'it'} is not what belongs there"
+    if isinstance(shape, list):
+        if not isinstance(value, list) or len(shape) not in {1, len(value)}:
+            return told
+        each = shape * len(value) if len(shape) == 1 else shape
+        inner = ((x, each[i], f"{where}[{i}]") for i, x in enumerate(value))
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return told
+        names = {name.rstrip("!"): name for name in shape if isinstance(name, str)}
+        for name in names.values():
+            if name.endswith("!") and name[:-1] not in value:
+                return f"{where}.{name[:-1]} is missing".lstrip(".")
+        inner = (
+            (
+                each,
+                shape[str] if str in shape else shape[names[name]],
+                f"{where}.{name}".lstrip("."),
+            )
+            for name, each in value.items()
+            if str in shape or name in names
+        )
+    else:
+        return None if _is(value, shape) else told
+    return next(filter(None, (misfit(*each) for each in inner)), None)
+
+
+def _is(value: Any, kind: type | None) -> bool:
+    if kind is None:
+        return value is None
+    if kind in {int, float} and type(value) is int:
+        return abs(value) < 2**53  # what JSON's other readers can hold
+    if kind is str and isinstance(value, str):
+        return "\0" not in value  # no path, option or line of text has it
+    return type(value) is kind or kind is object

@@ -1,0 +1,275 @@
+"""The networks as a list of layers, so that the memory plan can say how each is passed.
+
+diffusers' and transformers' modules hold the weights; here their forward pass is written down again
+over those modules, bit for bit the same, with two more ways of running it: `cheap` and
+`feed-forward` do not keep what norms and activations (and the feed-forward's projection) give, but
+rebuild it in the backward pass. A rebuilt region ends with the convolution or matmul whose input it
+is; non-reentrant checkpointing stops before that last operation, which is thus done only once.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import Parameter
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from xlsd_cache.errors import UserError
+
+Recompute = Literal["nothing", "cheap", "feed-forward"]
+# The values that a batch starts with; none of them is differentiated.
+NOISY, TIMESTEPS, INPUT_IDS = "noisy latents", "timesteps", "input_ids"
+STATES, EPSILON = "encoder_hidden_states", "epsilon"
+_TEMB = "time embedding"
+WHOLE = 4096  # the room of what is so small that any batch passes at once
+# What the forward pass below is written for: SD1.5's architecture, at any size.
+_EXPECTED = {
+    "act_fn": "silu", "attention_type": "default", "center_input_sample": False,
+    "class_embed_type": None, "addition_embed_type": None, "encoder_hid_dim": None,
+    "dual_cross_attention": False, "only_cross_attention": False, "use_linear_projection": False,
+    "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
+    "mid_block_scale_factor": 1, "time_cond_proj_dim": None, "upcast_attention": False,
+    "conv_in_kernel": 3, "time_embedding_act_fn": None, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "downsample_padding": 1, "cross_attention_norm": None, "dropout": 0.0,
+}  # fmt: skip
+
+
+# What regions are rebuilt under. A rehearsal stands in for a card in it.
+rebuilding: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A piece of the networks that is passed, and differentiated, as one."""
+
+    inputs: tuple[str, ...]  # names of values
+    output: str  # the name of what it gives, and its own
+    parameters: tuple[Parameter, ...]
+    room: int  # samples of it that need about the memory of one sample in the widest layers
+    run: Callable[..., Tensor]  # (recompute, *inputs) -> output; no sample sees another
+
+    @property
+    def trained(self) -> list[Parameter]:
+        """The parameters that get a gradient."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
+
+def make_layers(unet: Any, text_encoder: Any, encode: Callable[[Tensor], Tensor]) -> list[Layer]:
+    """Text encoder, time embedding and UNet in the order of a forward pass.
+
+    `encode` gives encoder_hidden_states [B, tokens, width] of input_ids int64 [B, tokens]. Raises
+    UserError for a UNet that is not built as SD1.5's is.
+    """
+    for name, value in _EXPECTED.items():
+        if (there := unet.config.get(name, value)) != value:
+            raise UserError(
+                f"the UNet has {name} {there!r} where SD1.5 has {value!r}; it cannot be trained "
+                f"here: give an SD1.5-like --model"
+            )
+    layers: list[Layer] = []
+
+    channels = unet.config.block_out_channels
+    rooms = [max(1, 4**level * channels[0] // wide) for level, wide in enumerate(channels)]
+
+    def add(output: str, inputs: tuple[str, ...], modules: list[Any], room: int, run: Any) -> str:
+        parameters = tuple(p for m in modules if m is not None for p in m.parameters())
+        layers.append(Layer(inputs, output, parameters, room, run))
+        return output
+
+    tokens = text_encoder.config.max_position_embeddings
+    add(STATES, (INPUT_IDS,), [text_encoder], max(1, 4 * 77 // tokens), lambda _, ids: encode(ids))
+    add(_TEMB, (TIMESTEPS,), [unet.time_embedding], WHOLE, _time_embedding(unet))
+    h = add("conv_in", (NOISY,), [unet.conv_in], 1, lambda _, x: unet.conv_in(x))
+    skips = [h]
+    for i, block in enumerate(unet.down_blocks):
+        for j, (res, att) in enumerate(_pairs(block)):
+            h = add(f"down {i}.{j}", (_TEMB, STATES, h), [res, att], rooms[i], _pair(res, att))
+            skips.append(h)
+        for down in block.downsamplers or ():
+            run = partial(_downsample, down)
+            h = add(f"down {i} sampler", (h,), [down], rooms[i], run)
+            skips.append(h)
+    for j, (res, att) in enumerate(_pairs(unet.mid_block)):
+        h = add(f"mid {j}", (_TEMB, STATES, h), [res, att], rooms[-1], _pair(res, att))
+    up = None  # passed with the layer after it: what it gives is large, what it takes is small
+    for i, block in enumerate(unet.up_blocks):
+        for j, (res, att) in enumerate(_pairs(block)):
+            inputs = (_TEMB, STATES, h, skips.pop())
+            h = add(f"up {i}.{j}", inputs, [up, res, att], rooms[-1 - i], _pair(res, att, up))
+            up = None
+        up = block.upsamplers[0] if block.upsamplers else None
+    add(EPSILON, (h,), [unet.conv_norm_out, unet.conv_out], 1, _out(unet))
+    return layers
+
+
+def _pairs(block: Any) -> list[tuple[Any, Any]]:
+    return list(zip_longest(block.resnets, getattr(block, "attentions", [])))
+
+
+def _pair(res: Any, att: Any, up: Any = None) -> Callable[..., Tensor]:
+    """A resnet, what follows it, and what goes before: they share a layer."""
+
+    def run(recompute: Recompute, temb: Tensor, states: Tensor, x: Tensor, *skip: Tensor) -> Tensor:
+        if up is not None:
+            x = _upsample(up, recompute, x, skip[0].shape[2:])
+        x = _resnet(res, recompute, temb, x, *skip)
+        return x if att is None else _transformer(att, recompute, x, states)
+
+    return run
+
+
+def _time_embedding(unet: Any) -> Callable[..., Tensor]:
+    def run(_: Recompute, timesteps: Tensor) -> Tensor:
+        sinusoids = unet.time_proj(timesteps).to(unet.conv_in.weight.dtype)
+        embedded: Tensor = unet.time_embedding(sinusoids)
+        return embedded
+
+    return run
+
+
+def _downsample(m: Any, _: Recompute, x: Tensor) -> Tensor:
+    halved: Tensor = m.conv(x)
+    return halved
+
+
+def _upsample(m: Any, recompute: Recompute, x: Tensor, size: torch.Size) -> Tensor:
+    """Upsample2D, to the size of what is joined next: odd latents are rounded up when halved."""
+    return rebuild(recompute, lambda z: m.conv(F.interpolate(z, size, mode="nearest")), x)
+
+
+def _out(unet: Any) -> Callable[..., Tensor]:
+    def run(recompute: Recompute, x: Tensor) -> Tensor:
+        return rebuild(recompute, lambda z: unet.conv_out(F.silu(unet.conv_norm_out(z))), x)
+
+    return run
+
+
+def rebuild(recompute: Recompute, region: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The region's output; between its inputs and its last operation nothing is kept."""
+    if recompute == "nothing" or not torch.is_grad_enabled():
+        return region(*inputs)
+    # There is no dropout, so no random state to bring back.
+    out: Tensor = checkpoint(
+        region, *inputs, use_reentrant=False, preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), rebuilding()),
+    )  # fmt: skip
+    return out
+
+
+def _resnet(m: Any, recompute: Recompute, temb: Tensor, *parts: Tensor) -> Tensor:
+    """ResnetBlock2D on the joined channels of `parts`, which are joined again when rebuilt.
+
+    Where nothing is rebuilt they are joined once, as two joins would both be kept.
+
+    diffusers divides the result by output_scale_factor, which is 1: a pass over memory for nothing.
+    """
+    if recompute == "nothing":
+        parts = (_join(parts),)
+    h = rebuild(recompute, lambda *z: m.conv1(F.silu(m.norm1(_join(z)))), *parts)
+    h = h + m.time_emb_proj(F.silu(temb))[:, :, None, None]
+    h = rebuild(recompute, lambda z: m.conv2(F.silu(m.norm2(z))), h)
+    if m.conv_shortcut is None:
+        return _join(parts) + h
+    return rebuild(recompute, lambda *z: m.conv_shortcut(_join(z)), *parts) + h
+
+
+def _join(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _transformer(m: Any, recompute: Recompute, x: Tensor, states: Tensor) -> Tensor:
+    """Transformer2DModel over its one or more blocks."""
+    batch, _, height, width = x.shape
+
+    def out(z: Tensor) -> Tensor:
+        image = z.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
+        projected: Tensor = m.proj_out(image)
+        return projected
+
+    h = rebuild(recompute, lambda z: m.proj_in(m.norm(z)), x)
+    h = h.permute(0, 2, 3, 1).reshape(batch, height * width, -1)
+    for block in m.transformer_blocks:
+        h = _block(block, recompute, h, states)
+    return rebuild(recompute, out, h) + x
+
+
+def _block(m: Any, recompute: Recompute, h: Tensor, states: Tensor) -> Tensor:
+    """BasicTransformerBlock: attention to itself, to the text, and the feed-forward."""
+    a = m.attn1
+    if recompute == "nothing" or not torch.is_grad_enabled():
+        z = m.norm1(h)
+        q, k, v = a.to_q(z), a.to_k(z), a.to_v(z)
+        del z
+    else:
+        weights = (a.to_q.weight, a.to_k.weight, a.to_v.weight)
+        norm = (m.norm1.weight, m.norm1.bias, m.norm1.eps)
+        q, k, v = _NormedLinears.apply(h, *norm, *weights)  # type: ignore[no-untyped-call]
+    h = _attention(a, q, k, v) + h
+    del q, k, v
+    a = m.attn2
+    q = rebuild(recompute, lambda z: a.to_q(m.norm2(z)), h)
+    h = _attention(a, q, a.to_k(states), a.to_v(states)) + h
+    del q
+    project, last = m.ff.net[0].proj, m.ff.net[2]
+
+    def gated(z: Tensor) -> Tensor:  # GEGLU, and the layer that ends the feed-forward
+        value, gate = z.chunk(2, -1)
+        ended: Tensor = last(value * F.gelu(gate))
+        return ended
+
+    if recompute == "feed-forward":
+        return rebuild(recompute, lambda z: gated(project(m.norm3(z))), h) + h
+    return rebuild(recompute, gated, rebuild(recompute, lambda z: project(m.norm3(z)), h)) + h
+
+
+def _attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Never holds the matrix of all pairs: the kernels of scaled_dot_product_attention do not."""
+    q, k, v = (z.view(z.shape[0], z.shape[1], m.heads, -1).transpose(1, 2) for z in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    out: Tensor = m.to_out[0](mixed.transpose(1, 2).reshape(mixed.shape[0], mixed.shape[2], -1))
+    return out
+
+
+class _NormedLinears(Function):
+    """LayerNorm and several linear layers without bias on it, of which only the input is kept.
+
+    Three layers share the norm's result, so a checkpointed region would do two of them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, eps: float, *weights: Tensor) -> Any:
+        y = F.layer_norm(x, x.shape[-1:], w, b, eps)
+        ctx.save_for_backward(x, w, b, *weights)
+        ctx.eps = eps
+        return tuple(F.linear(y, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, w, b, *weights = ctx.saved_tensors
+        needs, x32 = ctx.needs_input_grad, x.to(w.dtype)
+        norm, mean, rstd = torch.native_layer_norm(x32, x.shape[-1:], w, b, ctx.eps)
+        # Under autocast gradients are bfloat16, as those of a linear layer are; weights are not.
+        y = norm.flatten(0, -2).to(gradients[0].dtype)
+        del norm
+        to_y, to_weights = None, []
+        for gradient, weight in zip(
+            gradients[::-1], weights[::-1], strict=True
+        ):  # as autograd sums
+            flat = gradient.flatten(0, -2)
+            to_weights.append((y.t() @ flat).t().to(weight.dtype) if needs[4] else None)
+            part = flat @ weight.to(flat.dtype)
+            to_y = part if to_y is None else to_y.add_(part)
+        del y
+        assert to_y is not None
+        to_x, to_w, to_b = torch.ops.aten.native_layer_norm_backward(
+            to_y.view(x.shape).to(w.dtype), x32, x.shape[-1:], mean, rstd, w, b,
+            [needs[0], needs[1], needs[2]],
+        )  # fmt: skip
+        return to_x.to(x.dtype), to_w, to_b, None, *to_weights[::-1]
