@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return run("xlsd-cache", lambda: _main(args))
 
 
-def _main(args: Sequence[str] | None) -> int:
+def _main(args: Sequence[str] | None) -> int:  # noqa: C901
     began = time.time()
     words = list(sys.argv[1:] if args is None else args)
     if "--version" in words[:2]:
@@ -81,13 +81,17 @@ def _main(args: Sequence[str] | None) -> int:
     quiet_libraries()
     if isinstance(config, BuildConfig):
         from xlsd_cache.commands.build import build
+        from xlsd_cache.commands.finish import say_sums
 
-        build(config, began)
+        if counts := build(config, began):
+            say_sums(config.out, counts, "images could be encoded")
         return 0
     if isinstance(config, ImportConfig):
+        from xlsd_cache.commands.finish import say_sums
         from xlsd_cache.commands.import_latents import import_caches
 
-        import_caches(config, began)
+        if counts := import_caches(config, began):
+            say_sums(config.out, counts, "latents could be imported")
         return 0
     if isinstance(config, PreviewConfig):
         from xlsd_cache.commands.preview import preview

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache, sums
+from tests.support import cache, printed, sums
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.commit import tidy
 from xlsd_cache.store.index import cached_view
@@ -120,7 +120,7 @@ def test_a_plan_that_leads_elsewhere_is_one_sentence(
     assert cache("info", mine) == 1
     assert told in error(capsys)
     assert cache("check", mine) == 1
-    assert "checksum" in capsys.readouterr().out
+    assert "checksum" in printed(capsys)
     assert sorted(it for it in mine.parent.rglob("*")) == before
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache, files, spawn, sums, wait_for, write_images
+from tests.support import cache, files, printed, spawn, sums, wait_for, write_images
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.images.decode import read_header
 from xlsd_cache.planning import probe as headers
@@ -63,7 +63,7 @@ def test_the_same_images_from_every_kind_of_source_have_the_same_latents(
     ):  # fmt: skip
         assert cache("build", tmp_path / source, *rest, "--captions", column) == 0
         assert cache("check", tmp_path / "latents", "--decode", 6) == 0
-        assert "gone or changed" not in capsys.readouterr().out
+        assert "gone or changed" not in printed(capsys)
         fresh = tmp_path / f"fresh-{source}"
         assert cache("build", tmp_path / source, *rest, "--captions", column, "--out", fresh) == 0
     assert sum(encoded) == 6 + 5 * 6  # only the fresh ones

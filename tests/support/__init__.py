@@ -141,3 +141,9 @@ def sums(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
         told["encoded"] + told["reused"] + told["duplicate"] + sum(told["rejected"].values())
     )
     return told
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command printed since the last look: its results, then its log."""
+    out, err = capsys.readouterr()
+    return out + err

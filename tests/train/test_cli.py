@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import cache, train
+from tests.support import cache, printed, train
 from xlsd_cache import __version__
 from xlsd_cache.console.suggestions import options_of
 from xlsd_train.cli import COMMANDS, main
@@ -22,7 +22,7 @@ def help_of(*words: str, capsys: Out) -> str:
     with pytest.raises(SystemExit) as exit_code:
         main([*words, "--help"])
     assert exit_code.value.code == 0
-    return capsys.readouterr().out
+    return printed(capsys)
 
 
 def test_without_a_command_it_trains(capsys: Out) -> None:
@@ -44,7 +44,7 @@ def test_help_lists_every_other_command(capsys: Out) -> None:
 @pytest.mark.parametrize("words", [["--version"], ["sample", "--version"]])
 def test_both_programs_say_their_version(words: list[str], capsys: Out) -> None:
     assert train(*words) == cache(*words[-1:]) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    assert printed(capsys).splitlines() == [
         f"xlsd-train {__version__}",
         f"xlsd-cache {__version__}",
     ]

@@ -1,6 +1,7 @@
 """`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
 
 import json
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,8 +11,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.commands.finish import conclude, refuse_nothing, say_sums, writing
-from xlsd_cache.console.terminal import say, warn
+from xlsd_cache.commands.finish import conclude, writing
 from xlsd_cache.encoding.compatibility import stored_identity
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.pipeline import Work
@@ -44,6 +44,8 @@ from xlsd_cache.store.zarr_metadata import grow_array, write_group
 from xlsd_cache.tables.columns import one
 from xlsd_cache.tables.names import look_up
 
+log = logging.getLogger("xlsd.cache.commands")
+
 
 def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
     """Bring the store up to date with the images; None after a dry run.
@@ -53,8 +55,9 @@ def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
     encoded so far is kept.
     """
     began = began or time.time()
-    print(json.dumps(asdict(config), indent=2, default=str))
-    print(set_precision(config.precision))
+    for line in json.dumps(asdict(config), indent=2, default=str).splitlines():
+        log.info(line)
+    log.info(set_precision(config.precision))
     _say_memory(config)
     device = device_of(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
@@ -89,7 +92,11 @@ def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
         with building(manifest, generation, config.part, began) as before:
             _encode(config, manifest, generation, encoder, identity, rows_per_shard)
             counts = conclude(manifest, generation, rows_per_shard, before)
-    _say_result(config, counts)
+    if gone := counts.rejected.get("vanished"):
+        log.warning(
+            f"{gone} images were gone when their turn came; bring back what holds them "
+            f"and run the same command again, which takes them up"
+        )
     return counts
 
 
@@ -171,7 +178,7 @@ def _plan(
         captions = caption_changes(keys, found.captions, found.columns, known.captions)
         plan = replace(plan, captions=captions)
     for line in found.matches.told():
-        say(line)
+        log.info(line)
     _refuse_no_captions(found, config)
     return keep_unread_captions(plan) if found.unread else plan
 
@@ -202,7 +209,7 @@ def _encode(
     order = mine + [unit for unit in units if unit not in set(mine)]
     dtype = identity.dtype
     work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers, config.max_pixels)
-    say(encoder)
+    log.info(encoder)
     with StopSignal(STOPPING) as stop:
         work.run(todo, order, stop)
     if stop.asked:
@@ -210,10 +217,10 @@ def _encode(
             f"stopped; every batch encoded so far is kept in {config.out}: run the same command "
             f"again to go on"
         )
-    say(f"time: {work.seconds:.2f} s: {work.shares()}")
+    log.info(f"time: {work.seconds:.2f} s: {work.shares()}")
     if work.rounding:
         rounding = float(np.sqrt(np.mean(np.square(work.rounding))))
-        say(f"float16 rounding: {rounding:.1e} of the latents' spread")
+        log.info(f"float16 rounding: {rounding:.1e} of the latents' spread")
 
 
 def _identity(config: BuildConfig, vae: Vae) -> Identity:
@@ -249,30 +256,34 @@ def _say_memory(config: BuildConfig) -> None:
             f"--max-megapixels {config.max_megapixels:g}: decoding such an image may take "
             f"{one:.1f} GiB, and this machine has {there:.1f} GiB of memory; lower it"
         )
-    say(
+    log.info(
         f"images of up to {config.max_megapixels:g} megapixels: decoding one may take {one:.1f} "
         f"GiB, {workers} at once {workers * one:.1f} GiB of this machine's {there:.1f} GiB"
     )
     if workers > fitting:
-        warn(f"WARNING: many such images at once do not fit in memory; --workers {fitting} is safe")
+        log.warning(f"many such images at once do not fit in memory; --workers {fitting} is safe")
 
 
 def _say_found(found: Scan, config: BuildConfig) -> None:
     images = found.images.num_rows
-    say(f"found {images} images in {', '.join(config.source)}", end="")
     over = ", ".join(f"{count} {kind}" for kind, count in sorted(found.passed_over.items()))
-    say(f"; passed over {over}" if over else "")
+    log.info(
+        f"found {images} images in {', '.join(config.source)}"
+        + (f"; passed over {over}" if over else "")
+    )
     for sentence in found.notes:
-        say(sentence)
+        log.info(sentence)
     for sentence in found.damaged:
-        warn(f"WARNING: {sentence}")
+        log.warning(sentence)
     for column in found.columns:
         with_text = pc.sum(pc.equal(found.captions["column"], column)).as_py() or 0
         said = [
             f"{n} {what}" for (name, what), n in sorted(found.remarks.items()) if name == column
         ]
-        say(f"{column} captions: {with_text} of {images} images", end="")
-        say(f" ({', '.join(said)})" if said else "")
+        log.info(
+            f"{column} captions: {with_text} of {images} images"
+            + (f" ({', '.join(said)})" if said else "")
+        )
     if not config.out.exists():
         _refuse_no_captions(found, config)
 
@@ -292,19 +303,19 @@ def _say_plan(plan: Plan) -> None:
     fresh = plan.entries.filter(pa.array(plan.fresh))
     buckets = fresh["bucket"].value_counts().to_pylist()
     shown = ", ".join(sorted(f"{count['values']} {count['counts']}" for count in buckets))
-    say(f"to encode: {fresh.num_rows} images" + (f" ({shown})" if shown else ""))
+    log.info(f"to encode: {fresh.num_rows} images" + (f" ({shown})" if shown else ""))
     counts = {
         count["values"]: count["counts"]
         for count in plan.leaving["reason"].value_counts().to_pylist()
     }
     if removed := counts.pop("", 0):
-        say(
+        log.info(
             f"{removed} images are no longer among the sources and leave training; their latents "
             f"stay, for when they come back"
         )
     if counts:
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
-        say(f"{sum(counts.values())} images are rejected now and leave training ({why})")
+        log.info(f"{sum(counts.values())} images are rejected now and leave training ({why})")
 
 
 def _say_room(
@@ -322,13 +333,3 @@ def _say_room(
     new = uncommitted_places(manifest, plan.entries, rows_per_shard)
     nbytes = bytes_to_write(manifest, pa.concat_tables([old, new]), identity, rows_per_shard)
     say_room(nbytes, out)
-
-
-def _say_result(config: BuildConfig, counts: Accounting) -> None:
-    say_sums(config.out, counts)
-    if gone := counts.rejected.get("vanished"):
-        warn(
-            f"WARNING: {gone} images were gone when their turn came; bring back what holds them "
-            f"and run the same command again, which takes them up"
-        )
-    refuse_nothing(config.out, counts, "images could be encoded")

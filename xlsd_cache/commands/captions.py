@@ -1,6 +1,7 @@
 """`xlsd-cache captions`: caption columns added or replaced, matched by name, no latent touched."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from xlsd_cache.console.terminal import say, warn
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, read_captions
 from xlsd_cache.integrity.accounting import save_accounting, saved_accounting
@@ -30,6 +30,8 @@ from xlsd_cache.tables.columns import Rows, is_table, one
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
 from xlsd_cache.tables.names import look_up
 from xlsd_cache.tables.row_outcomes import NOBODY, Matches, Table
+
+log = logging.getLogger("xlsd.cache.commands")
 
 _BLOCK = 256  # files a thread takes at once
 
@@ -98,13 +100,13 @@ def _log(
             former = former_names(manifest, rows_per_shard, one(images["key"]))
             by_former_names(found, one(images["content_hash"]), former)
         for line in found.told():
-            say(line)
+            log.info(line)
         known = manifest.captions(newest)
         changes = [
             _changes(column, images, known, found, clear=config.clear_missing) for column in columns
         ]
         for change in changes:
-            say(change)
+            log.info(change)
         if not any(change.added + change.changed + change.kept for change in changes):
             raise UserError(
                 f"no caption in {', '.join(config.source)} belongs to an image of {root}; name "
@@ -112,7 +114,7 @@ def _log(
             )
         delta = pa.concat_tables([change.delta for change in changes])
         if config.dry_run or not delta.num_rows:
-            print("nothing written")
+            log.info("nothing written")
             return changes
         sweep(manifest.staging)
         counts = saved_accounting(root, newest)
@@ -144,11 +146,11 @@ def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> list[Table]:
         rows_ = _sidecars(root, stream, columns)
         sidecars.append(Table(rows_, root.as_posix(), name, given=True, sidecars=True))
     for sentence in tally.damaged:
-        warn(f"WARNING: {sentence}")
+        log.warning(sentence)
     tables = [*sidecars, *tally.tables]
     remarks = sum((table.rows.remarks for table in tables), Counter[tuple[str, str]]())
     for (column, what), count in sorted(remarks.items()):
-        say(f"{column}: {count} {what}")
+        log.info(f"{column}: {count} {what}")
     return tables
 
 

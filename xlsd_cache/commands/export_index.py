@@ -2,13 +2,13 @@
 
 import contextlib
 import json
+import logging
 from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.options import ExportIndexConfig
 from xlsd_cache.runtime.atomic import write_parquet
@@ -16,6 +16,8 @@ from xlsd_cache.runtime.own_files import MARK, is_index, refuse_foreign
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.shard import CorruptShard, ShardReader
+
+log = logging.getLogger("xlsd.cache.commands")
 
 
 def export_index(config: ExportIndexConfig) -> None:
@@ -35,7 +37,7 @@ def export_index(config: ExportIndexConfig) -> None:
         raise UserError(
             f"cannot write {config.out}: {error.strerror or error}; name a place with room for it"
         ) from error
-    say(f"{config.out}: {table.num_rows} samples, {config.out.stat().st_size / 2**20:.1f} MiB")
+    log.info(f"{config.out}: {table.num_rows} samples, {config.out.stat().st_size / 2**20:.1f} MiB")
 
 
 def with_places(store: LatentStore) -> pa.Table:

@@ -28,17 +28,16 @@ def conclude(
     return counts
 
 
-def say_sums(out: Path, counts: Accounting) -> None:
-    """Print what became of every image."""
+def say_sums(out: Path, counts: Accounting, done: str) -> None:
+    """Print what became of every input; `done` as in "images could be encoded".
+
+    Raises UserError for a store of which nothing is live.
+    """
     for bucket, count in counts.buckets.items():
         say(f"  {bucket:>9} {count:>9}")
     say(counts)
     if counts.rejected or counts.duplicate:
         say(f"listed in {out / 'rejected.parquet'}")
-
-
-def refuse_nothing(out: Path, counts: Accounting, done: str) -> None:
-    """Raise UserError for a store of which nothing is live; `done` as in "images could be read"."""
     if not counts.live:
         raise UserError(
             f"none of the {counts.scanned} {done}; {out / 'rejected.parquet'} says why of each"

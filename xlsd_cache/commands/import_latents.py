@@ -1,6 +1,7 @@
 """`xlsd-cache import`: other programs' cached latents into a store, compared before they are."""
 
 import json
+import logging
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -8,8 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from xlsd_cache.commands.finish import conclude, refuse_nothing, say_sums, writing
-from xlsd_cache.console.terminal import say, warn
+from xlsd_cache.commands.finish import conclude, writing
 from xlsd_cache.encoding.compatibility import stored_identity
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
 from xlsd_cache.errors import UserError
@@ -32,6 +32,8 @@ from xlsd_cache.store.identity import Identity, agree, attributes_of, bucket_sha
 from xlsd_cache.store.manifest import CAPTIONS, PLAN, Manifest
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
 
+log = logging.getLogger("xlsd.cache.commands")
+
 
 def import_caches(config: ImportConfig, began: float | None = None) -> Accounting | None:
     """Add what the cache folders hold to the store; None after a dry run.
@@ -41,8 +43,9 @@ def import_caches(config: ImportConfig, began: float | None = None) -> Accountin
     named VAE and of their images, or where that is not known and not forced.
     """
     began = began or time.time()
-    print(json.dumps(asdict(config), indent=2, default=str))
-    print(set_precision("fp32"))
+    for line in json.dumps(asdict(config), indent=2, default=str).splitlines():
+        log.info(line)
+    log.info(set_precision("fp32"))
     require_vae(config.vae)
     found = find(config.cache)
     told = peek_all(found, config.workers)
@@ -67,7 +70,7 @@ def import_caches(config: ImportConfig, began: float | None = None) -> Accountin
     stored = stored_identity(config.out, vae, config.dry_run)
     rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(items), stored)
     if config.dry_run:
-        say(f"to import: {len(imports.fresh)} latents")
+        log.info(f"to import: {len(imports.fresh)} latents")
         return None
     with writing(config.out):
         generation = _write_plan(config, manifest, items, identity, rows_per_shard)
@@ -79,8 +82,6 @@ def import_caches(config: ImportConfig, began: float | None = None) -> Accountin
                     f"command again to go on"
                 )
             counts = conclude(manifest, generation, rows_per_shard, before)
-    say_sums(config.out, counts)
-    refuse_nothing(config.out, counts, "latents could be imported")
     return counts
 
 
@@ -207,15 +208,15 @@ def _caption_changes(manifest: Manifest, items: list[Item], columns: tuple[str, 
 
 def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportConfig) -> None:
     with_image = sum(item.image is not None for item in items)
-    say(
+    log.info(
         f"found {len(items)} latents of {kind} ({KEEPS[kind]} of the posterior), {with_image} "
         f"with their image" + (f"; passed over {passed_over} other files" if passed_over else "")
     )
     beside = Counter(name for item in items for name in item.held.beside)
     for name, what in (("latents_flipped", "flipped latents"), ("alpha_mask", "alpha masks")):
         if beside[name]:
-            warn(f"passed over {beside[name]} {what} ({name})")
+            log.warning(f"passed over {beside[name]} {what} ({name})")
     for column in config.caption_columns:
         texts = sum(column in item.image.captions for item in items if item.image)
         if texts < len(items):
-            warn(f"no {column!r} caption: {len(items) - texts} of {len(items)} latents")
+            log.warning(f"no {column!r} caption: {len(items) - texts} of {len(items)} latents")

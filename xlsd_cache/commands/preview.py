@@ -1,5 +1,6 @@
 """`xlsd-cache preview`: a contact sheet of decoded latents: people see what training sees."""
 
+import logging
 from bisect import bisect_left
 from typing import Any
 
@@ -9,7 +10,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.encoding.compatibility import decoder_told, vae_of
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
@@ -18,6 +18,8 @@ from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.runtime.own_files import is_picture, marking, refuse_foreign
 from xlsd_cache.store.reader import LatentStore
+
+log = logging.getLogger("xlsd.cache.commands")
 
 CAPTION_LINES = 5
 _READ = 4096  # characters of a caption that are measured: more than any cell holds
@@ -37,7 +39,7 @@ def preview(config: PreviewConfig) -> None:
         chosen = _chosen(store, config, column)
         vae = vae_of(store.identity, config.vae, [store.root])
         if told := decoder_told(vae, store.identity):
-            say(told)
+            log.info(told)
         device = device_of(config.device)
         vae.model.to(device)
         sheet = _Sheet(config.columns, config.thumbnail, len(chosen))
@@ -55,7 +57,7 @@ def preview(config: PreviewConfig) -> None:
         raise UserError(
             f"cannot write {config.out}: {error.strerror or error}; name a place with room for it"
         ) from error
-    say(f"{config.out}: {len(chosen)} of {len(store)} samples, decoded with {vae.name}")
+    log.info(f"{config.out}: {len(chosen)} of {len(store)} samples, decoded with {vae.name}")
 
 
 def _column(store: LatentStore, wanted: str | None) -> str | None:

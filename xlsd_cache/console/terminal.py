@@ -9,13 +9,15 @@ import errno
 import io
 import json
 import locale
+import logging
 import os
 import re
 import select
 import signal
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,36 @@ def say(text: object = "", end: str = "\n") -> None:
     print(shown(text), end=end)
 
 
-def warn(text: object) -> None:
-    """The same, to stderr."""
+class LogHandler(logging.Handler):
+    """Writes log records to stderr, a line each, above the progress bars that are on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; warnings and errors start with their level."""
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        line = level + shown(record.getMessage())
+        if tqdm := sys.modules.get("tqdm"):  # nothing shows a bar where it is not loaded
+            tqdm.tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)
+
+
+@contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """Let the library's log, from INFO on, appear on stderr."""
+    log, handler = logging.getLogger("xlsd"), LogHandler()
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # other libraries may have given the root logger a handler
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+
+
+def _tell(text: object) -> None:
+    """Print a line to stderr: how the command ended."""
     print(shown(text), file=sys.stderr)
 
 
@@ -61,7 +91,7 @@ def say_json(value: Any) -> None:
 class _Text(io.TextIOWrapper):
     """Text of whoever writes it, libraries too: nothing of it does more to a terminal than colour.
 
-    What of ours may hold names is escaped by `say` and `warn` already.
+    What of ours may hold names is escaped by `say` and the log handler already.
     """
 
     def write(self, text: str) -> int:
@@ -170,18 +200,19 @@ def run(name: str, command: Callable[[], int], stopped: str = "stopped at once")
     """
     try:
         try:
-            code = command()
+            with logging_to_stderr():
+                code = command()
         except UserError as error:
-            warn(f"{name}: {error}")
+            _tell(f"{name}: {error}")
             code = 1
         except OSError as error:
             if error.filename is None or isinstance(error, BrokenPipeError):
                 raise
             told = f"{error.strerror}; mend that, or name another path"
-            warn(f"{name}: cannot go on: {error.filename}: {told}")
+            _tell(f"{name}: cannot go on: {error.filename}: {told}")
             code = 1
         except KeyboardInterrupt:
-            warn(f"{name}: {stopped}")
+            _tell(f"{name}: {stopped}")
             code = 130
         finally:
             sys.stdout.flush()
@@ -208,7 +239,7 @@ def _say_refused(name: str) -> bool:
         return False
     if error.errno == errno.EIO and stat.S_ISCHR(os.fstat(1).st_mode):  # a terminal that closed
         return False
-    warn(f"{name}: cannot write to stdout: {error.strerror}")
+    _tell(f"{name}: cannot write to stdout: {error.strerror}")
     return True
 
 

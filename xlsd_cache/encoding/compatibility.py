@@ -1,14 +1,16 @@
 """Which VAEs fit a store's latents: those with its encoder and padding, whatever their decoder."""
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from xlsd_cache.console.terminal import say, warn
 from xlsd_cache.encoding.vae import NAMES, Vae, load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.identity import Identity, read_attributes, record_encoder, unknown_encoder
+
+log = logging.getLogger("xlsd.cache.encoding")
 
 # Trained with reflection padding, as their pages say: Anzhc's EQ-VAEs and what is trained on them.
 REFLECT = re.compile(r"MS-LC-EQ|EQ-?B\d|Noobai11-?EQ|Pad.*\bEQ|NoobAI.*EQ-?VAE", re.IGNORECASE)
@@ -81,12 +83,12 @@ def original(identity: Identity) -> Vae | None:
 def stored_identity(out: Path, vae: Vae, dry_run: bool) -> Identity | None:
     """That of the store which this VAE is to add to, if there is one; says what a user may miss."""
     if warning := padding_warning(vae):
-        warn(warning)
+        log.warning(warning)
     if not (out / "latents.zarr" / "zarr.json").exists():
         return None
     stored = proved(read_attributes(out)[0], vae, [out], record=not dry_run)
     if stored.encoder_is(vae.sha256, vae.encoder_sha256) and (told := decoder_told(vae, stored)):
-        say(told)
+        log.info(told)
     return stored
 
 
@@ -110,7 +112,7 @@ def padding_warning(vae: Vae) -> str:
     else:
         told = "is named as an EQ-VAE, some of which were trained with reflection padding"
     return (
-        f"WARNING: the VAE {vae.name} {told}, and its convolutions are padded with zeros here: "
+        f"the VAE {vae.name} {told}, and its convolutions are padded with zeros here: "
         f"if its page says so, add --vae-padding reflect"
     )
 

@@ -1,6 +1,7 @@
 """uint8 pixels -> raw latents. Owns the range [-1,1], the dtype and the layout."""
 
 import ctypes
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,13 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.gpu_memory import give_back, is_full, most_on
 from xlsd_cache.schema import Precision
+
+log = logging.getLogger("xlsd.cache.encoding")
 
 
 def to_input(pixels: Tensor) -> Tensor:  # uint8 [B,H,W,3] -> f32 [B,3,H,W] in [-1,1]
@@ -102,7 +104,7 @@ class Encoder:
                         f"the card has no room to encode one image of {width}x{height}; free some "
                         f"of its memory, lower --resolution, or use --device cpu"
                     ) from error
-            tqdm.write(
+            log.info(
                 f"{count} images of {width}x{height} do not fit the card; from here on it encodes "
                 f"half as many at once"
             )

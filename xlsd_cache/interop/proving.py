@@ -1,5 +1,6 @@
 """Which of a cache's latents are what they are said to be: together, and each by itself."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from xlsd_cache.console.terminal import say, warn
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.decode import MOST_PIXELS, REASONS, Pixels, Rejected, decode
@@ -35,6 +35,8 @@ from xlsd_cache.interop.thumbnails import Thumbnails
 from xlsd_cache.interop.transfer import order
 from xlsd_cache.options import ImportConfig
 from xlsd_cache.store.identity import DOWNSCALE
+
+log = logging.getLogger("xlsd.cache.interop")
 
 
 @dataclass
@@ -91,9 +93,9 @@ class Prover:
 
     def _judge(self, found: list[Likeness], count: int) -> Verdict | None:
         """Of all together; None where they are not their images' and others of the cache were."""
-        say(f"compared {len(found)} of {count} latents with {self.vae.name}:")
+        log.info(f"compared {len(found)} of {count} latents with {self.vae.name}:")
         for likeness in found:
-            say(f"  {likeness}")
+            log.info(f"  {likeness}")
         adding = (self.config.out / "latents.zarr" / "zarr.json").exists()
         if adding and all(one.alike is not None and one.alike < OTHER for one in found):
             return None
@@ -106,7 +108,7 @@ class Prover:
                 f"images, or add --force to import them all the same"
             )
         for doubt in verdict.doubtful:
-            warn(f"forced: {doubt}")
+            log.warning(f"forced: {doubt}")
         return verdict
 
     def _fit(
@@ -137,7 +139,7 @@ class Prover:
             (found,) = compare([sample], self.vae, self.device, rounds=0)
             self._weigh({origin: found}, limit)
         if seen:
-            say(
+            log.info(
                 f"the thumbnails of {len(seen) - len(doubted)} of the other {len(seen)} are their "
                 f"images'; the other {len(doubted)} were compared as well"
             )
@@ -175,11 +177,11 @@ class Prover:
         """Name some of what is refused; all are in the table of the rejected."""
         for reason, count in sorted(self.forced.items()):
             if count:
-                warn(f"forced: {count} latents, {reason}: {REASONS[reason]}")
+                log.warning(f"forced: {count} latents, {reason}: {REASONS[reason]}")
         for origin, why in islice(self.refused.items(), 20):
-            warn(f"refused {origin}: {why.reason}: {why.detail}")
+            log.warning(f"refused {origin}: {why.reason}: {why.detail}")
         if len(self.refused) > 20:
-            warn(f"and {len(self.refused) - 20} more were refused")
+            log.warning(f"and {len(self.refused) - 20} more were refused")
 
     def _pixels(self, item: Item, divisor: int = 1) -> Pixels | None:
         """What should have gone into the VAE, or smaller, if the image is there and readable."""

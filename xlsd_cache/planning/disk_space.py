@@ -1,18 +1,20 @@
 """Whether the disk can hold what is to be written, asked before the first batch is encoded."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.disk import free_bytes, size
 from xlsd_cache.store.identity import Identity, bucket_shape
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CRC_NBYTES
 from xlsd_cache.tables.columns import one
+
+log = logging.getLogger("xlsd.cache.planning")
 
 LOG_NBYTES = 512  # of the tables for one image, about: plan, commit record, index.arrow
 
@@ -52,7 +54,7 @@ def say_room(nbytes: int, out: Path) -> None:
         return
     free = free_bytes(out)
     if free is None:
-        say(f"{size(nbytes)} to write")
+        log.info(f"{size(nbytes)} to write")
         return
     told = f"{size(nbytes)} to write, {size(free)} free on the disk of {out}"
     if nbytes > free:
@@ -60,7 +62,7 @@ def say_room(nbytes: int, out: Path) -> None:
             f"too little room: {told}; free {size(nbytes - free)} more, give --out on a "
             f"larger disk, or build fewer images"
         )
-    say(told)
+    log.info(told)
 
 
 def _staged(manifest: Manifest, unit: Unit) -> int:

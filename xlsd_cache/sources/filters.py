@@ -1,5 +1,6 @@
 """`--only` and `--exclude`: images by name or pattern, given themselves or in files of them."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.console.terminal import warn
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.text import read_lines
 from xlsd_cache.tables.columns import one
 from xlsd_cache.tables.names import canonical, last_part, look_up
+
+log = logging.getLogger("xlsd.cache.sources")
 
 _WILD = re.compile(r"[*?\[]")
 _PARTS = re.compile(r"\*+|\?|\[!?[^\[\]\\]+\]|.", re.DOTALL)
@@ -31,7 +33,7 @@ def listed(images: pa.Table, only: tuple[str, ...], exclude: tuple[str, ...]) ->
     for given in exclude:
         out = _named(given, images, must=Path(given).expanduser().is_file())
         if not out.any():
-            warn(f"WARNING: --exclude {given} names no image")
+            log.warning(f"--exclude {given} names no image")
         kept &= ~out
     images = images.filter(pa.array(kept))
     if not images.num_rows:

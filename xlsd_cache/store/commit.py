@@ -1,6 +1,6 @@
 """One shard as a unit of work: claimed by a lock, written or adopted, committed by its record."""
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from xlsd_cache.runtime.atomic import sweep, write_parquet
 from xlsd_cache.store.manifest import COMMIT, Manifest, Unit
 from xlsd_cache.store.shard import CorruptShard, Row, ShardReader, ShardWriter, read_journal
+
+log = logging.getLogger("xlsd.cache.store")
 
 
 @dataclass
@@ -93,7 +95,7 @@ def planning(manifest: Manifest) -> Iterator[None]:
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        print("another process is planning; waiting for it", file=sys.stderr)
+        log.info("another process is planning; waiting for it")
         lock.acquire()
     try:
         yield

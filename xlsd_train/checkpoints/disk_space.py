@@ -5,6 +5,7 @@ the next one is written, --keep older ones and the best are there too.
 """
 
 import errno
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.nn import Parameter
 
-from xlsd_cache.console.terminal import say, warn
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.model.bundle import Model
 from xlsd_train.runs.layout import checkpoints, partial_checkpoints
+
+log = logging.getLogger("xlsd.train.checkpoints")
 
 STATES = {"lion": 1, "dlion": 2, "adamw": 2, "prodigy": 4}  # copies of what trains
 STEP_NBYTES = 700  # of metrics.jsonl and TensorBoard's log
@@ -95,7 +97,7 @@ def say_room(room: Room, run: Run, config: TrainConfig) -> None:
     free = free_bytes(run.folder)
     told = f"disk: a checkpoint takes {size(room.checkpoint)}, the run up to {size(room.whole)}"
     if free is None or not room.first:
-        say(told)
+        log.info(told)
         return
     # Those that a kill met are removed as the run begins.
     free += sum(held_bytes(path) for path in partial_checkpoints(run.folder))
@@ -106,10 +108,10 @@ def say_room(room: Room, run: Run, config: TrainConfig) -> None:
             f"too little room: {told}, less than its first {room.first} checkpoints; free "
             f"{size(room.least - free)} more, {lower}give --out on a larger disk, or --force"
         )
-    say(told)
+    log.info(told)
     if room.whole > free:
-        warn(
-            f"WARNING: the disk of {run.folder} will be full before the run ends: free "
+        log.warning(
+            f"the disk of {run.folder} will be full before the run ends: free "
             f"{size(room.whole - free)} more, or lower --keep or --ema-snapshots"
         )
 

@@ -5,6 +5,7 @@ base/; and the files SAVE, SAMPLE and STOP, which a user touches to have it done
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -22,7 +23,6 @@ import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import (
     TEMPORARY,
@@ -46,6 +46,8 @@ from xlsd_train.runs.layout import checkpoints, partial_checkpoints, steps_in
 from xlsd_train.runs.links import refuse_links
 from xlsd_train.runs.record import read_state, refuse_unfit
 from xlsd_train.runs.validation_log import SETS, forget_after, save_losses, summaries
+
+log = logging.getLogger("xlsd.train.checkpoints")
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 NUMERIC = ("torch", "diffusers", "transformers", "prodigyopt", "numpy")  # they decide the bits
@@ -155,7 +157,7 @@ class Run:
             )
         other = first_other_rate(config, was, (planned, warmup), step)
         if other is None:
-            say(
+            log.info(
                 f"planned {planned} steps, and {was[0]} before: every step so far had the same "
                 f"learning rate, so the run is exactly the one that was planned so from its start"
             )
@@ -181,7 +183,9 @@ class Run:
         if not force:
             raise refuse(self.folder, told(differ, now) + why)
         self.forced |= differ
-        say(f"--force: {self.folder} was begun with {told(differ, now)}; not bit-exact from here")
+        log.info(
+            f"--force: {self.folder} was begun with {told(differ, now)}; not bit-exact from here"
+        )
 
     def _old_settings(self, settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         """The run's, with what they were in effect where it is written another way now."""

@@ -4,6 +4,7 @@ Karras et al. 2024 (arXiv 2312.02696), section 3.2: least squares over the snaps
 the same sum of their weights.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -16,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.encoding.finite import count, is_finite, unfit
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
@@ -29,6 +29,8 @@ from xlsd_train.runs.record import unreadable
 from xlsd_train.weights.lazy_tensors import check_length, read_tensors
 from xlsd_train.weights.locate import TEXT_ENCODER, UNET
 from xlsd_train.weights.network import PREFIX
+
+log = logging.getLogger("xlsd.train.commands")
 
 
 def reconstruct(config: EmaConfig) -> None:
@@ -57,7 +59,7 @@ def reconstruct(config: EmaConfig) -> None:
             for sigma in SIGMAS
         ]
         counts, error = coefficients(profiles, wanted)
-        say(
+        log.info(
             f"sigma_rel {config.sigma_rel:g} (gamma {wanted.gamma:.4g}) at step {step}, from "
             f"{len(files)} snapshots of {run}: its profile is met to {error:.1%}"
         )
@@ -70,7 +72,7 @@ def reconstruct(config: EmaConfig) -> None:
         }
     said = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
     _write(run, out, step, averaged, said)
-    say(f"{out}: as --model takes it")
+    log.info(f"{out}: as --model takes it")
 
 
 def _names(run: Path, files: list[Any]) -> list[str]:

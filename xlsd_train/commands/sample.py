@@ -1,6 +1,7 @@
 """`xlsd-train sample`: the same prompts and seeds drawn by several models, side by side."""
 
 import gc
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from xlsd_cache.console.terminal import say, shown
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import replacing, write_bytes
 from xlsd_cache.runtime.device import device_of, set_precision
@@ -25,6 +25,8 @@ from xlsd_train.export.export import fold_vae, vae_in
 from xlsd_train.model.bundle import assemble, model_vae
 from xlsd_train.weights.lazy_tensors import sha256_of
 from xlsd_train.weights.locate import Parts, find
+
+log = logging.getLogger("xlsd.train.commands")
 
 SHOWN = 60  # prompts in grid and page, which some hundreds, as `score` wants, would make gigabytes
 # Of a model's scheduler what belongs to the model. Where steps fall and how they are taken is the
@@ -41,7 +43,7 @@ def compare(config: SampleConfig) -> Path:
     Raises UserError before the first picture where a prompt or a model cannot be drawn.
     """
     device = device_of(config.device)
-    print(set_precision("fp32"))
+    log.info(set_precision("fp32"))
     names = _names(config.models)
     asked = read_pictures(config.prompts, "--prompts", _default(config, names))
     models = [find(source, tokenizer=_tokenizer(source, config)) for source in names.values()]
@@ -59,9 +61,9 @@ def compare(config: SampleConfig) -> Path:
         _grid(list(names), shown, files).save(temporary, "PNG", **marking("grid"))
     html = config.out / "index.html"
     write_bytes(html, page(list(names), shown, files).encode())
-    say(f"pictures and grid {config.out / 'grid.png'}; to compare any two: {html}")
+    log.info(f"pictures and grid {config.out / 'grid.png'}; to compare any two: {html}")
     if len(asked) > SHOWN:
-        print(f"grid and page show the first {SHOWN} of {len(asked)} prompts")
+        log.info(f"grid and page show the first {SHOWN} of {len(asked)} prompts")
     return html
 
 
@@ -87,7 +89,7 @@ def _draw(
     pipeline = pipeline_of(model, scheduler).to(device)
     lines = dict.fromkeys(remarks(asked, model.tokenizer, model.tokens))
     for line in lines.keys() - said:
-        tqdm.write(shown(line))
+        log.info(line)
     said |= lines.keys()
     source = Path(parts.source)
     model_hash = sha256_of(source)[:10] if source.is_file() else None  # as A1111 writes it
@@ -119,7 +121,7 @@ def _default(config: SampleConfig, names: dict[str, str]) -> Picture:
     if config.size is None and sizes:
         others = [f"{name}'s are {own}" for name, own in sizes.items() if own != size]
         told = f"pictures of {size}, as the samples of {run} are"
-        say("; ".join([told, *others, "--size chooses"]))
+        log.info("; ".join([told, *others, "--size chooses"]))
     width, height = size_of(config.size or size, "--size")
     return Picture(
         "", config.negative, config.seed, config.steps, config.guidance, width, height,

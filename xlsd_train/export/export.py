@@ -1,6 +1,7 @@
 """`xlsd-train export`: a model for other programs, written a tensor at a time and read back."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.encoding.vae import Vae, load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import fsync_file, write_bytes, write_json
@@ -35,6 +35,8 @@ from xlsd_train.weights.ldm_file import single_file
 from xlsd_train.weights.locate import CONFIGS, Parts, completed, find
 from xlsd_train.weights.network import POSITIONS, PREFIX, Part, checked, empty
 from xlsd_train.weights.vae_fold import SD15_FACTOR, Normalisation, fold
+
+log = logging.getLogger("xlsd.train.export")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -79,12 +81,12 @@ def write_model(
         if config is not None:
             beside[f"{title}.yaml"] = config.encode()
         write_beside(out.parent if single else temporary, beside, written)
-    say(folded)
+    log.info(folded)
     for file, digest in hashes.items():
         path = out if single else out / file
-        say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
+        log.info(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
     if needed:
-        say(needed)
+        log.info(needed)
     return out
 
 

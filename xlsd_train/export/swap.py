@@ -1,15 +1,17 @@
 """`xlsd-train swap`: a model with another VAE in it, as training with that VAE begins."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
-from xlsd_cache.console.terminal import warn
 from xlsd_cache.encoding.compatibility import padding_warning
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_train.config.model_options import SwapConfig
 from xlsd_train.export.export import has_encoder, vae_part, write_model
 from xlsd_train.weights.locate import completed, find
+
+log = logging.getLogger("xlsd.train.export")
 
 
 def swap(config: SwapConfig) -> Path:
@@ -26,7 +28,7 @@ def swap(config: SwapConfig) -> Path:
             f"gives {vae.channels}; give another --vae"
         )
     if warning := padding_warning(vae):
-        warn(warning)
+        log.warning(warning)
     parts = completed(parts)
     same = parts.vae is not None and has_encoder(parts, vae)
     # What a run made of its old VAE's latents says nothing of the new one's.

@@ -1,5 +1,6 @@
 """Where D-Lion's d stops growing for the first time: the rate with which plain Lion may go on."""
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -7,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from xlsd_cache.console.terminal import shown
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.runs.json_files import objects_in
+
+log = logging.getLogger("xlsd.train.optim")
 
 WINDOW = 100  # steps over which d hardly grows on a plateau
 GROWTH = 1.02  # by a factor less than this over the window
@@ -71,7 +71,7 @@ class PlateauWatch:
     def see(self, line: Mapping[str, Any]) -> None:
         """Say it, at the step where it is found."""
         if found := self.next(line):
-            tqdm.write(shown(found))
+            log.info(found)
 
     def next(self, line: Mapping[str, Any]) -> Plateau | None:
         """The plateau that this step's metrics end the search for; at later steps None again."""

@@ -4,6 +4,7 @@ Plotly's own JavaScript is inlined, once; the page says to the browser that it m
 """
 
 import base64
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_bytes
 from xlsd_cache.runtime.own_files import GENERATOR, is_page, refuse_foreign
@@ -23,6 +23,8 @@ from xlsd_train.report.ranking import HEADER, rank
 from xlsd_train.report.tables import facts, settings_table
 from xlsd_train.runs.downsample import evenly
 from xlsd_train.runs.history import History, histories
+
+log = logging.getLogger("xlsd.train.report")
 
 NAME = "report.html"
 STEPS, PROMPTS = 10, 8  # of samples, at most
@@ -139,7 +141,7 @@ class Samples:
 def report(config: ReportConfig) -> Path:
     """Write the page of `config.runs`; returns where. Raises UserError for what is no run."""
     path = write_report(config.runs, config.out)
-    say(f"report {path}")
+    log.info(f"report {path}")
     return path
 
 

@@ -10,6 +10,7 @@ another in SD1.5, so both give the gradient of the whole batch, but for the orde
   them, steps that layer's weights and frees their gradients, before it comes to the next.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.data.loader import Batch
@@ -37,6 +37,8 @@ from xlsd_train.step.layers import (
 )
 from xlsd_train.step.objective import Objective
 from xlsd_train.step.sliced import PartlyDone, SlicedPass
+
+log = logging.getLogger("xlsd.train.step")
 
 Way = Literal["plain", "cheap", "feed-forward", "sliced"]
 
@@ -206,7 +208,7 @@ class Step:
             raise error
         if plan is None or (plan.way != self.plan.way and stays):
             raise error
-        tqdm.write(
+        log.info(
             f"out of memory with {self.plan}: it is done again with {plan}, on the same data and "
             f"noise, and so is all that follows"
         )

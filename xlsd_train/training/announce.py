@@ -1,6 +1,7 @@
 """What a run is about to do, in full, before it does it."""
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -8,13 +9,14 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.dataset.batch_order import Schedule
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import told
 from xlsd_train.runs.validation_log import HELD_OUT
 from xlsd_train.training.pace import epochs_told, hours_told
+
+log = logging.getLogger("xlsd.train.training")
 
 
 def announce(
@@ -26,58 +28,60 @@ def announce(
 ) -> None:
     """Print it, from the record that config.json keeps."""
     for name, value in asdict(config).items():
-        say(f"  {name:<24}{value}")
+        log.info(f"  {name:<24}{value}")
     for line in _chosen(record):
-        say(line)
+        log.info(line)
     weights = sum(parameter.numel() for parameter in named.values())
-    say(record["precision"])
-    say(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
+    log.info(record["precision"])
+    log.info(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
     objective = record["objective"]
     weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
     anew = f"; the model predicted {objective['before']} so far, and learns to anew"
-    say(
+    log.info(
         f"objective {objective['kind']}{weight}, {config.timesteps} timesteps"
         + (anew if objective["anew"] else "")
     )
     if record["latents"]["normalized"]:
-        say("latents are normalised by channel, with " + json.dumps(record["latents"]))
+        log.info("latents are normalised by channel, with " + json.dumps(record["latents"]))
     if record["vae"]["decoder"]:
-        say(record["vae"]["decoder"])
+        log.info(record["vae"]["decoder"])
     _stores(record["stores"])
     for tag in record["unknown_tags"]:
-        say(f"  no image has the tag {tag!r} that --forbid-tags names")
+        log.info(f"  no image has the tag {tag!r} that --forbid-tags names")
     _measured(config, record)
-    say(told(record["captions"]))
+    log.info(told(record["captions"]))
     for line in record["remarks"] if config.sample_every else ():
-        say(line)
-    say(record["memory"])
+        log.info(line)
+    log.info(record["memory"])
     if config.ema:
         gib = 2 * 4 * weights / 2**30
         held = gib * 1.5 if record["settings"]["device"] == "cuda" else gib  # a copy on its way
-        say(
+        log.info(
             f"EMA: two averages in {held:.1f} GiB of the CPU's memory, and at most "
             f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {run.folder / 'ema'}"
         )
     for bucket, count in schedule.small_buckets(record["batch"]):
-        say(f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}")
+        log.info(
+            f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}"
+        )
     falls = config.scheduler != "constant"
     then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
     steps = config.warmup or ""
     short = steps.isdecimal() and int(steps) > record["planned_steps"]
     tenth = f"; a tenth of the plan, which is shorter than the recipe's {steps}" if short else ""
-    say(f"warm-up over {record['warmup_steps']:g} steps to {config.lr:g}{then}{tenth}")
+    log.info(f"warm-up over {record['warmup_steps']:g} steps to {config.lr:g}{then}{tenth}")
     _length(config, record, schedule)
-    say(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
+    log.info(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
 
 
 def _measured(config: TrainConfig, record: dict[str, Any]) -> None:
     """What validation measures, and whether its steps are those that are saved."""
     measured = len(record["validation"].get(HELD_OUT, ()))
     if measured:
-        say(f"  {measured} held-out images are measured beside {measured} that train")
+        log.info(f"  {measured} held-out images are measured beside {measured} that train")
         meet = math.lcm(config.validate_every, config.save_every)
         if meet > config.validate_every:
-            say(
+            log.info(
                 f"  one of {meet // config.validate_every} validated steps is saved: "
                 f"--validate-every {config.validate_every} and --save-every {config.save_every} "
                 f"meet every {meet} steps, and the best checkpoint is chosen from those"
@@ -90,13 +94,13 @@ def _length(config: TrainConfig, record: dict[str, Any], schedule: Schedule) -> 
     last = min(planned, config.stop_after or planned)
     images = sum(store["selected"] for store in record["stores"])
     stops = f", of which it stops after {last}" if last < planned else ""
-    say(
+    log.info(
         f"planned {planned} steps{stops}, {an_epoch:.1f} an epoch: "
         f"{epochs_told(last / an_epoch, images)}"
     )
     if record.get("step_s"):
         card, step_s = record["step_s"]
-        say(hours_told(card, last * config.accum * step_s))
+        log.info(hours_told(card, last * config.accum * step_s))
 
 
 def _chosen(record: dict[str, Any]) -> Iterator[str]:
@@ -124,13 +128,13 @@ def _stores(stores: list[dict[str, Any]]) -> None:
         later = store["newest_generation"] - store["generation"]
         if later:
             line += f", without the {later} later ones, unfinished or newer than the run"
-        say(line)
+        log.info(line)
         if store["tagged"] < store["images"]:
-            say(f"  {store['tagged']} of {store['images']} images are selected by their tags")
+            log.info(f"  {store['tagged']} of {store['images']} images are selected by their tags")
         if store["selected"] < store["tagged"]:
-            say(f"  {store['tagged'] - store['selected']} of them are held out for validation")
+            log.info(f"  {store['tagged'] - store['selected']} of them are held out for validation")
         if store["weight"] != 1 or len(stores) > 1:
-            say(
+            log.info(
                 f"  an epoch uses each {store['weight']:g} times: {used / sum(uses):.1%} of what "
                 f"it uses"
             )

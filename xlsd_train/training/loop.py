@@ -1,5 +1,6 @@
 """`xlsd-train`: the training loop, on one page."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from itertools import islice
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from xlsd_cache.console import terminal
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_cache.runtime.signals import StopSignal
@@ -28,6 +28,8 @@ from xlsd_train.step.distributed import Lost
 from xlsd_train.training.meter import FailureWatch, Meter
 from xlsd_train.training.pace import Pace
 from xlsd_train.training.session import Session, open_session
+
+log = logging.getLogger("xlsd.train.training")
 
 Watches = tuple[PlateauWatch, Pace, FailureWatch]  # of what the metrics show
 
@@ -245,7 +247,7 @@ def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
             there = schedule.samples_an_epoch
             weighted = there != len(session.source.selection)
             times = f"its store's weight x {epoch} times" if weighted else f"{epoch} times"
-            tqdm.write(
+            log.info(
                 f"epoch {epoch} ended: it used {used} samples of {there}; so far each was used "
                 f"{times}, give or take one"
             )
@@ -256,13 +258,13 @@ def _say_end(session: Session, stop: StopSignal) -> None:
         return
     run, planned = session.run, session.planned_steps
     step = run.state()["step"]
-    terminal.say(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
+    log.info(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
     if session.config.sample_every:
-        terminal.say(f"samples {run.folder / 'samples' / 'grid.png'}")
+        log.info(f"samples {run.folder / 'samples' / 'grid.png'}")
     told = tell(run.folder, list(map(step_of, checkpoints(run.folder))))
     if told:
-        terminal.say(told)
+        log.info(told)
     if not stop.hurries:
-        terminal.say(leave_report(run.folder))
+        log.info(leave_report(run.folder))
     if stop.asked or step < planned:
-        terminal.say(f"to go on from here, to the bit: the same command with --out {run.folder}")
+        log.info(f"to go on from here, to the bit: the same command with --out {run.folder}")

@@ -5,6 +5,7 @@ the next step is already under way, or when the run is about to keep something o
 or a sample. So a loss that is not finite is found one step late, and never by a checkpoint.
 """
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from xlsd_cache.errors import UserError
 from xlsd_train.checkpoints.checkpoint import remedy
+
+log = logging.getLogger("xlsd.train.training")
 
 SMOOTHING = 0.99  # weight of the past in the smoothed loss, a step
 
@@ -97,7 +99,7 @@ class FailureWatch:
         """A line of the metrics."""
         if not self._said and (failures := line.get("alloc_failures", 0)):
             self._said = True
-            tqdm.write(
+            log.info(
                 f"memory was refused {failures} times up to step {line['step']}, which went on: "
                 f"where a kernel finds no room cuDNN takes another, which rounds otherwise, so "
                 f"that a resume may differ in the last bits; a lower --vram plans for more room"

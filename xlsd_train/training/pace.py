@@ -1,11 +1,12 @@
 """How long a run will take, and whether anybody can want that: said before it, or soon after."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm import tqdm
-
 from xlsd_train.memory.gpus import known_as
+
+log = logging.getLogger("xlsd.train.training")
 
 ABSURD = 1000  # epochs
 FIRST, STEPS, ENOUGH_S = 2, 20, 30.0  # steps that are not measured, then as many or as long
@@ -50,7 +51,7 @@ class Pace:
     def see(self, line: Mapping[str, Any]) -> None:
         """Take a step's metrics."""
         if told := self.next(line):
-            tqdm.write(told)
+            log.info(told)
 
     def next(self, line: Mapping[str, Any]) -> str | None:
         """What there is to say at this step; None at most."""

@@ -1,5 +1,6 @@
 """The parts of a session, each opened and checked by itself: device, samples, model, plan."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import CLIPTokenizer
 
-from xlsd_cache.console.terminal import say
 from xlsd_cache.dataset.batch_order import Schedule
 from xlsd_cache.encoding.hub import repository_of
 from xlsd_cache.errors import UserError
@@ -32,6 +32,8 @@ from xlsd_train.step.distributed import PATIENCE
 from xlsd_train.step.objective import Objective
 from xlsd_train.step.step import Plan
 from xlsd_train.training.pace import predicted
+
+log = logging.getLogger("xlsd.train.training")
 
 
 @dataclass(frozen=True)
@@ -156,12 +158,16 @@ def check_start(config: TrainConfig, run: Run, store: Mixture) -> None:
     asked = {name: getattr(config, name) for name in other}
     new = dict(asked)
     if config.force:
-        say(f"--force: {run.folder} was begun with {told(other, asked)}; its checkpoint is taken")
+        log.info(
+            f"--force: {run.folder} was begun with {told(other, asked)}; its checkpoint is taken"
+        )
         return
     for name, value in list(new.items()):
         if name in PLACES and _is_gone(name, value):
             option = f"--{name.replace('_', '-')}"
-            say(f"{option} {value} is not there, and not needed: the checkpoint holds the model")
+            log.info(
+                f"{option} {value} is not there, and not needed: the checkpoint holds the model"
+            )
             new.pop(name)
     if new and not _begins_alike(config, run, store, new):
         raise UserError(

@@ -3,12 +3,12 @@
 A checkpoint of ours holds the trained networks' weights; all else lies once in its run's `base/`.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xlsd_cache.console.terminal import say, warn
 from xlsd_cache.encoding.hub import no_such, repository_of
 from xlsd_cache.encoding.network_config import MOST_LAYERS
 from xlsd_cache.errors import UserError
@@ -52,6 +52,8 @@ from xlsd_train.weights.prediction_type import (
     prediction_type,
 )
 from xlsd_train.weights.vae_fold import Normalisation
+
+log = logging.getLogger("xlsd.train.weights")
 
 UNET, TEXT_ENCODER = "unet.safetensors", "text_encoder.safetensors"  # in a checkpoint
 CONFIGS = "xlsd.configs"  # in the metadata of a single file of ours
@@ -117,7 +119,7 @@ def completed(parts: Parts, tokenizer: bool = True) -> Parts:
         files = ["text_encoder/config.json", "text_encoder/model.safetensors"]
         folder = fetch_model(sd15.HUB_ID, files, files, "--text-encoder")
         part = folder_part("text_encoder", folder / "text_encoder", sd15.HUB_ID)
-        say(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
+        log.info(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
         check(part)
         parts = replace(parts, text_encoder=part)
     if parts.tokenizer is None and tokenizer:
@@ -198,7 +200,7 @@ def _with_unet(found: Parts, unet: Part, source: str) -> Parts:
     ours = found.scheduler
     if all(of(theirs) == of(ours) for of in (prediction_type, has_zero_snr)):
         return found
-    warn(
+    log.warning(
         f"--unet {source} predicts {prediction_type(theirs)} and {found.source} "
         f"{prediction_type(ours)}: the UNet's own noise schedule is taken"
     )

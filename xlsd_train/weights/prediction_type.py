@@ -11,6 +11,7 @@ A single file has no scheduler. What it predicts is said, where it is said at al
 and of that order the first one counts.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from xlsd_cache.console.terminal import warn
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.text import read_text
 from xlsd_train.config import sd15
 from xlsd_train.config.train import Kind
 from xlsd_train.runs.json_files import misfit
 from xlsd_train.weights.lazy_tensors import Stored
+
+log = logging.getLogger("xlsd.train.weights")
 
 V_PRED, ZTSNR = "v_pred", "ztsnr"  # names of empty tensors
 # What a scheduler's config says of the objective; all else in it is the noise schedule's.
@@ -174,7 +176,7 @@ def _first(path: Path, what: str, told: list[tuple[str, Any]]) -> Any:
         if value != known[0][1]:
             beside = path.with_suffix(".yaml").name
             remedy = f"; a {beside} beside it, with model.params.parameterization, would decide it"
-            warn(
+            log.warning(
                 f"{path}: two places disagree on its {what}: {known[0][0]} says {known[0][1]} and "
                 f"{where} {value}: the first is taken" + remedy * (known[0][0] != beside)
             )
@@ -251,7 +253,9 @@ def _word(path: Path, where: str, given: str) -> str | None:
     """Diffusers' word; warns of one that is unknown, and goes on without."""
     word = given.strip().lower().replace("-", "_").replace(" ", "_")
     if word and word not in _WORDS:
-        warn(f"{path}: {where} says that it predicts {given!r}, which is unknown and left aside")
+        log.warning(
+            f"{path}: {where} says that it predicts {given!r}, which is unknown and left aside"
+        )
     return _WORDS.get(word)
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.support import cache, picture, sums, write_images
+from tests.support import cache, picture, printed, sums, write_images
 from xlsd_cache.archives import reader as archives
 from xlsd_cache.archives.members import Members
 from xlsd_cache.archives.reader import read_members
@@ -453,12 +453,12 @@ def test_a_damaged_member_is_rejected_once_and_for_all(
     options = (tmp_path / "a.zip", "--out", tmp_path / "l", "--vae", vae, "--resolution", 128)
     assert cache("build", *options, "--batch", 2) == 0
     assert "2 scanned = 1 encoded + 0 reused + 0 duplicate + 1 rejected (corrupt 1)" in (
-        capsys.readouterr().out
+        printed(capsys)
     )
     rejected = pq.read_table(tmp_path / "l" / "rejected.parquet").to_pylist()
     assert rejected[0]["key"] == "a.zip/1.png"
     assert cache("build", *options, "--batch", 2) == 0
-    assert "to encode: 0 images" in capsys.readouterr().out
+    assert "to encode: 0 images" in printed(capsys)
 
 
 def test_sources_of_an_older_version_are_only_renamed(
@@ -473,7 +473,7 @@ def test_sources_of_an_older_version_are_only_renamed(
     assert "=" not in LatentStore.open(tmp_path / "l").samples["source"][0].as_py()
     capsys.readouterr()
     assert cache("build", *options, "--batch", 2) == 0
-    assert "3 scanned = 0 encoded + 3 reused" in capsys.readouterr().out
+    assert "3 scanned = 0 encoded + 3 reused" in printed(capsys)
     assert "=" in LatentStore.open(tmp_path / "l").samples["source"][0].as_py()
 
 

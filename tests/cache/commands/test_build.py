@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support import cache, files, spawn, sums, torchrun, wait_for, write_images
+from tests.support import cache, files, printed, spawn, sums, torchrun, wait_for, write_images
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.store.reader import LatentStore
 
@@ -54,7 +54,7 @@ def test_every_image_ends_encoded_or_rejected_with_a_reason(
     build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert build() == 0
-    said = capsys.readouterr().out
+    said = printed(capsys)
     assert "15 scanned = 12 encoded + 0 reused + 1 duplicate + 2 rejected (too_small 1, tr" in said
     told = sums(tmp_path / "latents", capsys)
     assert (told["scanned"], told["encoded"], told["duplicate"], told["live"]) == (15, 12, 1, 12)
@@ -235,7 +235,7 @@ def test_half_precision_is_measured_and_near(
     assert build() == 0
     half = tmp_path / "half"
     assert cache("build", *arguments(images, half, vae), "--store-dtype", "float16") == 0
-    assert "float16 rounding: 2." in capsys.readouterr().out  # about 2e-4 of the spread
+    assert "float16 rounding: 2." in printed(capsys)  # about 2e-4 of the spread
     with LatentStore.open(tmp_path / "latents") as full, LatentStore.open(half) as rounded:
         for bucket, rows in full.buckets.items():
             exact = full.read(bucket, rows)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache, files, write_images
+from tests.support import cache, files, printed, write_images
 from xlsd_cache.store.reader import LatentStore
 
 Out = pytest.CaptureFixture[str]
@@ -41,9 +41,7 @@ def texts(store: Path, column: str) -> dict[str, str | None]:
 
 def said(capsys: Out, column: str) -> str:
     """What the command last said of a column."""
-    lines = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{column}: ")
-    ]
+    lines = [line for line in printed(capsys).splitlines() if line.startswith(f"{column}: ")]
     return lines[-1].removeprefix(f"{column}: ")
 
 

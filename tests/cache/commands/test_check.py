@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache, files, train
+from tests.support import cache, files, printed, train
 from xlsd_cache.integrity.shard_check import NAMED, Problem
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.reader import LatentStore
@@ -28,7 +28,7 @@ def wrong(folder: Path, capsys: Out, *options: object) -> list[str]:
     """What `check` finds, its exit code agreeing."""
     capsys.readouterr()
     code = cache("check", folder, *options)
-    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    found = [line for line in printed(capsys).splitlines() if line.startswith("WRONG")]
     assert code == bool(found)
     return found
 
@@ -134,12 +134,12 @@ def test_images_that_are_gone_are_said_and_those_that_changed_are_a_problem(
     (images / "coffee.jpg").unlink()
     capsys.readouterr()
     assert cache("check", out, "--decode", 8) == 0
-    assert "1 of 8 images were not compared: gone" in capsys.readouterr().out
+    assert "1 of 8 images were not compared: gone" in printed(capsys)
     (images / "rocket.jpg").write_bytes((images / "rocket_wide.jpg").read_bytes())
     before = files(out, "**/*")
     for more in ((), ("--repair",), ("--json",), ("--repair", "--json")):
         assert cache("check", out, "--decode", 8, *more) == 1
-        said = capsys.readouterr().out
+        said = printed(capsys)
         assert "images/rocket.jpg" in said
         assert "--rehash" in said
         assert "are right now" not in said

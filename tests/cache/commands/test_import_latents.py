@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.support import cache, files, metrics, train
+from tests.support import cache, files, metrics, printed, train
 from tests.support.peer_caches import (
     bucket_of,
     covered,
@@ -61,7 +61,7 @@ def test_safetensors_come_over_byte_equal_and_train(
     written = write_safetensors(images, image_files(images), vae)
     out = tmp_path / "latents"
     assert cache("import", images, "--out", out, "--vae", vae) == 0
-    told = capsys.readouterr().out
+    told = printed(capsys)
     assert "found 8 latents of safetensors (mean of the posterior), 8 with their image" in told
     assert "compared 8 of 8 latents" in told
     assert "8 scanned = 8 encoded + 0 reused + 0 duplicate + 0 rejected" in told
@@ -106,7 +106,7 @@ def test_onetrainers_caches_find_their_images_wherever_they_lie(
     )
     out = tmp_path / "latents"
     assert cache("import", tmp_path / "cache", "--out", out, "--vae", vae, "--compare", 8) == 0
-    assert f"found {len(written)} latents of onetrainer" in capsys.readouterr().out
+    assert f"found {len(written)} latents of onetrainer" in printed(capsys)
     assert same(out, written)
     images.rename(tmp_path / "moved")
     asked = ("import", tmp_path / "cache", "--vae", vae, "--out", tmp_path / "again")
@@ -140,13 +140,13 @@ def test_a_second_run_imports_nothing_whether_the_images_are_there_or_not(
     before = files(out, "latents.zarr/**/*") | files(out, "manifest/*/*")
     capsys.readouterr()
     assert cache(*asked) == 0
-    told = capsys.readouterr().out
+    told = printed(capsys)
     assert "8 scanned = 0 encoded + 8 reused" in told
     assert "compared" not in told
     for image in image_files(images):
         image.unlink()
     assert cache(*asked) == 0
-    assert "8 scanned = 0 encoded + 8 reused" in capsys.readouterr().out
+    assert "8 scanned = 0 encoded + 8 reused" in printed(capsys)
     assert files(out, "latents.zarr/**/*") | files(out, "manifest/*/*") == before
 
 
@@ -161,11 +161,11 @@ def test_new_and_changed_files_are_imported_and_nothing_leaves(
     written |= write_safetensors(tmp_path / "b", some[4:], vae)
     capsys.readouterr()
     assert cache("import", tmp_path / "b", *rest) == 0
-    assert "8 scanned = 4 encoded + 4 reused" in capsys.readouterr().out
+    assert "8 scanned = 4 encoded + 4 reused" in printed(capsys)
     assert same(tmp_path / "latents", written)
     os.utime(tmp_path / "b" / f"{some[7].stem}.img_sdxl", ns=(5, 5))
     assert cache("import", tmp_path / "b", *rest) == 0
-    assert "8 scanned = 1 encoded + 7 reused" in capsys.readouterr().out
+    assert "8 scanned = 1 encoded + 7 reused" in printed(capsys)
     assert same(tmp_path / "latents", written)
     assert cache("check", tmp_path / "latents") == 0
 
@@ -180,7 +180,7 @@ def test_latents_wait_for_images_that_come_later(
     assert "c/cat.img_sdxl" in plan["key"].to_pylist()
     capsys.readouterr()
     assert cache(*asked, "--images", images) == 0
-    assert "8 scanned = 0 encoded + 8 reused" in capsys.readouterr().out
+    assert "8 scanned = 0 encoded + 8 reused" in printed(capsys)
     with LatentStore.open(tmp_path / "latents") as store:
         assert "images/cat.png" in store.samples["key"].to_pylist()
         assert store.samples["txt"].null_count == 0
@@ -223,7 +223,7 @@ def test_damaged_and_foreign_files_are_rejected_with_a_reason(
     assert (
         "9 scanned = 2 encoded + 0 reused + 1 duplicate + 6 rejected (corrupt 2, foreign 1, "
         "non_finite 1, other_shape 1, other_size 1)"
-    ) in capsys.readouterr().out
+    ) in printed(capsys)
     kept = stored(out)
     written["copy.jpg"] = written[some[6].name]
     assert len(kept) == 2
@@ -232,7 +232,7 @@ def test_damaged_and_foreign_files_are_rejected_with_a_reason(
     assert "16, " in next(row["detail"] for row in told if row["reason"] == "other_shape")
     capsys.readouterr()
     assert cache("import", images, "--out", out, "--vae", vae) == 0
-    assert "9 scanned = 0 encoded + 2 reused + 1 duplicate + 6 rejected" in capsys.readouterr().out
+    assert "9 scanned = 0 encoded + 2 reused + 1 duplicate + 6 rejected" in printed(capsys)
 
 
 def spoil(images: Path, change: Any) -> None:
@@ -288,7 +288,7 @@ def test_scaled_latents_are_told_and_divided_when_forced(
             assert np.allclose(latent, raw[key], rtol=3e-7, atol=1e-6)
     capsys.readouterr()
     assert cache(*asked) == 0  # nothing is new, so nothing is doubtful
-    assert "8 scanned = 0 encoded + 8 reused" in capsys.readouterr().out
+    assert "8 scanned = 0 encoded + 8 reused" in printed(capsys)
 
 
 def test_a_changed_image_leaves_its_latent_behind(
@@ -297,7 +297,7 @@ def test_a_changed_image_leaves_its_latent_behind(
     write_onetrainer(tmp_path / "cache", image_files(images), vae)
     shutil.copy(images / "rocket.jpg", images / "coffee.jpg")
     assert cache("import", tmp_path / "cache", "--out", tmp_path / "l", "--vae", vae) == 0
-    assert "+ 1 rejected (changed_image 1)" in capsys.readouterr().out
+    assert "+ 1 rejected (changed_image 1)" in printed(capsys)
     (row,) = pq.read_table(tmp_path / "l/rejected.parquet").to_pylist()
     assert row["detail"].startswith("cached from 600x400, upright the image is 640x427 now")
 
@@ -310,7 +310,7 @@ def test_a_pickle_that_runs_code_is_not_run(
     (one,) = (tmp_path / "cache").rglob("3.pt")
     torch.save({"latent_image": Bomb(mark)}, one)
     assert cache("import", tmp_path / "cache", "--out", tmp_path / "l", "--vae", vae) == 0
-    assert "rejected (unsafe 1)" in capsys.readouterr().out
+    assert "rejected (unsafe 1)" in printed(capsys)
     torch.save(Bomb(mark), one.with_name("aggregate.pt"))
     assert cache("import", tmp_path / "cache", "--out", tmp_path / "m", "--vae", vae) == 1
     assert "aggregate.pt, which alone says whose latents" in error(capsys)

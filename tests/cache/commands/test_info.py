@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import cache
+from tests.support import cache, printed
 from xlsd_cache.store.reader import LatentStore
 
 
@@ -54,7 +54,7 @@ def test_it_tells_what_captions_say(
 
 def test_people_read_the_same(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cache("info", store) == 0
-    said = capsys.readouterr().out
+    said = printed(capsys)
     for words in ("8 live images", "128x128 5, 192x64 3", "scaling factor 0.13025", "txt 8 of 8"):
         assert words in said
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tests.cache.integrity.test_repair import small_disk
-from tests.support import cache, spawn
+from tests.support import cache, printed, spawn
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.store.reader import LatentStore
 
@@ -50,7 +50,7 @@ def test_tags_choose_exactly(store: Path, tmp_path: Path, capsys: Out) -> None:
     tag = texts[0].split(",")[0]
     having = sum(tag in [t.strip() for t in text.split(",")] for text in texts)
     assert cache("preview", store, tmp_path / "a.png", "--tags", tag, "--thumbnail", 64) == 0
-    assert f"{having} of 8 samples" in capsys.readouterr().out
+    assert f"{having} of 8 samples" in printed(capsys)
     assert cache("preview", store, tmp_path / "b.png", "--tags", tag[:-1]) == 1
     assert "no sample of" in said(capsys)
     assert not (tmp_path / "b.png").exists()

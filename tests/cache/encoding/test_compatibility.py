@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from tests.cache.encoding.test_vae import tiny
-from tests.support import cache
+from tests.support import cache, printed
 from tests.support.peer_caches import image_files, write_safetensors
 from xlsd_cache.encoding.compatibility import padding_warning
 from xlsd_cache.encoding.encoder import to_input
@@ -85,15 +85,15 @@ def test_a_new_decoder_encodes_nothing_and_decodes_everything(
     assert build(out, new) == 0
     assert not encoded
     assert contents(out) == before
-    told = capsys.readouterr().out
+    told = printed(capsys)
     assert "the decoder of" in told
     assert "must not mix" not in told
     for vae_given in (("--vae", new), ()):
         sheet = tmp_path / f"{len(vae_given)}.png"
         assert cache("preview", out, sheet, *vae_given) == 0
-        assert ("is another than" in capsys.readouterr().out) == bool(vae_given)
+        assert ("is another than" in printed(capsys)) == bool(vae_given)
         assert cache("check", out, "--decode", 3, *vae_given) == 0
-        told = capsys.readouterr().out
+        told = printed(capsys)
         assert ("is another than" in told) == bool(vae_given)
         assert "decoded 3" in told
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "2.png").read_bytes()
@@ -262,7 +262,7 @@ def test_reflection_is_what_diffusers_encodes_with_it(
     assert cache("check", out, "--decode", 8) == 0
     capsys.readouterr()
     assert cache("info", out) == 0
-    assert "reflection padding" in capsys.readouterr().out
+    assert "reflection padding" in printed(capsys)
     assert build(out, vae) == 1
     assert "vae_padding reflect and not zeros" in capsys.readouterr().err
     for zeros_store in (store, older(store, tmp_path / "older")):
@@ -290,7 +290,7 @@ def test_imports_take_a_new_decoder_and_keep_the_padding_apart(
     assert cache(*asked, vae, "--vae-padding", "reflect") == 1
     assert "vae_padding zeros and not reflect" in capsys.readouterr().err
     assert cache(*asked, changed(vae, tmp_path / "new", "decoder.")) == 0
-    assert "the decoder of" in capsys.readouterr().out
+    assert "the decoder of" in printed(capsys)
     with LatentStore.open(out) as store:
         assert len(store) == 8
     assert cache(*asked, changed(vae, tmp_path / "other", "encoder.")) == 1

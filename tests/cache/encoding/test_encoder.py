@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 import xlsd_cache.encoding.encoder
-from tests.support import cache
+from tests.support import cache, printed
 from xlsd_cache.encoding.encoder import Encoder, to_input
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
@@ -63,7 +63,7 @@ def test_without_a_batch_every_core_encodes_one_image_at_a_time(
     try:
         assert cache("build", photos, "--out", tmp_path / "l", *args) == 0
         assert torch.get_num_threads() == 3
-        assert "3 x 1 image at once, 1 thread each" in capsys.readouterr().out
+        assert "3 x 1 image at once, 1 thread each" in printed(capsys)
         torch.set_num_threads(1)
         reference, processor = AutoencoderKL.from_pretrained(vae), VaeImageProcessor()
         with LatentStore.open(tmp_path / "l") as ours, torch.inference_mode():
@@ -128,7 +128,7 @@ def test_decoding_the_store_gives_the_photos(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cache("check", store, "--decode", 8) == 0
-    out = capsys.readouterr().out
+    out = printed(capsys)
     assert "decoded 8" in out
     assert "all 8 latents are right" in out
 
@@ -144,7 +144,7 @@ def test_pixels_in_another_range_are_found_by_decoding(
         assert cache("build", photos, *args) == 0
     assert cache("check", tmp_path / "l") == 0
     assert cache("check", tmp_path / "l", "--decode", 8) == 1
-    assert capsys.readouterr().out.count("WRONG") >= 6
+    assert printed(capsys).count("WRONG") >= 6
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

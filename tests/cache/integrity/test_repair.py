@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cache.commands.test_build import slow_build
-from tests.support import cache, files, spawn, wait_for, write_images
+from tests.support import cache, files, printed, spawn, wait_for, write_images
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.manifest import COMMIT, Manifest, Unit
@@ -228,7 +228,7 @@ def test_a_damaged_plan_is_said_and_nothing_is_touched(store: Store, capsys: Out
     assert (code, found["problems"][0]["kind"]) == (1, "plan")
     assert files(store.out, "**/*") == before
     assert cache("check", store.out, "--repair") == 1
-    assert "cannot mend manifest/plan/000000.parquet" in capsys.readouterr().out
+    assert "cannot mend manifest/plan/000000.parquet" in printed(capsys)
 
 
 def test_a_damaged_latent_is_not_reused_when_its_image_comes_back(store: Store) -> None:

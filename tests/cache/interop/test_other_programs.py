@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.cache.commands.test_import_latents import error, stored
-from tests.support import cache
+from tests.support import cache, printed
 from tests.support.peer_caches import (
     covered,
     encoded,
@@ -232,7 +232,7 @@ def test_a_file_is_called_by_what_it_holds(
     cached.mkdir()
     shutil.copy(path, cached / f"a{suffix}")
     cache("import", cached, "--vae", vae, "--out", tmp_path / "l", "--dry-run")
-    assert f"found 1 latents of {kind} (" in capsys.readouterr().out
+    assert f"found 1 latents of {kind} (" in printed(capsys)
 
 
 def test_kinds_are_told_apart_by_content(

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.cache.commands.test_import_latents import error, same, stored
-from tests.support import cache
+from tests.support import cache, printed
 from tests.support.peer_caches import encoded, image_files, write_safetensors
 from xlsd_cache.encoding.encoder import to_input
 
@@ -88,10 +88,10 @@ def test_two_swapped_latents_are_rejected_by_name_and_the_others_imported(
     assert same(tmp_path / "l", written(images, wrong))
     assert rejected(tmp_path / "l") == dict.fromkeys(wrong, "not_its_image")
     assert cache(*asked) == 0  # again, and nothing changes
-    assert "8 scanned = 0 encoded + 6 reused + 0 duplicate + 2 rejected" in capsys.readouterr().out
+    assert "8 scanned = 0 encoded + 6 reused + 0 duplicate + 2 rejected" in printed(capsys)
     swap(*pair)  # mended
     assert cache(*asked) == 0
-    assert "8 scanned = 2 encoded + 6 reused" in capsys.readouterr().out
+    assert "8 scanned = 2 encoded + 6 reused" in printed(capsys)
     assert same(tmp_path / "l", written(images))
     assert cache("check", tmp_path / "l") == 0
 
@@ -104,14 +104,11 @@ def test_what_has_no_image_among_others_takes_force(
     gone.write_bytes(b"no image any more")
     asked = ("import", images, "--out", tmp_path / "l", "--vae", vae)
     assert cache(*asked) == 0
-    assert (
-        "6 encoded + 0 reused + 0 duplicate + 2 rejected (not_compared 2)"
-        in capsys.readouterr().out
-    )
+    assert "6 encoded + 0 reused + 0 duplicate + 2 rejected (not_compared 2)" in printed(capsys)
     assert cache(*asked) == 0
-    assert "0 encoded + 6 reused + 0 duplicate + 2 rejected" in capsys.readouterr().out
+    assert "0 encoded + 6 reused + 0 duplicate + 2 rejected" in printed(capsys)
     assert cache(*asked, "--force") == 0
-    assert "8 scanned = 2 encoded + 6 reused + 0 duplicate + 0 rejected" in capsys.readouterr().out
+    assert "8 scanned = 2 encoded + 6 reused + 0 duplicate + 0 rejected" in printed(capsys)
     assert len(stored(tmp_path / "l")) == 8
 
 
@@ -164,7 +161,7 @@ def test_a_wrong_latent_added_to_a_store_is_rejected_and_nothing_else(
     assert cache(*asked) == 0
     pair[0].write_bytes(pair[1].read_bytes())
     assert cache(*asked) == 0
-    assert "8 scanned = 0 encoded + 7 reused + 0 duplicate + 1 rejected" in capsys.readouterr().out
+    assert "8 scanned = 0 encoded + 7 reused + 0 duplicate + 1 rejected" in printed(capsys)
     pair[0].write_bytes(late)
     assert cache(*asked) == 0
     assert same(tmp_path / "l", written(images))
@@ -190,5 +187,5 @@ def test_a_dry_run_counts_what_would_be_imported(
     pair = two(images)
     swap(*pair)
     assert cache("import", images, "--out", tmp_path / "l", "--vae", vae, "--dry-run") == 0
-    assert "to import: 6 latents" in capsys.readouterr().out
+    assert "to import: 6 latents" in printed(capsys)
     assert not (tmp_path / "l").exists()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support import cache, write_images
+from tests.support import cache, printed, write_images
 from xlsd_cache.planning.disk_space import LOG_NBYTES, bytes_to_write, uncommitted_places
 from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.manifest import Manifest
@@ -23,7 +23,7 @@ def test_what_is_to_be_written_is_what_is_written(vae: Path, tmp_path: Path, cap
     write_images(images, ["w.png"], 9, width=128, height=64)
     rest = (images, "--out", out, "--vae", vae, "--buckets", "64x64,128x64", "--rows-per-shard", 4)
     assert cache("build", *rest, "--dry-run") == 0
-    assert " to write, " in capsys.readouterr().out
+    assert " to write, " in printed(capsys)
     assert cache("build", *rest) == 0
     manifest = Manifest(out)
     identity, rows_per_shard = read_attributes(out)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.cache.commands.test_build import slow_build
-from tests.support import cache, spawn, wait_for, write_images
+from tests.support import cache, printed, spawn, wait_for, write_images
 
 Out = pytest.CaptureFixture[str]
 NEW = "12 scanned = 12 encoded + 0 reused + 0 duplicate + 0 rejected"
@@ -48,7 +48,7 @@ def test_two_at_once_say_the_same(
     second = spawn(slow_build, *arguments, *shards[1], log=logs[1])
     assert finish([first, second], logs) == [NEW, NEW]
     assert cache("build", *arguments, *shards[0]) == 0  # again: all is there
-    assert OLD in capsys.readouterr().out
+    assert OLD in printed(capsys)
 
 
 def test_parts_one_after_the_other_say_the_same(
@@ -57,11 +57,11 @@ def test_parts_one_after_the_other_say_the_same(
     for expected in (NEW, OLD):
         for part in range(2):
             assert cache("build", *arguments, "--shard", f"{part}/2") == 0
-            assert expected in capsys.readouterr().out
+            assert expected in printed(capsys)
     write_images(tmp_path / "im", ["new.png"], 99, width=64, height=64)
     for part in range(2):
         assert cache("build", *arguments, "--shard", f"{part}/2") == 0
-        assert "13 scanned = 1 encoded + 12 reused" in capsys.readouterr().out
+        assert "13 scanned = 1 encoded + 12 reused" in printed(capsys)
 
 
 def test_after_a_kill_what_was_committed_is_reused(
@@ -76,7 +76,7 @@ def test_after_a_kill_what_was_committed_is_reused(
     assert not psutil.pid_exists(process.pid)
     done = 2 * len([path for path in commits.iterdir() if path.suffix == ".parquet"])
     assert cache("build", *arguments) == 0
-    assert f"12 scanned = {12 - done} encoded + {done} reused" in capsys.readouterr().out
+    assert f"12 scanned = {12 - done} encoded + {done} reused" in printed(capsys)
 
 
 def test_one_that_was_stopped_is_no_builder(
@@ -91,7 +91,7 @@ def test_one_that_was_stopped_is_no_builder(
     assert '"pid"' not in (tmp_path / "l/manifest/builders.json").read_text()
     done = 2 * len(list(commits.iterdir()))
     assert cache("build", *arguments) == 0
-    assert f"12 scanned = {12 - done} encoded + {done} reused" in capsys.readouterr().out
+    assert f"12 scanned = {12 - done} encoded + {done} reused" in printed(capsys)
 
 
 def test_a_damaged_record_of_builders_costs_nothing(
@@ -101,4 +101,4 @@ def test_a_damaged_record_of_builders_costs_nothing(
     for text in ("", "{", "[]", '{"before": [], "builders": [1]}'):
         (tmp_path / "l/manifest/builders.json").write_text(text)
         assert cache("build", *arguments) == 0
-        assert OLD in capsys.readouterr().out
+        assert OLD in printed(capsys)

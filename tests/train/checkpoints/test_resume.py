@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import files, metrics, train
+from tests.support import files, metrics, printed, train
 from xlsd_cache.errors import UserError
 from xlsd_train.checkpoints.resume import differing
 from xlsd_train.checkpoints.run_folder import Run
@@ -120,7 +120,7 @@ def test_a_longer_plan_is_the_unbroken_longer_run_to_the_bit(
     assert train(*given, "--steps", 2, "--warmup", 1, "--out", out) == 0
     capsys.readouterr()
     assert train(*given, "--steps", 4, "--warmup", 1, "--out", out) == 0
-    assert "planned 4 steps, and 2 before" in capsys.readouterr().out
+    assert "planned 4 steps, and 2 before" in printed(capsys)
     assert metrics(out) == metrics(tmp_path / "whole")
     last = "checkpoints/step-00000004/*"
     assert files(out, last) == files(tmp_path / "whole", last)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import cache, metrics, train, write_images
+from tests.support import cache, metrics, printed, train, write_images
 from xlsd_cache.errors import UserError
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
@@ -84,7 +84,7 @@ def test_force_goes_on_and_says_what_differs(
 ) -> None:
     assert train(*arguments, "--stop-after", 3) == 0
     assert train(*changed(arguments, "--lr", 2e-3), "--force") == 0
-    assert "lr 0.001 and not 0.002" in capsys.readouterr().out
+    assert "lr 0.001 and not 0.002" in printed(capsys)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -199,7 +199,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(
     arguments: list[object], tmp_path: Path, capsys: Out
 ) -> None:
     assert train(*arguments, "--dry-run") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys)
     assert "planned 6 steps" in said
     assert "bucket 192x64 holds 3 images" in said
     assert not (tmp_path / "run").exists()
@@ -222,7 +222,7 @@ def test_a_short_run_has_a_short_warm_up_by_default(
     at = arguments.index("--warmup")
     short = changed(arguments[:at] + arguments[at + 2 :], "--phase", phase)
     assert train(*changed(short, "--steps", 50), "--dry-run") == 0
-    assert "warm-up over 5 steps" in capsys.readouterr().out
+    assert "warm-up over 5 steps" in printed(capsys)
 
 
 def test_a_checkpoint_of_another_model_is_refused(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import files, train
+from tests.support import files, printed, train
 from tests.train.optim.test_ema import directly, trajectory
 
 Out = pytest.CaptureFixture[str]
@@ -29,7 +29,7 @@ def test_any_length_is_made_afterwards(run: Path, tmp_path: Path, step: int, cap
     """Against the average of the same trajectory, computed directly."""
     out = tmp_path / "average"
     assert train("ema", run, out, "--sigma-rel", 0.15, "--step", step) == 0
-    assert "its profile is met to" in capsys.readouterr().out
+    assert "its profile is met to" in printed(capsys)
     steps = trajectory(run)[:step]
     expected = directly(steps, 0.15)
     got = load_file(out / f"checkpoints/step-{step:08d}/text_encoder.safetensors")

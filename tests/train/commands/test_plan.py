@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import metrics, train
+from tests.support import metrics, printed, train
 
 
 def plan(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     capsys.readouterr()
     assert train("plan", "--phase", "unet", *args) == 0
-    return capsys.readouterr().out
+    return printed(capsys)
 
 
 def test_a_table_of_all_ways_and_the_one_that_the_run_would_take(
@@ -62,7 +62,7 @@ def test_an_automatic_batch_is_the_same_in_the_plan_and_in_the_run(
     assert 1 <= told["batch"] == told["plans"][1]["largest_pass"]
     run = ("--phase", "unet", *given, "--steps", 4, "--sample-every", 0, "--threads", 1)
     assert train(*run, "--out", tmp_path / "whole") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys)
     before = json.loads((tmp_path / "whole/config.json").read_text())
     assert before["batch"] == min(told["batch"], before["stores"][0]["images"])
     assert before["memory"] in said

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.support import train
+from tests.support import printed, train
 from tests.train.export.test_export import assuming
 from xlsd_train.evaluation.images import SCHEDULERS, Picture
 
@@ -165,7 +165,7 @@ def test_of_many_prompts_grid_and_page_show_the_first(
     monkeypatch.setattr("xlsd_train.commands.sample.SHOWN", 1)
     out = tmp_path / "out"
     assert train("sample", model, "--prompts", prompts, "--out", out, *FLAGS) == 0
-    assert "grid and page show the first 1 of 2 prompts" in capsys.readouterr().out
+    assert "grid and page show the first 1 of 2 prompts" in printed(capsys)
     assert sorted(path.name for path in (out / "0-nano").iterdir()) == ["00.png", "01.png"]
     assert pixels(out / "grid.png").shape == (64 + 16, 64, 3)
     html = (out / "index.html").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from tests.support import picture, train, write_images
+from tests.support import picture, printed, train, write_images
 from xlsd_cache.errors import UserError
 from xlsd_train.evaluation.clip import load_clip
 from xlsd_train.evaluation.images import Picture, save_picture
@@ -81,7 +81,7 @@ def test_a_table_of_all_models_says_which_are_not_told_apart(
     drawn: Path, real: Path, clip: Path, capsys: Out
 ) -> None:
     assert train("score", drawn, "--real", real, "--clip", clip) == 0
-    shown = capsys.readouterr().out
+    shown = printed(capsys)
     assert f"12 pictures a model, judged by {clip}" in shown
     assert "17 real images = 14 compared + 1 truncated + 2 not_an_image + 0 not taken" in shown
     assert "  cut.jpg: truncated: " in shown
@@ -170,7 +170,7 @@ def test_prompts_longer_than_clip_reads_are_told(clip: Path, tmp_path: Path, cap
         asked = Picture("a cat, " * 30 if i else "a cat", "", i, 2, 7.5, 64, 64)
         save_picture(Image.fromarray(picture(i, 64, 64)), tmp_path / f"{i}.png", asked)
     assert train("score", tmp_path, "--clip", clip) == 0
-    assert "of 1 prompts it reads the first 16 tokens and not the rest" in capsys.readouterr().out
+    assert "of 1 prompts it reads the first 16 tokens and not the rest" in printed(capsys)
 
 
 def test_of_many_real_images_always_the_same_are_taken(

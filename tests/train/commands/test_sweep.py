@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import load_file, save_file
 
 import xlsd_train.commands.sweep
-from tests.support import files, metrics, spawn, train, wait_for
+from tests.support import files, metrics, printed, spawn, train, wait_for
 from tests.train.report.test_page import Page
 from tests.train.training.test_loop import slow_train
 from xlsd_cache.errors import UserError
@@ -232,7 +232,7 @@ def test_another_sweep_is_not_gone_on_with(
         assert f" and not {value}; give the same again" in error
     out = Path(shutil.copytree(swept.out, tmp_path / "copy"))
     assert train(*given[:-1], out, "--batch", 2, "--force") == 0  # all are finished
-    assert "--lr 1e-05: " in capsys.readouterr().out
+    assert "--lr 1e-05: " in printed(capsys)
 
 
 @pytest.mark.parametrize(

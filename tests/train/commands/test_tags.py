@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import train
+from tests.support import printed, train
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.commands import tags
 from xlsd_train.data.selection import by_tags, selected
@@ -54,7 +54,7 @@ def test_large_indexes_are_counted_piece_by_piece(
 def test_the_table_is_for_people(store: Path, capsys: Out) -> None:
     given = ("--require-tags", "solo", "--forbid-tags", "wide,typo", "--most", 2)
     assert train("tags", store, *given) == 0
-    assert capsys.readouterr().out == (
+    assert printed(capsys) == (
         "3 of 8 images\n"
         "buckets: 128x128 3\n"
         "no image has the tag 'typo' that --forbid-tags names\n"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support import cache, metrics, train, write_images
+from tests.support import cache, metrics, printed, train, write_images
 from xlsd_cache.errors import UserError
 from xlsd_train.config.adapt import adapt, as_asked, chosen
 from xlsd_train.config.train import TrainConfig
@@ -128,7 +128,7 @@ def test_a_run_of_few_images_trains_says_so_and_goes_on(
     words = ["--recipe", "phase1-unet", "--data", many, "--model", model, "--out", run]
     words += ["--steps", 4, "--sample-every", 0, "--device", "cpu", "--threads", 1]
     assert train(*words, "--stop-after", 1) == 0
-    told = capsys.readouterr().out
+    told = printed(capsys)
     assert " in place of 0.01, for so few images: " in told
     assert (
         "warm-up over 0.4 steps to 1; a tenth of the plan, which is shorter than the recipe's 200"
@@ -141,11 +141,11 @@ def test_a_run_of_few_images_trains_says_so_and_goes_on(
     held_out_keys = record["validation"]["held_out"]
     assert len(held_out_keys) >= 4
     assert train(*words) == 0
-    assert f"--validation-fraction {share:g} in place of 0.01" in capsys.readouterr().out
+    assert f"--validation-fraction {share:g} in place of 0.01" in printed(capsys)
     assert len(metrics(run)) == 4
     assert train(*words, "--seed", 1) == 1
     assert "begun with seed 0" in capsys.readouterr().err
     assert train(*words) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = printed(capsys).splitlines()
     assert line.startswith(f"{run} is complete: step 4 of 4 planned, checkpoint {run}")
     assert np.isfinite(record["warmup_steps"])

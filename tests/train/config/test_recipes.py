@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import metrics, train
+from tests.support import metrics, printed, train
 from xlsd_cache.dataset.batch_order import Schedule
 from xlsd_cache.errors import UserError
 from xlsd_train.config.recipes import FOLDER, Recipe, parse, shipped
@@ -109,9 +109,7 @@ def test_each_trains(
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["recipe"]["text"] == shipped()[name].read_text()
     assert record["recipe"]["overridden"]["epochs" if "te" in name else "batch"]
-    assert f"recipe {name} (sha256 {record['recipe']['sha256'][:12]}), with " in (
-        capsys.readouterr().out
-    )
+    assert f"recipe {name} (sha256 {record['recipe']['sha256'][:12]}), with " in (printed(capsys))
 
 
 def test_flags_count_before_the_recipe_even_at_their_own_default(tmp_path: Path) -> None:
@@ -250,14 +248,14 @@ def test_a_resume_compares_settings_and_not_the_recipe(
 
 def test_recipes_are_listed_and_printed_as_they_are(tmp_path: Path, capsys: Out) -> None:
     assert train("recipes") == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(capsys).splitlines()
     assert [line.split()[0] for line in lines] == list(NAMES)
     assert all(len(line.split()) > 5 and len(line) <= 100 for line in lines)
     for name, path in shipped().items():
         assert train("recipes", name) == 0
-        printed = capsys.readouterr().out
-        assert printed == path.read_text()
-        assert Recipe.read(str(mine(tmp_path, printed))).settings == Recipe.read(name).settings
+        shown_text = capsys.readouterr().out
+        assert shown_text == path.read_text()
+        assert Recipe.read(str(mine(tmp_path, shown_text))).settings == Recipe.read(name).settings
 
 
 def test_every_option_but_recipe_may_stand_in_one(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import cache, train, write_images
+from tests.support import cache, printed, train, write_images
 from tests.train.conftest import Open
 from xlsd_train.data import caption_lengths as lengths
 
@@ -66,5 +66,5 @@ def test_a_run_says_it_before_the_first_step(
 ) -> None:
     given = ("--phase", "te", "--batch", 2, "--data", long, "--model", model, "--steps", 3)
     assert train(*given, "--dry-run") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys)
     assert "captions: of all 6, 2 are longer than 77 tokens and cut, by 20" in said

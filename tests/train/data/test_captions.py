@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from tests.support import cache, files, metrics, train
+from tests.support import cache, files, metrics, printed, train
 from tests.train.conftest import Open
 from xlsd_cache.dataset import rng as draw
 from xlsd_cache.errors import UserError
@@ -155,7 +155,7 @@ def test_a_run_with_everything_random_about_captions_resumes_to_the_bit(
         "--caption-dropout", 0.2, "--clip-skip", 1,
     ]  # fmt: skip
     assert train(*given, "--out", tmp_path / "whole") == 0
-    assert "3 of 8 images are selected by their tags" in capsys.readouterr().out
+    assert "3 of 8 images are selected by their tags" in printed(capsys)
     for stop in (1, 4, 8):
         assert train(*given, "--out", tmp_path / "parts", "--stop-after", stop) == 0
     last = "checkpoints/step-00000008/*"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cache.encoding.test_vae import tiny
-from tests.support import cache, files, metrics, train, write_images
+from tests.support import cache, files, metrics, printed, train, write_images
 from xlsd_cache.dataset.batch_order import Schedule
 from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.statistics import moments
@@ -181,7 +181,7 @@ def test_a_run_on_two_stores_says_what_it_uses_and_resumes_as_the_stores_were(
     ]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*common, "--data", f"{store}:2", other, "--out", whole) == 0
-    said = capsys.readouterr().out
+    said = printed(capsys)
     assert f"store {store.absolute()}: 8 images, generation 0" in said
     assert "an epoch uses each 2 times: 57.1% of what it uses" in said
     record = json.loads((whole / "config.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support import files
+from tests.support import files, printed
 from tests.train.conftest import Open
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
@@ -113,7 +113,7 @@ def test_a_run_draws_each_prompt_as_its_line_says(
     long = ", ".join(["a cat on a mat"] * 40)
     path.write_text(f"a (cat:1.2) --d 7 --s 2 --l 3 --w 64 --h 72 --n text\n{long} --size 192x64\n")
     draw(open_run, out, sample_prompts=path, keep=1)
-    told = capsys.readouterr().out
+    told = printed(capsys)
     assert re.search(r"prompt 2 has \d{3} tokens and is cut to the 77 ", told)
     assert told.count("(word:1.2)") == 1
     with Image.open(out / "samples/step-00000007/00.png") as image:

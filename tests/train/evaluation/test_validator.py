@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.support import files, metrics, train
+from tests.support import files, metrics, printed, train
 from tests.train.conftest import Open
 from xlsd_train.runs.bootstrap import Losses, summary
 from xlsd_train.runs.layout import checkpoints
@@ -47,7 +47,7 @@ def test_validating_changes_no_weight_and_numbers_are_bit_equal_after_a_resume(
 ) -> None:
     whole, parts, quiet = tmp_path / "whole", tmp_path / "parts", tmp_path / "quiet"
     assert train(*arguments, "--validate-every", 2, "--out", whole) == 0
-    said = capsys.readouterr().out
+    said = printed(capsys)
     for stop in (1, 4):
         given = ("--validate-every", 2, "--out", parts, "--stop-after", stop)
         assert train(*arguments, *given) == 0

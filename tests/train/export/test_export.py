@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.demo.pipeline import make_pipeline, read_captions
-from tests.support import train
+from tests.support import printed, train
 from tests.train.weights.test_ldm_keys import published
 from xlsd_train.config import sd15
 from xlsd_train.config.train import Kind
@@ -234,7 +234,7 @@ def test_a_run_exports_its_newest_checkpoint_with_card_and_metadata(
     for prompt in record["prompts"]:
         assert prompt in card
     assert str(run.parent) not in card  # nobody's folders
-    said = capsys.readouterr().out
+    said = printed(capsys)
     with safe_open(folder / UNET, "pt") as file:
         told = file.metadata()
     assert told["modelspec.sai_model_spec"] == "1.0.0"
@@ -491,7 +491,7 @@ def predicting(model: Path, out: Path, kind: Kind) -> Path:
 def test_a_v_file_says_so_to_every_program(model: Path, tmp_path: Path, capsys: Out) -> None:
     source, out = predicting(model, tmp_path / "source", "v"), tmp_path / "out" / "my.v.safetensors"
     export(source, out, *SINGLE)
-    last = capsys.readouterr().out.strip().splitlines()[-1]
+    last = printed(capsys).strip().splitlines()[-1]
     card = (out.parent / "my.v.md").read_text()
     for told in (last, card):
         assert "my.v.yaml" in told
@@ -515,7 +515,7 @@ def test_a_flow_file_has_no_yaml_and_tells_what_it_needs(
 ) -> None:
     source, out = predicting(model, tmp_path / "source", "flow"), tmp_path / "f.safetensors"
     export(source, out, *SINGLE)
-    assert "ModelSamplingSD3 with shift 1.0" in capsys.readouterr().out.splitlines()[-1]
+    assert "ModelSamplingSD3 with shift 1.0" in printed(capsys).splitlines()[-1]
     assert "needs nothing else" not in (tmp_path / "f.md").read_text()
     assert not (tmp_path / "f.yaml").exists()
     assert "v_pred" not in load_file(out)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cache.encoding.test_compatibility import changed, older
-from tests.support import cache, train
+from tests.support import cache, printed, train
 from tests.train.conftest import Open
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
@@ -43,7 +43,7 @@ def test_a_models_own_decoder_draws_its_samples(
     theirs = with_vae(model, new, tmp_path / "model")
     session = open_run(model=str(theirs))
     assert session.model.vae.sha256 == load_vae(str(new)).sha256
-    assert "the decoder of" in capsys.readouterr().out
+    assert "the decoder of" in printed(capsys)
     with LatentStore.open(store) as ours:
         assert (
             load_model(str(model), str(new), ours.identity).vae.sha256 == session.model.vae.sha256
@@ -159,7 +159,7 @@ def test_a_reflecting_stores_runs_draw_with_reflection_and_exports_say_so(
         load_model(str(run), None, ours.identity)
     capsys.readouterr()
     assert train("export", run, tmp_path / "exported") == 0
-    assert "set padding_mode to reflect in the program" in capsys.readouterr().out
+    assert "set padding_mode to reflect in the program" in printed(capsys)
     assert "padding_mode" in (tmp_path / "exported" / "README.md").read_text()
     assert train("export", model, tmp_path / "plain") == 0
-    assert "padding_mode" not in capsys.readouterr().out
+    assert "padding_mode" not in printed(capsys)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import printed
 from xlsd_train.config.train import Optimizer, TrainConfig
 from xlsd_train.optim.plateau import WINDOW, PlateauWatch, first_plateau
 
@@ -63,7 +64,7 @@ def test_a_run_says_it_once_however_often_it_is_resumed(
             with metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             watch.see(line)
-            said += [int(line["step"])] * capsys.readouterr().out.count("first plateau")
+            said += [int(line["step"])] * printed(capsys).count("first plateau")
     assert said == [60 + WINDOW]
 
 

@@ -11,7 +11,7 @@ import torch
 
 import xlsd_train.report.charts
 import xlsd_train.report.page
-from tests.support import train
+from tests.support import printed, train
 from xlsd_train.runs.history import histories
 from xlsd_train.runs.layout import checkpoints, step_of
 from xlsd_train.runs.validation_log import best_of, say
@@ -297,7 +297,7 @@ def test_the_report_of_several_lies_where_one_stands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert train("report", *runs) == 0
-    assert capsys.readouterr().out == "report report.html\n"
+    assert printed(capsys) == "report report.html\n"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -310,6 +310,6 @@ def test_a_report_that_fails_fails_no_training(
     assert not run.exists()
     monkeypatch.setattr(xlsd_train.report.page, "NAME", "no such folder\0/report.html")
     assert train(*given) == 0
-    said = capsys.readouterr().out
+    said = printed(capsys)
     assert f"all else is saved. xlsd-train report {run} writes it" in said
     assert len(checkpoints(run)) == 1

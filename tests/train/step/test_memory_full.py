@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.demo.pipeline import make_networks
+from tests.support import printed
 from tests.train.conftest import bare_step
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_train.config.train import TrainConfig
@@ -144,7 +145,7 @@ def test_memory_that_is_full_at_any_moment_never_gives_wrong_gradients(
 ) -> None:
     right = try_all(phase, plan, SAMPLED)
     assert right or plan == Plan("sliced", 1)  # for the tightest one nothing else is left
-    assert ("done again with" in capsys.readouterr().out) == (right > 0)
+    assert ("done again with" in printed(capsys)) == (right > 0)
 
 
 @pytest.mark.slow

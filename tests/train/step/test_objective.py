@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_snr
 
-from tests.support import files, metrics, train
+from tests.support import files, metrics, printed, train
 from tests.train.conftest import Open
 from xlsd_cache.errors import UserError
 from xlsd_train.step.objective import Objective, alphas_cumprod, make_objective
@@ -212,7 +212,7 @@ def test_every_objective_trains_samples_and_says_so_to_diffusers(
     assert metrics(run) == metrics(tmp_path / "whole")
     last = "samples/step-00000003/*.png"
     assert files(run, last) == files(tmp_path / "whole", last)
-    said = capsys.readouterr().out
+    said = printed(capsys)
     assert f"objective {objective}, uniform timesteps" in said
     assert ("the model predicted epsilon so far, and learns to anew" in said) == (
         objective != "eps"

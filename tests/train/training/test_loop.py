@@ -20,6 +20,7 @@ from tests.support import (
     cache,
     files,
     metrics,
+    printed,
     spawn,
     together,
     torchrun,
@@ -137,7 +138,7 @@ def test_the_first_plateau_is_said_once(
     given[given.index("--lr") + 1] = 1.0
     for stop in (1, 3, 4):
         assert train(*given, "--out", tmp_path / "run", "--stop-after", stop) == 0
-    (said,) = [x for x in capsys.readouterr().out.splitlines() if "first plateau" in x]
+    (said,) = [x for x in printed(capsys).splitlines() if "first plateau" in x]
     assert said.startswith("d reached its first plateau at step 1: from there to step 2 ")
     assert said.endswith("--optimizer lion --lr 6.7e-07 goes on at this rate")
 
@@ -408,7 +409,7 @@ def test_an_epoch_is_as_long_as_its_stores_weights_make_it(
     last = metrics(tmp_path / "run")[-1]
     assert last["images_seen"] == pytest.approx(3 * 8, abs=8)  # eight photos
     assert last["epoch"] == last["images_seen"] / 24
-    (said,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1 ended")]
+    (said,) = [x for x in printed(capsys).splitlines() if x.startswith("epoch 1 ended")]
     assert "samples of 24" in said
     assert "its store's weight x 1 times" in said
 

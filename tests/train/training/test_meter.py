@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import printed
 from xlsd_cache.errors import UserError
 from xlsd_train.training.meter import SMOOTHING, FailureWatch, Meter
 
@@ -166,6 +167,6 @@ def test_memory_that_was_refused_is_said_once(capsys: pytest.CaptureFixture[str]
     for step, failures in enumerate((0, 0, 4, 9), 1):
         watch.see({"step": step, "alloc_failures": failures})
     watch.see({"step": 5})  # on a CPU
-    said = capsys.readouterr().out
+    said = printed(capsys)
     assert said.count("memory was refused") == 1
     assert "4 times up to step 3" in said

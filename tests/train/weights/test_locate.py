@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.demo.pipeline import make_pipeline
-from tests.support import train
+from tests.support import printed, train
 from tests.train.weights.test_ldm_keys import published
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
@@ -228,7 +228,7 @@ def test_a_file_without_text_encoder_and_vae_takes_the_hubs_and_the_stores(
         "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", tmp_path / "hub"
     )
     assert equal(held(completed(found).text_encoder), load_file(model / TEXT_FILE))
-    assert "holds no text encoder" in capsys.readouterr().out
+    assert "holds no text encoder" in printed(capsys)
     loaded = load_model(str(bare), None, identity, tokenizer=str(model))
     assert loaded.vae.sha256 == identity.vae_sha256
 
