@@ -31,8 +31,9 @@ from PIL import Image, features
 import xlsd_cache.images.decode
 from benchmarks.lib.machine import machine
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import DRAFT_MARGIN, FORMATS, Pixels, Rejected, decode, read_header
+from xlsd_cache.images.decode import DRAFT_MARGIN, FORMATS, Pixels, decode, read_header
 from xlsd_cache.images.sandbox import Guard
+from xlsd_cache.outcomes import Rejected
 
 LANCZOS = Image.Resampling.LANCZOS
 

@@ -37,7 +37,7 @@ class Member:
     name: str
     source: str  # see locate.py
     size: int  # bytes, inflated
-    reason: str = ""  # of decode.REASONS where it is known already that it is no image to be read
+    reason: str = ""  # of outcomes.REASONS where it is known already that it is no image to be read
     detail: str = ""
 
 

@@ -21,12 +21,13 @@ from xlsd_cache.encoding.compatibility import decoder_told, vae_of
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.uri import read_source
-from xlsd_cache.images.decode import MOST_PIXELS, Pixels, Rejected, decode
+from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
 from xlsd_cache.integrity.accounting import account
 from xlsd_cache.integrity.repair import Repaired, repair
 from xlsd_cache.integrity.shard_check import NAMED, Checked, Problem
 from xlsd_cache.integrity.verify import verify, verify_index, verify_live
 from xlsd_cache.options import CheckConfig
+from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.index import View, make_view

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import Stat, read_source, stat_source
-from xlsd_cache.images.decode import MAX_PIXELS, Pixels, Rejected, decode, max_bytes, too_large
+from xlsd_cache.images.decode import MAX_PIXELS, Pixels, decode, max_bytes, too_large
 from xlsd_cache.images.sandbox import Guard, decoders
+from xlsd_cache.outcomes import Rejected
 from xlsd_cache.planning.plan import Entry
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.store.commit import Claim, claim
@@ -195,8 +196,9 @@ class Work:
             self.encode_s += time.perf_counter() - begun
         rows = []
         for slot, (content_hash, _) in decoded.items():
-            why = refused.get(slot, Rejected(""))
-            rows.append(Row(slot, content_hash, reason=why.reason, detail=why.detail))
+            why = refused.get(slot)
+            reason, detail = (why.reason, why.detail) if why else ("", "")
+            rows.append(Row(slot, content_hash, reason=reason, detail=detail))
         return rows, latents
 
     def _stored(self, latent: NDArray[np.float32]) -> NDArray[Any] | Rejected:

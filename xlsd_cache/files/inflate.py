@@ -5,6 +5,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+from xlsd_cache.outcomes import Reason
+
 _FED = 2**15  # bytes that are inflated at once
 _RESTARTS = 8  # of inflating, where a reader goes back; from then on all of it is kept
 
@@ -12,12 +14,12 @@ ReadAt = Callable[[int, int], bytes]  # offset, count -> bytes, fewer at the end
 
 
 class BadSource(OSError):
-    """What is there is no whole image, and will not be by waiting: `reason` is of decode.REASONS.
+    """What is there is no whole image, and will not be by waiting: `reason` is of outcomes.REASONS.
 
     The system's errors, which may pass, are other OSErrors.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 

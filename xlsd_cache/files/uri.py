@@ -9,7 +9,7 @@ read, and any number of threads and processes may read at once.
     00000.tar.gz//1536+48211/0.jpg                 the same, of what the file inflates to
     photos.zip//4096+3000=0badcafe/a.jpg           the 3000 bytes at 4096, whose crc32 is 0badcafe
     photos.zip//4096+3000~5120=0badcafe/a.bmp      the same, which inflate to 5120
-    photos.zip//-corrupt/a.jpg                     none: why not, of decode.REASONS
+    photos.zip//-corrupt/a.jpg                     none: why not, of outcomes.REASONS
     photos.parquet//image@17+48211/a.jpg           column `image`, row 17, 48211 bytes
 """
 
@@ -19,11 +19,12 @@ import re
 import sys
 import zlib
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from xlsd_cache.files.gzip_index import gzip_of
 from xlsd_cache.files.inflate import BadSource, Stretch, inflate
 from xlsd_cache.files.table_cells import read_cell
+from xlsd_cache.outcomes import Reason
 from xlsd_cache.runtime.bounded_files import open_regular
 
 BETWEEN = "//"
@@ -70,7 +71,7 @@ def span(
 
 
 def no_place(archive: Path, reason: str, name: str) -> str:
-    """The source of a member that cannot be read, for a reason of decode.REASONS."""
+    """The source of a member that cannot be read, for a reason of outcomes.REASONS."""
     return f"{archive}{BETWEEN}-{reason}/{name}"
 
 
@@ -145,7 +146,7 @@ def _refuse_above(most: int, nbytes: int) -> None:
 
 def _no_source(source: str, place: str) -> OSError:
     if at := _NO_PLACE.match(place):
-        return BadSource(at[1], "so its archive said when it was scanned")
+        return BadSource(cast("Reason", at[1]), "so its archive said when it was scanned")
     return OSError(f"{source!r} is no source that this version knows")
 
 

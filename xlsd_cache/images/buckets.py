@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import Rejected
+from xlsd_cache.outcomes import Rejected
 
 STEP = 64  # pixels: the VAE's 8 times the UNet's three halvings
 

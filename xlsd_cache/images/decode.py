@@ -7,7 +7,6 @@ right in colours.py: transparency (hidden colours under alpha), ICC profiles, 16
 
 import io
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
 from xlsd_cache.images.color import UnsupportedSamples, eight_bit, to_srgb
+from xlsd_cache.outcomes import Rejected
 
 PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
 MAX_PIXELS = 128_000_000  # unless told otherwise; decoding that many takes 0.5 to 2.3 GiB
@@ -23,42 +23,6 @@ MOST_PIXELS = 2**31 - 1  # of any image: its sides must fit the log's int32
 # A JPEG is decoded DCT-scaled where that still leaves this many times the size wanted. The worst of
 # 113 photos is then 0.91 grey levels (RMS) from its full decode; at 3 it is 1.13.
 DRAFT_MARGIN = 3.5
-# Every reason why an image is not in a store, whichever station finds it.
-REASONS = {
-    "not_an_image": "the file is empty, or its first bytes are no image format's",
-    "unsupported": "an image, in a format or variant that is not decoded",
-    "truncated": "the file ends before its picture does",
-    "corrupt": "the file contradicts itself or its format",
-    "too_many_pixels": "its header claims more than --max-megapixels",
-    "too_many_bytes": "the file is larger than any image of that many pixels",
-    "too_much_memory": "decoding it took more memory than it may",
-    "decoder_crashed": "decoding it ended the process that did",
-    "decoder_hung": "decoding it did not end in time",
-    "vanished": "the file was there when scanned and not when read",
-    "unreadable": "the system does not let the file be read",
-    "changed": "the file is not what it was when scanned",
-    "removed": "the file was removed or replaced after it was planned",
-    "bad_name": "the file's name is not UTF-8",
-    "too_elongated": "its ratio is beyond --max-ratio",
-    "too_small": "it does not fill its bucket, and --upscale is off",
-    "mask": "by its name, a mask or condition image of the image beside it",
-    "made_here": "a picture that one of these programs drew",
-    "duplicate": "the same bytes as another image",
-    "non_finite": "the VAE gave NaN or infinity",
-    "overflow": "a latent is beyond float16",
-    # Of latents that other programs cached:
-    "foreign": "it holds no latent under the names that known programs use",
-    "unsafe": "its pickle asks to run code",
-    "other_shape": "its latent has other channels than the VAE's",
-    "other_size": "its latent's size is no bucket's",
-    "changed_image": "its image has another size than when it was cached",
-    "not_its_image": "it does not correlate with the VAE's latent of its image",
-    "not_quite_its_image": "it correlates less with the latent of its image than it should",
-    "not_compared": "no image is there to compare it with",
-    "other_scale": "it is scaled otherwise than the other latents of its cache",
-}
-RETRIED = frozenset({"vanished", "unreadable", "changed"})  # the moment's fault, not the file's
-LIMITED = frozenset({"too_many_pixels", "too_many_bytes"})  # another --max-megapixels may differ
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 LANCZOS = Image.Resampling.LANCZOS
@@ -108,14 +72,6 @@ _UPRIGHT = {
 }
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """Why an image is not in the store: a reason to count by, and the detail of this one."""
-
-    reason: str
-    detail: str = ""
 
 
 def read_size(path: Path) -> tuple[int, int] | Rejected:

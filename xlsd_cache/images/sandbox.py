@@ -24,10 +24,10 @@ from typing import IO, Any, TypeVar, TypeVarTuple
 import psutil
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import MAX_PIXELS, Rejected
+from xlsd_cache.images.decode import MAX_PIXELS
+from xlsd_cache.outcomes import FAILURES, Rejected
 from xlsd_cache.runtime.signals import SIGNALS
 
-FAILURES = frozenset({"decoder_crashed", "decoder_hung", "too_much_memory"})
 SECONDS = 120.0  # QOI, in plain Python, takes that long for an image of MAX_PIXELS
 NBYTES = 3 * 2**30  # what every format needs for it
 Args = TypeVarTuple("Args")

@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 
 from xlsd_cache.store.identity import Identity, bucket_shape
 from xlsd_cache.store.manifest import COMMIT, Manifest, Unit
-from xlsd_cache.store.shard import CRC_NBYTES, MISSING, CorruptShard, ShardReader
+from xlsd_cache.store.shard import CRC_NBYTES, MISSING, CorruptShard, Fault, ShardReader
 
+_FAULTS: dict[Fault, str] = {
+    "missing": "are not in the shard",
+    "truncated": "are cut short",
+    "checksum": "have a wrong crc32c",
+}
 NAMED = 20  # images that a problem names; the rest are counted
 Kind = Literal[
     "plan",  # the log itself: cannot be mended
@@ -98,7 +103,8 @@ def verify_shard(store: Checked, unit: Unit, damaged: set[int]) -> list[Problem]
         reader = ShardReader(path, store.rows_per_shard, latent.nbytes)
     except (CorruptShard, OSError) as error:
         gone = isinstance(error, FileNotFoundError)
-        what = "is missing" if gone else f"is damaged ({str(error).removeprefix(f'{path}: ')})"
+        why = error.message if isinstance(error, CorruptShard) else error
+        what = "is missing" if gone else f"is damaged ({why})"
         lost = tuple(row["key"] for row in rows), unit, tuple(row["row"] for row in rows)
         told = f"{what}; {len(rows)} latents are lost"
         return [Problem("shard", where, told, *lost)] if rows else []
@@ -130,10 +136,7 @@ def _latent_fault(reader: ShardReader, slot: int, crc32c: int, latent: NDArray[A
     try:
         reader.read_into(slot, flat)
     except CorruptShard as error:
-        told = str(error)
-        if "crc32c" in told:
-            return "have a wrong crc32c"
-        return "are cut short" if "cut short" in told else "are not in the shard"
+        return _FAULTS[error.fault]
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     if google_crc32c.value(flat) != crc32c:

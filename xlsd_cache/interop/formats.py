@@ -17,8 +17,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from xlsd_cache.images.decode import Rejected
 from xlsd_cache.interop.cache_files import CacheFile, is_ai_toolkits
+from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.bounded_files import require_regular
 
 _FILE_BYTES = 2**29  # of an .npz or .pt: their tables and pickles are read whole

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from xlsd_cache.files.uri import open_source
 from xlsd_cache.images.buckets import STEP
-from xlsd_cache.images.decode import MOST_PIXELS, Rejected, read_header
+from xlsd_cache.images.decode import MOST_PIXELS, read_header
 from xlsd_cache.interop.cache_files import CacheFile, Found
 from xlsd_cache.interop.formats import Contents, Held, peek
 from xlsd_cache.interop.pairing import Record, pair
+from xlsd_cache.outcomes import Rejected
 from xlsd_cache.store.identity import DOWNSCALE
 
 Entry = dict[str, Any]  # one row of manifest.PLAN

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from xlsd_cache.encoding.encoder import to_input
 from xlsd_cache.encoding.vae import Vae
-from xlsd_cache.images.decode import Pixels, Rejected
+from xlsd_cache.images.decode import Pixels
+from xlsd_cache.outcomes import Rejected
 
 ALIKE = 0.9  # and more: the same image, crop and VAE, whatever the filter
 SAME = 0.94  # and more: surely this VAE, and the cache's mapping is not shuffled

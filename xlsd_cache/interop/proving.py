@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import MOST_PIXELS, REASONS, Pixels, Rejected, decode
+from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
 from xlsd_cache.images.sandbox import decoders
 from xlsd_cache.interop.cache_files import KEEPS
 from xlsd_cache.interop.formats import read
@@ -34,6 +34,7 @@ from xlsd_cache.interop.plausibility import (
 from xlsd_cache.interop.thumbnails import Thumbnails
 from xlsd_cache.interop.transfer import order
 from xlsd_cache.options import ImportConfig
+from xlsd_cache.outcomes import REASONS, Reason, Rejected
 from xlsd_cache.store.identity import DOWNSCALE
 
 log = logging.getLogger("xlsd.cache.interop")
@@ -49,7 +50,7 @@ class Prover:
     kind: str
     scaled: bool  # the store's own latents were; what is new says it by itself
     refused: dict[str, Rejected] = field(default_factory=dict)  # by origin
-    forced: Counter[str] = field(default_factory=Counter)  # reason -> latents taken all the same
+    forced: Counter[Reason] = field(default_factory=Counter)  # reason -> latents taken all the same
 
     def choose(self, items: list[Item]) -> Item:
         """Of one latent with each of its possible images, the one that it is most alike."""

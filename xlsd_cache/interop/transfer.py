@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from xlsd_cache.images.decode import RETRIED, Rejected
 from xlsd_cache.interop.formats import read
 from xlsd_cache.interop.items import Entry, Item, content_hash
 from xlsd_cache.interop.plausibility import JUDGED
+from xlsd_cache.outcomes import RETRIED, Rejected
 from xlsd_cache.planning.log_state import by_unit, uncommitted
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.store.commit import Claim, claim

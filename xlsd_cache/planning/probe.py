@@ -19,17 +19,15 @@ from tqdm import tqdm
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import open_source, read_source
 from xlsd_cache.images.decode import (
-    LIMITED,
     MAX_PIXELS,
     MOST_PIXELS,
     PARSED_IN_C,
-    RETRIED,
-    Rejected,
     header_of,
     max_bytes,
     read_header,
 )
 from xlsd_cache.images.sandbox import decoders
+from xlsd_cache.outcomes import LIMITED, RETRIED, Rejected
 from xlsd_cache.runtime.bounded_files import parse_json
 from xlsd_cache.runtime.own_files import MARK, is_marked
 from xlsd_cache.runtime.threads import in_blocks

@@ -37,7 +37,7 @@ class Record:
     source: str  # where its bytes are, for locate.py; empty where no table can hold its name
     stat: Stat  # of a member: its own size, the archive's times
     beside: Beside  # suffix -> content of the file beside it
-    reason: str = ""  # of decode.REASONS where the scan rejects it already
+    reason: str = ""  # of outcomes.REASONS where the scan rejects it already
     detail: str = ""
 
 

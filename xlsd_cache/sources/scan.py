@@ -43,7 +43,7 @@ IMAGES = pa.schema(
         ("inode", pa.int64()),
         ("ctime_ns", pa.int64()),
         ("url", pa.string()),  # as img2dataset notes it beside the image; null where unknown
-        ("reason", pa.string()),  # of decode.REASONS where the scan rejects it already, or empty
+        ("reason", pa.string()),  # of outcomes.REASONS where the scan rejects it already, or empty
         ("detail", pa.string()),
     ]
 )

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -27,10 +27,20 @@ from xlsd_cache.runtime.bounded_files import parse_json
 
 MISSING = 2**64 - 1  # offset and length of a row that the shard does not hold
 CRC_NBYTES = 4
+Fault = Literal[
+    "index",  # missing, damaged, or of another layout: no row can be read
+    "missing",  # the index has no such row
+    "truncated",  # the file ends within the row
+    "checksum",  # the row's bytes do not have their crc32c
+]
 
 
 class CorruptShard(Exception):
     """A shard file that does not hold what its index or checksums promise."""
+
+    def __init__(self, path: Path, fault: Fault, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.fault, self.message = fault, message
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class ShardReader:
         self._fd = os.open(path, flags)  # which does not wait, were it a pipe
         try:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-                raise CorruptShard(f"{path}: not a regular file")
+                raise CorruptShard(path, "index", "not a regular file")
             self.offsets = self._read_index(rows)
         except BaseException:
             self.close()
@@ -77,13 +87,14 @@ class ShardReader:
         """
         offset = self.offsets.item(slot)
         if offset == MISSING:
-            raise CorruptShard(f"{self.path}: row {slot} is not in the shard")
+            raise CorruptShard(self.path, "missing", f"row {slot} is not in the shard")
         crc = bytearray(CRC_NBYTES)
         got = self._pread_into(out, crc, offset)
         if got != self.nbytes + CRC_NBYTES:
-            raise CorruptShard(f"{self.path}: row {slot} is cut short at byte {offset + got}")
+            message = f"row {slot} is cut short at byte {offset + got}"
+            raise CorruptShard(self.path, "truncated", message)
         if google_crc32c.value(out) != int.from_bytes(crc, "little"):
-            raise CorruptShard(f"{self.path}: row {slot} has a wrong crc32c")
+            raise CorruptShard(self.path, "checksum", f"row {slot} has a wrong crc32c")
 
     def will_need(self, slot: int) -> None:
         """Hint the kernel to read row `slot` ahead of time; nothing where it takes no hints."""
@@ -115,19 +126,22 @@ class ShardReader:
         length = 16 * rows + CRC_NBYTES
         size = os.fstat(self._fd).st_size
         if size < length:
-            raise CorruptShard(f"{self.path}: {size} bytes cannot hold an index of {rows} rows")
+            raise self._bad_index(f"{size} bytes cannot hold an index of {rows} rows")
         os.lseek(self._fd, size - length, os.SEEK_SET)
         data = os.read(self._fd, length)
         if google_crc32c.value(data[:-CRC_NBYTES]) != int.from_bytes(data[-CRC_NBYTES:], "little"):
-            raise CorruptShard(f"{self.path}: its index has a wrong crc32c; the file is damaged")
+            raise self._bad_index("its index has a wrong crc32c; the file is damaged")
         index = np.frombuffer(data[:-CRC_NBYTES], "<u8").reshape(rows, 2)
         offsets = index[:, 0].astype(np.uint64)
         present = offsets != MISSING
         if (index[present, 1] != self.nbytes + CRC_NBYTES).any():
-            raise CorruptShard(f"{self.path}: its records are not of {self.nbytes} + 4 bytes")
+            raise self._bad_index(f"its records are not of {self.nbytes} + 4 bytes")
         if (offsets[present] > size - length - self.nbytes - CRC_NBYTES).any():
-            raise CorruptShard(f"{self.path}: its index points beyond its records")
+            raise self._bad_index("its index points beyond its records")
         return offsets
+
+    def _bad_index(self, message: str) -> CorruptShard:
+        return CorruptShard(self.path, "index", message)
 
 
 def index_of(slots: Sequence[int], rows: int, nbytes: int) -> bytes:

@@ -9,7 +9,7 @@ from xlsd_cache.console.terminal import say, say_json
 from xlsd_cache.dataset import rng as draw
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.folders import image_files
-from xlsd_cache.images.decode import Rejected
+from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_train.config.model_options import ScoreConfig
 from xlsd_train.evaluation.clip import Clip, Embeddings, load_clip

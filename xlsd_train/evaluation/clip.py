@@ -17,7 +17,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from xlsd_cache.encoding.hub import no_such, repository_of
 from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import Rejected, decode, header_of
+from xlsd_cache.images.decode import decode, header_of
+from xlsd_cache.outcomes import Rejected
 from xlsd_train.runs.json_files import misfit
 from xlsd_train.weights.hub import TOKENIZER_FILES, fetch_model
 from xlsd_train.weights.lazy_tensors import open_tensors

@@ -14,7 +14,8 @@ from tests.support import cache, printed
 from xlsd_cache.encoding.encoder import Encoder, to_input
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import Rejected, decode
+from xlsd_cache.images.decode import decode
+from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.runtime.gpu_memory import most_on
 from xlsd_cache.store.reader import LatentStore

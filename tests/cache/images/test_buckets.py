@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.buckets import Bucket, Buckets, Placement
-from xlsd_cache.images.decode import Rejected
+from xlsd_cache.outcomes import Rejected
 
 SIDES = st.integers(1, 5000)
 

@@ -16,9 +16,9 @@ from tests.support.peer_caches import (
     write_safetensors,
 )
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import Rejected
 from xlsd_cache.interop.cache_files import CacheFile, find, image_names
 from xlsd_cache.interop.formats import Held, peek, read
+from xlsd_cache.outcomes import Rejected
 
 
 def one(path: Path) -> CacheFile:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.support import picture, write_images
 from xlsd_cache.images.buckets import Buckets
-from xlsd_cache.images.decode import MAX_PIXELS, Rejected
+from xlsd_cache.images.decode import MAX_PIXELS
+from xlsd_cache.outcomes import Reason, Rejected
 from xlsd_cache.planning import probe as headers
 from xlsd_cache.planning.log_state import CONTENT, NOTHING, Known, former_names, read_known
 from xlsd_cache.planning.plan import Entry, Plan, make_plan
@@ -48,9 +49,9 @@ def plan(
     """The plan of a folder; `refused` are the images that the scan rejects, by name."""
     found = scan((str(folder),), ("txt",))
     images = found.images
-    why = [(refused or {}).get(key[3:], Rejected("")) for key in images["key"].to_pylist()]
+    why = [(refused or {}).get(key[3:]) for key in images["key"].to_pylist()]
     for name in ("reason", "detail"):
-        column = pa.array([getattr(rejected, name) for rejected in why], pa.string())
+        column = pa.array([getattr(rejected, name, "") for rejected in why], pa.string())
         images = images.set_column(images.schema.get_field_index(name), name, column)
     return make_plan(
         images, found.captions, ("txt",), before, BUCKETS, 2, staging, max_pixels, rehash
@@ -262,7 +263,7 @@ def test_an_image_that_the_scan_takes_for_a_mask_and_back_keeps_its_latent(folde
 
 
 @pytest.mark.parametrize("reason", ["corrupt", "unsupported", "not_an_image", "mask"])
-def test_a_verdict_of_the_scan_and_one_by_the_header_are_two(folder: Path, reason: str) -> None:
+def test_a_verdict_of_the_scan_and_one_by_the_header_are_two(folder: Path, reason: Reason) -> None:
     """Whatever they are called: a member that could not be read, and a header that could not."""
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     by_scan = known(*plan(folder, refused={"a.png": Rejected(reason, "x")}).entries.to_pylist())

@@ -28,11 +28,11 @@ from xlsd_cache.archives.reader import read_members
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, field_text, read_object, read_text
 from xlsd_cache.files.uri import read_source
-from xlsd_cache.images.decode import Rejected
 from xlsd_cache.interop.cache_files import CacheFile, find
 from xlsd_cache.interop.crops import add_crops
 from xlsd_cache.interop.formats import Held, peek
 from xlsd_cache.interop.formats import read as read_latent
+from xlsd_cache.outcomes import Rejected
 from xlsd_cache.sources.records import Search, Tally, archive_records, given_table, row_records
 from xlsd_cache.store.identity import Identity, attributes_of, read_attributes
 from xlsd_cache.store.index import View, cached_view, save_view
