@@ -49,7 +49,9 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.schema import Precision
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.config.train import Optimizer, Phase, TrainConfig
+from xlsd_train.config.inputs import Phase
+from xlsd_train.config.optimization import Optimizer
+from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import Columns
 from xlsd_train.data.loader import Batch, BatchSource, Loader
 from xlsd_train.data.noise import Noising

@@ -26,7 +26,8 @@ from benchmarks.lib.real_step import drawn_batch, machine, model_of, step_of
 from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
-from xlsd_train.config.train import Phase, TrainConfig
+from xlsd_train.config.inputs import Phase
+from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.step.step import Plan, Step
 

@@ -38,7 +38,8 @@ from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_cache.schema import Precision
 from xlsd_train.checkpoints.run_folder import peak_gib
-from xlsd_train.config.train import Phase, TrainConfig
+from xlsd_train.config.inputs import Phase
+from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import GIB, KEEPING, Planner, largest, limit_card, limit_of
 from xlsd_train.optim.lion import DLion

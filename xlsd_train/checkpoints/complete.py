@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import asdict
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.own_files import is_run
@@ -26,7 +25,7 @@ def complete(config: TrainConfig) -> str | None:
     except UserError:
         return None
     there = as_asked(record)
-    wanted = json.loads(json.dumps(asdict(config.resolved()), default=os.fspath))
+    wanted = json.loads(json.dumps(config.resolved().to_json(), default=os.fspath))
     other = any(wanted[name] != there.get(name) for name in (*LENGTH, "data"))
     if not is_run(record) or other or differing(there, wanted) or other_start(there, config):
         return None

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -374,7 +374,7 @@ def settings(config: TrainConfig, stores: Mixture, device: torch.device) -> dict
 
     The number of processes is not among them: they cut one batch, and sums are equal to rounding.
     """
-    given = {name: value for name, value in asdict(config).items() if name not in FREE}
+    given = {name: value for name, value in config.to_json().items() if name not in FREE}
     given.pop("data")  # stores may move: their fingerprints tell
     given["betas"] = list(config.betas or ())
     return {

@@ -9,8 +9,8 @@ from xlsd_cache.console.terminal import say, say_json
 from xlsd_cache.errors import UserError
 from xlsd_train.config import sd15
 from xlsd_train.config.adapt import adapt, chosen
+from xlsd_train.config.inputs import DEFAULT_DATA
 from xlsd_train.config.run_options import PlanConfig
-from xlsd_train.config.train import DEFAULT_DATA
 from xlsd_train.data.mixture import open_mixture
 from xlsd_train.memory.gpus import CARDS
 from xlsd_train.memory.meta_step import Size

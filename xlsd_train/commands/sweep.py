@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from xlsd_cache.console.terminal import say
@@ -108,7 +108,7 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
         if not (folder / "config.json").exists():
             continue
         there = as_asked(read_record(folder))
-        wanted = json.loads(json.dumps(asdict(asked), default=os.fspath))
+        wanted = json.loads(json.dumps(asked.to_json(), default=os.fspath))
         # What a run can tell only with its store and model open, it tells itself.
         differ = differing(there, wanted)
         if differ and not asked.force:

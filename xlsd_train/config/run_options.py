@@ -10,7 +10,8 @@ from tyro.conf import Positional, Suppress, arg
 
 from xlsd_cache.console.option_checks import Every, File, Folder, MayBeEmpty, Within, check_options
 from xlsd_cache.errors import UserError
-from xlsd_train.config.train import Rate, TrainConfig
+from xlsd_train.config.optimization import Rate
+from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_edits import require_and_forbid
 
 

@@ -143,7 +143,7 @@ def _captions(
     config: TrainConfig, store: Store, selection: Selection, columns: Columns
 ) -> list[str]:
     """Captions of selected samples, always the same."""
-    parts, seed = config.parts(), config.seed
+    parts, seed = config.caption_edits(), config.seed
     texts = [store.samples[name] for name in columns.names]
     chosen: dict[str, None] = {}
     for number in draw.permutation(seed, "sample prompts", len(selection)):

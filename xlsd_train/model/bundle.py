@@ -18,8 +18,8 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.schema import Padding
 from xlsd_cache.store.reader import Identity
+from xlsd_train.config.inputs import Phase
 from xlsd_train.config.sd15 import HUB_ID
-from xlsd_train.config.train import Phase
 from xlsd_train.config.weight_patterns import choose, split
 from xlsd_train.model.latent_scaling import Scaling, load_scaling, own_scaling, save_scaling
 from xlsd_train.model.reinit import reinitialise

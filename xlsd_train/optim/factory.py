@@ -12,8 +12,8 @@ from prodigyopt import Prodigy
 from torch import Tensor
 from torch.nn import Parameter
 
-from xlsd_train.config.train import D0, TrainConfig
-from xlsd_train.optim.lion import DLion, Lion
+from xlsd_train.config.optimization import OptimizerOptions
+from xlsd_train.optim.lion import D0, DLion, Lion
 
 # Numbers that steps change: a checkpoint must hold them beside the parameters' state.
 EVOLVING: dict[type, tuple[str, ...]] = {
@@ -30,28 +30,30 @@ def steps_in_parts(optimizer: torch.optim.Optimizer) -> bool:
     return not isinstance(optimizer, Prodigy)
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a resolved config, its state allocated beside the parameters.
+def make_optimizer(
+    options: OptimizerOptions, parameters: Iterable[Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer of resolved options, its state allocated beside the parameters.
 
     Its learning rate is set anew at every step.
     """
-    assert config.lr is not None
+    assert options.lr is not None
     common: dict[str, Any] = {
         "params": list(parameters),
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
+        "lr": options.lr,
+        "weight_decay": options.weight_decay,
     }
-    if config.optimizer != "adafactor":
-        common["betas"] = config.betas
-    growth = config.d_growth or math.inf
+    if options.optimizer != "adafactor":
+        common["betas"] = options.betas
+    growth = options.d_growth or math.inf
     optimizer: torch.optim.Optimizer
-    if config.optimizer == "lion":
+    if options.optimizer == "lion":
         optimizer = Lion(**common)
-    elif config.optimizer == "dlion":
-        optimizer = DLion(**common, d_max=config.d_max or math.inf, d_growth=growth)
-    elif config.optimizer == "adamw":
+    elif options.optimizer == "dlion":
+        optimizer = DLion(**common, d_max=options.d_max or math.inf, d_growth=growth)
+    elif options.optimizer == "adamw":
         optimizer = torch.optim.AdamW(**common, fused=True)  # without temporaries
-    elif config.optimizer == "prodigy":
+    elif options.optimizer == "prodigy":
         # What its README recommends for diffusion models and for a warm-up.
         advised = {"safeguard_warmup": True, "use_bias_correction": True}
         optimizer = Prodigy(**common, **advised, d0=D0, growth_rate=growth)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlsd_train.config.train import D0
-
+D0 = 1e-6  # where D-Lion's d begins
 CHUNK = 2**24  # elements that are updated at once, 64 MiB in f32; one larger tensor goes alone
 
 

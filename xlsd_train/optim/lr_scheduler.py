@@ -8,7 +8,8 @@ import re
 
 from xlsd_cache.dataset.batch_order import Schedule
 from xlsd_cache.errors import UserError
-from xlsd_train.config.train import MOST_STEPS, Scheduler, TrainConfig
+from xlsd_train.config.optimization import MOST_STEPS, Scheduler
+from xlsd_train.config.train import TrainConfig
 
 
 def planned_steps(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xlsd_train.config.train import TrainConfig
+from xlsd_train.config.optimization import OptimizerOptions
 from xlsd_train.runs.json_files import objects_in
 
 log = logging.getLogger("xlsd.train.optim")
@@ -58,10 +58,10 @@ class PlateauWatch:
         self._done = False
 
     @classmethod
-    def of_run(cls, config: TrainConfig, metrics: Path) -> "PlateauWatch":
+    def of_run(cls, options: OptimizerOptions, metrics: Path) -> "PlateauWatch":
         """As far as the run has got, by its metrics.jsonl; only for D-Lion it looks at all."""
-        watch = cls(config.d_max)
-        if config.optimizer != "dlion":
+        watch = cls(options.d_max)
+        if options.optimizer != "dlion":
             watch._done = True
         else:
             for line in objects_in(metrics, LINE):

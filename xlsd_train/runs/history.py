@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from xlsd_cache.errors import UserError
-from xlsd_train.config.train import MOST_STEPS
+from xlsd_train.config.optimization import MOST_STEPS
 from xlsd_train.runs.downsample import Series, Thinner
 from xlsd_train.runs.json_files import misfit, read_log
 from xlsd_train.runs.layout import steps_in

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from xlsd_cache.errors import UserError
-from xlsd_train.config.train import Kind, Weighting, check_weighting
+from xlsd_train.config.optimization import Kind, Weighting, check_weighting
 from xlsd_train.weights.prediction_type import has_zero_snr, prediction_type, scheduler_for
 
 _PREDICTIONS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}

@@ -121,7 +121,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         )
         record = {
             "command": list(command),
-            "config": asdict(config),
+            "config": config.to_json(),
             "adapted": adapted,
             "recipe": Recipe.read(config.recipe).record(config) if config.recipe else None,
             "precision": precision,

@@ -242,7 +242,7 @@ def make_source(
 ) -> BatchSource:  # fmt: skip
     """What makes this process's part of any batch."""
     captions = Captions(
-        model.tokenizer, model.tokens, config.seed, config.caption_dropout, config.parts()
+        model.tokenizer, model.tokens, config.seed, config.caption_dropout, config.caption_edits()
     )
     stratified = config.timesteps == "stratified"
     noising = Noising(objective.first, objective.count, stratified, config.noise_offset)

@@ -22,7 +22,7 @@ import yaml  # type: ignore[import-untyped]
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.text import read_text
 from xlsd_train.config import sd15
-from xlsd_train.config.train import Kind
+from xlsd_train.config.optimization import Kind
 from xlsd_train.runs.json_files import misfit
 from xlsd_train.weights.lazy_tensors import Stored
 

@@ -2,10 +2,15 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from tests.support import train
+from xlsd_cache.console.option_checks import Within, leaves
+from xlsd_cache.errors import UserError
+from xlsd_train.config.inputs import CaptionOptions
+from xlsd_train.config.optimization import OptimizerOptions
 from xlsd_train.config.train import FREE, TrainConfig
 
 
@@ -23,6 +28,28 @@ def test_defaults_are_the_articles() -> None:
 
 def test_what_may_differ_on_a_resume_are_fields() -> None:
     assert {field.name for field in fields(TrainConfig)} > FREE
+
+
+def test_config_json_keeps_its_flat_order_whatever_the_groups() -> None:
+    written = list(TrainConfig("te").to_json())
+    assert sorted(written) == sorted(field.name for field in fields(TrainConfig))
+    assert written[:6] == ["phase", "recipe", "train", "reinit", "batch", "accum"]
+    assert written[-3:] == ["deterministic", "force", "dry_run"]
+
+
+def test_groups_check_themselves() -> None:
+    with pytest.raises(UserError, match="--batch 0"):
+        OptimizerOptions(batch=0)
+    with pytest.raises(UserError, match="--ema-every 2 does nothing without --ema"):
+        OptimizerOptions(ema_every=2)
+    assert CaptionOptions(max_tags=3).caption_edits()
+
+
+def test_the_least_d_max_is_where_d_begins() -> None:
+    from xlsd_train.optim.lion import D0
+
+    hint = get_type_hints(OptimizerOptions, include_extras=True)["d_max"]
+    assert [notes for _, notes in leaves(hint)] == [(Within(D0, 1, above=True),)]
 
 
 def test_help_teaches_every_option() -> None:
@@ -79,8 +106,8 @@ def test_help_teaches_every_option() -> None:
         (("--train", ","), "--train ',' names nothing"),
         (("--train", "unet.attn2"), "--train unet.attn2 is of a part that --phase te"),
         (("--reinit", "unet.conv_in"), "--reinit unet.conv_in is of a part that --phase te"),
-        (("--phase", "both", "--train", "unet.attn2"), "choose --phase unet"),
-        (("--reinit", "text_encoder"), "--reinit text_encoder is of the text encoder"),
+        (("--phase", "both", "--train", "unet.attn2"), "use --phase unet"),
+        (("--reinit", "text_encoder"), "--reinit text_encoder is part of the text encoder"),
         (("--d-max", 1e-7, "--optimizer", "dlion"), "--d-max 1e-07 is not above 1e-06"),
         (("--d-growth", 1, "--optimizer", "dlion"), "--d-growth 1 is not above 1"),
         (("--data", "nowhere"), "no latent store in nowhere"),

@@ -17,7 +17,7 @@ from benchmarks.demo.pipeline import make_pipeline, read_captions
 from tests.support import printed, train
 from tests.train.weights.test_ldm_keys import published
 from xlsd_train.config import sd15
-from xlsd_train.config.train import Kind
+from xlsd_train.config.optimization import Kind
 from xlsd_train.export.export import fold_vae
 from xlsd_train.weights.lazy_tensors import Stored
 from xlsd_train.weights.ldm_file import single_file

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from xlsd_train.config.train import Optimizer as Name
+from xlsd_train.config.optimization import Optimizer as Name
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.optim.factory import finish, make_optimizer, numbers, rates
 from xlsd_train.optim.lion import DLion, Lion

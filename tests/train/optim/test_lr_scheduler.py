@@ -6,7 +6,7 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from xlsd_cache.errors import UserError
-from xlsd_train.config.train import Scheduler
+from xlsd_train.config.optimization import Scheduler
 from xlsd_train.optim.lr_scheduler import learning_rate, warmup_steps
 
 FALLING: tuple[Scheduler, ...] = ("linear", "cosine", "rex")

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import printed
-from xlsd_train.config.train import Optimizer, TrainConfig
+from xlsd_train.config.optimization import Optimizer
+from xlsd_train.config.train import TrainConfig
 from xlsd_train.optim.plateau import WINDOW, PlateauWatch, first_plateau
 
 Line = dict[str, float]

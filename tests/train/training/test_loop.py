@@ -31,7 +31,7 @@ from tests.support import (
 from tests.train.conftest import Open
 from xlsd_cache.console.terminal import start
 from xlsd_cache.dataset.batch_order import Slot
-from xlsd_train.config.train import FINDS_RATE
+from xlsd_train.config.optimization import FINDS_RATE
 from xlsd_train.data.loader import Batch, BatchSource
 from xlsd_train.runs.layout import checkpoints
 from xlsd_train.runs.validation_log import read_losses

@@ -1,0 +1,178 @@
+"""Options of the training step: optimizer and length, objective, memory plan."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from xlsd_cache.console.option_checks import Count, Share, Within
+from xlsd_cache.errors import UserError
+from xlsd_cache.schema import Precision
+from xlsd_train.config.inputs import Options
+
+Optimizer = Literal["lion", "dlion", "adamw", "prodigy", "adafactor"]
+FINDS_RATE = ("dlion", "prodigy")
+Scheduler = Literal["constant", "linear", "cosine", "rex"]
+Rate = Annotated[float, Within(0, 3e38, above=True)]  # up to fp32's largest; see TrainConfig.rate
+MOST_STEPS = 10**8 - 1  # checkpoints are named in eight digits
+Kind = Literal["eps", "v", "flow"]
+Weighting = Literal["none", "min-snr", "debiased"]
+Memory = Literal["fastest", "largest", "plain", "cheap", "feed-forward", "sliced"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(Options):
+    """Optimisation."""
+
+    batch: Count | Literal["auto"] = 32
+    """Images per batch, all from one bucket. auto: the largest that passes at once."""
+
+    accum: Annotated[int, Within(1, 10**6)] = 1
+    """Batches per optimizer step. Gradients are averaged over all images."""
+
+    epochs: Annotated[float, Within(0, 10**6, above=True)] | None = None
+    """Planned length in epochs, instead of --steps. Default: 3 for te and both."""
+
+    steps: Annotated[int, Within(1, MOST_STEPS)] | None = None
+    """Planned length in optimizer steps. Default: 1000000 for unet."""
+
+    stop_after: Count | None = None
+    """Stop after this step. The planned length and all learning rates stay the same."""
+
+    optimizer: Optimizer = "lion"
+    """dlion is Lion that finds its learning rate (dadaptation 3.2), prodigy is prodigyopt's, which
+    finds Adam's; adamw and adafactor are torch's."""
+
+    lr: Rate | None = None
+    """Learning rate, 1e-10 to 0.1. Default: 5e-6 for unet, 3e-6 for te and both, 1e-3 for
+    adafactor, where it is relative to the size of the weights. For dlion and prodigy a factor of
+    the rate that they find, 0.01 to 100. Default: 1."""
+
+    warmup: str | None = None
+    """Steps (200), percent of the plan (10%), or epochs (0.5e). Default: 10%; for unet at most
+    200."""
+
+    scheduler: Scheduler = "constant"
+    """Learning rate from the end of the warm-up to the planned end. rex falls late."""
+
+    lr_floor: Annotated[float, Within(0, 3e38)] | None = None
+    """Learning rate at the planned end, for linear, cosine and rex. Default: 0."""
+
+    betas: tuple[Share, Share] | None = None
+    """Decay rates of the moving averages. Default: 0.9 0.99 for lion, else 0.9 0.999. Not for
+    adafactor."""
+
+    weight_decay: Annotated[float, Within(0, 1000)] = 0.0
+    """Decoupled weight decay."""
+
+    d_max: Annotated[float, Within(1e-6, 1, above=True)] | None = None
+    """Upper limit of dlion's d. Default: no limit."""
+
+    d_growth: Annotated[float, Within(1, 10**6, above=True)] | None = None
+    """Largest factor by which dlion's or prodigy's d may grow in one step. Default: no limit."""
+
+    ema: bool = False
+    """Keep two moving averages of the weights on the CPU; `xlsd-train ema` derives others."""
+
+    ema_every: Count | None = None
+    """With --ema: update the averages every this many steps. Default: 1."""
+
+    ema_snapshots: Count | None = None
+    """With --ema: keep at most this many snapshots of the averages in RUN/ema. Default: 12."""
+
+    def check(self) -> None:
+        """Raise UserError for options that contradict each other, or that have no effect."""
+        kind, floor = self.optimizer, self.lr_floor
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(
+                f"--steps {self.steps} and --epochs {self.epochs:g} both give the planned length; "
+                f"leave one out"
+            )
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas {self.betas} are not within 0 to 1")
+        if self.betas and kind == "adafactor":
+            raise UserError("--betas are not for --optimizer adafactor, which has none; leave them")
+        for name, takers in (("d_max", ("dlion",)), ("d_growth", FINDS_RATE)):
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is not None and kind not in takers:
+                raise UserError(
+                    f"{option} is for --optimizer {' or '.join(takers)}, not {kind}; leave it out"
+                )
+        if floor is not None and self.scheduler == "constant":
+            raise UserError(
+                f"--lr-floor {floor:g} is never reached by a constant rate; leave it out, or use "
+                f"--scheduler linear, cosine or rex"
+            )
+        for name in ("ema_every", "ema_snapshots"):
+            if getattr(self, name) is not None and not self.ema:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)} does nothing without --ema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions(Options):
+    """Objective."""
+
+    objective: Kind | None = None
+    """eps: noise. v: velocity, with zero terminal SNR. flow: rectified flow. Default: --model's
+    own."""
+
+    loss_weight: Weighting = "none"
+    """Loss weight by timestep. min-snr is for eps and v (v's last timestep then weighs 0), debiased
+    for eps."""
+
+    min_snr_gamma: Annotated[float, Within(0, 10**6, above=True)] | None = None
+    """With --loss-weight min-snr: timesteps of a higher SNR weigh less. Default: 5."""
+
+    noise_offset: Annotated[float, Within(0, 10)] = 0.0
+    """Standard deviation of a random shift of each noise channel, e.g. 0.05, for darker and
+    brighter images."""
+
+    timesteps: Literal["uniform", "stratified"] = "uniform"
+    """uniform: sample independently per image. stratified: spread evenly across the batch, for a
+    less noisy gradient."""
+
+    normalize_latents: bool = False
+    """Normalise each latent channel to mean 0 and standard deviation 1, by the store's statistics,
+    which are saved with the model."""
+
+    def check(self) -> None:
+        """Raise UserError for a loss weight that the objective does not have."""
+        if self.objective is not None:
+            check_weighting(self.objective, self.loss_weight)
+        if self.min_snr_gamma is not None and self.loss_weight != "min-snr":
+            raise UserError(
+                f"--min-snr-gamma {self.min_snr_gamma:g} does nothing with --loss-weight "
+                f"{self.loss_weight}; add --loss-weight min-snr or leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions(Options):
+    """Memory and precision."""
+
+    memory: Memory = "fastest"
+    """How a batch passes; `xlsd-train plan` compares them. fastest: the fastest plan that fits.
+    plain: store all activations. cheap: recompute norms and activation functions. feed-forward:
+    also the feed-forward projection. sliced, largest: recompute layer by layer and step each layer
+    in the backward pass; largest uses slices of one image."""
+
+    micro_batch: Count | None = None
+    """Images per pass, or per slice of the widest layers. Default: as many as fit."""
+
+    vram: Annotated[float, Within(1, 10**4, above=True)] | None = None
+    """GPU memory in GB to plan for and not to exceed. Default: what is free; no limit on a CPU."""
+
+    precision: Precision = "fp32"
+    """fp32: TF32 off. bf16: autocast over fp32 weights."""
+
+    channels_last: bool = False
+    """Use channels-last memory for convolutions. Their kernels round differently."""
+
+
+def check_weighting(objective: Kind, weighting: Weighting) -> None:
+    """Raise UserError for a loss weight that is not defined for this objective."""
+    known: dict[Weighting, tuple[Kind, ...]] = {"min-snr": ("eps", "v"), "debiased": ("eps",)}
+    if objective not in known.get(weighting, (objective,)):
+        raise UserError(
+            f"--loss-weight {weighting} is defined for {' and '.join(known[weighting])}, not for "
+            f"--objective {objective}; use --loss-weight none"
+        )
