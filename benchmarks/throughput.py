@@ -47,8 +47,8 @@ from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.dataset.batch_order import Schedule
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
-from xlsd_cache.schema import Precision
 from xlsd_cache.store.reader import LatentStore
+from xlsd_cache.vocabulary import Precision
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.optimization import Optimizer
 from xlsd_train.config.train import TrainConfig

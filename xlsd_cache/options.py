@@ -20,7 +20,7 @@ from xlsd_cache.console.option_checks import (
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column
 from xlsd_cache.images.decode import MAX_PIXELS, MOST_PIXELS
-from xlsd_cache.schema import RESERVED, Padding, Precision
+from xlsd_cache.vocabulary import RESERVED, Padding, Precision
 
 
 @dataclass(frozen=True)

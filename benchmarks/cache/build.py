@@ -42,7 +42,7 @@ from xlsd_cache.encoding.encoder import Encoder, to_input
 from xlsd_cache.encoding.vae import Vae, load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
-from xlsd_cache.schema import Precision
+from xlsd_cache.vocabulary import Precision
 
 Batch = NDArray[np.uint8]  # [B, H, W, 3]
 

@@ -36,9 +36,10 @@ from xlsd_cache.integrity.accounting import account
 from xlsd_cache.planning.log_state import NOTHING, read_known
 from xlsd_cache.planning.plan import make_plan, refuse_lost_sources
 from xlsd_cache.planning.probe import read_headers
-from xlsd_cache.sources.scan import IMAGES, scan
+from xlsd_cache.schema import CAPTIONS, COMMIT, IMAGES
+from xlsd_cache.sources.scan import scan
 from xlsd_cache.store.identity import Identity, attributes_of
-from xlsd_cache.store.manifest import CAPTIONS, COMMIT, Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.zarr_metadata import write_group
 
 ROWS_PER_SHARD = 4096

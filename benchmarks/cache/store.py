@@ -32,9 +32,10 @@ from safetensors.torch import load_file, save_file
 from benchmarks.lib.machine import machine
 from benchmarks.lib.synthetic import IDENTITY
 from xlsd_cache.errors import UserError
+from xlsd_cache.schema import CAPTIONS, PLAN
 from xlsd_cache.store.commit import claim
 from xlsd_cache.store.identity import attributes_of
-from xlsd_cache.store.manifest import CAPTIONS, PLAN, Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.shard import Row, ShardReader
 from xlsd_cache.store.zarr_metadata import grow_array, write_group

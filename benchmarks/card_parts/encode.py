@@ -18,7 +18,7 @@ from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.vae import Vae, load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
-from xlsd_cache.schema import Precision
+from xlsd_cache.vocabulary import Precision
 
 
 def encode(bench: Bench) -> Found:

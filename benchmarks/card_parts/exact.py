@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.card_parts.bench import Bench, Found
 from xlsd_cache.runtime.device import set_precision
-from xlsd_cache.schema import Precision
+from xlsd_cache.vocabulary import Precision
 from xlsd_train.step.step import Plan
 from xlsd_train.training.setup import deterministic
 

@@ -15,7 +15,7 @@ from benchmarks.demo.pipeline import VAE, Size, make_networks, make_pipeline
 from benchmarks.lib.machine import cpu_name
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.schema import Precision
+from xlsd_cache.vocabulary import Precision
 from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import Captions

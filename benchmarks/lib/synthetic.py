@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from xlsd_cache.runtime.atomic import replacing, write_parquet
+from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
 from xlsd_cache.store.identity import Identity, attributes_of, bucket_shape
-from xlsd_cache.store.manifest import CAPTIONS, COMMIT, PLAN, Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CRC_NBYTES, MISSING
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
 

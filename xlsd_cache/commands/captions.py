@@ -21,11 +21,12 @@ from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.log_state import former_names, read_live
 from xlsd_cache.runtime.atomic import sweep
 from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.schema import PLAN
 from xlsd_cache.sources.records import Record, Search, Tally, given_table
 from xlsd_cache.sources.scan import named_roots, read_urls, records_of
 from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.index import make_view, save_view
-from xlsd_cache.store.manifest import PLAN, Manifest
+from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.tables.columns import Rows, is_table, one
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
 from xlsd_cache.tables.names import look_up
@@ -41,7 +42,7 @@ class Changes:
     """What one column's captions would become."""
 
     column: str
-    delta: pa.Table  # manifest.CAPTIONS
+    delta: pa.Table  # schema.CAPTIONS
     added: int
     changed: int
     cleared: int

@@ -33,6 +33,7 @@ from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.index import View, make_view
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.reader import LatentStore
+from xlsd_cache.vocabulary import Bucket
 
 Say = Callable[..., None]
 TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels cost far less
@@ -206,9 +207,8 @@ def _pixels(sample: dict[str, Any]) -> Pixels | Rejected:
         return Rejected("unreadable" if error.errno else "changed")
     if hashlib.sha256(data).hexdigest() != sample["content_hash"]:
         return Rejected("changed")
-    width, height = map(int, sample["bucket"].split("x"))
-    upright = sample["width"], sample["height"]
-    return decode(data, upright, tuple(sample["crop"]), (width, height), MOST_PIXELS)
+    upright, bucket = (sample["width"], sample["height"]), Bucket.parse(sample["bucket"])
+    return decode(data, upright, tuple(sample["crop"]), bucket, MOST_PIXELS)
 
 
 def _silent(*_: object) -> None:

@@ -27,9 +27,10 @@ from xlsd_cache.planning.disk_space import bytes_to_write, say_room, uncommitted
 from xlsd_cache.planning.sessions import building
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_cache.schema import CAPTIONS, PLAN
 from xlsd_cache.store.commit import planning, tidy
 from xlsd_cache.store.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
-from xlsd_cache.store.manifest import CAPTIONS, PLAN, Manifest
+from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
 
 log = logging.getLogger("xlsd.cache.commands")

@@ -17,7 +17,7 @@ from torch import Tensor
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.gpu_memory import give_back, is_full, most_on
-from xlsd_cache.schema import Precision
+from xlsd_cache.vocabulary import Precision
 
 log = logging.getLogger("xlsd.cache.encoding")
 

@@ -28,6 +28,7 @@ from xlsd_cache.store.commit import Claim, claim
 from xlsd_cache.store.identity import bucket_shape
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import Row
+from xlsd_cache.vocabulary import Bucket
 
 Decoded = tuple[str, Pixels | Rejected]  # content hash, and pixels or a reason
 Encoded = tuple[list[Row], dict[int, NDArray[Any]]]  # what became of each row; latents by slot
@@ -254,8 +255,7 @@ def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) ->
     content = hashlib.sha256(data).hexdigest()
     if len(data) != entry["size"] or entry["content_hash"] not in ("", content):
         return "", changed
-    width, height = map(int, entry["bucket"].split("x"))
-    pixels = guard.call(decode, data, upright, crop, (width, height), max_pixels)
+    pixels = guard.call(decode, data, upright, crop, Bucket.parse(entry["bucket"]), max_pixels)
     # Another file of the same size in bytes and pixels is as good as the one that was scanned: its
     # own hash is recorded. What else is wrong with another is not to be held against this one.
     if isinstance(pixels, Rejected) and not _is_scanned(entry, now):

@@ -20,7 +20,7 @@ from xlsd_cache.encoding.finite import count, unfit
 from xlsd_cache.encoding.hub import cached, fetch, no_such, repository_of, require
 from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.errors import UserError
-from xlsd_cache.schema import Padding
+from xlsd_cache.vocabulary import Padding
 
 # name -> hub repository, and the folder in it
 NAMES = {

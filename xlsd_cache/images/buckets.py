@@ -1,40 +1,13 @@
 """Aspect-ratio buckets. Pure: the size of an image in, its bucket and crop box out, or a reason."""
 
 import math
-import re
 from dataclasses import dataclass
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.outcomes import Rejected
+from xlsd_cache.vocabulary import Bucket
 
 STEP = 64  # pixels: the VAE's 8 times the UNet's three halvings
-
-
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """A size in pixels that images are resized and cropped to."""
-
-    width: int
-    height: int
-
-    @property
-    def name(self) -> str:
-        """WIDTHxHEIGHT, the name of the bucket's array in the store."""
-        return f"{self.width}x{self.height}"
-
-    @classmethod
-    def parse(cls, name: str) -> "Bucket":
-        """The bucket called `name`. Raises UserError when that is not a usable size."""
-        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", name.strip())
-        if not match:
-            raise UserError(f"--buckets {name!r} is no size; write WIDTHxHEIGHT, say 512x768")
-        bucket = cls(int(match[1]), int(match[2]))
-        if bucket.width % STEP or bucket.height % STEP:
-            raise UserError(
-                f"--buckets {bucket.name} is not in steps of {STEP} pixels, which the UNet's "
-                f"three halvings of 8-pixel latents need; round it"
-            )
-        return bucket
 
 
 @dataclass(frozen=True)
@@ -61,11 +34,11 @@ class Buckets:
     def make(cls, spec: str, resolution: int, max_ratio: float, upscale: bool) -> "Buckets":
         """`spec` is `aspect`, `square`, or explicit sizes `512x512,512x768`."""
         if spec == "square":
-            sizes = {Bucket.parse(f"{resolution}x{resolution}")}
+            sizes = {_asked_for(f"{resolution}x{resolution}")}
         elif spec == "aspect":
             sizes = _aspect_sizes(resolution, max_ratio)
         else:
-            sizes = {Bucket.parse(name) for name in spec.split(",")}
+            sizes = {_asked_for(name) for name in spec.split(",")}
         return cls(tuple(sorted(sizes)), max_ratio, upscale)
 
     def place(self, width: int, height: int) -> Placement | Rejected:
@@ -93,6 +66,21 @@ class Buckets:
         top = (height - bucket.height / scale) / 2
         left, top = max(0.0, left), max(0.0, top)  # rounding may leave -1e-14
         return Placement(bucket, (left, top, width - left, height - top))
+
+
+def _asked_for(name: str) -> Bucket:
+    """One of the sizes of --buckets. Raises UserError where it is not usable."""
+    try:
+        bucket = Bucket.parse(name.strip())
+    except ValueError:
+        message = f"--buckets {name!r} is no size; write WIDTHxHEIGHT, e.g. 512x768"
+        raise UserError(message) from None
+    if bucket.width % STEP or bucket.height % STEP:
+        raise UserError(
+            f"--buckets {bucket.name} is not in steps of {STEP} pixels, which the UNet's "
+            f"three halvings of 8-pixel latents need; round it"
+        )
+    return bucket
 
 
 def _aspect_sizes(resolution: int, max_ratio: float) -> set[Bucket]:

@@ -24,13 +24,14 @@ from xlsd_cache.files.uri import read_source, stat_source
 from xlsd_cache.integrity.shard_check import Checked, Problem, verify_shard
 from xlsd_cache.integrity.verify import damaged_places
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
+from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLAN
 from xlsd_cache.store.commit import lock_path, planning, write_commit
 from xlsd_cache.store.live_rows import write_live
-from xlsd_cache.store.manifest import CAPTIONS, COMMIT, DAMAGED, PLAN, Unit
+from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, Row, ShardReader, index_of
 from xlsd_cache.store.zarr_metadata import grow_array, mend_array
 
-Entry = dict[str, Any]  # one row of manifest.PLAN
+Entry = dict[str, Any]  # one row of schema.PLAN
 
 
 @dataclass

@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from xlsd_cache.schema import COMMIT
 from xlsd_cache.store.identity import Identity, bucket_shape
-from xlsd_cache.store.manifest import COMMIT, Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CRC_NBYTES, MISSING, CorruptShard, Fault, ShardReader
 
 _FAULTS: dict[Fault, str] = {

@@ -16,9 +16,9 @@ from xlsd_cache.interop.cache_files import CacheFile, Found
 from xlsd_cache.interop.formats import Contents, Held, peek
 from xlsd_cache.interop.pairing import Record, pair
 from xlsd_cache.outcomes import Rejected
-from xlsd_cache.store.identity import DOWNSCALE
+from xlsd_cache.vocabulary import DOWNSCALE
 
-Entry = dict[str, Any]  # one row of manifest.PLAN
+Entry = dict[str, Any]  # one row of schema.PLAN
 Crop = tuple[float, float, float, float]
 MOST_SIDE, MOST_AREA = 99_999, 2**28  # pixels of a bucket: its latents are read whole
 Peeked = tuple[CacheFile, Contents]

@@ -35,7 +35,7 @@ from xlsd_cache.interop.thumbnails import Thumbnails
 from xlsd_cache.interop.transfer import order
 from xlsd_cache.options import ImportConfig
 from xlsd_cache.outcomes import REASONS, Reason, Rejected
-from xlsd_cache.store.identity import DOWNSCALE
+from xlsd_cache.vocabulary import DOWNSCALE, Bucket
 
 log = logging.getLogger("xlsd.cache.interop")
 
@@ -192,7 +192,7 @@ class Prover:
             data = item.image.read()
         except OSError:
             return None
-        width, height = (int(side) // divisor for side in item.bucket.split("x"))
+        width, height = (side // divisor for side in Bucket.parse(item.bucket))
         guard = decoders(self.config.workers)
         pixels = guard.call(decode, data, item.size, item.crop, (width, height), MOST_PIXELS)
         if isinstance(pixels, Rejected):

@@ -11,7 +11,7 @@ from xlsd_cache.images.buckets import Buckets, Placement
 from xlsd_cache.images.decode import too_large
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.planning.log_state import Known
-from xlsd_cache.store.manifest import PLAN
+from xlsd_cache.schema import PLAN
 from xlsd_cache.tables.columns import one
 from xlsd_cache.tables.names import look_up
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.store.manifest import CAPTIONS
+from xlsd_cache.schema import CAPTIONS
 from xlsd_cache.tables.columns import one
 from xlsd_cache.tables.names import look_up
 

@@ -20,7 +20,7 @@ LOG_NBYTES = 512  # of the tables for one image, about: plan, commit record, ind
 
 
 def uncommitted_places(manifest: Manifest, table: pa.Table, rows_per_shard: int) -> pa.Table:
-    """The rows of `table` (manifest.PLAN) that have a place in a shard with no commit record."""
+    """The rows of `table` (schema.PLAN) that have a place in a shard with no commit record."""
     table = table.filter(pc.greater_equal(table["row"], 0))
     buckets = one(table["bucket"]).dictionary_encode()
     names = buckets.dictionary.to_pylist()

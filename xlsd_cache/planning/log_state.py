@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.store.manifest import CAPTIONS, PLAN, Manifest, Unit, last_of
+from xlsd_cache.schema import CAPTIONS, PLAN
+from xlsd_cache.store.manifest import Manifest, Unit, last_of
 
 CONTENT = pa.schema(
     [PLAN.field(name) for name in ("content_hash", "size", "bucket", "row", "crop")]
@@ -24,7 +25,7 @@ class Known:
     live: pa.Table  # PLAN, a row a key; content_hash, reason and detail as committed
     content: pa.Table  # CONTENT, a row a content hash: its good latent's place, live or not
     next_rows: dict[str, int]  # bucket -> the first row of its next shard
-    captions: pa.Table  # manifest.CAPTIONS, the last said of each
+    captions: pa.Table  # schema.CAPTIONS, the last said of each
 
 
 NOTHING = Known(PLAN.empty_table(), CONTENT.empty_table(), {}, CAPTIONS.empty_table())
@@ -110,7 +111,7 @@ def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
 
 
 def uncommitted(manifest: Manifest, generation: int, rows_per_shard: int) -> pa.Table:
-    """The planned rows (manifest.PLAN) whose shard has no commit record yet."""
+    """The planned rows (schema.PLAN) whose shard has no commit record yet."""
     planned = manifest.planned(generation)
     committed = pa.array([unit.name for unit in manifest.committed()], pa.string())
     names = unit_names(planned, rows_per_shard)

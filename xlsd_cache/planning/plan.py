@@ -17,11 +17,12 @@ from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.log_state import Known, find_places
 from xlsd_cache.planning.probe import FILES, read_hashes, read_headers
 from xlsd_cache.planning.unchanged import SCANNED, Mask, among, compare, equal
-from xlsd_cache.store.manifest import LATER, PLAN, last_of
+from xlsd_cache.schema import LATER, PLAN
+from xlsd_cache.store.manifest import last_of
 from xlsd_cache.tables.columns import one
 from xlsd_cache.tables.names import look_up
 
-Entry = dict[str, Any]  # one row of manifest.PLAN
+Entry = dict[str, Any]  # one row of schema.PLAN
 # What a planning read so far, in staging until its plan is written. Those of --rehash are apart: it
 # believes nothing that was read before it began.
 JOURNALS = ("headers.planning", "hashes.planning", "headers.rehash", "hashes.rehash")

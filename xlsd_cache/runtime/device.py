@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.schema import Precision
+from xlsd_cache.vocabulary import Precision
 
 ENGINES = "cudnn_engines.json"  # which of cuDNN's are left out
 

@@ -15,6 +15,7 @@ from xlsd_cache.files.captions import CAPTION_BYTES, Column, LeftOut, read_capti
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, is_image
 from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.schema import CAPTIONS, IMAGES
 from xlsd_cache.sources.allowed_folders import Fence
 from xlsd_cache.sources.filters import listed
 from xlsd_cache.sources.masks import with_masks
@@ -28,25 +29,11 @@ from xlsd_cache.sources.records import (
     given_table,
     row_records,
 )
-from xlsd_cache.store.manifest import CAPTIONS
 from xlsd_cache.tables.columns import TABLE_SUFFIXES, URLS, is_table, one
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
 from xlsd_cache.tables.names import look_up
 from xlsd_cache.tables.row_outcomes import Matches
 
-IMAGES = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("inode", pa.int64()),
-        ("ctime_ns", pa.int64()),
-        ("url", pa.string()),  # as img2dataset notes it beside the image; null where unknown
-        ("reason", pa.string()),  # of outcomes.REASONS where the scan rejects it already, or empty
-        ("detail", pa.string()),
-    ]
-)
 _BLOCK = 256  # records a thread takes at once
 
 
@@ -60,14 +47,14 @@ class Scan:
     """Everything found: one row an image, and what was passed over."""
 
     images: pa.Table  # IMAGES, sorted by key
-    captions: pa.Table  # manifest.CAPTIONS, of these images
+    captions: pa.Table  # schema.CAPTIONS, of these images
     columns: tuple[str, ...]  # the caption columns
     names: tuple[str, ...]  # of the sources: what keys begin with
     passed_over: Counter[str]  # kind -> files that are neither images nor captions
     remarks: Counter[tuple[str, str]]  # (column, what) -> captions
     damaged: list[str]  # a sentence for each file that was read in part, or not at all
     unread: bool  # whether a table could not be read: its captions are not known to be gone
-    beside: pa.Table  # manifest.CAPTIONS that tables do not give
+    beside: pa.Table  # schema.CAPTIONS that tables do not give
     matches: Matches  # of tables' rows with the images called `keys`
     keys: pa.Array
     notes: list[str]  # a sentence for each source that has files elsewhere read

@@ -13,7 +13,8 @@ import pyarrow as pa
 from filelock import BaseFileLock, FileLock, Timeout
 
 from xlsd_cache.runtime.atomic import sweep, write_parquet
-from xlsd_cache.store.manifest import COMMIT, Manifest, Unit
+from xlsd_cache.schema import COMMIT
+from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CorruptShard, Row, ShardReader, ShardWriter, read_journal
 
 log = logging.getLogger("xlsd.cache.store")

@@ -15,12 +15,11 @@ from typing import Any, get_args
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.bounded_files import read_json
-from xlsd_cache.schema import Padding
+from xlsd_cache.vocabulary import Bucket, Padding
 
 FORMAT = "xlsd-latents"
 VERSION = 1
 ENCODER = "manifest/encoder.json"  # in stores of older versions
-DOWNSCALE = 8  # pixels a latent, of every VAE known here
 _TEXT = 4096  # characters of a name, a path or a list of sizes
 LABELS = {
     "encoder_sha256": "the VAE's encoder half (encoder and quant_conv)",
@@ -152,8 +151,7 @@ def record_encoder(root: Path, vae_sha256: str, encoder_sha256: str) -> None:
 
 def bucket_shape(bucket: str, channels: int) -> tuple[int, int, int]:
     """(C, h, w) of the latents of the bucket called WIDTHxHEIGHT."""
-    width, height = map(int, bucket.split("x"))
-    return channels, height // DOWNSCALE, width // DOWNSCALE
+    return channels, *Bucket.parse(bucket).latent_size
 
 
 def agree(

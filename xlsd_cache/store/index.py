@@ -22,22 +22,15 @@ from numpy.typing import NDArray
 from xlsd_cache.runtime.arrow_files import map_table
 from xlsd_cache.runtime.atomic import replacing, temporary_path
 from xlsd_cache.runtime.bounded_files import JSON_BYTES, open_regular, parse_json, read_regular
-from xlsd_cache.store.manifest import COMMIT, MOST_ROWS, PLAN, Manifest, Unit, is_bucket, last_rows
+from xlsd_cache.schema import MOST_ROWS, SAMPLES
+from xlsd_cache.store.manifest import Manifest, Unit, is_bucket, last_rows
 
 # Rows of a record batch, at most: its texts must stay below Arrow's 2 GiB. No batch holds rows of
 # two buckets, so a bucket's numbers lie in one piece up to here, and are mapped and not copied.
 BATCH = 1 << 20
 _BUCKET = 1 << 40  # by how much two neighbouring buckets' places differ
 
-# The columns of `samples`; those behind them are captions.
-_OWN = ("key", "source", "width", "height", "crop", "bucket", "row")
-SAMPLES = pa.schema(
-    [
-        *(PLAN.field(name).with_nullable(False) for name in _OWN),
-        COMMIT.field("content_hash"),
-        COMMIT.field("crc32c").with_nullable(False),
-    ]
-)
+_OWN = SAMPLES.names[:-2]  # the columns that are the plan's
 Ints = NDArray[np.int64]
 
 

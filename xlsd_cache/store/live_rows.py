@@ -18,9 +18,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
+from xlsd_cache.schema import MOST_ROWS
 from xlsd_cache.store.commit import planning
 from xlsd_cache.store.index import View, make_view
-from xlsd_cache.store.manifest import MOST_ROWS, Manifest
+from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.zarr_metadata import rows_told
 
 FOLDER = "live"  # a group, so that the arrays of the group above are the buckets and nothing else

@@ -21,49 +21,10 @@ from numpy.typing import NDArray
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.runtime.bounded_files import require_regular
+from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, LATER, MOST_ROWS, PLAN, REMOVED
+from xlsd_cache.vocabulary import Bucket
 
-PLAN = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.string()),  # the image file
-        ("size", pa.int64()),  # bytes; with mtime_ns it tells whether a file changed
-        ("mtime_ns", pa.int64()),
-        ("width", pa.int32()),  # of the upright image; 0 where its header could not be read
-        ("height", pa.int32()),
-        ("crop", pa.list_(pa.float64(), 4)),  # left, top, right, bottom in upright pixels
-        ("bucket", pa.string()),  # empty where the image has no place
-        ("row", pa.int64()),  # in the bucket's array; -1 where the image has no place
-        ("content_hash", pa.string()),  # sha256 of the file, empty where planning had no need of it
-        ("reason", pa.string()),  # empty where the image has a place, else why not
-        ("detail", pa.string()),
-        ("inode", pa.int64()),  # with ctime_ns it tells whether another file took its name; null in
-        ("ctime_ns", pa.int64()),  # the log of versions that did not ask, and where imported
-    ]
-)
-COMMIT = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("key", pa.string()),  # the image's name when it was encoded
-        ("content_hash", pa.string()),
-        ("status", pa.string()),  # encoded | rejected
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("crc32c", pa.uint32()),  # of the latent's bytes
-    ]
-)
-LATER = frozenset({"inode", "ctime_ns"})  # columns that the first version's plans lack
-REMOVED = pa.schema([("key", pa.string())])
-DAMAGED = pa.schema(
-    [
-        ("bucket", pa.string()),
-        ("row", pa.int64()),  # its latent is not to be used again, by whatever image
-    ]
-)
-CAPTIONS = pa.schema([("key", pa.string()), ("column", pa.string()), ("text", pa.string())])
 _FIELDS = {field.name: field for table in (PLAN, COMMIT, CAPTIONS) for field in table}
-_BUCKET = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)  # a folder's name, too
-_MOST_PIXELS = 2**28  # of a bucket: one latent is read whole
-MOST_ROWS = 2**31  # of a bucket
 _NEEDED = frozenset("key bucket row status column text".split())
 _FOLDERS = ("latents.zarr", "manifest", "captions", "staging", "stray")
 
@@ -280,8 +241,8 @@ def _check(table: pa.Table) -> None:
             raise ValueError(f"its {column} is missing in some rows")
     if "bucket" in table.column_names:
         for name in pc.unique(table["bucket"]).to_pylist():
-            if name and not is_bucket(name):
-                raise ValueError(f"{name[:40]!r} is no name of a bucket")
+            if name:
+                Bucket.parse(name)
     if "row" in table.column_names and table.num_rows:
         ends = pc.min_max(table["row"]).as_py()
         if not -1 <= ends["min"] <= ends["max"] < MOST_ROWS:
@@ -290,8 +251,10 @@ def _check(table: pa.Table) -> None:
 
 def is_bucket(name: str) -> bool:
     """Whether a bucket can have this name, which is a folder's too."""
-    size = _BUCKET.fullmatch(name)
-    return size is not None and int(size[1]) * int(size[2]) <= _MOST_PIXELS
+    try:
+        return bool(Bucket.parse(name))
+    except ValueError:
+        return False
 
 
 @contextmanager

@@ -17,12 +17,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.schema import RESERVED
 from xlsd_cache.store.identity import Identity, bucket_shape, read_attributes
 from xlsd_cache.store.index import View, cached_view, make_view, save_view
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CorruptShard, ShardReader
 from xlsd_cache.store.tag_index import Tags, open_tags
+from xlsd_cache.vocabulary import RESERVED
 
 __all__ = ["Identity", "LatentStore"]
 

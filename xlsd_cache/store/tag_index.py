@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from xlsd_cache.runtime.arrow_files import map_table
 from xlsd_cache.runtime.atomic import replacing
+from xlsd_cache.schema import TAGS
 
-_SCHEMA = pa.schema([("tag", pa.large_string()), ("samples", pa.large_list(pa.int32()))])
 PART = 1 << 18  # captions taken apart at a time: some hundred MiB of tags
 
 
@@ -68,7 +68,7 @@ def open_tags(root: Path, column: str, texts: pa.ChunkedArray, fingerprint: str)
 
 def _mapped(path: Path, fingerprint: str, samples: int) -> pa.RecordBatch | None:
     try:
-        table = map_table(path, _SCHEMA)
+        table = map_table(path, TAGS)
         if table.schema.metadata[b"fingerprint"] != fingerprint.encode():
             return None
         batch, *more = table.to_batches()
@@ -125,7 +125,7 @@ def _make(texts: pa.ChunkedArray) -> pa.RecordBatch:
         samples[np.repeat(shift, part.counts) + np.arange(len(part.samples))] = part.samples
         free[code] += part.counts
     found = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), samples)
-    batch = pa.record_batch([names, found], _SCHEMA)
+    batch = pa.record_batch([names, found], TAGS)
     return batch.slice(int((counts == 0).sum()))  # the empty one, which comes first, is no tag
 
 

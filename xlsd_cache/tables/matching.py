@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.store.manifest import CAPTIONS
+from xlsd_cache.schema import CAPTIONS
 from xlsd_cache.tables.columns import NOTHING, one
 from xlsd_cache.tables.names import (
     Ints,
@@ -200,7 +200,7 @@ def by_former_names(found: Matches, content: pa.Array, former: pa.Table) -> None
 
 
 def captions_of(found: Matches, keys: pa.Array, columns: Iterable[str]) -> pa.Table:
-    """manifest.CAPTIONS that the rows give to the images called `keys`.
+    """schema.CAPTIONS that the rows give to the images called `keys`.
 
     Of several rows about one image the most exact counts, then the one of the nearest table, then
     the last.

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from xlsd_cache.console.option_checks import Count, Share, Within
 from xlsd_cache.errors import UserError
-from xlsd_cache.schema import Precision
+from xlsd_cache.vocabulary import Precision
 from xlsd_train.config.inputs import Options
 
 Optimizer = Literal["lion", "dlion", "adamw", "prodigy", "adafactor"]

@@ -15,6 +15,7 @@ from xlsd_cache.dataset import rng as draw
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_cache.runtime.own_files import marking
+from xlsd_cache.vocabulary import Bucket
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import Columns
 from xlsd_train.data.mixture import Store
@@ -162,6 +163,4 @@ def _captions(
 
 def sample_size(sizes: Mapping[str, int]) -> tuple[int, int]:
     """(width, height) of the bucket with the most samples."""
-    bucket = max(sizes, key=lambda name: (sizes[name], name))
-    width, height = map(int, bucket.split("x"))
-    return width, height
+    return Bucket.parse(max(sizes, key=lambda name: (sizes[name], name)))

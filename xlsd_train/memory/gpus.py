@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from xlsd_cache.schema import Precision
+from xlsd_cache.vocabulary import Precision
 
 
 @dataclass(frozen=True)

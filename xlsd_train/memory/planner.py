@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.store.identity import bucket_shape
+from xlsd_cache.vocabulary import Bucket
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.gpus import CARDS, Card
 from xlsd_train.memory.meta_step import Rehearsal, Size
@@ -208,7 +208,7 @@ def choose(
 
 def largest(buckets: Mapping[str, int]) -> Size:
     """Height and width of the latents that decide: those of the bucket of most pixels."""
-    sizes = [bucket_shape(name, 1)[1:] for name in buckets]
+    sizes = [Bucket.parse(name).latent_size for name in buckets]
     return max(sizes, key=lambda size: (size[0] * size[1], size[1]))
 
 

@@ -16,8 +16,8 @@ from xlsd_cache.encoding.compatibility import refuse_other_encoder, vae_of
 from xlsd_cache.encoding.vae import Vae, tensors_sha256
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_json
-from xlsd_cache.schema import Padding
 from xlsd_cache.store.reader import Identity
+from xlsd_cache.vocabulary import Padding
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.sd15 import HUB_ID
 from xlsd_train.config.weight_patterns import choose, split

@@ -13,7 +13,7 @@ from xlsd_cache.encoding.hub import no_such, repository_of
 from xlsd_cache.encoding.network_config import MOST_LAYERS
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.bounded_files import parse_json
-from xlsd_cache.schema import Padding
+from xlsd_cache.vocabulary import Padding
 from xlsd_train.config import sd15
 from xlsd_train.runs.json_files import misfit
 from xlsd_train.runs.layout import checkpoints

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.buckets import Bucket, Buckets, Placement
+from xlsd_cache.images.buckets import Buckets, Placement
 from xlsd_cache.outcomes import Rejected
+from xlsd_cache.vocabulary import Bucket
 
 SIDES = st.integers(1, 5000)
 

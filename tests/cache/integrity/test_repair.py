@@ -17,7 +17,8 @@ from tests.cache.commands.test_build import slow_build
 from tests.support import cache, files, printed, spawn, wait_for, write_images
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_parquet
-from xlsd_cache.store.manifest import COMMIT, Manifest, Unit
+from xlsd_cache.schema import COMMIT
+from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.reader import LatentStore
 
 RECORD = 4 * 16 * 16 * 4 + 4  # bytes of a latent of bucket 128x128 and its crc32c

@@ -19,8 +19,9 @@ from xlsd_cache.planning import probe as headers
 from xlsd_cache.planning.log_state import CONTENT, NOTHING, Known, former_names, read_known
 from xlsd_cache.planning.plan import Entry, Plan, make_plan
 from xlsd_cache.runtime.atomic import write_parquet
+from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
 from xlsd_cache.sources.scan import scan
-from xlsd_cache.store.manifest import CAPTIONS, COMMIT, PLAN, Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, Unit
 
 BUCKETS = Buckets.make("square", 64, 4.0, upscale=False)
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xlsd_cache.store.index
+from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
 from xlsd_cache.store.index import View, _gather, cached_view, make_view, save_view
-from xlsd_cache.store.manifest import CAPTIONS, COMMIT, PLAN, Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, Unit
 
 ROWS = 4  # of a shard
 KEYS = st.sampled_from("abcdefgh")

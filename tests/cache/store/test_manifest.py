@@ -5,7 +5,8 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlsd_cache.store.manifest import CAPTIONS, PLAN, Manifest, Unit, last_of
+from xlsd_cache.schema import CAPTIONS, PLAN
+from xlsd_cache.store.manifest import Manifest, Unit, last_of
 
 
 def plan(*keys: str, row: int = 0) -> pa.Table:

@@ -33,10 +33,11 @@ from xlsd_cache.interop.crops import add_crops
 from xlsd_cache.interop.formats import Held, peek
 from xlsd_cache.interop.formats import read as read_latent
 from xlsd_cache.outcomes import Rejected
+from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN, REMOVED
 from xlsd_cache.sources.records import Search, Tally, archive_records, given_table, row_records
 from xlsd_cache.store.identity import Identity, attributes_of, read_attributes
 from xlsd_cache.store.index import View, cached_view, save_view
-from xlsd_cache.store.manifest import CAPTIONS, COMMIT, PLAN, REMOVED, read_log
+from xlsd_cache.store.manifest import read_log
 from xlsd_cache.store.shard import CorruptShard, ShardReader, index_of, read_journal
 from xlsd_cache.store.tag_index import open_tags
 from xlsd_cache.tables.row_outcomes import Table
