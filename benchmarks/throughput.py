@@ -52,12 +52,12 @@ from xlsd_cache.vocabulary import Precision
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.optimization import Optimizer
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.data.captions import Columns
+from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.data.loader import Batch, BatchSource, Loader
 from xlsd_train.data.noise import Noising
-from xlsd_train.data.selection import selected
+from xlsd_train.data.selection import select
 from xlsd_train.memory.planner import GIB, SLICES, Planner, limit_card, limit_of
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.step.step import Plan, Step
 from xlsd_train.training.setup import deterministic
 
@@ -218,7 +218,7 @@ def settings_of(config: ThroughputConfig) -> TrainConfig:
 
 
 def contestants_of(
-    config: ThroughputConfig, settings: TrainConfig, model: Model, plan: Plan, device: str,
+    config: ThroughputConfig, settings: TrainConfig, model: ModelBundle, plan: Plan, device: str,
     folder: Path, stack: ExitStack,
 ) -> dict[str, Contestant]:  # fmt: skip
     """All that is to be measured; the store's loader is closed with the stack."""
@@ -260,7 +260,8 @@ def open_feed(
 ) -> Iterator[Batch]:
     """Batches of a store made here."""
     store = stack.enter_context(LatentStore.open(make_store(config, folder)))
-    selection, columns = selected(store, np.ones(len(store), np.bool_)), Columns(("txt",), (1.0,))
+    columns = CaptionColumns(("txt",), (1.0,))
+    selection = select(store, np.ones(len(store), np.bool_))
     schedule, captions = Schedule(selection.sizes, config.batch, 0), captions_of(folder)
     noising = Noising(step.objective.first, step.objective.count)
     source = BatchSource(store, selection, schedule, captions, columns, noising, 0, 1)
@@ -269,7 +270,7 @@ def open_feed(
     return iter(stack.enter_context(closing(loader)))
 
 
-def plan_of(config: ThroughputConfig, settings: TrainConfig, model: Model) -> Plan:
+def plan_of(config: ThroughputConfig, settings: TrainConfig, model: ModelBundle) -> Plan:
     """How the batch passes."""
     if config.memory == "fastest":
         device = torch.device(here())

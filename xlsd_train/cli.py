@@ -68,9 +68,9 @@ def _report(config: ReportConfig, _: Sequence[str]) -> None:
 
 
 def _export(config: ExportConfig, _: Sequence[str]) -> None:
-    from xlsd_train.export.export import export
+    from xlsd_train.export.export import export_model
 
-    export(config)
+    export_model(config)
 
 
 def _swap(config: SwapConfig, _: Sequence[str]) -> None:

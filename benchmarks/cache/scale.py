@@ -201,12 +201,12 @@ class Case:
     def select(self) -> Step:
         """Two required tags and two forbidden: what `xlsd-train` trains on, and its schedule."""
         from xlsd_cache.dataset.batch_order import Schedule
-        from xlsd_train.data.selection import by_tags, selected
+        from xlsd_train.data.selection import filter_by_tags, select
 
         require, forbid = (TAGS[0], TAGS[15]), (TAGS[1], TAGS[100])
         with LatentStore.open(self.root) as store, Memory() as memory:
             begun = time.perf_counter()
-            selection = selected(store, by_tags(store, ["txt"], require, forbid).mask)
+            selection = select(store, filter_by_tags(store, ["txt"], require, forbid).mask)
             Schedule(selection.sizes, self.config.batch, 0)
             seconds = time.perf_counter() - begun
             wanted = np.flatnonzero(

@@ -18,7 +18,7 @@ from benchmarks.demo.pipeline import VAE
 from xlsd_cache.errors import UserError
 from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 
 
 @dataclass
@@ -29,7 +29,7 @@ class PlainLoop:
     `latents` f32 [B, 4, h, w] are there, scaled.
     """
 
-    model: Model
+    model: ModelBundle
     optimizer: torch.optim.Optimizer
     mixed: bool  # bf16 autocast
     input_ids: Tensor  # int64 [B, tokens]
@@ -63,7 +63,7 @@ class PlainLoop:
         return latents * float(self.vae.config.scaling_factor)
 
 
-def checkpointing(model: Model, on: bool) -> None:
+def checkpointing(model: ModelBundle, on: bool) -> None:
     """Turn gradient checkpointing on in what trains, and in what is differentiated through."""
     if on:
         model.unet.enable_gradient_checkpointing()
@@ -75,7 +75,7 @@ def checkpointing(model: Model, on: bool) -> None:
         model.text_encoder.gradient_checkpointing_disable()
 
 
-def optimizer_of(config: TrainConfig, model: Model) -> torch.optim.Optimizer:
+def optimizer_of(config: TrainConfig, model: ModelBundle) -> torch.optim.Optimizer:
     """The library's optimizer of a resolved config, at a rate at which no loss runs away."""
     import dadaptation
     import lion_pytorch

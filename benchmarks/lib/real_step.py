@@ -21,8 +21,8 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import Captions
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.gpus import card_named
-from xlsd_train.model.bundle import Model
-from xlsd_train.model.latent_scaling import own_scaling
+from xlsd_train.model.bundle import ModelBundle
+from xlsd_train.model.latent_scaling import vae_scaling
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.step.objective import make_objective
 from xlsd_train.step.step import Plan, Step
@@ -41,11 +41,11 @@ def networks(size: Size, tokens: int = 77) -> tuple[Any, Any]:
     return unet, text_encoder
 
 
-def model_of(size: Size, tokens: int = 77) -> Model:
+def model_of(size: Size, tokens: int = 77) -> ModelBundle:
     """A model without a tokenizer: its batches are drawn, not read."""
     scheduler = dict(DDPMScheduler.from_config(sd15.SCHEDULER).config)
     vae = load_vae(str(VAE))
-    return Model(*networks(size, tokens), vae, None, scheduler, size, VAE, own_scaling(vae))
+    return ModelBundle(*networks(size, tokens), vae, None, scheduler, size, VAE, vae_scaling(vae))
 
 
 CAPTIONS = ["woman, solo, smiling, outdoors", "a cup of coffee on a wooden table. it is morning."]
@@ -58,7 +58,7 @@ def captions_of(folder: Path) -> Captions:
     return Captions(tokenizer, tokenizer.model_max_length, 0, 0.0)
 
 
-def step_of(kind: type[S], model: Model, config: TrainConfig, plan: Plan, device: str) -> S:
+def step_of(kind: type[S], model: ModelBundle, config: TrainConfig, plan: Plan, device: str) -> S:
     """The step of a resolved config, its weights and state on the device."""
     named = model.prepare(config.phase)
     model.unet.to(device)
@@ -71,7 +71,7 @@ def step_of(kind: type[S], model: Model, config: TrainConfig, plan: Plan, device
     return kind(model, list(named.values()), optimizer, objective, accelerator, plan)
 
 
-def drawn_batch(model: Model, batch: int, size: tuple[int, int], device: str) -> Batch:
+def drawn_batch(model: ModelBundle, batch: int, size: tuple[int, int], device: str) -> Batch:
     """A batch with latents of this height and width, drawn once."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn((2, batch, 4, *size), generator=generator)

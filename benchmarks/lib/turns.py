@@ -12,7 +12,7 @@ from benchmarks.lib.plain_loop import checkpointing
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.checkpoints.run_folder import peak_gib
 from xlsd_train.memory.tracker import FlopCounter
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.step.step import drop_gradients
 
 
@@ -42,7 +42,7 @@ class Result:
 
 
 def take_turns(
-    model: Model, contestants: Mapping[str, Contestant], steps: int, device: str
+    model: ModelBundle, contestants: Mapping[str, Contestant], steps: int, device: str
 ) -> dict[str, Result]:
     """Time `steps` steps of each after a first one, which makes state and counts FLOPs.
 
@@ -83,7 +83,7 @@ def _timed(one: Contestant, device: str) -> float:
 
 
 def _make_room(
-    model: Model, one: Contestant, contestants: Mapping[str, Contestant], device: str
+    model: ModelBundle, one: Contestant, contestants: Mapping[str, Contestant], device: str
 ) -> None:
     """All that one of them needs in its place, and nothing else."""
     drop_gradients([*model.unet.parameters(), *model.text_encoder.parameters()])

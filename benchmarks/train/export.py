@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from anywhere, uninst
 from benchmarks.demo.pipeline import make_pipeline
 from benchmarks.lib.machine import machine
 from xlsd_train.config import sd15
-from xlsd_train.weights.lazy_tensors import Stored, write_tensors
-from xlsd_train.weights.network import Kind, config_of, empty, shapes_of
+from xlsd_train.weights.lazy_tensors import LazyTensor, write_tensors
+from xlsd_train.weights.network import NetworkKind, empty_network, full_config, shapes_of
 
 # What the process says of itself, before and after: its own high-water mark, read from the kernel.
 CHILD = """
@@ -59,25 +59,27 @@ class ExportBenchmark:
 
 def write_random(folder: Path) -> int:
     """SD1.5 in full, a tensor at a time; returns the largest tensor's bytes."""
-    configs: dict[Kind, dict[str, object]] = {
+    configs: dict[NetworkKind, dict[str, object]] = {
         "unet": sd15.UNET,
         "text_encoder": sd15.TEXT_ENCODER,
         "vae": {**sd15.VAE, "scaling_factor": 0.13025},
     }
     largest = 0
     for kind, config in configs.items():
-        network = empty(kind, config)
+        network = empty_network(kind, config)
         generator = torch.Generator().manual_seed(0)
 
-        def tensor(shape: tuple[int, ...], source: torch.Generator = generator) -> Stored:
-            return Stored(shape, torch.float32, lambda: torch.randn(shape, generator=source) * 0.02)
+        def tensor(shape: tuple[int, ...], source: torch.Generator = generator) -> LazyTensor:
+            return LazyTensor(
+                shape, torch.float32, lambda: torch.randn(shape, generator=source) * 0.02
+            )
 
         tensors = {name: tensor(shape) for name, shape in shapes_of(kind, network).items()}
         largest = max([largest, *(stored.nbytes for stored in tensors.values())])
         stem = "model" if kind == "text_encoder" else "diffusion_pytorch_model"
         shutil.rmtree(folder / kind)
         (folder / kind).mkdir()
-        full = config_of(kind, network, config)
+        full = full_config(kind, network, config)
         (folder / kind / "config.json").write_text(json.dumps(full))
         write_tensors(folder / kind / f"{stem}.safetensors", tensors, {"format": "pt"})
     return largest

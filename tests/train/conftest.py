@@ -11,7 +11,7 @@ import torch
 
 from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.model.latent_scaling import Scaling
+from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.step.objective import make_objective
 from xlsd_train.step.step import Plan, Step
@@ -26,7 +26,7 @@ def bare_step(config: TrainConfig, plan: Plan, unet: Any, text_encoder: Any) -> 
     text_encoder.requires_grad_(config.phase != "unet")
     trained = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
     model: Any = SimpleNamespace(
-        unet=unet, text_encoder=text_encoder, scaling=Scaling.of([0] * 4, [1] * 4, False),
+        unet=unet, text_encoder=text_encoder, scaling=LatentScaling.of([0] * 4, [1] * 4, False),
         encode=lambda ids: text_encoder(ids).last_hidden_state,
     )  # fmt: skip
     alone: Any = SimpleNamespace(

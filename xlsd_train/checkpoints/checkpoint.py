@@ -22,7 +22,7 @@ from xlsd_cache.encoding.finite import count, unfit
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
 from xlsd_cache.runtime.bounded_files import read_json
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema
 from xlsd_train.optim.factory import numbers, set_numbers
 from xlsd_train.runs.layout import STATE, checkpoints, partial_checkpoints, step_of
@@ -37,7 +37,7 @@ CALMER = {"dlion": "a --d-max below what d came to", "prodigy": "a --d-growth ne
 
 def save_checkpoint(
     run: Path,
-    model: Model,
+    model: ModelBundle,
     named: dict[str, Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
@@ -84,7 +84,7 @@ def save_checkpoint(
 
 
 def _trained_tensors(
-    model: Model, trained: set[str], states: dict[str, dict[str, Any]]
+    model: ModelBundle, trained: set[str], states: dict[str, dict[str, Any]]
 ) -> dict[str, Tensor]:
     """Weights and optimizer by name, where they are, not copied."""
     weights = {

@@ -20,7 +20,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.layout import checkpoints, partial_checkpoints
 
 log = logging.getLogger("xlsd.train.checkpoints")
@@ -56,7 +56,7 @@ class Room:
 def needed(
     config: TrainConfig,
     run: Run,
-    model: Model,
+    model: ModelBundle,
     named: Mapping[str, Parameter],
     planned: int,
     pictures_nbytes: int,

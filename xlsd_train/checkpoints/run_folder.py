@@ -37,7 +37,7 @@ from xlsd_cache.runtime.own_files import is_run
 from xlsd_train.checkpoints.resume import FIXED, LENGTH, Read, differing, refuse, told
 from xlsd_train.config.train import FREE, TrainConfig
 from xlsd_train.data.mixture import Mixture
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import forget_snapshots_after
 from xlsd_train.optim.lr_scheduler import first_other_rate
 from xlsd_train.runs.bootstrap import Losses
@@ -229,7 +229,7 @@ class Run:
                 f"another --out, or --force"
             )
 
-    def begin(self, record: dict[str, Any], model: Model, config: TrainConfig) -> None:
+    def begin(self, record: dict[str, Any], model: ModelBundle, config: TrainConfig) -> None:
         """Lock the folder, write what a new run starts from, and cut what outran the checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock", blocking=False, thread_local=False)
@@ -259,7 +259,7 @@ class Run:
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
-    def _save_base(self, model: Model, config: TrainConfig) -> None:
+    def _save_base(self, model: ModelBundle, config: TrainConfig) -> None:
         temporary = self.folder / f"base{TEMPORARY}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:

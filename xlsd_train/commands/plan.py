@@ -17,7 +17,7 @@ from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import GIB, SLICES, Planner, Prediction, asked, largest, limit_of
 from xlsd_train.step.step import Plan, Way
 from xlsd_train.training.setup import choose_samples
-from xlsd_train.weights.locate import find, part_of, text_encoder_of
+from xlsd_train.weights.locate import locate_model, locate_network, locate_text_encoder
 
 VRAM = 24.0  # GB, where --vram is not given
 _ITEMS = ("weights", "gradients", "optimizer", "frozen weights", "activations", "workspaces")
@@ -77,7 +77,7 @@ def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of UNet and text encoder; SD1.5's where no model is named, without fetching it."""
     unet, text_encoder = {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER
     if config.model is not None:
-        parts = find(
+        parts = locate_model(
             config.model, unet=config.unet, text_encoder=config.text_encoder, ema=config.model_ema,
             vae=False,
         )  # fmt: skip
@@ -85,9 +85,9 @@ def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         text_encoder = parts.text_encoder.config if parts.text_encoder else text_encoder
     else:
         if config.unet is not None:
-            unet = part_of("unet", config.unet, unet, "--unet").config
+            unet = locate_network("unet", config.unet, unet, "--unet").config
         if config.text_encoder is not None:
-            text_encoder = text_encoder_of(config.text_encoder, text_encoder)[0].config
+            text_encoder = locate_text_encoder(config.text_encoder, text_encoder)[0].config
     if config.tokens is not None:
         text_encoder = {**text_encoder, "max_position_embeddings": config.tokens}
     return unet, text_encoder

@@ -24,7 +24,7 @@ from xlsd_train.evaluation.sample_files import own_size
 from xlsd_train.export.export import fold_vae, vae_in
 from xlsd_train.model.bundle import assemble, model_vae
 from xlsd_train.weights.lazy_tensors import sha256_of
-from xlsd_train.weights.locate import Parts, find
+from xlsd_train.weights.locate import ModelParts, locate_model
 
 log = logging.getLogger("xlsd.train.commands")
 
@@ -46,7 +46,9 @@ def compare(config: SampleConfig) -> Path:
     log.info(set_precision("fp32"))
     names = _names(config.models)
     asked = read_pictures(config.prompts, "--prompts", _default(config, names))
-    models = [find(source, tokenizer=_tokenizer(source, config)) for source in names.values()]
+    models = [
+        locate_model(source, tokenizer=_tokenizer(source, config)) for source in names.values()
+    ]
     for parts in models:
         vae_in(parts)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def compare(config: SampleConfig) -> Path:
 
 def _draw(
     name: str,
-    parts: Parts,
+    parts: ModelParts,
     asked: list[Picture],
     folder: Path,
     device: torch.device,
@@ -155,5 +157,5 @@ def _tokenizer(source: str, config: SampleConfig) -> str | None:
     return config.tokenizer if Path(source).is_file() else None
 
 
-def _last(parts: Parts) -> str:
+def _last(parts: ModelParts) -> str:
     return Path(parts.source).name + (f"/{parts.checkpoint.name}" if parts.checkpoint else "")

@@ -9,8 +9,8 @@ from xlsd_cache.console.terminal import say, say_json
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.config.run_options import TagsConfig
 from xlsd_train.data.caption_edits import require_and_forbid
-from xlsd_train.data.captions import Columns
-from xlsd_train.data.selection import Selection, by_tags, selected
+from xlsd_train.data.captions import CaptionColumns
+from xlsd_train.data.selection import Selection, filter_by_tags, select
 
 AT_ONCE = 1 << 24  # entries of the index that are counted together: bounds the memory
 
@@ -18,10 +18,10 @@ AT_ONCE = 1 << 24  # entries of the index that are counted together: bounds the 
 def tags(config: TagsConfig) -> None:
     """Print the counts. Raises UserError where no sample is left or a column is not there."""
     with LatentStore.open(config.store) as store:
-        columns = Columns.parse(config.caption, store.caption_columns, config.store)
+        columns = CaptionColumns.parse(config.caption, store.caption_columns, config.store)
         require, forbid = require_and_forbid(config.require_tags, config.forbid_tags)
-        tagged = by_tags(store, columns.names, require, forbid)
-        selection = selected(store, tagged.mask)
+        tagged = filter_by_tags(store, columns.names, require, forbid)
+        selection = select(store, tagged.mask)
         counts = {name: tag_counts(store, name, selection) for name in columns.names}
     told = {
         "images": selection.of,

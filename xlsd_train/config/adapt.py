@@ -13,7 +13,7 @@ from xlsd_cache.errors import UserError
 from xlsd_train.config.recipes import Recipe, options_in
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.mixture import Mask, Mixture
-from xlsd_train.data.selection import by_tags, columns_of, held_out
+from xlsd_train.data.selection import columns_of, filter_by_tags, held_out_mask
 
 # How many are to be held out -> the shares tried, few of them, so that a store that grows a little,
 # or runs on different parts of it, mostly hold out the same images.
@@ -89,7 +89,7 @@ def _validation(config: TrainConfig, store: Mixture, given: frozenset[str]) -> C
         return {}
     asked = "validate_every" in given
     for least, share in _shares(old, SHARES | (AT_ANY_RATE if asked else {})):
-        held = int((mask & held_out(store, share)).sum())
+        held = int((mask & held_out_mask(store, share)).sum())
         if min(held, int(mask.sum()) - held) >= min(least, config.validation_images):
             if share == old:
                 return {}
@@ -116,7 +116,7 @@ def _batch(config: TrainConfig, store: Mixture, given: frozenset[str]) -> Change
     mask = _selected(config, store)
     if mask.sum() * (1 - (config.validation_fraction or 0.0)) > PLENTY * config.batch:
         return {}
-    count = int((mask & ~held_out(store, config.validation_fraction or 0.0)).sum())
+    count = int((mask & ~held_out_mask(store, config.validation_fraction or 0.0)).sum())
     if not 0 < count < config.batch:
         return {}
     why = f"--batch {count} in place of {config.batch}: there are no more images to train on"
@@ -133,4 +133,4 @@ def _shares(old: float, wanted: Mapping[int, Sequence[float]]) -> Iterator[tuple
 def _selected(config: TrainConfig, store: Mixture) -> Mask:
     """Rows that the tags leave."""
     columns = columns_of(store, config.caption)
-    return by_tags(store, columns.names, *config.selected_tags()).mask
+    return filter_by_tags(store, columns.names, *config.selected_tags()).mask

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from xlsd_cache.console.option_checks import Count, Every, Share, Within, check_options
 from xlsd_cache.errors import UserError
 from xlsd_train.config.weight_patterns import split
-from xlsd_train.data.caption_edits import Parts, Shuffle, require_and_forbid, tag_list
+from xlsd_train.data.caption_edits import CaptionEdits, Shuffle, require_and_forbid, tag_list
 
 Phase = Literal["unet", "te", "both"]
 DEFAULT_DATA = ("latents",)
@@ -114,7 +114,7 @@ class CaptionOptions(Options):
         """Raise UserError for edits that do not go together."""
         self.caption_edits()
 
-    def caption_edits(self) -> Parts | None:
+    def caption_edits(self) -> CaptionEdits | None:
         """How captions are edited; None: not at all.
 
         Raises UserError for options that do not go together.
@@ -132,7 +132,7 @@ class CaptionOptions(Options):
                 f"--shuffle sentences does not go with {given[0]}, which edits tags; use --shuffle "
                 f"tags, or leave {given[0]} out"
             )
-        edits = Parts(
+        edits = CaptionEdits(
             sentences=self.shuffle == "sentences",
             drop=frozenset(tag_list("--drop-tags", self.drop_tags)),
             spaces=self.underscores_to_spaces,

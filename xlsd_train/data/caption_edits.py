@@ -16,7 +16,7 @@ FACE = 3  # tags of so few characters are faces like ^_^, whose underscores are 
 
 
 @dataclass(frozen=True)
-class Parts:
+class CaptionEdits:
     """What becomes of a caption's parts, in the order of the fields."""
 
     sentences: bool = False  # split by full stop; else tags, split by comma
@@ -43,7 +43,7 @@ class Parts:
             )
 
     @property
-    def plain(self) -> "Parts":
+    def plain(self) -> "CaptionEdits":
         """The same without what is random."""
         return replace(self, keep_first=0, dropout=0.0, shuffle=False)
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # a report says what was told, and need not wait for torch
 LOOKED_AT = 10_000  # captions that are tokenised whole: two seconds on one core
 
 
-def cut(source: "BatchSource") -> dict[str, int]:
+def truncation(source: "BatchSource") -> dict[str, int]:
     """In tokens, of as many captions as are looked at: all, or random ones of a large store."""
     lengths, limit = source.lengths(LOOKED_AT), source.captions.length
     over = lengths[lengths > limit] - limit
@@ -25,7 +25,7 @@ def cut(source: "BatchSource") -> dict[str, int]:
     }
 
 
-def told(found: dict[str, int]) -> str:
+def describe_truncation(found: dict[str, int]) -> str:
     """The same in a line for people."""
     looked, selected = found["looked_at"], found["selected"]
     among = f"all {looked}" if looked == selected else f"{looked} looked at of {selected}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xlsd_cache.dataset import rng as draw
 from xlsd_cache.errors import UserError
-from xlsd_train.data.caption_edits import Parts
+from xlsd_train.data.caption_edits import CaptionEdits
 
 if TYPE_CHECKING:  # `tags` reads columns, and need not wait for torch
     from torch import Tensor
@@ -24,14 +24,14 @@ Texts = Sequence[str | None]
 
 
 @dataclass(frozen=True)
-class Columns:
+class CaptionColumns:
     """The caption columns of a run, and how often each is taken."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]  # one of weight 0 is never shown, only looked at for tags
 
     @classmethod
-    def parse(cls, given: str | None, there: Sequence[str], data: object) -> "Columns":
+    def parse(cls, given: str | None, there: Sequence[str], data: object) -> "CaptionColumns":
         """`txt`, or a mix `txt=3,jsonl:wd=1`, of a store that has the columns `there`.
 
         A name may hold `=` itself: what is a column's whole name is that column. Raises UserError
@@ -111,7 +111,7 @@ class Captions:
     length: int  # tokens, the two special ones included: 77 for CLIP-L
     seed: int
     dropout: float  # how often a caption is left empty, for classifier-free guidance
-    parts: Parts | None = None  # None leaves a caption as it is written
+    parts: CaptionEdits | None = None  # None leaves a caption as it is written
 
     def tokens(self, texts: Texts, positions: NDArray[np.int64]) -> "Tensor":
         """int64 [n, length] of the samples at these positions of the run. None counts as empty."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xlsd_cache.dataset.batch_order import Schedule, Slot
 from xlsd_cache.dataset.rng import words
-from xlsd_train.data.captions import Captions, Columns
+from xlsd_train.data.captions import CaptionColumns, Captions
 from xlsd_train.data.mixture import Store
 from xlsd_train.data.noise import Noising
 from xlsd_train.data.noise import noise as draw_noise
@@ -60,7 +60,7 @@ class BatchSource:
     selection: Selection
     schedule: Schedule  # over what is selected
     captions: Captions
-    columns: Columns
+    columns: CaptionColumns
     noising: Noising
     rank: int
     processes: int

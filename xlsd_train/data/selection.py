@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from xlsd_cache.errors import UserError
-from xlsd_train.data.captions import Columns
+from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.data.mixture import Mask, Ordinals, Store
 
 
@@ -45,12 +45,12 @@ class Selection:
         return rows
 
 
-def columns_of(store: Store, caption: str | None) -> Columns:
+def columns_of(store: Store, caption: str | None) -> CaptionColumns:
     """The columns of a --caption, by name or by default."""
-    return Columns.parse(caption, store.caption_columns, store.root)
+    return CaptionColumns.parse(caption, store.caption_columns, store.root)
 
 
-def selected(store: Store, mask: Mask) -> Selection:
+def select(store: Store, mask: Mask) -> Selection:
     """The samples that a mask leaves."""
     if mask.all():
         return Selection({name: len(rows) for name, rows in store.buckets.items()}, len(store))
@@ -60,16 +60,16 @@ def selected(store: Store, mask: Mask) -> Selection:
     return Selection(sizes, len(store), chosen)
 
 
-class Tagged(NamedTuple):
+class TagFilter(NamedTuple):
     """What tags leave."""
 
     mask: Mask
     unknown: tuple[str, ...]  # forbidden tags that no sample has: a slip of the pen?
 
 
-def by_tags(
+def filter_by_tags(
     store: Store, columns: Sequence[str], require: Sequence[str], forbid: Sequence[str]
-) -> Tagged:
+) -> TagFilter:
     """Samples with all the required tags and none of the forbidden, in any of the columns.
 
     Raises UserError where no sample is left, or none has a required tag.
@@ -95,10 +95,10 @@ def by_tags(
             f"{','.join(forbid) or '(none)'} leave none of the {len(store)} samples of "
             f"{store.root}; require or forbid fewer"
         )
-    return Tagged(mask, tuple(unknown))
+    return TagFilter(mask, tuple(unknown))
 
 
-def held_out(store: Store, fraction: float) -> Mask:
+def held_out_mask(store: Store, fraction: float) -> Mask:
     """Which samples validation alone may use: those whose content's hash is below the fraction.
 
     sha256 is as good as uniform, so its first 64 bits decide: the same image is always on the same

@@ -21,7 +21,7 @@ from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.own_files import MARK
 from xlsd_train.config.model_options import MOST_PIXELS
 from xlsd_train.data.captions import tokenize
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 
 LABEL_HEIGHT = 16
 # Name on the command line -> A1111's, diffusers' scheduler, its options.
@@ -70,7 +70,7 @@ class Picture:
         return "\n".join(lines)
 
 
-def pipeline_of(model: Model, scheduler: str = "dpm++") -> Any:
+def pipeline_of(model: ModelBundle, scheduler: str = "dpm++") -> Any:
     """Diffusers' own pipeline of the model as it stands, with one of SCHEDULERS."""
     _, kind, options = SCHEDULERS[scheduler]
     pipeline: Any = StableDiffusionPipeline(
@@ -88,7 +88,7 @@ def pipeline_of(model: Model, scheduler: str = "dpm++") -> Any:
 
 
 @torch.no_grad()
-def draw_picture(model: Model, pipeline: Any, asked: Picture) -> Image.Image:
+def draw_picture(model: ModelBundle, pipeline: Any, asked: Picture) -> Image.Image:
     """Draw it, of the same states as in training; all noise is drawn on the CPU, for it alone."""
     ids = tokenize(model.tokenizer, [asked.prompt, asked.negative], model.tokens)
     # Each by itself, so that no prompt's states depend on another's.

@@ -17,12 +17,12 @@ from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_cache.runtime.own_files import marking
 from xlsd_cache.vocabulary import Bucket
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.data.captions import Columns
+from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.data.mixture import Store
 from xlsd_train.data.selection import Selection
 from xlsd_train.evaluation.images import Picture, draw_picture, pipeline_of, save_picture, sheet
 from xlsd_train.evaluation.prompts import read_lines, read_pictures
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.downsample import evenly
 from xlsd_train.runs.layout import samples_of, steps_in
 from xlsd_train.step.distributed import ALONE, Processes
@@ -44,7 +44,7 @@ class Sampler:
 
     def __call__(
         self,
-        model: Model,
+        model: ModelBundle,
         folder: Path,
         step: int,
         accelerator: Accelerator,
@@ -92,7 +92,7 @@ class Sampler:
 
 
 @contextmanager
-def _drawing(model: Model, device: torch.device) -> Iterator[None]:
+def _drawing(model: ModelBundle, device: torch.device) -> Iterator[None]:
     """The VAE on the device and the others not in training mode; as they were after."""
     model.vae.model.to(device)
     for part in (model.unet, model.text_encoder):
@@ -110,7 +110,7 @@ def read_prompts(
     config: TrainConfig,
     store: Store,
     selection: Selection,
-    columns: Columns,
+    columns: CaptionColumns,
     before: Mapping[str, Any] | None,
 ) -> list[Picture]:
     """What a run draws: the prompts of --sample-prompts, or captions of the selected samples.
@@ -141,7 +141,7 @@ def _literal(prompts: list[str], default: Picture) -> list[Picture]:
 
 
 def _captions(
-    config: TrainConfig, store: Store, selection: Selection, columns: Columns
+    config: TrainConfig, store: Store, selection: Selection, columns: CaptionColumns
 ) -> list[str]:
     """Captions of selected samples, always the same."""
     parts, seed = config.caption_edits(), config.seed

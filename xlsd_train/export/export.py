@@ -19,22 +19,22 @@ from xlsd_train.config import sd15
 from xlsd_train.config.model_options import ExportConfig
 from xlsd_train.export.ldm_config import ldm_config
 from xlsd_train.export.model_card import History
-from xlsd_train.export.other_programs import needs, notes
+from xlsd_train.export.other_programs import usage_notes, vae_notes
 from xlsd_train.export.staging import appearing, missing_config, withdrawing, write_beside
 from xlsd_train.model.bundle import model_vae
 from xlsd_train.model.text_encoder import copy_tokenizer
 from xlsd_train.runs.json_files import load_object
 from xlsd_train.weights.lazy_tensors import (
-    Stored,
+    LazyTensor,
     compare_tensors,
     in_memory,
     sha256_of,
     write_tensors,
 )
 from xlsd_train.weights.ldm_file import single_file
-from xlsd_train.weights.locate import CONFIGS, Parts, completed, find
-from xlsd_train.weights.network import POSITIONS, PREFIX, Part, checked, empty
-from xlsd_train.weights.vae_fold import SD15_FACTOR, Normalisation, fold
+from xlsd_train.weights.locate import CONFIGS, ModelParts, fetch_missing, locate_model
+from xlsd_train.weights.network import POSITIONS, PREFIX, Network, empty_network, with_finite_check
+from xlsd_train.weights.vae_fold import SD15_FACTOR, ChannelNormalisation, fold
 
 log = logging.getLogger("xlsd.train.export")
 
@@ -44,21 +44,21 @@ MOST_GRID = 2**28  # bytes
 FILES = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
 
 
-def export(config: ExportConfig) -> Path:
+def export_model(config: ExportConfig) -> Path:
     """Write the model and its card; prints each file's sha256. Returns `config.out`.
 
     Raises UserError for a model that is damaged, or that cannot be had in this form.
     """
     single = config.format == "single-file"
-    found = find(config.checkpoint, tokenizer=config.tokenizer, ema=config.model_ema)
+    found = locate_model(config.checkpoint, tokenizer=config.tokenizer, ema=config.model_ema)
     if config.vae is not None:
         found = with_decoder(found, config.vae)
-    parts = completed(found, not single)
+    parts = fetch_missing(found, not single)
     return write_model(parts, config.out, single, config.dtype, config.scaling_factor)
 
 
 def write_model(
-    parts: Parts, out: Path, single: bool, dtype: str = "fp32", factor: float | None = None
+    parts: ModelParts, out: Path, single: bool, dtype: str = "fp32", factor: float | None = None
 ) -> Path:
     """A whole model, as a single file or as a folder of diffusers, durably or not at all."""
     factor = SD15_FACTOR if single and factor is None else factor
@@ -91,15 +91,15 @@ def write_model(
 
 
 def _prepared(
-    parts: Parts, name: str, single: bool, factor: float | None
-) -> tuple[Parts, str, str, list[str]]:
+    parts: ModelParts, name: str, single: bool, factor: float | None
+) -> tuple[ModelParts, str, str, list[str]]:
     """The parts as they are written; in words what was done, what programs need, what to note."""
     parts = _checked(parts)
-    own = float(empty("vae", vae_in(parts).config).config["scaling_factor"])
+    own = float(empty_network("vae", vae_in(parts).config).config["scaling_factor"])
     vae, folded = fold_vae(vae_in(parts), factor, parts.trained)
     parts = replace(parts, vae=vae)
     if parts.clip_skip:
-        parts = pass_on(parts)
+        parts = bake_clip_skip(parts)
         folded += (
             f" The text encoder's last layers, {parts.clip_skip} by --clip-skip, hand on what they "
             f"get: leave programs' own clip skip off."
@@ -111,8 +111,8 @@ def _prepared(
         )
     assert parts.text_encoder is not None
     tokens = parts.text_encoder.tensors[POSITIONS].shape[0]
-    needed = needs(name, parts.scheduler, tokens, single, parts.vae_padding == "reflect")
-    return parts, folded, needed, notes(own, factor or own, single)
+    needed = usage_notes(name, parts.scheduler, tokens, single, parts.vae_padding == "reflect")
+    return parts, folded, needed, vae_notes(own, factor or own, single)
 
 
 @contextmanager
@@ -132,24 +132,26 @@ def _told(source: str, out: Path, dtype: str) -> Iterator[None]:
         ) from error
 
 
-def _ldm_config(parts: Parts, name: str) -> str | None:
+def _ldm_config(parts: ModelParts, name: str) -> str | None:
     assert parts.text_encoder is not None
     return ldm_config(parts.unet, parts.text_encoder, vae_in(parts), parts.scheduler, name)
 
 
-def _checked(parts: Parts) -> Parts:
+def _checked(parts: ModelParts) -> ModelParts:
     """The same, of which reading raises UserError where a weight is not finite."""
     assert parts.text_encoder is not None
-    encoder, vae = checked(parts.text_encoder), checked(vae_in(parts))
-    return replace(parts, unet=checked(parts.unet), text_encoder=encoder, vae=vae)
+    encoder, vae = with_finite_check(parts.text_encoder), with_finite_check(vae_in(parts))
+    return replace(parts, unet=with_finite_check(parts.unet), text_encoder=encoder, vae=vae)
 
 
-def with_decoder(parts: Parts, spec: str) -> Parts:
+def with_decoder(parts: ModelParts, spec: str) -> ModelParts:
     """The model with another VAE of the same encoder. Raises UserError where it has another."""
     own = vae_in(parts)
-    vae = load_vae(spec, float(empty("vae", own.config).config["scaling_factor"]))
+    vae = load_vae(spec, float(empty_network("vae", own.config).config["scaling_factor"]))
     new = vae_part(vae)
-    factors = [Normalisation.of(empty("vae", part.config).config) for part in (own, new)]
+    factors = [
+        ChannelNormalisation.of(empty_network("vae", part.config).config) for part in (own, new)
+    ]
     if not has_encoder(parts, vae) or factors[0] != factors[1]:
         raise UserError(
             f"the VAE {spec} has another encoder half (encoder and quant_conv) or scaling factor "
@@ -159,19 +161,19 @@ def with_decoder(parts: Parts, spec: str) -> Parts:
     return replace(parts, vae=new)
 
 
-def vae_part(vae: Vae) -> Part:
+def vae_part(vae: Vae) -> Network:
     """A loaded VAE as a part of a model."""
     told = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
     tensors = {name: in_memory(value) for name, value in vae.model.state_dict().items()}
-    return Part("vae", {"_class_name": vae.class_name, **told}, tensors, vae.source)
+    return Network("vae", {"_class_name": vae.class_name, **told}, tensors, vae.source)
 
 
-def has_encoder(parts: Parts, vae: Vae) -> bool:
+def has_encoder(parts: ModelParts, vae: Vae) -> bool:
     """Whether the model's own VAE has the encoder of this one."""
     return model_vae(parts.source, vae_in(parts)).encoder_sha256 == vae.encoder_sha256
 
 
-def vae_in(parts: Parts) -> Part:
+def vae_in(parts: ModelParts) -> Network:
     """The model's VAE. Raises UserError where it has none."""
     if parts.vae is None:
         raise UserError(
@@ -181,7 +183,7 @@ def vae_in(parts: Parts) -> Part:
     return parts.vae
 
 
-def pass_on(parts: Parts) -> Parts:
+def bake_clip_skip(parts: ModelParts) -> ModelParts:
     """With --clip-skip in the text encoder's weights: its last layers add nothing to their input.
 
     A layer adds to its input what its attention and its feed-forward project, and nothing else; so
@@ -204,16 +206,16 @@ def pass_on(parts: Parts) -> Parts:
 
 
 def fold_vae(
-    part: Part, factor: float | None = None, trained: Normalisation | None = None
-) -> tuple[Part, str]:
+    part: Network, factor: float | None = None, trained: ChannelNormalisation | None = None
+) -> tuple[Network, str]:
     """The VAE for loaders that scale by `factor` alone, and in words what was done to it.
 
     None: its own factor; and trained with it. Raises UserError where nothing can be folded.
     """
-    config = empty("vae", part.config).config  # with the defaults that older files rely on
+    config = empty_network("vae", part.config).config  # with the defaults that older files rely on
     own = float(config["scaling_factor"])
     what = "normalisation of each channel" if trained else f"scaling factor {own:g}"
-    trained = trained or Normalisation.of(config)
+    trained = trained or ChannelNormalisation.of(config)
     factor = own if factor is None else factor
     if trained.is_factor(factor):
         return part, f"The VAE is unchanged: its scaling factor is {factor:g}."
@@ -240,7 +242,7 @@ def _grid(path: Path) -> bytes:
 
 
 def _write_file(
-    parts: Parts, temporary: Path, out: Path, dtype: torch.dtype, metadata: dict[str, str]
+    parts: ModelParts, temporary: Path, out: Path, dtype: torch.dtype, metadata: dict[str, str]
 ) -> dict[str, str]:
     assert parts.text_encoder is not None
     assert parts.vae is not None
@@ -252,7 +254,7 @@ def _write_file(
 
 
 def _write_folder(
-    parts: Parts, temporary: Path, _: Path, dtype: torch.dtype, metadata: dict[str, str]
+    parts: ModelParts, temporary: Path, _: Path, dtype: torch.dtype, metadata: dict[str, str]
 ) -> dict[str, str]:
     told, hashes = {**metadata, "modelspec.implementation": "diffusers"}, {}
     temporary.mkdir(parents=True)
@@ -283,12 +285,12 @@ def _write_folder(
     return hashes
 
 
-def _config(part: Part) -> dict[str, Any]:
+def _config(part: Network) -> dict[str, Any]:
     """Without the folder that a library may have noted there."""
     return {name: value for name, value in part.config.items() if name != "_name_or_path"}
 
 
-def _write_weights(path: Path, tensors: Mapping[str, Stored], metadata: dict[str, str]) -> str:
+def _write_weights(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> str:
     """Write, force to the disk, read back and compare; returns the file's sha256."""
     write_tensors(path, tensors, metadata)
     fsync_file(path)

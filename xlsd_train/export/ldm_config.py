@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from xlsd_train.weights.network import POSITIONS, Part, empty
+from xlsd_train.weights.network import POSITIONS, Network, empty_network
 from xlsd_train.weights.prediction_type import prediction_type
 
 # diffusers' names of how betas run -> LDM's, whose `linear` is of their square roots
@@ -17,7 +17,7 @@ _BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2
 
 
 def ldm_config(
-    unet: Part, text_encoder: Part, vae: Part, scheduler: dict[str, Any], name: str
+    unet: Network, text_encoder: Network, vae: Network, scheduler: dict[str, Any], name: str
 ) -> str | None:
     """The text of the file beside NAME; None where nothing needs it, or LDM has no word for it.
 
@@ -25,7 +25,7 @@ def ldm_config(
     """
     if prediction_type(scheduler) != "v_prediction":
         return None
-    networks = {part.kind: empty(part.kind, part.config).config for part in (unet, vae)}
+    networks = {part.kind: empty_network(part.kind, part.config).config for part in (unet, vae)}
     model = {
         "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
         "params": {
@@ -101,7 +101,7 @@ def _vae(config: Any) -> dict[str, Any]:
     }
 
 
-def _text_encoder(part: Part) -> dict[str, Any]:
+def _text_encoder(part: Network) -> dict[str, Any]:
     """Its last layer: --clip-skip is in the weights already."""
     told = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
     tokens = part.tensors[POSITIONS].shape[0]

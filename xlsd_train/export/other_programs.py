@@ -9,7 +9,7 @@ SDXL_FACTOR = 0.13025
 FLOW_DIFFUSERS = "0.32"  # the first whose DPMSolverMultistepScheduler has use_flow_sigmas
 
 
-def needs(
+def usage_notes(
     name: str, scheduler: dict[str, Any], tokens: int, single: bool, reflect: bool = False
 ) -> str:
     """In one line what programs need beside the model of this name; "" where nothing."""
@@ -46,7 +46,7 @@ def needs(
     return " ".join(told)
 
 
-def notes(trained: float, factor: float, single: bool) -> list[str]:
+def vae_notes(trained: float, factor: float, single: bool) -> list[str]:
     """Of a VAE: of the factor it was trained with, and that of this export; a sentence each."""
     told = []
     if trained == SDXL_FACTOR:

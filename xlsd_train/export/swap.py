@@ -9,14 +9,14 @@ from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_train.config.model_options import SwapConfig
 from xlsd_train.export.export import has_encoder, vae_part, write_model
-from xlsd_train.weights.locate import completed, find
+from xlsd_train.weights.locate import fetch_missing, locate_model
 
 log = logging.getLogger("xlsd.train.export")
 
 
 def swap(config: SwapConfig) -> Path:
     """Write the merge; returns `config.out`. Raises UserError where parts do not fit."""
-    parts = find(
+    parts = locate_model(
         config.model, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
         ema=config.model_ema, vae=False,
     )  # fmt: skip
@@ -29,7 +29,7 @@ def swap(config: SwapConfig) -> Path:
         )
     if warning := padding_warning(vae):
         log.warning(warning)
-    parts = completed(parts)
+    parts = fetch_missing(parts)
     same = parts.vae is not None and has_encoder(parts, vae)
     # What a run made of its old VAE's latents says nothing of the new one's.
     merged = replace(

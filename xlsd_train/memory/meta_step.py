@@ -19,8 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.tracker import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
-from xlsd_train.model.bundle import Model
-from xlsd_train.model.latent_scaling import Scaling
+from xlsd_train.model.bundle import ModelBundle
+from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.optim.lion import DLion, Lion
 from xlsd_train.step import layers
@@ -141,9 +141,9 @@ class Rehearsal:
             unet = UNet2DConditionModel.from_config(dict(unet_config))
             text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
             channels = torch.ones(self._channels, 1, 1)
-            model = Model(
+            model = ModelBundle(
                 unet, text_encoder, cast("Any", None), None, {}, "the model", Path(),
-                Scaling(channels, channels, normalized=False), config.clip_skip,
+                LatentScaling(channels, channels, normalized=False), config.clip_skip,
             )  # fmt: skip
             trained = list(model.prepare(config.phase, config.train).values())
             tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]

@@ -21,15 +21,15 @@ from xlsd_cache.vocabulary import Padding
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.sd15 import HUB_ID
 from xlsd_train.config.weight_patterns import choose, split
-from xlsd_train.model.latent_scaling import Scaling, load_scaling, own_scaling, save_scaling
+from xlsd_train.model.latent_scaling import LatentScaling, load_scaling, save_scaling, vae_scaling
 from xlsd_train.model.reinit import reinitialise
 from xlsd_train.model.text_encoder import copy_tokenizer, hidden_states, skipped_layers, stretch
-from xlsd_train.weights.locate import TEXT_ENCODER, UNET, Parts, completed, find
-from xlsd_train.weights.network import PREFIX, Part, build
+from xlsd_train.weights.locate import TEXT_ENCODER, UNET, ModelParts, fetch_missing, locate_model
+from xlsd_train.weights.network import PREFIX, Network, build_network
 
 
 @dataclass
-class Model:
+class ModelBundle:
     """The parts, fp32 on the CPU until they are moved."""
 
     unet: Any  # UNet2DConditionModel
@@ -39,7 +39,7 @@ class Model:
     scheduler_config: dict[str, Any]
     source: str  # as it was asked for
     tokenizer_folder: Path
-    scaling: Scaling  # between raw latents and what the UNet sees
+    scaling: LatentScaling  # between raw latents and what the UNet sees
     clip_skip: int = 0  # layers before the last whose states the UNet sees
 
     @property
@@ -130,7 +130,7 @@ def _only(named: dict[str, Parameter], patterns: list[str]) -> dict[str, Paramet
     return {name: parameter for name, parameter in named.items() if name in chosen}
 
 
-def load_model(
+def load_bundle(
     spec: str | None,
     vae_spec: str | None,
     identity: Identity,
@@ -141,14 +141,14 @@ def load_model(
     ema: bool = False,
     tokens: int | None = None,
     roots: Sequence[Path] = (),
-) -> Model:
+) -> ModelBundle:
     """The model of `--model` and `--vae`, with parts of it replaced, its VAE's encoder the store's.
 
     `tokens` stretches a text encoder that reads fewer; `roots` are the stores of that identity.
     Raises UserError where there is none, it is no SD1.5-like model, or cannot decode the store.
     """
     own_vae = spec is not None and vae_spec is None
-    parts = find(
+    parts = locate_model(
         spec or HUB_ID,
         unet=unet,
         text_encoder=text_encoder,
@@ -176,9 +176,9 @@ def load_model(
     return assemble(parts, vae, tokens)
 
 
-def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
+def assemble(parts: ModelParts, vae: Vae, tokens: int | None = None) -> ModelBundle:
     """The model with its weights read. Raises UserError where a part is not to be had."""
-    parts = completed(parts)
+    parts = fetch_missing(parts)
     assert parts.text_encoder is not None
     assert parts.tokenizer is not None
     try:
@@ -196,8 +196,8 @@ def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
         assert parts.vae is not None
         scaling = load_scaling(parts.source, base, vae, partial(model_vae, "", parts.vae))
     else:
-        scaling = own_scaling(vae)
-    unet, text_encoder = build(parts.unet), build(parts.text_encoder)
+        scaling = vae_scaling(vae)
+    unet, text_encoder = build_network(parts.unet), build_network(parts.text_encoder)
     if len(tokenizer) > (known := text_encoder.config.vocab_size):
         raise UserError(
             f"the tokenizer {parts.tokenizer} has {len(tokenizer)} words and the text encoder "
@@ -208,18 +208,20 @@ def assemble(parts: Parts, vae: Vae, tokens: int | None = None) -> Model:
         stretch(text_encoder, tokens)
     # Diffusers' pipelines cut prompts to what the tokenizer says, which is 77 whatever reads them.
     tokenizer.model_max_length = text_encoder.config.max_position_embeddings
-    return Model(
+    return ModelBundle(
         unet, text_encoder, vae, tokenizer, parts.scheduler, parts.source, parts.tokenizer,
         scaling, parts.clip_skip,
     )  # fmt: skip
 
 
-def model_vae(source: str, part: Part, padding: Padding | None = None) -> Vae:
+def model_vae(source: str, part: Network, padding: Padding | None = None) -> Vae:
     """A model's own VAE."""
-    return Vae.of(source, part.source, build(part).requires_grad_(False), padding or "zeros")
+    return Vae.of(
+        source, part.source, build_network(part).requires_grad_(False), padding or "zeros"
+    )
 
 
-def _own_vae(parts: Parts, part: Part, identity: Identity, roots: Sequence[Path]) -> Vae:
+def _own_vae(parts: ModelParts, part: Network, identity: Identity, roots: Sequence[Path]) -> Vae:
     """The model's own VAE, whose encoder and padding must be the store's."""
     if parts.vae_padding not in (None, identity.vae_padding):
         raise UserError(

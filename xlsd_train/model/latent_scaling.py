@@ -16,13 +16,13 @@ from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_train.data.mixture import Mixture
-from xlsd_train.weights.network import read_told
+from xlsd_train.weights.network import read_latents_json
 
 FILE = "latents.json"
 
 
 @dataclass(frozen=True)
-class Scaling:
+class LatentScaling:
     """(raw - shift) * scale, by channel."""
 
     shift: Tensor  # f32 [C, 1, 1]
@@ -30,7 +30,9 @@ class Scaling:
     normalized: bool  # by a store's statistics, and no longer the VAE's one factor
 
     @classmethod
-    def of(cls, shift: Sequence[float], scale: Sequence[float], normalized: bool) -> "Scaling":
+    def of(
+        cls, shift: Sequence[float], scale: Sequence[float], normalized: bool
+    ) -> "LatentScaling":
         """From numbers by channel."""
         shifts, scales = (torch.tensor(values).view(-1, 1, 1) for values in (shift, scale))
         return cls(shifts, scales, normalized)
@@ -43,7 +45,7 @@ class Scaling:
         """What the VAE decodes."""
         return latents / self.scale + self.shift
 
-    def to(self, device: torch.device) -> "Scaling":
+    def to(self, device: torch.device) -> "LatentScaling":
         """The same on a device."""
         return replace(self, shift=self.shift.to(device), scale=self.scale.to(device))
 
@@ -53,13 +55,13 @@ class Scaling:
         return {"normalized": self.normalized, "shift": shift, "scale": scale}
 
 
-def own_scaling(vae: Vae) -> Scaling:
+def vae_scaling(vae: Vae) -> LatentScaling:
     """The VAE's one factor, for all channels."""
     shift, scale = ([value] * vae.channels for value in (vae.shift_factor, vae.scaling_factor))
-    return Scaling.of(shift, scale, normalized=False)
+    return LatentScaling.of(shift, scale, normalized=False)
 
 
-def normalising(stores: Mixture) -> Scaling:
+def scaling_by_statistics(stores: Mixture) -> LatentScaling:
     """To mean 0 and spread 1 in every channel of the stores' latents, as often as each is used.
 
     Raises UserError where a channel never varies.
@@ -70,16 +72,16 @@ def normalising(stores: Mixture) -> Scaling:
             f"--normalize-latents: the channels of {stores.root} spread by {found.std}, and one "
             f"that never varies cannot be normalised; leave the option out"
         )
-    return Scaling.of(found.mean, [1 / std for std in found.std], normalized=True)
+    return LatentScaling.of(found.mean, [1 / std for std in found.std], normalized=True)
 
 
-def save_scaling(scaling: Scaling, vae: Vae, base: Path) -> None:
+def save_scaling(scaling: LatentScaling, vae: Vae, base: Path) -> None:
     """Write it beside a model's other parts."""
     of = {"vae_sha256": vae.sha256, "encoder_sha256": vae.encoder_sha256, "padding": vae.padding}
     write_json(base / FILE, {**of, **scaling.record()})
 
 
-def load_scaling(source: str, base: Path, vae: Vae, own: Callable[[], Vae]) -> Scaling:
+def load_scaling(source: str, base: Path, vae: Vae, own: Callable[[], Vae]) -> LatentScaling:
     """As the model was trained; the VAE's own for a model that was not trained here.
 
     `own` is the VAE that the model was trained with. Raises UserError where the model was trained
@@ -87,10 +89,10 @@ def load_scaling(source: str, base: Path, vae: Vae, own: Callable[[], Vae]) -> S
     """
     path = base / FILE
     if not path.exists():
-        return own_scaling(vae)
-    told = read_told(path)
+        return vae_scaling(vae)
+    told = read_latents_json(path)
     if not told["normalized"]:
-        return own_scaling(vae)
+        return vae_scaling(vae)
     if told.get("vae_sha256") != vae.sha256:
         encoder = told.get("encoder_sha256") or own().encoder_sha256  # older runs keep one hash
         if encoder != vae.encoder_sha256:
@@ -99,4 +101,4 @@ def load_scaling(source: str, base: Path, vae: Vae, own: Callable[[], Vae]) -> S
                 f"their statistics, which are not those of {vae.name}, {vae.encoder_sha256[:12]}; "
                 f"give a store of that encoder as --data, or another --model"
             )
-    return Scaling.of(told["shift"], told["scale"], normalized=True)
+    return LatentScaling.of(told["shift"], told["scale"], normalized=True)

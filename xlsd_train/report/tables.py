@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.data.caption_lengths import told
+from xlsd_train.data.caption_lengths import describe_truncation
 from xlsd_train.runs.history import History, stores_of
 from xlsd_train.runs.layout import checkpoints, step_of
 from xlsd_train.runs.validation_log import tell
@@ -57,7 +57,9 @@ def facts(runs: Sequence[History]) -> list[Row]:
         "precision": lambda run: run.record.get("precision"),
         "model": _model,
         "store": _stores,
-        "captions": lambda run: told(run.record["captions"]) if "captions" in run.record else None,
+        "captions": lambda run: (
+            describe_truncation(run.record["captions"]) if "captions" in run.record else None
+        ),
         "objective": _objective,
         "how a batch passes": lambda run: run.record.get("memory"),
         "versions": _versions,

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.data.loader import Batch
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.factory import finish, steps_in_parts
 from xlsd_train.optim.lion import chunks
 from xlsd_train.step.layers import (
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 class Step:
     """The parts of a step; call it with the batches to accumulate and the learning rate."""
 
-    model: Model
+    model: ModelBundle
     parameters: list[Parameter]
     optimizer: torch.optim.Optimizer
     objective: Objective  # on the device

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from xlsd_cache.dataset.batch_order import Schedule
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.data.caption_lengths import told
+from xlsd_train.data.caption_lengths import describe_truncation
 from xlsd_train.runs.validation_log import HELD_OUT
 from xlsd_train.training.pace import epochs_told, hours_told
 
@@ -49,7 +49,7 @@ def announce(
     for tag in record["unknown_tags"]:
         log.info(f"  no image has the tag {tag!r} that --forbid-tags names")
     _measured(config, record)
-    log.info(told(record["captions"]))
+    log.info(describe_truncation(record["captions"]))
     for line in record["remarks"] if config.sample_every else ():
         log.info(line)
     log.info(record["memory"])

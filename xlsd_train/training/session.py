@@ -18,14 +18,14 @@ from xlsd_train.checkpoints.run_folder import Run, machine, settings
 from xlsd_train.config.adapt import adapt, chosen
 from xlsd_train.config.recipes import Recipe
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.data.caption_lengths import cut
+from xlsd_train.data.caption_lengths import truncation
 from xlsd_train.data.loader import BatchSource
 from xlsd_train.data.mixture import open_mixture
 from xlsd_train.data.selection import columns_of
 from xlsd_train.evaluation.prompts import remarks
 from xlsd_train.evaluation.sampler import Sampler, read_prompts, sample_size
 from xlsd_train.evaluation.validator import Validator, make_validator
-from xlsd_train.model.bundle import Model
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema, averaging
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.optim.lr_scheduler import planned_steps
@@ -53,7 +53,7 @@ class Session:
     run: Run
     schedule: Schedule
     source: BatchSource
-    model: Model
+    model: ModelBundle
     named: dict[str, Parameter]  # what trains
     take_step: Step
     sampler: Sampler
@@ -138,7 +138,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             },
             "stores": samples.told(store),
             "unknown_tags": samples.tagged.unknown,
-            "captions": cut(source),
+            "captions": truncation(source),
             "remarks": remarks(pictures, model.tokenizer, model.tokens),
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
             "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},

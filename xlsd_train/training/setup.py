@@ -19,15 +19,22 @@ from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_train.checkpoints.resume import PLACES, START, other_start, told
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.data.captions import Captions, Columns
+from xlsd_train.data.captions import CaptionColumns, Captions
 from xlsd_train.data.loader import BatchSource
 from xlsd_train.data.mixture import Mask, Mixture
 from xlsd_train.data.noise import Noising
-from xlsd_train.data.selection import Selection, Tagged, by_tags, columns_of, held_out, selected
+from xlsd_train.data.selection import (
+    Selection,
+    TagFilter,
+    columns_of,
+    filter_by_tags,
+    held_out_mask,
+    select,
+)
 from xlsd_train.evaluation.validator import measured
 from xlsd_train.memory.planner import Planner, choose, limit_of
-from xlsd_train.model.bundle import Model, load_model
-from xlsd_train.model.latent_scaling import normalising
+from xlsd_train.model.bundle import ModelBundle, load_bundle
+from xlsd_train.model.latent_scaling import scaling_by_statistics
 from xlsd_train.step.distributed import PATIENCE
 from xlsd_train.step.objective import Objective
 from xlsd_train.step.step import Plan
@@ -40,8 +47,8 @@ log = logging.getLogger("xlsd.train.training")
 class Samples:
     """Which samples of the store a run uses, and for what."""
 
-    columns: Columns
-    tagged: Tagged
+    columns: CaptionColumns
+    tagged: TagFilter
     held: Mask  # for validation alone
     trains: Mask
     selection: Selection  # those that train
@@ -96,10 +103,10 @@ def deterministic(on: bool) -> None:
 def choose_samples(config: TrainConfig, store: Mixture) -> Samples:
     """By tags and by what is held out. Raises UserError where they are fewer than --batch."""
     columns = columns_of(store, config.caption)
-    tagged = by_tags(store, columns.names, *config.selected_tags())
-    held = tagged.mask & held_out(store, config.validation_fraction or 0)
+    tagged = filter_by_tags(store, columns.names, *config.selected_tags())
+    held = tagged.mask & held_out_mask(store, config.validation_fraction or 0)
     trains = tagged.mask & ~held
-    selection = selected(store, trains)
+    selection = select(store, trains)
     _check_batch(config, selection, store.root)
     count = measured(config, held, trains)
     return Samples(columns, tagged, held, trains, selection, count)
@@ -122,13 +129,13 @@ def _check_batch(config: TrainConfig, selection: Selection, data: str) -> None:
         )
 
 
-def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Model:
+def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> ModelBundle:
     """The checkpoint's, or as --model and the options beside it say; not yet what trains of it."""
     roots = [part.store.root for part in store.parts]
     if resumed:
-        model = load_model(str(resumed), None, store.identity, roots=roots)
+        model = load_bundle(str(resumed), None, store.identity, roots=roots)
     else:
-        model = load_model(
+        model = load_bundle(
             config.model,
             config.vae,
             store.identity,
@@ -141,7 +148,7 @@ def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Mod
         )
     model.clip_skip = config.clip_skip
     if config.normalize_latents and not model.scaling.normalized:
-        model.scaling = normalising(store)
+        model.scaling = scaling_by_statistics(store)
     return model
 
 
@@ -206,7 +213,11 @@ def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[st
 
 
 def plan_batch(
-    config: TrainConfig, run: Run, selection: Selection, model: Model, accelerator: Accelerator
+    config: TrainConfig,
+    run: Run,
+    selection: Selection,
+    model: ModelBundle,
+    accelerator: Accelerator,
 ) -> tuple[int, Plan, str, tuple[str, float] | None]:
     """(batch, how it passes, what is said of it, (card, seconds a batch at its peak) if known).
 
@@ -237,7 +248,7 @@ def plan_batch(
 
 
 def make_source(
-    config: TrainConfig, store: Mixture, samples: Samples, schedule: Schedule, model: Model,
+    config: TrainConfig, store: Mixture, samples: Samples, schedule: Schedule, model: ModelBundle,
     objective: Objective, accelerator: Accelerator,
 ) -> BatchSource:  # fmt: skip
     """What makes this process's part of any batch."""

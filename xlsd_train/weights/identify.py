@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from xlsd_train.weights.lazy_tensors import Stored
+from xlsd_train.weights.lazy_tensors import LazyTensor
 
 # The first that any name contains. Tests of what is rarer come first.
 _BY_NAME = (
@@ -29,7 +29,7 @@ _INPUTS = ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.we
 _CONTEXT = "attn2.to_k.weight"
 
 
-def kind_of(tensors: Mapping[str, Stored]) -> str | None:
+def identify(tensors: Mapping[str, LazyTensor]) -> str | None:
     """What these tensors are, as `a LoRA`, where they are no whole SD1.5; None where unknown."""
     for marks, kind in _BY_NAME:
         if _any(tensors, marks):

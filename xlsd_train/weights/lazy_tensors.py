@@ -47,7 +47,7 @@ HASH, UNKNOWN = "modelspec.hash_sha256", "0x" + "_" * 64
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A tensor that is read when it is asked for."""
 
     shape: tuple[int, ...]
@@ -60,11 +60,11 @@ class Stored:
         """Its size on the disk."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def reshaped(self, *shape: int) -> "Stored":
+    def reshaped(self, *shape: int) -> "LazyTensor":
         """The same numbers in another shape."""
         return replace(self, shape=shape, read=lambda: self.read().reshape(shape))
 
-    def to(self, dtype: torch.dtype, what: str = "") -> "Stored":
+    def to(self, dtype: torch.dtype, what: str = "") -> "LazyTensor":
         """In another dtype; integers stay.
 
         Reading raises OverflowError, which names `what`, where the dtype cannot hold a number.
@@ -83,12 +83,12 @@ class Stored:
         return replace(self, dtype=dtype, read=read)
 
 
-def in_memory(tensor: Tensor) -> Stored:
+def in_memory(tensor: Tensor) -> LazyTensor:
     """A tensor that is there already."""
-    return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def open_tensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors of a .safetensors file, or of a pickle that runs no code; and its metadata.
 
     Raises UserError for a file that is neither, is cut short, or could run code.
@@ -107,7 +107,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 it = header[name]
                 shape, dtype = tuple(it["shape"]), DTYPES[it["dtype"]]
                 read = partial(_read, path, was, 8 + length + it["data_offsets"][0], shape, dtype)
-                stored[name] = Stored(shape, dtype, read, name)
+                stored[name] = LazyTensor(shape, dtype, read, name)
             return stored, dict(checked.metadata() or {})
     except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise UserError(
@@ -127,7 +127,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+) -> None:
     """Write a .safetensors file, holding one tensor at a time.
 
     The metadata gains modelspec.hash_sha256, of all that follows the header. Raises what reading
@@ -155,7 +157,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[s
         file.write(b"0x" + digest.hexdigest().encode())
 
 
-def compare_tensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+def compare_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Read a file back with safetensors itself; RuntimeError where it is not these, bit for bit."""
     written, _ = open_tensors(path)
     if written.keys() != tensors.keys():
@@ -240,7 +242,7 @@ def _is_pickle(path: Path) -> bool:
     return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:] != b"{")
 
 
-def _open_pickle(path: Path) -> dict[str, Stored]:
+def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     try:
         held = _loaded(path)
     # The bytes of a stranger have the unpickler raise errors of all kinds.

@@ -6,8 +6,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from xlsd_train.weights import ldm_keys as names
-from xlsd_train.weights.lazy_tensors import Stored, in_memory
-from xlsd_train.weights.network import POSITIONS, Part, empty, ldm_names
+from xlsd_train.weights.lazy_tensors import LazyTensor, in_memory
+from xlsd_train.weights.network import POSITIONS, Network, empty_network, ldm_names
 from xlsd_train.weights.prediction_type import V_PRED, ZTSNR, has_zero_snr, prediction_type
 
 # Where noise is all there is, other programs (ComfyUI, A1111) have this for 0, whose SNR has no
@@ -17,17 +17,21 @@ _PREFIX = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.TEXT_ENCO
 
 
 def single_file(
-    unet: Part, text_encoder: Part, vae: Part, scheduler: dict[str, Any], dtype: torch.dtype
-) -> dict[str, Stored]:
+    unet: Network,
+    text_encoder: Network,
+    vae: Network,
+    scheduler: dict[str, Any],
+    dtype: torch.dtype,
+) -> dict[str, LazyTensor]:
     """The tensors of v1-5-pruned-emaonly.safetensors but its two counters of a moving average.
 
     And `marks`, where it predicts v.
     Networks in `dtype`; what is no network stays as it is: the text encoder's position_ids and the
     noise schedule, which other programs make themselves or take from here.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, LazyTensor] = {}
     for part in (unet, text_encoder, vae):
-        for name, (key, _) in ldm_names(part.kind, empty(part.kind, part.config)).items():
+        for name, (key, _) in ldm_names(part.kind, empty_network(part.kind, part.config)).items():
             stored = part.tensors[name].to(dtype, f"{part.kind}'s {name}")
             if part.kind == "vae" and names.is_vae_conv(name):
                 stored = stored.reshaped(*stored.shape, 1, 1)

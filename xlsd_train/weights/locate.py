@@ -27,23 +27,23 @@ from xlsd_train.weights.hub import (
     VAE_FILES,
     fetch_model,
 )
-from xlsd_train.weights.identify import UNET_ALONE, kind_of, remedy
+from xlsd_train.weights.identify import UNET_ALONE, identify, remedy
 from xlsd_train.weights.lazy_tensors import open_tensors
 from xlsd_train.weights.network import (
     CLASSES_OF,
     KINDS,
     PREFIX,
-    Kind,
-    Part,
-    check,
+    Network,
+    NetworkKind,
+    check_shapes,
     checked_config,
-    class_in,
-    folder_part,
-    ldm_part,
-    plain_part,
+    class_name_in,
+    network_in_folder,
+    network_in_ldm_file,
+    network_of,
     read_config,
     read_json,
-    read_told,
+    read_latents_json,
 )
 from xlsd_train.weights.prediction_type import (
     file_scheduler,
@@ -51,7 +51,7 @@ from xlsd_train.weights.prediction_type import (
     known_scheduler,
     prediction_type,
 )
-from xlsd_train.weights.vae_fold import Normalisation
+from xlsd_train.weights.vae_fold import ChannelNormalisation
 
 log = logging.getLogger("xlsd.train.weights")
 
@@ -60,22 +60,22 @@ CONFIGS = "xlsd.configs"  # in the metadata of a single file of ours
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """A model in parts. What a single file lacks is None."""
 
     source: str  # as it was asked for
-    unet: Part
-    text_encoder: Part | None
-    vae: Part | None
+    unet: Network
+    text_encoder: Network | None
+    vae: Network | None
     tokenizer: Path | None  # a folder
     scheduler: dict[str, Any]
     checkpoint: Path | None = None  # of ours, in its run
-    trained: Normalisation | None = None  # of latents, where it is not the VAE's own factor
+    trained: ChannelNormalisation | None = None  # of latents, where it is not the VAE's own factor
     clip_skip: int = 0  # with which it was trained here
     vae_padding: Padding | None = None  # zeros | reflect, where it was trained here
 
 
-def find(
+def locate_model(
     source: str,
     *,
     unet: str | None = None,
@@ -83,7 +83,7 @@ def find(
     tokenizer: str | None = None,
     ema: bool = False,
     vae: bool = True,
-) -> Parts:
+) -> ModelParts:
     """The parts of the model that `source` names, with those replaced that are given by path.
 
     `ema` takes a single file's moving averages; `vae` says whether a hub's VAE is wanted. Raises
@@ -96,10 +96,10 @@ def find(
         )
     found = _find(source, ema, vae)
     if unet is not None:
-        found = _with_unet(found, part_of("unet", unet, found.unet.config, "--unet"), unet)
+        found = _with_unet(found, locate_network("unet", unet, found.unet.config, "--unet"), unet)
     if text_encoder is not None:
         config = found.text_encoder.config if found.text_encoder else sd15.TEXT_ENCODER
-        encoder, own = text_encoder_of(text_encoder, config)
+        encoder, own = locate_text_encoder(text_encoder, config)
         found = replace(found, text_encoder=encoder, tokenizer=own or found.tokenizer)
     if tokenizer is not None:
         folder = Path(tokenizer).expanduser()
@@ -107,20 +107,20 @@ def find(
         found = replace(found, tokenizer=inner if inner.is_dir() else folder)
     for part in (found.unet, found.text_encoder, found.vae):
         if part is not None:
-            check(part)
+            check_shapes(part)
     if found.text_encoder is not None:
         _agree(found.unet, found.text_encoder)
     return found
 
 
-def completed(parts: Parts, tokenizer: bool = True) -> Parts:
+def fetch_missing(parts: ModelParts, tokenizer: bool = True) -> ModelParts:
     """The same with a text encoder and, if wanted, a tokenizer: the hub's SD1.5's where missing."""
     if parts.text_encoder is None:
         files = ["text_encoder/config.json", "text_encoder/model.safetensors"]
         folder = fetch_model(sd15.HUB_ID, files, files, "--text-encoder")
-        part = folder_part("text_encoder", folder / "text_encoder", sd15.HUB_ID)
+        part = network_in_folder("text_encoder", folder / "text_encoder", sd15.HUB_ID)
         log.info(f"{parts.source} holds no text encoder: {sd15.HUB_ID}'s is taken")
-        check(part)
+        check_shapes(part)
         parts = replace(parts, text_encoder=part)
     if parts.tokenizer is None and tokenizer:
         files = ["tokenizer/*"]
@@ -129,12 +129,12 @@ def completed(parts: Parts, tokenizer: bool = True) -> Parts:
     return parts
 
 
-def text_encoder_of(source: str, config: Mapping[str, Any]) -> tuple[Part, Path | None]:
+def locate_text_encoder(source: str, config: Mapping[str, Any]) -> tuple[Network, Path | None]:
     """That of --text-encoder, and the folder of the tokenizer that lies with it, if one does."""
     at = Path(source).expanduser()
     if not at.exists() and (repository := repository_of(source)):
         at = fetch_model(repository, TEXT_ENCODER_FILES, TEXT_ENCODER_NEEDED, "--text-encoder")
-    return part_of("text_encoder", str(at), config, "--text-encoder"), _tokenizer_of(at)
+    return locate_network("text_encoder", str(at), config, "--text-encoder"), _tokenizer_of(at)
 
 
 def _tokenizer_of(text_encoder: Path) -> Path | None:
@@ -146,7 +146,7 @@ def _tokenizer_of(text_encoder: Path) -> Path | None:
     return None
 
 
-def _agree(unet: Part, text_encoder: Part) -> None:
+def _agree(unet: Network, text_encoder: Network) -> None:
     width = text_encoder.tensors[f"{PREFIX}embeddings.token_embedding.weight"].shape[1]
     listens = {it.shape[1] for name, it in unet.tensors.items() if "attn2.to_k." in name}
     if listens != {width}:
@@ -156,15 +156,17 @@ def _agree(unet: Part, text_encoder: Part) -> None:
         )
 
 
-def part_of(kind: Kind, source: str, config: Mapping[str, Any], option: str) -> Part:
+def locate_network(
+    kind: NetworkKind, source: str, config: Mapping[str, Any], option: str
+) -> Network:
     """One part from a folder, a run or a file of its own; a file without a config has `config`."""
     path = Path(source).expanduser()
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         part = getattr(_find(str(path), False, False), kind)
-        assert isinstance(part, Part)
+        assert isinstance(part, Network)
         return part
     if path.is_dir():
-        return folder_part(kind, path / kind if (path / kind).is_dir() else path, str(path))
+        return network_in_folder(kind, path / kind if (path / kind).is_dir() else path, str(path))
     if not path.is_file():
         raise UserError(f"{option} {no_such(source)}; name a folder or file")
     tensors, metadata = open_tensors(path)
@@ -173,22 +175,23 @@ def part_of(kind: Kind, source: str, config: Mapping[str, Any], option: str) -> 
         config = known[kind]
     elif (
         (beside := path.parent / "config.json").is_file()
-        and class_in(kind, read_json(beside)) in CLASSES_OF[kind]  # else it lies there for others
+        and class_name_in(kind, read_json(beside))
+        in CLASSES_OF[kind]  # else it lies there for others
     ):
         config = read_config(kind, path.parent)
     prefix = {"unet": names.UNET, "text_encoder": names.TEXT_ENCODER, "vae": names.VAE}[kind]
     if kind == "unet" and "input_blocks.0.0.weight" in tensors:
         tensors = {prefix + name: stored for name, stored in tensors.items()}
-    if part := ldm_part(kind, config, tensors, str(path), ema=False):
+    if part := network_in_ldm_file(kind, config, tensors, str(path), ema=False):
         return part
     mark = "conv_in.weight" if kind == "unet" else "embeddings.token_embedding.weight"
     if not {mark, PREFIX + mark} & tensors.keys():
-        told = kind_of(tensors) or "unknown here"
+        told = identify(tensors) or "unknown here"
         raise UserError(f"{option} {path} holds no {kind.replace('_', ' ')}: it is {told}")
-    return plain_part(kind, config, tensors, str(path))
+    return network_of(kind, config, tensors, str(path))
 
 
-def _with_unet(found: Parts, unet: Part, source: str) -> Parts:
+def _with_unet(found: ModelParts, unet: Network, source: str) -> ModelParts:
     """The model with another UNet, and with the scheduler that lies with that, if one does.
 
     What is predicted is the UNet's. Warns where that is not the model's.
@@ -235,7 +238,7 @@ def _own_scheduler(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return _told(metadata).get("scheduler")
 
 
-def _find(source: str, ema: bool, vae: bool) -> Parts:
+def _find(source: str, ema: bool, vae: bool) -> ModelParts:
     path = Path(source).expanduser()
     if (path / "checkpoints").is_dir():
         refuse_links(path)
@@ -259,32 +262,32 @@ def _find(source: str, ema: bool, vae: bool) -> Parts:
     return _in_folder(fetch_model(repository, FILES + own, NEEDED + own, "--model"), source)
 
 
-def _in_checkpoint(checkpoint: Path, source: str) -> Parts:
+def _in_checkpoint(checkpoint: Path, source: str) -> ModelParts:
     refuse_links(checkpoint.parent.parent)
     base = checkpoint.parent.parent / "base"
     parts = {}
     for kind, file in (("unet", UNET), ("text_encoder", TEXT_ENCODER)):
         path = checkpoint / file
         tensors, _ = open_tensors(path)
-        parts[kind] = plain_part(kind, read_config(kind, base / kind), tensors, str(path))  # type: ignore[arg-type]
-    vae = folder_part("vae", base / "vae", source)
-    return Parts(
+        parts[kind] = network_of(kind, read_config(kind, base / kind), tensors, str(path))  # type: ignore[arg-type]
+    vae = network_in_folder("vae", base / "vae", source)
+    return ModelParts(
         source, parts["unet"], parts["text_encoder"], vae, base / "tokenizer", _scheduler(base),
         checkpoint, _trained(base / "latents.json"), _clip_skip(base / "captions.json"),
         _padding(base / "latents.json"),
     )  # fmt: skip
 
 
-def _trained(path: Path) -> Normalisation | None:
+def _trained(path: Path) -> ChannelNormalisation | None:
     """What a run says that it made of raw latents, (raw - shift) * scale of each channel."""
-    if not path.is_file() or not (told := read_told(path))["normalized"]:
+    if not path.is_file() or not (told := read_latents_json(path))["normalized"]:
         return None
-    return Normalisation(tuple(told["shift"]), tuple(1 / scale for scale in told["scale"]))
+    return ChannelNormalisation(tuple(told["shift"]), tuple(1 / scale for scale in told["scale"]))
 
 
 def _padding(path: Path) -> Padding:
     """What a run says that its VAE's convolutions pad with."""
-    told: Padding = read_told(path).get("padding", "zeros") if path.is_file() else "zeros"
+    told: Padding = read_latents_json(path).get("padding", "zeros") if path.is_file() else "zeros"
     return told
 
 
@@ -298,23 +301,23 @@ def _clip_skip(path: Path) -> int:
     return skip
 
 
-def _in_folder(folder: Path, source: str) -> Parts:
+def _in_folder(folder: Path, source: str) -> ModelParts:
     if not (folder / "unet").is_dir():
         raise UserError(
             f"{source} is no model: it has no unet/ as a pipeline folder and no state.json as "
             f"a checkpoint; name a folder that has"
         )
-    unet = folder_part("unet", folder / "unet", source)
-    text_encoder = folder_part("text_encoder", folder / "text_encoder", source)
+    unet = network_in_folder("unet", folder / "unet", source)
+    text_encoder = network_in_folder("text_encoder", folder / "text_encoder", source)
     has_vae = (folder / "vae").is_dir()
-    vae = folder_part("vae", folder / "vae", source) if has_vae else None
-    return Parts(source, unet, text_encoder, vae, folder / "tokenizer", _scheduler(folder))
+    vae = network_in_folder("vae", folder / "vae", source) if has_vae else None
+    return ModelParts(source, unet, text_encoder, vae, folder / "tokenizer", _scheduler(folder))
 
 
-def _in_file(path: Path, source: str, ema: bool) -> Parts:
+def _in_file(path: Path, source: str, ema: bool) -> ModelParts:
     """A single file under LDM's names; what it lacks may lie beside it as in a pipeline folder."""
     tensors, metadata = open_tensors(path)
-    kind = kind_of(tensors)
+    kind = identify(tensors)
     whole = any(name.startswith(names.UNET) for name in tensors)
     if not whole or kind not in (None, UNET_ALONE):
         told = kind or "unknown here"
@@ -323,14 +326,14 @@ def _in_file(path: Path, source: str, ema: bool) -> Parts:
     configs |= _configs(path, metadata)
     own = configs.pop("scheduler", None)
     found = {
-        name: ldm_part(name, config, tensors, source, ema)  # type: ignore[arg-type]
+        name: network_in_ldm_file(name, config, tensors, source, ema)  # type: ignore[arg-type]
         for name, config in configs.items()
     }
     unet, beside = found["unet"], path.parent / "tokenizer"
     assert unet is not None
     tokenizer = beside if beside.is_dir() else None
     scheduler = file_scheduler(path, tensors, metadata, own, _beside(path.parent)) or sd15.SCHEDULER
-    return Parts(source, unet, found["text_encoder"], found["vae"], tokenizer, scheduler)
+    return ModelParts(source, unet, found["text_encoder"], found["vae"], tokenizer, scheduler)
 
 
 def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -24,18 +24,18 @@ from xlsd_cache.encoding.vae import CLASSES
 from xlsd_cache.errors import UserError
 from xlsd_train.runs.json_files import load_object, misfit
 from xlsd_train.weights import ldm_keys as names
-from xlsd_train.weights.lazy_tensors import Stored, open_tensors
+from xlsd_train.weights.lazy_tensors import LazyTensor, open_tensors
 
-Kind = Literal["unet", "text_encoder", "vae"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-CLASSES_OF: dict[Kind, tuple[str, ...]] = {
+NetworkKind = Literal["unet", "text_encoder", "vae"]
+KINDS: tuple[NetworkKind, ...] = get_args(NetworkKind)
+CLASSES_OF: dict[NetworkKind, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel",),
     "text_encoder": ("clip_text_model", "clip", "CLIPTextModel"),
     "vae": tuple(CLASSES),
 }
 MOST_WEIGHTS = 4 * 10**9  # of a part; SD1.5's UNet has 0.86 billion
 INDEX = {"weight_map!": {str: str}}
-TOLD = {"normalized!": bool, "shift!": [float], "scale!": [float], "vae_sha256": str,
+LATENTS_JSON = {"normalized!": bool, "shift!": [float], "scale!": [float], "vae_sha256": str,
         "encoder_sha256": str, "padding": str}  # fmt: skip
 # transformers 5 drops this from its names; SD1.5's file and every other program have it.
 PREFIX = "text_model."
@@ -46,16 +46,16 @@ _BESIDE = ("text_model.embeddings.position_ids", "vision_model.", "visual_projec
 
 
 @dataclass(frozen=True)
-class Part:
+class Network:
     """One network: its config.json, and its weights under the names that SD1.5's folder has."""
 
-    kind: Kind
+    kind: NetworkKind
     config: dict[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, LazyTensor]
     source: str  # for messages
 
 
-def empty(kind: Kind, config: Mapping[str, Any]) -> Any:
+def empty_network(kind: NetworkKind, config: Mapping[str, Any]) -> Any:
     """The network of a config, its weights without memory: their names and shapes.
 
     Raises UserError for a config of which none can be made.
@@ -75,12 +75,12 @@ def empty(kind: Kind, config: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def build(part: Part) -> Any:
+def build_network(part: Network) -> Any:
     """The network with its weights, fp32 on the CPU, in evaluation mode.
 
     Raises UserError where a weight is not finite.
     """
-    module = empty(part.kind, part.config)
+    module = empty_network(part.kind, part.config)
     state = {
         name: stored.read().to(torch.float32, copy=True) for name, stored in part.tensors.items()
     }
@@ -91,10 +91,10 @@ def build(part: Part) -> Any:
     return module.eval()
 
 
-def checked(part: Part) -> Part:
+def with_finite_check(part: Network) -> Network:
     """The same, of which reading raises UserError where a weight is not finite."""
 
-    def read(name: str, stored: Stored) -> Tensor:
+    def read(name: str, stored: LazyTensor) -> Tensor:
         value = stored.read()
         if not is_finite(value):
             raise _not_finite(part, name, value)
@@ -107,7 +107,7 @@ def checked(part: Part) -> Part:
     return replace(part, tensors=tensors)
 
 
-def _not_finite(part: Part, name: str, value: Tensor, others: int = 0) -> UserError:
+def _not_finite(part: Network, name: str, value: Tensor, others: int = 0) -> UserError:
     """What is wrong with a part: which tensor, as its file calls it too, and what to do."""
     there = part.tensors[name].name
     where = f", {there} in the file," if there not in ("", name) else ""
@@ -124,9 +124,13 @@ def _not_finite(part: Part, name: str, value: Tensor, others: int = 0) -> UserEr
     )
 
 
-def ldm_part(
-    kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Stored], source: str, ema: bool
-) -> Part | None:
+def network_in_ldm_file(
+    kind: NetworkKind,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    source: str,
+    ema: bool,
+) -> Network | None:
     """A part of a single file, or None where it holds nothing of it."""
     prefix = {"unet": names.UNET, "text_encoder": names.TEXT_ENCODER, "vae": names.VAE}[kind]
     if not any(name.startswith(prefix) for name in tensors):
@@ -134,7 +138,7 @@ def ldm_part(
     averages = ema and kind == "unet"
     if averages and sum(name.startswith(names.EMA) for name in tensors) < 100:
         raise UserError(f"{source} holds no moving averages; leave out --model-ema")
-    network = empty(kind, config)
+    network = empty_network(kind, config)
     taken, ldm = {}, ldm_names(kind, network)
     for name, (key, shape) in ldm.items():
         keys = [names.ema_name(key) if averages else prefix + key]
@@ -144,10 +148,10 @@ def ldm_part(
             stored = tensors[there]
             fits = len(stored.shape) != len(shape) and stored.shape[: len(shape)] == shape
             taken[name] = stored.reshaped(*shape) if fits else stored
-    return Part(kind, config_of(kind, network, config), taken, source)
+    return Network(kind, full_config(kind, network, config), taken, source)
 
 
-def ldm_names(kind: Kind, network: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+def ldm_names(kind: NetworkKind, network: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name in SD1.5's folder -> (LDM's name without prefix, shape in the folder) of each weight."""
     shapes = shapes_of(kind, network)
     if kind == "text_encoder":
@@ -163,13 +167,13 @@ def ldm_names(kind: Kind, network: Any) -> dict[str, tuple[str, tuple[int, ...]]
     }
 
 
-def shapes_of(kind: Kind, network: Any) -> dict[str, tuple[int, ...]]:
+def shapes_of(kind: NetworkKind, network: Any) -> dict[str, tuple[int, ...]]:
     """Name in SD1.5's folder -> shape of each weight of a network."""
     prefix = PREFIX if kind == "text_encoder" else ""
     return {prefix + name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
-def config_of(kind: Kind, network: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def full_config(kind: NetworkKind, network: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json should say: all of it, where SD1.5's constants leave out the defaults."""
     if kind == "text_encoder":
         return {**network.config.to_dict(), "architectures": ["CLIPTextModel"]}
@@ -177,9 +181,9 @@ def config_of(kind: Kind, network: Any, given: Mapping[str, Any]) -> dict[str, A
     return {"_class_name": type(network).__name__, **told, **given}
 
 
-def plain_part(
-    kind: Kind, config: Mapping[str, Any], tensors: dict[str, Stored], source: str
-) -> Part:
+def network_of(
+    kind: NetworkKind, config: Mapping[str, Any], tensors: dict[str, LazyTensor], source: str
+) -> Network:
     """A part under diffusers' or transformers' own names, old or new."""
     if kind == "text_encoder":
         if not any(name.startswith(PREFIX) for name in tensors):
@@ -189,21 +193,21 @@ def plain_part(
         if length is not None:  # LongCLIP's 248, where only the file is given
             config = {**config, "max_position_embeddings": length.shape[0]}
     if kind == "vae":
-        shapes = shapes_of(kind, empty(kind, config))
+        shapes = shapes_of(kind, empty_network(kind, config))
         modern = {names.modern_vae_name(name): stored for name, stored in tensors.items()}
         tensors = {  # the sdxl-vae of 2023 has 1x1 convolutions where diffusers has matrices
             name: it.reshaped(*shapes[name]) if it.shape[:2] == shapes.get(name) else it
             for name, it in modern.items()
         }
-    return Part(kind, dict(config), tensors, source)
+    return Network(kind, dict(config), tensors, source)
 
 
-def folder_part(kind: Kind, folder: Path, source: str) -> Part:
+def network_in_folder(kind: NetworkKind, folder: Path, source: str) -> Network:
     """A part in a folder of its own, with its config.json."""
-    return plain_part(kind, read_config(kind, folder), _weights(folder, source), str(folder))
+    return network_of(kind, read_config(kind, folder), _weights(folder, source), str(folder))
 
 
-def _weights(folder: Path, source: str) -> dict[str, Stored]:
+def _weights(folder: Path, source: str) -> dict[str, LazyTensor]:
     """Of a folder of diffusers or transformers: one file or several, fp16 or a pickle at last."""
     for stem in ("diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index.json"
@@ -222,7 +226,7 @@ def _weights(folder: Path, source: str) -> dict[str, Stored]:
     raise UserError(f"{source} holds no weights in {folder}; give a whole model")
 
 
-def read_config(kind: Kind, folder: Path) -> dict[str, Any]:
+def read_config(kind: NetworkKind, folder: Path) -> dict[str, Any]:
     """The config.json of a part. Raises UserError where it is missing, or another class's."""
     config = read_json(folder / "config.json")
     if kind == "text_encoder" and isinstance(config.get("text_config"), dict):  # of a whole CLIP
@@ -230,19 +234,19 @@ def read_config(kind: Kind, folder: Path) -> dict[str, Any]:
     return checked_config(kind, config, str(folder))
 
 
-def class_in(kind: Kind, config: Mapping[str, Any]) -> Any:
+def class_name_in(kind: NetworkKind, config: Mapping[str, Any]) -> Any:
     """What a config says that it is of; where it does not, the part's own class, but no VAE's."""
     named = config.get("_class_name", None if kind == "vae" else CLASSES_OF[kind][0])
     return config.get("model_type", named) if kind == "text_encoder" else named
 
 
-def checked_config(kind: Kind, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def checked_config(kind: NetworkKind, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A part's config without what could have a library load other code than its own.
 
     Raises UserError for another class than the part's, and for numbers that no such network has.
     """
     what = kind.replace("_", " ")
-    named = class_in(kind, config)
+    named = class_name_in(kind, config)
     if named not in CLASSES_OF[kind]:
         raise UserError(
             f"{where} holds a {named}, which is no {what.replace('vae', 'VAE')} known here; give "
@@ -251,10 +255,10 @@ def checked_config(kind: Kind, config: Mapping[str, Any], where: str) -> dict[st
     return plain_config(config, f"{where} has a {what}")
 
 
-def read_told(path: Path) -> dict[str, Any]:
+def read_latents_json(path: Path) -> dict[str, Any]:
     """A run's latents.json. Raises UserError where it is missing or damaged."""
     told = read_json(path)
-    if why := misfit(told, TOLD):
+    if why := misfit(told, LATENTS_JSON):
         raise UserError(f"{path} is not as a run writes it: {why}; it is damaged or no run's")
     if len(told["shift"]) != len(told["scale"]) or 0 in told["scale"]:
         raise UserError(f"{path} has no scale for each channel; it is damaged or no run's")
@@ -271,9 +275,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def check(part: Part) -> None:
+def check_shapes(part: Network) -> None:
     """Raises UserError where names or shapes are not those of the part's config."""
-    network = empty(part.kind, part.config)
+    network = empty_network(part.kind, part.config)
     shapes = shapes_of(part.kind, network)
     what = type(network).__name__
     weights = sum(math.prod(shape) for shape in shapes.values())

@@ -24,7 +24,7 @@ from xlsd_cache.files.text import read_text
 from xlsd_train.config import sd15
 from xlsd_train.config.optimization import Kind
 from xlsd_train.runs.json_files import misfit
-from xlsd_train.weights.lazy_tensors import Stored
+from xlsd_train.weights.lazy_tensors import LazyTensor
 
 log = logging.getLogger("xlsd.train.weights")
 
@@ -59,7 +59,7 @@ _NEARLY_ZERO = 1e-6  # abar of a schedule's end: of zero terminal SNR less, of S
 
 
 @dataclass(frozen=True)
-class Said:
+class Declared:
     """What one place says."""
 
     where: str
@@ -126,7 +126,7 @@ def scheduler_for(kind: Kind, scheduler_config: dict[str, Any]) -> dict[str, Any
 
 def file_scheduler(
     path: Path,
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, LazyTensor],
     header: Mapping[str, str],
     own: dict[str, Any] | None,
     beside: dict[str, Any] | None,
@@ -137,10 +137,10 @@ def file_scheduler(
     places disagree.
     """
     said = [*_by_yaml(path.with_suffix(".yaml")), *_by_keys(tensors)]
-    said += [Said("its own scheduler", prediction_type(own), has_zero_snr(own))] if own else []
+    said += [Declared("its own scheduler", prediction_type(own), has_zero_snr(own))] if own else []
     said += _by_header(path, header)
     if beside:
-        said.append(Said("scheduler/ beside it", prediction_type(beside), has_zero_snr(beside)))
+        said.append(Declared("scheduler/ beside it", prediction_type(beside), has_zero_snr(beside)))
     found = own or beside
     if not said:
         return found
@@ -184,30 +184,30 @@ def _first(path: Path, what: str, told: list[tuple[str, Any]]) -> Any:
     return known[0][1] if known else None
 
 
-def _by_keys(tensors: Mapping[str, Stored]) -> Iterator[Said]:
+def _by_keys(tensors: Mapping[str, LazyTensor]) -> Iterator[Declared]:
     """Of the second alone the type is not known; where neither is, nothing is said."""
     zero = True if ZTSNR in tensors else None
     if V_PRED in tensors:
-        yield Said(f"its key {V_PRED}", "v_prediction", zero)
+        yield Declared(f"its key {V_PRED}", "v_prediction", zero)
     elif zero:
-        yield Said(f"its key {ZTSNR}", None, zero)
+        yield Declared(f"its key {ZTSNR}", None, zero)
 
 
-def _by_header(path: Path, header: Mapping[str, str]) -> Iterator[Said]:
+def _by_header(path: Path, header: Mapping[str, str]) -> Iterator[Declared]:
     name = "modelspec.prediction_type"
     if name in header:
-        yield Said(name, _word(path, name, header[name]))
+        yield Declared(name, _word(path, name, header[name]))
     told = {
         name: _truth(header.get(name)) for name in ("ss_v_parameterization", "ss_zero_terminal_snr")
     }
     v, zero = told.values()
     if v is not None:
-        yield Said("ss_v_parameterization", "v_prediction" if v else "epsilon")
+        yield Declared("ss_v_parameterization", "v_prediction" if v else "epsilon")
     if zero is not None:
-        yield Said("ss_zero_terminal_snr", None, zero)
+        yield Declared("ss_zero_terminal_snr", None, zero)
 
 
-def _by_yaml(path: Path) -> Iterator[Said]:
+def _by_yaml(path: Path) -> Iterator[Declared]:
     """LDM's config; or sgm's, where a denoiser's scaling says it. Raises UserError for no YAML."""
     if not path.is_file():
         return
@@ -225,7 +225,7 @@ def _by_yaml(path: Path) -> Iterator[Said]:
     if word is None and isinstance(scaling, str):
         word = scaling.rpartition(".")[2].removesuffix("Scaling")
     if word is not None and (kind := _word(path, path.name, str(word))):
-        yield Said(path.name, kind)
+        yield Declared(path.name, kind)
 
 
 def _yaml(text: str) -> Any:
@@ -264,7 +264,7 @@ def _truth(given: str | None) -> bool | None:
     return {"true": True, "1": True, "false": False, "0": False}.get(str(given).strip().lower())
 
 
-def _ends_in_noise(tensors: Mapping[str, Stored]) -> bool:
+def _ends_in_noise(tensors: Mapping[str, LazyTensor]) -> bool:
     """By the noise schedule that a file holds."""
     held = tensors.get("alphas_cumprod")
     return held is not None and bool(held.read().flatten()[-1] < _NEARLY_ZERO)

@@ -23,14 +23,14 @@ FOLDED = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "pos
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class ChannelNormalisation:
     """What training makes of raw latents: (raw - mean) / std, a number of each a channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Normalisation":
+    def of(cls, config: Mapping[str, Any]) -> "ChannelNormalisation":
         """Of a VAE's config: (raw - shift_factor) * scaling_factor."""
         channels = int(config["latent_channels"])
         shift, factor = config.get("shift_factor") or 0.0, config["scaling_factor"]
@@ -41,7 +41,9 @@ class Normalisation:
         return not any(self.mean) and all(abs(std * factor - 1) < 1e-9 for std in self.std)
 
 
-def fold(state: Mapping[str, Tensor], trained: Normalisation, factor: float) -> dict[str, Tensor]:
+def fold(
+    state: Mapping[str, Tensor], trained: ChannelNormalisation, factor: float
+) -> dict[str, Tensor]:
     """The FOLDED tensors, f64, of a VAE for loaders that scale by `factor` and nothing else.
 
     `state` holds them as they were: quant_conv [2C, 2C, 1, 1] and [2C], post_quant_conv

@@ -7,7 +7,7 @@ import pytest
 from tests.support import printed, train
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.commands import tags
-from xlsd_train.data.selection import by_tags, selected
+from xlsd_train.data.selection import filter_by_tags, select
 
 Out = pytest.CaptureFixture[str]
 
@@ -41,12 +41,12 @@ def test_large_indexes_are_counted_piece_by_piece(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LatentStore.open(store) as ours:
-        selection = selected(ours, by_tags(ours, ["txt"], ["solo"], []).mask)
+        selection = select(ours, filter_by_tags(ours, ["txt"], ["solo"], []).mask)
         expected = tags.tag_counts(ours, "txt", selection)
         for size in (1, 2, 7, 29):
             monkeypatch.setattr(tags, "AT_ONCE", size)
             assert tags.tag_counts(ours, "txt", selection) == expected
-        every = selected(ours, by_tags(ours, ["txt"], [], ["no"]).mask)
+        every = select(ours, filter_by_tags(ours, ["txt"], [], ["no"]).mask)
         counts = sorted(ours.tags("txt").counts().items(), key=lambda item: (-item[1], item[0]))
         assert tags.tag_counts(ours, "txt", every) == dict(counts)
 

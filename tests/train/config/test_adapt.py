@@ -11,7 +11,7 @@ from xlsd_cache.errors import UserError
 from xlsd_train.config.adapt import adapt, as_asked, chosen
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.mixture import Mixture, open_mixture
-from xlsd_train.data.selection import held_out
+from xlsd_train.data.selection import held_out_mask
 
 Out = pytest.CaptureFixture[str]
 ALL: frozenset[str] = frozenset()  # nobody gave anything
@@ -44,7 +44,7 @@ def config(**settings: Any) -> TrainConfig:
 
 
 def held(store: Mixture, share: float) -> int:
-    return int(held_out(store, share).sum())
+    return int(held_out_mask(store, share).sum())
 
 
 def test_more_is_held_out_of_few_images(sixty: Mixture) -> None:

@@ -87,7 +87,7 @@ ELSEWHERE = {
     "unet": ("test_locate.py", "unet="),
     "text_encoder": ("test_locate.py", "text_encoder="),
     "tokenizer": ("test_locate.py", '"--tokenizer"'),
-    "vae": ("test_bundle.py", "load_model(str(copy), str(model), identity)"),
+    "vae": ("test_bundle.py", "load_bundle(str(copy), str(model), identity)"),
     "out": ("test_run_folder.py", '"--out"'),
     "d_max": ("test_loop.py", '"--d-max"'),
     "d_growth": ("test_loop.py", '"--d-growth"'),

@@ -20,21 +20,21 @@ def long(tmp_path: Path, vae: Path) -> Path:
 
 
 def test_captions_that_are_cut_are_counted_and_measured(long: Path, open_run: Open) -> None:
-    found = lengths.cut(open_run(data=long, batch=2).source)
+    found = lengths.truncation(open_run(data=long, batch=2).source)
     assert found == {
         "looked_at": 6, "selected": 6, "without": 1, "limit": 77, "cut": 2,
         "over_median": 20, "over_max": 30,
     }  # fmt: skip
-    assert lengths.told(found) == (
+    assert lengths.describe_truncation(found) == (
         "captions: of all 6, 2 are longer than 77 tokens and cut, by 20 in the median and 30 at "
         "most; 1 images have none"
     )
 
 
 def test_a_longer_encoder_cuts_none(long: Path, open_run: Open) -> None:
-    found = lengths.cut(open_run(data=long, batch=2, tokens=248).source)
+    found = lengths.truncation(open_run(data=long, batch=2, tokens=248).source)
     assert (found["limit"], found["cut"], found["over_max"]) == (248, 0, 0)
-    assert lengths.told(found) == (
+    assert lengths.describe_truncation(found) == (
         "captions: of all 6, 0 are longer than 248 tokens; 1 images have none"
     )
 
@@ -45,9 +45,9 @@ def test_what_limits_captions_counts(tmp_path: Path, vae: Path, open_run: Open) 
     for i in range(2):
         (images / f"{i}.txt").write_text(", ".join(chr(97 + n % 26) + "x" * n for n in range(40)))
     assert cache("build", images, "--out", data, "--vae", vae, "--resolution", 128) == 0
-    assert lengths.cut(open_run(data=data, batch=2, max_tags=5).source)["cut"] == 0
+    assert lengths.truncation(open_run(data=data, batch=2, max_tags=5).source)["cut"] == 0
     whole = open_run(data=data, batch=2, out=tmp_path / "whole", caption_dropout=1.0)
-    assert lengths.cut(whole.source)["cut"] == 2  # dropout is no shortness
+    assert lengths.truncation(whole.source)["cut"] == 2  # dropout is no shortness
 
 
 def test_of_a_large_store_a_random_part_is_looked_at(
@@ -55,10 +55,10 @@ def test_of_a_large_store_a_random_part_is_looked_at(
 ) -> None:
     source = open_run(data=long, batch=2).source
     monkeypatch.setattr(lengths, "LOOKED_AT", 4)
-    found = lengths.cut(source)
+    found = lengths.truncation(source)
     assert found["looked_at"] <= 4
-    assert found == lengths.cut(source)
-    assert f"of {found['looked_at']} looked at of 6" in lengths.told(found)
+    assert found == lengths.truncation(source)
+    assert f"of {found['looked_at']} looked at of 6" in lengths.describe_truncation(found)
 
 
 def test_a_run_says_it_before_the_first_step(

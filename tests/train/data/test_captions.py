@@ -10,8 +10,8 @@ from tests.support import cache, files, metrics, printed, train
 from tests.train.conftest import Open
 from xlsd_cache.dataset import rng as draw
 from xlsd_cache.errors import UserError
-from xlsd_train.data.caption_edits import Parts
-from xlsd_train.data.captions import Captions, Columns
+from xlsd_train.data.caption_edits import CaptionEdits
+from xlsd_train.data.captions import CaptionColumns, Captions
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_dropout_drops_as_often_as_said(tokenizer: CLIPTokenizer) -> None:
 
 def test_parts_are_drawn_by_position_alone(tokenizer: CLIPTokenizer) -> None:
     text, positions = ", ".join(f"tag{i}" for i in range(20)), np.arange(200)
-    parts = Parts(shuffle=True, dropout=0.2, most=8)
+    parts = CaptionEdits(shuffle=True, dropout=0.2, most=8)
     captions = Captions(tokenizer, 77, 5, 0.1, parts)
     chosen = captions.choose([text] * 200, positions)
     assert len(set(chosen)) > 150
@@ -94,21 +94,21 @@ def test_every_option_has_its_effect(
 
 def test_columns_are_mixed_by_weight_among_those_that_a_sample_has() -> None:
     words = draw.words(0, "caption column", np.arange(4000))
-    columns = Columns(("txt", "wd", "unseen"), (3.0, 1.0, 0.0))
+    columns = CaptionColumns(("txt", "wd", "unseen"), (3.0, 1.0, 0.0))
     mixed = columns.mix([["a"] * 4000, ["b"] * 4000, ["c"] * 4000], words)
     assert 2900 < mixed.count("a") < 3100
     assert mixed.count("a") + mixed.count("b") == 4000
     assert columns.mix([[None, "", None], ["b", "b", None], ["c"] * 3], words[:3]) == [
         "b", "b", None
     ]  # fmt: skip
-    assert Columns(("txt",), (1.0,)).mix([["a", None]], words[:2]) == ["a", None]
+    assert CaptionColumns(("txt",), (1.0,)).mix([["a", None]], words[:2]) == ["a", None]
 
 
 def test_a_mix_is_written_name_equals_weight() -> None:
     there = ["txt", "jsonl:wd", "json:a=2", "jsonl:3"]
 
     def parse(given: str) -> dict[str, float]:
-        columns = Columns.parse(given, there, "latents")
+        columns = CaptionColumns.parse(given, there, "latents")
         return dict(zip(columns.names, columns.weights, strict=True))
 
     assert parse("txt") == {"txt": 1}
@@ -135,7 +135,7 @@ def test_a_mix_is_written_name_equals_weight() -> None:
 )
 def test_what_is_no_mix_is_refused(given: str | None, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        Columns.parse(given, ["txt", "wd"], "latents")
+        CaptionColumns.parse(given, ["txt", "wd"], "latents")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.statistics import moments
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.data.mixture import Mixture, open_mixture
-from xlsd_train.data.selection import by_tags, held_out, selected
+from xlsd_train.data.selection import filter_by_tags, held_out_mask, select
 
 Out = pytest.CaptureFixture[str]
 
@@ -76,11 +76,11 @@ def test_one_store_alone_reads_as_itself(store: Path) -> None:
 
 def test_selection_goes_through_all_stores(store: Path, other: Path) -> None:
     with open_mixture([str(store), f"{other}:0.5"]) as mixed:
-        mask = by_tags(mixed, ["txt"], ["woman"], []).mask
+        mask = filter_by_tags(mixed, ["txt"], ["woman"], []).mask
         texts = mixed.samples["txt"].to_pylist()
         assert mask.tolist() == ["woman" in (text or "").split(", ") for text in texts]
-        chosen = selected(mixed, mask)
-        in_ours = by_tags(mixed.parts[0].store, ["txt"], ["woman"], []).mask.sum()
+        chosen = select(mixed, mask)
+        in_ours = filter_by_tags(mixed.parts[0].store, ["txt"], ["woman"], []).mask.sum()
         assert mixed.counts(mask) == [in_ours, 12]
         shares = mixed.shares(chosen.chosen)
         assert {name: sum(x.samples for x in of) for name, of in shares.items()} == chosen.sizes
@@ -89,8 +89,8 @@ def test_selection_goes_through_all_stores(store: Path, other: Path) -> None:
         with pytest.raises(UserError, match="no caption column 'nothing'"):
             mixed.tagged("nothing", "woman")
         # an image is on the same side of the split in every store
-        held = {part.store.root: held_out(part.store, 0.4).sum() for part in mixed.parts}
-        assert held_out(mixed, 0.4).sum() == sum(held.values())
+        held = {part.store.root: held_out_mask(part.store, 0.4).sum() for part in mixed.parts}
+        assert held_out_mask(mixed, 0.4).sum() == sum(held.values())
 
 
 def test_statistics_count_each_store_as_often_as_it_is_used(store: Path, other: Path) -> None:

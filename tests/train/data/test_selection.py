@@ -11,13 +11,13 @@ from tests.support import cache, write_images
 from tests.train.conftest import Open
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.data.selection import Selection, by_tags, evenly, held_out, selected
+from xlsd_train.data.selection import Selection, evenly, filter_by_tags, held_out_mask, select
 
 
-def select(
+def tagged_selection(
     store: LatentStore, columns: Sequence[str], require: Sequence[str], forbid: Sequence[str]
 ) -> Selection:
-    return selected(store, by_tags(store, columns, require, forbid).mask)
+    return select(store, filter_by_tags(store, columns, require, forbid).mask)
 
 
 def by_hand(store: LatentStore, require: tuple[str, ...], forbid: tuple[str, ...]) -> set[int]:
@@ -37,9 +37,9 @@ def test_a_selection_is_what_looking_at_every_caption_gives(store: Path) -> None
             expected = by_hand(ours, require, forbid)
             if not expected:
                 with pytest.raises(UserError, match="leave none of the 8 samples"):
-                    select(ours, ["txt"], require, forbid)
+                    tagged_selection(ours, ["txt"], require, forbid)
                 continue
-            selection = select(ours, ["txt"], require, forbid)
+            selection = tagged_selection(ours, ["txt"], require, forbid)
             rows = selection.rows(ours, np.arange(len(selection)))
             assert rows.tolist() == sorted(expected)
             assert 0 not in selection.sizes.values()
@@ -53,8 +53,8 @@ def test_tags_are_matched_whole(store: Path) -> None:
             with pytest.raises(
                 UserError, match=f"exactly the tag '{part}' in txt; `xlsd-train tags"
             ):
-                select(ours, ["txt"], [part], [])
-        tagged = by_tags(ours, ["txt"], [], ["sol", "wide"])
+                tagged_selection(ours, ["txt"], [part], [])
+        tagged = filter_by_tags(ours, ["txt"], [], ["sol", "wide"])
         assert tagged.unknown == ("sol",)
         assert tagged.mask.sum() == 5
 
@@ -65,7 +65,7 @@ def test_a_tag_in_any_of_the_columns_counts(photos: Path, vae: Path, tmp_path: P
     assert cache("build", photos, *build) == 0
     with LatentStore.open(out) as ours:
         titles = ours.samples["title"].to_pylist()
-        selection = select(ours, ["txt", "title"], ["solo"], ["eileen"])
+        selection = tagged_selection(ours, ["txt", "title"], ["solo"], ["eileen"])
         rows = selection.rows(ours, np.arange(len(selection))).tolist()
         expected = sorted(row for row in by_hand(ours, ("solo",), ()) if titles[row] != "eileen")
         assert rows == expected
@@ -115,13 +115,13 @@ def test_the_fraction_of_hashes_below_it_is_held_out() -> None:
     hashes = [rng.bytes(32).hex() for _ in range(20000)]
     crcs = rng.integers(0, 2**32, 20000).tolist()
     for rows in (Rows(hashes, crcs), Rows([""] * 20000, crcs)):
-        small, large = (held_out(rows, x) for x in (0.01, 0.1))  # type: ignore[arg-type]
+        small, large = (held_out_mask(rows, x) for x in (0.01, 0.1))  # type: ignore[arg-type]
         assert abs(small.mean() - 0.01) < 0.004
         assert abs(large.mean() - 0.1) < 0.01
         assert not (small & ~large).any()  # who is held out stays so when more is
-        assert not held_out(rows, 0.0).any()  # type: ignore[arg-type]
+        assert not held_out_mask(rows, 0.0).any()  # type: ignore[arg-type]
     exact = np.array([int(h[:16], 16) < int(0.1 * 2**64) for h in hashes])
-    assert np.array_equal(held_out(Rows(hashes, crcs), 0.1), exact)  # type: ignore[arg-type]
+    assert np.array_equal(held_out_mask(Rows(hashes, crcs), 0.1), exact)  # type: ignore[arg-type]
 
 
 def test_an_image_stays_on_its_side_however_the_store_grows(vae: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_an_image_stays_on_its_side_however_the_store_grows(vae: Path, tmp_path:
     for _ in range(2):
         assert cache(*build) == 0
         with LatentStore.open(data) as store:
-            mask = held_out(store, 0.4)
+            mask = held_out_mask(store, 0.4)
             told = dict(zip(store.samples["key"].to_pylist(), mask.tolist(), strict=True))
         assert sides.items() <= told.items()
         assert 0 < mask.sum() < len(mask)
@@ -144,7 +144,7 @@ def test_an_image_stays_on_its_side_however_the_store_grows(vae: Path, tmp_path:
 def test_selected_samples_are_those_of_the_mask(store: Path) -> None:
     with LatentStore.open(store) as ours:
         mask = np.arange(len(ours)) % 3 != 1
-        selection = selected(ours, mask)
+        selection = select(ours, mask)
         assert len(selection) == mask.sum()
         assert selection.of == len(ours)
         rows = [
@@ -152,9 +152,9 @@ def test_selected_samples_are_those_of_the_mask(store: Path) -> None:
             for name, size in selection.sizes.items()
         ]
         assert sorted(np.concatenate(rows).tolist()) == np.flatnonzero(mask).tolist()
-        everything = selected(ours, np.ones(len(ours), np.bool_))
+        everything = select(ours, np.ones(len(ours), np.bool_))
         assert everything.sizes == {name: len(rows) for name, rows in ours.buckets.items()}
-        assert not len(selected(ours, np.zeros(len(ours), np.bool_)))
+        assert not len(select(ours, np.zeros(len(ours), np.bool_)))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 7, 99])
@@ -170,7 +170,7 @@ def test_a_part_is_spread_evenly(count: int) -> None:
 def test_no_held_out_image_is_ever_in_a_batch(open_run: Open) -> None:
     session = open_run(validation_fraction=0.4, batch=2)
     source = session.source
-    mask = held_out(source.store, 0.4)
+    mask = held_out_mask(source.store, 0.4)
     assert 0 < mask.sum() < len(mask)
     seen = set()
     for number in range(40):
@@ -189,8 +189,8 @@ def test_tags_and_what_is_held_out_select_together(open_run: Open) -> None:
         validation_images=2,
     )  # fmt: skip
     source = session.source
-    held = held_out(source.store, 0.4)
-    tagged = by_tags(source.store, ["txt"], [], ["astronaut"]).mask
+    held = held_out_mask(source.store, 0.4)
+    tagged = filter_by_tags(source.store, ["txt"], [], ["astronaut"]).mask
     rows = source.selection.rows(source.store, np.arange(len(source.selection)))
     assert rows.tolist() == np.flatnonzero(tagged & ~held).tolist()
     assert session.validator is not None

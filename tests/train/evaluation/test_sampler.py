@@ -13,8 +13,8 @@ from tests.train.conftest import Open
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.data.captions import Columns
-from xlsd_train.data.selection import selected
+from xlsd_train.data.captions import CaptionColumns
+from xlsd_train.data.selection import select
 from xlsd_train.evaluation.images import Picture
 from xlsd_train.evaluation.sample_files import own_size
 from xlsd_train.evaluation.sampler import read_prompts, sample_size
@@ -69,11 +69,11 @@ def test_the_grid_has_steps_down_and_prompts_across(open_run: Open, tmp_path: Pa
 
 
 def test_prompts_come_from_the_file_or_from_the_store(store: Path, tmp_path: Path) -> None:
-    path, txt = tmp_path / "prompts.txt", Columns(("txt",), (1.0,))
+    path, txt = tmp_path / "prompts.txt", CaptionColumns(("txt",), (1.0,))
     config = TrainConfig("unet", sample_steps=3, sample_guidance=2.0, seed=5)
     given = replace(config, sample_prompts=path)
     with LatentStore.open(store) as ours:
-        every = selected(ours, np.ones(len(ours), np.bool_))
+        every = select(ours, np.ones(len(ours), np.bool_))
         assert sample_size(every.sizes) == (128, 128)
         drawn = read_prompts(config, ours, every, txt, None)
         assert len({picture.prompt for picture in drawn}) == 4
@@ -93,12 +93,12 @@ def test_prompts_come_from_the_file_or_from_the_store(store: Path, tmp_path: Pat
 
 def test_a_run_of_an_older_version_draws_what_it_drew(store: Path, tmp_path: Path) -> None:
     """It took options and comments for words of the prompt; with another file it is told anew."""
-    path, txt = tmp_path / "prompts.txt", Columns(("txt",), (1.0,))
+    path, txt = tmp_path / "prompts.txt", CaptionColumns(("txt",), (1.0,))
     config = TrainConfig("unet", sample_prompts=path)
     path.write_text("# first\na cat --seed 5\n")
     before = {"prompts": ["# first", "a cat --seed 5"]}
     with LatentStore.open(store) as ours:
-        every = selected(ours, np.ones(len(ours), np.bool_))
+        every = select(ours, np.ones(len(ours), np.bool_))
         old = read_prompts(config, ours, every, txt, before)
         assert [(it.prompt, it.seed) for it in old] == [("# first", 0), ("a cat --seed 5", 1)]
         for other in ({"prompts": ["a dog"]}, {**before, "samples": {}}, None):

@@ -19,12 +19,12 @@ from tests.train.weights.test_ldm_keys import published
 from xlsd_train.config import sd15
 from xlsd_train.config.optimization import Kind
 from xlsd_train.export.export import fold_vae
-from xlsd_train.weights.lazy_tensors import Stored
+from xlsd_train.weights.lazy_tensors import LazyTensor
 from xlsd_train.weights.ldm_file import single_file
 from xlsd_train.weights.ldm_keys import UNET as PREFIX
 from xlsd_train.weights.ldm_keys import ema_name
-from xlsd_train.weights.locate import find
-from xlsd_train.weights.network import Part, build, config_of, empty, shapes_of
+from xlsd_train.weights.locate import locate_model
+from xlsd_train.weights.network import Network, build_network, empty_network, full_config, shapes_of
 from xlsd_train.weights.prediction_type import scheduler_for
 from xlsd_train.weights.vae_fold import SD15_FACTOR
 
@@ -129,11 +129,11 @@ def test_the_full_size_file_has_sd15s_names_and_shapes() -> None:
     parts = {}
     configs = {"unet": sd15.UNET, "text_encoder": sd15.TEXT_ENCODER, "vae": sd15.VAE}
     for kind, config in configs.items():
-        network = empty(kind, config)  # type: ignore[arg-type]
+        network = empty_network(kind, config)  # type: ignore[arg-type]
         shapes = shapes_of(kind, network)  # type: ignore[arg-type]
-        tensors = {name: Stored(shape, torch.float32, unread) for name, shape in shapes.items()}
-        full = config_of(kind, network, config)  # type: ignore[arg-type]
-        parts[kind] = Part(kind, full, tensors, "SD1.5")  # type: ignore[arg-type]
+        tensors = {name: LazyTensor(shape, torch.float32, unread) for name, shape in shapes.items()}
+        full = full_config(kind, network, config)  # type: ignore[arg-type]
+        parts[kind] = Network(kind, full, tensors, "SD1.5")  # type: ignore[arg-type]
     made = single_file(**parts, scheduler=sd15.SCHEDULER, dtype=torch.float16)
     assert {name: stored.shape for name, stored in made.items()} == published()
 
@@ -380,7 +380,7 @@ def test_a_vae_of_an_older_folder_has_sd15s_factor(model: Path, tmp_path: Path) 
     config = json.loads((copy / "vae/config.json").read_text())
     del config["scaling_factor"]
     (copy / "vae/config.json").write_text(json.dumps(config))
-    vae = find(str(copy)).vae
+    vae = locate_model(str(copy)).vae
     assert vae is not None
     same, told = fold_vae(vae, SD15_FACTOR)
     assert same is vae
@@ -416,7 +416,7 @@ def test_a_full_disk_is_one_sentence(
 
 
 def test_a_kept_vae_of_no_quant_conv_is_refused_for_a_single_file(model: Path) -> None:
-    vae = find(str(model)).vae
+    vae = locate_model(str(model)).vae
     assert vae is not None
     with pytest.raises(Exception, match="into which no scaling factor can be folded"):
         fold_vae(replace(vae, config={**vae.config, "_class_name": "AutoencoderTiny"}), 0.5)
@@ -473,7 +473,7 @@ def test_exported_parts_load_in_diffusers_with_every_weight(model: Path, tmp_pat
         folder, subfolder="unet", output_loading_info=True
     )
     assert not any(told.values())
-    ours = build(find(str(model)).unet)
+    ours = build_network(locate_model(str(model)).unet)
     assert equal(dict(unet.state_dict()), dict(ours.state_dict()))
 
 
@@ -502,11 +502,11 @@ def test_a_v_file_says_so_to_every_program(model: Path, tmp_path: Path, capsys: 
     assert sorted(path.name for path in out.parent.iterdir()) == [
         "my.v.md", "my.v.safetensors", "my.v.yaml"
     ]  # fmt: skip
-    assert find(str(out)).scheduler == find(str(source)).scheduler
+    assert locate_model(str(out)).scheduler == locate_model(str(source)).scheduler
     # The marks are no weights, and disturb no loader.
     config = assuming(model, tmp_path / "sd15")
     pipeline = StableDiffusionPipeline.from_single_file(str(out), config=config)
-    ours = build(find(str(source)).unet).state_dict()
+    ours = build_network(locate_model(str(source)).unet).state_dict()
     assert equal(dict(pipeline.unet.state_dict()), dict(ours))
 
 

@@ -6,9 +6,9 @@ import yaml  # type: ignore[import-untyped]
 
 from xlsd_train.config import sd15
 from xlsd_train.export.ldm_config import ldm_config
-from xlsd_train.export.other_programs import needs, notes
-from xlsd_train.weights.lazy_tensors import Stored
-from xlsd_train.weights.network import POSITIONS, Part
+from xlsd_train.export.other_programs import usage_notes, vae_notes
+from xlsd_train.weights.lazy_tensors import LazyTensor
+from xlsd_train.weights.network import POSITIONS, Network
 from xlsd_train.weights.prediction_type import scheduler_for
 
 V = scheduler_for("v", sd15.SCHEDULER)
@@ -21,11 +21,11 @@ def unread() -> torch.Tensor:
 
 
 def made(scheduler: dict[str, Any], tokens: int = 77) -> str | None:
-    encoder = {POSITIONS: Stored((tokens, 768), torch.float32, unread)}
+    encoder = {POSITIONS: LazyTensor((tokens, 768), torch.float32, unread)}
     return ldm_config(
-        Part("unet", sd15.UNET, {}, "x"),
-        Part("text_encoder", sd15.TEXT_ENCODER, encoder, "x"),
-        Part("vae", sd15.VAE, {}, "x"),
+        Network("unet", sd15.UNET, {}, "x"),
+        Network("text_encoder", sd15.TEXT_ENCODER, encoder, "x"),
+        Network("vae", sd15.VAE, {}, "x"),
         scheduler,
         "v.safetensors",
     )
@@ -84,20 +84,25 @@ def test_none_where_ldm_has_no_word_or_needs_none() -> None:
 def test_what_programs_need_is_said(
     scheduler: dict[str, Any], single: bool, there: tuple[str, ...], absent: tuple[str, ...]
 ) -> None:
-    told = needs("m.safetensors", scheduler, 77, single)
+    told = usage_notes("m.safetensors", scheduler, 77, single)
     assert all(text in told for text in there)
     assert not any(text in told for text in absent)
 
 
 def test_an_ordinary_model_needs_nothing_else() -> None:
-    assert needs("m.safetensors", sd15.SCHEDULER, 77, single=True) == ""
-    assert "248 tokens" in needs("m.safetensors", sd15.SCHEDULER, 248, single=True)
-    assert "reflect" in needs("m.safetensors", sd15.SCHEDULER, 77, single=True, reflect=True)
+    assert usage_notes("m.safetensors", sd15.SCHEDULER, 77, single=True) == ""
+    assert "248 tokens" in usage_notes("m.safetensors", sd15.SCHEDULER, 248, single=True)
+    assert "reflect" in usage_notes("m.safetensors", sd15.SCHEDULER, 77, single=True, reflect=True)
 
 
 def test_what_a_folded_vae_and_fp16_mean_is_noted() -> None:
-    single, folder = notes(0.13025, 0.18215, single=True), notes(0.13025, 0.13025, single=False)
+    single, folder = (
+        vae_notes(0.13025, 0.18215, single=True),
+        vae_notes(0.13025, 0.13025, single=False),
+    )
     for told in (single, folder):
         assert any("--no-half-vae" in line for line in told)
         assert any("from_single_file" in line for line in told)
-    assert notes(0.18215, 0.18215, single=True) == notes(0.18215, 0.18215, single=False) == []
+    assert (
+        vae_notes(0.18215, 0.18215, single=True) == vae_notes(0.18215, 0.18215, single=False) == []
+    )

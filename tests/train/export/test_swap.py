@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.cache.encoding.test_vae import tiny
 from tests.support import train
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.model.bundle import load_model
+from xlsd_train.model.bundle import load_bundle
 
 Out = pytest.CaptureFixture[str]
 PARTS = ("unet/diffusion_pytorch_model", "text_encoder/model")
@@ -35,7 +35,7 @@ def test_the_merge_is_the_model_with_the_other_vae(
         assert all(torch.equal(value, before[name]) for name, value in ours.items())
     assert json.loads((out / "vae/config.json").read_text())["scaling_factor"] == 0.13025
     with LatentStore.open(store) as latents:  # training takes it as it is
-        assert load_model(str(out), None, latents.identity).vae.scaling_factor == 0.13025
+        assert load_bundle(str(out), None, latents.identity).vae.scaling_factor == 0.13025
     pipeline = StableDiffusionPipeline.from_pretrained(out)
     assert pipeline.vae.config.scaling_factor == 0.13025
 

@@ -16,7 +16,7 @@ from tests.cache.encoding.test_vae import tiny
 from tests.support import train
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
-from xlsd_train.model.bundle import load_model
+from xlsd_train.model.bundle import load_bundle
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = "text_encoder/model.safetensors"
@@ -35,7 +35,7 @@ def copy(model: Path, tmp_path: Path) -> Path:
 
 
 def test_a_pipeline_folder_loads_every_weight_as_it_is(model: Path, identity: Identity) -> None:
-    loaded = load_model(str(model), None, identity)
+    loaded = load_bundle(str(model), None, identity)
     for name, file in (("unet", UNET), ("text_encoder", TEXT_ENCODER)):
         on_disk = load_file(model / file)
         assert on_disk.keys() == loaded.weights(name).keys()
@@ -51,7 +51,7 @@ def test_half_precision_pipelines_train_in_fp32(copy: Path, identity: Identity) 
     config = json.loads((copy / "text_encoder/config.json").read_text())
     config["dtype"] = "float16"
     (copy / "text_encoder/config.json").write_text(json.dumps(config))
-    loaded = load_model(str(copy), None, identity)
+    loaded = load_bundle(str(copy), None, identity)
     for part in (loaded.unet, loaded.text_encoder):
         assert {value.dtype for value in part.parameters()} == {torch.float32}
 
@@ -59,7 +59,7 @@ def test_half_precision_pipelines_train_in_fp32(copy: Path, identity: Identity) 
 def test_weights_have_sd15s_names(tmp_path: Path, identity: Identity) -> None:
     """The preset with exactly SD1.5's key sets: 686 of the UNet, 196 of the text encoder."""
     make_pipeline(tmp_path / "keys", "keys", ["a cat"])
-    loaded = load_model(str(tmp_path / "keys"), None, identity)
+    loaded = load_bundle(str(tmp_path / "keys"), None, identity)
     unet, text_encoder = loaded.weights("unet"), loaded.weights("text_encoder")
     assert (len(unet), len(text_encoder)) == (686, 196)
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight" in unet
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_ours_is_a_model(model: Path, store: Path, tmp_path: Pat
         train("--phase", "te", "--steps", 2, "--model", checkpoint, "--out", second, *common) == 0
     )
     with LatentStore.open(store) as ours:
-        last = load_model(str(second), None, ours.identity)  # a run is its newest checkpoint
+        last = load_bundle(str(second), None, ours.identity)  # a run is its newest checkpoint
     trained = load_file(checkpoint / "unet.safetensors")
     assert all(torch.equal(value, trained[key]) for key, value in last.weights("unet").items())
     initial = load_file(model / TEXT_ENCODER)
@@ -100,11 +100,11 @@ def test_another_vae_is_refused_unless_the_stores_is_swapped_in(
     shutil.rmtree(copy / "vae")
     tiny(copy / "vae")
     with pytest.raises(UserError, match="its encoder half .* and they were encoded with") as error:
-        load_model(str(copy), None, identity)
+        load_bundle(str(copy), None, identity)
     assert "add --vae" in str(error.value)
-    assert load_model(str(copy), str(model), identity).vae.sha256 == identity.vae_sha256
+    assert load_bundle(str(copy), str(model), identity).vae.sha256 == identity.vae_sha256
     with pytest.raises(UserError, match="its encoder half"):
-        load_model(str(copy), str(copy), identity)
+        load_bundle(str(copy), str(copy), identity)
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(
         unet = UNet2DConditionModel.load_config(copy / "unet")
         UNet2DConditionModel.from_config({**unet, "in_channels": 9}).save_pretrained(copy / "unet")
     with pytest.raises(UserError, match=told) as error:
-        load_model(str(copy), None, identity)
+        load_bundle(str(copy), None, identity)
     assert "\n" not in str(error.value)
 
 
@@ -172,13 +172,13 @@ def test_dropout_is_refused(copy: Path, identity: Identity) -> None:
     config["attention_dropout"] = 0.1
     (copy / "text_encoder/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="has dropout"):
-        load_model(str(copy), None, identity).prepare("unet")
+        load_bundle(str(copy), None, identity).prepare("unet")
 
 
 def test_saved_text_encoders_load_in_transformers(
     model: Path, identity: Identity, tmp_path: Path
 ) -> None:
-    loaded = load_model(str(model), None, identity)
+    loaded = load_bundle(str(model), None, identity)
     loaded.text_encoder.config.save_pretrained(tmp_path)
     save_file(loaded.weights("text_encoder"), tmp_path / "model.safetensors", {"format": "pt"})
     again, told = CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -188,7 +188,7 @@ def test_saved_text_encoders_load_in_transformers(
 
 
 def test_patterns_choose_what_trains_and_freeze_the_rest(model: Path, identity: Identity) -> None:
-    loaded = load_model(str(model), None, identity)
+    loaded = load_bundle(str(model), None, identity)
     named = loaded.prepare("unet", "unet.attn2,unet.conv_in")
     every = {f"unet.{name}" for name, _ in loaded.unet.named_parameters()}
     wanted = {name for name in every if ".attn2." in name or name.startswith("unet.conv_in.")}
@@ -213,4 +213,4 @@ def test_a_vae_that_scales_otherwise_than_the_store_says_is_refused(
     (copy / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.18215}))
     spec, vae = (copy, None) if given == "model" else (model, str(copy / "vae"))
     with pytest.raises(UserError, match=r"scaling factor is 0\.18215 .*, and the store's 0\.13025"):
-        load_model(str(spec), vae, identity)
+        load_bundle(str(spec), vae, identity)

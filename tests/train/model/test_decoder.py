@@ -16,8 +16,8 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.data.mixture import open_mixture
 from xlsd_train.evaluation.images import pipeline_of
-from xlsd_train.model.bundle import load_model
-from xlsd_train.weights.locate import find
+from xlsd_train.model.bundle import load_bundle
+from xlsd_train.weights.locate import locate_model
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
 COMMON = ("--phase", "unet", "--batch", 4, "--sample-every", 0, "--threads", 1)
@@ -46,11 +46,11 @@ def test_a_models_own_decoder_draws_its_samples(
     assert "the decoder of" in printed(capsys)
     with LatentStore.open(store) as ours:
         assert (
-            load_model(str(model), str(new), ours.identity).vae.sha256 == session.model.vae.sha256
+            load_bundle(str(model), str(new), ours.identity).vae.sha256 == session.model.vae.sha256
         )
         other = with_vae(model, changed(new, tmp_path / "other", "quant_conv."), tmp_path / "bad")
         with pytest.raises(UserError, match=r"its encoder half \(encoder and quant_conv\)"):
-            load_model(str(other), None, ours.identity)
+            load_bundle(str(other), None, ours.identity)
 
 
 def test_a_run_keeps_its_decoder_and_export_and_swap_take_another(
@@ -110,7 +110,7 @@ def test_older_runs_know_the_whole_vae_alone(
     told = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in told.items() if k != "encoder_sha256"}))
     with LatentStore.open(store) as ours:
-        loaded = load_model(str(run), str(new), ours.identity)
+        loaded = load_bundle(str(run), str(new), ours.identity)
         assert loaded.scaling.normalized
         assert loaded.vae.sha256 == load_vae(str(new)).sha256
 
@@ -146,17 +146,17 @@ def test_a_reflecting_stores_runs_draw_with_reflection_and_exports_say_so(
     assert cache(*build, "--vae-padding", "reflect") == 0
     with LatentStore.open(out) as ours:
         for own in (None, str(vae)):
-            modules = pipeline_of(load_model(str(model), own, ours.identity)).vae.modules()
+            modules = pipeline_of(load_bundle(str(model), own, ours.identity)).vae.modules()
             convs = [m for m in modules if isinstance(m, torch.nn.Conv2d) and any(m.padding)]
             assert convs
             assert {conv.padding_mode for conv in convs} == {"reflect"}
     given = (*COMMON, "--model", model, "--data", out, "--out", run, "--steps", 1)
     assert train(*given) == 0
-    assert find(str(run)).vae_padding == "reflect"
+    assert locate_model(str(run)).vae_padding == "reflect"
     with LatentStore.open(out) as ours:
-        assert load_model(str(run), None, ours.identity).vae.padding == "reflect"
+        assert load_bundle(str(run), None, ours.identity).vae.padding == "reflect"
     with LatentStore.open(store) as ours, pytest.raises(UserError, match="that pads with reflect"):
-        load_model(str(run), None, ours.identity)
+        load_bundle(str(run), None, ours.identity)
     capsys.readouterr()
     assert train("export", run, tmp_path / "exported") == 0
     assert "set padding_mode to reflect in the program" in printed(capsys)

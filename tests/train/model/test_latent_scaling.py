@@ -13,12 +13,17 @@ from tests.train.conftest import Open
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_train.data.mixture import open_mixture
-from xlsd_train.model.latent_scaling import load_scaling, normalising, own_scaling, save_scaling
+from xlsd_train.model.latent_scaling import (
+    load_scaling,
+    save_scaling,
+    scaling_by_statistics,
+    vae_scaling,
+)
 
 
 def test_normalised_latents_have_mean_0_and_spread_1_in_every_channel(store: Path) -> None:
     with open_mixture([str(store)]) as ours:
-        scaling = normalising(ours)
+        scaling = scaling_by_statistics(ours)
         parts = [
             scaling(torch.from_numpy(ours.read(name, rows))).transpose(0, 1).flatten(1)
             for name, rows in ours.buckets.items()
@@ -33,7 +38,7 @@ def test_normalised_latents_have_mean_0_and_spread_1_in_every_channel(store: Pat
 def test_what_is_saved_is_loaded_bit_for_bit(store: Path, vae: Path, tmp_path: Path) -> None:
     loaded = load_vae(str(vae))
     with open_mixture([str(store)]) as ours:
-        for scaling in (normalising(ours), own_scaling(loaded)):
+        for scaling in (scaling_by_statistics(ours), vae_scaling(loaded)):
             save_scaling(scaling, loaded, tmp_path)
             again = load_scaling("it", tmp_path, loaded, lambda: loaded)
             assert again.normalized == scaling.normalized
@@ -43,7 +48,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(store: Path, vae: Path, tmp_path: P
 
 def test_another_vaes_statistics_are_refused(store: Path, vae: Path, tmp_path: Path) -> None:
     with open_mixture([str(store)]) as ours:
-        save_scaling(normalising(ours), load_vae(str(vae)), tmp_path)
+        save_scaling(scaling_by_statistics(ours), load_vae(str(vae)), tmp_path)
     tiny(tmp_path / "other")
     other = load_vae(str(tmp_path / "other"))
     with pytest.raises(UserError, match="was trained on latents of the encoder"):

@@ -12,7 +12,7 @@ from tests.support import train
 from tests.train.conftest import Open
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.model.bundle import load_model
+from xlsd_train.model.bundle import load_bundle
 from xlsd_train.model.text_encoder import hidden_states, stretch, stretched
 from xlsd_train.step.layers import STATES
 from xlsd_train.training.session import Session
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_a_stretched_encoder_needs_no_flag(
     tokenizer = CLIPTokenizer.from_pretrained(second / "base" / "tokenizer")
     assert tokenizer.model_max_length == 248
     with LatentStore.open(store) as ours:
-        loaded = load_model(str(first), None, ours.identity)
+        loaded = load_bundle(str(first), None, ours.identity)
     assert loaded.tokens == 248
     positions = loaded.text_encoder.embeddings.position_embedding.weight
     start = CLIPTextModel.from_pretrained(model / "text_encoder")

@@ -20,7 +20,13 @@ from xlsd_train.report.page import page
 from xlsd_train.runs.history import histories
 from xlsd_train.runs.json_files import CHUNK, LINE_NBYTES, misfit, read_log
 from xlsd_train.runs.record import RECORD, read_record, read_state, refuse_unfit
-from xlsd_train.weights.network import KINDS, check, checked_config, plain_part, read_told
+from xlsd_train.weights.network import (
+    KINDS,
+    check_shapes,
+    checked_config,
+    network_of,
+    read_latents_json,
+)
 from xlsd_train.weights.prediction_type import file_scheduler, known_scheduler
 
 CONFIGS = {"unet": UNET, "text_encoder": TEXT_ENCODER, "vae": VAE}
@@ -65,7 +71,7 @@ def test_any_state_json_is_a_state_or_a_sentence(folder: Path, value: Any) -> No
     (folder / "state.json").write_text(json.dumps(value))
     sentence(read_state, folder)
     (folder / "latents.json").write_text(json.dumps(value))
-    sentence(read_told, folder / "latents.json")
+    sentence(read_latents_json, folder / "latents.json")
 
 
 @few
@@ -95,8 +101,8 @@ def test_any_config_of_a_part_is_a_network_or_a_sentence(kind: Any, data: st.Dat
     assert config is None or "auto_map" not in config
     if config is not None and name != "block_out_channels":  # a network takes a while
         return
-    if config is not None and (part := sentence(plain_part, kind, config, {}, "x")):
-        sentence(check, part)
+    if config is not None and (part := sentence(network_of, kind, config, {}, "x")):
+        sentence(check_shapes, part)
 
 
 @few

@@ -12,7 +12,7 @@ from tests.support.hub import serving
 from tests.train.conftest import Open
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.model.bundle import load_model
+from xlsd_train.model.bundle import load_bundle
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_longclip_is_swapped_in_with_its_length(
     shutil.rmtree(long_clip)  # a run needs it no more
     assert train("--phase", "unet", *given) == 0
     with LatentStore.open(store) as ours:
-        loaded = load_model(str(tmp_path / "run"), None, ours.identity)
+        loaded = load_bundle(str(tmp_path / "run"), None, ours.identity)
     assert loaded.tokens == 248
     assert loaded.tokenizer.model_max_length == 248
     for name, value in loaded.weights("text_encoder").items():

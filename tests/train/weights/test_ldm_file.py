@@ -16,8 +16,8 @@ from xlsd_train.config import sd15
 from xlsd_train.step.objective import alphas_cumprod
 from xlsd_train.weights.lazy_tensors import write_tensors
 from xlsd_train.weights.ldm_file import LAST_ALPHA_BAR, marks, schedule, single_file
-from xlsd_train.weights.locate import CONFIGS, find
-from xlsd_train.weights.network import build
+from xlsd_train.weights.locate import CONFIGS, locate_model
+from xlsd_train.weights.network import build_network
 from xlsd_train.weights.prediction_type import scheduler_for
 
 V = scheduler_for("v", sd15.SCHEDULER)
@@ -30,7 +30,7 @@ Network = Callable[[Tensor, Tensor], Tensor]
 @pytest.fixture(scope="module")
 def file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model in a single file, as one that predicts v."""
-    parts = find(str(model))
+    parts = locate_model(str(model))
     assert parts.text_encoder is not None
     assert parts.vae is not None
     path = tmp_path_factory.mktemp("v") / "v.safetensors"
@@ -43,7 +43,7 @@ def file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def network(file: Path) -> Network:
     """(x, timestep) -> what the file's UNet predicts, with the same text for all."""
-    unet = build(find(str(file)).unet)
+    unet = build_network(locate_model(str(file)).unet)
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(1, 77, unet.config.cross_attention_dim, generator=generator)
 

@@ -12,10 +12,10 @@ from tests.support import printed, train
 from tests.train.weights.test_ldm_keys import published
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
-from xlsd_train.model.bundle import load_model
+from xlsd_train.model.bundle import load_bundle
 from xlsd_train.weights.ldm_keys import EMA, UNET, ema_name
-from xlsd_train.weights.locate import completed, find
-from xlsd_train.weights.network import Part, build
+from xlsd_train.weights.locate import fetch_missing, locate_model
+from xlsd_train.weights.network import Network, build_network
 
 Out = pytest.CaptureFixture[str]
 State = dict[str, Tensor]
@@ -49,7 +49,7 @@ def identity(store: Path) -> Identity:
         return ours.identity
 
 
-def held(part: Part | None) -> State:
+def held(part: Network | None) -> State:
     assert part is not None
     return {name: stored.read() for name, stored in part.tensors.items()}
 
@@ -60,14 +60,14 @@ def equal(ours: State, theirs: State) -> bool:
 
 def assert_same(source: Path, model: Path, cast: torch.dtype = torch.float32) -> None:
     """Every weight of the source is the model's, bit for bit, read and in its network."""
-    found = find(str(source))
+    found = locate_model(str(source))
     for part, file in (
         (found.unet, UNET_FILE), (found.text_encoder, TEXT_FILE), (found.vae, VAE_FILE)
     ):  # fmt: skip
         there = {name: value.to(cast) for name, value in load_file(model / file).items()}
         assert equal(held(part), there)
         assert part is not None
-        built = build(part).state_dict()
+        built = build_network(part).state_dict()
         plain = {name.removeprefix("text_model."): v.float() for name, v in there.items()}
         assert equal(dict(built), plain)
 
@@ -111,9 +111,9 @@ def test_older_files_name_the_text_encoder_otherwise(foreign: Path, model: Path)
 def test_moving_averages_are_taken_when_asked_for(foreign: Path, model: Path) -> None:
     state = load_file(foreign)
     with pytest.raises(UserError, match="holds no moving averages; leave out --model-ema"):
-        find(str(foreign), ema=True)
+        locate_model(str(foreign), ema=True)
     with pytest.raises(UserError, match="--model-ema: .* is no single file"):
-        find(str(model), ema=True)
+        locate_model(str(model), ema=True)
     averages = {
         ema_name(name.removeprefix(UNET)): value + 1
         for name, value in state.items()
@@ -122,8 +122,8 @@ def test_moving_averages_are_taken_when_asked_for(foreign: Path, model: Path) ->
     counters = {f"{EMA}decay": torch.tensor(0.9999), f"{EMA}num_updates": torch.tensor(9)}
     save_file(state | averages | counters, foreign)
     plain = load_file(model / UNET_FILE)
-    assert equal(held(find(str(foreign)).unet), plain)
-    taken = held(find(str(foreign), ema=True).unet)
+    assert equal(held(locate_model(str(foreign)).unet), plain)
+    taken = held(locate_model(str(foreign), ema=True).unet)
     assert equal(taken, {name: value + 1 for name, value in plain.items()})
 
 
@@ -137,7 +137,7 @@ def test_full_size_files_are_read_by_sd15s_configuration(tmp_path: Path) -> None
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    found = find(str(path))
+    found = locate_model(str(path))
     assert found.text_encoder is not None
     assert found.vae is not None
     counts = [len(part.tensors) for part in (found.unet, found.text_encoder, found.vae)]
@@ -165,7 +165,7 @@ def test_a_unet_replaces_the_models(model: Path, foreign: Path, tmp_path: Path, 
             unet = {name.removeprefix(UNET): value for name, value in unet.items()}
         path = tmp_path / "unet.safetensors"
         save_file(unet, path)
-    found = find(str(foreign), unet=str(path))
+    found = locate_model(str(foreign), unet=str(path))
     assert equal(held(found.unet), wanted)
     assert equal(held(found.text_encoder), load_file(model / TEXT_FILE))
 
@@ -187,7 +187,7 @@ def test_a_text_encoder_replaces_the_models(
         stored = {f"cond_stage_model.transformer.{name}": v for name, v in state.items()}
     save_file(stored, path)
     given = folder if form in ("folder", "clip") else path
-    found = find(str(foreign), text_encoder=str(given))
+    found = locate_model(str(foreign), text_encoder=str(given))
     assert equal(held(found.text_encoder), state)
     assert equal(held(found.unet), load_file(model / UNET_FILE))
 
@@ -199,7 +199,9 @@ def test_a_longer_text_encoder_in_a_bare_file_says_how_long_it_is(
     position = "text_model.embeddings.position_embedding.weight"
     state[position] = torch.randn(248, state[position].shape[1])
     save_file(state, tmp_path / "long.safetensors")
-    loaded = load_model(str(model), None, identity, text_encoder=str(tmp_path / "long.safetensors"))
+    loaded = load_bundle(
+        str(model), None, identity, text_encoder=str(tmp_path / "long.safetensors")
+    )
     assert loaded.tokens == 248
     ids = torch.randint(0, 300, (1, 248))
     with torch.inference_mode():
@@ -214,7 +216,7 @@ def test_a_file_without_text_encoder_and_vae_takes_the_hubs_and_the_stores(
     bare = foreign.parent / "bare" / "model.safetensors"
     shutil.copytree(foreign.parent / "unet", bare.parent / "unet")
     save_file(state, bare)
-    found = find(str(bare))
+    found = locate_model(str(bare))
     assert (found.text_encoder, found.vae, found.tokenizer) == (None, None, None)
     repository = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
     shutil.copytree(model, repository / "snapshots" / ("1" * 40))
@@ -227,9 +229,9 @@ def test_a_file_without_text_encoder_and_vae_takes_the_hubs_and_the_stores(
     monkeypatch.setattr(
         "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", tmp_path / "hub"
     )
-    assert equal(held(completed(found).text_encoder), load_file(model / TEXT_FILE))
+    assert equal(held(fetch_missing(found).text_encoder), load_file(model / TEXT_FILE))
     assert "holds no text encoder" in printed(capsys)
-    loaded = load_model(str(bare), None, identity, tokenizer=str(model))
+    loaded = load_bundle(str(bare), None, identity, tokenizer=str(model))
     assert loaded.vae.sha256 == identity.vae_sha256
 
 
@@ -281,7 +283,7 @@ def test_foreign_files_are_refused_by_what_they_are(
     path = tmp_path / "theirs.safetensors"
     save_file(states[name], path)
     with pytest.raises(UserError, match=told) as error:
-        find(str(path))
+        locate_model(str(path))
     assert "\n" not in str(error.value)
 
 
@@ -289,7 +291,7 @@ def test_a_file_of_other_sizes_is_refused_naming_both(single: Path, tmp_path: Pa
     path = tmp_path / "theirs.safetensors"
     save_file(load_file(single), path)  # no metadata, no configs beside it: SD1.5 is assumed
     with pytest.raises(UserError, match=r"lacks \d+ weights|has shape .* and is of shape"):
-        find(str(path))
+        locate_model(str(path))
 
 
 @pytest.mark.parametrize(
@@ -304,13 +306,13 @@ def test_a_wrong_part_is_refused_by_its_option(
     model: Path, option: str, file: str, told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
-        find(str(model), **{option: str(model / file)})  # type: ignore[arg-type]
+        locate_model(str(model), **{option: str(model / file)})  # type: ignore[arg-type]
 
 
 def test_a_text_encoder_of_another_width_is_refused(model: Path, tmp_path: Path) -> None:
     make_pipeline(tmp_path / "demo", "demo", ["a dog"])
     with pytest.raises(UserError, match="is 64 wide and the UNet .* listens to 32"):
-        find(str(model), text_encoder=str(tmp_path / "demo"))
+        locate_model(str(model), text_encoder=str(tmp_path / "demo"))
 
 
 def test_older_folders_vaes_and_shards_are_read(model: Path, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
 from xlsd_train.checkpoints.checkpoint import load_optimizer, save_checkpoint
-from xlsd_train.model.bundle import load_model
+from xlsd_train.model.bundle import load_bundle
 from xlsd_train.optim.ema import keep_snapshots
 from xlsd_train.runs.layout import checkpoints
 from xlsd_train.training.session import Session
-from xlsd_train.weights.locate import find
-from xlsd_train.weights.network import build, checked
+from xlsd_train.weights.locate import locate_model
+from xlsd_train.weights.network import build_network, with_finite_check
 
 Out = pytest.CaptureFixture[str]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -66,7 +66,7 @@ def test_a_folder_is_refused_by_its_tensor(
     file, name, _ = BAD[kind]
     spoil(copy / file, name, float("-inf"), half)
     with pytest.raises(UserError, match=f"/{kind}: {kind}'s {name} has 1 of .* that are nan or"):
-        load_model(str(copy), None, identity)
+        load_bundle(str(copy), None, identity)
 
 
 @pytest.mark.parametrize("pickled", [False, True])
@@ -82,12 +82,12 @@ def test_a_single_file_is_refused_by_both_names(
     held = {key: value.clone() for key, value in load_file(single).items()}
     held[theirs].view(-1)[0] = float("nan")
     torch.save({"state_dict": held}, path) if pickled else save_file(held, path)
-    parts = find(str(path))
+    parts = locate_model(str(path))
     told = f"{kind}'s {name}, {theirs} in the file, has 1 of"
     with pytest.raises(UserError, match=told):
-        build(getattr(parts, kind))
+        build_network(getattr(parts, kind))
     with pytest.raises(UserError, match=told):  # as export reads it
-        for stored in checked(getattr(parts, kind)).tensors.values():
+        for stored in with_finite_check(getattr(parts, kind)).tensors.values():
             stored.read()
 
 
@@ -96,7 +96,7 @@ def test_parts_of_their_own_are_refused(model: Path, tmp_path: Path, identity: I
         copy = Path(shutil.copytree(model / kind, tmp_path / kind))
         path = spoil(copy / Path(BAD[kind][0]).name, BAD[kind][1])
         with pytest.raises(UserError, match=f"{kind}'s {BAD[kind][1]} has 1 of"):
-            load_model(str(model), None, identity, **{option: str(path)})  # type: ignore[arg-type]
+            load_bundle(str(model), None, identity, **{option: str(path)})  # type: ignore[arg-type]
     vae = Path(shutil.copytree(model / "vae", tmp_path / "vae"))
     spoil(vae / Path(VAE).name, BAD["vae"][1])
     with pytest.raises(UserError, match=f"{BAD['vae'][1]} has 1 of"):
@@ -109,7 +109,7 @@ def test_all_of_a_parts_bad_tensors_are_counted(model: Path, tmp_path: Path) -> 
     names = [name for name in held if name.startswith("conv_")]
     save_file({k: v * float("nan") if k in names else v for k, v in held.items()}, copy / UNET)
     with pytest.raises(UserError, match=f"and so have {len(names) - 1} more of its tensors"):
-        build(find(str(copy)).unet)
+        build_network(locate_model(str(copy)).unet)
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import train
 from xlsd_train.config import sd15
 from xlsd_train.weights.ldm_file import marks
-from xlsd_train.weights.locate import CONFIGS, find
+from xlsd_train.weights.locate import CONFIGS, locate_model
 from xlsd_train.weights.prediction_type import has_zero_snr, prediction_type, scheduler_for
 
 Out = pytest.CaptureFixture[str]
@@ -61,7 +61,7 @@ def with_scheduler(model: Path, out: Path, scheduler: dict[str, Any]) -> Path:
 
 
 def says(path: Path) -> tuple[str, bool]:
-    scheduler = find(str(path)).scheduler
+    scheduler = locate_model(str(path)).scheduler
     return prediction_type(scheduler), has_zero_snr(scheduler)
 
 
@@ -160,7 +160,7 @@ def test_the_folder_around_a_file_counts_where_the_file_says_nothing(
     path = written()
     inside = Path(shutil.copy(path, folder))
     assert says(inside) == ("v_prediction", True)
-    assert find(str(inside)).scheduler == V
+    assert locate_model(str(inside)).scheduler == V
     assert capsys.readouterr().err == ""
     shutil.copy(written(modelspec__prediction_type="epsilon"), folder)
     assert says(inside) == ("epsilon", False)  # the file's own word before its neighbours'
@@ -187,7 +187,7 @@ def test_what_our_files_say_is_read_back(
     tensors = {name: x.clone() for name, x in bare["tensors"].items()} | marks(scheduler)
     path = tmp_path / "one.safetensors"
     save_file(tensors, path, {CONFIGS: json.dumps(configs)})
-    assert find(str(path)).scheduler == scheduler
+    assert locate_model(str(path)).scheduler == scheduler
     save_file(tensors, path, bare["header"])
     if prediction_type(scheduler) != "flow_prediction":
         assert says(path) == (prediction_type(scheduler), has_zero_snr(scheduler))
@@ -199,12 +199,12 @@ def test_another_unet_brings_what_it_predicts(
 ) -> None:
     theirs = with_scheduler(model, tmp_path / "v", V)
     for unet in (theirs, theirs / "unet", theirs / "unet/diffusion_pytorch_model.safetensors"):
-        assert find(str(model), unet=str(unet)).scheduler == V
+        assert locate_model(str(model), unet=str(unet)).scheduler == V
         assert f"--unet {unet} predicts v_prediction and {model} epsilon" in capsys.readouterr().err
     file = written("v_pred", "ztsnr")
-    assert prediction_type(find(str(model), unet=str(file)).scheduler) == "v_prediction"
+    assert prediction_type(locate_model(str(model), unet=str(file)).scheduler) == "v_prediction"
     capsys.readouterr()
     silent = tmp_path / "alone.safetensors"
     shutil.copy(model / "unet/diffusion_pytorch_model.safetensors", silent)
-    assert find(str(theirs), unet=str(silent)).scheduler == V  # of itself it says nothing
+    assert locate_model(str(theirs), unet=str(silent)).scheduler == V  # of itself it says nothing
     assert capsys.readouterr().err == ""

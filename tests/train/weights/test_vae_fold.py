@@ -5,13 +5,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from xlsd_cache.errors import UserError
-from xlsd_train.weights.vae_fold import FOLDED, SD15_FACTOR, Normalisation, fold
+from xlsd_train.weights.vae_fold import FOLDED, SD15_FACTOR, ChannelNormalisation, fold
 
-SDXL = Normalisation((0.0,) * 4, (1 / 0.13025,) * 4)
-PER_CHANNEL = Normalisation((0.4, -1.3, 2.5, -0.2), (7.1, 0.6, 12.0, 3.3))
+SDXL = ChannelNormalisation((0.0,) * 4, (1 / 0.13025,) * 4)
+PER_CHANNEL = ChannelNormalisation((0.4, -1.3, 2.5, -0.2), (7.1, 0.6, 12.0, 3.3))
 
 
-def pair(vae: Path, trained: Normalisation) -> tuple[AutoencoderKL, AutoencoderKL]:
+def pair(vae: Path, trained: ChannelNormalisation) -> tuple[AutoencoderKL, AutoencoderKL]:
     """The VAE, and the one for loaders that know only 0.18215, in float64."""
     ours, folded = (AutoencoderKL.from_pretrained(vae).double() for _ in range(2))
     state = ours.state_dict()
@@ -20,7 +20,9 @@ def pair(vae: Path, trained: Normalisation) -> tuple[AutoencoderKL, AutoencoderK
 
 
 @pytest.mark.parametrize("trained", [SDXL, PER_CHANNEL])
-def test_encoding_is_equal_in_mean_and_log_variance(vae: Path, trained: Normalisation) -> None:
+def test_encoding_is_equal_in_mean_and_log_variance(
+    vae: Path, trained: ChannelNormalisation
+) -> None:
     ours, folded = pair(vae, trained)
     mean, std = (
         torch.tensor(x, dtype=torch.float64).view(-1, 1, 1) for x in (trained.mean, trained.std)
@@ -35,7 +37,7 @@ def test_encoding_is_equal_in_mean_and_log_variance(vae: Path, trained: Normalis
 
 
 @pytest.mark.parametrize("trained", [SDXL, PER_CHANNEL])
-def test_decoding_is_equal(vae: Path, trained: Normalisation) -> None:
+def test_decoding_is_equal(vae: Path, trained: ChannelNormalisation) -> None:
     ours, folded = pair(vae, trained)
     mean, std = (
         torch.tensor(x, dtype=torch.float64).view(-1, 1, 1) for x in (trained.mean, trained.std)
@@ -51,7 +53,7 @@ def test_decoding_is_equal(vae: Path, trained: Normalisation) -> None:
 
 def test_a_vae_that_has_the_factor_is_left_alone(vae: Path) -> None:
     state = AutoencoderKL.from_pretrained(vae).state_dict()
-    same = Normalisation.of({"latent_channels": 4, "scaling_factor": SD15_FACTOR})
+    same = ChannelNormalisation.of({"latent_channels": 4, "scaling_factor": SD15_FACTOR})
     assert same.is_factor(SD15_FACTOR)
     assert not SDXL.is_factor(SD15_FACTOR)
     assert not PER_CHANNEL.is_factor(SD15_FACTOR)
@@ -61,7 +63,7 @@ def test_a_vae_that_has_the_factor_is_left_alone(vae: Path) -> None:
 
 def test_the_config_says_shift_and_factor() -> None:
     config = {"latent_channels": 2, "scaling_factor": 0.5, "shift_factor": 0.25}
-    assert Normalisation.of(config) == Normalisation((0.25, 0.25), (2.0, 2.0))
+    assert ChannelNormalisation.of(config) == ChannelNormalisation((0.25, 0.25), (2.0, 2.0))
 
 
 def test_a_vae_without_these_layers_is_refused(vae: Path) -> None:
