@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.demo.pipeline import make_pipeline
-from tests.support import printed, train
+from tests.support import train
 from tests.train.weights.test_ldm_keys import published
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
@@ -210,7 +210,7 @@ def test_a_longer_text_encoder_in_a_bare_file_says_how_long_it_is(
 
 def test_a_file_without_text_encoder_and_vae_takes_the_hubs_and_the_stores(
     foreign: Path, model: Path, identity: Identity, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: Out,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     state = {name: v for name, v in load_file(foreign).items() if name.startswith(UNET)}
     bare = foreign.parent / "bare" / "model.safetensors"
@@ -229,8 +229,9 @@ def test_a_file_without_text_encoder_and_vae_takes_the_hubs_and_the_stores(
     monkeypatch.setattr(
         "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", tmp_path / "hub"
     )
-    assert equal(held(fetch_missing(found).text_encoder), load_file(model / TEXT_FILE))
-    assert "holds no text encoder" in printed(capsys)
+    with caplog.at_level("INFO", logger="xlsd"):
+        assert equal(held(fetch_missing(found).text_encoder), load_file(model / TEXT_FILE))
+    assert "holds no text encoder" in caplog.text
     loaded = load_bundle(str(bare), None, identity, tokenizer=str(model))
     assert loaded.vae.sha256 == identity.vae_sha256
 
