@@ -38,12 +38,13 @@ def new(vae: Path, tmp_path: Path) -> Path:
 
 def test_a_models_own_decoder_draws_its_samples(
     model: Path, new: Path, store: Path, tmp_path: Path, open_run: Open,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     theirs = with_vae(model, new, tmp_path / "model")
+    caplog.set_level("INFO", logger="xlsd")
     session = open_run(model=str(theirs))
     assert session.model.vae.sha256 == load_vae(str(new)).sha256
-    assert "the decoder of" in printed(capsys)
+    assert "the decoder of" in caplog.text
     with LatentStore.open(store) as ours:
         assert (
             load_bundle(str(model), str(new), ours.identity).vae.sha256 == session.model.vae.sha256

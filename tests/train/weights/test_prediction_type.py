@@ -16,7 +16,7 @@ from xlsd_train.weights.ldm_file import marks
 from xlsd_train.weights.locate import CONFIGS, locate_model
 from xlsd_train.weights.prediction_type import has_zero_snr, prediction_type, scheduler_for
 
-Out = pytest.CaptureFixture[str]
+Out, Log = pytest.CaptureFixture[str], pytest.LogCaptureFixture
 V = scheduler_for("v", sd15.SCHEDULER)
 PLAIN_V = {**sd15.SCHEDULER, "prediction_type": "v_prediction"}
 FLOW = scheduler_for("flow", sd15.SCHEDULER)
@@ -99,10 +99,10 @@ SGM = (
     ],
 )
 def test_every_convention_is_believed(
-    written: Any, capsys: Out, keys: Any, header: Any, yaml: str | None, wanted: tuple[str, bool]
+    written: Any, caplog: Log, keys: Any, header: Any, yaml: str | None, wanted: tuple[str, bool]
 ) -> None:
     assert says(written(*keys, yaml=yaml, **header)) == wanted
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_every_convention_is_believed(
     ],
 )
 def test_what_disagrees_or_is_unknown_is_said(
-    written: Any, capsys: Out, keys: Any, header: Any, yaml: Any, wanted: Any, told: str
+    written: Any, caplog: Log, keys: Any, header: Any, yaml: Any, wanted: Any, told: str
 ) -> None:
     assert says(written(*keys, yaml=yaml, **header)) == wanted
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = caplog.messages
     assert told in line
 
 
@@ -154,14 +154,14 @@ def test_a_yaml_that_is_none_is_one_sentence(written: Any, tmp_path: Path, capsy
 
 
 def test_the_folder_around_a_file_counts_where_the_file_says_nothing(
-    written: Any, model: Path, tmp_path: Path, capsys: Out
+    written: Any, model: Path, tmp_path: Path, caplog: Log
 ) -> None:
     folder = with_scheduler(model, tmp_path / "pipeline", V)
     path = written()
     inside = Path(shutil.copy(path, folder))
     assert says(inside) == ("v_prediction", True)
     assert locate_model(str(inside)).scheduler == V
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
     shutil.copy(written(modelspec__prediction_type="epsilon"), folder)
     assert says(inside) == ("epsilon", False)  # the file's own word before its neighbours'
     assert "scheduler/ beside it v_prediction: the first is taken" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_an_old_export_of_v_is_known_by_the_schedule_it_holds(
 
 @pytest.mark.parametrize("scheduler", [V, PLAIN_V, FLOW, sd15.SCHEDULER])
 def test_what_our_files_say_is_read_back(
-    bare: dict[str, Any], tmp_path: Path, scheduler: dict[str, Any], capsys: Out
+    bare: dict[str, Any], tmp_path: Path, scheduler: dict[str, Any], caplog: Log
 ) -> None:
     """By the configs in the header, or by the tensors' names where no header is left."""
     configs = {**json.loads(bare["header"][CONFIGS]), "scheduler": scheduler}
@@ -191,20 +191,20 @@ def test_what_our_files_say_is_read_back(
     save_file(tensors, path, bare["header"])
     if prediction_type(scheduler) != "flow_prediction":
         assert says(path) == (prediction_type(scheduler), has_zero_snr(scheduler))
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 def test_another_unet_brings_what_it_predicts(
-    written: Any, model: Path, tmp_path: Path, capsys: Out
+    written: Any, model: Path, tmp_path: Path, caplog: Log
 ) -> None:
     theirs = with_scheduler(model, tmp_path / "v", V)
     for unet in (theirs, theirs / "unet", theirs / "unet/diffusion_pytorch_model.safetensors"):
         assert locate_model(str(model), unet=str(unet)).scheduler == V
-        assert f"--unet {unet} predicts v_prediction and {model} epsilon" in capsys.readouterr().err
+        assert f"--unet {unet} predicts v_prediction and {model} epsilon" in caplog.text
+        caplog.clear()
     file = written("v_pred", "ztsnr")
     assert prediction_type(locate_model(str(model), unet=str(file)).scheduler) == "v_prediction"
-    capsys.readouterr()
     silent = tmp_path / "alone.safetensors"
     shutil.copy(model / "unet/diffusion_pytorch_model.safetensors", silent)
     assert locate_model(str(theirs), unet=str(silent)).scheduler == V  # of itself it says nothing
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
