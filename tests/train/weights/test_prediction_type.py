@@ -16,7 +16,8 @@ from xlsd_train.weights.ldm_file import marks
 from xlsd_train.weights.locate import CONFIGS, locate_model
 from xlsd_train.weights.prediction_type import has_zero_snr, prediction_type, scheduler_for
 
-Out, Log = pytest.CaptureFixture[str], pytest.LogCaptureFixture
+Out = pytest.CaptureFixture[str]
+Log = pytest.LogCaptureFixture
 V = scheduler_for("v", sd15.SCHEDULER)
 PLAIN_V = {**sd15.SCHEDULER, "prediction_type": "v_prediction"}
 FLOW = scheduler_for("flow", sd15.SCHEDULER)
@@ -164,7 +165,7 @@ def test_the_folder_around_a_file_counts_where_the_file_says_nothing(
     assert caplog.text == ""
     shutil.copy(written(modelspec__prediction_type="epsilon"), folder)
     assert says(inside) == ("epsilon", False)  # the file's own word before its neighbours'
-    assert "scheduler/ beside it v_prediction: the first is taken" in capsys.readouterr().err
+    assert "scheduler/ beside it v_prediction: the first is taken" in caplog.text
 
 
 def test_an_old_export_of_v_is_known_by_the_schedule_it_holds(
