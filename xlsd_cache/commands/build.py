@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.commands.finish import conclude, writing
-from xlsd_cache.encoding.compatibility import stored_identity
+from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.pipeline import Work
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
@@ -23,7 +23,8 @@ from xlsd_cache.images.sandbox import decode_nbytes
 from xlsd_cache.integrity.accounting import Accounting
 from xlsd_cache.options import BuildConfig
 from xlsd_cache.planning.caption_diff import caption_changes
-from xlsd_cache.planning.disk_space import bytes_to_write, say_room, uncommitted_places
+from xlsd_cache.planning.disk_space import check_disk_space
+from xlsd_cache.planning.generation import create_group, plan_lock, write_generation
 from xlsd_cache.planning.log_state import Known, by_unit, former_names, read_known, uncommitted
 from xlsd_cache.planning.plan import (
     JOURNALS,
@@ -37,10 +38,8 @@ from xlsd_cache.planning.sessions import building
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.sources.scan import Scan, scan
-from xlsd_cache.store.commit import planning, tidy
-from xlsd_cache.store.identity import Identity, agree, attributes_of, bucket_shape
+from xlsd_cache.store.identity import Identity, agree
 from xlsd_cache.store.manifest import Manifest
-from xlsd_cache.store.zarr_metadata import grow_array, write_group
 from xlsd_cache.tables.columns import one
 from xlsd_cache.tables.names import look_up
 
@@ -83,7 +82,7 @@ def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
         known = read_known(manifest, rows_per_shard)
         plan = _plan(config, manifest, known, found, buckets, rows_per_shard, config.rehash)
         _say_plan(plan)
-        _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
+        _check_space(manifest, plan, known, identity, rows_per_shard)
         return None
     with writing(config.out):
         generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets, began)
@@ -109,35 +108,27 @@ def _write_plan(
     buckets: Buckets,
     began: float,
 ) -> int:
-    """Make the store's folders if need be and log the next generation; returns the newest.
+    """Create the store if there is none and log the next generation; returns the newest.
 
     Of several processes that build with --rehash only the first to come here reads every image.
     """
-    manifest.make_folders()
-    with planning(manifest):
-        tidy(manifest)
+    with plan_lock(manifest):
         known = read_known(manifest, rows_per_shard)
         rehashed = manifest.root / "manifest" / "rehashed"  # written when it was last done
         rehash = config.rehash and not (rehashed.exists() and rehashed.stat().st_mtime >= began)
         staging = manifest.staging
         plan = _plan(config, manifest, known, found, buckets, rows_per_shard, rehash, staging)
         _say_plan(plan)
-        _say_room(config.out, manifest, plan, known, identity, rows_per_shard)
-        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
-            write_group(manifest, attributes_of(identity, rows_per_shard))
+        _check_space(manifest, plan, known, identity, rows_per_shard)
+        create_group(manifest, identity, rows_per_shard)
         generations = manifest.generations()
-        generation = generations[-1] + 1 if generations else 0
         if plan.is_empty and generations:
-            _forget_journals(manifest, config.rehash)
-            return generations[-1]
-        placed = plan.entries.filter(pc.greater_equal(plan.entries["row"], 0))
-        last = placed.group_by("bucket").aggregate([("row", "max")]).to_pylist()
-        for bucket, row in ((group["bucket"], group["row_max"]) for group in last):
-            shape = bucket_shape(bucket, identity.channels)
-            grow_array(manifest, bucket, row + 1, shape, identity.dtype, rows_per_shard)
-        manifest.write_plan(generation, plan.entries, plan.removed, plan.captions)
+            newest = generations[-1]
+        else:
+            changes = plan.entries, plan.removed, plan.captions
+            newest = write_generation(manifest, identity, rows_per_shard, *changes)
         _forget_journals(manifest, config.rehash)
-        return generation
+        return newest
 
 
 def _forget_journals(manifest: Manifest, rehash: bool) -> None:
@@ -224,14 +215,8 @@ def _encode(
 
 
 def _identity(config: BuildConfig, vae: Vae) -> Identity:
-    return Identity(
-        vae_name=vae.name,
-        vae_source=vae.source,
-        vae_class=vae.class_name,
-        vae_sha256=vae.sha256,
-        scaling_factor=vae.scaling_factor,
-        shift_factor=vae.shift_factor,
-        channels=vae.channels,
+    return identity_of(
+        vae,
         dtype=config.store_dtype,
         precision=config.precision,
         preprocessing=PREPROCESSING,
@@ -239,8 +224,6 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
         buckets=config.buckets,
         max_ratio=config.max_ratio,
         upscale=config.upscale,
-        vae_padding=vae.padding,
-        encoder_sha256=vae.encoder_sha256,
     )
 
 
@@ -318,18 +301,10 @@ def _say_plan(plan: Plan) -> None:
         log.info(f"{sum(counts.values())} images are rejected now and leave training ({why})")
 
 
-def _say_room(
-    out: Path,
-    manifest: Manifest,
-    plan: Plan,
-    known: Known,
-    identity: Identity,
-    rows_per_shard: int,
+def _check_space(
+    manifest: Manifest, plan: Plan, known: Known, identity: Identity, rows_per_shard: int
 ) -> None:
-    """Say what encoding will write, if anything. Raises UserError where the disk lacks the room."""
-    old = uncommitted_places(manifest, known.live, rows_per_shard)
-    gone = pa.concat_arrays([pa.array(plan.removed, pa.string()), one(plan.entries["key"])])
-    old = old.filter(pc.invert(pc.is_in(old["key"], value_set=gone))) if old.num_rows else old
-    new = uncommitted_places(manifest, plan.entries, rows_per_shard)
-    nbytes = bytes_to_write(manifest, pa.concat_tables([old, new]), identity, rows_per_shard)
-    say_room(nbytes, out)
+    """Log what encoding will write, if anything. Raises UserError where the disk is too full."""
+    changed = pa.concat_arrays([pa.array(plan.removed, pa.string()), one(plan.entries["key"])])
+    live = known.live.filter(pc.invert(pc.is_in(known.live["key"], value_set=changed)))
+    check_disk_space(manifest, pa.concat_tables([live, plan.entries]), identity, rows_per_shard)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from xlsd_cache.commands.finish import conclude, writing
-from xlsd_cache.encoding.compatibility import stored_identity
+from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.accounting import Accounting
@@ -23,15 +23,15 @@ from xlsd_cache.interop.proving import Prover, settle
 from xlsd_cache.interop.transfer import DIVIDED, Transfer, order, plan_imports
 from xlsd_cache.options import ImportConfig
 from xlsd_cache.planning.caption_diff import caption_changes
-from xlsd_cache.planning.disk_space import bytes_to_write, say_room, uncommitted_places
+from xlsd_cache.planning.disk_space import check_disk_space
+from xlsd_cache.planning.generation import create_group, plan_lock, write_generation
+from xlsd_cache.planning.log_state import next_free_rows
 from xlsd_cache.planning.sessions import building
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.schema import CAPTIONS, PLAN
-from xlsd_cache.store.commit import planning, tidy
-from xlsd_cache.store.identity import Identity, agree, attributes_of, bucket_shape, read_attributes
+from xlsd_cache.store.identity import Identity, agree, read_attributes
 from xlsd_cache.store.manifest import Manifest
-from xlsd_cache.store.zarr_metadata import grow_array, write_group
 
 log = logging.getLogger("xlsd.cache.commands")
 
@@ -130,14 +130,8 @@ def _identity(
     half = not scaled and all(item.held.half for item in fresh)
     if stored is not None and (stored.dtype == "float32" or not fresh):
         half = stored.dtype == "float16"
-    return Identity(
-        vae_name=vae.name,
-        vae_source=vae.source,
-        vae_class=vae.class_name,
-        vae_sha256=vae.sha256,
-        scaling_factor=vae.scaling_factor,
-        shift_factor=vae.shift_factor,
-        channels=vae.channels,
+    return identity_of(
+        vae,
         dtype="float16" if half else "float32",
         precision="unknown",
         preprocessing=divided if scaled else made,
@@ -145,8 +139,6 @@ def _identity(
         buckets="imported",
         max_ratio=0.0,
         upscale=False,
-        vae_padding=vae.padding,
-        encoder_sha256=vae.encoder_sha256,
     )
 
 
@@ -157,36 +149,25 @@ def _write_plan(
     identity: Identity,
     rows_per_shard: int,
 ) -> int:
-    """Make the store's folders if need be and log the next generation; returns the newest."""
-    manifest.make_folders()
-    with planning(manifest):
-        tidy(manifest)
+    """Create the store if there is none and log the next generation; returns the newest."""
+    with plan_lock(manifest):
         imports = plan_imports(manifest, items)  # again: another process may have planned
         generations = manifest.generations()
         captions = _caption_changes(manifest, items, config.caption_columns)
         if generations and not (imports.entries or imports.removed or captions.num_rows):
             return generations[-1]
-        generation = generations[-1] + 1 if generations else 0
-        taken: Counter[str] = Counter()
-        for entry in manifest.planned(generation).to_pylist():
-            end = (entry["row"] // rows_per_shard + 1) * rows_per_shard
-            taken[entry["bucket"]] = max(taken[entry["bucket"]], end)
+        newest = max(generations, default=-1)
+        next_rows = next_free_rows(manifest.planned(newest), rows_per_shard)
         # An order that looks random and depends on the keys alone, as a build's.
         for entry in sorted(imports.fresh, key=lambda e: order(e["key"])):
-            entry["row"] = taken[entry["bucket"]]
-            taken[entry["bucket"]] += 1
+            entry["row"] = next_rows.get(entry["bucket"], 0)
+            next_rows[entry["bucket"]] = entry["row"] + 1
         table = pa.Table.from_pylist(imports.entries, PLAN)
-        places = [table, manifest.live(generation)]
-        rows = uncommitted_places(manifest, pa.concat_tables(places), rows_per_shard)
-        say_room(bytes_to_write(manifest, rows, identity, rows_per_shard), config.out)
-        if not (manifest.root / "latents.zarr" / "zarr.json").exists():
-            attributes = attributes_of(identity, rows_per_shard)
-            attributes["latents"] += f"; imported: {identity.preprocessing}"
-            write_group(manifest, attributes)
-        for bucket, count in taken.items():
-            shape = bucket_shape(bucket, identity.channels)
-            grow_array(manifest, bucket, count, shape, identity.dtype, rows_per_shard)
-        manifest.write_plan(generation, table, imports.removed, captions)
+        planned = pa.concat_tables([table, manifest.live(newest)])
+        check_disk_space(manifest, planned, identity, rows_per_shard)
+        create_group(manifest, identity, rows_per_shard, f"; imported: {identity.preprocessing}")
+        changes = table, imports.removed, captions
+        generation = write_generation(manifest, identity, rows_per_shard, *changes)
         told = {**asdict(config), "generation": generation, "identity": asdict(identity)}
         path = manifest.root / "manifest" / "imported" / f"{generation:06d}.json"
         path.parent.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from xlsd_cache.encoding.vae import NAMES, Vae, load_vae
 from xlsd_cache.errors import UserError
@@ -35,6 +36,22 @@ def vae_of(identity: Identity, spec: str | None = None, roots: Sequence[Path] = 
         ) from error
     refuse_other_encoder(vae, identity, roots)
     return vae
+
+
+def identity_of(vae: Vae, **settings: Any) -> Identity:
+    """Identity of latents that this VAE encoded; `settings` are the fields that it does not set."""
+    return Identity(
+        vae_name=vae.name,
+        vae_source=vae.source,
+        vae_class=vae.class_name,
+        vae_sha256=vae.sha256,
+        scaling_factor=vae.scaling_factor,
+        shift_factor=vae.shift_factor,
+        channels=vae.channels,
+        vae_padding=vae.padding,
+        encoder_sha256=vae.encoder_sha256,
+        **settings,
+    )
 
 
 def refuse_other_encoder(vae: Vae, identity: Identity, roots: Sequence[Path]) -> None:

@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from xlsd_cache.files.uri import read_source, stat_source
 from xlsd_cache.integrity.shard_check import Checked, Problem, verify_shard
 from xlsd_cache.integrity.verify import damaged_places
+from xlsd_cache.planning.generation import write_generation
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
 from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLAN
 from xlsd_cache.store.commit import lock_path, planning, write_commit
 from xlsd_cache.store.live_rows import write_live
 from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, Row, ShardReader, index_of
-from xlsd_cache.store.zarr_metadata import grow_array, mend_array
+from xlsd_cache.store.zarr_metadata import mend_array
 
 Entry = dict[str, Any]  # one row of schema.PLAN
 
@@ -195,12 +196,11 @@ def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> 
         entries.append(entry)
     if not (entries or lost):
         return
-    for bucket in sorted({bucket for bucket, _ in fresh}):
-        dtype = store.identity.dtype
-        grow_array(manifest, bucket, next_rows[bucket], store.shape(bucket), dtype, shard)
     given_up = [{"bucket": bucket, "row": row} for bucket, row in sorted(lost)]
-    manifest.write_plan(
-        store.generation + 1,
+    write_generation(
+        manifest,
+        store.identity,
+        shard,
         pa.Table.from_pylist(entries, PLAN),
         [],
         CAPTIONS.empty_table(),

@@ -1,7 +1,6 @@
 """Whether the disk can hold what is to be written, asked before the first batch is encoded."""
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -48,21 +47,25 @@ def bytes_to_write(
     return total
 
 
-def say_room(nbytes: int, out: Path) -> None:
-    """Say what is to be written, if anything, and what is free. Raises UserError for too much."""
+def check_disk_space(
+    manifest: Manifest, planned: pa.Table, identity: Identity, rows_per_shard: int
+) -> None:
+    """Log what is yet to be written for these rows (PLAN). Raises UserError if it does not fit."""
+    places = uncommitted_places(manifest, planned, rows_per_shard)
+    nbytes = bytes_to_write(manifest, places, identity, rows_per_shard)
     if not nbytes:
         return
-    free = free_bytes(out)
+    free = free_bytes(manifest.root)
     if free is None:
         log.info(f"{size(nbytes)} to write")
         return
-    told = f"{size(nbytes)} to write, {size(free)} free on the disk of {out}"
+    facts = f"{size(nbytes)} to write, {size(free)} free on the disk of {manifest.root}"
     if nbytes > free:
         raise UserError(
-            f"too little room: {told}; free {size(nbytes - free)} more, give --out on a "
+            f"too little room: {facts}; free {size(nbytes - free)} more, give --out on a "
             f"larger disk, or build fewer images"
         )
-    log.info(told)
+    log.info(facts)
 
 
 def _staged(manifest: Manifest, unit: Unit) -> int:

@@ -45,7 +45,9 @@ def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
     content = content.filter(pc.not_equal(content["content_hash"], ""))  # of a mended record
     good = find_places(content, manifest.damaged(generation)) < 0
     content = last_of(content.filter(pa.array(good)).select(CONTENT.names), ["content_hash"])
-    return Known(live, content, _next_rows(planned, rows_per_shard), manifest.captions(generation))
+    return Known(
+        live, content, next_free_rows(planned, rows_per_shard), manifest.captions(generation)
+    )
 
 
 def read_live(manifest: Manifest, generation: int) -> pa.Table:
@@ -129,8 +131,8 @@ def by_unit(
     return units
 
 
-def _next_rows(planned: pa.Table, rows_per_shard: int) -> dict[str, int]:
-    """The first row behind each bucket's last shard."""
+def next_free_rows(planned: pa.Table, rows_per_shard: int) -> dict[str, int]:
+    """Bucket -> first row after its last shard; `planned` has the columns bucket and row."""
     last = planned.group_by("bucket").aggregate([("row", "max")])
     rows = zip(last["bucket"].to_pylist(), last["row_max"].to_pylist(), strict=True)
     return {bucket: (row // rows_per_shard + 1) * rows_per_shard for bucket, row in rows}

@@ -1,0 +1,61 @@
+"""Writes the next generation of a store: its arrays grown to hold the new rows, then its log."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from xlsd_cache.store.commit import planning, tidy
+from xlsd_cache.store.identity import Identity, attributes_of, bucket_shape
+from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.zarr_metadata import grow_array, write_group
+
+
+@contextmanager
+def plan_lock(manifest: Manifest) -> Iterator[None]:
+    """Create the store's folders and hold its plan lock, with leftovers of killed builds removed.
+
+    Raises UserError where one of the folders is a link.
+    """
+    manifest.make_folders()
+    with planning(manifest):
+        tidy(manifest)
+        yield
+
+
+def create_group(
+    manifest: Manifest, identity: Identity, rows_per_shard: int, origin: str = ""
+) -> None:
+    """Write the zarr group of a new store; does nothing where it exists.
+
+    `origin` is appended to the attribute that describes the latents.
+    """
+    if not (manifest.root / "latents.zarr" / "zarr.json").exists():
+        attributes = attributes_of(identity, rows_per_shard)
+        attributes["latents"] += origin
+        write_group(manifest, attributes)
+
+
+def write_generation(
+    manifest: Manifest,
+    identity: Identity,
+    rows_per_shard: int,
+    entries: pa.Table,
+    removed: list[str],
+    captions: pa.Table,
+    damaged: pa.Table | None = None,
+) -> int:
+    """Log the next generation and return its number; the caller holds the plan lock.
+
+    `entries` (PLAN), `removed`, `captions` and `damaged` as of Manifest.write_plan. Each bucket's
+    array is grown first, to the entries' last row.
+    """
+    placed = entries.filter(pc.greater_equal(entries["row"], 0))
+    last = placed.group_by("bucket").aggregate([("row", "max")])
+    for bucket, row in zip(last["bucket"].to_pylist(), last["row_max"].to_pylist(), strict=True):
+        shape = bucket_shape(bucket, identity.channels)
+        grow_array(manifest, bucket, row + 1, shape, identity.dtype, rows_per_shard)
+    generation = max(manifest.generations(), default=-1) + 1
+    manifest.write_plan(generation, entries, removed, captions, damaged)
+    return generation
