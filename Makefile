@@ -1,6 +1,7 @@
 # make demo      from nothing to a trained small model with samples, in a few minutes on two CPU cores
 # make article   the article in miniature: two phases, a sweep, a choice by validation, comparison
 # make test      lint, types and tests
+# make docs      the documentation, in site/; needs no network once installed
 # Both make .venv when there is none. On a machine with a CUDA card torch comes with CUDA.
 
 VENV ?= .venv
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo article test lint bench-smoke clean
+.PHONY: demo article test lint docs bench-smoke clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -81,8 +82,12 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench-smoke: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py --steps 1 --batch 2 --resolution 64
 
 clean:
-	rm -rf $(VENV) demo article build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo article build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
