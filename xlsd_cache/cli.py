@@ -1,4 +1,4 @@
-"""The command line `xlsd-cache`, generated from the dataclasses in config.py."""
+"""The command line `xlsd-cache`: its commands, their help pages, and what runs each."""
 
 import sys
 import time
@@ -9,29 +9,132 @@ import tyro
 
 from xlsd_cache import __version__
 from xlsd_cache.console.aliases import NAMES
+from xlsd_cache.console.help import Command, asks_for_help, help_page, program_page
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
 from xlsd_cache.console.suggestions import check_command, check_words
 from xlsd_cache.console.terminal import go_on_alone, run, start
+from xlsd_cache.errors import UserError
 from xlsd_cache.options import (
-    BuildConfig,
-    CaptionsConfig,
-    CheckConfig,
-    ExportIndexConfig,
-    ImportConfig,
-    InfoConfig,
-    PreviewConfig,
+    BuildOptions,
+    CaptionsOptions,
+    CheckOptions,
+    ExportIndexOptions,
+    ImportOptions,
+    InfoOptions,
+    PreviewOptions,
 )
 
-COMMANDS: dict[str, type[Any]] = {
-    "build": BuildConfig,
-    "info": InfoConfig,
-    "check": CheckConfig,
-    "captions": CaptionsConfig,
-    "preview": PreviewConfig,
-    "export-index": ExportIndexConfig,
-    "import": ImportConfig,
-}
+
+# One a command, each importing late: a help page need not wait for torch and diffusers.
+def _build(options: BuildOptions, began: float) -> None:
+    quiet_libraries()
+    from xlsd_cache.commands.build import build
+    from xlsd_cache.commands.finish import say_sums
+
+    if counts := build(options, began):
+        say_sums(options.out, counts, "images could be encoded")
+
+
+def _import(options: ImportOptions, began: float) -> None:
+    quiet_libraries()
+    from xlsd_cache.commands.finish import say_sums
+    from xlsd_cache.commands.import_latents import import_caches
+
+    if counts := import_caches(options, began):
+        say_sums(options.out, counts, "latents could be imported")
+
+
+def _info(options: InfoOptions, _: float) -> None:
+    quiet()
+    from xlsd_cache.commands.info import info
+
+    info(options)
+
+
+def _check(options: CheckOptions, _: float) -> int:
+    quiet_libraries()
+    from xlsd_cache.commands.check import check
+
+    return 0 if check(options) else 1
+
+
+def _captions(options: CaptionsOptions, _: float) -> None:
+    from xlsd_cache.commands.captions import recaption
+
+    recaption(options)
+
+
+def _preview(options: PreviewOptions, _: float) -> None:
+    quiet_libraries()
+    from xlsd_cache.commands.preview import preview
+
+    preview(options)
+
+
+def _export_index(options: ExportIndexOptions, _: float) -> None:
+    quiet_libraries()
+    from xlsd_cache.commands.export_index import export_index
+
+    export_index(options)
+
+
+COMMANDS = {
+    "build": Command(
+        BuildOptions,
+        _build,
+        examples=(
+            "xlsd-cache build photos --out latents",
+            "xlsd-cache build photos scans.tar list.parquet --resolution 768 --captions txt",
+        ),
+        first=(
+            "out", "vae", "resolution", "buckets", "upscale", "captions", "batch", "precision",
+            "device", "dry_run",
+        ),
+    ),
+    "info": Command(
+        InfoOptions,
+        _info,
+        examples=("xlsd-cache info latents", "xlsd-cache info latents --json > latents.json"),
+    ),
+    "check": Command(
+        CheckOptions,
+        _check,
+        examples=("xlsd-cache check latents --decode 8", "xlsd-cache check latents --repair"),
+    ),
+    "captions": Command(
+        CaptionsOptions,
+        _captions,
+        examples=(
+            "xlsd-cache captions latents --from photos --columns json:tags",
+            "xlsd-cache captions latents --from captions.parquet --columns parquet:text --dry-run",
+        ),
+    ),
+    "preview": Command(
+        PreviewOptions,
+        _preview,
+        examples=(
+            "xlsd-cache preview latents sheet.png",
+            "xlsd-cache preview latents cats.png --tags cat,solo --count 12 --columns 4",
+        ),
+    ),
+    "export-index": Command(
+        ExportIndexOptions,
+        _export_index,
+        examples=(
+            "xlsd-cache export-index latents samples.parquet",
+            "duckdb -c \"select key, bucket from 'samples.parquet' limit 5\"",
+        ),
+    ),
+    "import": Command(
+        ImportOptions,
+        _import,
+        examples=(
+            "xlsd-cache import cache --vae sdxl --images photos --out latents",
+            "xlsd-cache import photos --vae sd --force --dry-run",
+        ),
+    ),
+}  # fmt: skip
 THEIRS = "train run plan recipes tags ema sweep report sample score export swap"  # xlsd-train's
 
 
@@ -42,67 +145,37 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     if args is None:
         start()
-    return run("xlsd-cache", lambda: _main(args))
+    return run("xlsd-cache", lambda: _main(sys.argv[1:] if args is None else args))
 
 
-def _main(args: Sequence[str] | None) -> int:  # noqa: C901
+def _main(words: Sequence[str]) -> int:
     began = time.time()
-    words = list(sys.argv[1:] if args is None else args)
     if "--version" in words[:2]:
         print(f"xlsd-cache {__version__}")
         return 0
-    refuse_empty(words)
     check_command("xlsd-cache", words, list(COMMANDS), THEIRS)
-    if words and words[0] in COMMANDS:
-        check_words(words[1:], COMMANDS[words[0]], NAMES)
-    config = tyro.extras.subcommand_cli_from_dict(
-        {**COMMANDS},
-        prog="xlsd-cache",
-        description="Encode images once into a zarr store of latents, and look after it.",
-        args=words,
-    )
-    prints = isinstance(config, InfoConfig) or (
-        isinstance(config, CheckConfig) and not config.repair
-    )
-    if not prints:
+    command = COMMANDS.get(words[0]) if words else None
+    if asks_for_help(words):
+        print(_page(words[0], command))
+        return 0
+    if command is None:
+        raise UserError("no command is given; `xlsd-cache --help` lists them all")
+    refuse_empty(words)
+    check_words(words[1:], command.options, NAMES)
+    options = tyro.cli(command.options, prog=f"xlsd-cache {words[0]}", args=words[1:])
+    if not _only_prints(options):
         go_on_alone()
-    # Imported late: neither --help nor captions need wait for torch and diffusers.
-    if isinstance(config, CaptionsConfig):
-        from xlsd_cache.commands.captions import recaption
+    return command.run(options, began) or 0
 
-        recaption(config)
-        return 0
-    if isinstance(config, InfoConfig):
-        quiet()
-        from xlsd_cache.commands.info import info
 
-        info(config)
-        return 0
-    quiet_libraries()
-    if isinstance(config, BuildConfig):
-        from xlsd_cache.commands.build import build
-        from xlsd_cache.commands.finish import say_sums
+def _page(name: str, command: Command | None) -> str:
+    if command is not None:
+        return help_page(f"xlsd-cache {name}", command)
+    told = "Encode images once into a zarr store of latents, and look after it."
+    return program_page("xlsd-cache", told, COMMANDS)
 
-        if counts := build(config, began):
-            say_sums(config.out, counts, "images could be encoded")
-        return 0
-    if isinstance(config, ImportConfig):
-        from xlsd_cache.commands.finish import say_sums
-        from xlsd_cache.commands.import_latents import import_caches
 
-        if counts := import_caches(config, began):
-            say_sums(config.out, counts, "latents could be imported")
-        return 0
-    if isinstance(config, PreviewConfig):
-        from xlsd_cache.commands.preview import preview
-
-        preview(config)
-        return 0
-    if isinstance(config, ExportIndexConfig):
-        from xlsd_cache.commands.export_index import export_index
-
-        export_index(config)
-        return 0
-    from xlsd_cache.commands.check import check
-
-    return 0 if check(config) else 1
+def _only_prints(options: Any) -> bool:
+    return isinstance(options, InfoOptions) or (
+        isinstance(options, CheckOptions) and not options.repair
+    )

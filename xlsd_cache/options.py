@@ -24,7 +24,7 @@ from xlsd_cache.vocabulary import RESERVED, Padding, Precision
 
 
 @dataclass(frozen=True)
-class BuildConfig:
+class BuildOptions:
     """Encode every image once into a latent store, or bring an existing store up to date.
 
     Running it again does only what is missing: new and changed images are encoded, removed ones
@@ -149,7 +149,7 @@ class BuildConfig:
 
 
 @dataclass(frozen=True)
-class CaptionsConfig:
+class CaptionsOptions:
     """Add caption columns to a store, or replace them, without touching a latent.
 
     A caption file is for the image beside it, a table's row for the image that it names. Captions
@@ -208,7 +208,7 @@ def check_columns(option: str, columns: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class InfoConfig:
+class InfoOptions:
     """Say what is in a store: counts, buckets, bytes, VAE, latent statistics, what was rejected."""
 
     store: tyro.conf.Positional[Path] = field(default=Path("latents"))
@@ -226,7 +226,7 @@ class InfoConfig:
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckOptions:
     """Read everything back: shards present, checksums right, values finite, counts adding up.
 
     Exits non-zero when anything is wrong, and names the images. With --repair, exits zero when the
@@ -257,7 +257,7 @@ class CheckConfig:
 
 
 @dataclass(frozen=True)
-class ImportConfig:
+class ImportOptions:
     """Take other programs' cached latents into a store, so that nothing is encoded twice.
 
     kohya's .npz, OneTrainer's and SimpleTuner's .pt, ai-toolkit's and single .safetensors, each
@@ -325,7 +325,7 @@ class ImportConfig:
 
 
 @dataclass(frozen=True)
-class PreviewConfig:
+class PreviewOptions:
     """Draw a contact sheet of decoded latents: what training sees, with caption, bucket and crop.
 
     The images are not needed, only the store and its VAE.
@@ -374,7 +374,7 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True)
-class ExportIndexConfig:
+class ExportIndexOptions:
     """Write the samples table as one parquet file that pandas, polars and duckdb read.
 
     With all captions, and for each latent its shard file, byte offset and length, dtype and shape:

@@ -20,10 +20,10 @@ from xlsd_cache.errors import UserError
 
 Out = pytest.CaptureFixture[str]
 KINDS: list[type[Any]] = list(dict.fromkeys(kind for kind, _ in xlsd_train.cli.COMMANDS.values()))
-KINDS += xlsd_cache.cli.COMMANDS.values()
+KINDS += [command.options for command in xlsd_cache.cli.COMMANDS.values()]
 # What must be given, where its type does not say it.
 GIVEN = {"columns": "txt", "phase": "unet", "vae": "sdxl"}
-OUT = {"PreviewConfig": "p.png", "ReportConfig": "p.html"}
+OUT = {"PreviewOptions": "p.png", "ReportConfig": "p.html"}
 ABSURD = (math.nan, math.inf, -math.inf, 1e300, 10**30, 2**63)
 OPTIONS = [(kind, field.name) for kind in KINDS for field in fields(kind)]
 

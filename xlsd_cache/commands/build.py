@@ -21,7 +21,7 @@ from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.images.decode import MAX_PIXELS, PREPROCESSING
 from xlsd_cache.images.sandbox import decode_nbytes
 from xlsd_cache.integrity.accounting import Accounting
-from xlsd_cache.options import BuildConfig
+from xlsd_cache.options import BuildOptions
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.disk_space import check_disk_space
 from xlsd_cache.planning.generation import create_group, plan_lock, write_generation
@@ -46,7 +46,7 @@ from xlsd_cache.tables.names import look_up
 log = logging.getLogger("xlsd.cache.commands")
 
 
-def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
+def build(config: BuildOptions, began: float | None = None) -> Accounting | None:
     """Bring the store up to date with the images; None after a dry run.
 
     `began` is when the command did, in seconds since the epoch. Raises UserError before anything
@@ -100,7 +100,7 @@ def build(config: BuildConfig, began: float | None = None) -> Accounting | None:
 
 
 def _write_plan(
-    config: BuildConfig,
+    config: BuildOptions,
     manifest: Manifest,
     found: Scan,
     identity: Identity,
@@ -140,7 +140,7 @@ def _forget_journals(manifest: Manifest, rehash: bool) -> None:
 
 
 def _plan(
-    config: BuildConfig,
+    config: BuildOptions,
     manifest: Manifest,
     known: Known,
     found: Scan,
@@ -175,7 +175,7 @@ def _plan(
 
 
 def _encode(
-    config: BuildConfig,
+    config: BuildOptions,
     manifest: Manifest,
     generation: int,
     encoder: Encoder,
@@ -214,7 +214,7 @@ def _encode(
         log.info(f"float16 rounding: {rounding:.1e} of the latents' spread")
 
 
-def _identity(config: BuildConfig, vae: Vae) -> Identity:
+def _identity(config: BuildOptions, vae: Vae) -> Identity:
     return identity_of(
         vae,
         dtype=config.store_dtype,
@@ -227,7 +227,7 @@ def _identity(config: BuildConfig, vae: Vae) -> Identity:
     )
 
 
-def _say_memory(config: BuildConfig) -> None:
+def _say_memory(config: BuildOptions) -> None:
     """What decoding may take, where more was asked for. Raises UserError where it cannot fit."""
     if config.max_pixels <= MAX_PIXELS:
         return
@@ -247,7 +247,7 @@ def _say_memory(config: BuildConfig) -> None:
         log.warning(f"many such images at once do not fit in memory; --workers {fitting} is safe")
 
 
-def _say_found(found: Scan, config: BuildConfig) -> None:
+def _say_found(found: Scan, config: BuildOptions) -> None:
     images = found.images.num_rows
     over = ", ".join(f"{count} {kind}" for kind, count in sorted(found.passed_over.items()))
     log.info(
@@ -271,7 +271,7 @@ def _say_found(found: Scan, config: BuildConfig) -> None:
         _refuse_no_captions(found, config)
 
 
-def _refuse_no_captions(found: Scan, config: BuildConfig) -> None:
+def _refuse_no_captions(found: Scan, config: BuildOptions) -> None:
     if found.columns and not found.captions.num_rows:
         where = ", ".join(found.columns)
         if config.caption_columns is None:

@@ -16,7 +16,7 @@ from filelock import FileLock
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, read_captions
 from xlsd_cache.integrity.accounting import save_accounting, saved_accounting
-from xlsd_cache.options import CaptionsConfig
+from xlsd_cache.options import CaptionsOptions
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.log_state import former_names, read_live
 from xlsd_cache.runtime.atomic import sweep
@@ -58,7 +58,7 @@ class Changes:
         )
 
 
-def recaption(config: CaptionsConfig) -> list[Changes]:
+def recaption(config: CaptionsOptions) -> list[Changes]:
     """Log the captions as a generation of their own; returns what changed, a column each.
 
     Raises UserError, nothing being written, where no caption belongs to any image or the store
@@ -78,7 +78,7 @@ def recaption(config: CaptionsConfig) -> list[Changes]:
 
 
 def _log(
-    config: CaptionsConfig,
+    config: CaptionsOptions,
     manifest: Manifest,
     rows_per_shard: int,
     columns: tuple[Column, ...],

@@ -26,7 +26,7 @@ from xlsd_cache.integrity.accounting import account
 from xlsd_cache.integrity.repair import Repaired, repair
 from xlsd_cache.integrity.shard_check import NAMED, Checked, Problem
 from xlsd_cache.integrity.verify import verify, verify_index, verify_live
-from xlsd_cache.options import CheckConfig
+from xlsd_cache.options import CheckOptions
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.store.identity import read_attributes
@@ -39,7 +39,7 @@ Say = Callable[..., None]
 TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels cost far less
 
 
-def check(config: CheckConfig) -> bool:
+def check(config: CheckOptions) -> bool:
     """Print every problem found, with the images it concerns; True when there is none (left)."""
     store = _open(config.store.expanduser())
     say = _silent if config.json else terminal.say
@@ -75,7 +75,7 @@ def _open(root: Path) -> Checked:
     return Checked(manifest, identity, rows_per_shard, generations[-1])
 
 
-def _find(store: Checked, config: CheckConfig, say: Say) -> tuple[list[Problem], int | None]:
+def _find(store: Checked, config: CheckOptions, say: Say) -> tuple[list[Problem], int | None]:
     """All problems, and the number of live images where the log can be read."""
     manifest, generation, shard = store.manifest, store.generation, store.rows_per_shard
     problems = verify(store)
@@ -142,7 +142,7 @@ def _say_repaired(store: Checked, repaired: Repaired, say: Say) -> bool:
     return not counts.pending
 
 
-def _check_decoded(store: LatentStore, vae: Vae, config: CheckConfig, say: Say) -> list[Problem]:
+def _check_decoded(store: LatentStore, vae: Vae, config: CheckOptions, say: Say) -> list[Problem]:
     """Compare decoded latents with their images, and with what diffusers makes of those itself.
 
     diffusers' own image processor scales the pixels here, so a latent made from pixels in another

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.options import ExportIndexConfig
+from xlsd_cache.options import ExportIndexOptions
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.runtime.own_files import MARK, is_index, refuse_foreign
 from xlsd_cache.store.manifest import Manifest, Unit
@@ -20,7 +20,7 @@ from xlsd_cache.store.shard import CorruptShard, ShardReader
 log = logging.getLogger("xlsd.cache.commands")
 
 
-def export_index(config: ExportIndexConfig) -> None:
+def export_index(config: ExportIndexOptions) -> None:
     """Write the newest complete generation's samples, sorted by (bucket, row).
 
     Raises UserError where the store has none, a shard's index is damaged, or `out` is something

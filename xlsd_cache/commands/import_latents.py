@@ -21,7 +21,7 @@ from xlsd_cache.interop.pairing import image_records
 from xlsd_cache.interop.plausibility import Verdict
 from xlsd_cache.interop.proving import Prover, settle
 from xlsd_cache.interop.transfer import DIVIDED, Transfer, order, plan_imports
-from xlsd_cache.options import ImportConfig
+from xlsd_cache.options import ImportOptions
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.disk_space import check_disk_space
 from xlsd_cache.planning.generation import create_group, plan_lock, write_generation
@@ -36,7 +36,7 @@ from xlsd_cache.store.manifest import Manifest
 log = logging.getLogger("xlsd.cache.commands")
 
 
-def import_caches(config: ImportConfig, began: float | None = None) -> Accounting | None:
+def import_caches(config: ImportOptions, began: float | None = None) -> Accounting | None:
     """Add what the cache folders hold to the store; None after a dry run.
 
     Nothing leaves a store by an import: folders may be given one after the other, and be gone
@@ -92,7 +92,7 @@ def _of(entries: list[Entry], items: list[Item]) -> list[Item]:
     return [item for item in items if item.origin in origins]
 
 
-def _kind(config: ImportConfig, told: list[Peeked]) -> str:
+def _kind(config: ImportOptions, told: list[Peeked]) -> str:
     """The program that made the caches. Raises UserError where several did."""
     files: dict[str, Path] = {}
     for file, held in told:
@@ -143,7 +143,7 @@ def _identity(
 
 
 def _write_plan(
-    config: ImportConfig,
+    config: ImportOptions,
     manifest: Manifest,
     items: list[Item],
     identity: Identity,
@@ -188,7 +188,7 @@ def _caption_changes(manifest: Manifest, items: list[Item], columns: tuple[str, 
     return caption_changes(keys, pa.Table.from_pylist(texts, CAPTIONS), columns, known)
 
 
-def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportConfig) -> None:
+def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportOptions) -> None:
     with_image = sum(item.image is not None for item in items)
     log.info(
         f"found {len(items)} latents of {kind} ({KEEPS[kind]} of the posterior), {with_image} "

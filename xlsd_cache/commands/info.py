@@ -12,14 +12,14 @@ from xlsd_cache.console.terminal import say, say_json, shown
 from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.accounting import account, saved_accounting
 from xlsd_cache.integrity.statistics import are_tags, moments, word_counts
-from xlsd_cache.options import InfoConfig
+from xlsd_cache.options import InfoOptions
 from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.index import cached_view, make_view
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.reader import LatentStore
 
 
-def info(config: InfoConfig) -> dict[str, Any]:
+def info(config: InfoOptions) -> dict[str, Any]:
     """Print what is in the store, and return it. Reads an unfinished store as well."""
     value = describe(config.store, config.tags)
     if config.json:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from xlsd_cache.encoding.compatibility import decoder_told, vae_of
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.options import PreviewConfig
+from xlsd_cache.options import PreviewOptions
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.runtime.own_files import is_picture, marking, refuse_foreign
@@ -27,7 +27,7 @@ INK, FAINT, PAPER, CROP = "#222222", "#999999", "#ffffff", "#4477aa"
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
-def preview(config: PreviewConfig) -> None:
+def preview(config: PreviewOptions) -> None:
     """Draw the samples that were asked for and write the sheet, whole or not at all.
 
     Raises UserError where there are none, for another VAE than the store's, and for an `out` that
@@ -70,7 +70,7 @@ def _column(store: LatentStore, wanted: str | None) -> str | None:
     return wanted or next(iter(there), None)
 
 
-def _chosen(store: LatentStore, config: PreviewConfig, column: str | None) -> NDArray[np.int64]:
+def _chosen(store: LatentStore, config: PreviewOptions, column: str | None) -> NDArray[np.int64]:
     """Rows of `store.samples` to draw, in their order; those of --rows in the order given."""
     if config.rows:
         return np.array([_place(store, row.strip()) for row in config.rows.split(",")])

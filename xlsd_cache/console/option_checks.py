@@ -84,7 +84,7 @@ def option_of(name: str, hint: Any) -> str:
     """How the command line has a field: --its-name, or NAME for a positional one."""
     marks = marks_of(hint)
     if POSITIONAL in marks:
-        return name.upper()
+        return next((it.metavar for it in marks if getattr(it, "metavar", None)), name.upper())
     given = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
     return f"--{given.replace('_', '-')}"
 

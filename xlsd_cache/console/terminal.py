@@ -101,7 +101,15 @@ class _Text(io.TextIOWrapper):
 
 
 def _tamed(found: re.Match[str]) -> str:
-    return found[0] if found[0].startswith("\x1b[") else shown(found[0])
+    if not found[0].startswith("\x1b["):
+        return shown(found[0])
+    return "" if found[0].endswith("m") and os.environ.get("NO_COLOR") else found[0]
+
+
+def bold(text: str) -> str:
+    """The text in bold where stdout is a terminal that can show it, and NO_COLOR is not set."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in {None, "", "dumb"}
+    return text if plain or not sys.stdout.isatty() else f"\x1b[1m{text}\x1b[0m"
 
 
 class _Stream(io.RawIOBase):

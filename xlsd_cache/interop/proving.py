@@ -33,7 +33,7 @@ from xlsd_cache.interop.plausibility import (
 )
 from xlsd_cache.interop.thumbnails import Thumbnails
 from xlsd_cache.interop.transfer import order
-from xlsd_cache.options import ImportConfig
+from xlsd_cache.options import ImportOptions
 from xlsd_cache.outcomes import REASONS, Reason, Rejected
 from xlsd_cache.vocabulary import DOWNSCALE, Bucket
 
@@ -44,7 +44,7 @@ log = logging.getLogger("xlsd.cache.interop")
 class Prover:
     """Compares latents with their images, and says which are refused."""
 
-    config: ImportConfig
+    config: ImportOptions
     vae: Vae
     device: torch.device
     kind: str
