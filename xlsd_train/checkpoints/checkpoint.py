@@ -32,7 +32,7 @@ from xlsd_train.weights.locate import TEXT_ENCODER, UNET
 
 OPTIMIZER = "optimizer.safetensors"
 # What holds back an optimizer that finds its rate, of which --lr is a factor.
-CALMER = {"dlion": "a --d-max below what d came to", "prodigy": "a --d-growth nearer to 1"}
+CALMER = {"dlion": "a --d-max below what d came to"}
 
 
 def save_checkpoint(
@@ -64,7 +64,7 @@ def save_checkpoint(
             else:
                 link_or_copy(run / "base" / file, folder / file)
         tensors = {
-            f"{name}/{key}": torch.as_tensor(value).contiguous()  # Prodigy's step is an int
+            f"{name}/{key}": value.contiguous()
             for name, held in states.items()
             for key, value in held.items()
         }
@@ -93,10 +93,7 @@ def _trained_tensors(
         for name, value in getattr(model, part).state_dict().items()
     }
     return weights | {
-        f"{name}/{key}": value
-        for name, held in states.items()
-        for key, value in held.items()
-        if isinstance(value, Tensor)
+        f"{name}/{key}": value for name, held in states.items() for key, value in held.items()
     }
 
 
@@ -154,12 +151,9 @@ def load_optimizer(
         for path, value in tensors.items():
             name, _, key = path.rpartition("/")
             state = optimizer.state[named[name]]
-            if value.shape != torch.as_tensor(state[key]).shape:
+            if value.shape != state[key].shape:
                 raise ValueError(f"{path} has shape {tuple(value.shape)}")
-            if isinstance(state[key], Tensor):
-                state[key].copy_(value)
-            else:
-                state[key] = value.item()
+            state[key].copy_(value)
         set_numbers(optimizer, read_state(checkpoint).get("optimizer", {}))
     except (OSError, ValueError) as error:
         raise UserError(

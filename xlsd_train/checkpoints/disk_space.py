@@ -25,7 +25,7 @@ from xlsd_train.runs.layout import checkpoints, partial_checkpoints
 
 log = logging.getLogger("xlsd.train.checkpoints")
 
-STATES = {"lion": 1, "dlion": 2, "adamw": 2, "prodigy": 4}  # copies of what trains
+STATES = {"lion": 1, "dlion": 2, "adamw": 2}  # copies of what trains
 STEP_NBYTES = 700  # of metrics.jsonl and TensorBoard's log
 SMALL_NBYTES = 2**18  # names and headers of a checkpoint's files
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -163,8 +163,4 @@ def _nbytes(module: Any) -> int:
 
 
 def _state_nbytes(config: TrainConfig, named: Mapping[str, Parameter]) -> int:
-    if config.optimizer in STATES:
-        return STATES[config.optimizer] * sum(parameter.nbytes for parameter in named.values())
-    flat = sum(p.nbytes for p in named.values() if p.dim() < 2)  # Adafactor's: rows and columns
-    deep = [p for p in named.values() if p.dim() > 1]
-    return flat + sum(p.nbytes // p.shape[-1] + p.nbytes // p.shape[-2] for p in deep)
+    return STATES[config.optimizer] * sum(parameter.nbytes for parameter in named.values())

@@ -50,7 +50,7 @@ from xlsd_train.runs.validation_log import SETS, forget_after, save_losses, summ
 log = logging.getLogger("xlsd.train.checkpoints")
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
-NUMERIC = ("torch", "diffusers", "transformers", "prodigyopt", "numpy")  # they decide the bits
+NUMERIC = ("torch", "diffusers", "transformers", "numpy")  # they decide the bits
 
 
 @dataclass
@@ -299,7 +299,7 @@ class Run:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         for name in ("loss", "loss_smoothed", "lr_effective", "d", "grad_norm", "images_per_s"):
-            if name in line:  # d is D-Lion's and Prodigy's
+            if name in line:  # d is D-Lion's
                 self._board.add_scalar(name, line[name], line["step"])
 
     def log_validation(self, step: int, images_seen: int, losses: dict[str, Losses]) -> None:

@@ -14,7 +14,16 @@ from xlsd_train.config.run_options import PlanConfig
 from xlsd_train.data.mixture import open_mixture
 from xlsd_train.memory.gpus import CARDS
 from xlsd_train.memory.meta_step import Size
-from xlsd_train.memory.planner import GIB, SLICES, Planner, Prediction, asked, largest, limit_of
+from xlsd_train.memory.planner import (
+    GIB,
+    SLICES,
+    WAYS,
+    Planner,
+    Prediction,
+    asked,
+    largest,
+    limit_of,
+)
 from xlsd_train.step.step import Plan, Way
 from xlsd_train.training.setup import choose_samples
 from xlsd_train.weights.locate import locate_model, locate_network, locate_text_encoder
@@ -30,10 +39,10 @@ def show(config: PlanConfig) -> None:
     unet, text_encoder = _configs(config)
     size = largest(_buckets(config))
     planner = Planner(config.resolved(), unet, text_encoder)
-    most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in planner.ways}
+    most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in WAYS}
     way, part = asked(config)
-    batch = max(1, most[way or planner.ways[-1]]) if config.batch == "auto" else config.batch
-    rows = [_row(planner, x, batch, size, limit, part) for x in planner.ways]
+    batch = max(1, most[way or WAYS[-1]]) if config.batch == "auto" else config.batch
+    rows = [_row(planner, x, batch, size, limit, part) for x in WAYS]
     chosen = planner.fastest(batch, size, limit, way, part)
     told = {
         "phase": config.phase,

@@ -8,8 +8,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.vocabulary import Precision
 from xlsd_train.config.inputs import Options
 
-Optimizer = Literal["lion", "dlion", "adamw", "prodigy", "adafactor"]
-FINDS_RATE = ("dlion", "prodigy")
+Optimizer = Literal["lion", "dlion", "adamw"]
 Scheduler = Literal["constant", "linear", "cosine", "rex"]
 Rate = Annotated[float, Within(0, 3e38, above=True)]  # up to fp32's largest; see TrainConfig.rate
 MOST_STEPS = 10**8 - 1  # checkpoints are named in eight digits
@@ -38,13 +37,11 @@ class OptimizerOptions(Options):
     """Stop after this step. The planned length and all learning rates stay the same."""
 
     optimizer: Optimizer = "lion"
-    """dlion is Lion that finds its learning rate (dadaptation 3.2), prodigy is prodigyopt's, which
-    finds Adam's; adamw and adafactor are torch's."""
+    """dlion is Lion that finds its learning rate (dadaptation 3.2). adamw is torch's."""
 
     lr: Rate | None = None
-    """Learning rate, 1e-10 to 0.1. Default: 5e-6 for unet, 3e-6 for te and both, 1e-3 for
-    adafactor, where it is relative to the size of the weights. For dlion and prodigy a factor of
-    the rate that they find, 0.01 to 100. Default: 1."""
+    """Learning rate, 1e-10 to 0.1. Default: 5e-6 for unet, 3e-6 for te and both. For dlion a factor
+    of the rate that it finds, 0.01 to 100. Default: 1."""
 
     warmup: str | None = None
     """Steps (200), percent of the plan (10%), or epochs (0.5e). Default: 10%; for unet at most
@@ -57,8 +54,7 @@ class OptimizerOptions(Options):
     """Learning rate at the planned end, for linear, cosine and rex. Default: 0."""
 
     betas: tuple[Share, Share] | None = None
-    """Decay rates of the moving averages. Default: 0.9 0.99 for lion, else 0.9 0.999. Not for
-    adafactor."""
+    """Decay rates of the moving averages. Default: 0.9 0.99 for lion, else 0.9 0.999."""
 
     weight_decay: Annotated[float, Within(0, 1000)] = 0.0
     """Decoupled weight decay."""
@@ -67,7 +63,7 @@ class OptimizerOptions(Options):
     """Upper limit of dlion's d. Default: no limit."""
 
     d_growth: Annotated[float, Within(1, 10**6, above=True)] | None = None
-    """Largest factor by which dlion's or prodigy's d may grow in one step. Default: no limit."""
+    """Largest factor by which dlion's d may grow in one step. Default: no limit."""
 
     ema: bool = False
     """Keep two moving averages of the weights on the CPU; `xlsd-train ema` derives others."""
@@ -88,14 +84,9 @@ class OptimizerOptions(Options):
             )
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} are not within 0 to 1")
-        if self.betas and kind == "adafactor":
-            raise UserError("--betas are not for --optimizer adafactor, which has none; leave them")
-        for name, takers in (("d_max", ("dlion",)), ("d_growth", FINDS_RATE)):
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value is not None and kind not in takers:
-                raise UserError(
-                    f"{option} is for --optimizer {' or '.join(takers)}, not {kind}; leave it out"
-                )
+        for option, value in (("--d-max", self.d_max), ("--d-growth", self.d_growth)):
+            if value is not None and kind != "dlion":
+                raise UserError(f"{option} is for --optimizer dlion, not {kind}; leave it out")
         if floor is not None and self.scheduler == "constant":
             raise UserError(
                 f"--lr-floor {floor:g} is never reached by a constant rate; leave it out, or use "

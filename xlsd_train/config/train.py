@@ -14,13 +14,12 @@ from xlsd_train.config.inputs import (
     TrainableOptions,
 )
 from xlsd_train.config.optimization import (
-    FINDS_RATE,
     MemoryOptions,
     ObjectiveOptions,
     OptimizerOptions,
 )
 
-# Bounds of --lr, whether it is a factor of what the optimizer finds (1, rarely 0.1 to 10) or the
+# Bounds of --lr, whether it is a factor of the rate that dlion finds (1, rarely 0.1 to 10) or the
 # rate itself: below 1e-10 fp32 rounds steps away (weights of 0.01 are 1e-9 apart), and steps of
 # 0.1, larger than nearly all weights, replace them.
 RATES = {True: (0.01, 100.0), False: (1e-10, 0.1)}
@@ -147,11 +146,6 @@ class TrainConfig(
         """Raise UserError for values that do not go together, within a group or across groups."""
         for group in cast("tuple[type[Options], ...]", TrainConfig.__bases__):
             group.check(self)
-        if self.optimizer == "prodigy" and self.memory in {"sliced", "largest"}:
-            raise UserError(
-                f"--optimizer prodigy steps all weights at once and --memory {self.memory} each "
-                f"layer by itself; use --memory fastest, or another optimizer"
-            )
         if not self.force:
             self._check_lr()
         if self.lr_floor is not None and self.lr_floor >= self.rate:
@@ -161,7 +155,8 @@ class TrainConfig(
 
     def _check_lr(self) -> None:
         """Refuse a rate that trains nothing, or that breaks the weights in one step."""
-        finds, (least, most) = self.optimizer in FINDS_RATE, RATES[self.optimizer in FINDS_RATE]
+        finds = self.optimizer == "dlion"
+        least, most = RATES[finds]
         if least <= self.rate <= most:
             return
         if finds:
@@ -181,16 +176,14 @@ class TrainConfig(
             return self.lr
         # XLLSD's 4.5e-5 at batch 256, scaled to batch 32; 3e-6 is the article's for the TE.
         lr = 5e-6 if self.phase == "unet" else 3e-6
-        # T5's for fine-tuning (Raffel et al. 2020, arXiv 1910.10683, 2.1); the paper's 1e-2 trains
-        # from nothing.
-        return {"dlion": 1.0, "prodigy": 1.0, "adafactor": 1e-3}.get(self.optimizer, lr)
+        return 1.0 if self.optimizer == "dlion" else lr
 
     def resolved(self) -> "TrainConfig":
         """With the defaults filled in that depend on other options."""
         steps, epochs = self.steps, self.epochs
         if steps is None and epochs is None:
             steps, epochs = (1_000_000, None) if self.phase == "unet" else (None, 3.0)
-        betas = {"lion": (0.9, 0.99), "adafactor": None}.get(self.optimizer, (0.9, 0.999))
+        betas = (0.9, 0.99) if self.optimizer == "lion" else (0.9, 0.999)
         fraction = self.validation_fraction
         if fraction is None:
             fraction = 0.01 if self.validate_every else 0.0

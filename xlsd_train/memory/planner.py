@@ -69,8 +69,6 @@ class Planner:
         self._precision, self._workspaces = config.precision, workspaces
         # Of bf16 there is another kernel, whose blocks are as many.
         self._in_order = config.deterministic and config.precision != "bf16"
-        # Prodigy needs all gradients at once.
-        self.ways: tuple[Way, ...] = KEEPING if config.optimizer == "prodigy" else WAYS
 
     def predict(self, plan: Plan, batch: int, size: Size) -> Prediction:
         """What a step takes at its worst, and how fast cards can do it at most."""
@@ -123,7 +121,7 @@ class Planner:
         twice, and is looked at where nothing else fits.
         """
         found: list[Prediction] = []
-        for one in (way,) if way else self.ways:
+        for one in (way,) if way else WAYS:
             if one != "sliced" or not found:
                 found += self._fitting(one, batch, size, limit, part)
         best = min((x.seconds[REFERENCE] for x in found), default=0.0)
@@ -190,14 +188,14 @@ def choose(
         return config.batch, Plan(way or "plain", part or default), None
     plans, size = planner(), largest(buckets)
     if config.batch == "auto":
-        most = plans.largest_batch(Plan(way or plans.ways[-1], part or SLICES[0]), size, limit)
+        most = plans.largest_batch(Plan(way or WAYS[-1], part or SLICES[0]), size, limit)
         batch = max(1, min(processes * most, sum(buckets.values())))
     else:
         batch = config.batch
     share = ceil(batch / processes)
     found = plans.fastest(share, size, limit, way, part)
     if found is None:
-        tightest = plans.predict(Plan(way or plans.ways[-1], part or 1), share, size)
+        tightest = plans.predict(Plan(way or WAYS[-1], part or 1), share, size)
         raise UserError(
             f"a batch of {share} images of {8 * size[1]}x{8 * size[0]} does not fit: {tightest}, "
             f"and there are {limit / GIB:.2f} GiB; lower --batch, leave out --memory and "

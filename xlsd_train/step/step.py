@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.data.loader import Batch
 from xlsd_train.model.bundle import ModelBundle
-from xlsd_train.optim.factory import finish, steps_in_parts
+from xlsd_train.optim.factory import finish
 from xlsd_train.optim.lion import chunks
 from xlsd_train.step.layers import (
     EPSILON,
@@ -202,8 +202,7 @@ class Step:
         Raises the error where there is none, or where it is not about memory or comes too late.
         """
         plan = self.plan.tighter()
-        # Another way sums gradients in other messages; and not every optimizer steps in parts.
-        stays = self.accelerator.num_processes > 1 or not steps_in_parts(self.optimizer)
+        stays = self.accelerator.num_processes > 1  # another way sums in other messages
         if isinstance(error, PartlyDone) or not is_full(error):
             raise error
         if plan is None or (plan.way != self.plan.way and stays):

@@ -27,7 +27,7 @@ def save(session: Session, step: int = 1) -> Path:
     )
 
 
-@pytest.mark.parametrize("optimizer", ["lion", "dlion", "adamw", "prodigy", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["lion", "dlion", "adamw"])
 def test_what_is_saved_is_loaded_bit_for_bit(
     open_run: Open, tmp_path: Path, optimizer: str
 ) -> None:
@@ -40,7 +40,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(
     assert all(torch.equal(v, session.named[f"unet.{k}"]) for k, v in weights.items())
     state = json.loads((checkpoint / "state.json").read_text())
     scalars = numbers(session.take_step.optimizer)
-    assert bool(scalars) == (optimizer in {"dlion", "prodigy"})
+    assert bool(scalars) == (optimizer == "dlion")
     assert state == {"step": 1, **({"optimizer": scalars} if scalars else {})}
     other = open_run(optimizer=optimizer, out=tmp_path / "other")
     load_optimizer(checkpoint, other.named, other.take_step.optimizer)
@@ -49,8 +49,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(
         theirs = other.take_step.optimizer.state[other.named[name]]
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
-            assert type(value) is type(theirs[key])
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key
+            assert torch.equal(value, theirs[key]), key
     assert numbers(other.take_step.optimizer) == scalars
 
 
@@ -65,7 +64,7 @@ def test_the_numbers_of_dlion_survive_to_the_last_bit(open_run: Open, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("saved", "resumed"), [("lion", "dlion"), ("dlion", "lion"), ("adamw", "prodigy")]
+    ("saved", "resumed"), [("lion", "dlion"), ("dlion", "lion"), ("adamw", "dlion")]
 )
 def test_another_optimizers_state_is_refused(
     open_run: Open, tmp_path: Path, saved: str, resumed: str

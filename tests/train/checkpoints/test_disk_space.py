@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.support import train
+from tests.support import printed, train
 from tests.train.conftest import Open
 from xlsd_cache.runtime.disk import held_bytes
 from xlsd_train.checkpoints.disk_space import _state_nbytes, needed
@@ -25,7 +25,7 @@ def arguments(arguments: list[object]) -> list[object]:
     return [*arguments, "--device", "cpu"]
 
 
-@pytest.mark.parametrize("optimizer", ["lion", "dlion", "adamw", "prodigy", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["lion", "dlion", "adamw"])
 def test_optimizers_state_is_as_large_as_told(optimizer: Any) -> None:
     config = TrainConfig(phase="unet", optimizer=optimizer).resolved()
     layers = nn.ModuleList([nn.Linear(64, 48), nn.Conv2d(8, 16, 3)])
@@ -66,9 +66,9 @@ def test_too_little_room_is_refused_before_anything_is_written(
     assert "will be full before the run ends" in capsys.readouterr().err
     full.free = 2**39
     assert train(*arguments, "--dry-run") == 0
-    said = capsys.readouterr()
-    assert "512.00 GiB are free on the disk" in said.out
-    assert "WARNING" not in said.err
+    said = printed(capsys)
+    assert "512.00 GiB are free on the disk" in said
+    assert "warning" not in said
     full.total = 0  # a file system that does not know
     full.free = 0
     assert train(*arguments, "--dry-run") == 0

@@ -188,7 +188,7 @@ def test_recipes_of_windows_editors_and_shells_are_read(tmp_path: Path, encoding
 
 
 def test_a_recipe_of_a_factor_that_trains_nothing_is_refused(tmp_path: Path) -> None:
-    path = mine(tmp_path, 'phase = "unet"\noptimizer = "prodigy"\nlr = 1e-5\n')
+    path = mine(tmp_path, 'phase = "unet"\noptimizer = "dlion"\nlr = 1e-5\n')
     with pytest.raises(UserError, match="recipe .*mine.toml: --lr 1e-05 is a factor"):
         Recipe.read(str(path))
     path.write_text('phase = "unet"\nout = ""\n')

@@ -10,9 +10,7 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.optim.factory import finish, make_optimizer, numbers, rates
 from xlsd_train.optim.lion import DLion, Lion
 
-RATES: dict[Name, float] = {
-    "lion": 1e-3, "dlion": 1.0, "adamw": 1e-3, "prodigy": 1.0, "adafactor": 1e-2
-}  # fmt: skip
+RATES: dict[Name, float] = {"lion": 1e-3, "dlion": 1.0, "adamw": 1e-3}
 
 
 def test_defaults_are_the_papers() -> None:
@@ -24,10 +22,6 @@ def test_defaults_are_the_papers() -> None:
     adam = make_optimizer(TrainConfig(phase="te", optimizer="adamw").resolved(), [weight])
     assert isinstance(adam, torch.optim.AdamW)
     assert adam.param_groups[0]["betas"] == (0.9, 0.999)
-    assert TrainConfig(phase="te", optimizer="prodigy").resolved().lr == 1.0
-    adafactor = TrainConfig(phase="te", optimizer="adafactor").resolved()
-    assert (adafactor.lr, adafactor.betas) == (1e-3, None)
-    assert isinstance(make_optimizer(adafactor, [weight]), torch.optim.Adafactor)
     config = TrainConfig(phase="te", optimizer="dlion", d_max=1e-5, d_growth=1.5).resolved()
     dlion = make_optimizer(config, [weight])
     assert isinstance(dlion, DLion)
@@ -74,7 +68,7 @@ def leave_to_hooks(optimizer: torch.optim.Optimizer, together: int) -> None:
     optimizer.flush = flush  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", [name for name in RATES if name != "prodigy"])
+@pytest.mark.parametrize("name", RATES)
 def test_stepping_in_parts_inside_backward_changes_not_one_bit(name: Name, model: Path) -> None:
     """Parameter by parameter and seven at a time, as backward gives them, against all at once."""
     unets = [unet_of(model) for _ in range(3)]
@@ -104,20 +98,6 @@ def test_stepping_in_parts_inside_backward_changes_not_one_bit(name: Name, model
     assert all(changed)
 
 
-def test_prodigy_cannot_be_stepped_in_parts(model: Path) -> None:
-    """If this fails, `steps_in_parts` is too careful: the memory plan may have it."""
-    unets = [unet_of(model) for _ in range(2)]
-    whole, parts = (made("prodigy", unet) for unet in unets)
-    leave_to_hooks(parts, 7)
-    for step in range(1, 3):
-        for unet in unets:
-            backward(unet, step)
-        whole.step()
-        whole.zero_grad()
-        parts.flush()  # type: ignore[attr-defined]
-    assert numbers(whole) != numbers(parts)
-
-
 def test_every_optimizer_is_tested_here() -> None:
     assert RATES.keys() == set(get_args(Name))
 
@@ -139,18 +119,14 @@ def test_state_made_at_the_start_is_state_made_by_the_first_step(name: Name, mod
         assert early.state[ours].keys() == late.state[theirs].keys()
         for key, value in late.state[theirs].items():
             mine = early.state[ours][key]
-            if key == "p0" and not value.dim():  # Prodigy keeps a weight that began as zeros so
-                value = value.expand_as(mine)
-            elif isinstance(value, torch.Tensor):
-                assert (mine.dtype, mine.stride()) == (value.dtype, value.stride()), key
-            assert torch.equal(torch.as_tensor(mine), torch.as_tensor(value)), key
+            assert (mine.dtype, mine.stride()) == (value.dtype, value.stride()), key
+            assert torch.equal(mine, value), key
     assert numbers(early) == numbers(late)
     assert pointers == {x.data_ptr() for x in tensors(early)}
 
 
 def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    values = [x for state in optimizer.state.values() for x in state.values()]
-    return [x for x in values if isinstance(x, torch.Tensor)]
+    return [x for state in optimizer.state.values() for x in state.values()]
 
 
 def test_the_fused_adamw_is_torchs_plain_one_to_rounding(model: Path) -> None:
@@ -179,16 +155,3 @@ def test_effective_rates() -> None:
     dlion.step()
     dlion.param_groups[0]["d"] = 5e-6  # for the next step
     assert rates(dlion) == {"lr": 0.5, "lr_effective": 2e-6, "d": 4e-6}
-    prodigy = make_optimizer(TrainConfig(phase="te", optimizer="prodigy").resolved(), [weight])
-    for _ in range(30):
-        before = prodigy.param_groups[0]["d"]
-        prodigy.step()
-        assert rates(prodigy) == {"lr": 1.0, "lr_effective": before, "d": before}
-    assert prodigy.param_groups[0]["d"] > before
-
-
-def test_the_limits_of_d_reach_the_optimizers() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    config = TrainConfig(phase="te", optimizer="prodigy", d_growth=1.5).resolved()
-    (group,) = make_optimizer(config, [weight]).param_groups
-    assert (group["growth_rate"], group["d"], group["safeguard_warmup"]) == (1.5, 1e-6, True)

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import printed
 from xlsd_train.config.optimization import Optimizer
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.optim.plateau import WINDOW, PlateauWatch, first_plateau
@@ -54,10 +53,11 @@ def test_a_limit_is_no_plateau() -> None:
 
 
 def test_a_run_says_it_once_however_often_it_is_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics, lines = tmp_path / "metrics.jsonl", run(START + [START[-1]] * 300)
     config = TrainConfig(phase="unet", optimizer="dlion")
+    caplog.set_level("INFO", "xlsd")
     said: list[int] = []
     for first in range(0, len(lines), 45):
         watch = PlateauWatch.of_run(config, metrics)
@@ -65,13 +65,14 @@ def test_a_run_says_it_once_however_often_it_is_resumed(
             with metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             watch.see(line)
-            said += [int(line["step"])] * printed(capsys).count("first plateau")
+            said += [int(line["step"])] * caplog.text.count("first plateau")
+            caplog.clear()
     assert said == [60 + WINDOW]
 
 
 def test_only_dlion_is_watched(tmp_path: Path) -> None:
     lines = run(START + [START[-1]] * 150)
-    expected: dict[Optimizer, bool] = {"dlion": True, "prodigy": False, "lion": False}
+    expected: dict[Optimizer, bool] = {"dlion": True, "adamw": False, "lion": False}
     for optimizer, found in expected.items():
         config = TrainConfig(phase="unet", optimizer=optimizer)
         watch = PlateauWatch.of_run(config, tmp_path / "metrics.jsonl")

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel
 
-from tests.support import printed
 from tests.train.conftest import Open
 from xlsd_train.data.loader import Batch
 from xlsd_train.step.step import Plan, Step
@@ -234,8 +233,9 @@ class Full(TorchDispatchMode):
      (Plan("sliced", 4), Plan("sliced", 2))],
 )  # fmt: skip
 def test_out_of_memory_tightens_the_plan_and_repeats_the_same_data(
-    open_run: Open, plan: Plan, tighter: Plan, capsys: pytest.CaptureFixture[str]
+    open_run: Open, plan: Plan, tighter: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "xlsd")
     session = open_run(phase="both")
     parts = batches(session, 1, first=1)
     loss, _, expected, _ = one_step(session, parts, tighter)
@@ -244,7 +244,7 @@ def test_out_of_memory_tightens_the_plan_and_repeats_the_same_data(
         got_loss, _, got, _ = one_step(session, parts, plan)
     assert full.refused
     assert session.take_step.plan == tighter
-    assert "out of memory with" in printed(capsys)
+    assert "out of memory with" in caplog.text
     assert got_loss == pytest.approx(loss, rel=1e-6)
     assert distance(got, expected) < 1e-5
 

@@ -31,7 +31,6 @@ from tests.support import (
 from tests.train.conftest import Open
 from xlsd_cache.console.terminal import start
 from xlsd_cache.dataset.batch_order import Slot
-from xlsd_train.config.optimization import FINDS_RATE
 from xlsd_train.data.loader import Batch, BatchSource
 from xlsd_train.runs.layout import checkpoints
 from xlsd_train.runs.validation_log import read_losses
@@ -77,22 +76,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert samples.items() <= files(tmp_path / "parts", "samples/step*/*.png").items()
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        "dlion",
-        "adamw",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("prodigy", "adafactor")),
-    ],
-)
+@pytest.mark.parametrize("optimizer", ["dlion", "adamw"])
 def test_every_optimizer_resumes_to_the_bit(
     arguments: Arguments, tmp_path: Path, optimizer: str
 ) -> None:
     """Also the numbers kept beside tensors, what is said of the rate, and a falling schedule."""
     given = ["--phase", "te", *arguments, "--optimizer", optimizer, "--sample-every", 0]
     given += ["--scheduler", "cosine", "--train", "text_encoder.encoder.layers"]
-    if optimizer in FINDS_RATE:  # ten steps are few for Prodigy
-        given[given.index("--lr") + 1] = 1.0 if optimizer == "dlion" else 100.0
+    if optimizer == "dlion":
+        given[given.index("--lr") + 1] = 1.0
     assert train(*given, "--out", tmp_path / "whole") == 0
     for stop in (1, 8, 10):
         assert train(*given, "--out", tmp_path / "parts", "--stop-after", stop) == 0
@@ -100,7 +92,7 @@ def test_every_optimizer_resumes_to_the_bit(
     assert files(tmp_path / "parts", last) == files(tmp_path / "whole", last)
     lines = metrics(tmp_path / "whole")
     assert metrics(tmp_path / "parts") == lines
-    if optimizer in FINDS_RATE:
+    if optimizer == "dlion":
         assert [line["lr_effective"] for line in lines] == [x["d"] * x["lr"] for x in lines]
         assert lines[0]["d"] == 1e-6 < lines[7]["d"] <= lines[9]["d"]
 
