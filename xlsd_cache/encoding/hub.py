@@ -15,7 +15,7 @@ from threading import Thread
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
 
 PREFIX = "hf://"  # before ORG/NAME: certainly the hub's, whatever folders are there
 # ORG/NAME, as the hub's client lets it pass: no .. or --, no - or . at an end.
@@ -179,4 +179,4 @@ def _of_status(status: int) -> str:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return one_line(error, 120) or type(error).__name__

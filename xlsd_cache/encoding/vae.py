@@ -19,7 +19,7 @@ from torch import Tensor
 from xlsd_cache.encoding.finite import count, unfit
 from xlsd_cache.encoding.hub import cached, fetch, no_such, repository_of, require
 from xlsd_cache.encoding.network_config import plain_config
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.vocabulary import Padding
 
 # name -> hub repository, and the folder in it
@@ -138,7 +138,7 @@ def load_vae(
     except UserError:
         raise
     except Exception as error:  # whatever the libraries stumble over in a config of any kind
-        told = " ".join(str(error).split())[:300]
+        told = one_line(error, 300)
         raise UserError(f"cannot load the VAE {spec!r}: {told}") from error
     model = model.float().requires_grad_(False).eval()
     _refuse_unfit(spec, model)

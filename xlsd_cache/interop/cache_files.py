@@ -45,7 +45,7 @@ from pathlib import Path
 
 import torch
 
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, walk
 from xlsd_cache.runtime.bounded_files import read_json, read_regular
 
@@ -200,5 +200,5 @@ def _index(folder: Path, names: list[str]) -> dict[str, str]:
         name = "cache.json" if "cache.json" in names else "aggregate.pt"
         raise UserError(
             f"cannot read {folder / name}, which alone says whose latents lie beside it: "
-            f"{' '.join(str(error).split())[:200]}; restore it, or leave that folder out"
+            f"{one_line(error)}; restore it, or leave that folder out"
         ) from error

@@ -17,6 +17,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from xlsd_cache.errors import one_line
 from xlsd_cache.interop.cache_files import CacheFile, is_ai_toolkits
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.bounded_files import require_regular
@@ -249,4 +250,4 @@ def _reason(error: Exception) -> Rejected:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return one_line(f"{type(error).__name__}: {error}")

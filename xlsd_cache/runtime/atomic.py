@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,40 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a path to make a folder at, or a file; when the block ends well, it becomes `path`.
+
+    Everything in it is synced before. An empty folder at `path` is replaced, another one raises
+    OSError. What killed processes left of the same folder is removed first.
+    """
+    if path.is_symlink() and path.is_dir():  # made by the user: the folder appears where it leads
+        path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{escape(path.name)}.*{TEMPORARY}"):
+        pid = left.name.removeprefix(f".{path.name}.").removesuffix(TEMPORARY)
+        if re.fullmatch("[0-9]{1,9}", pid) and not psutil.pid_exists(int(pid)):
+            _remove(left)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        yield temporary
+        for part in (temporary, *temporary.rglob("*")):
+            fsync_folder(part) if part.is_dir() else fsync_file(part)
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+        fsync_folder(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """The same content under a second name, taking no space where the file system can."""
     try:
@@ -108,9 +143,14 @@ def write_parquet(path: Path, table: pa.Table, staging: Path | None = None) -> N
             writer.write_table(table)
             writer.add_key_value_metadata({"xlsd.checksum": (_SUM + _UNKNOWN).decode()})
         crc, at = _checksum(temporary)
-        with temporary.open("r+b") as file:
-            file.seek(at)
-            file.write(b"%08x" % crc)
+        fill_in(temporary, at, b"%08x" % crc)
+
+
+def fill_in(path: Path, at: int, digest: bytes) -> None:
+    """Write a file's digest over the placeholder of the same length that stands at byte `at`."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(digest)
 
 
 def is_whole(path: Path) -> bool:

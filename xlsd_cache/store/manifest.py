@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.runtime.bounded_files import require_regular
 from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, LATER, MOST_ROWS, PLAN, REMOVED
@@ -264,7 +264,7 @@ def _readable(path: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         store = path.parents[1 if path.parent.name == "captions" else 2]
         raise UserError(
-            f"cannot read {path}, a part of the store's log: {' '.join(str(error).split())[:200]}; "
+            f"cannot read {path}, a part of the store's log: {one_line(error)}; "
             f"`xlsd-cache check {store} --repair` mends what can be mended"
         ) from error
 

@@ -11,6 +11,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
+from xlsd_cache.errors import one_line
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.store.manifest import Manifest
@@ -56,7 +57,7 @@ def array_fault(
     except FileNotFoundError:
         return "is missing"
     except Exception as error:  # zarr raises whatever damaged JSON makes it stumble over
-        return f"is not readable: {' '.join(str(error).split())[:200]}"
+        return f"is not readable: {one_line(error)}"
     if not isinstance(there, ArrayV3Metadata):
         return "is of another zarr format"
     ours = zarr.open_array(_in_memory(bucket, rows, shape, dtype, shard), path=bucket).metadata

@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from xlsd_cache.encoding.hub import no_such, repository_of
 from xlsd_cache.encoding.network_config import plain_config
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.images.decode import decode, header_of
 from xlsd_cache.outcomes import Rejected
 from xlsd_train.runs.json_files import misfit
@@ -135,7 +135,7 @@ def load_clip(source: str, device: torch.device) -> Clip:
         )
     except Exception as error:  # what damaged files make the libraries stumble over, whatever it is
         raise UserError(
-            f"--clip {source} does not load: {' '.join(str(error).split())[:200]}; give a folder "
+            f"--clip {source} does not load: {one_line(error)}; give a folder "
             f"with {', '.join(FILES[:2])}, vocab.json, merges.txt and {WEIGHTS[0]} of a CLIP"
         ) from error
     # A key that does not fit comes with its two shapes.

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from xlsd_cache.encoding.compatibility import refuse_other_encoder, vae_of
 from xlsd_cache.encoding.vae import Vae, tensors_sha256
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.store.reader import Identity
 from xlsd_cache.vocabulary import Padding
@@ -186,7 +186,7 @@ def assemble(parts: ModelParts, vae: Vae, tokens: int | None = None) -> ModelBun
             parts.tokenizer, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # what damaged files make the library stumble over
-        told = " ".join(str(error).split())[:300]
+        told = one_line(error, 300)
         raise UserError(
             f"cannot load the model {parts.source}: its tokenizer, {parts.tokenizer}, fails: "
             f"{told}; name a folder with vocab.json and merges.txt as --tokenizer"

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xlsd_cache.encoding.finite import count, is_finite
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
+from xlsd_cache.runtime.atomic import fill_in
 from xlsd_cache.runtime.bounded_files import parse_json
 
 DTYPES = {
@@ -153,8 +154,7 @@ def write_tensors(
             data = _bytes(tensors[name].read())
             digest.update(data.data)
             file.write(data.data)
-        file.seek(8 + text.index(UNKNOWN.encode()))
-        file.write(b"0x" + digest.hexdigest().encode())
+    fill_in(path, 8 + text.index(UNKNOWN.encode()), b"0x" + digest.hexdigest().encode())
 
 
 def compare_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
@@ -294,7 +294,7 @@ def _loaded(path: Path) -> Any:
 def _why(path: Path, error: Exception) -> str:
     """In words: what a broken file is, as far as its first bytes and its length tell."""
     if not isinstance(error, SafetensorError):
-        return " ".join(str(error).split())[:200]
+        return one_line(error)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

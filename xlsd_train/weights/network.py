@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from xlsd_cache.encoding.finite import count, is_finite, unfit
 from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.encoding.vae import CLASSES
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
 from xlsd_train.runs.json_files import load_object, misfit
 from xlsd_train.weights import ldm_keys as names
 from xlsd_train.weights.lazy_tensors import LazyTensor, open_tensors
@@ -68,7 +68,7 @@ def empty_network(kind: NetworkKind, config: Mapping[str, Any]) -> Any:
                 return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
             return CLASSES[config.get("_class_name", "AutoencoderKL")].from_config(dict(config))
     except Exception as error:  # whatever the libraries stumble over in values of any kind
-        told = " ".join(str(error).split())[:200]
+        told = one_line(error)
         raise UserError(
             f"the {kind.replace('_', ' ')}'s config makes no network: {told}; it is damaged, or "
             f"another model's"

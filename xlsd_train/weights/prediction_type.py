@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.files.text import read_text
 from xlsd_train.config import sd15
 from xlsd_train.config.optimization import Kind
@@ -214,7 +214,7 @@ def _by_yaml(path: Path) -> Iterator[Declared]:
     try:
         told = _yaml(read_text(path, "the configuration"))
     except (ValueError, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())[:200]
+        problem = one_line(error)
         raise UserError(
             f"cannot read {path}, which says what the model beside it predicts: {problem}; mend or "
             f"remove it"

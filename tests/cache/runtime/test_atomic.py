@@ -12,6 +12,7 @@ from xlsd_cache.runtime.atomic import (
     is_whole,
     link_or_copy,
     replacing,
+    replacing_folder,
     sweep,
     write_bytes,
     write_json,
@@ -33,6 +34,38 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == '{\n  "name": "写真",\n  "path": "a/b"\n}\n'
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, float("nan"))
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "model"
+    with pytest.raises(RuntimeError), replacing_folder(path) as temporary:
+        (temporary / "unet").mkdir(parents=True)
+        (temporary / "unet" / "weights").write_bytes(b"half")
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == []
+    path.mkdir()  # empty, so in nobody's way
+    dead = path.with_name(".model.99999999.tmp")
+    other = path.with_name(f".model.{os.getppid()}.tmp")
+    for left in (dead, other):
+        left.mkdir()
+    with replacing_folder(path) as temporary:
+        (temporary / "unet").mkdir(parents=True)
+        (temporary / "unet" / "weights").write_bytes(b"whole")
+        assert not any(path.iterdir())
+    assert (path / "unet" / "weights").read_bytes() == b"whole"
+    assert sorted(path.parent.iterdir()) == [other, path]
+    with pytest.raises(OSError, match="not empty"), replacing_folder(path) as temporary:
+        temporary.mkdir()
+    with replacing_folder(tmp_path / "file") as temporary:  # as a model in one file is
+        temporary.write_bytes(b"whole")
+    link = tmp_path / "link"
+    (tmp_path / "elsewhere").mkdir()
+    link.symlink_to("elsewhere")
+    with replacing_folder(link) as temporary:
+        temporary.mkdir()
+        (temporary / "a").touch()
+    assert (tmp_path / "elsewhere" / "a").exists()
+    assert link.is_symlink()
 
 
 @settings(max_examples=40)  # each syncs a file
