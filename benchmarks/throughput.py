@@ -44,7 +44,8 @@ from benchmarks.lib.real_step import (
 from benchmarks.lib.turns import Contestant, Result, take_turns
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.console.libraries import quiet_libraries
-from xlsd_cache.dataset.batch_order import Schedule
+from xlsd_cache.dataset.dataset import LatentDataset
+from xlsd_cache.dataset.sampler import BucketBatchSampler
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.store.reader import LatentStore
@@ -55,7 +56,6 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.data.loader import Batch, BatchSource, Loader
 from xlsd_train.data.noise import Noising
-from xlsd_train.data.selection import select
 from xlsd_train.memory.planner import GIB, SLICES, Planner, limit_card, limit_of
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.step.step import Plan, Step
@@ -261,10 +261,10 @@ def open_feed(
     """Batches of a store made here."""
     store = stack.enter_context(LatentStore.open(make_store(config, folder)))
     columns = CaptionColumns(("txt",), (1.0,))
-    selection = select(store, np.ones(len(store), np.bool_))
-    schedule, captions = Schedule(selection.sizes, config.batch, 0), captions_of(folder)
+    dataset = LatentDataset(store, "txt", scaled=False)
+    sampler, captions = BucketBatchSampler(dataset, config.batch), captions_of(folder)
     noising = Noising(step.objective.first, step.objective.count)
-    source = BatchSource(store, selection, schedule, captions, columns, noising, 0, 1)
+    source = BatchSource(dataset, sampler, captions, columns, noising)
     steps = 2 * config.steps + 1  # on a card each timed one follows another
     loader = Loader(source, 0, steps, step.accelerator.device)
     return iter(stack.enter_context(closing(loader)))

@@ -31,7 +31,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 
 if TYPE_CHECKING:
-    from xlsd_cache.dataset.batch_order import Schedule
+    from xlsd_cache.dataset.batch_order import BatchOrder
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,14 @@ class Case:
         said = f"number {self.config.resume_at}, due in epoch {slot.epoch:.2f}"
         return Step("plan a resumed run's batch", seconds, memory.peak_gb, memory.own_gb, said)
 
-    def _schedule(self) -> "Schedule":
+    def _schedule(self) -> "BatchOrder":
         from xlsd_cache.dataset.batch_order import (
-            Schedule,  # with torch, whose memory is not the store's
+            BatchOrder,  # with torch, whose memory is not the store's
         )
 
         with LatentStore.open(self.root) as store:
             sizes = {name: len(rows) for name, rows in store.buckets.items()}
-        return Schedule(sizes, self.config.batch, 0)
+        return BatchOrder(sizes, self.config.batch, 0)
 
     def tag_index(self) -> Step:
         """The first question for a tag, which makes the index of tags."""
@@ -200,14 +200,15 @@ class Case:
 
     def select(self) -> Step:
         """Two required tags and two forbidden: what `xlsd-train` trains on, and its schedule."""
-        from xlsd_cache.dataset.batch_order import Schedule
-        from xlsd_train.data.selection import filter_by_tags, select
+        from xlsd_cache.dataset.batch_order import BatchOrder
+        from xlsd_cache.dataset.selection import select
+        from xlsd_train.data.selection import filter_by_tags
 
         require, forbid = (TAGS[0], TAGS[15]), (TAGS[1], TAGS[100])
         with LatentStore.open(self.root) as store, Memory() as memory:
             begun = time.perf_counter()
             selection = select(store, filter_by_tags(store, ["txt"], require, forbid).mask)
-            Schedule(selection.sizes, self.config.batch, 0)
+            BatchOrder(selection.sizes, self.config.batch, 0)
             seconds = time.perf_counter() - begun
             wanted = np.flatnonzero(
                 np.all([store.tagged("txt", tag) for tag in require], axis=0)

@@ -58,10 +58,11 @@ class LogHandler(logging.Handler):
 
 
 @contextmanager
-def logging_to_stderr() -> Iterator[None]:
-    """Let the library's log, from INFO on, appear on stderr."""
+def as_command_line() -> Iterator[None]:
+    """The library's log, from INFO on, goes to stderr, and errors name flags, not arguments."""
+    named, UserError.names_flags = UserError.names_flags, True
     log, handler = logging.getLogger("xlsd"), LogHandler()
-    before = log.level, log.propagate
+    level, propagates = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False  # other libraries may have given the root logger a handler
@@ -69,7 +70,9 @@ def logging_to_stderr() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        log.level, log.propagate = before
+        UserError.names_flags = named
+        log.setLevel(level)
+        log.propagate = propagates
 
 
 def _tell(text: object) -> None:
@@ -208,20 +211,8 @@ def run(name: str, command: Callable[[], int], stopped: str = "stopped at once")
     """
     try:
         try:
-            with logging_to_stderr():
-                code = command()
-        except UserError as error:
-            _tell(f"{name}: {error}")
-            code = 1
-        except OSError as error:
-            if error.filename is None or isinstance(error, BrokenPipeError):
-                raise
-            told = f"{error.strerror}; mend that, or name another path"
-            _tell(f"{name}: cannot go on: {error.filename}: {told}")
-            code = 1
-        except KeyboardInterrupt:
-            _tell(f"{name}: {stopped}")
-            code = 130
+            with as_command_line():
+                code = _code_of(name, command, stopped)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -234,6 +225,24 @@ def run(name: str, command: Callable[[], int], stopped: str = "stopped at once")
             raise
         return 1
     return code or int(_say_refused(name))
+
+
+def _code_of(name: str, command: Callable[[], int], stopped: str) -> int:
+    """The exit code of a command, whose mistakes are told."""
+    try:
+        return command()
+    except UserError as error:
+        _tell(f"{name}: {error}")
+        return 1
+    except OSError as error:
+        if error.filename is None or isinstance(error, BrokenPipeError):
+            raise
+        told = f"{error.strerror}; mend that, or name another path"
+        _tell(f"{name}: cannot go on: {error.filename}: {told}")
+        return 1
+    except KeyboardInterrupt:
+        _tell(f"{name}: {stopped}")
+        return 130
 
 
 def _refused(*numbers: int) -> bool:

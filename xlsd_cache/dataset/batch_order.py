@@ -37,7 +37,7 @@ class Share(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One batch of the schedule."""
+    """One batch of the order."""
 
     number: int  # 0, 1, ...
     bucket: str
@@ -57,11 +57,11 @@ class _Epoch:
     images_before: NDArray[np.int64]
 
 
-class Schedule:
+class BatchOrder:
     """The endless sequence of batches over a store's buckets."""
 
     def __init__(self, buckets: Mapping[str, int | Sequence[Share]], batch: int, seed: int) -> None:
-        """A schedule over buckets by name, in batches of at most `batch`.
+        """An order over buckets by name, in batches of at most `batch`.
 
         Each bucket is its number of samples, or the stores' shares of them, where the first store's
         samples are numbered first.
@@ -102,9 +102,18 @@ class Schedule:
         """How many samples those batches hold."""
         return int(np.dot(self._due_before(epochs), self._sizes))
 
+    def epoch_of(self, number: int) -> int:
+        """The epoch, from 0, in which batch `number` is due."""
+        epoch = int(number / self.batches_an_epoch)
+        while self.batches(epoch) > number:
+            epoch -= 1
+        while self.batches(epoch + 1) <= number:
+            epoch += 1
+        return epoch
+
     def slot(self, number: int) -> Slot:
         """Batch `number`; those that follow in the same epoch cost microseconds."""
-        epoch = self._epoch_of(number)
+        epoch = self._batches_of(number)
         at = number - epoch.first
         bucket = epoch.bucket.item(at)
         return Slot(
@@ -130,15 +139,11 @@ class Schedule:
             counts.append(whole + int(straddling))
         return counts
 
-    def _epoch_of(self, number: int) -> _Epoch:
-        """The epoch in which batch `number` is due; the last one asked for is kept."""
+    def _batches_of(self, number: int) -> _Epoch:
+        """All batches of the epoch in which `number` is due; the last epoch asked for is kept."""
         if self._epoch and 0 <= number - self._epoch.first < len(self._epoch.due):
             return self._epoch
-        epoch = int(number / self.batches_an_epoch)
-        while self.batches(epoch) > number:
-            epoch -= 1
-        while self.batches(epoch + 1) <= number:
-            epoch += 1
+        epoch = self.epoch_of(number)
         starts, stops = self._due_before(epoch), self._due_before(epoch + 1)
         which = np.repeat(np.arange(len(starts)), np.subtract(stops, starts))
         within = np.concatenate([np.arange(*span) for span in zip(starts, stops, strict=True)])

@@ -7,7 +7,7 @@ store.samples                       # Arrow: key, source, bucket, row, ..., capt
 store.tagged("txt", "woman")        # which of the samples have that tag
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,11 @@ class LatentStore:
     def sample_index(self, bucket: str, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of `samples` for the n-th live samples of a bucket."""
         return self._ranges[bucket][0] + ordinals
+
+    def shares(self, chosen: Mapping[str, NDArray[np.int64]] | None) -> dict[str, int]:
+        """How many samples of each bucket are chosen, by ordinal; None: all of them."""
+        buckets = self.buckets if chosen is None else chosen
+        return {name: len(samples) for name, samples in buckets.items()}
 
     def read(
         self, bucket: str, rows: Sequence[int] | NDArray[np.int64], out: Latents | None = None

@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlsd_cache.console.terminal import say, say_json
+from xlsd_cache.dataset.selection import Selection, select
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.config.run_options import TagsConfig
 from xlsd_train.data.caption_edits import require_and_forbid
 from xlsd_train.data.captions import CaptionColumns
-from xlsd_train.data.selection import Selection, filter_by_tags, select
+from xlsd_train.data.selection import filter_by_tags
 
 AT_ONCE = 1 << 24  # entries of the index that are counted together: bounds the memory
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from xlsd_cache.dataset.selection import Mask
 from xlsd_cache.errors import UserError
 from xlsd_train.config.recipes import Recipe, options_in
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.data.mixture import Mask, Mixture
+from xlsd_train.data.mixture import Mixture
 from xlsd_train.data.selection import columns_of, filter_by_tags, held_out_mask
 
 # How many are to be held out -> the shares tried, few of them, so that a store that grows a little,

@@ -16,7 +16,7 @@ def truncation(source: "BatchSource") -> dict[str, int]:
     over = lengths[lengths > limit] - limit
     return {
         "looked_at": len(lengths),
-        "selected": len(source.selection),
+        "selected": len(source.dataset),
         "without": int((lengths == 0).sum()),
         "limit": limit,
         "cut": len(over),

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xlsd_cache.dataset.batch_order import Schedule, Slot
+from xlsd_cache.dataset.batch_order import Slot
+from xlsd_cache.dataset.dataset import LatentDataset
 from xlsd_cache.dataset.rng import words
+from xlsd_cache.dataset.sampler import BucketBatchSampler
 from xlsd_train.data.captions import CaptionColumns, Captions
-from xlsd_train.data.mixture import Store
 from xlsd_train.data.noise import Noising
 from xlsd_train.data.noise import noise as draw_noise
-from xlsd_train.data.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -56,29 +56,25 @@ class Batch:
 class BatchSource:
     """Makes any batch of the run, by its number alone."""
 
-    store: Store
-    selection: Selection
-    schedule: Schedule  # over what is selected
+    dataset: LatentDataset
+    sampler: BucketBatchSampler
     captions: Captions
     columns: CaptionColumns
     noising: Noising
-    rank: int
-    processes: int
 
     def make(self, slot: Slot, pin: bool = False) -> Batch:
         """Read, draw and tokenise this process's part of a batch, on the CPU."""
-        ordinals, positions, rows = self._part(slot)
-        shape = self.store.shape(slot.bucket)
+        ordinals, positions = self._part(slot)
+        store = self.dataset.store
+        shape = store.shape(slot.bucket)
         latents = torch.empty(
-            (len(rows), *shape),
-            dtype=getattr(torch, self.store.identity.dtype),
-            pin_memory=pin,
+            (len(ordinals), *shape), dtype=getattr(torch, store.identity.dtype), pin_memory=pin
         )
-        self.store.read(slot.bucket, rows, latents.numpy())
+        self.dataset.read(slot.bucket, ordinals, latents.numpy())
         seed = self.captions.seed
         noise = draw_noise(seed, positions, shape, self.noising.offset)
         timesteps = self.noising.timesteps(seed, slot, positions - slot.images_before)
-        texts = self._texts(self.store.sample_index(slot.bucket, ordinals), positions, seed)
+        texts = self._texts(store.sample_index(slot.bucket, ordinals), positions, seed)
         input_ids = self.captions.tokens(texts, positions)
         if pin:
             noise, timesteps, input_ids = (
@@ -110,55 +106,53 @@ class BatchSource:
 
         To measure, not to train: captions as written, and no noise offset. Batch 0 of nothing.
         """
-        rows = self.store.buckets[bucket][ordinals]
+        store = self.dataset.store
         parts = self.captions.parts
         captions = replace(
             self.captions, seed=seed, dropout=0.0, parts=parts.plain if parts else None
         )
-        texts = self._texts(self.store.sample_index(bucket, ordinals), positions, seed)
+        texts = self._texts(store.sample_index(bucket, ordinals), positions, seed)
         return Batch(
             0,
             bucket,
             0.0,
             0,
-            len(rows),
-            torch.from_numpy(self.store.read(bucket, rows)),
-            draw_noise(seed, positions, self.store.shape(bucket)),
+            len(ordinals),
+            torch.from_numpy(self.dataset.read(bucket, ordinals)),
+            draw_noise(seed, positions, store.shape(bucket)),
             torch.from_numpy(timesteps),
             captions.tokens(texts, positions),
         )
 
     def keys(self, bucket: str, ordinals: NDArray[np.int64]) -> list[str]:
         """The keys of live samples of a bucket."""
+        store = self.dataset.store
         keys: list[str] = (
-            self.store.samples["key"].take(self.store.sample_index(bucket, ordinals)).to_pylist()
+            store.samples["key"].take(store.sample_index(bucket, ordinals)).to_pylist()
         )
         return keys
 
     def will_need(self, slot: Slot) -> None:
         """Have the kernel read a coming batch from the disk meanwhile."""
-        self.store.will_need(slot.bucket, self._part(slot)[2])
+        store = self.dataset.store
+        store.will_need(slot.bucket, store.buckets[slot.bucket][self._part(slot)[0]])
 
-    def _part(self, slot: Slot) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], ...]:
-        """(ordinals, positions in the run, rows) of this rank's share of the batch."""
-        count = len(slot.ordinals)
-        begin = count * self.rank // self.processes
-        end = count * (self.rank + 1) // self.processes
-        ordinals = self.selection.ordinals(slot.bucket, slot.ordinals[begin:end])
-        positions = slot.images_before + np.arange(begin, end)
-        return ordinals, positions, self.store.buckets[slot.bucket][ordinals]
+    def _part(self, slot: Slot) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(ordinals, positions in the run) of this process's part of the batch."""
+        numbers, positions = self.sampler.part(slot)
+        return self.dataset.selection.ordinals(slot.bucket, numbers), positions
 
     def lengths(self, most: int) -> NDArray[np.int64]:
         """How many tokens captions would be if none were cut; 0 for samples that have none.
 
         Of all selected samples, or where there are more of a random `most` of them.
         """
-        seed, count = self.captions.seed, len(self.selection)
+        seed, count = self.captions.seed, len(self.dataset)
         numbers = np.arange(min(count, most))
         if count > most:
             drawn = words(seed, "caption lengths", numbers) % np.uint64(count)
             numbers = np.unique(drawn).astype(np.int64)
-        texts = self._texts(self.selection.rows(self.store, numbers), numbers, seed)
+        texts = self._texts(self.dataset.selection.rows(self.dataset.store, numbers), numbers, seed)
         lengths = self.captions.lengths(self.captions.lines(texts, numbers))
         lengths[[not text for text in texts]] = 0
         return lengths
@@ -167,8 +161,7 @@ class BatchSource:
         self, rows: NDArray[np.int64], positions: NDArray[np.int64], seed: int
     ) -> list[str | None]:
         """Of each sample, by its row of `store.samples`, the text of the column that is drawn."""
-        columns = [self.store.samples[name] for name in self.columns.names]
-        texts = [[column[row].as_py() for row in rows.tolist()] for column in columns]
+        texts = [self.dataset.texts(name, rows) for name in self.columns.names]
         return self.columns.mix(texts, words(seed, "caption column", positions))
 
 
@@ -212,12 +205,12 @@ class Loader:
 
     def _fill(self) -> None:
         pin = self._device.type == "cuda"
-        schedule = self._source.schedule
+        order = self._source.sampler.order
         try:
             slots: list[Slot] = []
             for number in self._span:
                 while len(slots) <= self.HINTED and number + len(slots) < self._span.stop:
-                    slots.append(schedule.slot(number + len(slots)))
+                    slots.append(order.slot(number + len(slots)))
                     self._source.will_need(slots[-1])
                 if self._closed.is_set():
                     return

@@ -19,13 +19,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache.dataset.batch_order import Share
+from xlsd_cache.dataset.selection import Mask, Ordinals
 from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.statistics import Moments, moments
 from xlsd_cache.store.identity import record_encoder, unknown_encoder
 from xlsd_cache.store.reader import LatentStore
-
-Ordinals = NDArray[np.int64]  # of a bucket's live samples
-Mask = NDArray[np.bool_]  # of the rows of store.samples
 
 MOST = 10**6  # of a weight
 MUST_AGREE = ("channels", "scaling_factor", "shift_factor", "vae_padding")  # and the encoder
@@ -136,7 +134,7 @@ class Mixture:
     def shares(self, chosen: Mapping[str, Ordinals] | None) -> dict[str, list[Share]]:
         """Of each bucket how many of the chosen samples each store has, and how often it is used.
 
-        `chosen` are ascending, of each bucket that is used; None: all samples. For a Schedule.
+        `chosen` are ascending, of each bucket that is used; None: all samples. For a BatchOrder.
         """
         found = {}
         for name in self.buckets if chosen is None else chosen:
@@ -189,9 +187,6 @@ class Mixture:
             places = np.flatnonzero((wanted >= first) & (wanted < last))
             if len(places):
                 yield part.store, part.store.buckets[bucket][wanted[places] - first], places
-
-
-Store = LatentStore | Mixture  # what reading samples needs; the two are alike
 
 
 def open_mixture(data: Sequence[str], generations: Sequence[int] | None = None) -> Mixture:

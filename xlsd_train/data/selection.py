@@ -5,59 +5,19 @@ whole and as it is written, by the store's index of tags.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 
+from xlsd_cache.dataset.selection import Mask, SampleStore
 from xlsd_cache.errors import UserError
 from xlsd_train.data.captions import CaptionColumns
-from xlsd_train.data.mixture import Mask, Ordinals, Store
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The samples of a store that are used, numbered 0, 1, ... within each bucket."""
-
-    sizes: dict[str, int]  # bucket -> how many of it; none is 0
-    of: int  # samples of the store
-    chosen: dict[str, Ordinals] | None = None  # ascending; None: all samples of every bucket
-
-    def __len__(self) -> int:
-        """Selected samples of all buckets."""
-        return sum(self.sizes.values())
-
-    def ordinals(self, bucket: str, numbers: Ordinals) -> Ordinals:
-        """The ordinals among the bucket's live samples of these selected ones."""
-        return numbers if self.chosen is None else self.chosen[bucket][numbers]
-
-    def rows(self, store: Store, numbers: Ordinals) -> Ordinals:
-        """Rows of `store.samples` of selected samples, counted through all buckets."""
-        names = list(self.sizes)
-        starts = np.cumsum([0, *self.sizes.values()])
-        bucket = np.searchsorted(starts, numbers, side="right") - 1
-        rows = np.empty(len(numbers), np.int64)
-        for at in np.unique(bucket).tolist():
-            of_it = bucket == at
-            ordinals = self.ordinals(names[at], numbers[of_it] - starts[at])
-            rows[of_it] = store.sample_index(names[at], ordinals)
-        return rows
-
-
-def columns_of(store: Store, caption: str | None) -> CaptionColumns:
+def columns_of(store: SampleStore, caption: str | None) -> CaptionColumns:
     """The columns of a --caption, by name or by default."""
     return CaptionColumns.parse(caption, store.caption_columns, store.root)
-
-
-def select(store: Store, mask: Mask) -> Selection:
-    """The samples that a mask leaves."""
-    if mask.all():
-        return Selection({name: len(rows) for name, rows in store.buckets.items()}, len(store))
-    chosen = {name: _of_bucket(store, name, mask) for name in store.buckets}
-    chosen = {name: ordinals for name, ordinals in chosen.items() if len(ordinals)}
-    sizes = {name: len(ordinals) for name, ordinals in chosen.items()}
-    return Selection(sizes, len(store), chosen)
 
 
 class TagFilter(NamedTuple):
@@ -68,7 +28,7 @@ class TagFilter(NamedTuple):
 
 
 def filter_by_tags(
-    store: Store, columns: Sequence[str], require: Sequence[str], forbid: Sequence[str]
+    store: SampleStore, columns: Sequence[str], require: Sequence[str], forbid: Sequence[str]
 ) -> TagFilter:
     """Samples with all the required tags and none of the forbidden, in any of the columns.
 
@@ -98,7 +58,7 @@ def filter_by_tags(
     return TagFilter(mask, tuple(unknown))
 
 
-def held_out_mask(store: Store, fraction: float) -> Mask:
+def held_out_mask(store: SampleStore, fraction: float) -> Mask:
     """Which samples validation alone may use: those whose content's hash is below the fraction.
 
     sha256 is as good as uniform, so its first 64 bits decide: the same image is always on the same
@@ -123,13 +83,8 @@ def evenly(mask: Mask, count: int) -> Mask:
     return some
 
 
-def _having(store: Store, columns: Sequence[str], tag: str) -> Mask:
+def _having(store: SampleStore, columns: Sequence[str], tag: str) -> Mask:
     mask = store.tagged(columns[0], tag)
     for column in columns[1:]:
         mask |= store.tagged(column, tag)
     return mask
-
-
-def _of_bucket(store: Store, bucket: str, mask: Mask) -> Ordinals:
-    ends = store.sample_index(bucket, np.array([0, len(store.buckets[bucket])]))
-    return np.flatnonzero(mask[slice(*ends.tolist())])

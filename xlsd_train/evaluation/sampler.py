@@ -12,14 +12,13 @@ from accelerate import Accelerator
 from PIL import Image
 
 from xlsd_cache.dataset import rng as draw
+from xlsd_cache.dataset.selection import SampleStore, Selection
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_cache.runtime.own_files import marking
 from xlsd_cache.vocabulary import Bucket
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns
-from xlsd_train.data.mixture import Store
-from xlsd_train.data.selection import Selection
 from xlsd_train.evaluation.images import Picture, draw_picture, pipeline_of, save_picture, sheet
 from xlsd_train.evaluation.prompts import read_lines, read_pictures
 from xlsd_train.model.bundle import ModelBundle
@@ -108,7 +107,7 @@ def _drawing(model: ModelBundle, device: torch.device) -> Iterator[None]:
 
 def read_prompts(
     config: TrainConfig,
-    store: Store,
+    store: SampleStore,
     selection: Selection,
     columns: CaptionColumns,
     before: Mapping[str, Any] | None,
@@ -141,7 +140,7 @@ def _literal(prompts: list[str], default: Picture) -> list[Picture]:
 
 
 def _captions(
-    config: TrainConfig, store: Store, selection: Selection, columns: CaptionColumns
+    config: TrainConfig, store: SampleStore, selection: Selection, columns: CaptionColumns
 ) -> list[str]:
     """Captions of selected samples, always the same."""
     parts, seed = config.caption_edits(), config.seed

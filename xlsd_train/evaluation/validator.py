@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from xlsd_cache.dataset import rng as draw
+from xlsd_cache.dataset.selection import Mask, Selection, select
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch, BatchSource
-from xlsd_train.data.mixture import Mask
-from xlsd_train.data.selection import Selection, evenly, select
+from xlsd_train.data.selection import evenly
 from xlsd_train.runs.bootstrap import Losses
 from xlsd_train.runs.validation_log import BANDS, LIVE, SETS
 from xlsd_train.step.distributed import ALONE, Processes
@@ -136,5 +136,5 @@ def make_validator(
     source: BatchSource, held: Mask, trains: Mask, count: int, batch: int
 ) -> Validator:
     """Over `count` of the samples that are held out and as many that train."""
-    parts = (select(source.store, evenly(mask, count)) for mask in (held, trains))
+    parts = (select(source.dataset.store, evenly(mask, count)) for mask in (held, trains))
     return Validator(source, dict(zip(SETS, parts, strict=True)), batch)

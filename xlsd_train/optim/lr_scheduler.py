@@ -6,14 +6,14 @@ A run that is stopped, early or for ever, had at every step the rate that it wou
 import math
 import re
 
-from xlsd_cache.dataset.batch_order import Schedule
+from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_cache.errors import UserError
 from xlsd_train.config.optimization import MOST_STEPS, Scheduler
 from xlsd_train.config.train import TrainConfig
 
 
 def planned_steps(
-    config: TrainConfig, schedule: Schedule, warmup_given: bool = True
+    config: TrainConfig, schedule: BatchOrder, warmup_given: bool = True
 ) -> tuple[int, float]:
     """Planned length and warm-up, in steps.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from xlsd_cache.dataset.batch_order import Schedule
+from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
@@ -22,7 +22,7 @@ log = logging.getLogger("xlsd.train.training")
 def announce(
     config: TrainConfig,
     record: dict[str, Any],
-    schedule: Schedule,
+    schedule: BatchOrder,
     named: dict[str, Parameter],
     run: Run,
 ) -> None:
@@ -88,7 +88,7 @@ def _measured(config: TrainConfig, record: dict[str, Any]) -> None:
             )
 
 
-def _length(config: TrainConfig, record: dict[str, Any], schedule: Schedule) -> None:
+def _length(config: TrainConfig, record: dict[str, Any], schedule: BatchOrder) -> None:
     """How long the run is to be, in all units that there are, and whether that is absurd."""
     planned, an_epoch = record["planned_steps"], schedule.batches_an_epoch / config.accum
     last = min(planned, config.stop_after or planned)

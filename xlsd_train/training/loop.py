@@ -245,7 +245,7 @@ def _say_epoch(session: Session, micro: Sequence[Batch]) -> None:
         if ended and (schedule.batches_an_epoch >= 20 or epoch.bit_count() == 1):
             used = schedule.images(epoch) - schedule.images(epoch - 1)
             there = schedule.samples_an_epoch
-            weighted = there != len(session.source.selection)
+            weighted = there != len(session.source.dataset)
             times = f"its store's weight x {epoch} times" if weighted else f"{epoch} times"
             log.info(
                 f"epoch {epoch} ended: it used {used} samples of {there}; so far each was used "

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch.nn import Parameter
 
 from xlsd_cache import __version__
-from xlsd_cache.dataset.batch_order import Schedule
+from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_cache.encoding.compatibility import decoder_told
 from xlsd_train.checkpoints.checkpoint import load_optimizer
 from xlsd_train.checkpoints.disk_space import needed, say_room, writing
@@ -51,7 +51,7 @@ class Session:
     accelerator: Accelerator
     processes: Processes
     run: Run
-    schedule: Schedule
+    schedule: BatchOrder
     source: BatchSource
     model: ModelBundle
     named: dict[str, Parameter]  # what trains
@@ -110,11 +110,11 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             model.reinitialise(named, config.phase, config.reinit, config.seed)
         sure = replace(config, objective=objective.kind)
         batch, plan, told, step_s = plan_batch(sure, run, samples.selection, model, accelerator)
-        schedule = Schedule(store.shares(samples.selection.chosen), batch, config.seed)
+        source = make_source(config, store, samples, batch, model, objective, accelerator)
+        schedule = source.sampler.order
         planned, warmup = run.compare_length(
             config, *planned_steps(config, schedule, "warmup" in given)
         )
-        source = make_source(config, store, samples, schedule, model, objective, accelerator)
         count = samples.measured
         validator = (
             make_validator(source, samples.held, samples.trains, count, batch) if count else None

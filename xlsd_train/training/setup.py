@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import CLIPTokenizer
 
-from xlsd_cache.dataset.batch_order import Schedule
+from xlsd_cache.dataset.dataset import LatentDataset
+from xlsd_cache.dataset.sampler import BucketBatchSampler
+from xlsd_cache.dataset.selection import Mask, Selection, select
 from xlsd_cache.encoding.hub import repository_of
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import device_of, set_precision
@@ -21,16 +23,9 @@ from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns, Captions
 from xlsd_train.data.loader import BatchSource
-from xlsd_train.data.mixture import Mask, Mixture
+from xlsd_train.data.mixture import Mixture
 from xlsd_train.data.noise import Noising
-from xlsd_train.data.selection import (
-    Selection,
-    TagFilter,
-    columns_of,
-    filter_by_tags,
-    held_out_mask,
-    select,
-)
+from xlsd_train.data.selection import TagFilter, columns_of, filter_by_tags, held_out_mask
 from xlsd_train.evaluation.validator import measured
 from xlsd_train.memory.planner import Planner, choose, limit_of
 from xlsd_train.model.bundle import ModelBundle, load_bundle
@@ -248,7 +243,7 @@ def plan_batch(
 
 
 def make_source(
-    config: TrainConfig, store: Mixture, samples: Samples, schedule: Schedule, model: ModelBundle,
+    config: TrainConfig, store: Mixture, samples: Samples, batch: int, model: ModelBundle,
     objective: Objective, accelerator: Accelerator,
 ) -> BatchSource:  # fmt: skip
     """What makes this process's part of any batch."""
@@ -257,7 +252,11 @@ def make_source(
     )
     stratified = config.timesteps == "stratified"
     noising = Noising(objective.first, objective.count, stratified, config.noise_offset)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    return BatchSource(
-        store, samples.selection, schedule, captions, samples.columns, noising, rank, processes
+    dataset = LatentDataset(
+        store, samples.columns.names[0], scaled=False, selection=samples.selection
     )
+    sampler = BucketBatchSampler(
+        dataset, batch, config.seed,
+        rank=accelerator.process_index, world_size=accelerator.num_processes,
+    )  # fmt: skip
+    return BatchSource(dataset, sampler, captions, samples.columns, noising)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.errors import UserError
 from xlsd_train.checkpoints.checkpoint import load_optimizer, prune, save_checkpoint
 from xlsd_train.optim.factory import numbers, set_numbers

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from tests.support import printed, train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.runtime.disk import held_bytes
 from xlsd_train.checkpoints.disk_space import _state_nbytes, needed
 from xlsd_train.config.train import TrainConfig

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import printed, train
+from xlsd_cache.dataset.selection import select
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.commands import tags
-from xlsd_train.data.selection import filter_by_tags, select
+from xlsd_train.data.selection import filter_by_tags
 
 Out = pytest.CaptureFixture[str]
 

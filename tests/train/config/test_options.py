@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import files, metrics, train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_train.config.train import TrainConfig
 
 Words = tuple[object, ...]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import metrics, printed, train
-from xlsd_cache.dataset.batch_order import Schedule
+from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_cache.errors import UserError
 from xlsd_train.config.recipes import FOLDER, Recipe, parse, shipped
 from xlsd_train.config.run_options import PlanConfig
@@ -81,7 +81,7 @@ def test_the_shipped_recipe_has_the_articles_rates(sizes: dict[str, int]) -> Non
     config = read("--recipe", "phase1-te").resolved()
     assert isinstance(config.batch, int)
     assert config.lr is not None
-    planned, warmup = planned_steps(config, Schedule(sizes, config.batch, config.seed))
+    planned, warmup = planned_steps(config, BatchOrder(sizes, config.batch, config.seed))
     assert 2811 <= planned <= 2815
     rates = [learning_rate(config.lr, warmup, n, config.scheduler, planned) for n in (200, 250)]
     assert [f"{rates[0]:.2g}", f"{rates[1]:.3g}"] == ["2.1e-06", "2.67e-06"]

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import cache, printed, train, write_images
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_train.data import caption_lengths as lengths
 
 

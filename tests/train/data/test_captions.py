@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from tests.support import cache, files, metrics, printed, train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.dataset import rng as draw
 from xlsd_cache.errors import UserError
 from xlsd_train.data.caption_edits import CaptionEdits

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.conftest import Open
+from tests.support.sessions import Open
+from xlsd_cache.dataset.sampler import BucketBatchSampler
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.data.loader import Batch, BatchSource, Loader
@@ -27,7 +28,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 def test_a_batch_is_what_the_store_and_the_draws_say(source: BatchSource, store: Path) -> None:
     for number in range(6):
-        slot = source.schedule.slot(number)
+        slot = source.sampler.order.slot(number)
         batch = source.make(slot)
         positions = slot.images_before + np.arange(len(slot.ordinals))
         with LatentStore.open(store) as ours:
@@ -41,6 +42,11 @@ def test_a_batch_is_what_the_store_and_the_draws_say(source: BatchSource, store:
         assert (batch.images, batch.images_before) == (len(positions), slot.images_before)
 
 
+def part_of(source: BatchSource, rank: int, processes: int) -> BucketBatchSampler:
+    size = source.sampler.batch_size
+    return BucketBatchSampler(source.dataset, size, rank=rank, world_size=processes)
+
+
 @pytest.mark.parametrize("processes", [2, 3, 7])
 @pytest.mark.parametrize("stratified", [False, True])
 def test_processes_cut_the_same_batch(
@@ -49,10 +55,11 @@ def test_processes_cut_the_same_batch(
     noising = Noising(1, 1000, stratified, offset=0.1)
     source = replace(source, noising=noising)
     for number in range(4):
-        slot = source.schedule.slot(number)
+        slot = source.sampler.order.slot(number)
         whole = source.make(slot)
         parts = [
-            replace(source, rank=rank, processes=processes).make(slot) for rank in range(processes)
+            replace(source, sampler=part_of(source, rank, processes)).make(slot)
+            for rank in range(processes)
         ]
         for name in ("latents", "noise", "timesteps", "input_ids"):
             joined = torch.cat([getattr(part, name) for part in parts])
@@ -61,7 +68,7 @@ def test_processes_cut_the_same_batch(
 
 
 def test_the_loader_gives_the_batches_in_order_from_anywhere(source: BatchSource) -> None:
-    expected = [source.make(source.schedule.slot(number)) for number in range(9)]
+    expected = [source.make(source.sampler.order.slot(number)) for number in range(9)]
     for first in (0, 4, 8):
         loader = Loader(source, first, 9, CPU)
         got = list(loader)
@@ -83,7 +90,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_loop(
     def damaged(*_: object) -> None:
         raise UserError("cannot read images/x.jpg")
 
-    monkeypatch.setattr(source.store, "read", damaged)
+    monkeypatch.setattr(source.dataset.store, "read", damaged)
     with pytest.raises(UserError, match="cannot read"):
         list(Loader(source, 0, 3, CPU))
 
@@ -105,6 +112,6 @@ def test_half_precision_latents_stay_as_stored(
 def test_stratified_timesteps_spread_over_each_batch(open_run: Open) -> None:
     source = open_run(timesteps="stratified").source
     for number in range(5):
-        batch = source.make(source.schedule.slot(number))
+        batch = source.make(source.sampler.order.slot(number))
         strata = batch.timesteps * batch.images // 1000
         assert sorted(strata.tolist()) == list(range(batch.images))

@@ -9,12 +9,13 @@ import pytest
 
 from tests.cache.encoding.test_vae import tiny
 from tests.support import cache, files, metrics, printed, train, write_images
-from xlsd_cache.dataset.batch_order import Schedule
+from xlsd_cache.dataset.batch_order import BatchOrder
+from xlsd_cache.dataset.selection import select
 from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.statistics import moments
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.data.mixture import Mixture, open_mixture
-from xlsd_train.data.selection import filter_by_tags, held_out_mask, select
+from xlsd_train.data.selection import filter_by_tags, held_out_mask
 
 Out = pytest.CaptureFixture[str]
 
@@ -163,7 +164,7 @@ def test_an_epoch_uses_each_image_as_often_as_its_stores_weight_says(
 
 
 def _uses(mixed: Mixture, epochs: int) -> dict[str, Counter[int]]:
-    schedule = Schedule(mixed.shares(None), 2, seed=0)
+    schedule = BatchOrder(mixed.shares(None), 2, seed=0)
     found: dict[str, Counter[int]] = {name: Counter() for name in schedule.names}
     for number in range(schedule.batches(epochs)):
         slot = schedule.slot(number)

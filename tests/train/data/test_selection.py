@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 
 from tests.support import cache, write_images
-from tests.train.conftest import Open
+from tests.support.sessions import Open
+from xlsd_cache.dataset.selection import Selection, select
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.data.selection import Selection, evenly, filter_by_tags, held_out_mask, select
+from xlsd_train.data.selection import evenly, filter_by_tags, held_out_mask
 
 
 def tagged_selection(
@@ -75,13 +76,12 @@ def test_a_tag_in_any_of_the_columns_counts(photos: Path, vae: Path, tmp_path: P
 def test_a_run_draws_every_selected_sample_as_often_and_no_other(open_run: Open) -> None:
     """Also over buckets of different sizes and batches that straddle epochs."""
     source = open_run(forbid_tags="astronaut,spoon", batch=2).source
-    texts, used, epochs = source.store.samples["txt"], Counter[int](), 7
-    assert len(source.selection) == 6
-    for number in range(source.schedule.batches(epochs)):
-        slot = source.schedule.slot(number)
-        ordinals, _, rows = source._part(slot)
-        assert np.array_equal(source.store.buckets[slot.bucket][ordinals], rows)
-        used.update(source.store.sample_index(slot.bucket, ordinals).tolist())
+    texts, used, epochs = source.dataset.store.samples["txt"], Counter[int](), 7
+    assert len(source.dataset.selection) == 6
+    for number in range(source.sampler.order.batches(epochs)):
+        slot = source.sampler.order.slot(number)
+        ordinals = source.dataset.selection.ordinals(slot.bucket, slot.ordinals)
+        used.update(source.dataset.store.sample_index(slot.bucket, ordinals).tolist())
     assert len(used) == 6
     assert set(used.values()) <= {epochs - 1, epochs, epochs + 1}
     assert not [row for row in used if {"astronaut", "spoon"} & set(texts[row].as_py().split(", "))]
@@ -90,12 +90,13 @@ def test_a_run_draws_every_selected_sample_as_often_and_no_other(open_run: Open)
 def test_latents_and_captions_of_a_batch_are_the_selected_samples_own(open_run: Open) -> None:
     source = open_run(require_tags="solo", batch=3).source
     for number in range(8):
-        slot = source.schedule.slot(number)
+        slot = source.sampler.order.slot(number)
         batch = source.make(slot)
-        rows = source._part(slot)[2]
-        assert np.array_equal(batch.latents.numpy(), source.store.read(slot.bucket, rows))
-        index = source.store.sample_index(slot.bucket, source._part(slot)[0])
-        texts = [source.store.samples["txt"][int(i)].as_py() for i in index]
+        ordinals = source.dataset.selection.ordinals(slot.bucket, slot.ordinals)
+        rows = source.dataset.store.buckets[slot.bucket][ordinals]
+        assert np.array_equal(batch.latents.numpy(), source.dataset.store.read(slot.bucket, rows))
+        index = source.dataset.store.sample_index(slot.bucket, ordinals)
+        texts = [source.dataset.store.samples["txt"][int(i)].as_py() for i in index]
         assert all("solo" in text for text in texts)
         assert np.array_equal(batch.input_ids, source.captions.tokenize(texts))
 
@@ -170,16 +171,16 @@ def test_a_part_is_spread_evenly(count: int) -> None:
 def test_no_held_out_image_is_ever_in_a_batch(open_run: Open) -> None:
     session = open_run(validation_fraction=0.4, batch=2)
     source = session.source
-    mask = held_out_mask(source.store, 0.4)
+    mask = held_out_mask(source.dataset.store, 0.4)
     assert 0 < mask.sum() < len(mask)
     seen = set()
     for number in range(40):
         slot = session.schedule.slot(number)
-        ordinals = source.selection.ordinals(slot.bucket, slot.ordinals)
+        ordinals = source.dataset.selection.ordinals(slot.bucket, slot.ordinals)
         batch = source.make(slot)
-        rows = source.store.buckets[slot.bucket][ordinals]
-        assert np.array_equal(batch.latents.numpy(), source.store.read(slot.bucket, rows))
-        seen |= set(source.store.sample_index(slot.bucket, ordinals).tolist())
+        rows = source.dataset.store.buckets[slot.bucket][ordinals]
+        assert np.array_equal(batch.latents.numpy(), source.dataset.store.read(slot.bucket, rows))
+        seen |= set(source.dataset.store.sample_index(slot.bucket, ordinals).tolist())
     assert seen == set(np.flatnonzero(~mask).tolist())
 
 
@@ -189,10 +190,12 @@ def test_tags_and_what_is_held_out_select_together(open_run: Open) -> None:
         validation_images=2,
     )  # fmt: skip
     source = session.source
-    held = held_out_mask(source.store, 0.4)
-    tagged = filter_by_tags(source.store, ["txt"], [], ["astronaut"]).mask
-    rows = source.selection.rows(source.store, np.arange(len(source.selection)))
+    held = held_out_mask(source.dataset.store, 0.4)
+    tagged = filter_by_tags(source.dataset.store, ["txt"], [], ["astronaut"]).mask
+    rows = source.dataset.selection.rows(
+        source.dataset.store, np.arange(len(source.dataset.selection))
+    )
     assert rows.tolist() == np.flatnonzero(tagged & ~held).tolist()
     assert session.validator is not None
     for selection in session.validator.sets.values():
-        assert tagged[selection.rows(source.store, np.arange(len(selection)))].all()
+        assert tagged[selection.rows(source.dataset.store, np.arange(len(selection)))].all()

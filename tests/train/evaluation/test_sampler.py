@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from tests.support import files, printed
-from tests.train.conftest import Open
+from tests.support.sessions import Open
+from xlsd_cache.dataset.selection import select
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns
-from xlsd_train.data.selection import select
 from xlsd_train.evaluation.images import Picture
 from xlsd_train.evaluation.sample_files import own_size
 from xlsd_train.evaluation.sampler import read_prompts, sample_size

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.support import files, metrics, printed, train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_train.runs.bootstrap import Losses, summary
 from xlsd_train.runs.layout import checkpoints
 from xlsd_train.runs.validation_log import (

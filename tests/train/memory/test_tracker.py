@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.demo.pipeline import make_networks
 from benchmarks.lib.allocations import peak_of
-from tests.train.conftest import bare_step
+from tests.support.sessions import bare_step
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.planner import Planner

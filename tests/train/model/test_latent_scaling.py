@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.cache.encoding.test_vae import tiny
 from tests.support import cache, files, metrics, train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_train.data.mixture import open_mixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tests.support import train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.model.bundle import load_bundle

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.demo.pipeline import make_networks
 from tests.support import files, train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.errors import UserError
 from xlsd_train.optim.ema import BLOCK, SIGMAS, Ema, keep_snapshots, packed, pinned, snapshots
 from xlsd_train.optim.ema_profiles import gamma_of

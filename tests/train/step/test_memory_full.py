@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.demo.pipeline import make_networks
-from tests.train.conftest import bare_step
+from tests.support.sessions import bare_step
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch

@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_snr
 
 from tests.support import files, metrics, printed, train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.errors import UserError
 from xlsd_train.step.objective import Objective, alphas_cumprod, make_objective
 from xlsd_train.weights.prediction_type import scheduler_for

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel
 
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_train.data.loader import Batch
 from xlsd_train.step.step import Plan, Step
 from xlsd_train.training.session import Session

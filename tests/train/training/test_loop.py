@@ -28,7 +28,7 @@ from tests.support import (
     wait_for,
     write_images,
 )
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.console.terminal import start
 from xlsd_cache.dataset.batch_order import Slot
 from xlsd_train.data.loader import Batch, BatchSource

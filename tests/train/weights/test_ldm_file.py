@@ -113,7 +113,8 @@ def test_a_v_file_samples_in_k_diffusion_as_in_diffusers(file: Path, network: Ne
     drawn = sample_euler(denoise, noise * sigmas[0], sigmas)
     assert drawn.isfinite().all()
     theirs = by_diffusers(network, noise, sigmas.tolist())
-    assert (drawn - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    # Rounding over the steps: 1e-5 of the largest on some processors, 1.2e-5 on others.
+    assert (drawn - theirs).abs().max() <= 3e-5 * theirs.abs().max()
     # Diffusers' own end of a schedule is another tiny number, so that its first sigma is 4096.
     default = by_diffusers(network, noise, None)
     assert (drawn - default).abs().max() <= 1e-3 * default.abs().max()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import train
-from tests.train.conftest import Open
+from tests.support.sessions import Open
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
