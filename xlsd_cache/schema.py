@@ -46,6 +46,7 @@ PLAN = pa.schema(
         ("ctime_ns", pa.int64()),  # where imported, and in logs of the first version
     ]
 )
+PLACE = ["bucket", "row"]  # of a latent
 LATER = frozenset({"inode", "ctime_ns"})  # columns that the first version's plans lack
 # Keys that leave training with a generation.
 REMOVED = pa.schema([("key", pa.string())])

@@ -35,13 +35,12 @@ from xlsd_cache.planning.plan import (
     refuse_lost_sources,
 )
 from xlsd_cache.planning.sessions import building
+from xlsd_cache.runtime.arrow import lookup, take_or_null
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.sources.scan import Scan, scan
 from xlsd_cache.store.identity import Identity, agree
 from xlsd_cache.store.manifest import Manifest
-from xlsd_cache.tables.columns import one
-from xlsd_cache.tables.names import look_up
 
 log = logging.getLogger("xlsd.cache.commands")
 
@@ -162,7 +161,7 @@ def _plan(
         rehash,
     )
     refuse_lost_sources(plan, known, set(found.names), set(config.forget))
-    keys = one(found.images["key"])
+    keys = found.images["key"].combine_chunks()
     if known.live.num_rows and pc.any(found.matches.missing()).as_py():
         former = former_names(manifest, rows_per_shard, keys)
         found = found.with_former_names(former, contents(plan, known))
@@ -189,8 +188,8 @@ def _encode(
     entries = planned.drop_columns(["reason", "detail"]).to_pylist()
     todo = by_unit(entries, rows_per_shard)
     now = manifest.live(generation)
-    at = look_up(one(planned["key"]), one(now["key"]))
-    now = now.take(pa.array(at, mask=at < 0))
+    at = lookup(planned["key"], now["key"])
+    now = take_or_null(now, at)
     same = pc.and_(*(pc.equal(now[name], planned[name]) for name in ("bucket", "row")))
     alive = pc.fill_null(same, False).to_pylist()
     live = {entry["key"]: entry for entry, is_alive in zip(entries, alive, strict=True) if is_alive}
@@ -305,6 +304,6 @@ def _check_space(
     manifest: Manifest, plan: Plan, known: Known, identity: Identity, rows_per_shard: int
 ) -> None:
     """Log what encoding will write, if anything. Raises UserError where the disk is too full."""
-    changed = pa.concat_arrays([pa.array(plan.removed, pa.string()), one(plan.entries["key"])])
+    changed = pa.concat_arrays([pa.array(plan.removed, pa.string()), *plan.entries["key"].chunks])
     live = known.live.filter(pc.invert(pc.is_in(known.live["key"], value_set=changed)))
     check_disk_space(manifest, pa.concat_tables([live, plan.entries]), identity, rows_per_shard)

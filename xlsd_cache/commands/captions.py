@@ -19,6 +19,7 @@ from xlsd_cache.integrity.accounting import save_accounting, saved_accounting
 from xlsd_cache.options import CaptionsOptions
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.log_state import former_names, read_live
+from xlsd_cache.runtime.arrow import lookup
 from xlsd_cache.runtime.atomic import sweep
 from xlsd_cache.runtime.threads import in_blocks
 from xlsd_cache.schema import PLAN
@@ -27,9 +28,8 @@ from xlsd_cache.sources.scan import named_roots, read_urls, records_of
 from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.index import make_view, save_view
 from xlsd_cache.store.manifest import Manifest
-from xlsd_cache.tables.columns import Rows, is_table, one
+from xlsd_cache.tables.columns import Rows, is_table
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
-from xlsd_cache.tables.names import look_up
 from xlsd_cache.tables.row_outcomes import NOBODY, Matches, Table
 
 log = logging.getLogger("xlsd.cache.commands")
@@ -98,8 +98,8 @@ def _log(
             images = _images(read_live(manifest, newest))
             _refuse_others(found, images)
         if missing:
-            former = former_names(manifest, rows_per_shard, one(images["key"]))
-            by_former_names(found, one(images["content_hash"]), former)
+            former = former_names(manifest, rows_per_shard, images["key"].combine_chunks())
+            by_former_names(found, images["content_hash"].combine_chunks(), former)
         for line in found.told():
             log.info(line)
         known = manifest.captions(newest)
@@ -200,14 +200,14 @@ def _changes(
     column: Column, images: pa.Table, known: pa.Table, found: Matches, *, clear: bool
 ) -> Changes:
     """What one column's captions would become, as against the log's."""
-    keys = one(images["key"])
+    keys = images["key"].combine_chunks()
     told = captions_of(found, keys, (column.name,))
-    has = pc.is_in(keys, value_set=one(told["key"]))
+    has = pc.is_in(keys, value_set=told["key"])
     delta = caption_changes(keys if clear else keys.filter(has), told, (column.name,), known)
     before = known.filter(pc.equal(known["column"], column.name))
-    had = look_up(one(delta["key"]), one(before["key"])) >= 0
+    had = lookup(delta["key"], before["key"]) >= 0
     empty = pc.equal(delta["text"], "").to_numpy()
-    placed = one(images["placed"])
+    placed = images["placed"].combine_chunks()
     return Changes(
         column.name,
         delta,
@@ -226,7 +226,7 @@ def _refuse_others(found: Matches, images: pa.Table) -> None:
     The source lay elsewhere when the store was built. Where its images lie beside these captions,
     they must be the store's own.
     """
-    told = [one(images[name]) for name in ("key", "size", "content_hash")]
+    told = [images[name].combine_chunks() for name in ("key", "size", "content_hash")]
     for row in found.moved().tolist():
         key, size, content = (column[int(found.image[row])].as_py() for column in told)
         data = found.own_image(row, key)
@@ -245,7 +245,7 @@ def _match(tables: list[Table], images: pa.Table) -> Matches:
     open_[found.image[found.image >= 0]] = False
     if open_.any() and any(table.rows.names_urls for table in tables):
         sources = images["source"].filter(pa.array(open_)).to_pylist()
-        urls = pc.replace_with_mask(one(images["url"]), pa.array(open_), read_urls(sources))
+        urls = pc.replace_with_mask(images["url"], pa.array(open_), read_urls(sources))
         at = images.schema.get_field_index("url")
         found = match(tables, images.set_column(at, "url", urls))
     return found

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.planning.log_state import find_places, unit_names
+from xlsd_cache.planning.log_state import unit_names
+from xlsd_cache.runtime.arrow import lookup_rows, take_or_null
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.bounded_files import read_json
+from xlsd_cache.schema import PLACE
 from xlsd_cache.store.manifest import Manifest, Unit
 
 
@@ -64,9 +66,9 @@ def account(
     units = unit_names(live, rows_per_shard)
     wanted = set(pc.unique(units).to_pylist())
     committed = manifest.commits({unit for unit in manifest.committed() if unit.name in wanted})
-    at = find_places(live, committed)
+    at = lookup_rows(live, committed, PLACE)
     has = pa.array(at >= 0)
-    rows = committed.take(pa.array(at, mask=at < 0))
+    rows = take_or_null(committed, at)
     reason, detail = (pc.if_else(has, rows[n], live[n]) for n in ("reason", "detail"))
     out = pc.not_equal(reason, "")
     done = np.asarray(pc.and_(has, pc.invert(out)))

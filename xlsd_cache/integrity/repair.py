@@ -24,8 +24,10 @@ from xlsd_cache.files.uri import read_source, stat_source
 from xlsd_cache.integrity.shard_check import Checked, Problem, verify_shard
 from xlsd_cache.integrity.verify import damaged_places
 from xlsd_cache.planning.generation import write_generation
+from xlsd_cache.planning.log_state import is_committed
+from xlsd_cache.runtime.arrow import lookup_rows
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
-from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLAN
+from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLACE, PLAN
 from xlsd_cache.store.commit import lock_path, planning, write_commit
 from xlsd_cache.store.live_rows import write_live
 from xlsd_cache.store.manifest import Unit
@@ -196,7 +198,6 @@ def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> 
         entries.append(entry)
     if not (entries or lost):
         return
-    given_up = [{"bucket": bucket, "row": row} for bucket, row in sorted(lost)]
     write_generation(
         manifest,
         store.identity,
@@ -204,23 +205,23 @@ def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> 
         pa.Table.from_pylist(entries, PLAN),
         [],
         CAPTIONS.empty_table(),
-        pa.Table.from_pylist(given_up, DAMAGED),
+        _places(lost),
     )
 
 
 def _at_risk(store: Checked, live: pa.Table, lost: set[tuple[str, int]]) -> NDArray[np.int64]:
     """Which live entries' places are lost or in no committed shard, in the order of the places."""
-    names = live["bucket"].combine_chunks().dictionary_encode()
-    rows, codes = live["row"].to_numpy(), names.indices.to_numpy()
-    committed = store.manifest.committed()
-    found = [np.empty(0, np.int64)]
-    for code, bucket in enumerate(names.dictionary.to_pylist()):
-        here = np.flatnonzero((codes == code) & (rows >= 0))
-        gone = [row for name, row in lost if name == bucket]
-        safe = [unit.shard for unit in committed if unit.bucket == bucket]
-        risky = np.isin(rows[here], gone) | ~np.isin(rows[here] // store.rows_per_shard, safe)
-        found.append(here[risky][np.argsort(rows[here[risky]])])
-    return np.concatenate(found)
+    is_safe = is_committed(store.manifest, live, store.rows_per_shard)
+    is_lost = lookup_rows(live, _places(lost), PLACE) >= 0
+    rows = live["row"].to_numpy()
+    at = np.flatnonzero((rows >= 0) & (is_lost | ~np.asarray(is_safe)))
+    buckets = live["bucket"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return at[np.lexsort([rows[at], buckets[at]])]
+
+
+def _places(lost: set[tuple[str, int]]) -> pa.Table:
+    """DAMAGED of these (bucket, row), sorted."""
+    return pa.Table.from_pylist([dict(zip(PLACE, it, strict=True)) for it in sorted(lost)], DAMAGED)
 
 
 def _planned(store: Checked, unit: Unit) -> dict[int, Entry]:

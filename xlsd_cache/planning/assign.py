@@ -11,9 +11,8 @@ from xlsd_cache.images.buckets import Buckets, Placement
 from xlsd_cache.images.decode import too_large
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.planning.log_state import Known
+from xlsd_cache.runtime.arrow import lookup
 from xlsd_cache.schema import PLAN
-from xlsd_cache.tables.columns import one
-from xlsd_cache.tables.names import look_up
 
 Mask = NDArray[np.bool_]
 
@@ -33,7 +32,7 @@ def place(images: pa.Table, facts: pa.Table, buckets: Buckets, max_pixels: int) 
     bucket, reason, detail = (
         pa.array([row[i] for row in placed], pa.string()).take(pa.array(which)) for i in range(3)
     )
-    unread = pc.not_equal(one(facts["reason"]), "")
+    unread = pc.not_equal(facts["reason"].combine_chunks(), "")
     n = images.num_rows
     crops = np.array([row[3] for row in placed], np.float64).reshape(-1, 4)[which]
     return pa.table(
@@ -45,8 +44,8 @@ def place(images: pa.Table, facts: pa.Table, buckets: Buckets, max_pixels: int) 
             bucket,
             pa.array(np.full(n, -1)),
             pa.array([""] * n, pa.string()),
-            pc.if_else(unread, one(facts["reason"]), reason),
-            pc.if_else(unread, one(facts["detail"]), detail),
+            pc.if_else(unread, facts["reason"].combine_chunks(), reason),
+            pc.if_else(unread, facts["detail"].combine_chunks(), detail),
             images["inode"],
             images["ctime_ns"],
         ],
@@ -65,9 +64,7 @@ def give_rows(entries: pa.Table, hashes: pa.Array, known: Known) -> tuple[pa.Tab
     block of a bucket is a random sample of it, and planning is repeatable.
     """
     placed = pc.equal(entries["reason"], "").to_numpy()
-    have = look_up(
-        pc.if_else(pc.equal(hashes, ""), None, hashes), one(known.content["content_hash"])
-    )
+    have = lookup(pc.if_else(pc.equal(hashes, ""), None, hashes), known.content["content_hash"])
     reused = placed & (have >= 0)
     fresh = placed & ~reused
     latent = known.content.take(pa.array(have, mask=~reused))
@@ -95,7 +92,7 @@ def _crops(matrix: NDArray[np.float64]) -> pa.Array:
 
 def crop_matrix(column: pa.ChunkedArray) -> NDArray[np.float64]:
     """float64 [n, 4]; a null's values are whatever they are."""
-    crops = one(column)
+    crops = column.combine_chunks()
     start = 4 * crops.offset
     values: NDArray[np.float64] = crops.values.to_numpy(zero_copy_only=False)
     return values[start : start + 4 * len(crops)].reshape(-1, 4)

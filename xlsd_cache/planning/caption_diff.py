@@ -1,39 +1,36 @@
-"""What the captions found say that the log does not."""
+"""Captions that differ between the scan and the log: what the next generation writes."""
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
+from xlsd_cache.runtime.arrow import Ints, lookup, take_or_null
 from xlsd_cache.schema import CAPTIONS
-from xlsd_cache.tables.columns import one
-from xlsd_cache.tables.names import look_up
 
 _SLICE = 1 << 20  # captions: their texts must stay below the 2 GiB of one Arrow array
 
 
 def caption_changes(
-    keys: pa.Array, new: pa.Table, columns: tuple[str, ...], known: pa.Table
+    keys: pa.Array, new: pa.Table, columns: tuple[str, ...], logged: pa.Table
 ) -> pa.Table:
-    """Captions of these images that differ from the log's, an empty text where one is gone."""
-    tables = [CAPTIONS.empty_table()]
+    """CAPTIONS of the images `keys` that differ from the log's; an empty text where one is gone."""
+    changes = [CAPTIONS.empty_table()]
     for column in columns:
-        said = [_texts(table, column, keys) for table in (new, known)]
+        new_texts, new_rows = _texts(new, column, keys)
+        old_texts, old_rows = _texts(logged, column, keys)
         for start in range(0, len(keys), _SLICE):
-            mine = keys.slice(start, _SLICE)
-            text, old = (
-                pc.fill_null(texts.take(pa.array(at, mask=at < 0)), "")
-                for texts, at in ((texts, at[start : start + _SLICE]) for texts, at in said)
-            )
-            differ = pc.not_equal(text, old)
-            changed, text = mine.filter(differ), pc.cast(text.filter(differ), pa.string())
-            named = pa.repeat(column, len(changed))
-            tables.append(pa.table([changed, named, text], schema=CAPTIONS))
-    return pa.concat_tables(tables)
+            part = slice(start, start + _SLICE)
+            text = pc.fill_null(take_or_null(new_texts, new_rows[part]), "")
+            old = pc.fill_null(take_or_null(old_texts, old_rows[part]), "")
+            differs = pc.not_equal(text, old)
+            changed = keys[part].filter(differs)
+            text = pc.cast(text.filter(differs), pa.string())
+            table = [changed, pa.repeat(column, len(changed)), text]
+            changes.append(pa.table(table, schema=CAPTIONS))
+    return pa.concat_tables(changes)
 
 
-def _texts(captions: pa.Table, column: str, keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
-    """A column's texts, and which is each key's, or -1. They may be more than 2 GiB."""
-    mine = captions.filter(pc.equal(captions["column"], column))
-    texts = pc.cast(mine["text"], pa.large_string())
-    return one(texts), look_up(keys, one(mine["key"]))
+def _texts(captions: pa.Table, column: str, keys: pa.Array) -> tuple[pa.Array, Ints]:
+    """A column's texts, which may pass 2 GiB, and the position of each key's text, or -1."""
+    captions = captions.filter(pc.equal(captions["column"], column))
+    texts = pc.cast(captions["text"], pa.large_string())
+    return texts.combine_chunks(), lookup(keys, captions["key"])

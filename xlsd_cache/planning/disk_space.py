@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.errors import UserError
+from xlsd_cache.planning.log_state import is_committed
 from xlsd_cache.runtime.disk import free_bytes, size
 from xlsd_cache.store.identity import Identity, bucket_shape
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CRC_NBYTES
-from xlsd_cache.tables.columns import one
 
 log = logging.getLogger("xlsd.cache.planning")
 
@@ -21,13 +21,7 @@ LOG_NBYTES = 512  # of the tables for one image, about: plan, commit record, ind
 def uncommitted_places(manifest: Manifest, table: pa.Table, rows_per_shard: int) -> pa.Table:
     """The rows of `table` (schema.PLAN) that have a place in a shard with no commit record."""
     table = table.filter(pc.greater_equal(table["row"], 0))
-    buckets = one(table["bucket"]).dictionary_encode()
-    names = buckets.dictionary.to_pylist()
-    done = [(names.index(u.bucket) << 40) + u.shard for u in manifest.committed()
-            if u.bucket in names]  # fmt: skip
-    codes = buckets.indices.to_numpy().astype(np.int64) << 40
-    units = codes + table["row"].to_numpy() // rows_per_shard
-    return table.filter(pa.array(~np.isin(units, np.array(done, np.int64))))
+    return table.filter(pc.invert(is_committed(manifest, table, rows_per_shard)))
 
 
 def bytes_to_write(

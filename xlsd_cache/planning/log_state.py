@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from xlsd_cache.schema import CAPTIONS, PLAN
-from xlsd_cache.store.manifest import Manifest, Unit, last_of
+from xlsd_cache.runtime.arrow import last_per_key, lookup_rows, take_or_null
+from xlsd_cache.schema import CAPTIONS, PLACE, PLAN
+from xlsd_cache.store.manifest import Manifest, Unit
 
 CONTENT = pa.schema(
     [PLAN.field(name) for name in ("content_hash", "size", "bucket", "row", "crop")]
@@ -37,14 +36,15 @@ def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
     committed = manifest.commits(manifest.committed())
     live = _as_committed(manifest.live(generation), committed)
     planned = manifest.planned(generation)
-    at = find_places(planned, committed)
-    said = committed.take(pa.array(at, mask=at < 0))
+    at = lookup_rows(planned, committed, PLACE)
+    said = take_or_null(committed, at)
     content = planned.set_column(
         planned.schema.get_field_index("content_hash"), "content_hash", said["content_hash"]
     ).filter(pc.fill_null(pc.equal(said["status"], "encoded"), False))
     content = content.filter(pc.not_equal(content["content_hash"], ""))  # of a mended record
-    good = find_places(content, manifest.damaged(generation)) < 0
-    content = last_of(content.filter(pa.array(good)).select(CONTENT.names), ["content_hash"])
+    good = lookup_rows(content, manifest.damaged(generation), PLACE) < 0
+    content = content.filter(pa.array(good)).select(CONTENT.names)
+    content = content.take(last_per_key(content, ["content_hash"]))
     return Known(
         live, content, next_free_rows(planned, rows_per_shard), manifest.captions(generation)
     )
@@ -56,9 +56,9 @@ def read_live(manifest: Manifest, generation: int) -> pa.Table:
 
 
 def _as_committed(live: pa.Table, committed: pa.Table) -> pa.Table:
-    at = find_places(live, committed)
+    at = lookup_rows(live, committed, PLACE)
     for name in ("content_hash", "reason", "detail"):
-        said = committed[name].take(pa.array(at, mask=at < 0))
+        said = take_or_null(committed[name], at)
         if name == "content_hash":  # of an image rejected unread
             said = pc.if_else(pc.equal(said, ""), None, said)
         live = live.set_column(
@@ -79,31 +79,15 @@ def former_names(manifest: Manifest, rows_per_shard: int, present: pa.Array) -> 
     units = {unit for unit in manifest.committed() if unit.name in wanted}
     committed = manifest.commits(units, ["row", "content_hash", "status"])
     committed = committed.filter(pc.equal(committed["status"], "encoded"))
-    at = find_places(lines, committed)
+    at = lookup_rows(lines, committed, PLACE)
     copies = pc.equal(lines["reason"], "duplicate")
     contents = pc.coalesce(
-        committed["content_hash"].take(pa.array(at, mask=at < 0)),
+        take_or_null(committed["content_hash"], at),
         pc.if_else(copies, lines["content_hash"], ""),
     )
     named = pa.table([lines["key"], lines["source"], contents], schema=FORMER)
-    return last_of(named.filter(pc.not_equal(contents, "")), ["key", "source"])
-
-
-def find_places(wanted: pa.Table, have: pa.Table) -> NDArray[np.int64]:
-    """For each row of `wanted` the row of `have` with the same (bucket, row), or -1."""
-    if not (wanted.num_rows and have.num_rows):
-        return np.full(wanted.num_rows, -1)
-    names = pc.unique(have["bucket"])
-
-    def places(table: pa.Table) -> NDArray[np.int64]:
-        buckets = pc.fill_null(pc.index_in(table["bucket"], value_set=names), -1).to_numpy()
-        places: NDArray[np.int64] = (buckets.astype(np.int64) << 40) + table["row"].to_numpy()
-        return np.where(buckets < 0, -1, places)
-
-    sought, there = places(wanted), places(have)
-    order = np.argsort(there, kind="stable")
-    at = order[np.minimum(np.searchsorted(there[order], sought), len(there) - 1)]
-    return np.where((there[at] == sought) & (sought >= 0), at, -1)
+    named = named.filter(pc.not_equal(contents, ""))
+    return named.take(last_per_key(named, ["key", "source"]))
 
 
 def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
@@ -112,12 +96,16 @@ def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(table["bucket"], shard, ".")
 
 
-def uncommitted(manifest: Manifest, generation: int, rows_per_shard: int) -> pa.Table:
-    """The planned rows (schema.PLAN) whose shard has no commit record yet."""
-    planned = manifest.planned(generation)
+def is_committed(manifest: Manifest, table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
+    """Whether the shard of each row of `table` (PLAN) has a commit record."""
     committed = pa.array([unit.name for unit in manifest.committed()], pa.string())
-    names = unit_names(planned, rows_per_shard)
-    return planned.filter(pc.invert(pc.is_in(names, value_set=committed)))
+    return pc.is_in(unit_names(table, rows_per_shard), value_set=committed)
+
+
+def uncommitted(manifest: Manifest, generation: int, rows_per_shard: int) -> pa.Table:
+    """The planned rows (PLAN) whose shard has no commit record yet."""
+    planned = manifest.planned(generation)
+    return planned.filter(pc.invert(is_committed(manifest, planned, rows_per_shard)))
 
 
 def by_unit(

@@ -14,13 +14,11 @@ from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.images.decode import MAX_PIXELS
 from xlsd_cache.planning.assign import crop_matrix, give_rows, place
 from xlsd_cache.planning.caption_diff import caption_changes
-from xlsd_cache.planning.log_state import Known, find_places
+from xlsd_cache.planning.log_state import Known
 from xlsd_cache.planning.probe import FILES, read_hashes, read_headers
 from xlsd_cache.planning.unchanged import SCANNED, Mask, among, compare, equal
-from xlsd_cache.schema import LATER, PLAN
-from xlsd_cache.store.manifest import last_of
-from xlsd_cache.tables.columns import one
-from xlsd_cache.tables.names import look_up
+from xlsd_cache.runtime.arrow import last_per_key, lookup, lookup_rows, take_or_null
+from xlsd_cache.schema import LATER, PLACE, PLAN
 
 Entry = dict[str, Any]  # one row of schema.PLAN
 # What a planning read so far, in staging until its plan is written. Those of --rehash are apart: it
@@ -64,8 +62,8 @@ def make_plan(
     """
     names = JOURNALS[2:] if rehash else JOURNALS[:2]
     headers, hashes = (staging and staging / name for name in names)
-    at = look_up(one(images["key"]), one(known.live["key"]))
-    logged = known.live.take(pa.array(at, mask=at < 0))
+    at = lookup(images["key"], known.live["key"])
+    logged = take_or_null(known.live, at)
     now = compare(images, logged, max_pixels, rehash, hashes, workers)
 
     open_, settled = pa.array(~now.settled), pa.array(now.settled)
@@ -87,15 +85,13 @@ def make_plan(
     moved = kept.filter(pa.array(~equal(kept, was, "source") | now.renewed[now.settled]))
     entries, fresh = entries.filter(pa.array(news)), fresh[news]
     entries = pa.concat_tables([moved, entries])
-    removed = known.live.filter(
-        pc.invert(pc.is_in(known.live["key"], value_set=one(images["key"])))
-    )
+    removed = known.live.filter(pc.invert(pc.is_in(known.live["key"], value_set=images["key"])))
     return Plan(
         entries,
         np.concatenate([np.zeros(moved.num_rows, bool), fresh]),
         removed["key"].to_pylist(),
         _leaving(known, removed, entries),
-        caption_changes(one(images["key"]), captions, columns, known.captions),
+        caption_changes(images["key"].combine_chunks(), captions, columns, known.captions),
     )
 
 
@@ -104,7 +100,8 @@ def contents(plan: Plan, known: Known) -> pa.Table:
     names = ["key", "content_hash"]
     placed = plan.entries.filter(pc.equal(plan.entries["reason"], ""))
     told = pa.concat_tables([known.live.select(names), placed.select(names)])
-    return last_of(told.filter(pc.not_equal(told["content_hash"], "")), ["key"])
+    told = told.filter(pc.not_equal(told["content_hash"], ""))
+    return told.take(last_per_key(told, ["key"]))
 
 
 def keep_unread_captions(plan: Plan) -> Plan:
@@ -122,15 +119,15 @@ def _leaving(known: Known, removed: pa.Table, entries: pa.Table) -> pa.Table:
     refused = entries.filter(pc.not_equal(entries["reason"], ""))
     gone = [removed]
     if refused.num_rows:
-        were = pc.is_in(known.live["key"], value_set=one(refused["key"]))
+        were = pc.is_in(known.live["key"], value_set=refused["key"])
         gone.append(known.live.filter(were))
     gone = pa.concat_tables(gone)
     gone = gone.filter(pc.equal(gone["reason"], ""))
-    gone = gone.filter(pa.array(find_places(gone, known.content) >= 0))
-    gone = gone.filter(pa.array(find_places(gone, entries) < 0))
-    at = look_up(one(gone["key"]), one(refused["key"]))
-    reason = pc.fill_null(one(refused["reason"]).take(pa.array(at, mask=at < 0)), "")
-    return pa.table({"key": one(gone["key"]), "reason": reason})
+    gone = gone.filter(pa.array(lookup_rows(gone, known.content, PLACE) >= 0))
+    gone = gone.filter(pa.array(lookup_rows(gone, entries, PLACE) < 0))
+    at = lookup(gone["key"], refused["key"])
+    reason = pc.fill_null(take_or_null(refused["reason"], at), "")
+    return pa.table({"key": gone["key"], "reason": reason})
 
 
 def refuse_lost_sources(plan: Plan, known: Known, names: Set[str], forget: Set[str]) -> None:
@@ -143,7 +140,7 @@ def refuse_lost_sources(plan: Plan, known: Known, names: Set[str], forget: Set[s
         return
     removed = pc.is_in(known.live["key"], value_set=pa.array(plan.removed, pa.string()))
     removed = known.live.filter(removed)
-    had = _owners(removed.filter(pa.array(find_places(removed, known.content) >= 0)))
+    had = _owners(removed.filter(pa.array(lookup_rows(removed, known.content, PLACE) >= 0)))
     for name, count in lost.items():
         if name not in names | forget and 2 * count > had[name]:
             raise UserError(
@@ -155,7 +152,7 @@ def refuse_lost_sources(plan: Plan, known: Known, names: Set[str], forget: Set[s
 
 def _owners(images: pa.Table) -> dict[str, int]:
     """Source name -> how many of the images are of it."""
-    owners = pc.replace_substring_regex(one(images["key"]), "/.*", "")
+    owners = pc.replace_substring_regex(images["key"].combine_chunks(), "/.*", "")
     return {count["values"]: count["counts"] for count in pc.value_counts(owners).to_pylist()}
 
 
@@ -189,7 +186,7 @@ def _facts(
 
 def _with_hashes(facts: pa.Table, hashes: pa.Array, where: Mask) -> pa.Table:
     """Facts with the content hashes that are known by now."""
-    content = pc.if_else(pa.array(where), hashes, one(facts["content_hash"]))
+    content = pc.if_else(pa.array(where), hashes, facts["content_hash"].combine_chunks())
     return facts.set_column(facts.num_columns - 1, "content_hash", content)
 
 
@@ -213,9 +210,9 @@ def _hashes(
     has_hash = pc.not_equal(kept["content_hash"], "").to_numpy()
     elsewhere = [known.content["size"].to_numpy(), kept_size, size[copy]]
     taken = np.isin(size, np.concatenate(elsewhere))
-    sizes = pc.cast(one(entries["size"]), pa.string())
-    looks = pc.binary_join_element_wise(sizes, one(facts["head"]), "+")
-    twins = look_up(looks, looks) != np.asarray(pc.index_in(looks, value_set=looks))
+    sizes = pc.cast(entries["size"].combine_chunks(), pa.string())
+    looks = pc.binary_join_element_wise(sizes, facts["head"].combine_chunks(), "+")
+    twins = lookup(looks, looks) != np.asarray(pc.index_in(looks, value_set=looks))
     twins = np.asarray(pc.is_in(looks, value_set=looks.filter(pa.array(twins))))
     wanted = placed & unknown & (taken | twins)
     rivals = ~has_hash & np.isin(kept_size, size[placed]) & (kept["row"].to_numpy() >= 0)
@@ -223,8 +220,8 @@ def _hashes(
     read = read_hashes(pa.concat_tables([t.select(FILES) for t in to_read]), journal, workers)
     count = int(wanted.sum())
     return (
-        _scatter(one(facts["content_hash"]), wanted, read.slice(0, count)),
-        _scatter(one(kept["content_hash"]), rivals, read.slice(count)),
+        _scatter(facts["content_hash"].combine_chunks(), wanted, read.slice(0, count)),
+        _scatter(kept["content_hash"].combine_chunks(), rivals, read.slice(count)),
     )
 
 
@@ -237,7 +234,7 @@ def _let_in_encoded(entries: pa.Table, hashes: pa.Array, known: Known) -> pa.Tab
     over = pc.equal(entries["reason"], "too_many_pixels")
     if not pc.any(over).as_py():
         return entries
-    encoded = pc.is_in(hashes, value_set=one(known.content["content_hash"]))
+    encoded = pc.is_in(hashes, value_set=known.content["content_hash"])
     over = pc.and_(over, encoded)
     for name in ("reason", "detail"):
         column = pc.if_else(over, "", entries[name])
@@ -252,22 +249,22 @@ def _settle_copies(
 
     Of several new ones the first by key is the original.
     """
-    placed = pc.and_(pc.equal(one(entries["reason"]), ""), pc.not_equal(hashes, ""))
+    placed = pc.and_(pc.equal(entries["reason"].combine_chunks(), ""), pc.not_equal(hashes, ""))
     mine = pc.if_else(placed, hashes, None)
-    claimed = pc.if_else(pc.greater_equal(one(kept["row"]), 0), kept_hashes, None)
-    original = look_up(mine, pc.if_else(pc.equal(claimed, ""), None, claimed))
+    claimed = pc.if_else(pc.greater_equal(kept["row"].combine_chunks(), 0), kept_hashes, None)
+    original = lookup(mine, pc.if_else(pc.equal(claimed, ""), None, claimed))
     first = pc.index_in(mine, value_set=mine, skip_nulls=True)
     later = np.asarray(pc.fill_null(pc.less(first, pa.array(np.arange(len(mine)))), False))
     copies = (original >= 0) | later
     told = pc.coalesce(
-        one(kept["key"]).take(pa.array(original, mask=original < 0)),
-        one(entries["key"]).take(first),
+        take_or_null(kept["key"].combine_chunks(), original),
+        entries["key"].combine_chunks().take(first),
     )
     values = {
         "content_hash": hashes,
-        "bucket": pc.if_else(copies, "", one(entries["bucket"])),
-        "reason": pc.if_else(copies, "duplicate", one(entries["reason"])),
-        "detail": pc.if_else(copies, told, one(entries["detail"])),
+        "bucket": pc.if_else(copies, "", entries["bucket"].combine_chunks()),
+        "reason": pc.if_else(copies, "duplicate", entries["reason"].combine_chunks()),
+        "detail": pc.if_else(copies, told, entries["detail"].combine_chunks()),
     }
     for name, column in values.items():
         entries = entries.set_column(PLAN.get_field_index(name), PLAN.field(name), column)

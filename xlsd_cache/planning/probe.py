@@ -28,11 +28,10 @@ from xlsd_cache.images.decode import (
 )
 from xlsd_cache.images.sandbox import decoders
 from xlsd_cache.outcomes import LIMITED, RETRIED, Rejected
+from xlsd_cache.runtime.arrow import lookup, take_or_null
 from xlsd_cache.runtime.bounded_files import parse_json
 from xlsd_cache.runtime.own_files import MARK, is_marked
 from xlsd_cache.runtime.threads import in_blocks
-from xlsd_cache.tables.columns import one
-from xlsd_cache.tables.names import look_up
 
 HEADERS = pa.schema(
     [
@@ -69,7 +68,7 @@ def read_hashes(
     files: pa.Table, journal: Path | None, workers: int, doing: str = "finding duplicates"
 ) -> pa.Array:
     """sha256 of `files`, aligned; empty where one cannot be read, which its encoding will say."""
-    return one(_read(files, HASHES, _hash, journal, workers, doing)["content_hash"])
+    return _read(files, HASHES, _hash, journal, workers, doing)["content_hash"].combine_chunks()
 
 
 def _header(workers: int, max_pixels: int, file: File) -> Row:
@@ -191,8 +190,8 @@ def _resume(
     except (ValueError, TypeError, pa.ArrowException):  # not ours, or of another version
         journal.unlink()
         return nothing
-    at = look_up(one(files["key"]), one(journaled["key"]))
-    there = journaled.take(pa.array(at, mask=at < 0))
+    at = lookup(files["key"], journaled["key"])
+    there = take_or_null(journaled, at)
     for name in _TIMES:
         same = pc.fill_null(pc.equal(there[name], files[name]), False)
         at = np.where(same, at, -1)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.text import read_lines
-from xlsd_cache.tables.columns import one
-from xlsd_cache.tables.names import canonical, last_part, look_up
+from xlsd_cache.runtime.arrow import lookup
+from xlsd_cache.tables.names import canonical, last_part
 
 log = logging.getLogger("xlsd.cache.sources")
 
@@ -62,13 +62,13 @@ def _named(given: str, images: pa.Table, *, must: bool = True) -> Mask:
 def _by_name(lines: list[str], folder: Path, images: pa.Table) -> Mask:
     names = canonical(pa.array(lines, pa.string()))
     paths = canonical(pa.array([str(folder / name) for name in lines], pa.string()))
-    key, source = canonical(one(images["key"])), canonical(one(images["source"]))
+    key, source = (canonical(images[name].combine_chunks()) for name in ("key", "source"))
     inside = pc.replace_substring_regex(key, "^[^/]*/", "")
     named = np.zeros(images.num_rows, bool)
     literal = np.zeros(len(lines), bool)  # a name with brackets in it is no pattern
     for wanted, have in ((key, names), (inside, names), (source, paths)):
-        named |= look_up(wanted, have) >= 0
-        literal |= look_up(have, wanted) >= 0
+        named |= lookup(wanted, have) >= 0
+        literal |= lookup(have, wanted) >= 0
     rest = [name for name, is_name in zip(names.to_pylist(), literal, strict=True) if not is_name]
     patterns = [f"{name}*" if name.endswith("/") else name for name in rest]
     patterns = [pattern for pattern in patterns if _WILD.search(pattern)]

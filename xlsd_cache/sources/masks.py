@@ -3,8 +3,6 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.tables.columns import one
-
 # x_mask.png beside x.jpg: OneTrainer writes -masklabel and -condlabel, SimpleTuner and ai-toolkit
 # _mask, webdataset samples .mask, .seg and .depth.
 MARK = (
@@ -19,7 +17,7 @@ def with_masks(images: pa.Table) -> pa.Table:
     Of `0000.image.jpg` and `0000.mask.png`, a webdataset sample, the second is a mask: up to the
     first dot as well a name is one's.
     """
-    key = one(images["key"])
+    key = images["key"].combine_chunks()
     marked = pc.match_substring_regex(key, MARK)
     if not pc.any(marked).as_py():
         return images

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import CAPTION_BYTES, Column, LeftOut, read_captions, read_object
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, is_image
+from xlsd_cache.runtime.arrow import lookup, take_or_null
 from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_cache.runtime.threads import in_blocks
 from xlsd_cache.schema import CAPTIONS, IMAGES
@@ -29,9 +30,8 @@ from xlsd_cache.sources.records import (
     given_table,
     row_records,
 )
-from xlsd_cache.tables.columns import TABLE_SUFFIXES, URLS, is_table, one
+from xlsd_cache.tables.columns import TABLE_SUFFIXES, URLS, is_table
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
-from xlsd_cache.tables.names import look_up
 from xlsd_cache.tables.row_outcomes import Matches
 
 _BLOCK = 256  # records a thread takes at once
@@ -65,8 +65,8 @@ class Scan:
         `former` (key, source, content_hash) are files that were encoded, `content` (key,
         content_hash) the images as they are now.
         """
-        at = look_up(self.keys, one(content["key"]))
-        hashes = one(content["content_hash"]).take(pa.array(at, mask=at < 0))
+        at = lookup(self.keys, content["key"])
+        hashes = take_or_null(content["content_hash"].combine_chunks(), at)
         by_former_names(self.matches, hashes, former)
         return self.with_rows()
 
@@ -74,7 +74,7 @@ class Scan:
         """With the captions beside the images and those of the rows matched with them."""
         tables = [self.beside, captions_of(self.matches, self.keys, self.columns)]
         captions = pa.concat_tables(tables)
-        mine = pc.is_in(captions["key"], value_set=one(self.images["key"]))
+        mine = pc.is_in(captions["key"], value_set=self.images["key"])
         return replace(self, captions=captions.filter(mine))
 
 
@@ -127,9 +127,10 @@ def scan(
         found.remarks.update(table.rows.remarks)
     beside = pa.concat_tables([CAPTIONS.empty_table(), *found.captions])
     kept = listed(with_masks(images), only, exclude)
+    keys = images["key"].combine_chunks()
     scanned = Scan(
         kept, beside, tuple(column.name for column in parsed), tuple(roots), tally.passed_over,
-        found.remarks, tally.damaged, bool(tally.unread), beside, matches, one(images["key"]),
+        found.remarks, tally.damaged, bool(tally.unread), beside, matches, keys,
         tally.notes(),
     )  # fmt: skip
     scanned = scanned.with_rows()
@@ -295,7 +296,7 @@ def _each_once(images: pa.Table, tally: Tally) -> pa.Table:
     """Sorted by key, with neither a key nor a file twice; the first source named wins."""
     order = pa.array(np.arange(images.num_rows))
     for column in ("source", "key"):
-        names = one(images[column])
+        names = images[column].combine_chunks()
         first = pc.equal(pc.index_in(names, value_set=names), order.slice(0, images.num_rows))
         kept = images.filter(pc.or_(first, pc.equal(names, "")))
         if kept.num_rows < images.num_rows:

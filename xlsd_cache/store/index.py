@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from xlsd_cache.runtime.arrow import Ints, last_per_key, lookup
 from xlsd_cache.runtime.arrow_files import map_table
 from xlsd_cache.runtime.atomic import replacing, temporary_path
 from xlsd_cache.runtime.bounded_files import JSON_BYTES, open_regular, parse_json, read_regular
 from xlsd_cache.schema import MOST_ROWS, SAMPLES
-from xlsd_cache.store.manifest import Manifest, Unit, is_bucket, last_rows
+from xlsd_cache.store.manifest import Manifest, Unit, is_bucket
 
 # Rows of a record batch, at most: its texts must stay below Arrow's 2 GiB. No batch holds rows of
 # two buckets, so a bucket's numbers lie in one piece up to here, and are mapped and not copied.
@@ -31,7 +32,6 @@ BATCH = 1 << 20
 _BUCKET = 1 << 40  # by how much two neighbouring buckets' places differ
 
 _OWN = SAMPLES.names[:-2]  # the columns that are the plan's
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _planned(manifest: Manifest, generation: int) -> tuple[Ints, Ints, list[str]
     """The lines of the plan that give an image a place, by place; the places; the buckets."""
     lines = manifest.plan_lines(generation, ["key", "bucket", "row"])
     buckets = sorted(pc.unique(lines["bucket"]).drop_null().to_pylist())
-    last = last_rows(lines, ["key"])
+    last = last_per_key(lines, ["key"])
     place = _places(lines, buckets)[last]
     order = np.argsort(place, kind="stable")
     order = order[np.searchsorted(place[order], 0) :]  # those without a place come first
@@ -145,7 +145,7 @@ def _committed(
     And of every line the latent's checksum.
     """
     lines = manifest.commits(units, ["row", "status", "crc32c"])
-    commit = _find(place, _places(lines, buckets))
+    commit = lookup(pa.array(place), pa.array(_places(lines, buckets)))
     encoded = commit >= 0
     encoded[encoded] = pc.equal(lines["status"], "encoded").to_numpy()[commit[encoded]]
     return commit, encoded, lines["crc32c"]
@@ -159,17 +159,6 @@ def _places(lines: pa.Table, buckets: list[str]) -> Ints:
     return np.where(rows < 0, -1, codes.astype(np.int64) * _BUCKET + rows)
 
 
-def _find(wanted: Ints, have: Ints) -> Ints:
-    """Where each of the ascending `wanted` is in `have`, or -1."""
-    order = np.argsort(have, kind="stable")
-    at = np.searchsorted(have, wanted, sorter=order)
-    found = np.full(len(wanted), -1)
-    inside = at < len(have)
-    candidates = order[at[inside]]
-    found[inside] = np.where(have[candidates] == wanted[inside], candidates, -1)
-    return found
-
-
 def _captions(
     manifest: Manifest, generation: int, column: str, keys: pa.ChunkedArray
 ) -> tuple[pa.ChunkedArray | None, Ints]:
@@ -178,7 +167,7 @@ def _captions(
     None where every text was taken back.
     """
     said_of = manifest.caption_lines(generation, column, "key")
-    last = last_rows(pa.table({"key": said_of}), ["key"])
+    last = last_per_key(pa.table({"key": said_of}), ["key"])
     found = pc.index_in(keys, value_set=said_of.take(last)).fill_null(len(last)).to_numpy()
     at = np.append(last, -1)[found]
     del said_of, found

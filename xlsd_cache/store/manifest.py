@@ -12,13 +12,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError, one_line
+from xlsd_cache.runtime.arrow import last_per_key
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.runtime.bounded_files import require_regular
 from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, LATER, MOST_ROWS, PLAN, REMOVED
@@ -125,7 +124,8 @@ class Manifest:
 
     def live(self, generation: int) -> pa.Table:
         """The plan at a generation: one row a key, the last said of it, removed keys left out."""
-        table = last_of(self.plan_lines(generation), ["key"])
+        table = self.plan_lines(generation)
+        table = table.take(last_per_key(table, ["key"]))
         return table.filter(pc.is_valid(table["row"]))  # a removal has a key and nothing else
 
     def planned(self, generation: int) -> pa.Table:
@@ -155,7 +155,8 @@ class Manifest:
     def captions(self, generation: int) -> pa.Table:
         """(key, column, text) at a generation, the last said of each; empty texts left out."""
         read = [read_log(path, CAPTIONS.names) for path in self._caption_files(generation)]
-        table = last_of(pa.concat_tables([CAPTIONS.empty_table(), *read]), ["key", "column"])
+        table = pa.concat_tables([CAPTIONS.empty_table(), *read])
+        table = table.take(last_per_key(table, ["key", "column"]))
         return table.filter(pc.not_equal(table["text"], ""))
 
     def plan_lines(self, generation: int, columns: Sequence[str] = PLAN.names) -> pa.Table:
@@ -267,24 +268,6 @@ def _readable(path: Path) -> Iterator[None]:
             f"cannot read {path}, a part of the store's log: {one_line(error)}; "
             f"`xlsd-cache check {store} --repair` mends what can be mended"
         ) from error
-
-
-def last_of(table: pa.Table, columns: list[str]) -> pa.Table:
-    """The last row of each distinct value of `columns`, in the order of those last rows."""
-    return table.take(last_rows(table, columns)) if table.num_rows else table
-
-
-def last_rows(table: pa.Table, columns: list[str]) -> NDArray[np.int64]:
-    """Where those rows are, ascending."""
-    codes, count = np.zeros(table.num_rows, np.int64), 1
-    for column in columns if table.num_rows else []:
-        encoded = table[column].dictionary_encode().chunks  # all by one dictionary
-        codes *= len(encoded[0].dictionary)
-        count *= len(encoded[0].dictionary)
-        codes += np.concatenate([chunk.indices.to_numpy() for chunk in encoded])
-    last = np.full(count, -1)
-    last[codes] = np.arange(table.num_rows)  # of what is assigned to one place, the last stays
-    return np.sort(last[last >= 0])
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from xlsd_cache.files.captions import Column, field_text, value_text
 from xlsd_cache.files.table_cells import embedded, follow, read_columns, table_schema
 from xlsd_cache.runtime.bounded_files import read_json
-from xlsd_cache.tables.columns import IDS, KEYS, NAMES, NOTHING, Rows, numbered, of_kind, one
+from xlsd_cache.tables.columns import IDS, KEYS, NAMES, NOTHING, Rows, numbered, of_kind
 
 PIXELS = ("image", "img", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp", "content", "data")
 # Nothing at all, a control character, white space that is no single blank, or any at an end.
@@ -97,7 +97,7 @@ def _captions(table: pa.Table, field: str) -> tuple[pa.Array, Counter[str]]:
     """The texts of a column, or of a field that structs and lists lead to."""
     values, rest = follow(table, field)
     if not rest:
-        return column_texts(one(values))
+        return column_texts(values.combine_chunks())
     texts: list[str | None] = []
     remarks: Counter[str] = Counter()
     for chunk in values.chunks:
@@ -168,7 +168,7 @@ def _names(table: pa.Table, field: str | None) -> pa.Array:
     """The column as strings, empty ones null."""
     if field is None:
         return pa.nulls(table.num_rows, pa.string())
-    names = one(follow(table, field)[0].cast(pa.string()))
+    names = follow(table, field)[0].cast(pa.string()).combine_chunks()
     return pc.if_else(pc.equal(names, ""), NOTHING, names)
 
 

@@ -97,11 +97,6 @@ def of_kind(file: Path, columns: tuple[Column, ...]) -> tuple[Column, ...]:
     return tuple(column for column in columns if column.kind == table_kind(file.name))
 
 
-def one(column: pa.ChunkedArray) -> pa.Array:
-    """The column as one array."""
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-
-
 def numbered(count: int) -> pa.Array:
     """Names for images that have none: 000000000, 000000001, ..."""
     digits = np.char.zfill(np.arange(count).astype(str), 9)

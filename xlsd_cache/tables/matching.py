@@ -22,17 +22,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from xlsd_cache.runtime.arrow import Ints, lookup, repeated, take_or_null, unique_or_null
 from xlsd_cache.schema import CAPTIONS
-from xlsd_cache.tables.columns import NOTHING, one
+from xlsd_cache.tables.columns import NOTHING
 from xlsd_cache.tables.names import (
-    Ints,
     below_folder,
     bisect,
     canonical,
     joined,
     last_part,
-    look_up,
-    only_once,
     stemmed,
 )
 from xlsd_cache.tables.row_outcomes import NOBODY, SEVERAL, How, Matches, Table
@@ -45,9 +43,9 @@ class Images:
     """What rows may be about: a table with the columns key, source and url, which may be null."""
 
     def __init__(self, images: pa.Table) -> None:
-        self.key, self.url = one(images["key"]), one(images["url"])
+        self.key, self.url = images["key"].combine_chunks(), images["url"].combine_chunks()
         # A member's place is left out: ARCHIVE//1536+48211/a.jpg is looked for as ARCHIVE/a.jpg.
-        location = one(images["source"])
+        location = images["source"].combine_chunks()
         if pc.any(pc.match_substring(location, "//")).as_py():
             location = pc.replace_substring_regex(location, "//[^/]*/", "/", max_replacements=1)
         if os.sep != "/":
@@ -169,11 +167,11 @@ def _by_file_name(
     bare = pc.invert(pc.match_substring(canonical(key), "/"))
     for names, have, may in ((path, files, True), (key, stemmed(files), bare)):
         wanted = last_part(pc.if_else(pa.array(open_), canonical(names), NOTHING))
-        alone = pc.if_else(may, only_once(wanted), NOTHING)
+        alone = pc.if_else(may, unique_or_null(wanted), NOTHING)
         _take(found, How.NAME, alone, have, at, scope)
         shared = pc.and_(pc.and_(pc.is_valid(wanted), pc.is_null(alone)), may)
         shared = pc.fill_null(shared, False).to_numpy(zero_copy_only=False)
-        found.image[at[shared & (look_up(wanted, have) >= 0)]] = SEVERAL
+        found.image[at[shared & (lookup(wanted, have) >= 0)]] = SEVERAL
     named = open_ & (found.image[at] >= 0)
     taken = np.isin(found.image[at], claimed)
     for row in np.flatnonzero(named & ~taken).tolist():
@@ -191,9 +189,9 @@ def by_former_names(found: Matches, content: pa.Array, former: pa.Table) -> None
     open_ = found.missing()
     before = Images(former.append_column("url", pa.nulls(former.num_rows, pa.string())))
     for wanted, have in ((found.path, before.location), (found.key, stemmed(before.location))):
-        at = look_up(pc.if_else(open_, wanted, NOTHING), have)
-        hashes = one(former["content_hash"]).take(pa.array(at, mask=at < 0))
-        now = look_up(hashes, only_once(content))
+        at = lookup(pc.if_else(open_, wanted, NOTHING), have)
+        hashes = take_or_null(former["content_hash"].combine_chunks(), at)
+        now = lookup(hashes, unique_or_null(content))
         for row in np.flatnonzero(now >= 0).tolist():  # few: those that were renamed
             if not os.path.lexists(wanted[row].as_py()):
                 found.image[row], found.how[row] = now[row], How.FORMER
@@ -237,7 +235,7 @@ def _take(
     if wanted.null_count == len(wanted):
         return
     wanted = pc.if_else(pa.array(image == NOBODY), wanted, NOTHING)
-    place = look_up(wanted, have)
+    place = lookup(wanted, have)
     hit = np.flatnonzero(place >= 0)
     if not len(hit):
         return
@@ -256,9 +254,7 @@ def _several(named: pa.Array, place: Ints, have: pa.Array) -> NDArray[np.bool_]:
     once[place] = True
     if pc.sum(there).as_py() == once.sum():
         return np.zeros(len(named), np.bool_)
-    counts = pc.value_counts(have.filter(there))
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    return np.asarray(pc.is_in(named, value_set=repeated))
+    return np.asarray(pc.is_in(named, value_set=repeated(have.filter(there))))
 
 
 def _located(table: Table, written: pa.Array) -> pa.Array:

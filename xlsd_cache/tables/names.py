@@ -1,15 +1,12 @@
-"""Columns of names: as they compare, their parts, and which of others they equal."""
+"""Columns of names (paths, keys): normalised for comparison, and split into their parts."""
 
 import os
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from xlsd_cache.tables.columns import NOTHING
+from xlsd_cache.runtime.arrow import Ints
 
-Ints = NDArray[np.int64]
 SUFFIX = r"\.[^./]*$"
 FOLDERS = r"^.*/"
 
@@ -38,23 +35,6 @@ def stemmed(names: pa.Array) -> pa.Array:
 def last_part(names: pa.Array) -> pa.Array:
     """The file names of paths."""
     return pc.replace_substring_regex(names, FOLDERS, "")
-
-
-def look_up(wanted: pa.Array, have: pa.Array) -> Ints:
-    """int64 [wanted]: where in `have` the last equal value is, or -1; a null equals nothing."""
-    if have.null_count == len(have) or wanted.null_count == len(wanted):
-        return np.full(len(wanted), -1)
-    backwards = have.take(pa.array(np.arange(len(have))[::-1]))
-    found = pc.index_in(wanted, value_set=backwards, skip_nulls=True)
-    at: Ints = pc.fill_null(found, len(have)).to_numpy().astype(np.int64)
-    return len(have) - 1 - at
-
-
-def only_once(names: pa.Array) -> pa.Array:
-    """The same, null where a name is there more than once."""
-    counts = pc.value_counts(names)
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    return pc.if_else(pc.is_in(names, value_set=repeated), NOTHING, names)
 
 
 def joined(arrays: list[pa.Array]) -> pa.Array:

@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache.files.table_cells import read_cell
+from xlsd_cache.runtime.arrow import Ints
 from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_cache.tables.columns import Rows
-from xlsd_cache.tables.names import Ints, joined
+from xlsd_cache.tables.names import joined
 
 NOBODY, SEVERAL = -1, -2  # in place of an image's number
 OWN_BYTES = 2**30  # of an image that is compared with the store's

@@ -19,7 +19,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, decode_text, field_text
 from xlsd_cache.files.folders import is_image
 from xlsd_cache.runtime.bounded_files import open_regular, parse_json
-from xlsd_cache.tables.columns import IDS, KEYS, NAMES, PATHS, Rows, of_kind, one
+from xlsd_cache.tables.columns import IDS, KEYS, NAMES, PATHS, Rows, of_kind
 
 _BLOCK = 65536  # rows
 _LINE_BYTES = 2**24  # the longest line or CSV field that is read
@@ -59,8 +59,8 @@ def read_text_table(file: Path, columns: tuple[Column, ...]) -> Rows:
             f"no rows in {file}{source.damage and ': '}{source.damage}; it must hold a JSON object "
             f"a line, an array or a dictionary of objects, or CSV with a header"
         )
-    captions = {column.name: one(table[column.name]) for column in columns}
-    told = {name: one(table[name]) for name in NAMES}
+    captions = {column.name: table[column.name].combine_chunks() for column in columns}
+    told = {name: table[name].combine_chunks() for name in NAMES}
     return Rows.make(file, told, captions=captions, remarks=remarks, damage=source.damage)
 
 

@@ -2,11 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from hypothesis import given
-from hypothesis import strategies as st
 
 from xlsd_cache.schema import CAPTIONS, PLAN
-from xlsd_cache.store.manifest import Manifest, Unit, last_of
+from xlsd_cache.store.manifest import Manifest, Unit
 
 
 def plan(*keys: str, row: int = 0) -> pa.Table:
@@ -21,21 +19,6 @@ def plan(*keys: str, row: int = 0) -> pa.Table:
 def captions(**texts: str) -> pa.Table:
     rows = [{"key": key, "column": "txt", "text": text} for key, text in texts.items()]
     return pa.Table.from_pylist(rows, CAPTIONS)
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xy"), st.integers())))
-def test_last_of_is_what_a_dictionary_would_keep(rows: list[tuple[str, str, int]]) -> None:
-    table = pa.table(
-        {
-            "key": pa.array([row[0] for row in rows], pa.string()),
-            "column": pa.array([row[1] for row in rows], pa.string()),
-            "value": pa.array([row[2] % 99 for row in rows], pa.int64()),
-        }
-    )
-    expected = {(key, column): value % 99 for key, column, value in rows}
-    kept = last_of(table, ["key", "column"]).to_pylist()
-    assert {(row["key"], row["column"]): row["value"] for row in kept} == expected
-    assert len(kept) == len(expected)
 
 
 def test_generations_add_up_and_old_ones_stay_readable(tmp_path: Path) -> None:

@@ -7,13 +7,11 @@ from hypothesis import strategies as st
 
 from xlsd_cache.files.captions import value_text
 from xlsd_cache.tables.arrow_tables import column_texts
-from xlsd_cache.tables.names import look_up, only_once
 
 # Every kind of white space and control character that Python knows, among others.
 TEXTS = st.text(
     st.sampled_from("ab, \t\r\n\0\x0b\x1c\x85\xa0\u2028\u2029\u3000\u200b写"), max_size=6
 )
-NAMES = st.lists(st.none() | st.sampled_from("abcde"), max_size=9)
 
 
 @given(st.lists(st.none() | TEXTS))
@@ -32,18 +30,3 @@ def test_columns_of_other_types_are_read_too(kind: pa.DataType) -> None:
     texts, remarks = column_texts(pa.array([value, None], kind))
     assert texts.to_pylist() == [value_text(value)[0], None]
     assert remarks == {"missing": 1}
-
-
-@given(NAMES, NAMES)
-def test_look_up_is_what_a_dictionary_would_find(
-    wanted: list[str | None], have: list[str | None]
-) -> None:
-    last = {name: i for i, name in enumerate(have) if name is not None}
-    found = look_up(pa.array(wanted, pa.string()), pa.array(have, pa.string()))
-    assert found.tolist() == [last.get(name, -1) if name else -1 for name in wanted]
-
-
-@given(NAMES)
-def test_a_name_that_is_there_twice_is_nobodys(names: list[str | None]) -> None:
-    kept = only_once(pa.array(names, pa.string())).to_pylist()
-    assert kept == [name if names.count(name) == 1 else None for name in names]
