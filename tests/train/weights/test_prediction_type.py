@@ -205,6 +205,7 @@ def test_another_unet_brings_what_it_predicts(
         caplog.clear()
     file = written("v_pred", "ztsnr")
     assert prediction_type(locate_model(str(model), unet=str(file)).scheduler) == "v_prediction"
+    caplog.clear()
     silent = tmp_path / "alone.safetensors"
     shutil.copy(model / "unet/diffusion_pytorch_model.safetensors", silent)
     assert locate_model(str(theirs), unet=str(silent)).scheduler == V  # of itself it says nothing
