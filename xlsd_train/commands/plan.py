@@ -94,7 +94,7 @@ def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         text_encoder = parts.text_encoder.config if parts.text_encoder else text_encoder
     else:
         if config.unet is not None:
-            unet = locate_network("unet", config.unet, unet, "--unet").config
+            unet = locate_network("unet", config.unet, unet).config
         if config.text_encoder is not None:
             text_encoder = locate_text_encoder(config.text_encoder, text_encoder)[0].config
     if config.tokens is not None:

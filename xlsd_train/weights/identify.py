@@ -1,10 +1,10 @@
-"""What a file of weights is, by its names and shapes, for the sentence that refuses it. Pure."""
+"""Identify a file of weights that is not a whole SD1.5, by its tensors' names and shapes. Pure."""
 
 from collections.abc import Iterable, Mapping
 
 from xlsd_train.weights.lazy_tensors import LazyTensor
 
-# The first that any name contains. Tests of what is rarer come first.
+# The first entry of which any tensor name contains a mark; rarer kinds are tested first.
 _BY_NAME = (
     (("lora_up", "lora_down", "lora_A", "lora_B", "lora.up", "hada_w1"), "a LoRA"),
     (("emb_params", "string_to_param"), "a textual inversion"),
@@ -20,7 +20,7 @@ _BY_NAME = (
 )
 UNET_ALONE, VAE_ALONE = "a UNet alone", "a VAE alone"
 TEXT_ENCODER_ALONE = "a text encoder alone"
-_PARTS = (  # by how names begin
+_BY_PREFIX = (
     (("model.diffusion_model.", "down_blocks.0.", "input_blocks.0."), UNET_ALONE),
     (("first_stage_model.", "quant_conv.", "decoder.conv_in."), VAE_ALONE),
     (("text_model.", "cond_stage_model.", "encoder.layers.0."), TEXT_ENCODER_ALONE),
@@ -30,7 +30,7 @@ _CONTEXT = "attn2.to_k.weight"
 
 
 def identify(tensors: Mapping[str, LazyTensor]) -> str | None:
-    """What these tensors are, as `a LoRA`, where they are no whole SD1.5; None where unknown."""
+    """What these tensors are, e.g. `a LoRA`, if not a whole SD1.5; None if unknown."""
     for marks, kind in _BY_NAME:
         if _any(tensors, marks):
             return kind
@@ -45,8 +45,8 @@ def identify(tensors: Mapping[str, LazyTensor]) -> str | None:
         return "an SD2"
     if 2048 in contexts:
         return "SDXL's UNet"
-    parts = [kind for marks, kind in _PARTS if any(name.startswith(marks) for name in tensors)]
-    return parts[0] if len(parts) == 1 else None
+    alone = [kind for marks, kind in _BY_PREFIX if any(name.startswith(marks) for name in tensors)]
+    return alone[0] if len(alone) == 1 else None
 
 
 def _any(names: Iterable[str], marks: tuple[str, ...]) -> bool:
@@ -55,7 +55,7 @@ def _any(names: Iterable[str], marks: tuple[str, ...]) -> bool:
 
 def remedy(kind: str | None) -> str:
     """What to do with a file of this kind."""
-    options = {UNET_ALONE: "--unet", TEXT_ENCODER_ALONE: "--text-encoder", VAE_ALONE: "--vae"}
-    if kind in options:
-        return f"; give it as {options[kind]}, beside a whole --model"
+    arguments = {UNET_ALONE: "unet", TEXT_ENCODER_ALONE: "text_encoder", VAE_ALONE: "vae"}
+    if kind in arguments:
+        return f"; pass it as {arguments[kind]} together with a whole model"
     return "; give a whole SD1.5"

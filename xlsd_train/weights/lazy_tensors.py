@@ -1,7 +1,7 @@
-"""Tensors on the disk, read one at a time and written one at a time.
+"""Lazy tensors: read from and written to safetensors files one at a time.
 
-So a model passes from one file to another in little more memory than its largest tensor. The
-format is safetensors': eight bytes of length, a JSON header, the tensors without gaps.
+Copying a model between files needs little more memory than its largest tensor. The format is
+safetensors': eight bytes of length, a JSON header, then the tensors without gaps.
 """
 
 import hashlib
@@ -42,14 +42,14 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MOST_OLD = 2**34  # bytes of a pickle that has to be read whole
-MOST_HEADER = 2**25  # bytes; SD1.5's has 130,000, and with much metadata some have millions
+MOST_OLD = 2**34  # bytes of a pickle in the older format, which is read at once
+MOST_HEADER = 2**25  # bytes; SD1.5's has 130,000, and files with much metadata have millions
 HASH, UNKNOWN = "modelspec.hash_sha256", "0x" + "_" * 64
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is asked for."""
+    """A tensor whose values are read on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,74 +58,75 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Its size on the disk."""
+        """Size on disk."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def reshaped(self, *shape: int) -> "LazyTensor":
-        """The same numbers in another shape."""
+        """The same values in another shape."""
         return replace(self, shape=shape, read=lambda: self.read().reshape(shape))
 
     def to(self, dtype: torch.dtype, what: str = "") -> "LazyTensor":
-        """In another dtype; integers stay.
+        """Cast to another dtype; integer tensors are left alone.
 
-        Reading raises OverflowError, which names `what`, where the dtype cannot hold a number.
+        Reading raises OverflowError, with `what` in its message, if a value overflows the dtype.
         """
         if dtype == self.dtype or not self.dtype.is_floating_point:
             return self
 
         def read() -> Tensor:
-            old = self.read()
-            new = old.to(dtype)
-            if not is_finite(new) and is_finite(old):
-                most = old.abs().max().item()
-                raise OverflowError(f"{what or self.name}, {count(new)}, the largest {most:g}")
-            return new
+            original = self.read()
+            cast = original.to(dtype)
+            if not is_finite(cast) and is_finite(original):
+                largest = original.abs().max().item()
+                raise OverflowError(f"{what or self.name}, {count(cast)}, the largest {largest:g}")
+            return cast
 
         return replace(self, dtype=dtype, read=read)
 
 
 def in_memory(tensor: Tensor) -> LazyTensor:
-    """A tensor that is there already."""
+    """Wrap a tensor that is in memory."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def open_tensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors of a .safetensors file, or of a pickle that runs no code; and its metadata.
+    """The tensors and metadata of a .safetensors file, or of a pickle that runs no code.
 
-    Raises UserError for a file that is neither, is cut short, or could run code.
+    Raises UserError for a file that is neither, is truncated, or could run code.
     """
     try:
         if not path.is_file():
-            raise UserError(f"cannot read {path}: it is no file; give one of weights")
+            raise UserError(f"cannot read {path}: no such file; give a file of weights")
         if _is_pickle(path):
             return _open_pickle(path), {}
         check_length(path)
         with safe_open(path, "pt") as checked, path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header, was = parse_json(file.read(length)), os.fstat(file.fileno())
-            stored = {}
+            header, stat = parse_json(file.read(length)), os.fstat(file.fileno())
+            tensors = {}
             for name in checked.keys():  # noqa: SIM118 - it is no mapping
-                it = header[name]
-                shape, dtype = tuple(it["shape"]), DTYPES[it["dtype"]]
-                read = partial(_read, path, was, 8 + length + it["data_offsets"][0], shape, dtype)
-                stored[name] = LazyTensor(shape, dtype, read, name)
-            return stored, dict(checked.metadata() or {})
+                entry = header[name]
+                shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+                offset = 8 + length + entry["data_offsets"][0]
+                read = partial(_read, path, stat, offset, shape, dtype)
+                tensors[name] = LazyTensor(shape, dtype, read, name)
+            return tensors, dict(checked.metadata() or {})
     except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise UserError(
-            f"cannot read {path}: {_why(path, error)}; fetch or write it anew"
+            f"cannot read {path}: {_why(path, error)}; download or write it again"
         ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file of our own. Raises ValueError for what is none."""
+    """All tensors of a .safetensors file of our own. Raises ValueError for any other file."""
     if not path.is_file():
         raise ValueError("it is missing")
     check_length(path)
     try:
-        found: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(_why(path, error)) from error
-    return found
+    return tensors
 
 
 def write_tensors(
@@ -133,18 +134,21 @@ def write_tensors(
 ) -> None:
     """Write a .safetensors file, holding one tensor at a time.
 
-    The metadata gains modelspec.hash_sha256, of all that follows the header. Raises what reading
-    a tensor raises, and leaves half a file then: write under a temporary name.
+    Adds modelspec.hash_sha256, of everything after the header, to the metadata. Raises what
+    reading a tensor raises and then leaves a partial file, so write under a temporary name.
     """
-    # Wider ones first, so that each begins at a multiple of its own size; then as given.
+    # Wider dtypes first, so that each tensor is aligned to its element size; then as given.
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {**metadata, HASH: UNKNOWN}}
     end = 0
     for name in order:
-        it, begin = tensors[name], end
-        end += it.nbytes
-        about = {"dtype": CODES[it.dtype], "shape": it.shape, "data_offsets": [begin, end]}
-        header[name] = about
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -158,43 +162,45 @@ def write_tensors(
 
 
 def compare_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Read a file back with safetensors itself; RuntimeError where it is not these, bit for bit."""
+    """Read a file back and compare bit for bit. Raises RuntimeError for any difference."""
     written, _ = open_tensors(path)
     if written.keys() != tensors.keys():
         raise RuntimeError(f"{path} holds other names than were written")
-    for name, there in written.items():
-        ours = tensors[name]
-        same = (there.shape, there.dtype) == (ours.shape, ours.dtype)
-        # By their hashes, so that never two of them are in memory.
-        if not same or _digest(there.read()) != _digest(ours.read()):
+    for name, actual in written.items():
+        expected = tensors[name]
+        same = (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+        # By hash, so that only one of the two is in memory at a time.
+        if not same or _digest(actual.read()) != _digest(expected.read()):
             raise RuntimeError(f"{path}: {name} is not what was written")
 
 
 def sha256_of(path: Path) -> str:
-    """Of the whole file, as model sites list it."""
+    """SHA-256 of the whole file, as model sites list it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(
-    path: Path, was: os.stat_result, at: int, shape: tuple[int, ...], dtype: torch.dtype
+    path: Path, stat: os.stat_result, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """A tensor of a file whose header is known, which to parse for each would take a second.
+    """Read one tensor at its offset; parsing the header for each would take a second.
 
-    Read, for pages of a file that stays mapped would count as our memory. Raises OSError where it
-    is another file by now.
+    Not mapped: pages of a mapped file count as our memory. Raises OSError if the file was replaced.
     """
     tensor = torch.empty(shape, dtype=dtype)
     with path.open("rb", buffering=0) as file:
         now = os.fstat(file.fileno())
-        if (now.st_ino, now.st_size, now.st_mtime_ns) != (was.st_ino, was.st_size, was.st_mtime_ns):
+        if any(
+            getattr(now, field) != getattr(stat, field)
+            for field in ("st_ino", "st_size", "st_mtime_ns")
+        ):
             raise OSError(f"{path} was replaced while it was read")
-        file.seek(at)
+        file.seek(offset)
         left = _bytes(tensor).data
         while left and (count := file.readinto(left)):
             left = left[count:]
         if left:
-            raise OSError(f"{path} was cut short while it was read")
+            raise OSError(f"{path} was truncated while it was read")
     return tensor
 
 
@@ -208,34 +214,31 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def check_length(path: Path) -> None:
-    """Raises ValueError for a header longer than its file, or than any; nothing else is read."""
+    """Raises ValueError for a header longer than its file or than any; reads nothing else."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(100)
-    if told := _other(head):
-        raise ValueError(told)
+    if other := _other_format(head):
+        raise ValueError(other)
     length = int.from_bytes(head[:8], "little")
     if len(head) < 9 or not head[8:].lstrip().startswith(b"{"):
-        raise ValueError("it is no .safetensors file, or its header is cut short")
+        raise ValueError("it is no .safetensors file, or its header is truncated")
     if length > min(size - 8, MOST_HEADER):
-        most = "and it has {size}" if length > size - 8 else "more than any has"
-        raise ValueError(
-            f"its header claims {length} bytes, {most.format(size=size)}, so it is cut short or "
-            f"damaged"
-        )
+        limit = f"the file has {size}" if length > size - 8 else f"the limit is {MOST_HEADER}"
+        raise ValueError(f"its header claims {length} bytes ({limit}): it is truncated or damaged")
 
 
-def _other(head: bytes) -> str:
-    """What a file is by its first bytes, where people often have it in place of weights."""
+def _other_format(head: bytes) -> str:
+    """By a file's first bytes, what people often have in place of weights; "" for the rest."""
     if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of git LFS and not the file itself"
+        return "it is a git LFS pointer, not the file itself"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page"
     return ""
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether torch.save wrote it, in its zip format or the older one."""
+    """Whether torch.save wrote the file, in its zip format or the older one."""
     with path.open("rb") as file:
         head = file.read(9)
     # A safetensors header begins with { after its length, and no pickle has one there.
@@ -244,55 +247,53 @@ def _is_pickle(path: Path) -> bool:
 
 def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     try:
-        held = _loaded(path)
-    # The bytes of a stranger have the unpickler raise errors of all kinds.
-    except Exception as error:
+        state = _unpickled(path)
+    except Exception as error:  # an untrusted file can make the unpickler raise anything
         names = re.search(r"GLOBAL (\S+)", str(error))
-        told = f"it holds {names[1]}, so" if names else "damaged, or"
+        why = f"it holds {names[1]}, so loading it" if names else "it is damaged, or loading it"
         raise UserError(
-            f"{path} is a pickle that is no bare weights: {told} loading it could run code; give "
-            f"the .safetensors of it"
+            f"{path} is a pickle of more than weights: {why} could run code; use the model's "
+            f".safetensors file"
         ) from error
-    while isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
-        held = held["state_dict"]
-    items = held.items() if isinstance(held, dict) else ()
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    items = state.items() if isinstance(state, dict) else ()
     tensors = {str(name): value for name, value in items if isinstance(value, Tensor)}
     for name, value in tensors.items():
         if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in CODES:
             raise UserError(
-                f"{path}: {name} is no plain tensor but {value.layout} of {value.dtype} on "
-                f"{value.device}; give the .safetensors of it"
+                f"{path}: {name} is not a plain tensor but {value.layout} of {value.dtype} on "
+                f"{value.device}; use the model's .safetensors file"
             )
     return {name: replace(in_memory(value), name=name) for name, value in tensors.items()}
 
 
-def _loaded(path: Path) -> Any:
-    """What torch saved there, by an unpickler that makes tensors and plain values only.
+def _unpickled(path: Path) -> Any:
+    """What torch.save wrote, loaded by an unpickler of tensors and plain values only.
 
-    Of the zip format the tensors stay on the disk until they are read. Raises whatever damage makes
-    it stumble over.
+    Tensors of the zip format are memory-mapped. Raises errors of any kind for a damaged file.
     """
     with path.open("rb") as file:
         if file.read(1) == b"\x80":  # the older format
             if path.stat().st_size > MOST_OLD:
-                raise ValueError("it is larger than any of its kind")
+                raise ValueError(f"it is larger than {MOST_OLD} bytes")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    held = sum(member.file_size for member in members)
-    pickled = max((it.file_size for it in members if it.filename.endswith(".pkl")), default=0)
-    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if packed or held > path.stat().st_size or pickled > MOST_HEADER:  # torch packs nothing
+    total = sum(member.file_size for member in members)
+    pickled = max((m.file_size for m in members if m.filename.endswith(".pkl")), default=0)
+    compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if compressed or total > path.stat().st_size or pickled > MOST_HEADER:  # torch only stores
         raise ValueError("it claims more than it holds")
-    if path.suffix == ".safetensors":  # whose suffix torch.load believes
+    if path.suffix == ".safetensors":  # torch.load goes by the suffix
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _why(path: Path, error: Exception) -> str:
-    """In words: what a broken file is, as far as its first bytes and its length tell."""
+    """What is wrong with a .safetensors file, by its header and its length."""
     if not isinstance(error, SafetensorError):
         return one_line(error)
     size = path.stat().st_size
@@ -300,10 +301,10 @@ def _why(path: Path, error: Exception) -> str:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = parse_json(file.read(length))
-            spans = [it["data_offsets"][1] for name, it in header.items() if name[:2] != "__"]
-            needs = 8 + length + max(spans, default=0)
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"]
+            needs = 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return f"it is no .safetensors file, or its header is damaged ({error})"
     if needs <= size:
         return f"its header is damaged ({error})"
-    return f"its header speaks of {needs} bytes and it has {size}, so it is cut short or damaged"
+    return f"its header describes {needs} bytes and the file has {size}: truncated or damaged"

@@ -1,19 +1,19 @@
-"""A model as latent-diffusion's single file: all names and shapes; nothing is read here."""
+"""A model as latent-diffusion's single file: all keys and shapes, without reading any weights."""
 
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 
-from xlsd_train.weights import ldm_keys as names
+from xlsd_train.weights import ldm_keys
 from xlsd_train.weights.lazy_tensors import LazyTensor, in_memory
 from xlsd_train.weights.network import POSITIONS, Network, empty_network, ldm_names
 from xlsd_train.weights.prediction_type import V_PRED, ZTSNR, has_zero_snr, prediction_type
 
-# Where noise is all there is, other programs (ComfyUI, A1111) have this for 0, whose SNR has no
-# logarithm and whose sigma no number.
+# At zero terminal SNR other programs (ComfyUI, A1111) use this in place of 0, whose log SNR and
+# sigma are infinite.
 LAST_ALPHA_BAR = 4.8973451890853435e-08
-_PREFIX = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.TEXT_ENCODER}
+_PREFIX = {"unet": ldm_keys.UNET, "vae": ldm_keys.VAE, "text_encoder": ldm_keys.TEXT_ENCODER}
 
 
 def single_file(
@@ -23,48 +23,48 @@ def single_file(
     scheduler: dict[str, Any],
     dtype: torch.dtype,
 ) -> dict[str, LazyTensor]:
-    """The tensors of v1-5-pruned-emaonly.safetensors but its two counters of a moving average.
+    """The tensors of v1-5-pruned-emaonly.safetensors except its two EMA counters; `marks` for v.
 
-    And `marks`, where it predicts v.
-    Networks in `dtype`; what is no network stays as it is: the text encoder's position_ids and the
-    noise schedule, which other programs make themselves or take from here.
+    The networks are in `dtype`. The text encoder's position_ids and the noise schedule, which
+    other programs compute or read from here, keep their own.
     """
     tensors: dict[str, LazyTensor] = {}
-    for part in (unet, text_encoder, vae):
-        for name, (key, _) in ldm_names(part.kind, empty_network(part.kind, part.config)).items():
-            stored = part.tensors[name].to(dtype, f"{part.kind}'s {name}")
-            if part.kind == "vae" and names.is_vae_conv(name):
-                stored = stored.reshaped(*stored.shape, 1, 1)
-            tensors[_PREFIX[part.kind] + key] = stored
+    for network in (unet, text_encoder, vae):
+        kind = network.kind
+        for name, (key, _) in ldm_names(kind, empty_network(kind, network.config)).items():
+            tensor = network.tensors[name].to(dtype, f"{kind}'s {name}")
+            if kind == "vae" and ldm_keys.is_vae_conv(name):
+                tensor = tensor.reshaped(*tensor.shape, 1, 1)
+            tensors[_PREFIX[kind] + key] = tensor
     positions = text_encoder.tensors[POSITIONS].shape[0]
     ids = torch.arange(positions).view(1, -1)
-    tensors[f"{names.TEXT_ENCODER}text_model.embeddings.position_ids"] = in_memory(ids)
-    said = schedule(scheduler) | marks(scheduler)
-    return tensors | {name: in_memory(value) for name, value in said.items()}
+    tensors[f"{ldm_keys.TEXT_ENCODER}text_model.embeddings.position_ids"] = in_memory(ids)
+    buffers = noise_schedule(scheduler) | marks(scheduler)
+    return tensors | {name: in_memory(value) for name, value in buffers.items()}
 
 
 def marks(scheduler: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The empty tensors by whose names programs know what a file predicts; none for eps and flow.
+    """Empty tensors whose keys mark a v-prediction model; none for eps and flow.
 
-    Forge, ComfyUI (for SDXL) and others look whether the names are there, and at nothing else.
+    Forge, ComfyUI (for SDXL) and others only test whether the keys exist.
     """
     v = prediction_type(scheduler) == "v_prediction"
-    names = [V_PRED] * v + [ZTSNR] * (v and has_zero_snr(scheduler))
-    return {name: torch.zeros(0) for name in names}
+    keys = [V_PRED] * v + [ZTSNR] * (v and has_zero_snr(scheduler))
+    return {key: torch.zeros(0) for key in keys}
 
 
-def schedule(scheduler: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """LDM's buffers of a noise schedule, f32 [T] each, from diffusers' config of it; all finite.
+def noise_schedule(scheduler: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """LDM's buffers of a noise schedule, f32 [T] each and finite, from diffusers' config.
 
     Its register_schedule (ddpm.py) after Ho, Jain, Abbeel 2020, arXiv 2006.11239: posterior
     variance and mean are eq. 6 and 7.
     """
-    made: Any = DDPMScheduler.from_config(scheduler)
-    beta = made.betas.double()  # from here in f64: 1 - bar is small at first
-    whole = (1 - beta).cumprod(0)
-    bar = whole.clamp(min=LAST_ALPHA_BAR)
+    ddpm: Any = DDPMScheduler.from_config(scheduler)
+    beta = ddpm.betas.double()  # f64 from here on: 1 - bar is small at first
+    exact = (1 - beta).cumprod(0)
+    bar = exact.clamp(min=LAST_ALPHA_BAR)
     before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
-    beta = torch.where(bar == whole, beta, 1 - bar / before)
+    beta = torch.where(bar == exact, beta, 1 - bar / before)
     variance = beta * (1 - before) / (1 - bar)
     buffers = {
         "betas": beta,

@@ -1,8 +1,8 @@
-"""The names of weights: diffusers' folder against the single file of latent-diffusion (LDM). Pure.
+"""State dict keys: from diffusers' folders to latent-diffusion's (LDM's) single files. Pure.
 
-LDM numbers the UNet's blocks in one row (openaimodel.py of CompVis/latent-diffusion): a block of
-diffusers with L layers is L + 1 of its rooms, the last of which samples down; going up the last
-also samples up. So names follow from the number of layers, and nothing is listed.
+LDM numbers the UNet's blocks consecutively (openaimodel.py of CompVis/latent-diffusion): a block of
+diffusers with L layers is L + 1 of LDM's, the last of which downsamples; on the way up the last
+also upsamples. So keys follow from the number of layers, and none are listed.
 """
 
 import re
@@ -47,10 +47,10 @@ _BLOCK = re.compile(
 
 
 def unet_name(name: str, layers: int, attended: list[bool]) -> str:
-    """LDM's name, without its prefix, of a weight of the UNet.
+    """LDM's key, without its prefix, of a weight of the UNet.
 
-    `layers` are layers_per_block; `attended` says which up blocks have attention, first to last.
-    Raises KeyError for a name that SD1.5's UNet has not.
+    `layers` is layers_per_block; `attended` says which up blocks have attention, first to last.
+    Raises KeyError for a key that SD1.5's UNet does not have.
     """
     ends = [(ours, theirs) for ours, theirs in _UNET_ENDS.items() if name.startswith(f"{ours}.")]
     if ends:
@@ -63,18 +63,19 @@ def unet_name(name: str, layers: int, attended: list[bool]) -> str:
     if side == "mid":
         return f"middle_block.{2 * number if kind == 'resnets' else 1}.{rest}"
     last = kind in ("downsamplers", "upsamplers")
-    room = block * (layers + 1) + (layers if last else number)
+    index = block * (layers + 1) + (layers if last else number)
     if side == "down":
-        place = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}[kind]
-        return f"input_blocks.{room + 1}.{place}.{rest.removeprefix('conv.') if last else rest}"
-    place = {"resnets": "0", "attentions": "1", "upsamplers": "2" if attended[block] else "1"}[kind]
-    return f"output_blocks.{room}.{place}.{rest}"
+        module = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}[kind]
+        return f"input_blocks.{index + 1}.{module}.{rest.removeprefix('conv.') if last else rest}"
+    upsampler = "2" if attended[block] else "1"
+    module = {"resnets": "0", "attentions": "1", "upsamplers": upsampler}[kind]
+    return f"output_blocks.{index}.{module}.{rest}"
 
 
 def vae_name(name: str, blocks: int) -> str:
-    """LDM's name, without its prefix, of a weight of the VAE with so many blocks a side.
+    """LDM's key, without its prefix, of a weight of a VAE with `blocks` blocks in each half.
 
-    Raises KeyError for a name that SD1.5's VAE has not.
+    Raises KeyError for a key that SD1.5's VAE does not have.
     """
     if "_block" not in name:
         return name.replace("conv_norm_out", "norm_out")
@@ -86,10 +87,10 @@ def vae_name(name: str, blocks: int) -> str:
     rest = rest.replace("conv_shortcut", "nin_shortcut")
     if side == "mid":
         return f"{coder}.mid.block_{number + 1}.{rest}"
-    if side == "up":  # LDM counts from the latents' far end
+    if side == "up":  # LDM counts from the image's end
         block = blocks - 1 - block
-    place = {"resnets": f"block.{number}", "downsamplers": "downsample", "upsamplers": "upsample"}
-    return f"{coder}.{side}.{block}.{place[kind]}.{rest}"
+    module = {"resnets": f"block.{number}", "downsamplers": "downsample", "upsamplers": "upsample"}
+    return f"{coder}.{side}.{block}.{module[kind]}.{rest}"
 
 
 def is_vae_conv(name: str) -> bool:
@@ -98,7 +99,7 @@ def is_vae_conv(name: str) -> bool:
 
 
 def modern_vae_name(name: str) -> str:
-    """Today's name in diffusers of a weight of the VAE, of which older folders call four others."""
+    """Today's key in diffusers of a weight of the VAE; older folders have four other names."""
     layer, _, end = name.rpartition(".")
     head, _, last = layer.rpartition(".")
     if ".attentions." in name and last in _OLD_VAE_ATTENTION:
@@ -107,12 +108,12 @@ def modern_vae_name(name: str) -> str:
 
 
 def ema_name(name: str) -> str:
-    """The name of a UNet weight's moving average, of its LDM name without prefix (LDM's ema.py)."""
+    """The key of a UNet weight's moving average, from its LDM key without prefix (LDM's ema.py)."""
     return EMA + f"diffusion_model.{name}".replace(".", "")
 
 
 def _block(name: str) -> tuple[str, int, str, int, str]:
-    """(down, mid or up; block; kind; number; the rest) of the name of a weight in a block."""
+    """(down, mid or up; block; kind; number; the rest) of the key of a weight in a block."""
     match = _BLOCK.fullmatch(name)
     if not match:
         raise KeyError(name)

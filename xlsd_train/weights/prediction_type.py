@@ -1,14 +1,12 @@
-"""What a model predicts: as a scheduler's config says it, and as files do, by several conventions.
+"""The prediction type of a model, from a scheduler's config or by the conventions of single files.
 
-A single file has no scheduler. What it predicts is said, where it is said at all, by
+A single file has no scheduler. Its prediction type is in the first of these that has one:
 
-  NAME.yaml beside it        model.params.parameterization, which A1111 and Forge read
+  NAME.yaml next to it       model.params.parameterization, which A1111 and Forge read
   its keys v_pred and ztsnr  empty tensors, which Forge, ComfyUI (for SDXL) and others read
   its header                 our configs; modelspec.prediction_type; sd-scripts'
                              ss_v_parameterization and ss_zero_terminal_snr
-  scheduler/ beside it       as in a pipeline's folder
-
-and of that order the first one counts.
+  scheduler/ next to it      as in a pipeline's folder
 """
 
 import logging
@@ -28,11 +26,11 @@ from xlsd_train.weights.lazy_tensors import LazyTensor
 
 log = logging.getLogger("xlsd.train.weights")
 
-V_PRED, ZTSNR = "v_pred", "ztsnr"  # names of empty tensors
-# What a scheduler's config says of the objective; all else in it is the noise schedule's.
-_OURS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "use_flow_sigmas")
+V_PRED, ZTSNR = "v_pred", "ztsnr"  # keys of empty tensors
+# The keys of a scheduler's config that depend on the objective; the others are the noise schedule.
+_OBJECTIVE = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "use_flow_sigmas")
 _ZERO = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-_WORDS = {  # as it is written somewhere, in lower case and with underscores -> diffusers' word
+_TYPES = {  # a spelling, in lower case and with underscores -> diffusers' prediction_type
     **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
     **dict.fromkeys(("v_prediction", "v", "v_pred", "vpred", "velocity"), "v_prediction"),
     **dict.fromkeys(("flow_prediction", "flow", "rectified_flow"), "flow_prediction"),
@@ -55,27 +53,27 @@ _SCHEDULER = {
     "rescale_betas_zero_snr": _TRUTH, "steps_offset": int, "set_alpha_to_one": _TRUTH,
     "use_flow_sigmas": _TRUTH, "flow_shift": _NUMBER, "shift": _NUMBER, "timestep_spacing": str,
 }  # fmt: skip
-_NEARLY_ZERO = 1e-6  # abar of a schedule's end: of zero terminal SNR less, of SD1.5's own 0.0047
+_NEARLY_ZERO = 1e-6  # final alpha bar: lower with zero terminal SNR; SD1.5's own is 0.0047
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What one place says."""
+    """What one place declares; None for what it does not say."""
 
     where: str
-    kind: str | None  # diffusers' word
+    prediction: str | None  # diffusers' prediction_type
     zero_snr: bool | None = None
 
 
 def prediction_type(scheduler_config: Mapping[str, Any]) -> str:
-    """As the scheduler's config says, in diffusers' words."""
+    """Diffusers' prediction_type of a scheduler's config, or flow_prediction."""
     if str(scheduler_config.get("_class_name", "")).startswith("FlowMatch"):
         return "flow_prediction"
     return str(scheduler_config.get("prediction_type", "epsilon"))
 
 
 def known_scheduler(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The config. Raises UserError for a class or a value that no model of SD1.5's kind has."""
+    """The config. Raises UserError for a class or a value that no SD1.5-like model has."""
     name = str(config.get("_class_name", "PNDMScheduler"))
     why = misfit(config, _SCHEDULER)
     if name.removesuffix("Scheduler") not in _SCHEDULERS:
@@ -86,34 +84,32 @@ def known_scheduler(config: dict[str, Any], where: str) -> dict[str, Any]:
     if not why and schedule not in _BETAS:
         why = f"beta_schedule is {schedule}"
     if why:
-        raise UserError(
-            f"{where} says of no noise schedule known here: {why}; give an SD1.5's scheduler"
-        )
+        raise UserError(f"{where} has an unsupported noise schedule: {why}; use SD1.5's scheduler")
     return config
 
 
 def has_zero_snr(scheduler_config: Mapping[str, Any]) -> bool:
-    """Whether its noise schedule ends in noise alone (arXiv 2305.08891)."""
+    """Whether the noise schedule ends at zero terminal SNR, in pure noise (arXiv 2305.08891)."""
     return bool(scheduler_config.get("rescale_betas_zero_snr"))
 
 
 def scheduler_for(kind: Kind, scheduler_config: dict[str, Any]) -> dict[str, Any]:
-    """The model's scheduler config, made to say what it will predict and how to sample it.
+    """The model's scheduler config, changed to a new prediction type and how to sample it.
 
-    v: zero terminal SNR and trailing timesteps, as arXiv 2305.08891, sections 3.1 to 3.3, wants.
+    v: zero terminal SNR and trailing timesteps, following arXiv 2305.08891, sections 3.1 to 3.3.
     flow: diffusers' DPM-Solver with sigma = t / T, which StableDiffusionPipeline can drive;
-    FlowMatchEulerDiscreteScheduler lacks what that pipeline asks of a scheduler.
+    FlowMatchEulerDiscreteScheduler lacks methods that this pipeline calls.
     Raises UserError for a flow model's scheduler, which has no betas to train eps or v on.
     """
-    said = prediction_type(scheduler_config)
-    if kind == "eps" and said == "epsilon":
+    current = prediction_type(scheduler_config)
+    if kind == "eps" and current == "epsilon":
         return scheduler_config
-    if kind != "flow" and said == "flow_prediction" and "beta_start" not in scheduler_config:
+    if kind != "flow" and current == "flow_prediction" and "beta_start" not in scheduler_config:
         raise UserError(
             f"--objective {kind} needs a noise schedule, and the model's "
-            f"{scheduler_config['_class_name']} has none; take --objective flow"
+            f"{scheduler_config['_class_name']} has none; use --objective flow"
         )
-    kept = {key: value for key, value in scheduler_config.items() if key not in _OURS}
+    kept = {key: value for key, value in scheduler_config.items() if key not in _OBJECTIVE}
     if kind == "eps":
         return {**kept, "prediction_type": "epsilon"}
     kept["_class_name"] = "DPMSolverMultistepScheduler"
@@ -129,63 +125,63 @@ def file_scheduler(
     tensors: Mapping[str, LazyTensor],
     header: Mapping[str, str],
     own: dict[str, Any] | None,
-    beside: dict[str, Any] | None,
+    nearby: dict[str, Any] | None,
 ) -> dict[str, Any] | None:
-    """The scheduler's config of a single file, from all that it says; None where nothing does.
+    """A single file's scheduler config, from all that declares it; None if nothing does.
 
-    `own` is the one in its header, `beside` that of the folder in which it lies. Warns where two
-    places disagree.
+    `own` is the one in its header, `nearby` that of its folder. Warns if two places disagree.
     """
     said = [*_by_yaml(path.with_suffix(".yaml")), *_by_keys(tensors)]
     said += [Declared("its own scheduler", prediction_type(own), has_zero_snr(own))] if own else []
     said += _by_header(path, header)
-    if beside:
-        said.append(Declared("scheduler/ beside it", prediction_type(beside), has_zero_snr(beside)))
-    found = own or beside
+    if nearby:
+        kind, zero = prediction_type(nearby), has_zero_snr(nearby)
+        said.append(Declared("scheduler/ next to it", kind, zero))
+    base = own or nearby
     if not said:
-        return found
-    kind = _first(path, "prediction type", [(it.where, it.kind) for it in said])
-    agree = [it for it in said if it.kind in (None, kind)]
-    zero = _first(path, "zero terminal SNR", [(it.where, it.zero_snr) for it in agree])
-    if zero is None:
-        zero = _ends_in_noise(tensors)
-    return _scheduler(str(kind or "epsilon"), bool(zero), found or sd15.SCHEDULER)
+        return base
+    prediction = _first(path, "prediction type", [(it.where, it.prediction) for it in said])
+    agreeing = [it for it in said if it.prediction in (None, prediction)]
+    zero_snr = _first(path, "zero terminal SNR", [(it.where, it.zero_snr) for it in agreeing])
+    if zero_snr is None:
+        zero_snr = _ends_in_noise(tensors)
+    return _scheduler(str(prediction or "epsilon"), bool(zero_snr), base or sd15.SCHEDULER)
 
 
-def _scheduler(kind: str, zero: bool, found: dict[str, Any]) -> dict[str, Any]:
-    """A config that says both, as the found one where that does already."""
-    if kind == prediction_type(found) and (
-        kind == "flow_prediction" or zero == has_zero_snr(found)
+def _scheduler(prediction: str, zero_snr: bool, base: dict[str, Any]) -> dict[str, Any]:
+    """A config with both; `base` itself if it has them already."""
+    if prediction == prediction_type(base) and (
+        prediction == "flow_prediction" or zero_snr == has_zero_snr(base)
     ):
-        return found
-    if kind == "flow_prediction":
-        return scheduler_for("flow", found)
-    if prediction_type(found) == "flow_prediction" and "beta_start" not in found:
-        found = sd15.SCHEDULER
-    kept = {key: value for key, value in found.items() if key not in _OURS}
-    kept["prediction_type"] = kind
-    if zero:  # SD1.5's own scheduler, PNDM, does not know it
+        return base
+    if prediction == "flow_prediction":
+        return scheduler_for("flow", base)
+    if prediction_type(base) == "flow_prediction" and "beta_start" not in base:
+        base = sd15.SCHEDULER
+    kept = {key: value for key, value in base.items() if key not in _OBJECTIVE}
+    kept["prediction_type"] = prediction
+    if zero_snr:  # SD1.5's own scheduler, PNDM, does not support it
         kept |= {"_class_name": "DPMSolverMultistepScheduler", **_ZERO}
     return kept
 
 
-def _first(path: Path, what: str, told: list[tuple[str, Any]]) -> Any:
-    """What the first place says that says anything; warns where another one disagrees."""
-    known = [(where, value) for where, value in told if value is not None]
+def _first(path: Path, what: str, values: list[tuple[str, Any]]) -> Any:
+    """The first place's value that is not None; warns if another place disagrees."""
+    known = [(where, value) for where, value in values if value is not None]
     for where, value in known[1:]:
         if value != known[0][1]:
-            beside = path.with_suffix(".yaml").name
-            remedy = f"; a {beside} beside it, with model.params.parameterization, would decide it"
+            sidecar = path.with_suffix(".yaml").name
+            remedy = f"; to override, put {sidecar} next to it with model.params.parameterization"
             log.warning(
                 f"{path}: two places disagree on its {what}: {known[0][0]} says {known[0][1]} and "
-                f"{where} {value}: the first is taken" + remedy * (known[0][0] != beside)
+                f"{where} {value}: using the first" + remedy * (known[0][0] != sidecar)
             )
             break
     return known[0][1] if known else None
 
 
 def _by_keys(tensors: Mapping[str, LazyTensor]) -> Iterator[Declared]:
-    """Of the second alone the type is not known; where neither is, nothing is said."""
+    """By two keys: ztsnr alone leaves the prediction type open."""
     zero = True if ZTSNR in tensors else None
     if V_PRED in tensors:
         yield Declared(f"its key {V_PRED}", "v_prediction", zero)
@@ -196,42 +192,40 @@ def _by_keys(tensors: Mapping[str, LazyTensor]) -> Iterator[Declared]:
 def _by_header(path: Path, header: Mapping[str, str]) -> Iterator[Declared]:
     name = "modelspec.prediction_type"
     if name in header:
-        yield Declared(name, _word(path, name, header[name]))
-    told = {
-        name: _truth(header.get(name)) for name in ("ss_v_parameterization", "ss_zero_terminal_snr")
-    }
-    v, zero = told.values()
+        yield Declared(name, _type_of(path, name, header[name]))
+    names = ("ss_v_parameterization", "ss_zero_terminal_snr")
+    v, zero = (_boolean(header.get(name)) for name in names)
     if v is not None:
-        yield Declared("ss_v_parameterization", "v_prediction" if v else "epsilon")
+        yield Declared(names[0], "v_prediction" if v else "epsilon")
     if zero is not None:
-        yield Declared("ss_zero_terminal_snr", None, zero)
+        yield Declared(names[1], None, zero)
 
 
 def _by_yaml(path: Path) -> Iterator[Declared]:
-    """LDM's config; or sgm's, where a denoiser's scaling says it. Raises UserError for no YAML."""
+    """LDM's config, or sgm's denoiser scaling. Raises UserError for invalid YAML."""
     if not path.is_file():
         return
     try:
-        told = _yaml(read_text(path, "the configuration"))
+        config = _yaml(read_text(path, "the configuration"))
     except (ValueError, yaml.YAMLError) as error:
-        problem = one_line(error)
+        why = one_line(error)
         raise UserError(
-            f"cannot read {path}, which says what the model beside it predicts: {problem}; mend or "
-            f"remove it"
+            f"cannot read {path}, which gives the prediction type of the model next to it: {why}; "
+            f"correct or remove it"
         ) from error
-    params = _at(told, "model", "params")
-    scaling = _at(params, "denoiser_config", "params", "scaling_config", "target")
-    word = _at(params, "parameterization")
-    if word is None and isinstance(scaling, str):
-        word = scaling.rpartition(".")[2].removesuffix("Scaling")
-    if word is not None and (kind := _word(path, path.name, str(word))):
+    params = _get(config, "model", "params")
+    scaling = _get(params, "denoiser_config", "params", "scaling_config", "target")
+    spelling = _get(params, "parameterization")
+    if spelling is None and isinstance(scaling, str):
+        spelling = scaling.rpartition(".")[2].removesuffix("Scaling")
+    if spelling is not None and (kind := _type_of(path, path.name, str(spelling))):
         yield Declared(path.name, kind)
 
 
 def _yaml(text: str) -> Any:
-    """The value of a text. Raises ValueError for one that is too long or too deep to be parsed.
+    """Parse YAML. Raises ValueError for text that is too long or nested too deep.
 
-    What its aliases stand for is in memory once, however often they say it.
+    Aliases are expanded to references, so they take no memory.
     """
     if len(text) > _MOST_YAML:
         raise ValueError(f"it is longer than {_MOST_YAML >> 10} KiB")
@@ -239,32 +233,30 @@ def _yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    except (TypeError, AttributeError, OverflowError) as error:  # keys and dates that are none
+    except (TypeError, AttributeError, OverflowError) as error:  # invalid keys and dates
         raise ValueError(str(error)) from None
 
 
-def _at(told: Any, *names: str) -> Any:
+def _get(value: Any, *names: str) -> Any:
     for name in names:
-        told = told.get(name) if isinstance(told, dict) else None
-    return told
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
-def _word(path: Path, where: str, given: str) -> str | None:
-    """Diffusers' word; warns of one that is unknown, and goes on without."""
-    word = given.strip().lower().replace("-", "_").replace(" ", "_")
-    if word and word not in _WORDS:
-        log.warning(
-            f"{path}: {where} says that it predicts {given!r}, which is unknown and left aside"
-        )
-    return _WORDS.get(word)
+def _type_of(path: Path, where: str, spelling: str) -> str | None:
+    """Diffusers' prediction_type for a spelling; warns of an unknown one and gives None."""
+    name = spelling.strip().lower().replace("-", "_").replace(" ", "_")
+    if name and name not in _TYPES:
+        log.warning(f"{path}: ignoring the unknown prediction type {spelling!r} in {where}")
+    return _TYPES.get(name)
 
 
-def _truth(given: str | None) -> bool | None:
-    """Python's words in a header; None where it says neither."""
-    return {"true": True, "1": True, "false": False, "0": False}.get(str(given).strip().lower())
+def _boolean(spelling: str | None) -> bool | None:
+    """A boolean in a header; None for anything else."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(spelling).strip().lower())
 
 
 def _ends_in_noise(tensors: Mapping[str, LazyTensor]) -> bool:
-    """By the noise schedule that a file holds."""
-    held = tensors.get("alphas_cumprod")
-    return held is not None and bool(held.read().flatten()[-1] < _NEARLY_ZERO)
+    """Whether the noise schedule stored in a file ends at zero SNR."""
+    alpha_bar = tensors.get("alphas_cumprod")
+    return alpha_bar is not None and bool(alpha_bar.read().flatten()[-1] < _NEARLY_ZERO)

@@ -1,12 +1,12 @@
-"""The normalisation of latents folded into the VAE's 1x1 convolutions. Pure.
+"""Fold the normalisation of latents into a VAE's 1x1 convolutions. Pure.
 
 The UNet is trained on u = (raw - mean) / std of each channel; SDXL's VAE has mean 0 and
-std 1 / 0.13025. Programs other than diffusers know one number for all models of SD1.5's kind, the
-factor f = 0.18215, and take u = f raw', raw = u / f. A VAE whose raw latents are
-raw' = (raw - mean) / (f std) decodes rightly there. It differs from the first in four tensors:
-`quant_conv`, the encoder's last layer, gives the posterior's mean and log variance, and
-`post_quant_conv` is the decoder's first (Rombach et al. 2022, arXiv 2112.10752; diffusers'
-AutoencoderKL). Both are linear, so this is exact but for rounding.
+std 1 / 0.13025. Programs other than diffusers use the factor f = 0.18215 for all SD1.5-like models:
+u = f raw', raw' = u / f. A VAE whose raw latents are raw' = (raw - mean) / (f std) decodes
+correctly there. It differs from the original in four tensors: `quant_conv`, the encoder's last
+layer, gives the posterior's mean and log variance, and `post_quant_conv` is the decoder's first
+(Rombach et al. 2022, arXiv 2112.10752; diffusers' AutoencoderKL). Both are linear, so folding is
+exact up to rounding.
 """
 
 from collections.abc import Mapping
@@ -24,36 +24,36 @@ FOLDED = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "pos
 
 @dataclass(frozen=True)
 class ChannelNormalisation:
-    """What training makes of raw latents: (raw - mean) / std, a number of each a channel."""
+    """The normalisation of raw latents in training, by channel: (raw - mean) / std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "ChannelNormalisation":
-        """Of a VAE's config: (raw - shift_factor) * scaling_factor."""
+        """From a VAE's config: (raw - shift_factor) * scaling_factor."""
         channels = int(config["latent_channels"])
         shift, factor = config.get("shift_factor") or 0.0, config["scaling_factor"]
         return cls((float(shift),) * channels, (1 / float(factor),) * channels)
 
     def is_factor(self, factor: float) -> bool:
-        """Whether it is nothing but this one factor, so that there is nothing to fold."""
+        """Whether it equals scaling by this factor, so that nothing has to be folded."""
         return not any(self.mean) and all(abs(std * factor - 1) < 1e-9 for std in self.std)
 
 
 def fold(
     state: Mapping[str, Tensor], trained: ChannelNormalisation, factor: float
 ) -> dict[str, Tensor]:
-    """The FOLDED tensors, f64, of a VAE for loaders that scale by `factor` and nothing else.
+    """The FOLDED tensors, f64, of a VAE for programs that only scale by `factor`.
 
-    `state` holds them as they were: quant_conv [2C, 2C, 1, 1] and [2C], post_quant_conv
+    `state` has the original ones: quant_conv [2C, 2C, 1, 1] and [2C], post_quant_conv
     [C, C, 1, 1] and [C]. Raises UserError for a VAE that lacks these layers.
     """
     missing = [name for name in FOLDED if name not in state]
     if missing:
         raise UserError(
-            f"the VAE has no {missing[0]}, into which its scaling factor would be folded; export "
-            f"with --format diffusers, which keeps the factor in its config"
+            f"the VAE has no {missing[0]} to fold its scaling factor into; export with format "
+            f"diffusers, which keeps the factor in the VAE's config"
         )
     weight, bias, post_weight, post_bias = (state[name].double() for name in FOLDED)
     mean = torch.tensor(trained.mean, dtype=torch.float64)

@@ -312,7 +312,7 @@ def test_moving_averages_are_exported_when_asked_for(
         taken, plain = load_file(tmp_path / out / UNET), load_file(model / UNET)
         assert equal(taken, {name: value + 1 for name, value in plain.items()})
     assert train("export", model, tmp_path / "c", "--model-ema") == 1
-    assert "is no single file, which alone holds moving averages" in capsys.readouterr().err
+    assert "moving averages (model_ema) are only in single files" in capsys.readouterr().err
 
 
 def test_a_model_without_a_vae_is_given_one_by_swap(
@@ -426,7 +426,7 @@ def test_a_kept_vae_of_no_quant_conv_is_refused_for_a_single_file(model: Path) -
     ("spoil", "options", "told"),
     [
         ("large", ("--dtype", "fp16"), "fp16 cannot hold"),
-        ("cut", (), "cut short"),
+        ("cut", (), "truncated or damaged"),
         ("missing", (), "lacks 1 weights"),
     ],
 )

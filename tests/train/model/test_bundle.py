@@ -138,8 +138,8 @@ def test_the_default_model_is_the_hubs_sd15_with_the_stores_vae(
     [
         ("gone", "no model"),
         ("empty", "is no model"),
-        ("truncated", "so it is cut short"),
-        ("missing", "lacks 1 weights, conv_in.weight"),
+        ("truncated", "truncated or damaged"),
+        ("missing", "lacks 1 weights, e.g. conv_in.weight"),
         ("no tokenizer", "cannot load the model"),
         ("channels", "takes 9 latent channels and the store holds 4"),
     ],

@@ -71,7 +71,7 @@ def test_text_encoders_of_pipelines_are_taken_too(
         ("gone", "no such file or directory"),
         ("empty", "config.json is missing or damaged"),
         ("truncated", "model.safetensors"),
-        ("width", "is 64 wide and the UNet .* listens to 32"),
+        ("width", "is 64 wide and the UNet .* takes 32"),
     ],
 )
 def test_what_is_no_fitting_text_encoder_is_one_sentence(

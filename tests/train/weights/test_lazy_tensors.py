@@ -130,15 +130,15 @@ def test_a_pickle_runs_no_code(tmp_path: Path, legacy: bool) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "pointer of git"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git LFS pointer"),
         (b"<!DOCTYPE html><html>404</html>", "a web page"),
         (b"", "no .safetensors file"),
         (b"\x10", "no .safetensors file"),
         (b"garbage" * 99, "no .safetensors file"),
-        (b"PK\x03\x04 and then nothing", "pickle that is no bare weights: damaged"),
+        (b"PK\x03\x04 and then nothing", "pickle of more than weights: it is damaged"),
     ],
 )
-def test_what_is_no_file_of_weights_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+def test_a_file_of_another_format_is_identified(tmp_path: Path, content: bytes, told: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError, match=told) as error:
@@ -146,12 +146,12 @@ def test_what_is_no_file_of_weights_is_named(tmp_path: Path, content: bytes, tol
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_cut_short_says_by_how_much(tmp_path: Path) -> None:
+def test_a_truncated_file_says_by_how_much(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(100)}, path)
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match=f"speaks of {size} bytes and it has {size - 30}"):
+    with pytest.raises(UserError, match=f"describes {size} bytes and the file has {size - 30}"):
         open_tensors(path)
 
 
@@ -215,10 +215,10 @@ def test_a_pickle_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> N
     ):
         for name in archive.namelist():
             packed.writestr(name, archive.read(name))
-    with pytest.raises(UserError, match="no bare weights: damaged"):
+    with pytest.raises(UserError, match="more than weights: it is damaged"):
         open_tensors(tmp_path / "packed.ckpt")
     torch.save({"x": torch.ones(2, 2).to_sparse()}, path)
-    with pytest.raises(UserError, match="x is no plain tensor"):
+    with pytest.raises(UserError, match="x is not a plain tensor"):
         open_tensors(path)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from xlsd_train.config import sd15
 from xlsd_train.step.objective import alphas_cumprod
 from xlsd_train.weights.lazy_tensors import write_tensors
-from xlsd_train.weights.ldm_file import LAST_ALPHA_BAR, marks, schedule, single_file
+from xlsd_train.weights.ldm_file import LAST_ALPHA_BAR, marks, noise_schedule, single_file
 from xlsd_train.weights.locate import CONFIGS, locate_model
 from xlsd_train.weights.network import build_network
 from xlsd_train.weights.prediction_type import scheduler_for
@@ -131,7 +131,7 @@ def test_a_program_that_takes_it_for_eps_computes_with_numbers_all_the_same(
 @pytest.mark.parametrize("config", [sd15.SCHEDULER, V, PLAIN_V, FLOW,
                                     {**V, "num_train_timesteps": 5000}])  # fmt: skip
 def test_every_buffer_is_finite_and_they_agree(config: dict[str, Any]) -> None:
-    made = schedule(config)
+    made = noise_schedule(config)
     assert all(value.isfinite().all() for value in made.values())
     bar = made["alphas_cumprod"].double()
     assert bar.min() >= torch.tensor(LAST_ALPHA_BAR)
@@ -148,7 +148,7 @@ def test_every_buffer_is_finite_and_they_agree(config: dict[str, Any]) -> None:
 
 
 def test_only_the_end_of_a_schedule_is_changed() -> None:
-    bar = schedule(V)["alphas_cumprod"]
+    bar = noise_schedule(V)["alphas_cumprod"]
     assert bar[-1] == torch.tensor(LAST_ALPHA_BAR)
     assert torch.allclose(bar[:-1], alphas_cumprod(V)[:-1], rtol=1e-4, atol=1e-9)
 

@@ -108,7 +108,7 @@ def test_all_of_a_parts_bad_tensors_are_counted(model: Path, tmp_path: Path) -> 
     held = load_file(copy / UNET)
     names = [name for name in held if name.startswith("conv_")]
     save_file({k: v * float("nan") if k in names else v for k, v in held.items()}, copy / UNET)
-    with pytest.raises(UserError, match=f"and so have {len(names) - 1} more of its tensors"):
+    with pytest.raises(UserError, match=f"as do {len(names) - 1} more of its tensors"):
         build_network(locate_model(str(copy)).unet)
 
 

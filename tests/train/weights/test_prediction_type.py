@@ -114,14 +114,14 @@ def test_every_convention_is_believed(
             {"modelspec__prediction_type": "epsilon"},
             None,
             ("v_prediction", False),
-            "modelspec.prediction_type epsilon: the first is taken; a theirs.v1.yaml beside it",
+            "modelspec.prediction_type epsilon: using the first; to override, put theirs.v1.yaml",
         ),
         (
             ("v_pred", "ztsnr"),
             {},
             YAML.replace("'v'", "eps"),
             ("epsilon", False),
-            "theirs.v1.yaml says epsilon and its key v_pred v_prediction: the first is taken",
+            "theirs.v1.yaml says epsilon and its key v_pred v_prediction: using the first",
         ),
         (
             ("v_pred", "ztsnr"),
@@ -135,7 +135,7 @@ def test_every_convention_is_believed(
             {"modelspec__prediction_type": "quaternion"},
             None,
             ("epsilon", False),
-            "says that it predicts 'quaternion', which is unknown and left aside",
+            "unknown prediction type 'quaternion'",
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_yaml_that_is_none_is_one_sentence(written: Any, tmp_path: Path, capsy
     path = written(yaml="model: [")
     assert train("export", path, tmp_path / "out", "--tokenizer", tmp_path) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "theirs.v1.yaml, which says what the model beside it predicts" in line
+    assert "theirs.v1.yaml, which gives the prediction type of the model" in line
 
 
 def test_the_folder_around_a_file_counts_where_the_file_says_nothing(
@@ -165,7 +165,7 @@ def test_the_folder_around_a_file_counts_where_the_file_says_nothing(
     assert caplog.text == ""
     shutil.copy(written(modelspec__prediction_type="epsilon"), folder)
     assert says(inside) == ("epsilon", False)  # the file's own word before its neighbours'
-    assert "scheduler/ beside it v_prediction: the first is taken" in caplog.text
+    assert "scheduler/ next to it v_prediction: using the first" in caplog.text
 
 
 def test_an_old_export_of_v_is_known_by_the_schedule_it_holds(
@@ -201,7 +201,7 @@ def test_another_unet_brings_what_it_predicts(
     theirs = with_scheduler(model, tmp_path / "v", V)
     for unet in (theirs, theirs / "unet", theirs / "unet/diffusion_pytorch_model.safetensors"):
         assert locate_model(str(model), unet=str(unet)).scheduler == V
-        assert f"--unet {unet} predicts v_prediction and {model} epsilon" in caplog.text
+        assert f"the UNet {unet} predicts v_prediction and {model} epsilon" in caplog.text
         caplog.clear()
     file = written("v_pred", "ztsnr")
     assert prediction_type(locate_model(str(model), unet=str(file)).scheduler) == "v_prediction"
