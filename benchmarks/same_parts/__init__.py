@@ -1,0 +1,1 @@
+"""What `benchmarks/same.py` runs, and how it compares what is written."""

@@ -1,0 +1,117 @@
+"""The files that a command wrote, as hashes: without what no two runs have in common.
+
+Files are hashed whole, but for these. A .safetensors is two parts, tensors and metadata; a .png is
+two, pixels and metadata; JSON with keys that are not compared is parsed, so the order of its keys
+does not count; TensorBoard's logs of a run are one part: values by step and name.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+NOT_COMPARED = """
+  times: builders.json's pid, host, born, began, ended; bytes and disk of `info --json`, which
+    count that file; images_per_s, wait_s, peak_gib of metrics; modelspec.date of exports
+  what the two sides are given: config.json's command, config.stop_after, stores.path
+  sentences: config.json's precision, memory, remarks; modelspec.description and xlsd.folded of
+    exports; HTML pages and model cards (.html, .md)"""
+
+KEYS = {  # by file name, the keys that are not compared, with those that they are under
+    "builders.json": {f"builders.{key}" for key in ("pid", "host", "born", "began", "ended")},
+    "info.json": {"bytes", "disk"},
+    "config.json": {
+        *("command", "config.stop_after", "stores.path"),
+        *("precision", "memory", "remarks"),
+    },
+    "metrics.jsonl": {"images_per_s", "wait_s", "peak_gib"},
+    "metadata": {"modelspec.date", "modelspec.description", "xlsd.folded"},
+}
+SENTENCES = {".html", ".md"}
+FAILED = "FAILED"  # is never equal
+EVENTS = "events.out.tfevents"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every part of every file in a folder, by its path in it."""
+    found: dict[str, str] = {}
+    logs: dict[Path, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name.startswith(EVENTS):
+            logs.setdefault(path.parent, []).append(path)
+        elif path.is_file() and path.suffix not in SENTENCES:
+            name = path.relative_to(folder).as_posix()
+            for part, content in parts(path):
+                found[f"{name}{part}"] = hashlib.sha256(content).hexdigest()
+    for parent, files in logs.items():
+        name = parent.relative_to(folder).as_posix()
+        found[name] = hashlib.sha256(_dumped(sorted(scalars(files).items()))).hexdigest()
+    return found
+
+
+def one_hash(found: dict[str, str]) -> str:
+    """One for all, 16 digits."""
+    return hashlib.sha256(_dumped(sorted(found.items()))).hexdigest()[:16]
+
+
+def differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """A line for each file that differs, is on one side only, or says that a command failed."""
+    found = ["no files"] if not before else []
+    for path in sorted({*before, *after}):
+        both = [side.get(path, "absent") for side in (before, after)]
+        if both[0] != both[1] or path == FAILED:
+            found.append(f"{path}: {both[0][:16]} {both[1][:16]}")
+    return found
+
+
+def parts(path: Path) -> Iterator[tuple[str, bytes]]:
+    """What is compared in a file, each with a name."""
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:begin])
+        metadata = header.pop("__metadata__", {})
+        yield " tensors", json.dumps(header).encode() + data[begin:]
+        yield " metadata", _dumped(without(metadata, KEYS["metadata"]))
+    elif path.suffix == ".png":
+        with Image.open(path) as image:
+            yield " pixels", f"{image.mode} {image.size} ".encode() + image.tobytes()
+            metadata = {k: v for k, v in image.info.items() if isinstance(v, str)}
+        yield " metadata", _dumped(without(metadata, set()))
+    elif path.name in KEYS:
+        texts = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode()]
+        yield "", _dumped([without(json.loads(text), KEYS[path.name]) for text in texts])
+    else:
+        yield "", data
+
+
+def without(value: Any, keys: set[str], under: str = "") -> Any:
+    """A JSON value less some keys; texts that are JSON objects are read as such."""
+    if isinstance(value, dict):
+        named = {f"{under}{key}": key for key in value}
+        return {k: without(value[k], keys, f"{at}.") for at, k in named.items() if at not in keys}
+    if isinstance(value, list):
+        return [without(item, keys, under) for item in value]
+    if isinstance(value, str) and value.startswith("{"):
+        return without(json.loads(value), keys, under)
+    return value
+
+
+def scalars(files: list[Path]) -> dict[str, Any]:
+    """The values in TensorBoard's logs: of a resumed run all its sessions', the last one counts."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found: dict[str, Any] = {}
+    for path in sorted(files):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag not in KEYS["metrics.jsonl"]:
+                    found[f"{value.tag} {event.step}"] = list(value.tensor.float_val)
+    return found
+
+
+def _dumped(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
