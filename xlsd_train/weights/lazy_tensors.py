@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xlsd_cache.encoding.finite import is_finite
+from xlsd_cache.encoding.finite import bad_values, is_finite
 from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.runtime.atomic import fill_in
 from xlsd_cache.runtime.bounded_files import parse_json

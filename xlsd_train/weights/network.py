@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.initialization import no_init_weights
 
-from xlsd_cache.encoding.finite import is_finite, not_finite
+from xlsd_cache.encoding.finite import bad_values, is_finite, not_finite
 from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.encoding.vae import CLASSES
 from xlsd_cache.errors import UserError, one_line
