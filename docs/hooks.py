@@ -2,15 +2,12 @@
 
 import ast
 import inspect
-import itertools
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from xlsd_cache.console.option_checks import option_of
+from xlsd_cache.console.help import Command, Option, option_groups
 
 ROOT = Path(__file__).parents[1]
 CLI = """# Command line
@@ -28,7 +25,6 @@ ERRORS = """# Error messages
 Every error that a user can cause, generated from the code. Words in braces stand for values.
 [Troubleshooting](../troubleshooting.md) groups them by kind.
 """
-Kind = type[Any]
 
 
 def pages() -> dict[str, str]:
@@ -51,93 +47,46 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def commands() -> dict[str, Command]:
+    """Program and command -> the command."""
+    return {
+        f"{program} {name}": (
+            command if isinstance(command, Command) else Command(command[0], command[1], ())
+        )
+        for program in ("xlsd-cache", "xlsd-train")
+        for name, command in import_module(f"{program.replace('-', '_')}.cli").COMMANDS.items()
+        if name != "run"  # another name of train
+    }
+
+
 def command_line() -> str:
-    """Every option of every command, from the dataclasses that the parsers are made of."""
-    cache = import_module("xlsd_cache.cli").COMMANDS
-    train = import_module("xlsd_train.cli").COMMANDS
-    commands = {f"xlsd-cache {name}": _options_class(entry) for name, entry in cache.items()}
-    commands |= {f"xlsd-train {name}": _options_class(entry) for name, entry in train.items()}
-    run = commands.pop("xlsd-train run")
-    lines = [CLI]
-    for name, kind in commands.items():
-        lines.append(f"## {name}\n\n{_plain(inspect.getdoc(kind) or '')}\n")
-        inherits = kind is not run and issubclass(kind, run)
-        if inherits:
+    """Every option of every command, in the groups of its help page."""
+    lines, found = [CLI], commands()
+    training = found["xlsd-train train"].options
+    for name, command in found.items():
+        lines.append(f"## {name}\n\n{_plain(inspect.getdoc(command.options) or '')}\n")
+        known: set[str] = set()
+        if command.options is not training and issubclass(command.options, training):
+            declared = inspect.get_annotations(command.options)
+            known = {field.name for field in fields(training)} - set(declared)
             lines.append("All options of [training](#xlsd-train-train), and:\n")
-        groups: dict[str, list[str]] = {}
-        for group, field, hint in _fields(kind):
-            if (row := _row(kind, field, hint)) and not (group and inherits):
-                groups.setdefault(group, []).append(row)
-        for group, rows in groups.items():
-            head = [f"### {group}\n"] if group else []
-            lines += [*head, "| option | default | meaning |", "|---|---|---|", *rows, ""]
+        for title, group in option_groups(command).items():
+            if rows := [_row(option) for option in group if option.name not in known]:
+                lines += [f"### {title}\n", "| option | meaning |", "|---|---|", *rows, ""]
+        if command.examples:
+            lines += ["```bash", *command.examples, "```", ""]
     return "\n".join(lines)
 
 
-def _options_class(entry: Any) -> Kind:
-    """The dataclass of a command, whether its table has it alone or first of several."""
-    kind = entry[0] if isinstance(entry, tuple) else entry
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise TypeError(f"{kind!r} is not a command's dataclass")
-    return kind
+def _row(option: Option) -> str:
+    return f"| `{option.flags.replace('|', '/')}` | {_plain(option.text)} |"
 
 
-def _fields(kind: Kind) -> Iterator[tuple[str, Field[Any], Any]]:
-    """(group, field, type) of a dataclass's options; the group is the class that declares it."""
-    hints = get_type_hints(kind, include_extras=True)
-    for field in fields(kind):
-        owner = next(each for each in kind.__mro__ if field.name in each.__annotations__)
-        group = "" if owner is kind else (inspect.getdoc(owner) or "").partition(".")[0]
-        yield group, field, hints[field.name]
-
-
-def _row(kind: Kind, field: Field[Any], hint: Any) -> str:
-    """One option of a table; empty for one that the command line hides."""
-    if "Suppress" in str(hint):
-        return ""
-    option, about = option_of(field.name, hint), _docstrings(kind).get(field.name, "")
-    default = "required" if field.default is MISSING and field.default_factory is MISSING else "-"
-    if field.default not in (MISSING, None, (), ""):
-        value = field.default
-        default = f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
-    if field.default is True or field.default is False:
-        option, default = f"{option}, --no-{option[2:]}", "on" if field.default else "off"
-    return f"| `{option}` {_values(hint)} | {default} | {_plain(about, line=True)} |"
-
-
-def _values(hint: Any) -> str:
-    """The values that an option takes, in words."""
-    if get_origin(hint) is Annotated:
-        return _values(get_args(hint)[0])
-    if get_origin(hint) is Literal:
-        return " ".join(f"`{value}`" for value in get_args(hint))
-    if get_origin(hint) in {Union, UnionType}:
-        return " or ".join(filter(None, (_values(each) for each in get_args(hint))))
-    if get_origin(hint) is tuple:
-        inner = get_args(hint)
-        return f"{_values(inner[0])}..." if inner[-1] is Ellipsis else " ".join(map(_values, inner))
-    return {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: "", NoneType: ""}.get(hint, "")
-
-
-def _docstrings(kind: Kind) -> dict[str, str]:
-    """Field -> the string below it, of a class and those it inherits from."""
-    found: dict[str, str] = {}
-    for each in reversed(kind.__mro__):
-        if not is_dataclass(each):
-            continue
-        (parsed,) = ast.parse(inspect.getsource(each)).body
-        body = parsed.body if isinstance(parsed, ast.ClassDef) else []
-        for field, text in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(text.value))
-    return found
-
-
-def _plain(text: str, *, line: bool = False) -> str:
+def _plain(text: str) -> str:
     """Markdown that shows a docstring's characters as they are."""
-    for mark in ("\\", "*", "_", "<", "|"):
-        text = text.replace(mark, f"\\{mark}" if mark != "<" else "&lt;")
-    return " ".join(text.split()) if line else text
+    for mark in ("\\", "*", "_", "|"):
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("<", "&lt;")
 
 
 def recipes() -> str:
@@ -149,8 +98,7 @@ def recipes() -> str:
 
 def errors() -> str:
     """Every message of a UserError, by room, with the values left open."""
-    lines = [ERRORS]
-    rooms: dict[str, list[str]] = {}
+    lines, rooms = [ERRORS], dict[str, list[str]]()
     for path in sorted(ROOT.glob("xlsd_*/**/*.py")):
         room = "/".join(path.relative_to(ROOT).with_suffix("").parts[:2])
         for node in ast.walk(ast.parse(path.read_text())):
