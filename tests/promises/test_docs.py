@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import tyro
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 import xlsd_cache.cli
 import xlsd_train.cli
