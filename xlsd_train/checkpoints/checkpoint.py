@@ -21,12 +21,20 @@ from torch.nn import Parameter
 from xlsd_cache.encoding.finite import count, unfit
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
-from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema
 from xlsd_train.optim.factory import numbers, set_numbers
-from xlsd_train.runs.layout import STATE, checkpoints, partial_checkpoints, step_of
-from xlsd_train.runs.record import read_state
+from xlsd_train.runs.layout import (
+    BASE,
+    CONFIG,
+    STATE,
+    checkpoint_at,
+    checkpoints,
+    is_checkpoint,
+    partial_checkpoints,
+    step_of,
+)
+from xlsd_train.runs.record import EMPTY, read_record, read_state
 from xlsd_train.weights.lazy_tensors import read_tensors
 from xlsd_train.weights.locate import TEXT_ENCODER, UNET
 
@@ -47,8 +55,8 @@ def save_checkpoint(
 
     Raises UserError, and writes nothing, where a number of it is nan or infinite.
     """
-    final = run / "checkpoints" / f"step-{state['step']:08d}"
-    if (final / STATE).exists():  # stopped at the step it was resumed from
+    final = checkpoint_at(run, state["step"])
+    if is_checkpoint(final):  # stopped at the step it was resumed from
         return final
     trained = {name.partition(".")[0] for name in named}
     states = {name: optimizer.state[parameter] for name, parameter in named.items()}
@@ -62,7 +70,7 @@ def save_checkpoint(
             if part in trained:
                 save_file(model.weights(part), folder / file, {"format": "pt"})
             else:
-                link_or_copy(run / "base" / file, folder / file)
+                link_or_copy(run / BASE / file, folder / file)
         tensors = {
             f"{name}/{key}": value.contiguous()
             for name, held in states.items()
@@ -119,9 +127,8 @@ def remedy(run: Path) -> str:
 
     What a run was begun with may not change on resuming, but by --force.
     """
-    path = run / "config.json"
-    record: dict[str, Any] = read_json(path) if path.is_file() else {}
-    calmer = CALMER.get(record.get("config", {}).get("optimizer", ""), "a lower --lr")
+    record = read_record(run) if (run / CONFIG).is_file() else EMPTY
+    calmer = CALMER.get(record.config.get("optimizer", ""), "a lower --lr")
     there = checkpoints(run)
     if not there:
         return (

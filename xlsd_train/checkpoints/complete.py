@@ -4,9 +4,7 @@ import json
 import os
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.runtime.own_files import is_run
 from xlsd_train.checkpoints.resume import LENGTH, differing, other_start
-from xlsd_train.config.adapt import as_asked
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.runs.layout import checkpoints, has_samples, step_of
 from xlsd_train.runs.record import read_record
@@ -24,13 +22,13 @@ def complete(config: TrainConfig) -> str | None:
         record = read_record(config.out)
     except UserError:
         return None
-    there = as_asked(record)
+    there = record.asked()
     wanted = json.loads(json.dumps(config.resolved().to_json(), default=os.fspath))
     other = any(wanted[name] != there.get(name) for name in (*LENGTH, "data"))
-    if not is_run(record) or other or differing(there, wanted) or other_start(there, config):
+    if other or differing(there, wanted) or other_start(there, config):
         return None
-    step, planned = step_of(found[-1]), record.get("planned_steps")
-    if planned is None or step < min(planned, config.stop_after or planned):
+    step, planned = step_of(found[-1]), record.planned_steps
+    if not planned or step < min(planned, config.stop_after or planned):
         return None
     if config.sample_every and not has_samples(config.out, step):
         return None  # a signal at its end left out what is due there

@@ -21,7 +21,7 @@ from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.model.bundle import ModelBundle
-from xlsd_train.runs.layout import checkpoints, partial_checkpoints
+from xlsd_train.runs.layout import SAMPLES, SNAPSHOTS, checkpoints, partial_checkpoints
 
 log = logging.getLogger("xlsd.train.checkpoints")
 
@@ -145,7 +145,7 @@ def _stopped(run: Run, error: Exception) -> str:
 def _removable(run: Run) -> str:
     """What of a run it can do without, the largest first."""
     found = [(held_bytes(path), str(path)) for path in checkpoints(run.folder)[:-1]]
-    others = (run.folder / name for name in ("ema", "samples"))
+    others = (run.folder / name for name in (SNAPSHOTS, SAMPLES))
     found += [(held_bytes(path), str(path)) for path in others if path.is_dir()]
     told = [f"{path} ({size(nbytes)})" for nbytes, path in sorted(found, reverse=True) if nbytes]
     return " or ".join(told[:3]) if told else "other files from that disk"

@@ -42,14 +42,25 @@ from xlsd_train.optim.ema import forget_snapshots_after
 from xlsd_train.optim.lr_scheduler import first_other_rate
 from xlsd_train.runs.bootstrap import Losses
 from xlsd_train.runs.json_files import read_log
-from xlsd_train.runs.layout import checkpoints, partial_checkpoints, steps_in
+from xlsd_train.runs.layout import (
+    BASE,
+    BOARD,
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    METRICS,
+    SAMPLES,
+    VALIDATION,
+    checkpoints,
+    partial_checkpoints,
+    steps_in,
+)
 from xlsd_train.runs.links import refuse_links
-from xlsd_train.runs.record import read_state, refuse_unfit
+from xlsd_train.runs.record import Changes, RunRecord, read_state, record_to_resume
 from xlsd_train.runs.validation_log import SETS, forget_after, save_losses, summaries
 
 log = logging.getLogger("xlsd.train.checkpoints")
 
-METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 NUMERIC = ("torch", "diffusers", "transformers", "numpy")  # they decide the bits
 
 
@@ -58,7 +69,7 @@ class Run:
     """A run folder, new or begun before."""
 
     folder: Path
-    before: dict[str, Any] | None  # config.json as it was when the run began; None: a new run
+    before: RunRecord | None  # of a run that is resumed
     forced: dict[str, Any] = field(default_factory=dict)  # name -> what --force changed of it
     _lengthened: bool = False
     _metrics: IO[str] | None = field(default=None)
@@ -73,19 +84,19 @@ class Run:
         """
         stamp = time.strftime("%Y%m%d-%H%M%S")
         folder = config.out or Path("runs") / f"{config.phase}-{stamp}"
-        path = folder / "config.json"
+        path = folder / CONFIG
         refuse_links(folder)
         try:
-            before = read_json(path)
+            found = read_json(path)
         except FileNotFoundError:
-            before = None
+            found = None
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}; name another --out") from error
-        if is_run(before):
-            refuse_unfit(folder, before)
+        if is_run(found):
+            before = record_to_resume(folder, found)
             _refuse_incomplete(folder)
             return cls(folder, before)
-        if before is not None:
+        if found is not None:
             raise UserError(
                 f"--out {folder} is no run: its config.json is of another kind; name another"
             )
@@ -98,7 +109,12 @@ class Run:
     @property
     def generations(self) -> list[int] | None:
         """The stores' generations that the run sees; None for a new run, which takes the newest."""
-        return [store["generation"] for store in self.before["stores"]] if self.before else None
+        return [store["generation"] for store in self.before.stores] if self.before else None
+
+    @property
+    def adapted(self) -> Changes | None:
+        """What was adapted to small data when the run was started; None for a new run."""
+        return None if self.before is None else self.before.adapted
 
     @property
     def checkpoint(self) -> Path | None:
@@ -141,8 +157,8 @@ class Run:
         """
         if self.before is None:
             return planned, warmup
-        was: tuple[int, float] = self.before["planned_steps"], self.before["warmup_steps"]
-        old = self.before["settings"]
+        was = self.before.planned_steps, self.before.warmup_steps
+        old = self.before.settings
         new = {name: getattr(config, name) for name in LENGTH}
         differ = {name: old.get(name) for name in LENGTH if old.get(name) != new[name]}
         if not differ and not self.forced:  # as it was counted when it began
@@ -170,7 +186,7 @@ class Run:
     def compare_batch(self, batch: int, plan: Sequence[Any], force: bool) -> None:
         """Note that --force chose another batch, or another way to pass it."""
         if self.before and force:
-            was = {"batch": self.before["batch"], "plan": list(self.before["plan"])}
+            was = {"batch": self.before.batch, "plan": list(self.before.plan)}
             now = {"batch": batch, "plan": list(plan)}
             differ = {name: value for name, value in was.items() if value != now[name]}
             self.forced = differ | self.forced
@@ -190,15 +206,15 @@ class Run:
     def _old_settings(self, settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         """The run's, with what they were in effect where it is written another way now."""
         assert self.before is not None
-        old: dict[str, Any] = dict(self.before["settings"])
-        if settings["batch"] in {"auto", self.before["batch"]}:
+        old = dict(self.before.settings)
+        if settings["batch"] in {"auto", self.before.batch}:
             old["batch"] = settings["batch"]
-        kind = self.before.get("objective", {}).get("kind")
+        kind = self.before.objective["kind"]
         if self.checkpoint and kind and settings["objective"] in {None, kind}:
             old["objective"] = settings["objective"]  # left out, it is as the checkpoint has it
         if "card" in settings:  # earlier versions wrote it down for people alone
-            old.setdefault("card", self.before.get("machine", {}).get("card"))
-        if not (self.before.get("validation") and config.validate_every):
+            old.setdefault("card", self.before.machine.get("card"))
+        if not (self.before.validation and config.validate_every):
             old["validation_images"] = settings["validation_images"]
         return old
 
@@ -206,7 +222,7 @@ class Run:
         """The config with what was not asked for as the run has it: the images held out."""
         if self.before is None or fraction is not None:
             return config
-        held: float = self.before["settings"].get("validation_fraction", 0.0)
+        held: float = self.before.settings.get("validation_fraction", 0.0)
         if config.validate_every and not held:
             raise UserError(
                 f"{self.folder} was begun without held-out images, so that --validate-every "
@@ -215,39 +231,39 @@ class Run:
             )
         return replace(config, validation_fraction=held)
 
-    def compare_model(self, record: dict[str, Any], force: bool) -> None:
+    def compare_model(self, record: RunRecord, force: bool) -> None:
         """Refuse a run that was killed before its first checkpoint and now begins elsewhere."""
         if self.before is None or self.checkpoint is not None:
             return
-        if record["model"]["sha256"] == self.before["model"]["sha256"]:
+        if record.model["sha256"] == self.before.model["sha256"]:
             return
-        self.forced["model"] = self.before["model"]["source"]
+        self.forced["model"] = self.before.model["source"]
         if not force:
             raise UserError(
-                f"{self.folder} was begun with the model {self.before['model']['source']}, whose "
-                f"weights differ from those of {record['model']['source']}; give the same --model, "
+                f"{self.folder} was begun with the model {self.before.model['source']}, whose "
+                f"weights differ from those of {record.model['source']}; give the same --model, "
                 f"another --out, or --force"
             )
 
-    def begin(self, record: dict[str, Any], model: ModelBundle, config: TrainConfig) -> None:
+    def begin(self, record: RunRecord, model: ModelBundle, config: TrainConfig) -> None:
         """Lock the folder, write what a new run starts from, and cut what outran the checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock", blocking=False, thread_local=False)
+        self._lock = FileLock(self.folder / LOCK, blocking=False, thread_local=False)
         try:
             self._lock.acquire()
         except Timeout:
             raise UserError(
                 f"another process is training in {self.folder}; wait for it or name another --out"
             ) from None
-        if (told := self._renewed(record)) != self.before:
-            write_json(self.folder / "config.json", told)
+        if (renewed := self._renewed(record)) != self.before:
+            write_json(self.folder / CONFIG, renewed.to_json())
         if not self.checkpoint:
-            shutil.rmtree(self.folder / "base", ignore_errors=True)
-        if not (self.folder / "base").exists():
+            shutil.rmtree(self.folder / BASE, ignore_errors=True)
+        if not (self.folder / BASE).exists():
             self._save_base(model, config)
         for partial in partial_checkpoints(self.folder):
             shutil.rmtree(partial, ignore_errors=True)  # a kill met it
-        samples = self.folder / "samples"
+        samples = self.folder / SAMPLES
         for folder in (self.folder, samples, *steps_in(samples).values()):
             sweep(folder)
         step = self.state()["step"]
@@ -257,10 +273,10 @@ class Run:
         forget_after(self.folder, last)
         forget_snapshots_after(self.folder, last)
         self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(self.folder / BOARD), purge_step=step + 1)
 
     def _save_base(self, model: ModelBundle, config: TrainConfig) -> None:
-        temporary = self.folder / f"base{TEMPORARY}"
+        temporary = self.folder / f"{BASE}{TEMPORARY}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
@@ -268,29 +284,33 @@ class Run:
             for path in temporary.rglob("*"):
                 if path.is_file():
                     fsync_file(path)
-            temporary.rename(self.folder / "base")
+            temporary.rename(self.folder / BASE)
             fsync_folder(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _renewed(self, record: dict[str, Any]) -> dict[str, Any]:
-        """What config.json is to say: of a run begun before what it said, and what is other now."""
+    def _renewed(self, record: RunRecord) -> RunRecord:
+        """The record to write: of a resumed run the old one, with what has changed."""
         if self.before is None:
             return record
         if self.forced:
             names = {"command", "recipe"} | ({"model"} if self.checkpoint else set())
-            kept = {name: self.before[name] for name in names & self.before.keys()}
+            kept = {name: getattr(self.before, name) for name in names & {*self.before.keys}}
             change = {"step": self.state()["step"], "was": self.forced}
-            return {**record, **kept, "changed": [*self.before.get("changed", []), change]}
-        found = dict(self.before)
-        if not found.get("validation"):
-            found["validation"] = record["validation"]
-        if self._lengthened:
-            for group in ("settings", "config"):
-                found[group] = {**found[group], **{name: record[group][name] for name in LENGTH}}
-            found |= {name: record[name] for name in ("planned_steps", "warmup_steps")}
-        return found
+            return replace(record, **kept, changed=[*self.before.changed, change])
+        renewed = self.before
+        if not renewed.validation:
+            renewed = replace(renewed, validation=record.validation)
+        if not self._lengthened:
+            return renewed
+        return replace(
+            renewed,
+            settings=renewed.settings | {name: record.settings[name] for name in LENGTH},
+            config=renewed.config | {name: record.config[name] for name in LENGTH},
+            planned_steps=record.planned_steps,
+            warmup_steps=record.warmup_steps,
+        )
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one step's metrics, for programs and for TensorBoard."""
@@ -357,7 +377,7 @@ def _is_up_to(line: dict[str, Any] | None, step: int) -> bool:
 def _refuse_incomplete(folder: Path) -> None:
     """Raises UserError for what has a checkpoint's name and is none: the run would save there."""
     whole = checkpoints(folder)
-    for path in steps_in(folder / "checkpoints").values():
+    for path in steps_in(folder / CHECKPOINTS).values():
         if path not in whole:
             raise UserError(
                 f"{path} is no checkpoint, for it has no state.json; move it out of the run"

@@ -23,7 +23,7 @@ from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_
 from xlsd_train.config.run_options import EmaConfig
 from xlsd_train.optim.ema import SIGMAS, snapshots
 from xlsd_train.optim.ema_profiles import Profile, coefficients, gamma_of
-from xlsd_train.runs.layout import checkpoints
+from xlsd_train.runs.layout import BASE, SNAPSHOTS, STATE, checkpoint_at, checkpoints
 from xlsd_train.runs.links import refuse_links
 from xlsd_train.runs.record import unreadable
 from xlsd_train.weights.lazy_tensors import check_length, read_tensors
@@ -100,7 +100,7 @@ def _unfit(run: Path, terms: list[tuple[Any, str]], name: str) -> UserError:
     for file, sigma in terms:
         if not is_finite(value := file.get_tensor(f"{sigma}/{name}")):
             step = int(file.metadata()["step"])
-            path = snapshots(run).get(step, run / "ema")
+            path = snapshots(run).get(step, run / SNAPSHOTS)
             return UserError(
                 f"{path}: {sigma}/{name} has {count(value)} that are nan or infinite; remove it, "
                 f"and those after it"
@@ -132,10 +132,10 @@ def _write(
 ) -> None:
     """A run's folder with one checkpoint; its other parts are links, or copies elsewhere."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
-    newest, checkpoint = checkpoints(run)[-1], temporary / "checkpoints" / f"step-{step:08d}"
+    newest, checkpoint = checkpoints(run)[-1], checkpoint_at(temporary, step)
     try:
         checkpoint.mkdir(parents=True)
-        shutil.copytree(run / "base", temporary / "base", copy_function=link_or_copy)
+        shutil.copytree(run / BASE, temporary / BASE, copy_function=link_or_copy)
         for file, part, prefix in (
             (UNET, "unet", ""),
             (TEXT_ENCODER, "text_encoder", PREFIX),
@@ -150,7 +150,7 @@ def _write(
                 )
             save_file(state, checkpoint / file, {"format": "pt"})
             fsync_file(checkpoint / file)
-        write_json(checkpoint / "state.json", {"step": step, "ema": said})
+        write_json(checkpoint / STATE, {"step": step, "ema": said})
         temporary.rename(out)
         fsync_folder(out.parent)
     except BaseException:

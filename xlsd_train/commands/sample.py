@@ -23,6 +23,7 @@ from xlsd_train.evaluation.prompts import read_pictures, remarks
 from xlsd_train.evaluation.sample_files import own_size
 from xlsd_train.export.export import fold_vae, vae_in
 from xlsd_train.model.bundle import assemble, model_vae
+from xlsd_train.runs.layout import GRID
 from xlsd_train.weights.lazy_tensors import sha256_of
 from xlsd_train.weights.locate import ModelParts, locate_model
 
@@ -59,7 +60,7 @@ def compare(config: SampleConfig) -> Path:
             folder.mkdir()
             files.append(_draw(name, parts, asked, folder, device, config.scheduler, bar, said))
     shown, files = asked[:SHOWN], [row[:SHOWN] for row in files]
-    with replacing(config.out / "grid.png") as temporary:
+    with replacing(config.out / GRID) as temporary:
         _grid(list(names), shown, files).save(temporary, "PNG", **marking("grid"))
     html = config.out / "index.html"
     write_bytes(html, page(list(names), shown, files).encode())

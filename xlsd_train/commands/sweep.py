@@ -19,13 +19,12 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.own_files import is_page, refuse_foreign
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_train.checkpoints.resume import differing, told
-from xlsd_train.config.adapt import as_asked
 from xlsd_train.config.run_options import SweepConfig, without
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.report.page import NAME, write_page
 from xlsd_train.report.ranking import Standing, rank, table
 from xlsd_train.runs.history import histories
-from xlsd_train.runs.layout import checkpoints, step_of
+from xlsd_train.runs.layout import CONFIG, checkpoints, step_of
 from xlsd_train.runs.links import refuse_link
 from xlsd_train.runs.record import read_record
 
@@ -105,9 +104,9 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
         )
     for folder, asked in runs.items():
         refuse_link(folder)
-        if not (folder / "config.json").exists():
+        if not (folder / CONFIG).exists():
             continue
-        there = as_asked(read_record(folder))
+        there = read_record(folder).asked()
         wanted = json.loads(json.dumps(asked.to_json(), default=os.fspath))
         # What a run can tell only with its store and model open, it tells itself.
         differ = differing(there, wanted)
@@ -124,15 +123,15 @@ def _finished(folder: Path, asked: TrainConfig) -> bool:
     if not found:
         return False
     record = read_record(folder)
-    planned: int = record.get("planned_steps", 2**62)
-    if any(record["config"].get(x) != getattr(asked, x) for x in ("steps", "epochs")):
+    planned = record.planned_steps or 2**62
+    if any(record.config.get(x) != getattr(asked, x) for x in ("steps", "epochs")):
         planned = asked.steps or 2**62  # longer or shorter than it was: the run knows
     return step_of(found[-1]) >= min(planned, asked.stop_after or planned)
 
 
 def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> None:
     """The table, the answer and the page, of all that began."""
-    begun = [folder for folder in runs if (folder / "config.json").exists()]
+    begun = [folder for folder in runs if (folder / CONFIG).exists()]
     if not begun:
         return
     named = []

@@ -38,17 +38,17 @@ def chosen(config: TrainConfig, command: Sequence[str]) -> frozenset[str]:
 
 
 def adapt(
-    config: TrainConfig, store: Mixture, given: frozenset[str], before: Mapping[str, Any] | None
+    config: TrainConfig, store: Mixture, given: frozenset[str], before: Changes | None
 ) -> tuple[TrainConfig, Changes]:
     """The resolved settings as they fit the store, and what was changed of them.
 
-    `before` is config.json of a run that goes on. Raises UserError where validation is asked for
-    and there are too few images for any.
+    `before` are the changes of a run that is resumed. Raises UserError where validation is asked
+    for and there are too few images for any.
     """
     if before is not None:
         changes = {
             name: each
-            for name, each in before.get("adapted", {}).items()
+            for name, each in before.items()
             if name not in given and getattr(config, name) == each["from"]
         }
         return _changed(config, changes), changes
@@ -56,12 +56,6 @@ def adapt(
     for change in (_tags, _validation, _batch):
         found |= change(_changed(config, found), store, given)
     return _changed(config, found), found
-
-
-def as_asked(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings as they were asked for, before they were adapted."""
-    asked: dict[str, Any] = dict(record.get("config", {}))
-    return asked | {name: each["from"] for name, each in record.get("adapted", {}).items()}
 
 
 def _changed(config: TrainConfig, changes: Changes) -> TrainConfig:

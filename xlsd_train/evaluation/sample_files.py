@@ -9,7 +9,7 @@ from PIL import Image
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.bounded_files import parse_json, read_json
 from xlsd_cache.runtime.own_files import is_run
-from xlsd_train.runs.layout import steps_in
+from xlsd_train.runs.layout import CONFIG, GRID, SAMPLES, run_of, steps_in
 from xlsd_train.runs.record import read_record
 
 
@@ -61,17 +61,17 @@ def own_size(source: str) -> str | None:
     began it is looked up in a sample.
     """
     folder = Path(source).expanduser()
-    for run in (folder, folder.parent.parent):
+    for run in (folder, run_of(folder)):
         try:
-            record = read_json(run / "config.json")
+            record = read_json(run / CONFIG)
         except (OSError, ValueError):
             continue
         if not is_run(record):
             continue
         record = read_record(run)
-        if "samples" in record:
-            return str(record["samples"]["size"])
-        for folder in steps_in(run / "samples").values():
+        if record.samples:
+            return record.samples["size"]
+        for folder in steps_in(run / SAMPLES).values():
             if (path := folder / "00.png").is_file():
                 return _size(path)
     return None
@@ -102,7 +102,7 @@ def _pictures(folder: Path) -> list[Drawn]:
     """Those in the folder itself. Raises UserError for one that does not say what was asked for."""
     found = []
     for path in sorted(folder.glob("*.png")):
-        if path.name == "grid.png":  # which `sample` and runs leave beside them
+        if path.name == GRID:  # which `sample` and runs leave beside them
             continue
         _refuse_link(path)
         try:

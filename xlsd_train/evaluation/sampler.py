@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from xlsd_train.evaluation.images import Picture, draw_picture, pipeline_of, sav
 from xlsd_train.evaluation.prompts import read_lines, read_pictures
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.downsample import evenly
-from xlsd_train.runs.layout import samples_of, steps_in
+from xlsd_train.runs.layout import SAMPLES, grid_of, samples_of, steps_in
+from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.distributed import ALONE, Processes
 
 PROMPTS = 4  # taken from the store where no file is given
@@ -71,12 +71,12 @@ class Sampler:
             target.mkdir(parents=True, exist_ok=True)
             for i, (image, picture) in enumerate(zip(images, asked, strict=True)):
                 save_picture(image, target / f"{i:02d}.png", picture, training_step=step)
-            self._grid(folder / "samples")
-        return None if images is None else folder / "samples" / "grid.png"
+            self._grid(folder)
+        return None if images is None else grid_of(folder)
 
-    def _grid(self, samples: Path) -> None:
+    def _grid(self, run: Path) -> None:
         """Steps down, prompts across; of many steps some, the first and last among them."""
-        there = list(steps_in(samples).items())
+        there = list(steps_in(run / SAMPLES).items())
         rows = [
             [
                 (f"step {step}: {prompt}", folder / f"{column:02d}.png")
@@ -86,7 +86,7 @@ class Sampler:
         ]
         width = max(picture.width for picture in self.pictures)
         height = max(picture.height for picture in self.pictures)
-        with replacing(samples / "grid.png") as temporary:
+        with replacing(grid_of(run)) as temporary:
             sheet(rows, width, height).save(temporary, "PNG", **marking("grid"))
 
 
@@ -110,13 +110,13 @@ def read_prompts(
     store: SampleStore,
     selection: Selection,
     columns: CaptionColumns,
-    before: Mapping[str, Any] | None,
+    before: RunRecord | None,
 ) -> list[Picture]:
     """What a run draws: the prompts of --sample-prompts, or captions of the selected samples.
 
-    `before` is config.json of a run that goes on. One that older versions began knows no options in
-    a line: where the file is still the one that it was, it draws what it drew. Raises UserError for
-    a file without prompts, and for one that cannot be drawn.
+    `before` is the record of a run that is resumed. Runs of older versions know no options in a
+    line: while the file is the same, they draw what they drew. Raises UserError for a file without
+    prompts, and for a prompt that cannot be drawn.
     """
     width, height = sample_size(selection.sizes)
     default = Picture(
@@ -125,9 +125,9 @@ def read_prompts(
     path = config.sample_prompts
     if path is None:
         return _literal(_captions(config, store, selection, columns), default)
-    if before and "samples" not in before:
+    if before and before.samples is None:
         lines = read_lines(path, "--sample-prompts", comments=True)
-        if lines == before.get("prompts"):
+        if lines == before.prompts:
             return _literal(lines, default)
     return read_pictures(path, "--sample-prompts", default)
 

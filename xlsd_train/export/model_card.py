@@ -12,7 +12,8 @@ from jinja2 import Environment, StrictUndefined
 
 from xlsd_cache import __version__
 from xlsd_train.runs.json_files import objects_in
-from xlsd_train.runs.record import read_record, read_state
+from xlsd_train.runs.layout import CONFIG, METRICS, STATE, VALIDATION, grid_of, run_of
+from xlsd_train.runs.record import EMPTY, RunRecord, read_record, read_state
 from xlsd_train.runs.validation_log import SETS
 from xlsd_train.weights.prediction_type import prediction_type
 
@@ -81,7 +82,7 @@ class History:
     """Where a model comes from, as far as its run's folder tells; {} and None without a run."""
 
     source: str
-    record: dict[str, Any]  # config.json
+    record: RunRecord
     state: dict[str, Any]  # of the checkpoint
     last: dict[str, Any]  # its line of metrics.jsonl
     validation: dict[str, Any]  # the newest line of validation.jsonl up to the checkpoint
@@ -92,17 +93,16 @@ class History:
     def of(cls, source: str, checkpoint: Path | None) -> "History":
         """Of a checkpoint in its run; what is missing there is left out."""
         if checkpoint is None:
-            return cls(source, {}, {}, {}, {}, None, None)
-        run, state = checkpoint.parent.parent, checkpoint / "state.json"
+            return cls(source, EMPTY, {}, {}, {}, None, None)
+        run, state = run_of(checkpoint), checkpoint / STATE
         seen = read_state(checkpoint)
-        record = run / "config.json"
-        grid = run / "samples" / "grid.png"
+        grid = grid_of(run)
         return cls(
             source,
-            read_record(run) if record.is_file() else {},
+            read_record(run) if (run / CONFIG).is_file() else EMPTY,
             seen,
-            _line(run / "metrics.jsonl", seen["step"]),
-            _line(run / "validation.jsonl", seen["step"]),
+            _line(run / METRICS, seen["step"]),
+            _line(run / VALIDATION, seen["step"]),
             datetime.fromtimestamp(int(state.stat().st_mtime), UTC).isoformat(),
             grid if grid.is_file() else None,
         )
@@ -110,24 +110,24 @@ class History:
     @property
     def _batch(self) -> Any:
         """Where --batch is auto, what was found; older runs keep none beside it."""
-        return self.record.get("batch") or self.record["config"]["batch"]
+        return self.record.batch or self.record.config["batch"]
 
     @property
     def _recipe(self) -> str | None:
         """Which the run began with; older runs say nothing of it."""
-        recipe = self.record.get("recipe")
+        recipe = self.record.recipe
         return f"{Path(recipe['name']).name}, sha256 {recipe['sha256'][:12]}" if recipe else None
 
     def _of_stores(self, name: str) -> str | None:
         """What the stores' records say; None without a run, or where none does."""
-        stores = self.record.get("stores", ())
-        return " + ".join(str(store[name]) for store in stores if store.get(name)) or None
+        values = [dict(store).get(name) for store in self.record.stores]
+        return " + ".join(str(value) for value in values if value) or None
 
     def metadata(self, title: str, folded: str, scheduler: dict[str, Any]) -> dict[str, str]:
         """For a safetensors header: modelspec's keys (sai_model_spec 1.0.0), and ours."""
-        config = _public(self.record.get("config", {}))
+        config = _public(self.record.config)
         prediction = prediction_type(scheduler)
-        stores = self.record.get("stores", ())  # 0: that of imported latents is unknown
+        stores = self.record.stores  # 0: that of imported latents is unknown
         side = max((store.get("resolution", 0) for store in stores), default=0) or 512
         told = {
             "format": "pt",
@@ -157,8 +157,8 @@ class History:
 
         `needs` is what programs must be told, if anything, and `notes` are good to know.
         """
-        config = _public(self.record.get("config", {}))
-        base = _public(self.record.get("model", {}).get("source", self.source))
+        config = _public(self.record.config)
+        base = _public(self.record.model["source"] or self.source)
         facts = {
             "trained from": base,
             "what trained": config.get("phase"),
@@ -173,7 +173,7 @@ class History:
             "clip skip in training": config.get("clip_skip") or None,
             "optimizer": config.get("optimizer"),
             "learning rate": config.get("lr"),
-            "computed in": self.record.get("precision"),
+            "computed in": self.record.precision or None,
             "loss, smoothed": _short(self.last.get("loss_smoothed")),
             **{
                 f"validation loss, {name.replace('_', ' ')}": _short(found["mean"])
@@ -193,7 +193,7 @@ class History:
             hub_base=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
             facts=[(name, _cell(value)) for name, value in facts.items() if value is not None],
             grid=quote(grid) if grid else None,
-            prompts=[_cell(prompt) for prompt in self.record.get("prompts", ())],
+            prompts=[_cell(prompt) for prompt in self.record.prompts],
             recipe=json.dumps(config, indent=2) if config else None,
             single=len(files) == 1,
             files=list(files.items()),

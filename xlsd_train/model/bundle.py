@@ -24,6 +24,7 @@ from xlsd_train.config.weight_patterns import choose, split
 from xlsd_train.model.latent_scaling import LatentScaling, load_scaling, save_scaling, vae_scaling
 from xlsd_train.model.reinit import reinitialise
 from xlsd_train.model.text_encoder import copy_tokenizer, hidden_states, skipped_layers, stretch
+from xlsd_train.runs.layout import BASE, run_of
 from xlsd_train.weights.locate import TEXT_ENCODER, UNET, ModelParts, fetch_missing, locate_model
 from xlsd_train.weights.network import PREFIX, Network, build_network
 
@@ -192,7 +193,7 @@ def assemble(parts: ModelParts, vae: Vae, tokens: int | None = None) -> ModelBun
             f"{told}; name a folder with vocab.json and merges.txt as --tokenizer"
         ) from error
     if parts.checkpoint is not None:
-        base = parts.checkpoint.parent.parent / "base"
+        base = run_of(parts.checkpoint) / BASE
         assert parts.vae is not None
         scaling = load_scaling(parts.source, base, vae, partial(model_vae, "", parts.vae))
     else:

@@ -23,7 +23,7 @@ from xlsd_cache.encoding.finite import unfit
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import link_or_copy
 from xlsd_train.optim.ema_profiles import gamma_of, kept, superfluous
-from xlsd_train.runs.layout import steps_in
+from xlsd_train.runs.layout import SNAPSHOTS, TENSORS, steps_in
 from xlsd_train.weights.lazy_tensors import check_length
 
 SIGMAS = ("0.05", "0.10")
@@ -169,9 +169,9 @@ def averaging(
 
 def keep_snapshots(run: Path, checkpoints: list[Path], most: int) -> None:
     """Keep the checkpoints' snapshots beyond them: at most so many, evenly over training."""
-    folder = run / "ema"
+    folder = run / SNAPSHOTS
     for checkpoint in checkpoints:
-        kept_one = folder / f"{checkpoint.name}.safetensors"
+        kept_one = folder / f"{checkpoint.name}{TENSORS}"
         if not kept_one.exists() and (checkpoint / SNAPSHOT).exists():
             folder.mkdir(exist_ok=True)
             link_or_copy(checkpoint / SNAPSHOT, kept_one)
@@ -182,7 +182,7 @@ def keep_snapshots(run: Path, checkpoints: list[Path], most: int) -> None:
 
 def snapshots(run: Path) -> dict[int, Path]:
     """Step of the checkpoint -> snapshot, oldest first."""
-    return steps_in(run / "ema", ".safetensors")
+    return steps_in(run / SNAPSHOTS, TENSORS)
 
 
 def forget_snapshots_after(run: Path, step: int) -> None:

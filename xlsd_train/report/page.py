@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -218,7 +217,7 @@ def _nbytes(path: Path) -> int:
 
 
 def _prompt(run: History, i: int) -> str:
-    prompts: list[Any] = run.record.get("prompts", [])
+    prompts = run.record.prompts
     return str(prompts[i]) if i < len(prompts) else ""
 
 

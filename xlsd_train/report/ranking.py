@@ -4,7 +4,6 @@ Each run stands with its lowest held-out loss, whichever step and weights gave i
 image by image on those that all of them held out (verdict.py).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from xlsd_train.runs.bootstrap import NARROW, Interval, Losses, overall
 from xlsd_train.runs.bootstrap import lowest as lowest_of
 from xlsd_train.runs.history import History
 from xlsd_train.runs.layout import checkpoints, step_of
+from xlsd_train.runs.record import RunRecord
 from xlsd_train.runs.validation_log import HELD_OUT, Candidate, named, read_losses
 
 
@@ -76,7 +76,7 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
         return standings, _by_training(standings)
     if why := _unlike([measured[name] for name in validated]):
         return standings, f"the runs' losses do not compare: {why}"
-    keys = {name: measured[name].record["validation"][HELD_OUT] for name in validated}
+    keys = {name: measured[name].record.validation[HELD_OUT] for name in validated}
     common = set.intersection(*map(set, keys.values()))
     if len(common) < 2:
         return standings, "the runs' losses do not compare: they held out different images"
@@ -126,7 +126,7 @@ def _lowest(run: History) -> tuple[Candidate, Losses] | None:
             weights, _, which = name.rpartition("/")
             mean = losses.mean(dtype=np.float64)
             lower = all(mean < x.mean(dtype=np.float64) for x in found.values())
-            known = len(losses) == len(run.record.get("validation", {}).get(HELD_OUT, ()))
+            known = len(losses) == len(run.record.validation.get(HELD_OUT, ()))
             if known and which == HELD_OUT and np.isfinite(mean) and lower:
                 found = {(step, weights): losses}
     return next(iter(found.items()), None)
@@ -146,12 +146,12 @@ def _unlike(runs: list[History]) -> str | None:
     return None
 
 
-def _objective(record: Mapping[str, Any]) -> Any:
-    return record.get("objective", {}).get("kind")
+def _objective(record: RunRecord) -> str:
+    return record.objective["kind"]
 
 
-def _scaling(record: Mapping[str, Any]) -> Any:
-    return record.get("latents")
+def _scaling(record: RunRecord) -> dict[str, Any]:
+    return record.latents
 
 
 def _answer(standings: list[Standing], images: int) -> str:

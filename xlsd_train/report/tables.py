@@ -8,7 +8,7 @@ from typing import Any
 
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
-from xlsd_train.runs.history import History, stores_of
+from xlsd_train.runs.history import History
 from xlsd_train.runs.layout import checkpoints, step_of
 from xlsd_train.runs.validation_log import tell
 
@@ -54,17 +54,17 @@ def facts(runs: Sequence[History]) -> list[Row]:
     asked: dict[str, Callable[[History], Any]] = {
         "stands at": _state,
         "verdict": _verdict,
-        "precision": lambda run: run.record.get("precision"),
+        "precision": lambda run: run.record.precision,
         "model": _model,
         "store": _stores,
         "captions": lambda run: (
-            describe_truncation(run.record["captions"]) if "captions" in run.record else None
+            describe_truncation(run.record.captions) if run.record.captions else None
         ),
         "objective": _objective,
-        "how a batch passes": lambda run: run.record.get("memory"),
+        "how a batch passes": lambda run: run.record.memory,
         "versions": _versions,
         "machine": _machine,
-        "command line": lambda run: shlex.join(run.record.get("command", [])),
+        "command line": lambda run: shlex.join(run.record.command),
         "folder": lambda run: run.folder.absolute(),
         "logs": lambda run: f"{run.unread} lines are no JSON, left out" if run.unread else None,
     }
@@ -73,7 +73,7 @@ def facts(runs: Sequence[History]) -> list[Row]:
 
 
 def _state(run: History) -> str:
-    planned = run.record.get("planned_steps", "unknown")
+    planned = run.record.planned_steps or "unknown"
     if not run.last:
         return f"no step of {planned} planned yet"
     last = run.last
@@ -86,35 +86,37 @@ def _verdict(run: History) -> str | None:
 
 
 def _model(run: History) -> str | None:
-    model = run.record.get("model", {})
-    hashes = [f"{part} {digest[:16]}" for part, digest in model.get("sha256", {}).items()]
-    return "; ".join([str(model.get("source", "")), *hashes]) if model else None
+    model = run.record.model
+    hashes = [f"{part} {digest[:16]}" for part, digest in model["sha256"].items()]
+    return "; ".join([model["source"], *hashes]) if model["source"] else None
 
 
 def _stores(run: History) -> str:
     return "; ".join(
         f"{store['path']}: {store['selected']} of {store['images']} images train, generation "
         f"{store['generation']}, fingerprint {store['fingerprint'][:16]}"
-        for store in stores_of(run.record)
+        for store in run.record.stores
     )
 
 
 def _objective(run: History) -> str | None:
-    found = run.record.get("objective", {})
-    return f"{found['kind']} (the model predicted {found['before']} before)" if found else None
+    found = run.record.objective
+    return (
+        f"{found['kind']} (the model predicted {found['before']} before)" if found["kind"] else None
+    )
 
 
 def _versions(run: History) -> str:
-    settings = run.record.get("settings", {})
+    settings = run.record.settings
     suffix = " version"
     of = {k.removesuffix(suffix): v for k, v in settings.items() if k.endswith(suffix)}
-    return ", ".join(f"{k} {v}" for k, v in {"xlsd": run.record.get("xlsd"), **of}.items())
+    return ", ".join(f"{k} {v}" for k, v in {"xlsd": run.record.xlsd or None, **of}.items())
 
 
 def _machine(run: History) -> str:
-    machine, settings = run.record.get("machine", {}), run.record.get("settings", {})
+    machine, settings = run.record.machine, run.record.settings
     card = machine.get("card") or f"CPU, {settings.get('threads')} threads"
-    processes = run.record.get("processes", 1)
+    processes = run.record.processes
     each = f"{processes} x " if processes > 1 else ""
     about = ", ".join(f"{k} {v}" for k, v in machine.items() if v and k != "card")
     return f"{each}{card}; {about}"

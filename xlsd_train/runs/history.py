@@ -11,8 +11,8 @@ from xlsd_cache.errors import UserError
 from xlsd_train.config.optimization import MOST_STEPS
 from xlsd_train.runs.downsample import Series, Thinner
 from xlsd_train.runs.json_files import misfit, read_log
-from xlsd_train.runs.layout import steps_in
-from xlsd_train.runs.record import read_record
+from xlsd_train.runs.layout import METRICS, SAMPLES, VALIDATION, steps_in
+from xlsd_train.runs.record import RunRecord, read_record
 from xlsd_train.runs.validation_log import BANDS, SETS
 
 NUMBERS = (
@@ -33,7 +33,7 @@ class History:
 
     name: str
     folder: Path
-    record: dict[str, Any]  # config.json
+    record: RunRecord
     last: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
     series: dict[str, Series]  # of NUMBERS those that were logged
     validation: list[dict[str, Any]]  # the lines of validation.jsonl
@@ -43,14 +43,7 @@ class History:
     @property
     def config(self) -> dict[str, Any]:
         """The settings, with all defaults."""
-        found: dict[str, Any] = self.record.get("config", {})
-        return found
-
-
-def stores_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stores that a run trains on, each as config.json tells it."""
-    found: list[dict[str, Any]] = record["stores"]
-    return found
+        return self.record.config
 
 
 def histories(folders: Sequence[Path]) -> list[History]:
@@ -75,9 +68,9 @@ def _names(paths: list[Path]) -> list[str]:
     return names
 
 
-def _read(name: str, folder: Path, record: dict[str, Any]) -> History:
+def _read(name: str, folder: Path, record: RunRecord) -> History:
     thinner, last, unread = Thinner(NUMBERS), {}, 0
-    for lines in _lines(folder / "metrics.jsonl"):
+    for lines in _lines(folder / METRICS):
         told = [line for line in lines if line is not None and _is_step(line.get("step"))]
         unread += len(lines) - len(told)
         if told:
@@ -85,7 +78,7 @@ def _read(name: str, folder: Path, record: dict[str, Any]) -> History:
             thinner.add(np.array([line["step"] for line in told]), np.array(rows, np.float64))
             last = {k: v for k, v in told[-1].items() if k not in LAST or _is_number(v)}
     series = {number: thinner.series(number) for number in NUMBERS}
-    validation = [line for lines in _lines(folder / "validation.jsonl") for line in lines]
+    validation = [line for lines in _lines(folder / VALIDATION) for line in lines]
     measured = [line for line in validation if line is not None and _is_measured(line)]
     return History(
         name,
@@ -96,7 +89,7 @@ def _read(name: str, folder: Path, record: dict[str, Any]) -> History:
         measured,
         {
             step: sorted(path.glob("[0-9]*.png"))
-            for step, path in steps_in(folder / "samples").items()
+            for step, path in steps_in(folder / SAMPLES).items()
         },
         unread + len(validation) - len(measured),
     )

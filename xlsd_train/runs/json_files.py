@@ -1,8 +1,10 @@
 """JSON that anybody may have written: read within bounds, and of the shape that is wanted."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from xlsd_cache.runtime.bounded_files import parse_json, read_json
 
@@ -100,6 +102,31 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
     else:
         return None if _is(value, shape) else told
     return next(filter(None, (misfit(*each) for each in inner)), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """In Annotated: the shape that a type hint alone does not give."""
+
+    of: Any
+
+
+def shape_of(hint: Any) -> Any:
+    """The shape, see `misfit`, of a type hint."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        return inner[1].of
+    if is_typeddict(kind):
+        needed = kind.__required_keys__
+        types = get_type_hints(kind, include_extras=False).items()
+        return {f"{name}!" if name in needed else name: shape_of(each) for name, each in types}
+    if kind in {Union, UnionType}:
+        return tuple(sorted(map(shape_of, inner), key=lambda shape: shape is not None))
+    if kind in {list, tuple} and inner:
+        return [shape_of(each) for each in inner]
+    if kind is dict and inner[1:] not in {(), (Any,)}:
+        return {str: shape_of(inner[1])}
+    return {Any: object, NoneType: None}.get(kind, kind)
 
 
 def _is(value: Any, kind: type | None) -> bool:

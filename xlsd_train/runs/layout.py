@@ -1,42 +1,86 @@
-"""Which steps of a run were kept: what there is to know of checkpoints without loading torch."""
+"""Paths in a run's folder, and which of its checkpoints are complete. Loads no torch."""
 
 import re
 from pathlib import Path
 
-STATE = "state.json"  # of a checkpoint
+CONFIG, METRICS, VALIDATION = "config.json", "metrics.jsonl", "validation.jsonl"
+LOCK, REPORT = ".lock", "report.html"
+REQUESTS = SAVE, SAMPLE, STOP = "SAVE", "SAMPLE", "STOP"  # a user touches them
+FILES = (CONFIG, METRICS, VALIDATION, LOCK, *REQUESTS, REPORT)
+CHECKPOINTS, SAMPLES, LOSSES, SNAPSHOTS = "checkpoints", "samples", "validation", "ema"
+BASE, BOARD = "base", "tensorboard"
+FOLDERS = (CHECKPOINTS, SAMPLES, LOSSES, SNAPSHOTS, BASE, f"{BASE}.tmp", BOARD)
+BY_STEP = {CHECKPOINTS: True, SAMPLES: True, LOSSES: False, SNAPSHOTS: False}  # a folder a step?
+STATE = "state.json"  # in a checkpoint; written last
+GRID = "grid.png"
 STEP = re.compile(r"step-([0-9]{8})")
+TENSORS = ".safetensors"
 _PARTIAL = re.compile(r"\.step-[0-9]{8}(\.[0-9]+)?\.tmp")
 
 
+def step_name(step: int) -> str:
+    """The name of what belongs to a step, without a suffix."""
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    return int(checkpoint.name[5:])
+
+
 def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """Step -> what has its name in a folder, in order; other names are not a run's."""
-    there = sorted(folder.glob(f"step-????????{suffix}"))
-    found = ((STEP.fullmatch(path.name.removesuffix(suffix)), path) for path in there)
-    return {int(match[1]): path for match, path in found if match}
+    """Step -> file or folder of that step, in order; other names are ignored."""
+    paths = sorted(folder.glob(f"step-????????{suffix}"))
+    matches = ((STEP.fullmatch(path.name.removesuffix(suffix)), path) for path in paths)
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a complete checkpoint."""
+    return (path / STATE).is_file()
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder has a place for checkpoints."""
+    return (path / CHECKPOINTS).is_dir()
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to."""
+    return checkpoint.parent.parent
+
+
+def checkpoint_at(run: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return run / CHECKPOINTS / step_name(step)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    there = steps_in(run / "checkpoints").values()
-    return [path for path in there if (path / STATE).is_file()]
+    return [path for path in steps_in(run / CHECKPOINTS).values() if is_checkpoint(path)]
 
 
 def partial_checkpoints(run: Path) -> list[Path]:
-    """What saving or pruning left of some, where it was killed."""
-    found = sorted((run / "checkpoints").glob(".step-*.tmp"))
-    return [path for path in found if _PARTIAL.fullmatch(path.name)]
+    """Temporary folders of saves and deletions that were killed."""
+    paths = sorted((run / CHECKPOINTS).glob(".step-*.tmp"))
+    return [path for path in paths if _PARTIAL.fullmatch(path.name)]
 
 
 def samples_of(run: Path, step: int) -> Path:
-    """The folder of what was drawn after a step."""
-    return run / "samples" / f"step-{step:08d}"
+    """The folder of the samples drawn after a step."""
+    return run / SAMPLES / step_name(step)
 
 
 def has_samples(run: Path, step: int) -> bool:
-    """Whether anything was."""
+    """Whether samples were drawn after a step."""
     return any(samples_of(run, step).glob("*.png"))
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step after which it was saved."""
-    return int(checkpoint.name[5:])
+def grid_of(run: Path) -> Path:
+    """The contact sheet of all samples."""
+    return run / SAMPLES / GRID
+
+
+def losses_of(run: Path, step: int) -> Path:
+    """The file of a step's validation losses."""
+    return run / LOSSES / f"{step_name(step)}{TENSORS}"

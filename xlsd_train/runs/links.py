@@ -9,14 +9,7 @@ import stat
 from pathlib import Path
 
 from xlsd_cache.errors import UserError
-from xlsd_train.runs.layout import STEP
-
-FOLDERS = ("checkpoints", "samples", "validation", "ema", "base", "base.tmp", "tensorboard")
-FILES = (
-    "config.json", "metrics.jsonl", "validation.jsonl", ".lock", "SAVE", "SAMPLE", "STOP",
-    "report.html",
-)  # fmt: skip
-OF_STEPS = {"checkpoints": True, "samples": True, "validation": False, "ema": False}  # folders?
+from xlsd_train.runs.layout import BY_STEP, FILES, FOLDERS, STEP, TENSORS
 
 
 def refuse_links(run: Path) -> None:
@@ -58,8 +51,8 @@ def refuse_leading_out(path: Path) -> None:
 
 def _kind(path: Path) -> bool | None:
     """Whether it is to be a folder by its name; None where that does not tell."""
-    step = STEP.fullmatch(path.name.removesuffix(".safetensors"))
-    return OF_STEPS.get(path.parent.name) if step else None
+    step = STEP.fullmatch(path.name.removesuffix(TENSORS))
+    return BY_STEP.get(path.parent.name) if step else None
 
 
 def _below(folder: Path) -> list[Path]:

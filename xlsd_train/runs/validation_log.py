@@ -17,7 +17,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_train.runs.bootstrap import Losses, Verdict, summary, verdict
 from xlsd_train.runs.json_files import objects_in
-from xlsd_train.runs.layout import steps_in
+from xlsd_train.runs.layout import LOSSES, TENSORS, VALIDATION, losses_of, steps_in
 
 HELD_OUT, TRAINING = SETS = ("held_out", "training")
 _LINE = {"step!": int, "weights!": str, f"{HELD_OUT}!": {"mean!": float}}
@@ -29,7 +29,7 @@ Candidate = tuple[int, str]  # step, WEIGHTS
 
 def save_losses(run: Path, step: int, losses: dict[str, Losses]) -> None:
     """Write what a step's validation found, as WEIGHTS/SET."""
-    path = _path(run, step)
+    path = losses_of(run, step)
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         save_file(losses, temporary)
@@ -40,7 +40,7 @@ def read_losses(run: Path, step: int) -> dict[str, Losses]:
 
     Raises UserError for a file that holds no losses.
     """
-    path = _path(run, step)
+    path = losses_of(run, step)
     if not path.exists():
         return {}
     try:
@@ -58,12 +58,12 @@ def read_losses(run: Path, step: int) -> dict[str, Losses]:
 
 def is_validated(run: Path, step: int) -> bool:
     """Whether there are losses of a step, which are not read."""
-    return _path(run, step).exists()
+    return losses_of(run, step).exists()
 
 
 def forget_after(run: Path, step: int) -> None:
     """Remove what outran the checkpoint of `step`."""
-    for at, path in steps_in(run / "validation", ".safetensors").items():
+    for at, path in steps_in(run / LOSSES, TENSORS).items():
         if at > step:
             path.unlink()
 
@@ -112,7 +112,7 @@ def tell(run: Path, saved: Sequence[int]) -> str | None:
 def _lost(run: Path, saved: set[int], loss: float) -> str | None:
     """The lowest loss below `loss` of a validated step that is not saved, in words."""
     lowest: dict[Candidate, float] = {}
-    for told in objects_in(run / "validation.jsonl", _LINE):
+    for told in objects_in(run / VALIDATION, _LINE):
         step, mean = told["step"], told[HELD_OUT]["mean"]
         if step not in saved and mean < min([loss, *lowest.values()]):
             lowest = {(step, told["weights"]): mean}
@@ -133,7 +133,3 @@ def named(candidate: Candidate) -> str:
     """A candidate in words."""
     step, weights = candidate
     return f"step {step}" if weights == LIVE else f"step {step} {weights}"
-
-
-def _path(run: Path, step: int) -> Path:
-    return run / "validation" / f"step-{step:08d}.safetensors"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xlsd_cache.errors import UserError
 from xlsd_train.config.optimization import Kind, Weighting, check_weighting
+from xlsd_train.runs.record import ObjectiveRecord
 from xlsd_train.weights.prediction_type import has_zero_snr, prediction_type, scheduler_for
 
 _PREDICTIONS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}
@@ -43,7 +44,7 @@ class Objective:
         signal, sigma, weight = (x.to(device) for x in (self.signal, self.sigma, self.weight))
         return replace(self, signal=signal, sigma=sigma, weight=weight)
 
-    def record(self, before: dict[str, Any]) -> dict[str, Any]:
+    def record(self, before: dict[str, Any]) -> ObjectiveRecord:
         """For config.json: what is predicted, and what the scheduler's config said before."""
         said, says = map(_in_words, (before, self.scheduler_config))
         return {"kind": self.kind, "before": said, "anew": said != says}

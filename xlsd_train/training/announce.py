@@ -13,6 +13,7 @@ from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
+from xlsd_train.runs.record import RunRecord, StoreRecord
 from xlsd_train.runs.validation_log import HELD_OUT
 from xlsd_train.training.pace import epochs_told, hours_told
 
@@ -21,7 +22,7 @@ log = logging.getLogger("xlsd.train.training")
 
 def announce(
     config: TrainConfig,
-    record: dict[str, Any],
+    record: RunRecord,
     schedule: BatchOrder,
     named: dict[str, Parameter],
     run: Run,
@@ -32,51 +33,49 @@ def announce(
     for line in _chosen(record):
         log.info(line)
     weights = sum(parameter.numel() for parameter in named.values())
-    log.info(record["precision"])
-    log.info(f"model {record['model']['source']}: {weights / 1e6:.1f} M weights train")
-    objective = record["objective"]
+    log.info(record.precision)
+    log.info(f"model {record.model['source']}: {weights / 1e6:.1f} M weights train")
+    objective = record.objective
     weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
     anew = f"; the model predicted {objective['before']} so far, and learns to anew"
     log.info(
         f"objective {objective['kind']}{weight}, {config.timesteps} timesteps"
         + (anew if objective["anew"] else "")
     )
-    if record["latents"]["normalized"]:
-        log.info("latents are normalised by channel, with " + json.dumps(record["latents"]))
-    if record["vae"]["decoder"]:
-        log.info(record["vae"]["decoder"])
-    _stores(record["stores"])
-    for tag in record["unknown_tags"]:
+    if record.latents["normalized"]:
+        log.info("latents are normalised by channel, with " + json.dumps(record.latents))
+    if record.vae["decoder"]:
+        log.info(record.vae["decoder"])
+    _stores(record.stores)
+    for tag in record.unknown_tags:
         log.info(f"  no image has the tag {tag!r} that --forbid-tags names")
     _measured(config, record)
-    log.info(describe_truncation(record["captions"]))
-    for line in record["remarks"] if config.sample_every else ():
+    log.info(describe_truncation(record.captions))
+    for line in record.remarks if config.sample_every else ():
         log.info(line)
-    log.info(record["memory"])
+    log.info(record.memory)
     if config.ema:
         gib = 2 * 4 * weights / 2**30
-        held = gib * 1.5 if record["settings"]["device"] == "cuda" else gib  # a copy on its way
+        held = gib * 1.5 if record.settings["device"] == "cuda" else gib  # a copy on its way
         log.info(
             f"EMA: two averages in {held:.1f} GiB of the CPU's memory, and at most "
             f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {run.folder / 'ema'}"
         )
-    for bucket, count in schedule.small_buckets(record["batch"]):
-        log.info(
-            f"  bucket {bucket} holds {count} images, so its batches do, not {record['batch']}"
-        )
+    for bucket, count in schedule.small_buckets(record.batch):
+        log.info(f"  bucket {bucket} holds {count} images, so its batches do, not {record.batch}")
     falls = config.scheduler != "constant"
     then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
     steps = config.warmup or ""
-    short = steps.isdecimal() and int(steps) > record["planned_steps"]
+    short = steps.isdecimal() and int(steps) > record.planned_steps
     tenth = f"; a tenth of the plan, which is shorter than the recipe's {steps}" if short else ""
-    log.info(f"warm-up over {record['warmup_steps']:g} steps to {config.lr:g}{then}{tenth}")
+    log.info(f"warm-up over {record.warmup_steps:g} steps to {config.lr:g}{then}{tenth}")
     _length(config, record, schedule)
     log.info(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
 
 
-def _measured(config: TrainConfig, record: dict[str, Any]) -> None:
+def _measured(config: TrainConfig, record: RunRecord) -> None:
     """What validation measures, and whether its steps are those that are saved."""
-    measured = len(record["validation"].get(HELD_OUT, ()))
+    measured = len(record.validation.get(HELD_OUT, ()))
     if measured:
         log.info(f"  {measured} held-out images are measured beside {measured} that train")
         meet = math.lcm(config.validate_every, config.save_every)
@@ -88,26 +87,26 @@ def _measured(config: TrainConfig, record: dict[str, Any]) -> None:
             )
 
 
-def _length(config: TrainConfig, record: dict[str, Any], schedule: BatchOrder) -> None:
+def _length(config: TrainConfig, record: RunRecord, schedule: BatchOrder) -> None:
     """How long the run is to be, in all units that there are, and whether that is absurd."""
-    planned, an_epoch = record["planned_steps"], schedule.batches_an_epoch / config.accum
+    planned, an_epoch = record.planned_steps, schedule.batches_an_epoch / config.accum
     last = min(planned, config.stop_after or planned)
-    images = sum(store["selected"] for store in record["stores"])
+    images = sum(store["selected"] for store in record.stores)
     stops = f", of which it stops after {last}" if last < planned else ""
     log.info(
         f"planned {planned} steps{stops}, {an_epoch:.1f} an epoch: "
         f"{epochs_told(last / an_epoch, images)}"
     )
-    if record.get("step_s"):
-        card, step_s = record["step_s"]
+    if record.step_s:
+        card, step_s = record.step_s
         log.info(hours_told(card, last * config.accum * step_s))
 
 
-def _chosen(record: dict[str, Any]) -> Iterator[str]:
+def _chosen(record: RunRecord) -> Iterator[str]:
     """Where settings come from that nobody gave."""
-    if record["recipe"]:
-        yield _recipe(record["recipe"])
-    yield from (change["why"] for change in record["adapted"].values() if change["why"])
+    if record.recipe:
+        yield _recipe(record.recipe)
+    yield from (change["why"] for change in record.adapted.values() if change["why"])
 
 
 def _recipe(record: dict[str, Any]) -> str:
@@ -120,7 +119,7 @@ def _recipe(record: dict[str, Any]) -> str:
     return f"{told}, with {other}" if other else told
 
 
-def _stores(stores: list[dict[str, Any]]) -> None:
+def _stores(stores: list[StoreRecord]) -> None:
     """What each holds, which of that trains, and its share of an epoch."""
     uses = [store["selected"] * store["weight"] for store in stores]
     for store, used in zip(stores, uses, strict=True):

@@ -22,7 +22,17 @@ from xlsd_train.optim.factory import rates
 from xlsd_train.optim.lr_scheduler import learning_rate
 from xlsd_train.optim.plateau import PlateauWatch
 from xlsd_train.report.page import leave_report
-from xlsd_train.runs.layout import checkpoints, has_samples, step_of
+from xlsd_train.runs.layout import (
+    METRICS,
+    REQUESTS,
+    SAMPLE,
+    SAVE,
+    STOP,
+    checkpoints,
+    grid_of,
+    has_samples,
+    step_of,
+)
 from xlsd_train.runs.validation_log import LIVE, best_of, is_validated, tell
 from xlsd_train.step.distributed import Lost
 from xlsd_train.training.meter import FailureWatch, Meter
@@ -73,7 +83,7 @@ def _train(session: Session, stop: StopSignal) -> None:
         session, stop, _missed(session, first - 1, last), first - 1, state["images_seen"]
     ):
         return
-    plateau = PlateauWatch.of_run(config, run.folder / "metrics.jsonl")
+    plateau = PlateauWatch.of_run(config, run.folder / METRICS)
     watches = (plateau, Pace(last), FailureWatch())
     with (
         closing(
@@ -156,10 +166,10 @@ def _due(session: Session, stop: StopSignal, step: int, last: int) -> Due:
     asked = _asked(session, stop)
     if "signal" in asked:
         return Due(saves=True, ends=True)
-    ends = step == last or "STOP" in asked
+    ends = step == last or STOP in asked
     samples, validates = _regular(session, step, ends)
-    saves = "SAVE" in asked or ends or step % session.config.save_every == 0
-    return Due(samples or "SAMPLE" in asked, validates, saves, ends)
+    saves = SAVE in asked or ends or step % session.config.save_every == 0
+    return Due(samples or SAMPLE in asked, validates, saves, ends)
 
 
 def _missed(session: Session, step: int, last: int) -> Due:
@@ -230,8 +240,8 @@ def _save(session: Session, state: dict[str, Any]) -> None:
 
 def _asked(session: Session, stop: StopSignal) -> set[str]:
     """What signals and trigger files ask of this step; all processes agree on it."""
-    names = ("SAVE", "SAMPLE", "STOP", "signal")
-    flags = [session.main and session.run.asked(name) for name in names[:3]]
+    names = (*REQUESTS, "signal")
+    flags = [session.main and session.run.asked(name) for name in REQUESTS]
     flags = session.processes.any(*flags, stop.asked > 0)
     return {name for name, flag in zip(names, flags, strict=True) if flag}
 
@@ -260,7 +270,7 @@ def _say_end(session: Session, stop: StopSignal) -> None:
     step = run.state()["step"]
     log.info(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
     if session.config.sample_every:
-        log.info(f"samples {run.folder / 'samples' / 'grid.png'}")
+        log.info(f"samples {grid_of(run.folder)}")
     told = tell(run.folder, list(map(step_of, checkpoints(run.folder))))
     if told:
         log.info(told)

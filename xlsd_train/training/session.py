@@ -29,6 +29,7 @@ from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema, averaging
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.optim.lr_scheduler import planned_steps
+from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.distributed import Processes
 from xlsd_train.step.objective import make_objective
 from xlsd_train.step.step import Step
@@ -91,7 +92,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         closing(run),
         ExitStack() as stack,
     ):
-        config, adapted = adapt(config, store, given, run.before)
+        config, adapted = adapt(config, store, given, run.adapted)
         config = run.inherited(config, fraction)
         samples = choose_samples(config, store)
         shared = settings(config, store, device)
@@ -119,41 +120,41 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         validator = (
             make_validator(source, samples.held, samples.trains, count, batch) if count else None
         )
-        record = {
-            "command": list(command),
-            "config": config.to_json(),
-            "adapted": adapted,
-            "recipe": Recipe.read(config.recipe).record(config) if config.recipe else None,
-            "precision": precision,
-            "batch": batch,
-            "plan": plan,
-            "memory": told,
-            "step_s": step_s,
-            "planned_steps": planned,
-            "warmup_steps": warmup,
-            "prompts": [picture.prompt for picture in pictures],
-            "samples": {
+        record = RunRecord(
+            command=list(command),
+            config=config.to_json(),
+            adapted=adapted,
+            recipe=Recipe.read(config.recipe).record(config) if config.recipe else None,
+            precision=precision,
+            batch=batch,
+            plan=plan,
+            memory=told,
+            step_s=step_s,
+            planned_steps=planned,
+            warmup_steps=warmup,
+            prompts=[picture.prompt for picture in pictures],
+            samples={
                 "size": "{}x{}".format(*sample_size(samples.selection.sizes)),
                 "pictures": [asdict(picture) for picture in pictures],
             },
-            "stores": samples.told(store),
-            "unknown_tags": samples.tagged.unknown,
-            "captions": truncation(source),
-            "remarks": remarks(pictures, model.tokenizer, model.tokens),
+            stores=samples.told(store),
+            unknown_tags=list(samples.tagged.unknown),
+            captions=truncation(source),
+            remarks=remarks(pictures, model.tokenizer, model.tokens),
             # Of a resumed run the trained weights are the checkpoint's; hashing takes a while.
-            "model": {"source": model.source, "sha256": {} if resumed else model.sha256()},
-            "objective": objective.record(before),
-            "latents": model.scaling.record(),
-            "vae": {
+            model={"source": model.source, "sha256": {} if resumed else model.sha256()},
+            objective=objective.record(before),
+            latents=model.scaling.record(),
+            vae={
                 "padding": model.vae.padding,
                 "decoder": decoder_told(model.vae, store.identity),
             },
-            "validation": validator.keys() if validator else {},
-            "settings": shared,
-            "machine": machine(device),
-            "processes": accelerator.num_processes,
-            "xlsd": __version__,
-        }
+            validation=validator.keys() if validator else {},
+            settings=shared,
+            machine=machine(device),
+            processes=accelerator.num_processes,
+            xlsd=__version__,
+        )
         run.compare_model(record, config.force)
         if accelerator.is_main_process:
             announce(config, record, schedule, named, run)

@@ -30,6 +30,8 @@ from xlsd_train.evaluation.validator import measured
 from xlsd_train.memory.planner import Planner, choose, limit_of
 from xlsd_train.model.bundle import ModelBundle, load_bundle
 from xlsd_train.model.latent_scaling import scaling_by_statistics
+from xlsd_train.runs.layout import BASE
+from xlsd_train.runs.record import StoreRecord
 from xlsd_train.step.distributed import PATIENCE
 from xlsd_train.step.objective import Objective
 from xlsd_train.step.step import Plan
@@ -49,7 +51,7 @@ class Samples:
     selection: Selection  # those that train
     measured: int  # of each set, by validation
 
-    def told(self, stores: Mixture) -> list[dict[str, Any]]:
+    def told(self, stores: Mixture) -> list[StoreRecord]:
         """Of each store what config.json keeps."""
         tagged, selected = stores.counts(self.tagged.mask), stores.counts(self.trains)
         return [
@@ -154,7 +156,7 @@ def check_start(config: TrainConfig, run: Run, store: Mixture) -> None:
     """
     if run.before is None or run.checkpoint is None:
         return
-    other = other_start(run.before["settings"], config)
+    other = other_start(run.before.settings, config)
     if not other:
         return
     asked = {name: getattr(config, name) for name in other}
@@ -191,7 +193,7 @@ def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[st
     assert run.checkpoint is not None
     if not all(Path(value).expanduser().exists() for name, value in new.items() if name in PLACES):
         return False  # nothing is fetched for it
-    old = run.before["settings"]
+    old = run.before.settings
     asked = {name: new.get(name, old.get(name)) for name in START}
     try:
         model = open_model(replace(config, **asked), None, store)
@@ -201,10 +203,10 @@ def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[st
     except UserError:
         return False
     own = CLIPTokenizer.from_pretrained(
-        run.folder / "base" / "tokenizer", local_files_only=True, trust_remote_code=False
+        run.folder / BASE / "tokenizer", local_files_only=True, trust_remote_code=False
     )
     alike: bool = own.get_vocab() == model.tokenizer.get_vocab()
-    return alike and model.sha256() == run.before["model"]["sha256"]
+    return alike and model.sha256() == run.before.model["sha256"]
 
 
 def plan_batch(
@@ -220,8 +222,8 @@ def plan_batch(
     """
     limit = limit_of(config, accelerator.device)
     if run.before and not config.force:
-        plan = Plan(*run.state().get("plan", run.before["plan"]))
-        return run.before["batch"], plan, run.before["memory"], run.before.get("step_s")
+        plan = Plan(*run.state().get("plan", run.before.plan))
+        return run.before.batch, plan, run.before.memory, run.before.step_s
     found: list[Any] = [None]
     if accelerator.is_main_process:  # memory that is free differs between cards; sums must not
         configs = model.unet.config, model.text_encoder.config.to_dict()

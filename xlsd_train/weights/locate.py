@@ -17,7 +17,7 @@ from xlsd_cache.runtime.bounded_files import parse_json
 from xlsd_cache.vocabulary import Padding
 from xlsd_train.config import sd15
 from xlsd_train.runs.json_files import misfit
-from xlsd_train.runs.layout import checkpoints
+from xlsd_train.runs.layout import BASE, checkpoints, is_checkpoint, is_run_folder, run_of
 from xlsd_train.runs.links import refuse_links
 from xlsd_train.weights import ldm_keys
 from xlsd_train.weights.hub import (
@@ -140,7 +140,7 @@ def locate_text_encoder(source: str, config: Mapping[str, Any]) -> tuple[Network
 
 def _tokenizer_of(text_encoder: Path) -> Path | None:
     """The tokenizer stored with a text encoder: a pipeline's, a whole CLIP's or a run's."""
-    for base in (text_encoder, text_encoder / "base", text_encoder.parent.parent / "base"):
+    for base in (text_encoder, text_encoder / BASE, run_of(text_encoder) / BASE):
         for folder in (base / "tokenizer", base):
             if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
                 return folder
@@ -160,7 +160,7 @@ def _check_widths(unet: Network, text_encoder: Network) -> None:
 def locate_network(kind: NetworkKind, source: str, config: Mapping[str, Any]) -> Network:
     """One network, from a folder, a run or its own file; `config` is for a file without one."""
     path = Path(source).expanduser()
-    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+    if is_run_folder(path) or is_checkpoint(path):
         network = getattr(_locate(str(path), False, False), kind)
         assert isinstance(network, Network)
         return network
@@ -210,12 +210,12 @@ def _with_unet(parts: ModelParts, unet: Network, source: str) -> ModelParts:
 def _scheduler_of(unet: Path) -> dict[str, Any] | None:
     """The scheduler config stored with a UNet's folder, file or run, if there is one."""
     if unet.is_file() and unet.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
-        state = unet.parent / "state.json"
-        return _scheduler_of(unet.parent) if state.is_file() else _scheduler_by_file(unet)
-    if (unet / "checkpoints").is_dir():
-        return _scheduler_in(unet / "base")
-    if (unet / "state.json").is_file():
-        return _scheduler_in(unet.parent.parent / "base")
+        inside = is_checkpoint(unet.parent)
+        return _scheduler_of(unet.parent) if inside else _scheduler_by_file(unet)
+    if is_run_folder(unet):
+        return _scheduler_in(unet / BASE)
+    if is_checkpoint(unet):
+        return _scheduler_in(run_of(unet) / BASE)
     return _scheduler_in(unet) or (_scheduler_in(unet.parent) if unet.name == "unet" else None)
 
 
@@ -233,13 +233,13 @@ def _scheduler_in(folder: Path) -> dict[str, Any] | None:
 
 def _locate(source: str, ema: bool, vae: bool) -> ModelParts:
     path = Path(source).expanduser()
-    if (path / "checkpoints").is_dir():
+    if is_run_folder(path):
         refuse_links(path)
         saved = checkpoints(path)
         if not saved:
             raise UserError(f"the run {source} has no checkpoint yet; train it further first")
         path = saved[-1]
-    if (path / "state.json").is_file():
+    if is_checkpoint(path):
         return _in_checkpoint(path, source)
     if path.is_dir():
         return _in_folder(path, source)
@@ -256,8 +256,9 @@ def _locate(source: str, ema: bool, vae: bool) -> ModelParts:
 
 
 def _in_checkpoint(checkpoint: Path, source: str) -> ModelParts:
-    refuse_links(checkpoint.parent.parent)
-    base = checkpoint.parent.parent / "base"
+    run = run_of(checkpoint)
+    refuse_links(run)
+    base = run / BASE
     networks = {}
     for kind, file in (("unet", UNET), ("text_encoder", TEXT_ENCODER)):
         path = checkpoint / file

@@ -23,6 +23,7 @@ from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.encoding.vae import CLASSES
 from xlsd_cache.errors import UserError, one_line
 from xlsd_train.runs.json_files import load_object, misfit
+from xlsd_train.runs.layout import is_checkpoint
 from xlsd_train.weights import ldm_keys
 from xlsd_train.weights.lazy_tensors import LazyTensor, open_tensors
 
@@ -114,7 +115,7 @@ def _not_finite(network: Network, name: str, value: Tensor, others: int = 0) -> 
     more = f", as do {others} more of its tensors" if others else ""
     checkpoint = Path(network.source).parent
     remedy = "download or make it again, or give another"
-    if (checkpoint / "state.json").is_file():
+    if is_checkpoint(checkpoint):
         remedy = f"remove {checkpoint} to use the checkpoint before it, or give an earlier one"
     return UserError(
         f"{network.source}: {network.kind}'s {name}{where} has {count(value)} that are nan or "

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from xlsd_train.checkpoints.resume import differing
 from xlsd_train.checkpoints.run_folder import Run
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.optim.lr_scheduler import first_other_rate
+from xlsd_train.runs.record import EMPTY
 
 Out = pytest.CaptureFixture[str]
 STEPS = ("--steps", 6)
@@ -243,13 +245,14 @@ def test_another_card_is_another_rounding(tmp_path: Path, wrote: str) -> None:
         "batch": 4, "objective": None, "ema": False, "validation_images": 256, "card": "NVIDIA A"
     }  # fmt: skip
     config = TrainConfig(phase="unet")
-    before = {"settings": dict(settings), "machine": {"card": "NVIDIA A"}, "batch": 4}
+    machine = {"card": "NVIDIA A"}
+    before = replace(EMPTY, settings=dict(settings), machine=machine, batch=4)
     if wrote == "machine":
-        del before["settings"]["card"]  # type: ignore[attr-defined]
+        del before.settings["card"]
     now = {**settings, "cudnn version": 92000}
     Run(tmp_path, before).compare(now, config, str)
     with pytest.raises(UserError, match="card NVIDIA A and not NVIDIA B"):
         Run(tmp_path, before).compare({**now, "card": "NVIDIA B"}, config, str)
-    before["settings"]["cudnn version"] = 91000  # type: ignore[index]
+    before.settings["cudnn version"] = 91000
     with pytest.raises(UserError, match="cudnn version 91000 and not 92000"):
         Run(tmp_path, before).compare(now, config, str)

@@ -18,6 +18,7 @@ from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.evaluation.images import Picture
 from xlsd_train.evaluation.sample_files import own_size
 from xlsd_train.evaluation.sampler import read_prompts, sample_size
+from xlsd_train.runs.record import EMPTY
 
 
 def draw(open_run: Open, out: Path, **settings: object) -> dict[str, bytes]:
@@ -96,12 +97,13 @@ def test_a_run_of_an_older_version_draws_what_it_drew(store: Path, tmp_path: Pat
     path, txt = tmp_path / "prompts.txt", CaptionColumns(("txt",), (1.0,))
     config = TrainConfig("unet", sample_prompts=path)
     path.write_text("# first\na cat --seed 5\n")
-    before = {"prompts": ["# first", "a cat --seed 5"]}
+    before = replace(EMPTY, prompts=["# first", "a cat --seed 5"])
     with LatentStore.open(store) as ours:
         every = select(ours, np.ones(len(ours), np.bool_))
         old = read_prompts(config, ours, every, txt, before)
         assert [(it.prompt, it.seed) for it in old] == [("# first", 0), ("a cat --seed 5", 1)]
-        for other in ({"prompts": ["a dog"]}, {**before, "samples": {}}, None):
+        changed, newer = replace(EMPTY, prompts=["a dog"]), replace(before, samples={"size": ""})
+        for other in (changed, newer, None):
             (new,) = read_prompts(config, ours, every, txt, other)
             assert (new.prompt, new.seed) == ("a cat", 5)
 

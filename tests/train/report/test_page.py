@@ -275,8 +275,8 @@ def test_what_is_no_run_is_refused(runs: list[Path], tmp_path: Path, capsys: Out
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
     for words, told in (
-        ((tmp_path,), f"{tmp_path} holds no run (no config.json)"),
-        ((runs[0], tmp_path / "nowhere"), "holds no run"),
+        ((tmp_path,), f"{tmp_path} is not a run: it has no config.json"),
+        ((runs[0], tmp_path / "nowhere"), "is not a run"),
         ((tmp_path / "broken",), "cannot read"),
         ((runs[0], f"{runs[0]}/../{runs[0].name}"), "is named more than once"),
         ((), "no run is named"),

@@ -19,7 +19,7 @@ from xlsd_train.evaluation.prompts import read_pictures
 from xlsd_train.report.page import page
 from xlsd_train.runs.history import histories
 from xlsd_train.runs.json_files import CHUNK, LINE_NBYTES, misfit, read_log
-from xlsd_train.runs.record import RECORD, read_record, read_state, refuse_unfit
+from xlsd_train.runs.record import FIELDS, read_record, read_state, record_to_resume
 from xlsd_train.weights.network import (
     KINDS,
     check_shapes,
@@ -57,12 +57,12 @@ def record_of(names: dict[str, Any]) -> dict[str, Any]:
 
 
 @few
-@given(st.dictionaries(st.sampled_from([name.rstrip("!") for name in RECORD]), values, max_size=3))
+@given(st.dictionaries(st.sampled_from([*FIELDS]), values, max_size=3))
 def test_any_config_json_makes_a_page_or_a_sentence(folder: Path, names: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(record_of(names)))
     if (record := sentence(read_record, folder)) is not None:
         page(histories([folder]))
-        sentence(refuse_unfit, folder, record)
+        sentence(record_to_resume, folder, record.to_json())
 
 
 @few
