@@ -17,6 +17,7 @@ NOT_COMPARED = """
   times: builders.json's pid, host, born, began, ended; bytes and disk of `info --json`, which
     count that file; images_per_s, wait_s, peak_gib of metrics; modelspec.date of exports
   what the two sides are given: config.json's command, config.stop_after, stores.path
+  a library that is no longer used: config.json's settings.prodigyopt version
   sentences: config.json's precision, memory, remarks; modelspec.description and xlsd.folded of
     exports; HTML pages and model cards (.html, .md)"""
 
@@ -25,7 +26,7 @@ KEYS = {  # by file name, the keys that are not compared, with those that they a
     "info.json": {"bytes", "disk"},
     "config.json": {
         *("command", "config.stop_after", "stores.path"),
-        *("precision", "memory", "remarks"),
+        *("precision", "memory", "remarks", "settings.prodigyopt version"),
     },
     "metrics.jsonl": {"images_per_s", "wait_s", "peak_gib"},
     "metadata": {"modelspec.date", "modelspec.description", "xlsd.folded"},
