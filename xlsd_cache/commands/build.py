@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from xlsd_cache.commands.finish import conclude, writing
 from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.encoder import Encoder
-from xlsd_cache.encoding.pipeline import Work
+from xlsd_cache.encoding.pipeline import EncodePipeline
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.buckets import Buckets
@@ -198,7 +198,9 @@ def _encode(
     mine = units[part::parts]
     order = mine + [unit for unit in units if unit not in set(mine)]
     dtype = identity.dtype
-    work = Work(manifest, encoder, live, rows_per_shard, dtype, config.workers, config.max_pixels)
+    work = EncodePipeline(
+        manifest, encoder, live, rows_per_shard, dtype, config.workers, config.max_pixels
+    )
     log.info(encoder)
     with StopSignal(STOPPING) as stop:
         work.run(todo, order, stop)

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xlsd_cache.console import terminal
-from xlsd_cache.encoding.compatibility import decoder_told, vae_of
+from xlsd_cache.encoding.compatibility import decoder_notice, load_vae_for
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.uri import read_source
@@ -92,8 +92,8 @@ def _find(store: Checked, config: CheckOptions, say: Say) -> tuple[list[Problem]
     problems += verify_index(store, view) + verify_live(store, view)
     if config.decode and not problems:
         with LatentStore(manifest.root, store.identity, shard, view) as latents:
-            vae = vae_of(store.identity, config.vae, [manifest.root])
-            if told := decoder_told(vae, store.identity):
+            vae = load_vae_for(store.identity, config.vae, [manifest.root])
+            if told := decoder_notice(vae, store.identity):
                 say(told)
             problems += _check_decoded(latents, vae, config, say)
     return problems, counts.live

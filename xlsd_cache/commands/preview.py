@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from xlsd_cache.encoding.compatibility import decoder_told, vae_of
+from xlsd_cache.encoding.compatibility import decoder_notice, load_vae_for
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.options import PreviewOptions
@@ -37,8 +37,8 @@ def preview(config: PreviewOptions) -> None:
     with LatentStore.open(config.store) as store:
         column = _column(store, config.caption)
         chosen = _chosen(store, config, column)
-        vae = vae_of(store.identity, config.vae, [store.root])
-        if told := decoder_told(vae, store.identity):
+        vae = load_vae_for(store.identity, config.vae, [store.root])
+        if told := decoder_notice(vae, store.identity):
             log.info(told)
         device = device_of(config.device)
         vae.model.to(device)

@@ -1,4 +1,4 @@
-"""Which VAEs fit a store's latents: those with its encoder and padding, whatever their decoder."""
+"""Checks that a VAE fits a store's latents: its encoder and padding must match, not its decoder."""
 
 import logging
 import re
@@ -13,28 +13,28 @@ from xlsd_cache.store.identity import Identity, read_attributes, record_encoder,
 
 log = logging.getLogger("xlsd.cache.encoding")
 
-# Trained with reflection padding, as their pages say: Anzhc's EQ-VAEs and what is trained on them.
+# Trained with reflection padding, by their model cards: Anzhc's EQ-VAEs and their derivatives.
 REFLECT = re.compile(r"MS-LC-EQ|EQ-?B\d|Noobai11-?EQ|Pad.*\bEQ|NoobAI.*EQ-?VAE", re.IGNORECASE)
-EQ_VAE = re.compile(r"\bEQ[-_ ]?(SDXL[-_ ]?)?VAE", re.IGNORECASE)  # some of the others may be
+EQ_VAE = re.compile(r"\bEQ[-_ ]?(SDXL[-_ ]?)?VAE", re.IGNORECASE)  # of the others, some may be
 
 
-def vae_of(identity: Identity, spec: str | None = None, roots: Sequence[Path] = ()) -> Vae:
-    """A VAE for the latents of the stores in `roots`: from where the build found it, or `spec`.
+def load_vae_for(identity: Identity, spec: str | None = None, roots: Sequence[Path] = ()) -> Vae:
+    """Load a VAE for the latents of the stores in `roots`: `spec`, or the one that encoded them.
 
-    Raises UserError where it is not to be had or has another encoder.
+    Raises UserError where it cannot be loaded or has another encoder.
     """
     try:
         vae = load_vae(
-            spec or _named(identity), identity.scaling_factor, padding=identity.vae_padding
+            spec or _source(identity), identity.scaling_factor, padding=identity.vae_padding
         )
     except UserError as error:
         if spec is not None:
             raise
         raise UserError(
-            f"the VAE that encoded {_told(roots)} is not where it was: {error}; give it, or one "
-            f"with its encoder, as --vae"
+            f"cannot load the VAE that encoded {_names(roots)}: {error}; give it, or a VAE with "
+            f"the same encoder, as --vae"
         ) from error
-    refuse_other_encoder(vae, identity, roots)
+    check_encoder(vae, identity, roots)
     return vae
 
 
@@ -54,33 +54,36 @@ def identity_of(vae: Vae, **settings: Any) -> Identity:
     )
 
 
-def refuse_other_encoder(vae: Vae, identity: Identity, roots: Sequence[Path]) -> None:
-    """Raises UserError unless the VAE has the encoder of the stores' latents, or may not be known.
+def check_encoder(vae: Vae, identity: Identity, roots: Sequence[Path]) -> None:
+    """Raise UserError where the VAE's encoder is not the stores', or that cannot be decided.
 
-    What padding the VAE has is the caller's concern.
+    The padding is not checked.
     """
-    identity = proved(identity, vae, roots)
+    identity = with_encoder_hash(identity, vae, roots)
     same = identity.encoder_is(vae.sha256, vae.encoder_sha256)
     if same is None:
-        raise UserError(unknown_encoder(_told(roots), identity, vae.name, vae.sha256))
+        raise UserError(unknown_encoder(_names(roots), identity, vae.name, vae.sha256))
     if not same:
         ours = identity.encoder_sha256 or identity.vae_sha256
         raise UserError(
-            f"the VAE {vae.name} is not for the latents of {_told(roots)}: its encoder half "
-            f"(encoder and quant_conv) is {vae.encoder_sha256[:12]}, and they were encoded with "
-            f"{identity.vae_name}, {ours[:12]}; give that one, or one whose decoder alone differs"
+            f"the VAE {vae.name} does not fit the latents of {_names(roots)}: its encoder half "
+            f"(encoder and quant_conv) is {vae.encoder_sha256[:12]}, but they were encoded with "
+            f"{identity.vae_name}, {ours[:12]}; give that VAE, or one that differs only in its "
+            f"decoder"
         )
 
 
-def proved(identity: Identity, vae: Vae, roots: Iterable[Path], record: bool = True) -> Identity:
-    """The stores' identity with the hash of its encoder, if that is known or can be proved.
+def with_encoder_hash(
+    identity: Identity, vae: Vae, roots: Iterable[Path], record: bool = True
+) -> Identity:
+    """The stores' identity with `encoder_sha256` filled in, where it can be.
 
-    It is proved by a VAE whose whole hash the stores have: this one, or the one that encoded them
-    where it still lies there or in the hub's cache. Then it is recorded in the stores.
+    Stores of older versions have only the hash of the whole VAE. A VAE of that hash gives the
+    encoder's: `vae`, or the original if it is still on this machine. It is then recorded there.
     """
     if identity.encoder_sha256:
         return identity
-    known = vae if vae.sha256 == identity.vae_sha256 else original(identity)
+    known = vae if vae.sha256 == identity.vae_sha256 else original_vae(identity)
     if known is None:
         return identity
     for root in roots if record else ():
@@ -88,29 +91,33 @@ def proved(identity: Identity, vae: Vae, roots: Iterable[Path], record: bool = T
     return replace(identity, encoder_sha256=known.encoder_sha256)
 
 
-def original(identity: Identity) -> Vae | None:
-    """The very VAE that encoded a store, if it is on this machine."""
+def original_vae(identity: Identity) -> Vae | None:
+    """The VAE that encoded a store, if it is on this machine; nothing is downloaded."""
     try:
-        vae = load_vae(_named(identity), identity.scaling_factor, fetching=False)
+        vae = load_vae(_source(identity), identity.scaling_factor, fetching=False)
     except UserError:
         return None
     return vae if vae.sha256 == identity.vae_sha256 else None
 
 
 def stored_identity(out: Path, vae: Vae, dry_run: bool) -> Identity | None:
-    """That of the store which this VAE is to add to, if there is one; says what a user may miss."""
+    """The identity of the store in `out`, None where there is none.
+
+    Logs a warning for a VAE of doubtful padding, and a note for one with another decoder.
+    """
     if warning := padding_warning(vae):
         log.warning(warning)
     if not (out / "latents.zarr" / "zarr.json").exists():
         return None
-    stored = proved(read_attributes(out)[0], vae, [out], record=not dry_run)
-    if stored.encoder_is(vae.sha256, vae.encoder_sha256) and (told := decoder_told(vae, stored)):
-        log.info(told)
+    stored = with_encoder_hash(read_attributes(out)[0], vae, [out], record=not dry_run)
+    notice = decoder_notice(vae, stored)
+    if notice and stored.encoder_is(vae.sha256, vae.encoder_sha256):
+        log.info(notice)
     return stored
 
 
-def decoder_told(vae: Vae, identity: Identity) -> str:
-    """What is to be said where the decoder is another than at encoding; else empty."""
+def decoder_notice(vae: Vae, identity: Identity) -> str:
+    """A sentence for a VAE whose decoder differs from that at encoding; else empty."""
     if vae.sha256 == identity.vae_sha256:
         return ""
     return (
@@ -120,24 +127,24 @@ def decoder_told(vae: Vae, identity: Identity) -> str:
 
 
 def padding_warning(vae: Vae) -> str:
-    """Where zeros pad a VAE that by its name was trained with reflection; else empty."""
+    """A sentence for a zero-padded VAE that by its name was trained with reflection; else empty."""
     name = f"{vae.name} {vae.source} {vae.model.config.get('_name_or_path') or ''}"
     if vae.padding != "zeros" or not (REFLECT.search(name) or EQ_VAE.search(name)):
         return ""
     if REFLECT.search(name):
-        told = "by its name was trained with reflection padding"
+        reason = "by its name was trained with reflection padding"
     else:
-        told = "is named as an EQ-VAE, some of which were trained with reflection padding"
+        reason = "is named as an EQ-VAE, some of which were trained with reflection padding"
     return (
-        f"the VAE {vae.name} {told}, and its convolutions are padded with zeros here: "
-        f"if its page says so, add --vae-padding reflect"
+        f"the VAE {vae.name} {reason}, but its convolutions are padded with zeros here; if its "
+        f"model card says reflection, add --vae-padding reflect"
     )
 
 
-def _named(identity: Identity) -> str:
-    """Where the VAE that encoded a store should be."""
+def _source(identity: Identity) -> str:
+    """Where to load the VAE that encoded a store from."""
     return identity.vae_name if identity.vae_name in NAMES else identity.vae_source
 
 
-def _told(roots: Sequence[Path]) -> str:
+def _names(roots: Sequence[Path]) -> str:
     return " ".join(map(str, roots)) or "the store"

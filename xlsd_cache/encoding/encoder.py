@@ -1,4 +1,4 @@
-"""uint8 pixels -> raw latents. Owns the range [-1,1], the dtype and the layout."""
+"""Encodes uint8 pixels to raw latents: scales them to [-1,1], fits the batch to the device."""
 
 import ctypes
 import logging
@@ -23,25 +23,25 @@ log = logging.getLogger("xlsd.cache.encoding")
 
 
 def to_input(pixels: Tensor) -> Tensor:  # uint8 [B,H,W,3] -> f32 [B,3,H,W] in [-1,1]
-    """What the VAE was trained on: 2 * (p / 255) - 1.
+    """Scale pixels to the VAE's range: 2 * (p / 255) - 1.
 
-    Rounded and laid out (channels last in memory) as diffusers' VaeImageProcessor does it, so that
-    latents equal diffusers' own to the last bit: the layout decides in what order kernels sum. On a
-    CPU it is also the faster one.
+    Rounding and memory layout (channels last) are those of diffusers' VaeImageProcessor, so that
+    latents equal diffusers' bit for bit: the layout decides in what order kernels sum. On a CPU it
+    is also the faster one.
     """
     return (2.0 * (pixels.permute(0, 3, 1, 2).float() / 255.0)) - 1.0
 
 
 @dataclass
 class Encoder:
-    """A VAE on its device, at its precision, and how it is called."""
+    """A VAE on a device, with its precision and batch size."""
 
     vae: Vae
     precision: Precision
     device: torch.device
     batch: int = 8  # images a call
-    calls: int = 1  # at once
-    _full_at: float = field(default=math.inf, init=False)  # pixels a call, which did not fit
+    calls: int = 1  # concurrent
+    _full_at: float = field(default=math.inf, init=False)  # pixels a call that ran out of memory
 
     def __post_init__(self) -> None:
         self.vae.model.to(self.device)
@@ -58,25 +58,25 @@ class Encoder:
     def fitted(
         cls, vae: Vae, precision: Precision, device: torch.device, batch: int | None, pixels: int
     ) -> "Encoder":
-        """Called in the way that is fastest for images of up to so many pixels.
+        """An encoder with the fastest batch size for images of up to `pixels` pixels.
 
-        On a CPU that is one image to each core: threads that share a convolution wait for each
-        other, and more images at once leave the cache. On a card it is the largest batch that
-        fits, up to 32. A `batch` that is given is encoded in one call, with all threads.
+        On a CPU that is one image for each core: threads that share a convolution wait for each
+        other, and more images at once do not fit its cache. On a GPU it is the largest batch that
+        fits, up to 32. A given `batch` is encoded in one call, with all threads.
         """
         if batch is not None:
             return cls(vae, precision, device, batch)
         # At full resolution about six fp32 tensors of the first width live at once.
         nbytes = 6 * 4 * pixels * vae.model.config["block_out_channels"][0]
         if device.type == "cuda":
-            there = most_on(device) * 0.7
-            return cls(vae, precision, device, 2 ** min(5, max(0, int(math.log2(there / nbytes)))))
+            usable = most_on(device) * 0.7
+            return cls(vae, precision, device, 2 ** min(5, max(0, int(math.log2(usable / nbytes)))))
         fitting = int(psutil.virtual_memory().available * 0.7 / nbytes)
         return cls(vae, precision, device, 1, max(1, min(torch.get_num_threads(), fitting)))
 
     @contextmanager
     def threads(self, spare: int) -> Iterator[ThreadPoolExecutor]:
-        """Threads to call `encode` from, `spare` more than calls, which share torch's own."""
+        """A pool of `calls` + `spare` threads for `encode`; the calls divide torch's threads."""
         if self.device.type == "cpu":
             _keep_freed_memory()
         before = torch.get_num_threads()
@@ -88,9 +88,9 @@ class Encoder:
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [B,H,W,3] -> raw latents f32 [B,C,H/8,W/8], the posterior's mean.
 
-        A batch that the card has no room for is encoded in halves, and so are all that are as
-        large. Raises UserError where it has none for a single image: tiles would fit, but their
-        latents are others near every seam.
+        A batch that runs out of GPU memory is encoded in halves, and so are all later ones of its
+        size. Raises UserError where a single image does not fit: tiles would, but their latents
+        differ near every seam.
         """
         count, height, width = pixels.shape[:3]
         if count == 1 or count * height * width < self._full_at:
@@ -101,12 +101,12 @@ class Encoder:
                     raise
                 if count == 1:
                     raise UserError(
-                        f"the card has no room to encode one image of {width}x{height}; free some "
-                        f"of its memory, lower --resolution, or use --device cpu"
+                        f"not enough GPU memory to encode one image of {width}x{height}; free "
+                        f"some, lower --resolution, or use --device cpu"
                     ) from error
             log.info(
-                f"{count} images of {width}x{height} do not fit the card; from here on it encodes "
-                f"half as many at once"
+                f"{count} images of {width}x{height} do not fit the GPU's memory: halving the "
+                f"batch from here on"
             )
             self._full_at = count * height * width
             give_back(self.device)
@@ -122,14 +122,14 @@ class Encoder:
         )
         with autocast:
             latents = self.vae.encode(to_input(batch))
-        return latents.float().cpu().numpy()  # waits for the device
+        return latents.float().cpu().numpy()  # device sync
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what one layer frees for the next, in one heap for all threads.
+    """Make glibc keep the memory that a layer frees, in one heap for all threads.
 
-    Else it gives pages back after every layer and is given zeroed ones again, which took an eighth
-    of the time of a small VAE. Nothing where the C library is another.
+    By default it returns pages to the kernel after every layer and gets zeroed ones back, which
+    took an eighth of a small VAE's time. Does nothing with another C library.
     """
     trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
     with suppress(AttributeError, OSError, TypeError):

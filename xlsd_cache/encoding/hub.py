@@ -1,6 +1,6 @@
-"""The model hub: which names are its repositories, and their files from the cache or fetched.
+"""Hugging Face hub: resolves repository names, and finds or downloads their files.
 
-What the local cache holds whole is used without asking the network, as is all with HF_HUB_OFFLINE.
+A repository that is complete in the local cache is used without network access.
 """
 
 import json
@@ -17,22 +17,22 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from xlsd_cache.errors import UserError, one_line
 
-PREFIX = "hf://"  # before ORG/NAME: certainly the hub's, whatever folders are there
-# ORG/NAME, as the hub's client lets it pass: no .. or --, no - or . at an end.
+PREFIX = "hf://"  # before ORG/NAME: always a repository, even if there is such a folder
+# ORG/NAME, as huggingface_hub accepts it: no .. or --, no - or . at an end.
 ID = re.compile(r"(?!.*(?:\.\.|--))\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", re.ASCII)
 ANSWER_S = 5.0  # for connecting, and again for the answer
-# No repository's name ends so, and many a file's does.
+# A name with one of these is a file's, not a repository's.
 SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json", ".gguf", ".onnx", ".zip",
             ".tar", ".sft", ".msgpack", ".yaml", ".txt"}  # fmt: skip
-MANY = 10_000  # names of a folder that are compared
+MANY = 10_000  # names in a folder, at most, that are compared
 ALIKE = 0.8  # difflib's ratio; `modles` and `models` have 0.83
 
 
 def repository_of(source: str) -> str | None:
-    """The hub's ORG/NAME that is meant; None for what looks like a path, of which none is there.
+    """The repository ORG/NAME that `source` means; None where it looks like a missing path.
 
-    ORG/NAME is a path where a folder here has ORG's name or nearly so, unless the hub's cache has
-    that repository; with hf:// before it, it never is.
+    It is taken for a path where a folder here is called ORG, or nearly so, unless the repository
+    is in the hub's cache or `source` begins with hf://.
     """
     name = source.removeprefix(PREFIX)
     if not ID.fullmatch(name) or (name == source and Path(name).suffix.lower() in SUFFIXES):
@@ -40,49 +40,49 @@ def repository_of(source: str) -> str | None:
     folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     if name != source or folder.is_dir():
         return name
-    alike = _alike(name.partition("/")[0], Path(), ALIKE)
-    return None if any(Path(folder).is_dir() for folder in alike) else name
+    similar = _similar_names(name.partition("/")[0], Path(), ALIKE)
+    return None if any(Path(folder).is_dir() for folder in similar) else name
 
 
 def no_such(source: str) -> str:
-    """That a path is missing, and which one of a similar name is there."""
-    found = nearest(Path(source.replace("\\", "/")).expanduser())
-    told = f"{source}: no such file or directory"
-    return f"{told} (did you mean {found}?)" if found else told
+    """The message for a missing path, with a similar path that exists."""
+    similar = nearest_path(Path(source.replace("\\", "/")).expanduser())
+    message = f"{source}: no such file or directory"
+    return f"{message} (did you mean {similar}?)" if similar else message
 
 
-def nearest(path: Path) -> Path | None:
-    """The path that is there and has the most similar names, part by part; None without one."""
-    at, changed = Path(path.anchor), False
-    for part in path.relative_to(at).parts:
+def nearest_path(path: Path) -> Path | None:
+    """The existing path of the most similar names, part by part; None without one."""
+    nearest, changed = Path(path.anchor), False
+    for part in path.relative_to(nearest).parts:
         names = [part]
-        if not (at / part).exists():
-            names = _alike(part, at, 0.6)
+        if not (nearest / part).exists():
+            names = _similar_names(part, nearest, 0.6)
             if not names:
                 break
             changed = True
-        at /= names[0]
-    return at if changed else None
+        nearest /= names[0]
+    return nearest if changed else None
 
 
-def _alike(name: str, folder: Path, ratio: float) -> list[str]:
-    """Names in a folder that are like this one, the most similar first; case does not count."""
+def _similar_names(name: str, folder: Path, ratio: float) -> list[str]:
+    """Names in a folder similar to this one, the most similar first; case does not matter."""
     try:
-        there = {path.name.lower(): path.name for path in islice(folder.iterdir(), MANY)}
+        names = {path.name.lower(): path.name for path in islice(folder.iterdir(), MANY)}
     except OSError:
         return []
-    return [there[low] for low in get_close_matches(name.lower(), there, 3, ratio)]
+    return [names[low] for low in get_close_matches(name.lower(), names, 3, ratio)]
 
 
 def fetch(repository: str, files: Sequence[str], needed: Sequence[str], instead: str) -> Path:
-    """The folder of a hub's repository with the files of these patterns in it.
+    """The local folder of a repository with the files of these patterns, downloaded if need be.
 
-    From the cache where that holds a file for each of `needed`, patterns with | between
-    alternatives. Raises UserError within seconds where the hub does not answer or refuses, with
-    `instead`, which says what to give in the repository's place.
+    Nothing is downloaded where the cache has a file for each of `needed`, patterns with | between
+    alternatives. Raises UserError within seconds where the hub does not answer or refuses; the
+    message ends with `instead`, what to give in place of the repository.
     """
-    if there := require(repository, files, needed, instead):
-        return there
+    if folder := require(repository, files, needed, instead):
+        return folder
     try:
         return Path(snapshot_download(repository, allow_patterns=list(files)))
     except HfHubHTTPError as error:
@@ -95,16 +95,14 @@ def fetch(repository: str, files: Sequence[str], needed: Sequence[str], instead:
 def require(
     repository: str, files: Sequence[str], needed: Sequence[str], instead: str
 ) -> Path | None:
-    """The repository's folder in the cache; None where it is the hub's to give, and it answers.
+    """The repository's folder in the cache; None where the hub would serve the download.
 
-    Raises UserError as `fetch` does, of which this is the quick half.
+    The first half of `fetch`, within seconds; raises UserError as it does.
     """
-    if there := cached(repository, files, needed):
-        return there
+    if folder := cached(repository, files, needed):
+        return folder
     if constants.HF_HUB_OFFLINE:
-        why = (
-            f"HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not hold it whole"
-        )
+        why = f"HF_HUB_OFFLINE is set, and it is not complete in the cache {constants.HF_HUB_CACHE}"
     else:
         why = _refusal(repository)
     if why:
@@ -117,12 +115,12 @@ def _failed(repository: str, why: str, instead: str) -> UserError:
 
 
 def cached(repository: str, files: Sequence[str], needed: Sequence[str]) -> Path | None:
-    """The repository's folder in the hub's cache, if all that is needed is there."""
+    """The repository's folder in the hub's cache, if all needed files are in it."""
     try:
         folder = Path(
             snapshot_download(repository, allow_patterns=list(files), local_files_only=True)
         )
-    except (OSError, ValueError):  # none, or not all of what the hub listed
+    except (OSError, ValueError):  # not cached, or not all files that the hub listed
         return None
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -130,52 +128,52 @@ def cached(repository: str, files: Sequence[str], needed: Sequence[str]) -> Path
         any(fnmatch(name, pattern) for name in names for pattern in either.split("|"))
         for either in needed
     )
-    return folder if whole and not _lacks_pieces(paths) else None
+    return folder if whole and not _lacks_shards(paths) else None
 
 
-def _lacks_pieces(paths: list[Path]) -> bool:
-    """Whether weights in several files lack one that their index lists."""
+def _lacks_shards(paths: list[Path]) -> bool:
+    """Whether a file is missing that an index of sharded weights lists."""
     indexes = [path for path in paths if path.name.endswith(".safetensors.index.json")]
     try:
-        pieces = {
+        shards = {
             path.parent / file
             for path in indexes
             for file in json.loads(path.read_bytes())["weight_map"].values()
         }
     except (OSError, ValueError, KeyError):
         return True
-    return not pieces <= set(paths)
+    return not shards <= set(paths)
 
 
 def _refusal(repository: str) -> str:
-    """Why the hub does not give a repository, found out within seconds; empty where it does."""
-    told: list[str] = []
+    """Why the hub refuses a repository, known within seconds; empty where it does not."""
+    answer: list[str] = []
 
     def ask() -> None:
         try:
             HfApi().model_info(repository, timeout=ANSWER_S)
-            told.append("")
+            answer.append("")
         except HfHubHTTPError as error:
-            told.append(_of_status(error.response.status_code))
+            answer.append(_of_status(error.response.status_code))
         except Exception as error:  # of the HTTP client, whichever the hub's client uses
-            told.append(f"it cannot be reached ({_short(error)})")
+            answer.append(f"it cannot be reached ({_short(error)})")
 
-    # In a thread, for a name server that is silent has time limits of its own.
+    # In a thread: a silent name server has time limits of its own.
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(2 * ANSWER_S)
-    return told[0] if told else f"it cannot be reached (no answer in {2 * ANSWER_S:g} s)"
+    return answer[0] if answer else f"it cannot be reached (no answer in {2 * ANSWER_S:g} s)"
 
 
 def _of_status(status: int) -> str:
     if status in (401, 403):
         return (
             f"it answers {status}, so the repository does not exist, or is private or gated "
-            f"(`hf auth login`, and accept its terms on its page)"
+            f"(run `hf auth login` and accept the terms on its page)"
         )
     if status == 404:
         return "it has no such repository (404): check the name"
-    return f"it answers with error {status}; try again later"
+    return f"it answers with error {status}, try again later"
 
 
 def _short(error: Exception) -> str:

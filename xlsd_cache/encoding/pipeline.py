@@ -1,4 +1,4 @@
-"""Planned units -> committed shards: threads decode ahead while others encode, each timed."""
+"""Planned shards -> committed shards: threads decode ahead while others encode and one writes."""
 
 import hashlib
 import itertools
@@ -30,74 +30,74 @@ from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import Row
 from xlsd_cache.vocabulary import Bucket
 
-Decoded = tuple[str, Pixels | Rejected]  # content hash, and pixels or a reason
+Decoded = tuple[str, Pixels | Rejected]  # content hash; pixels, or why there are none
 Encoded = tuple[list[Row], dict[int, NDArray[Any]]]  # what became of each row; latents by slot
 Todo = dict[Unit, dict[int, Entry]]  # the planned rows of each unit, by slot
 FLOAT16_MAX = 65504.0
 
 
-class Turns:
-    """Call n may begin once all but `calls` of those before it are written.
+class WriteOrder:
+    """Batch n may be encoded once all but `calls` of the batches before it are written.
 
-    So a kill costs at most the `calls` batches that are being encoded, however they overtake.
+    Batches are written in order, so a kill costs at most the `calls` that are being encoded.
     """
 
     def __init__(self, calls: int) -> None:
-        self._given = [time.perf_counter()] * calls  # when turn n was given
+        self._allowed = [time.perf_counter()] * calls  # when batch n was allowed to start
         self._changed, self._closed = Condition(), False
 
     def wait(self, n: int) -> float:
-        """Wait for turn n; returns when it was given. Raises CancelledError after `close`."""
+        """Wait until batch n may start; returns since when. Raises CancelledError after `close`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or n < len(self._given))
+            self._changed.wait_for(lambda: self._closed or n < len(self._allowed))
             if self._closed:
                 raise CancelledError
-            return self._given[n]
+            return self._allowed[n]
 
-    def give(self) -> None:
-        """One more call is written."""
+    def written(self) -> None:
+        """Report one more batch as written."""
         with self._changed:
-            self._given.append(time.perf_counter())
+            self._allowed.append(time.perf_counter())
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody need wait any more."""
+        """Cancel all who wait."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
 @dataclass
-class Work:
-    """What one process encodes, with what, and how long each station kept it."""
+class EncodePipeline:
+    """Encodes one process's shards, and measures the seconds that each stage takes."""
 
     manifest: Manifest
     encoder: Encoder
-    live: Mapping[str, Entry]  # key -> entry: a planned row may be overtaken by a later change
+    live: Mapping[str, Entry]  # key -> newest entry: a later plan may supersede a row
     rows_per_shard: int
     dtype: str
     workers: int
     max_pixels: int = MAX_PIXELS  # of an image
-    wait_s: float = 0.0  # for decoding: not the time decoding takes, but what it delays
+    wait_s: float = 0.0  # encoders idle, waiting for pixels
     encode_s: float = 0.0
     write_s: float = 0.0
-    seconds: float = 0.0  # by the clock
-    rounding: list[float] = field(default_factory=list)  # of float16, relative to the spread
+    seconds: float = 0.0  # wall clock
+    rounding: list[float] = field(default_factory=list)  # std of float16's error / the latent's
     _timing: Lock = field(default_factory=Lock)
 
     def run(self, todo: Todo, order: list[Unit], stop: StopSignal) -> None:
-        """Encode and commit the units in this order, waiting at the end for those others hold."""
+        """Encode and commit units in order, then wait for those that other processes hold."""
         total, begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
         with (
             tqdm(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
             ThreadPoolExecutor(self.workers) as readers,
-            self.encoder.threads(spare=1) as encoders,  # the spare one has its pixels ready
+            self.encoder.threads(spare=1) as encoders,  # the spare one prepares the next batch
         ):
             while order and not stop.asked:
                 self._pass(todo, order, readers, encoders, bar, stop)
                 committed = self.manifest.committed()
                 order = [unit for unit in order if unit not in committed]
-                if order and not stop.asked:  # other processes hold these; one may yet be killed
+                if order and not stop.asked:  # held by other processes, which may be killed
                     waiting = f"waiting for {len(order)} shards of other processes"
                     bar.set_postfix_str(waiting, refresh=sys.stderr.isatty())
                     time.sleep(0.2)
@@ -113,33 +113,36 @@ class Work:
         bar: Any,
         stop: StopSignal,
     ) -> None:
-        """Go once through the units that nobody holds, a few batches decoding ahead."""
+        """Encode every unit that no other process holds; a few batches are decoded ahead."""
         calls, batch = self.encoder.calls, self.encoder.batch
         guard = decoders(self.workers, self.max_pixels)
         read = partial(_read_and_decode, guard, self.max_pixels)
         ahead = calls + max(1, 2 * self.workers // batch)
         held: list[Claim] = []
         queue: deque[tuple[Claim, list[Future[Decoded]], Future[Encoded], bool]] = deque()
-        upcoming, turns, turn = self._batches(todo, order, held), Turns(calls), itertools.count()
+        upcoming, order_of_writes = self._batches(todo, order, held), WriteOrder(calls)
+        number = itertools.count()
         try:
             while True:
-                while not stop.asked and len(queue) < ahead and (found := next(upcoming, None)):
-                    taken, slots, last = found
+                while not stop.asked and len(queue) < ahead and (batch_of := next(upcoming, None)):
+                    taken, slots, last = batch_of
                     pixels = [
                         readers.submit(read, entry, self._is_live(entry))
                         for entry in map(taken.entries.__getitem__, slots)
                     ]
-                    encoded = encoders.submit(self._encode, slots, pixels, turns, next(turn))
+                    encoded = encoders.submit(
+                        self._encode, slots, pixels, order_of_writes, next(number)
+                    )
                     queue.append((taken, pixels, encoded, last))
                 if not queue:
                     return
                 taken, pixels, encoded, last = queue.popleft()
-                if stop.asked and encoded.cancel():  # it has not begun, nor have those after it
+                if stop.asked and encoded.cancel():  # not started, nor are those after it
                     return
                 rows, latents = encoded.result()
                 begun = time.perf_counter()
                 taken.writer.append(rows, latents)
-                turns.give()
+                order_of_writes.written()
                 if last:
                     taken.finish()
                     held.remove(taken)
@@ -147,7 +150,7 @@ class Work:
                 bar.set_postfix_str(self.shares(), refresh=False)
                 bar.update(len(rows))
         finally:
-            turns.close()
+            order_of_writes.close()
             for _, pixels, encoded, _ in queue:
                 encoded.cancel()
                 for future in pixels:
@@ -158,7 +161,7 @@ class Work:
     def _batches(
         self, todo: Todo, order: list[Unit], held: list[Claim]
     ) -> Iterator[tuple[Claim, list[int], bool]]:
-        """(claim, slots, whether it is the unit's last batch), unit by unit as they are claimed."""
+        """Claim units one by one; yields (claim, slots, whether it is the unit's last batch)."""
         for unit in order:
             shape = bucket_shape(unit.bucket, self.encoder.vae.channels)
             nbytes = int(np.prod(shape)) * np.dtype(self.dtype).itemsize
@@ -170,19 +173,19 @@ class Work:
             remaining = taken.writer.remaining
             for i, slots in enumerate(remaining):
                 yield taken, list(slots), i == len(remaining) - 1
-            if not remaining:  # a killed process had written it all
+            if not remaining:  # a killed process wrote all of them
                 yield taken, [], True
 
     def _encode(
-        self, slots: list[int], futures: list[Future[Decoded]], turns: Turns, turn: int
+        self, slots: list[int], futures: list[Future[Decoded]], order: WriteOrder, number: int
     ) -> Encoded:
-        """One batch, in a thread of the encoders: wait for its pixels and its turn, encode."""
+        """Encode one batch in an encoder thread, once its pixels and the write order allow."""
         decoded = dict(zip(slots, (future.result() for future in futures), strict=True))
         pixels = {s: image for s, (_, image) in decoded.items() if not isinstance(image, Rejected)}
         refused = {s: image for s, (_, image) in decoded.items() if isinstance(image, Rejected)}
         stacked = np.stack(list(pixels.values())) if pixels else None
         ready = time.perf_counter()
-        given = turns.wait(turn)
+        allowed = order.wait(number)
         begun = time.perf_counter()
         latents: dict[int, NDArray[Any]] = {}
         if stacked is not None:
@@ -193,7 +196,7 @@ class Work:
                 else:
                     latents[slot] = stored
         with self._timing:
-            self.wait_s += max(0.0, ready - given)
+            self.wait_s += max(0.0, ready - allowed)
             self.encode_s += time.perf_counter() - begun
         rows = []
         for slot, (content_hash, _) in decoded.items():
@@ -220,7 +223,7 @@ class Work:
         return now is not None and (now["bucket"], now["row"]) == (entry["bucket"], entry["row"])
 
     def shares(self) -> str:
-        """What the time went into, the slowest station first."""
+        """Share of the time of each stage, the largest first."""
         calls = self.encoder.calls
         parts = {
             "encode": self.encode_s / calls,
@@ -233,11 +236,11 @@ class Work:
 
 
 def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) -> Decoded:
-    """The pixels of a planned image as it is now; changed since the scan, it is planned anew."""
+    """Read and decode a planned image; Rejected if it changed since the scan."""
     if not live:
         return "", Rejected("removed", "removed or changed after it was planned")
     upright, crop = (entry["width"], entry["height"]), tuple(entry["crop"])
-    if why := too_large(*upright, max_pixels):  # it was planned under another limit
+    if why := too_large(*upright, max_pixels):  # planned under another limit
         return "", why
     try:
         before = stat_source(entry["source"])
@@ -256,21 +259,21 @@ def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) ->
     if len(data) != entry["size"] or entry["content_hash"] not in ("", content):
         return "", changed
     pixels = guard.call(decode, data, upright, crop, Bucket.parse(entry["bucket"]), max_pixels)
-    # Another file of the same size in bytes and pixels is as good as the one that was scanned: its
-    # own hash is recorded. What else is wrong with another is not to be held against this one.
+    # A file that was replaced by one of equal size in bytes and pixels is encoded: its own hash is
+    # recorded. If it fails to decode, that is not the scanned file's fault.
     if isinstance(pixels, Rejected) and not _is_scanned(entry, now):
         return content, changed
     return content, pixels
 
 
 def _is_scanned(entry: Entry, now: Stat) -> bool:
-    """Whether the file is the very one that was scanned; older logs do not say which it was."""
+    """Whether the file is the one that was scanned; older logs have no inode to compare."""
     logged = entry["inode"], entry["ctime_ns"]
     return None in logged or logged == (now.inode, now.ctime_ns)
 
 
 def _read(source: str, most: int) -> bytes | Rejected:
-    """The image's bytes, or why they are none. Raises OSError."""
+    """The image's bytes, or why it is rejected. Raises OSError."""
     try:
         return read_source(source, most)
     except BadSource as error:

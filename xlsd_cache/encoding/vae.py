@@ -1,7 +1,7 @@
-"""The VAE: found by name, hub id, folder or single file, and known by the hash of its weights.
+"""Loads a VAE by name, hub id, folder or single file, and hashes its weights.
 
-What latents depend on is its encoder's half, which has a hash of its own: a VAE whose decoder alone
-was trained further reads and writes the same latents.
+Latents depend on the encoder half alone (encoder and quant_conv), which has its own hash: a VAE
+with only its decoder finetuned reads and writes the same latents.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from xlsd_cache.encoding.finite import count, unfit
+from xlsd_cache.encoding.finite import bad_values, not_finite
 from xlsd_cache.encoding.hub import cached, fetch, no_such, repository_of, require
 from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.vocabulary import Padding
 
-# name -> hub repository, and the folder in it
+# short name -> hub repository, and the folder in it
 NAMES = {
     "sdxl": ("stabilityai/sdxl-vae", None),
     "sdxl-fp16-fix": ("madebyollin/sdxl-vae-fp16-fix", None),
@@ -30,32 +30,32 @@ NAMES = {
     "taesdxl": ("madebyollin/taesdxl", None),
 }
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-ENCODER = ("encoder.", "quant_conv.")  # the names of the encoder's half
+ENCODER = ("encoder.", "quant_conv.")  # prefixes of the encoder half's weights
 WEIGHTS = "diffusion_pytorch_model"
 INSTEAD = "give a folder with config.json and its weights, or a .safetensors file, as --vae"
 
 
 @dataclass(frozen=True)
 class Vae:
-    """A loaded VAE, fp32 on the CPU, and what a store must remember of it.
+    """A loaded VAE, fp32 on the CPU, and what a store records of it.
 
     Raw latents are the posterior mean, unscaled. The UNet sees (raw - shift) * scaling_factor.
-    AutoencoderTiny's raw latents are on the scaled side already: its factor is 1.
+    AutoencoderTiny's raw latents are scaled already: its factor is 1.
     """
 
-    name: str  # as it was asked for
-    source: str  # the hub repository or local path it came from
+    name: str  # as the user gave it
+    source: str  # hub repository or local path
     model: Any  # AutoencoderKL | AutoencoderTiny
-    sha256: str  # of the weights as fp32, whatever file they came in
-    encoder_sha256: str  # of those of the encoder's half
+    sha256: str  # of the weights as fp32, whatever the file format
+    encoder_sha256: str  # of the encoder half's
     padding: Padding = "zeros"  # zeros | reflect
 
     @classmethod
     def of(cls, name: str, source: str, model: Any, padding: Padding = "zeros") -> "Vae":
-        """A model with its hashes, its convolutions set to this padding.
+        """Hash a model and set the padding of its convolutions.
 
-        Reflection is set as the authors of such VAEs do it: where a convolution pads by itself.
-        The encoder's downsamplers do not, and stay padded with zeros to the right and below.
+        As the authors of reflection-padded VAEs do, only convolutions that pad by themselves are
+        set; the encoder's downsamplers stay zero-padded on the right and bottom.
         """
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d) and any(module.padding):
@@ -66,17 +66,17 @@ class Vae:
 
     @property
     def class_name(self) -> str:
-        """Diffusers' class."""
+        """Name of the diffusers class."""
         return type(self.model).__name__
 
     @property
     def scaling_factor(self) -> float:
-        """What raw latents are multiplied by for the UNet."""
+        """Factor by which raw latents are multiplied for the UNet."""
         return float(self.model.config.scaling_factor)
 
     @property
     def shift_factor(self) -> float:
-        """What is subtracted from raw latents before; 0 for SD and SDXL."""
+        """Subtracted from raw latents before scaling; 0 for SD and SDXL."""
         return float(self.model.config.get("shift_factor") or 0.0)
 
     @property
@@ -85,21 +85,21 @@ class Vae:
         return int(self.model.config.latent_channels)
 
     def encode(self, x: Tensor) -> Tensor:  # f32 [B,3,H,W] in [-1,1] -> raw [B,C,H/8,W/8]
-        """Raw latents, the mode of the posterior, so that nothing random is stored for ever."""
+        """Raw latents: the mode of the posterior, not a random sample."""
         encoded = self.model.encode(x)
         if isinstance(self.model, AutoencoderTiny):
             return encoded.latents  # type: ignore[no-any-return]
         return encoded.latent_dist.mode()  # type: ignore[no-any-return]
 
     def decode(self, raw: Tensor) -> Tensor:  # raw [B,C,h,w] -> [B,3,8h,8w], about [-1,1]
-        """Pictures of raw latents."""
+        """Images of raw latents."""
         return self.model.decode(raw).sample  # type: ignore[no-any-return]
 
 
 def require_vae(spec: str) -> None:
-    """Raises UserError, within seconds, where there is no such VAE or the hub does not answer.
+    """Raise UserError, within seconds, where there is no such VAE or the hub does not answer.
 
-    For what comes before a long scan. Whether it is one that loads, `load_vae` says.
+    To be called before a long scan; only `load_vae` checks that it loads.
     """
     if spec in NAMES or not Path(spec).expanduser().exists():
         source, subfolder = _on_the_hub(spec, None)
@@ -115,12 +115,12 @@ def load_vae(
     padding: Padding = "zeros",
     fetching: bool = True,
 ) -> Vae:
-    """The VAE that `spec` names: a short name, a hub id, a folder or a .safetensors file.
+    """Load the VAE `spec`: a short name, a hub id, a folder or a .safetensors file.
 
-    A folder or repository may be the VAE's own or a whole pipeline's. A single file without a
-    config.json beside it is read as SD's and SDXL's common architecture, and needs
-    `scaling_factor`, which its weights do not tell. Without `fetching` a hub's must be in the
-    cache. Raises UserError where there is no such VAE or the file is not one.
+    A folder or repository may hold the VAE or a whole pipeline. A single file without a
+    config.json next to it is loaded as the architecture that SD and SDXL share, and needs
+    `scaling_factor`. Without `fetching`, a hub VAE must be in the cache. Raises UserError where
+    there is no such VAE, or it does not load.
     """
     path = Path(spec).expanduser()
     try:
@@ -131,32 +131,31 @@ def load_vae(
         else:
             source, subfolder = _on_the_hub(spec, subfolder)
             model = _from_folder(_repository(source, subfolder, fetching), subfolder)
-    except NotImplementedError as error:  # diffusers moves a model of which tensors are missing
+    except NotImplementedError as error:  # diffusers moves a model with missing tensors
         raise UserError(
-            f"cannot load the VAE {spec!r}: it lacks weights; give a whole VAE"
+            f"cannot load the VAE {spec!r}: it lacks weights; give a complete VAE"
         ) from error
     except UserError:
         raise
-    except Exception as error:  # whatever the libraries stumble over in a config of any kind
-        told = one_line(error, 300)
-        raise UserError(f"cannot load the VAE {spec!r}: {told}") from error
+    except Exception as error:  # the libraries raise anything for a broken config
+        raise UserError(f"cannot load the VAE {spec!r}: {one_line(error, 300)}") from error
     model = model.float().requires_grad_(False).eval()
-    _refuse_unfit(spec, model)
+    _check_finite(spec, model)
     return Vae.of(spec, source, model, padding)
 
 
-def _refuse_unfit(spec: str, model: Any) -> None:
-    """Raises UserError where a weight is nan or infinite."""
+def _check_finite(spec: str, model: Any) -> None:
+    """Raise UserError where a weight is NaN or infinite."""
     state = model.state_dict()
-    if bad := unfit(state):
+    if bad := not_finite(state):
         raise UserError(
-            f"the VAE {spec!r}: {bad[0]} has {count(state[bad[0]])} that are nan or infinite; "
-            f"fetch it anew, or give another"
+            f"the VAE {spec!r}: {bad[0]} has {bad_values(state[bad[0]])} that are nan or infinite; "
+            f"download it again, or give another"
         )
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, dtypes, shapes and bytes that does not depend on the file format."""
+    """sha256 over names, dtypes, shapes and bytes; independent of the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -166,7 +165,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _on_the_hub(spec: str, subfolder: str | None) -> tuple[str, str | None]:
-    """The repository, and the folder in it. Raises UserError for a path that is missing."""
+    """The repository, and the folder in it. Raises UserError for a missing path."""
     if spec in NAMES:
         return NAMES[spec]
     repository = repository_of(spec)
@@ -177,28 +176,28 @@ def _on_the_hub(spec: str, subfolder: str | None) -> tuple[str, str | None]:
 
 
 def _files(subfolder: str | None) -> tuple[list[list[str]], list[str]]:
-    """What to fetch of a repository, and what else where that has no weights; what is needed."""
-    at = (f"{subfolder}/",) if subfolder else ("", "vae/")
+    """Patterns to fetch, and others to try if those give no weights; patterns that must exist."""
+    folders = (f"{subfolder}/",) if subfolder else ("", "vae/")
     ends = (".safetensors", ".safetensors.index.json", "-?????-of-?????.safetensors")
-    config = [f"{folder}config.json" for folder in at]
-    safe = [f"{folder}{WEIGHTS}{end}" for folder in at for end in ends]
-    pickle = [f"{folder}{WEIGHTS}.bin" for folder in at]
+    config = [f"{folder}config.json" for folder in folders]
+    safe = [f"{folder}{WEIGHTS}{end}" for folder in folders for end in ends]
+    pickle = [f"{folder}{WEIGHTS}.bin" for folder in folders]
     return [config + safe, config + pickle], ["|".join(config), "|".join(safe + pickle)]
 
 
 def _repository(repository: str, subfolder: str | None, fetching: bool) -> Path:
-    """The folder of a hub's repository with its VAE's files. Raises UserError without them."""
+    """The local folder of a repository with its VAE's files. Raises UserError without them."""
     choices, needed = _files(subfolder)
     for files in choices:
         if fetching:
             folder = fetch(repository, files, needed, INSTEAD)
-        elif there := cached(repository, files, needed):
-            folder = there
+        elif (found := cached(repository, files, needed)) is not None:
+            folder = found
         else:
             raise UserError(f"{repository} is not in the hub's cache")
         if any(path.is_file() for end in needed[1].split("|") for path in folder.glob(end)):
             return folder
-    raise UserError(f"{repository} holds no VAE in the form of diffusers; {INSTEAD}")
+    raise UserError(f"{repository} holds no VAE in diffusers' format; {INSTEAD}")
 
 
 def _from_folder(folder: Path, subfolder: str | None) -> Any:
@@ -207,20 +206,20 @@ def _from_folder(folder: Path, subfolder: str | None) -> Any:
     config = _config(folder, subfolder)
     if config.get("_class_name") not in CLASSES:
         raise UserError(
-            f"{folder} holds a {config.get('_class_name')}, which is no VAE known here; "
+            f"{folder} holds a {config.get('_class_name')}, which is no VAE supported here; "
             f"give an {' or '.join(CLASSES)}"
         )
-    model, told = CLASSES[config["_class_name"]].from_pretrained(
+    model, loading = CLASSES[config["_class_name"]].from_pretrained(
         str(folder), subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True,
         local_files_only=True,
     )  # fmt: skip
-    if told["missing_keys"]:  # diffusers would go on with random ones
-        raise UserError(f"the VAE {folder} lacks weights, {told['missing_keys'][0]} among them")
+    if missing := loading["missing_keys"]:  # diffusers would use random ones
+        raise UserError(f"the VAE {folder} lacks weights, {missing[0]} among them; give another")
     return model
 
 
 def _config(folder: Path, subfolder: str | None) -> dict[str, Any]:
-    """Of a VAE, before anything is built of it. Raises UserError for numbers that no VAE has."""
+    """The VAE's config, checked. Raises UserError for numbers that no VAE has."""
     config: dict[str, Any] = AutoencoderKL.load_config(str(folder), subfolder=subfolder)
     plain_config(config, f"{folder} has a VAE")
     if "quantization_config" in config:
@@ -230,7 +229,7 @@ def _config(folder: Path, subfolder: str | None) -> dict[str, Any]:
     if not numbers or not factor:
         raise UserError(
             f"{folder} has a VAE of scaling_factor {str(factor)[:40]} and shift_factor "
-            f"{str(shift)[:40]}, by which no latents are scaled; mend its config.json"
+            f"{str(shift)[:40]}, by which latents cannot be scaled; correct its config.json"
         )
     return config
 
@@ -238,8 +237,8 @@ def _config(folder: Path, subfolder: str | None) -> dict[str, Any]:
 def _from_file(path: Path, scaling_factor: float | None) -> Any:
     if path.suffix != ".safetensors":
         raise UserError(
-            f"{path} is not a .safetensors file; other formats can run code when they are "
-            f"loaded: convert it first"
+            f"{path} is not a .safetensors file; loading other formats can run code, so convert it "
+            f"first"
         )
     if (path.parent / "config.json").exists():
         config = _config(path.parent, None)
@@ -247,7 +246,7 @@ def _from_file(path: Path, scaling_factor: float | None) -> Any:
         return kind.from_single_file(str(path), config=str(path.parent), local_files_only=True)
     if scaling_factor is None:
         raise UserError(
-            f"{path} does not say its scaling factor and no config.json lies beside it; add "
+            f"{path} does not give its scaling factor and has no config.json next to it; add "
             f"--vae-scaling-factor (0.13025 for SDXL's VAE, 0.18215 for SD's)"
         )
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from xlsd_cache.encoding.finite import count, unfit
+from xlsd_cache.encoding.finite import bad_values, not_finite
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
 from xlsd_train.model.bundle import ModelBundle
@@ -112,7 +112,7 @@ def _refuse_unfit(
 
     It names the first, and says what to do. On a card it waits once, for one pass over them.
     """
-    bad = [f"{name} ({count(tensors[name])})" for name in unfit(tensors)]
+    bad = [f"{name} ({bad_values(tensors[name])})" for name in not_finite(tensors)]
     bad += [f"the optimizer's {name}" for name, x in counted.items() if not math.isfinite(x)]
     if bad:
         more = f" and {len(bad) - 1} more" if bad[1:] else ""
@@ -153,8 +153,8 @@ def load_optimizer(
         there = {f"{name}/{key}" for name, p in named.items() for key in optimizer.state[p]}
         if there != tensors.keys():
             raise ValueError(f"{min(there ^ tensors.keys())} is in only one of them")
-        if bad := unfit(tensors):
-            raise ValueError(f"{bad[0]} has {count(tensors[bad[0]])} that are nan or infinite")
+        if bad := not_finite(tensors):
+            raise ValueError(f"{bad[0]} has {bad_values(tensors[bad[0]])} that are nan or infinite")
         for path, value in tensors.items():
             name, _, key = path.rpartition("/")
             state = optimizer.state[named[name]]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from xlsd_cache.encoding.finite import count, is_finite, unfit
+from xlsd_cache.encoding.finite import bad_values, is_finite, not_finite
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
 from xlsd_train.config.run_options import EmaConfig
@@ -102,8 +102,8 @@ def _unfit(run: Path, terms: list[tuple[Any, str]], name: str) -> UserError:
             step = int(file.metadata()["step"])
             path = snapshots(run).get(step, run / SNAPSHOTS)
             return UserError(
-                f"{path}: {sigma}/{name} has {count(value)} that are nan or infinite; remove it, "
-                f"and those after it"
+                f"{path}: {sigma}/{name} has {bad_values(value)} that are nan or infinite; remove "
+                f"it, and those after it"
             )
     return UserError(f"the average of {name} is too large for fp32; give another --sigma-rel")
 
@@ -143,9 +143,9 @@ def _write(
             state = _read(newest / file)
             for name in state:
                 state[name] = averaged.get(f"{part}.{name.removeprefix(prefix)}", state[name])
-            if bad := unfit(state):
+            if bad := not_finite(state):
                 raise UserError(
-                    f"{newest / file}: {bad[0]} has {count(state[bad[0]])} that are nan or "
+                    f"{newest / file}: {bad[0]} has {bad_values(state[bad[0]])} that are nan or "
                     f"infinite; remove {newest}"
                 )
             save_file(state, checkpoint / file, {"format": "pt"})

@@ -257,9 +257,11 @@ def _prove(stores: list[LatentStore]) -> None:
     for store in stores:
         whole = store.identity.vae_sha256
         if not known[whole] and len(known) > 1:
-            from xlsd_cache.encoding.compatibility import original  # loads torch; mostly not needed
+            from xlsd_cache.encoding.compatibility import (
+                original_vae,  # loads torch; mostly not needed
+            )
 
-            if vae := original(store.identity):
+            if vae := original_vae(store.identity):
                 known[whole] = vae.encoder_sha256
         if known[whole] and not store.identity.encoder_sha256:
             record_encoder(store.root, whole, known[whole])

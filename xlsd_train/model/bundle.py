@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import CLIPTokenizer
 
-from xlsd_cache.encoding.compatibility import refuse_other_encoder, vae_of
+from xlsd_cache.encoding.compatibility import check_encoder, load_vae_for
 from xlsd_cache.encoding.vae import Vae, tensors_sha256
 from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.runtime.atomic import write_json
@@ -166,7 +166,7 @@ def load_bundle(
     if own_vae and parts.vae is not None:
         vae = _own_vae(parts, parts.vae, identity, roots)
     else:
-        vae = vae_of(identity, vae_spec, roots)
+        vae = load_vae_for(identity, vae_spec, roots)
     ours, stores = ((x.scaling_factor, x.shift_factor) for x in (vae, identity))
     if ours != stores:
         raise UserError(
@@ -231,7 +231,7 @@ def _own_vae(parts: ModelParts, part: Network, identity: Identity, roots: Sequen
         )
     vae = model_vae(parts.source, part, identity.vae_padding)
     try:
-        refuse_other_encoder(vae, identity, roots)
+        check_encoder(vae, identity, roots)
     except UserError as error:
         raise UserError(
             f"{error}; its scaling factor is {vae.scaling_factor:g} and the store's "

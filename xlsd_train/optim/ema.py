@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from xlsd_cache.encoding.finite import unfit
+from xlsd_cache.encoding.finite import not_finite
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import link_or_copy
 from xlsd_train.optim.ema_profiles import gamma_of, kept, superfluous
@@ -124,7 +124,7 @@ class Ema:
                     for name, value in average.items():
                         value.copy_(file.get_tensor(f"{sigma}/{name}"))
                 self.step = int((file.metadata() or {})["step"])
-            if bad := unfit(self.tensors()):
+            if bad := not_finite(self.tensors()):
                 raise ValueError(f"{bad[0]} is not finite")
         except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(

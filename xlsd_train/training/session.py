@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from xlsd_cache import __version__
 from xlsd_cache.dataset.batch_order import BatchOrder
-from xlsd_cache.encoding.compatibility import decoder_told
+from xlsd_cache.encoding.compatibility import decoder_notice
 from xlsd_train.checkpoints.checkpoint import load_optimizer
 from xlsd_train.checkpoints.disk_space import needed, say_room, writing
 from xlsd_train.checkpoints.run_folder import Run, machine, settings
@@ -147,7 +147,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             latents=model.scaling.record(),
             vae={
                 "padding": model.vae.padding,
-                "decoder": decoder_told(model.vae, store.identity),
+                "decoder": decoder_notice(model.vae, store.identity),
             },
             validation=validator.keys() if validator else {},
             settings=shared,

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xlsd_cache.encoding.finite import count, is_finite
+from xlsd_cache.encoding.finite import bad_values, is_finite
 from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.runtime.atomic import fill_in
 from xlsd_cache.runtime.bounded_files import parse_json
@@ -78,7 +78,9 @@ class LazyTensor:
             cast = original.to(dtype)
             if not is_finite(cast) and is_finite(original):
                 largest = original.abs().max().item()
-                raise OverflowError(f"{what or self.name}, {count(cast)}, the largest {largest:g}")
+                raise OverflowError(
+                    f"{what or self.name}, {bad_values(cast)}, the largest {largest:g}"
+                )
             return cast
 
         return replace(self, dtype=dtype, read=read)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.initialization import no_init_weights
 
-from xlsd_cache.encoding.finite import count, is_finite, unfit
+from xlsd_cache.encoding.finite import bad_values, is_finite, not_finite
 from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.encoding.vae import CLASSES
 from xlsd_cache.errors import UserError, one_line
@@ -85,7 +85,7 @@ def build_network(network: Network) -> Any:
     state = {
         name: tensor.read().to(torch.float32, copy=True) for name, tensor in network.tensors.items()
     }
-    if bad := unfit(state):
+    if bad := not_finite(state):
         raise _not_finite(network, bad[0], state[bad[0]], len(bad) - 1)
     state = {name.removeprefix(PREFIX): value for name, value in state.items()}
     module.load_state_dict(state, assign=True)
@@ -118,7 +118,7 @@ def _not_finite(network: Network, name: str, value: Tensor, others: int = 0) -> 
     if is_checkpoint(checkpoint):
         remedy = f"remove {checkpoint} to use the checkpoint before it, or give an earlier one"
     return UserError(
-        f"{network.source}: {network.kind}'s {name}{where} has {count(value)} that are nan or "
+        f"{network.source}: {network.kind}'s {name}{where} has {bad_values(value)} that are nan or "
         f"infinite{more}; {remedy}"
     )
 

@@ -114,11 +114,11 @@ def test_only_new_and_changed_images_are_encoded(
 def encode_alone(tmp_path: Path, pixels: Any) -> Any:
     import torch
 
-    from xlsd_cache.encoding.compatibility import vae_of
+    from xlsd_cache.encoding.compatibility import load_vae_for
     from xlsd_cache.store.identity import read_attributes
 
     identity, _ = read_attributes(tmp_path / "latents")
-    return Encoder(vae_of(identity), "fp32", torch.device("cpu")).encode(pixels[None])
+    return Encoder(load_vae_for(identity), "fp32", torch.device("cpu")).encode(pixels[None])
 
 
 def test_images_that_change_or_vanish_while_building_are_told_and_taken_up_later(

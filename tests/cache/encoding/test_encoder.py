@@ -104,7 +104,7 @@ def test_a_batch_that_does_not_fit_is_halved(vae: Path, room: int, error: Runtim
     hook.remove()
     room = 0
     encoder.vae.model.encoder.register_forward_pre_hook(full)
-    with pytest.raises(UserError, match="no room to encode one image of 64x64"):
+    with pytest.raises(UserError, match="not enough GPU memory to encode one image of 64x64"):
         encoder.encode(pixels)
 
 

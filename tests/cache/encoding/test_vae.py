@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xlsd_cache.encoding.compatibility import vae_of
+from xlsd_cache.encoding.compatibility import load_vae_for
 from xlsd_cache.encoding.vae import load_vae, tensors_sha256
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
@@ -191,11 +191,13 @@ def test_a_config_that_makes_no_vae_is_one_sentence(
 
 def test_a_stores_vae_is_known_by_its_weights(store: Path, vae: Path, tmp_path: Path) -> None:
     with LatentStore.open(store) as ours:
-        assert vae_of(ours.identity).sha256 == ours.identity.vae_sha256
+        assert load_vae_for(ours.identity).sha256 == ours.identity.vae_sha256
         shutil.copytree(vae, tmp_path / "copy")
-        assert vae_of(ours.identity, str(tmp_path / "copy")).sha256 == ours.identity.vae_sha256
+        assert (
+            load_vae_for(ours.identity, str(tmp_path / "copy")).sha256 == ours.identity.vae_sha256
+        )
         with pytest.raises(UserError, match="its encoder half"):
-            vae_of(ours.identity, str(tiny(tmp_path / "tiny")))
+            load_vae_for(ours.identity, str(tiny(tmp_path / "tiny")))
 
 
 def test_the_shipped_vae_says_what_it_is() -> None:
