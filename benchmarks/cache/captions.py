@@ -40,6 +40,7 @@ from xlsd_cache.schema import CAPTIONS, COMMIT, IMAGES
 from xlsd_cache.sources.scan import scan
 from xlsd_cache.store.identity import Identity, attributes_of
 from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import write_group
 
 ROWS_PER_SHARD = 4096
@@ -113,7 +114,7 @@ def measure_log(config: CaptionsBenchmarkConfig, folder: Path) -> None:
         raise UserError("the plan of an unchanged source is not empty")
     del known, plan
     with timed("no-change rebuild: accounting", n):
-        account(manifest, 0, ROWS_PER_SHARD, frozenset())
+        account(StoreView(manifest, IDENTITY, ROWS_PER_SHARD, 0))
     keys = images["key"].to_pylist()
     bare = [key.removeprefix("images/").removesuffix(".jpg") for key in keys]
     texts = [f"another caption of {key}, woman, solo, outdoors" for key in bare]

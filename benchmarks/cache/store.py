@@ -38,6 +38,7 @@ from xlsd_cache.store.identity import attributes_of
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.shard import Row, ShardReader
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
 
 BUCKET, SHAPE = "512x512", (4, 64, 64)
@@ -125,7 +126,8 @@ def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
     manifest, rows = Manifest(root), config.rows_per_shard
     manifest.make_folders()
     write_group(manifest, attributes_of(IDENTITY, rows))
-    grow_array(manifest, BUCKET, len(latents), SHAPE, "float16", rows)
+    store = StoreView(manifest, IDENTITY, rows)
+    grow_array(store, BUCKET, len(latents))
     plan = [
         {
             "key": f"{i:08d}.jpg", "source": f"{i:08d}.jpg", "size": 0, "mtime_ns": 0,
@@ -139,7 +141,7 @@ def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
         slots = dict(enumerate(latents[start : start + rows]))
         entries = {slot: plan[start + slot] for slot in slots}
         unit = Unit(BUCKET, start // rows)
-        claimed = claim(manifest, unit, entries, 32, rows, LATENT_NBYTES)
+        claimed = claim(store, unit, entries, 32)
         assert claimed is not None  # nobody else builds here
         for batch in claimed.writer.remaining:
             claimed.writer.append([Row(slot, "") for slot in batch], slots)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from xlsd_cache.runtime.atomic import replacing, write_parquet
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
-from xlsd_cache.store.identity import Identity, attributes_of, bucket_shape
+from xlsd_cache.store.identity import Identity, attributes_of
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CRC_NBYTES, MISSING
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
 
 IDENTITY = Identity(
@@ -140,8 +141,8 @@ def _write_bucket(
     """The bucket's array, shards and commit records; `images` are in the order of its rows."""
     if not len(images):
         return
-    shape = bucket_shape(name, IDENTITY.channels)
-    grow_array(manifest, name, len(images), shape, IDENTITY.dtype, rows_per_shard)
+    shape = IDENTITY.shape(name)
+    grow_array(StoreView(manifest, IDENTITY, rows_per_shard), name, len(images))
     latent = rng.standard_normal(shape, np.float32).astype(IDENTITY.dtype)
     crc = google_crc32c.value(latent.tobytes())
     for number, start in enumerate(range(0, len(images), rows_per_shard)):

@@ -15,7 +15,7 @@ import pytest
 from tests.support import cache, printed, sums
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.commit import tidy
-from xlsd_cache.store.index import cached_view
+from xlsd_cache.store.index import cached_snapshot
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.reader import LatentStore
 
@@ -145,9 +145,9 @@ def test_an_index_with_offsets_beyond_its_texts_is_made_anew(mine: Path) -> None
     lies = offsets.copy()
     lies[1:-1] = 2**31 - 1 - np.arange(len(lies) - 2)[::-1] * 1000
     path.write_bytes(path.read_bytes().replace(offsets.tobytes(), lies.tobytes()))
-    assert cached_view(mine, 0) is None
+    assert cached_snapshot(mine, 0) is None
     assert LatentStore.open(mine).samples.to_pylist() == right
-    assert cached_view(mine, 0) is not None
+    assert cached_snapshot(mine, 0) is not None
 
 
 @pytest.mark.parametrize("change", ["type", "order", "ranges", "pipe", "two"])

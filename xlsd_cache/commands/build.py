@@ -39,8 +39,9 @@ from xlsd_cache.runtime.arrow import lookup, take_or_null
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.sources.scan import Scan, scan
-from xlsd_cache.store.identity import Identity, agree
+from xlsd_cache.store.identity import Identity, check_compatible, choose_rows_per_shard
 from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.view import StoreView
 
 log = logging.getLogger("xlsd.cache.commands")
 
@@ -73,23 +74,23 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     identity = _identity(config, vae)
     stored = stored_identity(config.out, vae, config.dry_run)
-    manifest = Manifest(config.out)
-    rows_per_shard = agree(
-        config.out, identity, config.rows_per_shard, found.images.num_rows, stored
-    )
+    check_compatible(config.out, identity, stored)
+    rows_per_shard = choose_rows_per_shard(config.out, config.rows_per_shard, found.images.num_rows)
+    store = StoreView(Manifest(config.out), identity, rows_per_shard)
     if config.dry_run:
-        known = read_known(manifest, rows_per_shard)
-        plan = _plan(config, manifest, known, found, buckets, rows_per_shard, config.rehash)
+        known = read_known(store.manifest, rows_per_shard)
+        plan = _plan(config, store, known, found, buckets, config.rehash)
         _say_plan(plan)
-        _check_space(manifest, plan, known, identity, rows_per_shard)
+        _check_space(store, plan, known)
         return None
     with writing(config.out):
-        generation = _write_plan(config, manifest, found, identity, rows_per_shard, buckets, began)
+        generation = _write_plan(config, store, found, buckets, began)
+        store = replace(store, generation=generation)
         largest = max(size.width * size.height for size in buckets.sizes)
         encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
-        with building(manifest, generation, config.part, began) as before:
-            _encode(config, manifest, generation, encoder, identity, rows_per_shard)
-            counts = conclude(manifest, generation, rows_per_shard, before)
+        with building(store.manifest, generation, config.part, began) as before:
+            _encode(config, store, encoder)
+            counts = conclude(store, before)
     if gone := counts.rejected.get("vanished"):
         log.warning(
             f"{gone} images were gone when their turn came; bring back what holds them "
@@ -99,33 +100,27 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
 
 
 def _write_plan(
-    config: BuildOptions,
-    manifest: Manifest,
-    found: Scan,
-    identity: Identity,
-    rows_per_shard: int,
-    buckets: Buckets,
-    began: float,
+    config: BuildOptions, store: StoreView, found: Scan, buckets: Buckets, began: float
 ) -> int:
     """Create the store if there is none and log the next generation; returns the newest.
 
     Of several processes that build with --rehash only the first to come here reads every image.
     """
+    manifest = store.manifest
     with plan_lock(manifest):
-        known = read_known(manifest, rows_per_shard)
+        known = read_known(manifest, store.rows_per_shard)
         rehashed = manifest.root / "manifest" / "rehashed"  # written when it was last done
         rehash = config.rehash and not (rehashed.exists() and rehashed.stat().st_mtime >= began)
-        staging = manifest.staging
-        plan = _plan(config, manifest, known, found, buckets, rows_per_shard, rehash, staging)
+        plan = _plan(config, store, known, found, buckets, rehash, manifest.staging)
         _say_plan(plan)
-        _check_space(manifest, plan, known, identity, rows_per_shard)
-        create_group(manifest, identity, rows_per_shard)
+        _check_space(store, plan, known)
+        create_group(store)
         generations = manifest.generations()
         if plan.is_empty and generations:
             newest = generations[-1]
         else:
             changes = plan.entries, plan.removed, plan.captions
-            newest = write_generation(manifest, identity, rows_per_shard, *changes)
+            newest = write_generation(store, *changes)
         _forget_journals(manifest, config.rehash)
         return newest
 
@@ -140,11 +135,10 @@ def _forget_journals(manifest: Manifest, rehash: bool) -> None:
 
 def _plan(
     config: BuildOptions,
-    manifest: Manifest,
+    store: StoreView,
     known: Known,
     found: Scan,
     buckets: Buckets,
-    rows_per_shard: int,
     rehash: bool,
     staging: Path | None = None,
 ) -> Plan:
@@ -163,7 +157,7 @@ def _plan(
     refuse_lost_sources(plan, known, set(found.names), set(config.forget))
     keys = found.images["key"].combine_chunks()
     if known.live.num_rows and pc.any(found.matches.missing()).as_py():
-        former = former_names(manifest, rows_per_shard, keys)
+        former = former_names(store.manifest, store.rows_per_shard, keys)
         found = found.with_former_names(former, contents(plan, known))
         captions = caption_changes(keys, found.captions, found.columns, known.captions)
         plan = replace(plan, captions=captions)
@@ -173,21 +167,14 @@ def _plan(
     return keep_unread_captions(plan) if found.unread else plan
 
 
-def _encode(
-    config: BuildOptions,
-    manifest: Manifest,
-    generation: int,
-    encoder: Encoder,
-    identity: Identity,
-    rows_per_shard: int,
-) -> None:
+def _encode(config: BuildOptions, store: StoreView, encoder: Encoder) -> None:
     """Encode every planned row that is not committed, this process's own part first."""
-    planned = uncommitted(manifest, generation, rows_per_shard)
+    planned = uncommitted(store.manifest, store.generation, store.rows_per_shard)
     if not planned.num_rows:
         return
     entries = planned.drop_columns(["reason", "detail"]).to_pylist()
-    todo = by_unit(entries, rows_per_shard)
-    now = manifest.live(generation)
+    todo = by_unit(entries, store.rows_per_shard)
+    now = store.manifest.live(store.generation)
     at = lookup(planned["key"], now["key"])
     now = take_or_null(now, at)
     same = pc.and_(*(pc.equal(now[name], planned[name]) for name in ("bucket", "row")))
@@ -197,10 +184,7 @@ def _encode(
     units = sorted(todo)
     mine = units[part::parts]
     order = mine + [unit for unit in units if unit not in set(mine)]
-    dtype = identity.dtype
-    work = EncodePipeline(
-        manifest, encoder, live, rows_per_shard, dtype, config.workers, config.max_pixels
-    )
+    work = EncodePipeline(store, encoder, live, config.workers, config.max_pixels)
     log.info(encoder)
     with StopSignal(STOPPING) as stop:
         work.run(todo, order, stop)
@@ -302,10 +286,8 @@ def _say_plan(plan: Plan) -> None:
         log.info(f"{sum(counts.values())} images are rejected now and leave training ({why})")
 
 
-def _check_space(
-    manifest: Manifest, plan: Plan, known: Known, identity: Identity, rows_per_shard: int
-) -> None:
+def _check_space(store: StoreView, plan: Plan, known: Known) -> None:
     """Log what encoding will write, if anything. Raises UserError where the disk is too full."""
     changed = pa.concat_arrays([pa.array(plan.removed, pa.string()), *plan.entries["key"].chunks])
     live = known.live.filter(pc.invert(pc.is_in(known.live["key"], value_set=changed)))
-    check_disk_space(manifest, pa.concat_tables([live, plan.entries]), identity, rows_per_shard)
+    check_disk_space(store, pa.concat_tables([live, plan.entries]))

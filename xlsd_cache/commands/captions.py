@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +25,8 @@ from xlsd_cache.runtime.threads import in_blocks
 from xlsd_cache.schema import PLAN
 from xlsd_cache.sources.records import Record, Search, Tally, given_table
 from xlsd_cache.sources.scan import named_roots, read_urls, records_of
-from xlsd_cache.store.identity import read_attributes
-from xlsd_cache.store.index import make_view, save_view
-from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.index import make_snapshot, save_snapshot
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.tables.columns import Rows, is_table
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
 from xlsd_cache.tables.row_outcomes import NOBODY, Matches, Table
@@ -65,11 +64,11 @@ def recaption(config: CaptionsOptions) -> list[Changes]:
     cannot be written.
     """
     root = config.store.expanduser()
-    _, rows_per_shard = read_attributes(root)
+    store = StoreView.open(root)
     columns = tuple(map(Column.parse, config.caption_columns))
     tables = _read(config.source, columns)
     try:
-        return _log(config, Manifest(root), rows_per_shard, columns, tables)
+        return _log(config, store, columns, tables)
     except OSError as error:
         raise UserError(
             f"cannot write {config.store}: {error.strerror or error}; its captions are as they "
@@ -79,18 +78,14 @@ def recaption(config: CaptionsOptions) -> list[Changes]:
 
 def _log(
     config: CaptionsOptions,
-    manifest: Manifest,
-    rows_per_shard: int,
+    store: StoreView,
     columns: tuple[Column, ...],
     tables: list[Table],
 ) -> list[Changes]:
-    root = manifest.root
+    manifest, root = store.manifest, store.manifest.root
     manifest.refuse_links()
     with FileLock(manifest.staging / "plan.lock"):
-        generations = manifest.generations()
-        if not generations:
-            raise UserError(f"{root} is not planned yet; run `xlsd-cache build` to finish it")
-        newest = generations[-1]
+        newest = manifest.generations()[-1]
         images = _images(manifest.live(newest))
         found = _match(tables, images)
         missing = pc.any(found.missing()).as_py()
@@ -98,7 +93,7 @@ def _log(
             images = _images(read_live(manifest, newest))
             _refuse_others(found, images)
         if missing:
-            former = former_names(manifest, rows_per_shard, images["key"].combine_chunks())
+            former = former_names(manifest, store.rows_per_shard, images["key"].combine_chunks())
             by_former_names(found, images["content_hash"].combine_chunks(), former)
         for line in found.told():
             log.info(line)
@@ -122,9 +117,9 @@ def _log(
         manifest.write_plan(newest + 1, PLAN.empty_table(), [], delta)
         if counts is not None:  # no image changed: the last build's sums still hold
             save_accounting(manifest, newest + 1, counts)
-    view = make_view(manifest, newest + 1, rows_per_shard)
-    if not view.pending:
-        save_view(root, view)
+    snapshot = make_snapshot(replace(store, generation=newest + 1))
+    if not snapshot.pending:
+        save_snapshot(root, snapshot)
     return changes
 
 

@@ -4,7 +4,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +23,15 @@ from xlsd_cache.files.uri import read_source
 from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
 from xlsd_cache.integrity.accounting import account
 from xlsd_cache.integrity.repair import Repaired, repair
-from xlsd_cache.integrity.shard_check import NAMED, Checked, Problem
+from xlsd_cache.integrity.shard_check import NAMED, Problem
 from xlsd_cache.integrity.verify import verify, verify_index, verify_live
 from xlsd_cache.options import CheckOptions
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of
-from xlsd_cache.store.identity import read_attributes
-from xlsd_cache.store.index import View, make_view
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.index import Snapshot, make_snapshot
+from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.reader import LatentStore
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.vocabulary import Bucket
 
 Say = Callable[..., None]
@@ -41,7 +40,7 @@ TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels 
 
 def check(config: CheckOptions) -> bool:
     """Print every problem found, with the images it concerns; True when there is none (left)."""
-    store = _open(config.store.expanduser())
+    store = StoreView.open(config.store.expanduser())
     say = _silent if config.json else terminal.say
     found, live = _find(store, config, say)
     for problem in found:
@@ -59,47 +58,39 @@ def check(config: CheckOptions) -> bool:
                 f"so mend that and run the same command again"
             ) from error
         lost_captions = any(problem.kind == "captions" for problem in found)
-        right = _say_repaired(_open(store.manifest.root), repaired, say) and not lost_captions
+        right = (
+            _say_repaired(StoreView.open(store.manifest.root), repaired, say) and not lost_captions
+        )
         value |= {"right": right, "repaired": asdict(repaired)}
     if config.json:
         terminal.say_json(value)
     return right
 
 
-def _open(root: Path) -> Checked:
-    identity, rows_per_shard = read_attributes(root)
-    manifest = Manifest(root)
-    generations = manifest.generations()
-    if not generations:
-        raise UserError(f"{root} is not planned yet; run `xlsd-cache build` to finish it")
-    return Checked(manifest, identity, rows_per_shard, generations[-1])
-
-
-def _find(store: Checked, config: CheckOptions, say: Say) -> tuple[list[Problem], int | None]:
+def _find(store: StoreView, config: CheckOptions, say: Say) -> tuple[list[Problem], int | None]:
     """All problems, and the number of live images where the log can be read."""
-    manifest, generation, shard = store.manifest, store.generation, store.rows_per_shard
     problems = verify(store)
     if not _log_is_readable(store, problems):
         say("the log is damaged: its sums, and index.arrow, were not checked")
         return problems, None
-    counts, _ = account(manifest, generation, shard, frozenset())
+    counts, _ = account(store)
     say(counts)  # refuses to print sums that are wrong
     if counts.pending:
         told = f"holds {counts.live} images; {counts.pending} images are not encoded yet"
         problems.append(Problem("pending", "the store", f"{told}, run the build again"))
-    view = make_view(manifest, generation, shard)
-    problems = [_with_live_names(problem, view) for problem in problems]
-    problems += verify_index(store, view) + verify_live(store, view)
+    snapshot = make_snapshot(store)
+    problems = [_with_live_names(problem, snapshot) for problem in problems]
+    problems += verify_index(store, snapshot) + verify_live(store, snapshot)
     if config.decode and not problems:
-        with LatentStore(manifest.root, store.identity, shard, view) as latents:
-            vae = load_vae_for(store.identity, config.vae, [manifest.root])
+        with LatentStore(store, snapshot) as latents:
+            vae = load_vae_for(store.identity, config.vae, [store.manifest.root])
             if told := decoder_notice(vae, store.identity):
                 say(told)
             problems += _check_decoded(latents, vae, config, say)
     return problems, counts.live
 
 
-def _log_is_readable(store: Checked, problems: list[Problem]) -> bool:
+def _log_is_readable(store: StoreView, problems: list[Problem]) -> bool:
     """Whether the log can be folded: a missing commit record is no hindrance, a damaged one is."""
     return not any(
         problem.kind in ("plan", "captions")
@@ -108,12 +99,12 @@ def _log_is_readable(store: Checked, problems: list[Problem]) -> bool:
     )
 
 
-def _with_live_names(problem: Problem, view: View) -> Problem:
+def _with_live_names(problem: Problem, snapshot: Snapshot) -> Problem:
     """The names that images have now; a commit record holds those they were encoded under."""
-    if problem.unit is None or not problem.rows or problem.unit.bucket not in view.ranges:
+    if problem.unit is None or not problem.rows or problem.unit.bucket not in snapshot.ranges:
         return problem
-    start, stop = view.ranges[problem.unit.bucket]
-    samples = view.samples.slice(start, stop - start)
+    start, stop = snapshot.ranges[problem.unit.bucket]
+    samples = snapshot.samples.slice(start, stop - start)
     at = pc.index_in(pa.array(problem.rows, pa.int64()), value_set=samples["row"]).to_pylist()
     keys = samples["key"]
     named = tuple(
@@ -123,7 +114,7 @@ def _with_live_names(problem: Problem, view: View) -> Problem:
     return replace(problem, images=named)
 
 
-def _say_repaired(store: Checked, repaired: Repaired, say: Say) -> bool:
+def _say_repaired(store: StoreView, repaired: Repaired, say: Say) -> bool:
     """Tell what was done; True when the store is right again without another build."""
     for problem in repaired.left:
         say(f"cannot mend {problem.where}: bring it back from a copy, or build the store anew")
@@ -134,7 +125,7 @@ def _say_repaired(store: Checked, repaired: Repaired, say: Say) -> bool:
     if repaired.gone:
         named = ", ".join(repaired.gone[:NAMED])
         say(f"{len(repaired.gone)} images leave training, their files are gone: {named}")
-    counts, _ = account(store.manifest, store.generation, store.rows_per_shard, frozenset())
+    counts, _ = account(store)
     if counts.pending:
         say(f"{counts.pending} images are to be encoded: run the same `xlsd-cache build` again")
     else:

@@ -53,7 +53,7 @@ def with_places(store: LatentStore) -> pa.Table:
     for bucket, rows in store.buckets.items():
         at = store.sample_index(bucket, np.arange(len(rows)))
         shapes[at] = store.shape(bucket)
-        sizes[at] = np.prod(store.shape(bucket)) * np.dtype(store.identity.dtype).itemsize
+        sizes[at] = store.identity.nbytes(bucket)
         numbers = rows // store.rows_per_shard
         for number in np.unique(numbers).tolist():
             inside = numbers == number
@@ -80,7 +80,7 @@ def with_places(store: LatentStore) -> pa.Table:
 
 
 def _offsets(store: LatentStore, unit: Unit, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    nbytes = int(np.prod(store.shape(unit.bucket))) * np.dtype(store.identity.dtype).itemsize
+    nbytes = store.identity.nbytes(unit.bucket)
     path = Manifest(store.root).shard(unit)
     try:
         reader = ShardReader(path, store.rows_per_shard, nbytes)

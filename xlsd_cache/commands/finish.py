@@ -9,21 +9,21 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.accounting import Accounting, account, save_accounting
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.commit import tidy
-from xlsd_cache.store.index import make_view, save_view
+from xlsd_cache.store.index import make_snapshot, save_snapshot
 from xlsd_cache.store.live_rows import write_live
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.view import StoreView
 
 
-def conclude(
-    manifest: Manifest, generation: int, rows_per_shard: int, before: Set[Unit]
-) -> Accounting:
+def conclude(store: StoreView, before: Set[Unit]) -> Accounting:
     """Write what is derived from the log; `before` are the shards committed at the beginning."""
-    counts, left_out = account(manifest, generation, rows_per_shard, before)
-    view = make_view(manifest, generation, rows_per_shard)
-    write_live(manifest, rows_per_shard, view)
-    save_view(manifest.root, view)
+    manifest = store.manifest
+    counts, left_out = account(store, before)
+    snapshot = make_snapshot(store)
+    write_live(store, snapshot)
+    save_snapshot(manifest.root, snapshot)
     write_parquet(manifest.root / "rejected.parquet", left_out, manifest.staging)
-    save_accounting(manifest, generation, counts)
+    save_accounting(manifest, store.generation, counts)
     tidy(manifest)
     return counts
 

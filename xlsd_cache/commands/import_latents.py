@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,8 +30,14 @@ from xlsd_cache.planning.sessions import building
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.schema import CAPTIONS, PLAN
-from xlsd_cache.store.identity import Identity, agree, read_attributes
+from xlsd_cache.store.identity import (
+    Identity,
+    check_compatible,
+    choose_rows_per_shard,
+    read_attributes,
+)
 from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.view import StoreView
 
 log = logging.getLogger("xlsd.cache.commands")
 
@@ -69,20 +75,22 @@ def import_caches(config: ImportOptions, began: float | None = None) -> Accounti
     imports = plan_imports(manifest, items)
     identity = _identity(config.out, vae, kind, verdict, _of(imports.fresh, items))
     stored = stored_identity(config.out, vae, config.dry_run)
-    rows_per_shard = agree(config.out, identity, config.rows_per_shard, len(items), stored)
+    check_compatible(config.out, identity, stored)
+    rows_per_shard = choose_rows_per_shard(config.out, config.rows_per_shard, len(items))
     if config.dry_run:
         log.info(f"to import: {len(imports.fresh)} latents")
         return None
     with writing(config.out):
-        generation = _write_plan(config, manifest, items, identity, rows_per_shard)
-        transfer = Transfer(manifest, identity, rows_per_shard, config.workers)
+        store = StoreView(manifest, identity, rows_per_shard)
+        generation = _write_plan(config, store, items)
+        store = replace(store, generation=generation)
         with building(manifest, generation, (0, 1), began) as before:
-            if not transfer.run(generation, items):
+            if not Transfer(store, config.workers).run(items):
                 raise UserError(
                     f"stopped; every batch imported so far is kept in {config.out}: run the same "
                     f"command again to go on"
                 )
-            counts = conclude(manifest, generation, rows_per_shard, before)
+            counts = conclude(store, before)
     return counts
 
 
@@ -142,14 +150,9 @@ def _identity(
     )
 
 
-def _write_plan(
-    config: ImportOptions,
-    manifest: Manifest,
-    items: list[Item],
-    identity: Identity,
-    rows_per_shard: int,
-) -> int:
+def _write_plan(config: ImportOptions, store: StoreView, items: list[Item]) -> int:
     """Create the store if there is none and log the next generation; returns the newest."""
+    manifest, identity = store.manifest, store.identity
     with plan_lock(manifest):
         imports = plan_imports(manifest, items)  # again: another process may have planned
         generations = manifest.generations()
@@ -157,17 +160,17 @@ def _write_plan(
         if generations and not (imports.entries or imports.removed or captions.num_rows):
             return generations[-1]
         newest = max(generations, default=-1)
-        next_rows = next_free_rows(manifest.planned(newest), rows_per_shard)
+        next_rows = next_free_rows(manifest.planned(newest), store.rows_per_shard)
         # An order that looks random and depends on the keys alone, as a build's.
         for entry in sorted(imports.fresh, key=lambda e: order(e["key"])):
             entry["row"] = next_rows.get(entry["bucket"], 0)
             next_rows[entry["bucket"]] = entry["row"] + 1
         table = pa.Table.from_pylist(imports.entries, PLAN)
         planned = pa.concat_tables([table, manifest.live(newest)])
-        check_disk_space(manifest, planned, identity, rows_per_shard)
-        create_group(manifest, identity, rows_per_shard, f"; imported: {identity.preprocessing}")
+        check_disk_space(store, planned)
+        create_group(store, f"; imported: {identity.preprocessing}")
         changes = table, imports.removed, captions
-        generation = write_generation(manifest, identity, rows_per_shard, *changes)
+        generation = write_generation(store, *changes)
         told = {**asdict(config), "generation": generation, "identity": asdict(identity)}
         path = manifest.root / "manifest" / "imported" / f"{generation:06d}.json"
         path.parent.mkdir(exist_ok=True)

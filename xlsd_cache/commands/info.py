@@ -9,14 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from xlsd_cache.console.terminal import say, say_json, shown
-from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.accounting import account, saved_accounting
 from xlsd_cache.integrity.statistics import are_tags, moments, word_counts
 from xlsd_cache.options import InfoOptions
-from xlsd_cache.store.identity import read_attributes
-from xlsd_cache.store.index import cached_view, make_view
-from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.index import cached_snapshot, make_snapshot
 from xlsd_cache.store.reader import LatentStore
+from xlsd_cache.store.view import StoreView
 
 
 def info(config: InfoOptions) -> dict[str, Any]:
@@ -63,19 +61,11 @@ def _say_captions(value: dict[str, Any]) -> None:
 def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
     """Everything that `info --json` prints."""
     root = path.expanduser()
-    identity, rows_per_shard = read_attributes(root)
-    manifest = Manifest(root)
-    generations = manifest.generations()
-    if not generations:
-        raise UserError(
-            f"{root} is not planned yet; run the same `xlsd-cache build` again to finish it"
-        )
-    counts = saved_accounting(root, generations[-1])
-    if counts is None:
-        counts, _ = account(manifest, generations[-1], rows_per_shard, frozenset())
-    view = cached_view(root, generations[-1])
-    view = view or make_view(manifest, generations[-1], rows_per_shard)
-    with LatentStore(root, identity, rows_per_shard, view) as store:
+    view = StoreView.open(root)
+    identity, generation = view.identity, view.generation
+    counts = saved_accounting(root, generation) or account(view)[0]
+    snapshot = cached_snapshot(root, generation) or make_snapshot(view)
+    with LatentStore(view, snapshot) as store:
         mean, std, measured = moments(store)
         texts = {name: store.samples[name] for name in store.caption_columns}
         tags = {name: store.tags(name).counts(most_tags) for name in texts if are_tags(texts[name])}
@@ -111,9 +101,9 @@ def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
             "std": std,
             "measured": measured,
         },
-        "generation": generations[-1],
-        "fingerprint": view.fingerprint,
-        "rows_per_shard": rows_per_shard,
+        "generation": generation,
+        "fingerprint": snapshot.fingerprint,
+        "rows_per_shard": view.rows_per_shard,
         "resolution": identity.resolution,
         "bytes": sum(disk.values()),
         "disk": disk,

@@ -25,9 +25,9 @@ from xlsd_cache.outcomes import Rejected
 from xlsd_cache.planning.plan import Entry
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.store.commit import Claim, claim
-from xlsd_cache.store.identity import bucket_shape
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.shard import Row
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.vocabulary import Bucket
 
 Decoded = tuple[str, Pixels | Rejected]  # content hash; pixels, or why there are none
@@ -71,11 +71,9 @@ class WriteOrder:
 class EncodePipeline:
     """Encodes one process's shards, and measures the seconds that each stage takes."""
 
-    manifest: Manifest
+    store: StoreView
     encoder: Encoder
     live: Mapping[str, Entry]  # key -> newest entry: a later plan may supersede a row
-    rows_per_shard: int
-    dtype: str
     workers: int
     max_pixels: int = MAX_PIXELS  # of an image
     wait_s: float = 0.0  # encoders idle, waiting for pixels
@@ -95,7 +93,7 @@ class EncodePipeline:
         ):
             while order and not stop.asked:
                 self._pass(todo, order, readers, encoders, bar, stop)
-                committed = self.manifest.committed()
+                committed = self.store.manifest.committed()
                 order = [unit for unit in order if unit not in committed]
                 if order and not stop.asked:  # held by other processes, which may be killed
                     waiting = f"waiting for {len(order)} shards of other processes"
@@ -163,10 +161,7 @@ class EncodePipeline:
     ) -> Iterator[tuple[Claim, list[int], bool]]:
         """Claim units one by one; yields (claim, slots, whether it is the unit's last batch)."""
         for unit in order:
-            shape = bucket_shape(unit.bucket, self.encoder.vae.channels)
-            nbytes = int(np.prod(shape)) * np.dtype(self.dtype).itemsize
-            batch = self.encoder.batch
-            taken = claim(self.manifest, unit, todo[unit], batch, self.rows_per_shard, nbytes)
+            taken = claim(self.store, unit, todo[unit], self.encoder.batch)
             if taken is None:
                 continue
             held.append(taken)
@@ -209,7 +204,7 @@ class EncodePipeline:
         """The latent in the store's dtype, or why it cannot be kept."""
         if not np.isfinite(latent).all():
             return Rejected("non_finite", "the VAE gave NaN or infinity")
-        if self.dtype == "float32":
+        if self.store.identity.dtype == "float32":
             return latent
         if np.abs(latent).max() > FLOAT16_MAX:
             return Rejected("overflow", f"{np.abs(latent).max():.0f} is beyond float16")

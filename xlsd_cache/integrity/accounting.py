@@ -15,6 +15,7 @@ from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.schema import PLACE
 from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.view import StoreView
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,14 @@ class Accounting:
         return f"{self.scanned} scanned = " + " + ".join(parts)
 
 
-def account(
-    manifest: Manifest, generation: int, rows_per_shard: int, before: Set[Unit]
-) -> tuple[Accounting, pa.Table]:
+def account(store: StoreView, before: Set[Unit] = frozenset()) -> tuple[Accounting, pa.Table]:
     """Count a generation's images; `before` are the shards that were committed at the beginning.
 
     Also returns the table (key, reason, detail) of the rejected and the duplicates, for people.
     """
-    live = manifest.live(generation)
-    units = unit_names(live, rows_per_shard)
+    manifest = store.manifest
+    live = manifest.live(store.generation)
+    units = unit_names(live, store.rows_per_shard)
     wanted = set(pc.unique(units).to_pylist())
     committed = manifest.commits({unit for unit in manifest.committed() if unit.name in wanted})
     at = lookup_rows(live, committed, PLACE)

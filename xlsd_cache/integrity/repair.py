@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from xlsd_cache.files.uri import read_source, stat_source
-from xlsd_cache.integrity.shard_check import Checked, Problem, verify_shard
+from xlsd_cache.integrity.shard_check import Problem, planned_rows, verify_shard
 from xlsd_cache.integrity.verify import damaged_places
 from xlsd_cache.planning.generation import write_generation
 from xlsd_cache.planning.log_state import is_committed
@@ -31,8 +31,9 @@ from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLACE, PLAN
 from xlsd_cache.store.commit import lock_path, planning, write_commit
 from xlsd_cache.store.live_rows import write_live
 from xlsd_cache.store.manifest import Unit
-from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, Row, ShardReader, index_of
-from xlsd_cache.store.zarr_metadata import mend_array
+from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, Row, index_of
+from xlsd_cache.store.view import StoreView
+from xlsd_cache.store.zarr_metadata import write_array
 
 Entry = dict[str, Any]  # one row of schema.PLAN
 
@@ -47,7 +48,7 @@ class Repaired:
     left: list[Problem] = field(default_factory=list)  # what only a person can mend
 
 
-def repair(store: Checked, problems: list[Problem]) -> Repaired:
+def repair(store: StoreView, problems: list[Problem]) -> Repaired:
     """Mend these problems of the store, alone: no build plans meanwhile. Raises OSError."""
     result = Repaired(left=[problem for problem in problems if problem.kind == "plan"])
     if result.left:
@@ -63,11 +64,11 @@ def repair(store: Checked, problems: list[Problem]) -> Repaired:
         _plan_anew(store, lost, result)
         if result.done or result.to_encode or result.gone:
             (manifest.root / "index.arrow").unlink(missing_ok=True)  # derived from the old state
-    write_live(manifest, store.rows_per_shard)
+    write_live(store)
     return result
 
 
-def _mend(store: Checked, problem: Problem, result: Repaired) -> set[tuple[str, int]]:
+def _mend(store: StoreView, problem: Problem, result: Repaired) -> set[tuple[str, int]]:
     """Mend one problem; returns the places whose latents are lost for good."""
     manifest, path = store.manifest, store.manifest.root / problem.where
     done, lost = "", set[tuple[str, int]]()
@@ -77,16 +78,14 @@ def _mend(store: Checked, problem: Problem, result: Repaired) -> set[tuple[str, 
         done = "written anew"  # at the end
     elif problem.kind == "array":
         bucket = path.parent.name
-        rows = int(store.places()[bucket][-1]) + 1
-        shape, dtype = store.shape(bucket), store.identity.dtype
-        mend_array(manifest, bucket, rows, shape, dtype, store.rows_per_shard)
+        write_array(store, bucket, int(planned_rows(store)[bucket][-1]) + 1)
         done = "written anew"
     elif problem.kind == "stray":
         aside = manifest.root / "stray" / path.relative_to(manifest.root)
         aside.parent.mkdir(parents=True, exist_ok=True)
         aside = _unused(aside)
         path.replace(aside)
-        done = f"moved to {store.name(aside)}"
+        done = f"moved to {store.relative(aside)}"
     elif problem.kind == "captions":
         done = f"set aside as {_set_aside(path)}: build, or give the captions, again"
     elif problem.kind == "commit" and problem.unit:
@@ -98,7 +97,7 @@ def _mend(store: Checked, problem: Problem, result: Repaired) -> set[tuple[str, 
     return lost
 
 
-def _mend_commit(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
+def _mend_commit(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
     """Write a lost commit record anew, of the rows that the shard holds with right checksums.
 
     Where the shard is not there either, nothing is committed and the next build makes both.
@@ -110,11 +109,11 @@ def _mend_commit(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]
     except Timeout:  # a build is at work on it
         return "", set()
     try:
-        latent = np.empty(store.shape(unit.bucket), store.identity.dtype)
+        latent = np.empty(store.identity.shape(unit.bucket), store.identity.dtype)
         flat = latent.reshape(-1).view(np.uint8)
         entries = _planned(store, unit)
         try:
-            reader = ShardReader(manifest.shard(unit), shard, latent.nbytes)
+            reader = store.open_shard(unit)
         except (CorruptShard, OSError):
             aside = manifest.commit(unit).exists() and _set_aside(manifest.commit(unit))
             return f"set aside as {aside}: its shard is lost too" if aside else "", set()
@@ -127,7 +126,7 @@ def _mend_commit(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]
                 detail = "what became of it was lost with the shard's commit record"
                 rows[slot] = Row(slot, "", reason="lost", detail=detail)
         reader.close()
-        write_commit(manifest, unit, shard, entries, rows)
+        write_commit(store, unit, entries, rows)
     finally:
         lock.release()
     held = sum(row.crc32c is not None for row in rows.values())
@@ -135,7 +134,7 @@ def _mend_commit(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]
     return f"written anew: {held} of {len(rows)} latents are in the shard and right", lost
 
 
-def _mend_shard(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
+def _mend_shard(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
     """Write a shard's file anew from the records that are right, which brings back its index.
 
     A record belongs to the row that was committed with its checksum.
@@ -149,7 +148,7 @@ def _mend_shard(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
     wanted: dict[int, list[int]] = {}  # crc32c -> slots; equal latents have equal ones
     for crc, row in zip(*_columns(commit, "crc32c", "row"), strict=True):
         wanted.setdefault(crc, []).append(row % shard)
-    nbytes = int(np.prod(store.shape(unit.bucket))) * np.dtype(store.identity.dtype).itemsize
+    nbytes = store.identity.nbytes(unit.bucket)
     try:
         data = memoryview(manifest.shard(unit).read_bytes())
     except FileNotFoundError:
@@ -169,14 +168,14 @@ def _mend_shard(store: Checked, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
     return done, lost
 
 
-def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> None:
+def _plan_anew(store: StoreView, lost: set[tuple[str, int]], result: Repaired) -> None:
     """Give the images of lost latents fresh rows, where they are still there to be encoded.
 
     Shards that were never committed are the next build's already; only what has no image any more
     is taken out of them, so that training can go on without it.
     """
     manifest, shard = store.manifest, store.rows_per_shard
-    places = store.places()
+    places = planned_rows(store)
     next_rows = {bucket: (int(rows[-1]) // shard + 1) * shard for bucket, rows in places.items()}
     live = manifest.live(store.generation)
     entries: list[Entry] = []
@@ -199,9 +198,7 @@ def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> 
     if not (entries or lost):
         return
     write_generation(
-        manifest,
-        store.identity,
-        shard,
+        store,
         pa.Table.from_pylist(entries, PLAN),
         [],
         CAPTIONS.empty_table(),
@@ -209,7 +206,7 @@ def _plan_anew(store: Checked, lost: set[tuple[str, int]], result: Repaired) -> 
     )
 
 
-def _at_risk(store: Checked, live: pa.Table, lost: set[tuple[str, int]]) -> NDArray[np.int64]:
+def _at_risk(store: StoreView, live: pa.Table, lost: set[tuple[str, int]]) -> NDArray[np.int64]:
     """Which live entries' places are lost or in no committed shard, in the order of the places."""
     is_safe = is_committed(store.manifest, live, store.rows_per_shard)
     is_lost = lookup_rows(live, _places(lost), PLACE) >= 0
@@ -224,7 +221,7 @@ def _places(lost: set[tuple[str, int]]) -> pa.Table:
     return pa.Table.from_pylist([dict(zip(PLACE, it, strict=True)) for it in sorted(lost)], DAMAGED)
 
 
-def _planned(store: Checked, unit: Unit) -> dict[int, Entry]:
+def _planned(store: StoreView, unit: Unit) -> dict[int, Entry]:
     """The last planned entry of each slot of a unit."""
     shard = store.rows_per_shard
     planned = store.manifest.planned(store.generation)

@@ -1,7 +1,6 @@
 """One shard read back whole, and the words for what is wrong with it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import google_crc32c
@@ -12,9 +11,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from xlsd_cache.schema import COMMIT
-from xlsd_cache.store.identity import Identity, bucket_shape
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.shard import CRC_NBYTES, MISSING, CorruptShard, Fault, ShardReader
+from xlsd_cache.store.view import StoreView
 
 _FAULTS: dict[Fault, str] = {
     "missing": "are not in the shard",
@@ -54,39 +53,22 @@ class Problem:
         return f"{self.where} {self.what}" + (f": {named}{more}" if named else "")
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A store with all that is needed to look at one part of it."""
-
-    manifest: Manifest
-    identity: Identity
-    rows_per_shard: int
-    generation: int
-
-    def shape(self, bucket: str) -> tuple[int, int, int]:
-        """(C, h, w) of a bucket's latents."""
-        return bucket_shape(bucket, self.identity.channels)
-
-    def name(self, path: Path) -> str:
-        """A file's name within the store."""
-        return path.relative_to(self.manifest.root).as_posix()
-
-    def places(self) -> dict[str, NDArray[np.int64]]:
-        """Bucket -> the rows ever planned in it, sorted."""
-        files = self.manifest.files(self.generation)
-        plans = [path for path in files if path.parent.name == "plan"]
-        columns = ["bucket", "row"]  # the others are large
-        planned = pa.concat_tables([pq.read_table(path, columns=columns) for path in plans])
-        planned = planned.filter(pc.greater_equal(planned["row"], 0))
-        names = planned["bucket"].combine_chunks().dictionary_encode()
-        rows, codes = planned["row"].to_numpy(), names.indices.to_numpy()
-        return {
-            str(bucket): np.sort(rows[codes == code])
-            for code, bucket in enumerate(names.dictionary.to_pylist())
-        }
+def planned_rows(store: StoreView) -> dict[str, NDArray[np.int64]]:
+    """Bucket -> the rows ever planned in it, sorted."""
+    files = store.manifest.files(store.generation)
+    plans = [path for path in files if path.parent.name == "plan"]
+    columns = ["bucket", "row"]  # the others are large
+    planned = pa.concat_tables([pq.read_table(path, columns=columns) for path in plans])
+    planned = planned.filter(pc.greater_equal(planned["row"], 0))
+    names = planned["bucket"].combine_chunks().dictionary_encode()
+    rows, codes = planned["row"].to_numpy(), names.indices.to_numpy()
+    return {
+        str(bucket): np.sort(rows[codes == code])
+        for code, bucket in enumerate(names.dictionary.to_pylist())
+    }
 
 
-def verify_shard(store: Checked, unit: Unit, damaged: set[int]) -> list[Problem]:
+def verify_shard(store: StoreView, unit: Unit, damaged: set[int]) -> list[Problem]:
     """Read one committed shard whole. Rows of images that left training count as well.
 
     `damaged` are the rows that a repair has given up: nothing is promised of them any more.
@@ -98,10 +80,10 @@ def verify_shard(store: Checked, unit: Unit, damaged: set[int]) -> list[Problem]
         if row["row"] not in damaged
     ]
     path = store.manifest.shard(unit)
-    where = store.name(path)
-    latent = np.empty(store.shape(unit.bucket), store.identity.dtype)
+    where = store.relative(path)
+    latent = np.empty(store.identity.shape(unit.bucket), store.identity.dtype)
     try:
-        reader = ShardReader(path, store.rows_per_shard, latent.nbytes)
+        reader = store.open_shard(unit)
     except (CorruptShard, OSError) as error:
         gone = isinstance(error, FileNotFoundError)
         why = error.message if isinstance(error, CorruptShard) else error
@@ -149,7 +131,7 @@ def _latent_fault(reader: ShardReader, slot: int, crc32c: int, latent: NDArray[A
 
 
 def _shard_fault(
-    store: Checked, reader: ShardReader, unit: Unit, commit: pa.Table, nbytes: int
+    store: StoreView, reader: ShardReader, unit: Unit, commit: pa.Table, nbytes: int
 ) -> list[Problem]:
     """Bytes or rows of a shard that nobody committed."""
     encoded = commit.filter(pc.equal(commit["status"], "encoded"))["row"].to_numpy()
@@ -162,5 +144,5 @@ def _shard_fault(
         told.append(f"holds {len(extra)} rows that its commit record does not name")
     if size != length:
         told.append(f"has {size} bytes, where its records and index take {length}")
-    where = store.name(reader.path)
+    where = store.relative(reader.path)
     return [Problem("shard", where, what, unit=unit) for what in told]

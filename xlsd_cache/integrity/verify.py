@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from xlsd_cache.integrity.shard_check import Checked, Kind, Problem, verify_shard
+from xlsd_cache.integrity.shard_check import Kind, Problem, planned_rows, verify_shard
 from xlsd_cache.runtime.atomic import is_whole
-from xlsd_cache.store.index import View, cached_view, make_view
+from xlsd_cache.store.index import Snapshot, cached_snapshot, make_snapshot
 from xlsd_cache.store.live_rows import live_faults, live_files
 from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import array_fault
 
 THREADS = min(8, os.cpu_count() or 1)
 
 
-def verify(store: Checked) -> list[Problem]:
+def verify(store: StoreView) -> list[Problem]:
     """Everything that is wrong with the files of the log, the arrays, and the committed shards.
 
     The index and the sums are others' part: they need a log without a fault. Where a plan is
@@ -40,19 +42,19 @@ def verify(store: Checked) -> list[Problem]:
     return log + places + _in_threads("shards", look, units)
 
 
-def verify_log(store: Checked) -> list[Problem]:
+def verify_log(store: StoreView) -> list[Problem]:
     """Compare every file of the log with its own checksum."""
     manifest = store.manifest
 
     def look(path: Path) -> list[Problem]:
         fault = _table_fault(path)
         kind: Kind = "captions" if path.parent.name == "captions" else "plan"
-        return [Problem(kind, store.name(path), fault)] if fault else []
+        return [Problem(kind, store.relative(path), fault)] if fault else []
 
     def look_at_commit(unit: Unit) -> list[Problem]:
         path = manifest.commit(unit)
         fault = _table_fault(path)
-        return [Problem("commit", store.name(path), fault, unit=unit)] if fault else []
+        return [Problem("commit", store.relative(path), fault, unit=unit)] if fault else []
 
     gaps = set(range(store.generation)) - set(manifest.generations())
     missing = [
@@ -66,18 +68,17 @@ def verify_log(store: Checked) -> list[Problem]:
     return [_with_planned_images(store, problem) for problem in commits]
 
 
-def verify_places(store: Checked) -> list[Problem]:
+def verify_places(store: StoreView) -> list[Problem]:
     """The arrays' zarr.json, commit records without a plan or the reverse, and stray files."""
     manifest, shard = store.manifest, store.rows_per_shard
     problems = []
     folder = manifest.root / "latents.zarr"
     expected = {folder / "zarr.json", *live_files(manifest)}
     planned: set[Unit] = set()
-    for bucket, rows in store.places().items():
-        shape, dtype = store.shape(bucket), store.identity.dtype
-        fault = array_fault(manifest, bucket, int(rows[-1]) + 1, shape, dtype, shard)
+    for bucket, rows in planned_rows(store).items():
+        fault = array_fault(store, bucket, int(rows[-1]) + 1)
         path = manifest.array(bucket) / "zarr.json"
-        problems += [Problem("array", store.name(path), fault)] if fault else []
+        problems += [Problem("array", store.relative(path), fault)] if fault else []
         expected.add(path)
         units = {Unit(bucket, number) for number in np.unique(rows // shard).tolist()}
         planned |= units
@@ -86,24 +87,24 @@ def verify_places(store: Checked) -> list[Problem]:
     for unit in sorted(planned - committed):
         journal = manifest.staging / f"{unit.name}.jnl"  # a build at work, or killed in the middle
         if manifest.shard(unit).exists() and not journal.exists():
-            where = store.name(manifest.commit(unit))
+            where = store.relative(manifest.commit(unit))
             lost = Problem("commit", where, "is missing, its shard is there", unit=unit)
             problems.append(_with_planned_images(store, lost))
     for unit in sorted(committed - planned):
-        where = store.name(manifest.commit(unit))
+        where = store.relative(manifest.commit(unit))
         problems.append(Problem("plan", where, "was never planned: a plan file is missing"))
     there = (path for path in folder.rglob("*") if not path.is_dir())
     strays = sorted(path for path in there if path not in expected)
-    return problems + [Problem("stray", store.name(path), "is none of ours") for path in strays]
+    return problems + [Problem("stray", store.relative(path), "is none of ours") for path in strays]
 
 
-def verify_index(store: Checked, view: View) -> list[Problem]:
-    """Whether index.arrow, if there is one, holds what the log says; `view` is the newest."""
+def verify_index(store: StoreView, snapshot: Snapshot) -> list[Problem]:
+    """Whether index.arrow, if there is one, holds what the log says; `snapshot` is the newest."""
     root = store.manifest.root
     if not (root / "index.arrow").exists():
         return []
     for generation in reversed(store.manifest.generations()):
-        cached = cached_view(root, generation)
+        cached = cached_snapshot(root, generation)
         if cached is None:
             continue
         try:
@@ -111,9 +112,9 @@ def verify_index(store: Checked, view: View) -> list[Problem]:
         except Exception:  # pyarrow raises whatever damaged bytes make it stumble over
             break
         if generation != store.generation:  # a newer one is planned: right until that is encoded
-            view = make_view(store.manifest, generation, store.rows_per_shard)
-        if cached.samples.equals(view.samples) and cached.ranges == view.ranges:
-            if cached.fingerprint == view.fingerprint:
+            snapshot = make_snapshot(replace(store, generation=generation))
+        if cached.samples.equals(snapshot.samples) and cached.ranges == snapshot.ranges:
+            if cached.fingerprint == snapshot.fingerprint:
                 return []
             told = "was made of a log with other bytes, though both say the same of every image"
         else:
@@ -122,13 +123,13 @@ def verify_index(store: Checked, view: View) -> list[Problem]:
     return [Problem("index", "index.arrow", "is damaged, or of no generation of this store")]
 
 
-def verify_live(store: Checked, view: View) -> list[Problem]:
-    """Whether plain zarr readers are told what is live; `view` is the newest."""
-    faults = live_faults(store.manifest, view)
+def verify_live(store: StoreView, snapshot: Snapshot) -> list[Problem]:
+    """Whether plain zarr readers are told what is live; `snapshot` is the newest."""
+    faults = live_faults(store.manifest, snapshot)
     return [Problem("live", where, what) for where, what in faults.items()]
 
 
-def damaged_places(store: Checked) -> dict[str, set[int]]:
+def damaged_places(store: StoreView) -> dict[str, set[int]]:
     """Bucket -> rows that repairs have given up."""
     places: dict[str, set[int]] = {}
     for row in store.manifest.damaged(store.generation).to_pylist():
@@ -154,7 +155,7 @@ def _table_fault(path: Path) -> str:
         return f"cannot be read ({error.strerror or error})"
 
 
-def _with_planned_images(store: Checked, problem: Problem) -> Problem:
+def _with_planned_images(store: StoreView, problem: Problem) -> Problem:
     """The same problem with the images that were planned in its unit."""
     unit, shard = problem.unit, store.rows_per_shard
     assert unit is not None

@@ -18,9 +18,10 @@ from xlsd_cache.outcomes import RETRIED, Rejected
 from xlsd_cache.planning.log_state import by_unit, uncommitted
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.store.commit import Claim, claim
-from xlsd_cache.store.identity import Identity, bucket_shape
+from xlsd_cache.store.identity import Identity
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import Row
+from xlsd_cache.store.view import StoreView
 
 BATCH = 64  # latents read at once: what a kill costs
 DIVIDED = " divided by "  # in the identity's preprocessing: the latents were scaled
@@ -83,20 +84,18 @@ def order(key: str) -> bytes:
 class Transfer:
     """One process's part in importing what is planned."""
 
-    manifest: Manifest
-    identity: Identity
-    rows_per_shard: int
+    store: StoreView
     workers: int
 
-    def run(self, generation: int, items: list[Item]) -> bool:
+    def run(self, items: list[Item]) -> bool:
         """Copy every planned row that is not committed, shard by shard; False after a stop."""
-        live = self.manifest.live(generation).to_pylist()
+        live = self.store.manifest.live(self.store.generation).to_pylist()
         copy = _Copy(
             {(entry["bucket"], entry["row"]): entry for entry in live},
             {item.origin: item for item in items},
-            self.identity,
+            self.store.identity,
         )
-        todo = self._todo(generation)
+        todo = self._todo()
         with (
             StopSignal(STOPPING) as stop,
             ThreadPoolExecutor(self.workers) as pool,
@@ -104,23 +103,19 @@ class Transfer:
         ):
             while todo and not stop.asked:
                 for unit, entries in sorted(todo.items()):
-                    taken = self._claim(unit, entries)
+                    taken = claim(self.store, unit, entries, BATCH)
                     if taken is not None:
                         _fill(taken, copy, pool, bar, stop)
-                todo = self._todo(generation)
+                todo = self._todo()
                 if todo and not stop.asked:  # other processes hold these; one may yet be killed
                     time.sleep(0.2)
         return not todo
 
-    def _todo(self, generation: int) -> dict[Unit, dict[int, Entry]]:
+    def _todo(self) -> dict[Unit, dict[int, Entry]]:
         """The planned rows of each unit that is not committed, by slot."""
-        planned = uncommitted(self.manifest, generation, self.rows_per_shard)
-        return by_unit(planned.to_pylist(), self.rows_per_shard)
-
-    def _claim(self, unit: Unit, entries: dict[int, Entry]) -> Claim | None:
-        shape = bucket_shape(unit.bucket, self.identity.channels)
-        nbytes = int(np.prod(shape)) * np.dtype(self.identity.dtype).itemsize
-        return claim(self.manifest, unit, entries, BATCH, self.rows_per_shard, nbytes)
+        store = self.store
+        planned = uncommitted(store.manifest, store.generation, store.rows_per_shard)
+        return by_unit(planned.to_pylist(), store.rows_per_shard)
 
 
 def _fill(

@@ -9,9 +9,9 @@ import pyarrow.compute as pc
 from xlsd_cache.errors import UserError
 from xlsd_cache.planning.log_state import is_committed
 from xlsd_cache.runtime.disk import free_bytes, size
-from xlsd_cache.store.identity import Identity, bucket_shape
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CRC_NBYTES
+from xlsd_cache.store.view import StoreView
 
 log = logging.getLogger("xlsd.cache.planning")
 
@@ -24,36 +24,33 @@ def uncommitted_places(manifest: Manifest, table: pa.Table, rows_per_shard: int)
     return table.filter(pc.invert(is_committed(manifest, table, rows_per_shard)))
 
 
-def bytes_to_write(
-    manifest: Manifest, places: pa.Table, identity: Identity, rows_per_shard: int
-) -> int:
+def bytes_to_write(store: StoreView, places: pa.Table) -> int:
     """What the latents of these (bucket, row) take on the disk, less what staging holds of them."""
     total = 0
     placed = places.select(["bucket", "row"]).group_by(["bucket", "row"]).aggregate([])
     for bucket in pc.unique(placed["bucket"]).to_pylist():
         rows = placed["row"].filter(pc.equal(placed["bucket"], bucket)).to_numpy()
-        latent = int(np.prod(bucket_shape(bucket, identity.channels)))
-        latent = latent * np.dtype(identity.dtype).itemsize + CRC_NBYTES
-        shards, counts = np.unique(rows // rows_per_shard, return_counts=True)
+        latent = store.identity.nbytes(bucket) + CRC_NBYTES
+        shards, counts = np.unique(rows // store.rows_per_shard, return_counts=True)
         for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
-            nbytes = count * latent + 16 * rows_per_shard + CRC_NBYTES
-            total += max(0, nbytes - _staged(manifest, Unit(bucket, shard))) + count * LOG_NBYTES
+            nbytes = count * latent + 16 * store.rows_per_shard + CRC_NBYTES
+            nbytes -= _staged(store.manifest, Unit(bucket, shard))
+            total += max(0, nbytes) + count * LOG_NBYTES
     return total
 
 
-def check_disk_space(
-    manifest: Manifest, planned: pa.Table, identity: Identity, rows_per_shard: int
-) -> None:
+def check_disk_space(store: StoreView, planned: pa.Table) -> None:
     """Log what is yet to be written for these rows (PLAN). Raises UserError if it does not fit."""
-    places = uncommitted_places(manifest, planned, rows_per_shard)
-    nbytes = bytes_to_write(manifest, places, identity, rows_per_shard)
+    root = store.manifest.root
+    places = uncommitted_places(store.manifest, planned, store.rows_per_shard)
+    nbytes = bytes_to_write(store, places)
     if not nbytes:
         return
-    free = free_bytes(manifest.root)
+    free = free_bytes(root)
     if free is None:
         log.info(f"{size(nbytes)} to write")
         return
-    facts = f"{size(nbytes)} to write, {size(free)} free on the disk of {manifest.root}"
+    facts = f"{size(nbytes)} to write, {size(free)} free on the disk of {root}"
     if nbytes > free:
         raise UserError(
             f"too little room: {facts}; free {size(nbytes - free)} more, give --out on a "

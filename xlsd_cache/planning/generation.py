@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.store.commit import planning, tidy
-from xlsd_cache.store.identity import Identity, attributes_of, bucket_shape
+from xlsd_cache.store.identity import attributes_of
 from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
 
 
@@ -24,23 +25,19 @@ def plan_lock(manifest: Manifest) -> Iterator[None]:
         yield
 
 
-def create_group(
-    manifest: Manifest, identity: Identity, rows_per_shard: int, origin: str = ""
-) -> None:
+def create_group(store: StoreView, origin: str = "") -> None:
     """Write the zarr group of a new store; does nothing where it exists.
 
     `origin` is appended to the attribute that describes the latents.
     """
-    if not (manifest.root / "latents.zarr" / "zarr.json").exists():
-        attributes = attributes_of(identity, rows_per_shard)
+    if not (store.manifest.root / "latents.zarr" / "zarr.json").exists():
+        attributes = attributes_of(store.identity, store.rows_per_shard)
         attributes["latents"] += origin
-        write_group(manifest, attributes)
+        write_group(store.manifest, attributes)
 
 
 def write_generation(
-    manifest: Manifest,
-    identity: Identity,
-    rows_per_shard: int,
+    store: StoreView,
     entries: pa.Table,
     removed: list[str],
     captions: pa.Table,
@@ -54,8 +51,7 @@ def write_generation(
     placed = entries.filter(pc.greater_equal(entries["row"], 0))
     last = placed.group_by("bucket").aggregate([("row", "max")])
     for bucket, row in zip(last["bucket"].to_pylist(), last["row_max"].to_pylist(), strict=True):
-        shape = bucket_shape(bucket, identity.channels)
-        grow_array(manifest, bucket, row + 1, shape, identity.dtype, rows_per_shard)
-    generation = max(manifest.generations(), default=-1) + 1
-    manifest.write_plan(generation, entries, removed, captions, damaged)
+        grow_array(store, bucket, row + 1)
+    generation = max(store.manifest.generations(), default=-1) + 1
+    store.manifest.write_plan(generation, entries, removed, captions, damaged)
     return generation

@@ -15,7 +15,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from xlsd_cache.runtime.atomic import sweep, write_parquet
 from xlsd_cache.schema import COMMIT
 from xlsd_cache.store.manifest import Manifest, Unit
-from xlsd_cache.store.shard import CorruptShard, Row, ShardReader, ShardWriter, read_journal
+from xlsd_cache.store.shard import CorruptShard, Row, ShardWriter, read_journal
+from xlsd_cache.store.view import StoreView
 
 log = logging.getLogger("xlsd.cache.store")
 
@@ -30,8 +31,7 @@ class Claim:
 
     unit: Unit
     entries: dict[int, dict[str, Any]]  # slot -> plan entry
-    manifest: Manifest
-    rows_per_shard: int
+    store: StoreView
     lock: BaseFileLock
     writer: ShardWriter
 
@@ -40,10 +40,11 @@ class Claim:
 
         A reader looks at a shard only after its record exists.
         """
-        self.writer.finish(self.manifest.shard(self.unit), self.rows_per_shard)
-        write_commit(self.manifest, self.unit, self.rows_per_shard, self.entries, self.writer.rows)
+        manifest = self.store.manifest
+        self.writer.finish(manifest.shard(self.unit), self.store.rows_per_shard)
+        write_commit(self.store, self.unit, self.entries, self.writer.rows)
         self.writer.discard()
-        _drop(self.manifest, self.unit, self.lock)
+        _drop(manifest, self.unit, self.lock)
 
     def release(self) -> None:
         """Leave the unit as it is, for this or another process to go on with."""
@@ -51,18 +52,14 @@ class Claim:
 
 
 def claim(
-    manifest: Manifest,
-    unit: Unit,
-    entries: dict[int, dict[str, Any]],
-    batch: int,
-    rows_per_shard: int,
-    nbytes: int,
+    store: StoreView, unit: Unit, entries: dict[int, dict[str, Any]], batch: int
 ) -> Claim | None:
     """Take `unit` for this process; None when another holds it or it is committed by now.
 
     `entries` are the planned rows by slot. A shard that was put in place by a process killed
     before its commit is adopted if every checksum holds, and made anew otherwise.
     """
+    manifest = store.manifest
     lock = FileLock(lock_path(manifest, unit), blocking=False, thread_local=False)
     try:
         lock.acquire()
@@ -76,14 +73,15 @@ def claim(
         journal = manifest.staging / f"{unit.name}.jnl"
         if final.exists():
             rows = read_journal(journal)
-            if rows.keys() >= entries.keys() and _holds(final, rows, rows_per_shard, nbytes):
-                write_commit(manifest, unit, rows_per_shard, entries, rows)
+            if rows.keys() >= entries.keys() and _holds(store, unit, rows):
+                write_commit(store, unit, entries, rows)
                 journal.unlink()
                 _drop(manifest, unit, lock)
                 return None
             final.unlink()  # no reader has ever seen it
-        writer = ShardWriter(manifest.staging, unit.name, _batches(sorted(entries), batch), nbytes)
-        return Claim(unit, entries, manifest, rows_per_shard, lock, writer)
+        batches, nbytes = _batches(sorted(entries), batch), store.identity.nbytes(unit.bucket)
+        writer = ShardWriter(manifest.staging, unit.name, batches, nbytes)
+        return Claim(unit, entries, store, lock, writer)
     except BaseException:
         lock.release()
         raise
@@ -135,11 +133,11 @@ def _batches(slots: Sequence[int], batch: int) -> list[list[int]]:
     return list(grouped.values())
 
 
-def _holds(final: Path, rows: dict[int, Row], rows_per_shard: int, nbytes: int) -> bool:
+def _holds(store: StoreView, unit: Unit, rows: dict[int, Row]) -> bool:
     """Whether a shard holds exactly the latents that its journal names."""
-    out = np.empty(nbytes, np.uint8)
+    out = np.empty(store.identity.nbytes(unit.bucket), np.uint8)
     try:
-        reader = ShardReader(final, rows_per_shard, nbytes)
+        reader = store.open_shard(unit)
         for row in rows.values():
             if row.crc32c is not None:
                 reader.read_into(row.slot, out)
@@ -151,16 +149,12 @@ def _holds(final: Path, rows: dict[int, Row], rows_per_shard: int, nbytes: int) 
 
 
 def write_commit(
-    manifest: Manifest,
-    unit: Unit,
-    rows_per_shard: int,
-    entries: dict[int, dict[str, Any]],
-    rows: dict[int, Row],
+    store: StoreView, unit: Unit, entries: dict[int, dict[str, Any]], rows: dict[int, Row]
 ) -> None:
     """Write the unit's commit record: from then on its shard counts."""
     lines = [
         {
-            "row": unit.shard * rows_per_shard + slot,
+            "row": unit.shard * store.rows_per_shard + slot,
             "key": entry["key"],
             "content_hash": rows[slot].content_hash,
             "status": "encoded" if rows[slot].crc32c is not None else "rejected",
@@ -170,4 +164,5 @@ def write_commit(
         }
         for slot, entry in sorted(entries.items())
     ]
+    manifest = store.manifest
     write_parquet(manifest.commit(unit), pa.Table.from_pylist(lines, COMMIT), manifest.staging)

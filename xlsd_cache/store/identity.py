@@ -48,6 +48,14 @@ class Identity:
     vae_padding: Padding = "zeros"  # zeros | reflect, of the VAE's convolutions
     encoder_sha256: str = ""  # of the encoder's half alone; empty where it is not known yet
 
+    def shape(self, bucket: str) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of the bucket called WIDTHxHEIGHT."""
+        return self.channels, *Bucket.parse(bucket).latent_size
+
+    def nbytes(self, bucket: str) -> int:
+        """Bytes of one latent of the bucket, as stored."""
+        return math.prod(self.shape(bucket)) * (2 if self.dtype == "float16" else 4)
+
     def encoder_is(self, vae_sha256: str, encoder_sha256: str) -> bool | None:
         """Whether a VAE of these hashes has the encoder of these latents; None: not known."""
         if vae_sha256 == self.vae_sha256:
@@ -149,55 +157,60 @@ def record_encoder(root: Path, vae_sha256: str, encoder_sha256: str) -> None:
             write_json(root / ENCODER, told, staging if staging.is_dir() else None)
 
 
-def bucket_shape(bucket: str, channels: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of the bucket called WIDTHxHEIGHT."""
-    return channels, *Bucket.parse(bucket).latent_size
+def check_compatible(out: Path, identity: Identity, stored: Identity | None = None) -> None:
+    """Raise UserError where latents of this identity cannot be written to the folder `out`.
 
-
-def agree(
-    out: Path, identity: Identity, wanted: int | None, images: int, proved: Identity | None = None
-) -> int:
-    """Rows per shard of the store in `out`, or of the one to be made there for so many images.
-
-    Raises UserError for a folder that holds something else, and for a store of another identity or
-    another number of rows than `wanted`, naming both values. `proved` is the store's identity where
-    more is known of it than the store says.
+    That is where `out` holds other files, or a store of another identity. `stored` is the store's
+    identity where more is known than it records.
     """
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder for the store")
-    if not (out / "latents.zarr" / "zarr.json").exists():
-        other = next(_foreign(out), None)
+        raise UserError(f"--out {out} is a file; give a folder for the store")
+    if not _is_store(out):
+        other = next(_foreign_files(out), None)
         if other is not None:
             raise UserError(
-                f"--out {out} holds {other!r} and no latent store; name an empty or new folder"
+                f"--out {out} holds {other!r} and no latent store; give an empty or new folder"
             )
-        return wanted or (256 if images < 30_000 else 1024 if images <= 4_000_000 else 4096)
-    stored, rows_per_shard = read_attributes(out)
-    stored = proved or stored
+        return
+    stored = stored or read_attributes(out)[0]
     differences = stored.differences(identity)
     if set(differences) == {"vae_sha256"}:
         raise UserError(unknown_encoder(out, stored, identity.vae_name, identity.vae_sha256))
     if differences:
-        told = ", ".join(
+        listed = ", ".join(
             f"{LABELS.get(name, name)} {_short(old)} and not {_short(new)}"
             for name, (old, new) in differences.items()
         )
         raise UserError(
-            f"{out} was built with {told}; latents of both kinds must not mix: give --out another "
-            f"folder, or the same settings again"
+            f"{out} was built with {listed}; latents of both kinds cannot be mixed: use the "
+            f"store's settings, or another --out"
         )
+
+
+def choose_rows_per_shard(out: Path, wanted: int | None, images: int) -> int:
+    """Rows per shard of the store in `out`; of a new one, `wanted` or a number that fits `images`.
+
+    Raises UserError where the store has another number than `wanted`.
+    """
+    if not _is_store(out):
+        return wanted or (256 if images < 30_000 else 1024 if images <= 4_000_000 else 4096)
+    _, rows_per_shard = read_attributes(out)
     if wanted not in (None, rows_per_shard):
         raise UserError(
-            f"{out} has {rows_per_shard} rows a shard for ever; leave out --rows-per-shard "
-            f"{wanted}, or give --out another folder"
+            f"{out} has {rows_per_shard} rows per shard, which cannot change; leave out "
+            f"--rows-per-shard {wanted}, or use another --out"
         )
     return rows_per_shard
 
 
-def _foreign(out: Path) -> Iterator[str]:
-    """What no first build of ours left that was killed early: that has its folders, and few files.
+def _is_store(out: Path) -> bool:
+    return (out / "latents.zarr" / "zarr.json").exists()
 
-    A user's folder may well be called `captions`.
+
+def _foreign_files(out: Path) -> Iterator[str]:
+    """Files that a killed first build cannot have left: it leaves its folders and a few files.
+
+    A user's own folder may be called `captions`.
     """
     for path in sorted(out.iterdir()) if out.exists() else ():
         if path.name not in {"latents.zarr", "manifest", "captions", "staging"}:

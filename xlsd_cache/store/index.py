@@ -25,6 +25,7 @@ from xlsd_cache.runtime.atomic import replacing, temporary_path
 from xlsd_cache.runtime.bounded_files import JSON_BYTES, open_regular, parse_json, read_regular
 from xlsd_cache.schema import MOST_ROWS, SAMPLES
 from xlsd_cache.store.manifest import Manifest, Unit, is_bucket
+from xlsd_cache.store.view import StoreView
 
 # Rows of a record batch, at most: its texts must stay below Arrow's 2 GiB. No batch holds rows of
 # two buckets, so a bucket's numbers lie in one piece up to here, and are mapped and not copied.
@@ -35,7 +36,7 @@ _OWN = SAMPLES.names[:-2]  # the columns that are the plan's
 
 
 @dataclass(frozen=True)
-class View:
+class Snapshot:
     """The live samples of one generation."""
 
     generation: int
@@ -45,14 +46,15 @@ class View:
     fingerprint: str  # sha256 of the log's files that made it
 
 
-def make_view(manifest: Manifest, generation: int, rows_per_shard: int) -> View:
-    """Fold the log up to a generation. An incomplete one holds what is committed so far.
+def make_snapshot(store: StoreView) -> Snapshot:
+    """Fold the log up to the view's generation; an incomplete one has what is committed so far.
 
     Numbers come first: which line of the log each sample's columns are from. Then one column after
     another is gathered, so that of a large store no more than one is ever held in memory.
     """
+    manifest, generation = store.manifest, store.generation
     plan, place, buckets = _planned(manifest, generation)
-    units = _units(place, buckets, rows_per_shard) & manifest.committed()
+    units = _units(place, buckets, store.rows_per_shard) & manifest.committed()
     commit, encoded, crcs = _committed(manifest, units, place, buckets)
     pending = int((commit < 0).sum())
     plan, place, commit = plan[encoded], place[encoded], commit[encoded]
@@ -71,17 +73,17 @@ def make_view(manifest: Manifest, generation: int, rows_per_shard: int) -> View:
         if texts is not None:
             columns[name] = gather(texts, last)
     fingerprint = _fingerprint(manifest, generation, units)
-    return View(generation, pa.table(columns), ranges, pending, fingerprint)
+    return Snapshot(generation, pa.table(columns), ranges, pending, fingerprint)
 
 
-def save_view(root: Path, view: View) -> None:
+def save_snapshot(root: Path, snapshot: Snapshot) -> None:
     """Write `index.arrow` for the reader to map; skipped where the store is not writable."""
     told = {
-        "generation": view.generation,
-        "ranges": view.ranges,
-        "fingerprint": view.fingerprint,
+        "generation": snapshot.generation,
+        "ranges": snapshot.ranges,
+        "fingerprint": snapshot.fingerprint,
     }
-    table = view.samples.replace_schema_metadata({"xlsd": json.dumps(told)})
+    table = snapshot.samples.replace_schema_metadata({"xlsd": json.dumps(told)})
     try:
         with (
             replacing(root / "index.arrow", root / "staging") as temporary,
@@ -92,7 +94,7 @@ def save_view(root: Path, view: View) -> None:
         return
 
 
-def cached_view(root: Path, generation: int) -> View | None:
+def cached_snapshot(root: Path, generation: int) -> Snapshot | None:
     """The view in `index.arrow`, mapped, if it is there, whole, and of this generation."""
     try:
         table = map_table(root / "index.arrow", SAMPLES, pa.string())
@@ -101,7 +103,7 @@ def cached_view(root: Path, generation: int) -> View | None:
             return None
         ranges = {bucket: (start, stop) for bucket, (start, stop) in told["ranges"].items()}
         _check_ranges(table, ranges)
-        return View(generation, table, ranges, 0, str(told["fingerprint"]))
+        return Snapshot(generation, table, ranges, 0, str(told["fingerprint"]))
     except Exception:  # absent, or damaged in whatever way: it is derived, and made anew
         return None
 

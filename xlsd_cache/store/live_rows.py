@@ -8,6 +8,7 @@ lock, and put in place by one rename a bucket: a row is never called live that i
 """
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from zarr.storage import MemoryStore
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
 from xlsd_cache.schema import MOST_ROWS
 from xlsd_cache.store.commit import planning
-from xlsd_cache.store.index import View, make_view
+from xlsd_cache.store.index import Snapshot, make_snapshot
 from xlsd_cache.store.manifest import Manifest
-from xlsd_cache.store.zarr_metadata import rows_told
+from xlsd_cache.store.view import StoreView
+from xlsd_cache.store.zarr_metadata import array_rows
 
 FOLDER = "live"  # a group, so that the arrays of the group above are the buckets and nothing else
 CHUNK = 1 << 20  # rows: a bucket is one file, up to a million images
@@ -31,42 +33,45 @@ ABOUT = "true where the array of that name holds a live latent; ignore all its o
 Mask = NDArray[np.bool_]
 
 
-def write_live(manifest: Manifest, rows_per_shard: int, view: View | None = None) -> None:
-    """Say what is live in the newest generation; `view`, if given, may be of that."""
+def write_live(store: StoreView, snapshot: Snapshot | None = None) -> None:
+    """Write the masks of the newest generation; `snapshot` is used if it is of that one."""
+    manifest = store.manifest
     with planning(manifest):
         newest = manifest.generations()[-1]
-        if view is None or view.generation != newest:
-            view = make_view(manifest, newest, rows_per_shard)
+        if snapshot is None or snapshot.generation != newest:
+            snapshot = make_snapshot(replace(store, generation=newest))
         _put(manifest, "", _files(None))
-        for bucket, mask in live_masks(manifest, view).items():
+        for bucket, mask in live_masks(manifest, snapshot).items():
             _put(manifest, bucket, _files(mask))
 
 
-def live_masks(manifest: Manifest, view: View) -> dict[str, Mask]:
+def live_masks(manifest: Manifest, snapshot: Snapshot) -> dict[str, Mask]:
     """Bucket -> bool [rows of its array]."""
     masks = {}
     for path in sorted(manifest.array("").glob("*x*/zarr.json")):
         bucket = path.parent.name
-        rows = rows_told(path)
+        rows = array_rows(path)
         if rows is None or not 0 <= rows <= MOST_ROWS:  # `check` says it of the array
             continue
-        start, stop = view.ranges.get(bucket, (0, 0))
-        live = view.samples["row"].slice(start, stop - start).to_numpy()
+        start, stop = snapshot.ranges.get(bucket, (0, 0))
+        live = snapshot.samples["row"].slice(start, stop - start).to_numpy()
         # Metadata that was damaged may call the array shorter than it is.
         masks[bucket] = np.zeros(max(rows, live.max(initial=-1) + 1), np.bool_)
         masks[bucket][live] = True
     return masks
 
 
-def live_faults(manifest: Manifest, view: View) -> dict[str, str]:
+def live_faults(manifest: Manifest, snapshot: Snapshot) -> dict[str, str]:
     """Folder within the store -> what is wrong there; none where the store has no such arrays yet.
 
-    `view` is the newest generation's; of one that is not encoded yet they need not know.
+    `snapshot` is the newest generation's; of one that is not encoded yet they need not know.
     """
-    if view.pending or not manifest.array(FOLDER).exists():  # which earlier versions did not write
+    if (
+        snapshot.pending or not manifest.array(FOLDER).exists()
+    ):  # which earlier versions did not write
         return {}
     faults = {}
-    for bucket, mask in live_masks(manifest, view).items():
+    for bucket, mask in live_masks(manifest, snapshot).items():
         try:
             there = zarr.open_array(manifest.array(FOLDER) / bucket, mode="r")[:]
         except Exception:  # zarr raises whatever damaged files make it stumble over

@@ -8,7 +8,8 @@ store.tagged("txt", "woman")        # which of the samples have that tag
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.store.identity import Identity, bucket_shape, read_attributes
-from xlsd_cache.store.index import View, cached_view, make_view, save_view
-from xlsd_cache.store.manifest import Manifest, Unit
-from xlsd_cache.store.shard import CorruptShard, ShardReader
+from xlsd_cache.store.identity import Identity
+from xlsd_cache.store.index import Snapshot, cached_snapshot, make_snapshot, save_snapshot
+from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.shard import CorruptShard
 from xlsd_cache.store.tag_index import Tags, open_tags
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.vocabulary import RESERVED
 
 __all__ = ["Identity", "LatentStore"]
@@ -36,24 +38,22 @@ class LatentStore:
     `close()`, to close the shard files that reading opened.
     """
 
-    def __init__(self, root: Path, identity: Identity, rows_per_shard: int, view: View) -> None:
-        self.root, self.identity, self.rows_per_shard = root, identity, rows_per_shard
-        self.samples: pa.Table = view.samples  # sorted by (bucket, row)
-        self.generation, self.fingerprint = view.generation, view.fingerprint
-        self.newest_generation = view.generation  # more, where later images are not encoded yet
-        self._manifest = Manifest(root)
-        self._dtype = np.dtype(identity.dtype)
+    def __init__(self, view: StoreView, snapshot: Snapshot) -> None:
+        self.root, self.identity = view.manifest.root, view.identity
+        self.rows_per_shard = view.rows_per_shard
+        self.samples: pa.Table = snapshot.samples  # sorted by (bucket, row)
+        self.generation, self.fingerprint = snapshot.generation, snapshot.fingerprint
+        self.newest_generation = snapshot.generation  # higher where later images are not encoded
+        self._dtype = np.dtype(view.identity.dtype)
         self._tags: dict[str, Tags] = {}
-        self._ranges = view.ranges
+        self._ranges = snapshot.ranges
         self.buckets: dict[str, NDArray[np.int64]] = {
-            bucket: view.samples["row"].slice(start, stop - start).to_numpy()
-            for bucket, (start, stop) in view.ranges.items()
+            bucket: snapshot.samples["row"].slice(start, stop - start).to_numpy()
+            for bucket, (start, stop) in snapshot.ranges.items()
         }
-        # Those not used for long are dropped, and close when their last reader lets go of them.
-        # A cache without a lock: a process forked while another thread reads can read too.
-        self._shard = lru_cache(_raise_file_limit())(
-            partial(_open_shard, self._manifest, identity, rows_per_shard)
-        )
+        # The least recently used are dropped, and close with their last reader. The cache has no
+        # lock: a process forked while another thread reads can read too.
+        self._shard = lru_cache(_raise_file_limit())(view.open_shard)
 
     @classmethod
     def open(cls, path: str | Path, generation: int | None = None) -> "LatentStore":
@@ -62,9 +62,8 @@ class LatentStore:
         Raises UserError where there is no store, no such generation, or none is complete yet.
         """
         root = Path(path).expanduser()
-        identity, rows_per_shard = read_attributes(root)
-        manifest = Manifest(root)
-        generations = manifest.generations()
+        newest = StoreView.open(root)
+        generations = newest.manifest.generations()
         if generation is not None and generation not in generations:
             raise UserError(
                 f"{root} has no generation {generation} (it has {len(generations)}); the store "
@@ -72,17 +71,17 @@ class LatentStore:
             )
         pending = 0
         for number in reversed(generations) if generation is None else [generation]:
-            view = cached_view(root, number)
-            if view is None:
-                view = make_view(manifest, number, rows_per_shard)
-                if not view.pending and number == generations[-1]:
-                    save_view(root, view)
-                    view = cached_view(root, number) or view
-            if not view.pending:
-                store = cls(root, identity, rows_per_shard, view)
+            view, snapshot = replace(newest, generation=number), cached_snapshot(root, number)
+            if snapshot is None:
+                snapshot = make_snapshot(view)
+                if not snapshot.pending and number == generations[-1]:
+                    save_snapshot(root, snapshot)
+                    snapshot = cached_snapshot(root, number) or snapshot
+            if not snapshot.pending:
+                store = cls(view, snapshot)
                 store.newest_generation = generations[-1]
                 return store
-            pending = pending or view.pending
+            pending = pending or snapshot.pending
         raise UserError(
             f"{root} is not finished: {pending} images are not encoded yet; run the same "
             f"`xlsd-cache build` again, which does only what is missing"
@@ -99,7 +98,7 @@ class LatentStore:
 
     def shape(self, bucket: str) -> tuple[int, int, int]:
         """(C, h, w) of a bucket's latents."""
-        return bucket_shape(bucket, self.identity.channels)
+        return self.identity.shape(bucket)
 
     def sample_index(self, bucket: str, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of `samples` for the n-th live samples of a bucket."""
@@ -126,7 +125,7 @@ class LatentStore:
         flat = out.reshape(len(rows), int(np.prod(shape[1:]))).view(np.uint8)
         for number, slot, place in self._in_order(rows):
             try:
-                self._shard(bucket, number).read_into(slot, flat[place])
+                self._shard(Unit(bucket, number)).read_into(slot, flat[place])
             except (CorruptShard, OSError) as error:
                 row = number * self.rows_per_shard + slot
                 raise UserError(
@@ -140,7 +139,7 @@ class LatentStore:
         """Start reading these rows into the page cache, without waiting: for the coming batch."""
         for number, slot, _ in self._in_order(rows):
             try:
-                self._shard(bucket, number).will_need(slot)
+                self._shard(Unit(bucket, number)).will_need(slot)
             except (CorruptShard, OSError):
                 return  # a hint; `read` is what reports it
 
@@ -194,14 +193,6 @@ class LatentStore:
         if at == len(rows) or rows[at] != row:
             return "an image that is not live"
         return str(self.samples["key"][self._ranges[bucket][0] + at])
-
-
-def _open_shard(
-    manifest: Manifest, identity: Identity, rows_per_shard: int, bucket: str, number: int
-) -> ShardReader:
-    shape = bucket_shape(bucket, identity.channels)
-    nbytes = int(np.prod(shape)) * np.dtype(identity.dtype).itemsize
-    return ShardReader(manifest.shard(Unit(bucket, number)), rows_per_shard, nbytes)
 
 
 def _raise_file_limit() -> int:

@@ -1,4 +1,4 @@
-"""The zarr metadata, made by zarr-python and put in place by us: zarr itself never syncs a file."""
+"""Writes zarr metadata: zarr-python makes it, and we sync it to the disk, which zarr never does."""
 
 import asyncio
 from dataclasses import replace
@@ -15,6 +15,7 @@ from xlsd_cache.errors import one_line
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.view import StoreView
 
 
 def write_group(manifest: Manifest, attributes: dict[str, Any]) -> None:
@@ -24,23 +25,18 @@ def write_group(manifest: Manifest, attributes: dict[str, Any]) -> None:
     _put(memory, "zarr.json", manifest.root / "latents.zarr" / "zarr.json", manifest.staging)
 
 
-def grow_array(
-    manifest: Manifest, bucket: str, rows: int, shape: tuple[int, int, int], dtype: str, shard: int
-) -> None:
-    """Make the bucket's array hold `rows` rows of `shape`, rounded up to whole shards.
+def grow_array(store: StoreView, bucket: str, rows: int) -> None:
+    """Make the bucket's array hold `rows` rows, rounded up to whole shards, if it is shorter.
 
-    One sample is one inner chunk, uncompressed with a crc32c; no fill value is ever stored for a
-    missing one. Does nothing where the array is that long already.
+    A sample is one inner chunk, uncompressed and with a crc32c; missing ones take no space.
     """
-    path = manifest.array(bucket) / "zarr.json"
-    told = rows_told(path)
-    if told is not None and told >= rows:
-        return
-    mend_array(manifest, bucket, rows, shape, dtype, shard)
+    existing = array_rows(store.manifest.array(bucket) / "zarr.json")
+    if existing is None or existing < rows:
+        write_array(store, bucket, rows)
 
 
-def rows_told(path: Path) -> int | None:
-    """How many rows an array's zarr.json claims; None where it is missing, or damaged."""
+def array_rows(path: Path) -> int | None:
+    """The number of rows in an array's zarr.json; None where it is missing or damaged."""
     try:
         rows: int = read_json(path)["shape"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
@@ -48,45 +44,40 @@ def rows_told(path: Path) -> int | None:
     return rows if type(rows) is int else None
 
 
-def array_fault(
-    manifest: Manifest, bucket: str, rows: int, shape: tuple[int, int, int], dtype: str, shard: int
-) -> str:
-    """What is wrong with the bucket's zarr.json, which is to hold `rows` rows; empty if nothing."""
+def array_fault(store: StoreView, bucket: str, rows: int) -> str:
+    """What is wrong with the zarr.json of a bucket with `rows` planned rows; empty if nothing."""
     try:
-        there = zarr.open_array(manifest.array(bucket), mode="r").metadata
+        there = zarr.open_array(store.manifest.array(bucket), mode="r").metadata
     except FileNotFoundError:
         return "is missing"
-    except Exception as error:  # zarr raises whatever damaged JSON makes it stumble over
+    except Exception as error:  # zarr raises anything for damaged JSON
         return f"is not readable: {one_line(error)}"
     if not isinstance(there, ArrayV3Metadata):
         return "is of another zarr format"
-    ours = zarr.open_array(_in_memory(bucket, rows, shape, dtype, shard), path=bucket).metadata
+    ours = zarr.open_array(_in_memory(store, bucket, rows), path=bucket).metadata
     if there.shape[1:] == ours.shape[1:] and there.shape[0] < ours.shape[0]:
         return f"is too short: {there.shape[0]} rows, where {ours.shape[0]} are planned"
     return "" if replace(ours, shape=there.shape) == there else "is not one of ours"
 
 
-def mend_array(
-    manifest: Manifest, bucket: str, rows: int, shape: tuple[int, int, int], dtype: str, shard: int
-) -> None:
-    """Write the bucket's zarr.json, whatever is there: our own reader has no need of it."""
-    memory = _in_memory(bucket, rows, shape, dtype, shard)
-    manifest.array(bucket).mkdir(exist_ok=True)
-    fsync_folder(manifest.array(bucket).parent)
-    _put(memory, f"{bucket}/zarr.json", manifest.array(bucket) / "zarr.json", manifest.staging)
+def write_array(store: StoreView, bucket: str, rows: int) -> None:
+    """Write or replace the bucket's zarr.json, for other readers: ours does not need it."""
+    memory, folder = _in_memory(store, bucket, rows), store.manifest.array(bucket)
+    folder.mkdir(exist_ok=True)
+    fsync_folder(folder.parent)
+    _put(memory, f"{bucket}/zarr.json", folder / "zarr.json", store.manifest.staging)
 
 
-def _in_memory(
-    bucket: str, rows: int, shape: tuple[int, int, int], dtype: str, shard: int
-) -> MemoryStore:
-    """A group with the bucket's array, as zarr-python itself makes it."""
+def _in_memory(store: StoreView, bucket: str, rows: int) -> MemoryStore:
+    """A group with the bucket's array, as zarr-python creates it."""
+    shape, shard = store.identity.shape(bucket), store.rows_per_shard
     memory = MemoryStore()
     zarr.create_group(memory).create_array(
         bucket,
         shape=(-(-rows // shard) * shard, *shape),
         chunks=(1, *shape),
         shards=(shard, *shape),
-        dtype=dtype,
+        dtype=store.identity.dtype,
         compressors=[Crc32cCodec()],
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},

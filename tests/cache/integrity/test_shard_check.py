@@ -1,26 +1,26 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support import cache, write_images
+from tests.support.stores import empty_store
 from xlsd_cache.errors import UserError
-from xlsd_cache.integrity.shard_check import Checked, verify_shard
+from xlsd_cache.integrity.shard_check import verify_shard
 from xlsd_cache.integrity.verify import verify_index, verify_log
 from xlsd_cache.store.commit import write_commit
-from xlsd_cache.store.identity import read_attributes
-from xlsd_cache.store.index import cached_view, make_view
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.index import cached_snapshot, make_snapshot
+from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.shard import Row, ShardWriter
+from xlsd_cache.store.view import StoreView
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory, vae: Path) -> Checked:
+def checked(tmp_path_factory: pytest.TempPathFactory, vae: Path) -> StoreView:
     """A store of seven shards; of one image the latent stays though it left training."""
     folder = tmp_path_factory.mktemp("readback")
     images, out = folder / "images", folder / "latents"
@@ -33,8 +33,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory, vae: Path) -> Checked:
     (images / "w1.png").unlink()
     write_images(images, ["s9.png"], first_seed=999)
     assert cache("build", images, "--out", out, *options) == 0
-    identity, rows_per_shard = read_attributes(out)
-    return Checked(Manifest(out), identity, rows_per_shard, 1)
+    return StoreView.open(out)
 
 
 @contextmanager
@@ -55,7 +54,7 @@ def flipped(path: Path, bit: int) -> Iterator[None]:
         flip()
 
 
-def test_each_of_1000_flipped_bits_is_found_and_none_reaches_a_batch(checked: Checked) -> None:
+def test_each_of_1000_flipped_bits_is_found_and_none_reaches_a_batch(checked: StoreView) -> None:
     """Anywhere in any shard: in records, their checksums, the index, and its checksum."""
     manifest, rows_per_shard = checked.manifest, checked.rows_per_shard
     rng = random.Random(0)
@@ -93,7 +92,7 @@ def test_each_of_1000_flipped_bits_is_found_and_none_reaches_a_batch(checked: Ch
         assert lost_reads > 900  # the latent that left training takes the rest
 
 
-def test_any_flipped_bit_in_the_log_is_found(checked: Checked) -> None:
+def test_any_flipped_bit_in_the_log_is_found(checked: StoreView) -> None:
     manifest = checked.manifest
     commits = [manifest.commit(unit) for unit in sorted(manifest.committed())]
     paths = manifest.files(1) + commits
@@ -102,14 +101,14 @@ def test_any_flipped_bit_in_the_log_is_found(checked: Checked) -> None:
     for _ in range(300):
         path = rng.choice(paths)
         with flipped(path, rng.randrange(8 * path.stat().st_size)):
-            assert [problem.where for problem in verify_log(checked)] == [checked.name(path)]
+            assert [problem.where for problem in verify_log(checked)] == [checked.relative(path)]
 
 
-def test_a_flipped_bit_in_the_index_is_found_or_changes_nothing(checked: Checked) -> None:
+def test_a_flipped_bit_in_the_index_is_found_or_changes_nothing(checked: StoreView) -> None:
     root = checked.manifest.root
     with LatentStore.open(root):  # makes it where it is missing
         pass
-    view = make_view(checked.manifest, 1, checked.rows_per_shard)
+    view = make_snapshot(checked)
     rng, found = random.Random(0), 0
     assert verify_index(checked, view) == []
     for _ in range(200):
@@ -118,7 +117,7 @@ def test_a_flipped_bit_in_the_index_is_found_or_changes_nothing(checked: Checked
             problems = verify_index(checked, view)
             found += bool(problems)
             if not problems:
-                there = cached_view(root, 1)
+                there = cached_snapshot(root, 1)
                 assert there is not None
                 assert there.samples.equals(view.samples)
     assert found > 50
@@ -126,19 +125,16 @@ def test_a_flipped_bit_in_the_index_is_found_or_changes_nothing(checked: Checked
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, 65504.0, 6e-8])
-def test_values_that_are_not_finite_are_found(
-    checked: Checked, tmp_path: Path, dtype: str, value: float
-) -> None:
-    identity = replace(checked.identity, dtype=dtype)
-    manifest, unit = Manifest(tmp_path), Unit("64x64", 0)
-    manifest.make_folders()
+def test_values_that_are_not_finite_are_found(tmp_path: Path, dtype: str, value: float) -> None:
+    store, unit = empty_store(tmp_path, 4, dtype), Unit("64x64", 0)
+    manifest = store.manifest
     manifest.array("64x64").mkdir()
     latent = np.zeros((4, 8, 8), dtype)
     latent[3, 7, 7] = value
     writer = ShardWriter(manifest.staging, unit.name, [[0]], latent.nbytes)
     writer.append([Row(0, "hash")], {0: latent})
     writer.finish(manifest.shard(unit), 4)
-    write_commit(manifest, unit, 4, {0: {"key": "a.png"}}, writer.rows)
-    problems = verify_shard(Checked(manifest, identity, 4, 0), unit, set())
+    write_commit(store, unit, {0: {"key": "a.png"}}, writer.rows)
+    problems = verify_shard(store, unit, set())
     assert bool(problems) == (not np.isfinite(value))
     assert all("hold NaN or infinity: a.png" in str(problem) for problem in problems)

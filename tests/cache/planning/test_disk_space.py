@@ -11,8 +11,7 @@ import pytest
 
 from tests.support import cache, printed, write_images
 from xlsd_cache.planning.disk_space import LOG_NBYTES, bytes_to_write, uncommitted_places
-from xlsd_cache.store.identity import read_attributes
-from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.view import StoreView
 
 Out = pytest.CaptureFixture[str]
 
@@ -25,8 +24,8 @@ def test_what_is_to_be_written_is_what_is_written(vae: Path, tmp_path: Path, cap
     assert cache("build", *rest, "--dry-run") == 0
     assert " to write, " in printed(capsys)
     assert cache("build", *rest) == 0
-    manifest = Manifest(out)
-    identity, rows_per_shard = read_attributes(out)
+    store = StoreView.open(out)
+    manifest, rows_per_shard = store.manifest, store.rows_per_shard
     shards = {path: path.stat().st_size for path in out.glob("latents.zarr/*x*/c.*")}
     plan = manifest.live(0)
     assert uncommitted_places(manifest, plan, rows_per_shard).num_rows == 0
@@ -34,9 +33,9 @@ def test_what_is_to_be_written_is_what_is_written(vae: Path, tmp_path: Path, cap
     shutil.rmtree(out / "manifest/commit")
     places = uncommitted_places(manifest, plan, rows_per_shard)
     expected = sum(shards.values()) + 6 * LOG_NBYTES
-    assert bytes_to_write(manifest, places, identity, rows_per_shard) == expected
+    assert bytes_to_write(store, places) == expected
     (out / "staging/128x64.0.part").write_bytes(bytes(500))  # as an interrupted build leaves
-    assert bytes_to_write(manifest, places, identity, rows_per_shard) == expected - 500
+    assert bytes_to_write(store, places) == expected - 500
     capsys.readouterr()
 
 

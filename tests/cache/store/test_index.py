@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xlsd_cache.store.index
+from tests.support.stores import empty_store
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
-from xlsd_cache.store.index import View, _gather, cached_view, make_view, save_view
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.index import Snapshot, _gather, cached_snapshot, make_snapshot, save_snapshot
+from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.view import StoreView
 
 ROWS = 4  # of a shard
 KEYS = st.sampled_from("abcdefgh")
@@ -37,10 +40,10 @@ def logs(draw: st.DrawFn) -> list[dict[str, Any]]:
     return generations
 
 
-def write(root: Path, generations: list[dict[str, Any]], rejected: set[int]) -> Manifest:
+def write(root: Path, generations: list[dict[str, Any]], rejected: set[int]) -> StoreView:
     """The log as a store keeps it; of the rows whose number is in `rejected` no latent exists."""
-    manifest = Manifest(root)
-    manifest.make_folders()
+    store = empty_store(root, ROWS)
+    manifest = store.manifest
     (root / "latents.zarr" / "zarr.json").write_text("{}")
     units: dict[Unit, list[dict[str, Any]]] = {}
     for number, generation in enumerate(generations):
@@ -70,7 +73,7 @@ def write(root: Path, generations: list[dict[str, Any]], rejected: set[int]) -> 
         )
     for unit, lines in units.items():
         pq.write_table(pa.Table.from_pylist(lines, COMMIT), manifest.commit(unit))
-    return manifest
+    return replace(store, generation=len(generations) - 1)
 
 
 def plainly(
@@ -102,14 +105,15 @@ def plainly(
 
 @given(logs(), st.sets(st.integers(0, 9), max_size=3), st.integers(1, 9), st.booleans())
 @settings(max_examples=60)
-def test_the_view_is_what_the_log_says(
+def test_the_snapshot_is_what_the_log_says(
     tmp_path_factory: pytest.TempPathFactory,
     generations: list[dict[str, Any]],
     rejected: set[int],
     batch: int,
     one_waits: bool,
 ) -> None:
-    manifest = write(tmp_path_factory.mktemp("log"), generations, rejected)
+    store = write(tmp_path_factory.mktemp("log"), generations, rejected)
+    manifest = store.manifest
     pending = set(sorted(manifest.committed())[:1]) if one_waits else set()
     for unit in pending:
         manifest.commit(unit).unlink()
@@ -117,22 +121,22 @@ def test_the_view_is_what_the_log_says(
         samples, waiting = plainly(generations[: number + 1], rejected, pending)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(xlsd_cache.store.index, "BATCH", batch)
-            view = make_view(manifest, number, ROWS)
-        assert view.samples.to_pylist() == samples
-        assert view.pending == waiting
+            snapshot = make_snapshot(replace(store, generation=number))
+        assert snapshot.samples.to_pylist() == samples
+        assert snapshot.pending == waiting
         buckets = [sample["bucket"] for sample in samples]
-        assert list(view.ranges) == sorted(set(buckets))
-        for bucket, (start, stop) in view.ranges.items():
+        assert list(snapshot.ranges) == sorted(set(buckets))
+        for bucket, (start, stop) in snapshot.ranges.items():
             assert buckets[start:stop] == [bucket] * buckets.count(bucket)
     assert not list(manifest.staging.iterdir())
 
 
-def some_log(root: Path) -> Manifest:
+def some_log(root: Path) -> StoreView:
     plan = {f"{i:02d}": ("64x64" if i % 3 else "128x64", i) for i in range(20)}
     return write(root, [{"plan": plan, "removed": set(), "said": {("03", "txt"): "cat"}}], set())
 
 
-def same(a: View, b: View) -> bool:
+def same(a: Snapshot, b: Snapshot) -> bool:
     told = [(v.generation, v.ranges, v.pending, v.fingerprint) for v in (a, b)]
     return told[0] == told[1] and a.samples.equals(b.samples)
 
@@ -140,25 +144,25 @@ def same(a: View, b: View) -> bool:
 def test_columns_laid_aside_are_the_same_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = some_log(tmp_path)
-    in_memory = make_view(manifest, 0, ROWS)
+    store = some_log(tmp_path)
+    in_memory = make_snapshot(store)
     monkeypatch.setattr(xlsd_cache.store.index, "BATCH", 3)
-    laid_aside = make_view(manifest, 0, ROWS)
+    laid_aside = make_snapshot(store)
     assert same(laid_aside, in_memory)
     assert laid_aside.samples["key"].num_chunks == 3 + 5  # 7 and 13 rows, by three
-    assert not list(manifest.staging.iterdir())
-    manifest.staging.rmdir()  # as where the store may not be written to
-    assert same(make_view(manifest, 0, ROWS), in_memory)
+    assert not list(store.manifest.staging.iterdir())
+    store.manifest.staging.rmdir()  # as where the store may not be written to
+    assert same(make_snapshot(store), in_memory)
 
 
 def test_what_is_saved_is_mapped_bucket_by_bucket(tmp_path: Path) -> None:
-    manifest = some_log(tmp_path)
-    made = make_view(manifest, 0, ROWS)
-    save_view(tmp_path, made)
-    mapped = cached_view(tmp_path, 0)
+    store = some_log(tmp_path)
+    made = make_snapshot(store)
+    save_snapshot(tmp_path, made)
+    mapped = cached_snapshot(tmp_path, 0)
     assert mapped is not None
     assert same(mapped, made)
-    assert cached_view(tmp_path, 1) is None
+    assert cached_snapshot(tmp_path, 1) is None
     for start, stop in mapped.ranges.values():
         assert mapped.samples["row"].slice(start, stop - start).num_chunks == 1
 

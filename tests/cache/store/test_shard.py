@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from xlsd_cache.store.manifest import Manifest, Unit
+from tests.support.stores import empty_store
+from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.shard import CorruptShard, Row, ShardReader, ShardWriter, read_journal
+from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import grow_array
 
 SHAPE, ROWS = (4, 6, 5), 16
@@ -53,16 +55,15 @@ def test_what_is_written_is_read(
                 read(path, slot)
 
 
-def empty_array(root: Path, dtype: str = "float32") -> Manifest:
-    manifest = Manifest(root)
-    manifest.make_folders()
-    grow_array(manifest, "40x48", 2 * ROWS - 3, SHAPE, dtype, ROWS)
-    return manifest
+def empty_array(root: Path, dtype: str = "float32") -> StoreView:
+    store = empty_store(root, ROWS, dtype)
+    grow_array(store, "40x48", 2 * ROWS - 3)
+    return store
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_zarr_and_tensorstore_read_what_we_write(tmp_path: Path, dtype: str) -> None:
-    manifest = empty_array(tmp_path, dtype)
+    manifest = empty_array(tmp_path, dtype).manifest
     values = latents(1).astype(dtype)
     nbytes = values[0].nbytes
     writer = ShardWriter(manifest.staging, "s", [list(range(ROWS - 1))], nbytes)
@@ -83,7 +84,7 @@ def open_tensorstore(path: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("library", ["zarr", "tensorstore"])
 def test_we_read_what_zarr_and_tensorstore_write(tmp_path: Path, library: str) -> None:
-    manifest, values = empty_array(tmp_path), latents(2)
+    manifest, values = empty_array(tmp_path).manifest, latents(2)
     path = manifest.array("40x48")
     if library == "zarr":
         array: Any = zarr.open_array(path, mode="r+")
@@ -98,10 +99,11 @@ def test_we_read_what_zarr_and_tensorstore_write(tmp_path: Path, library: str) -
 
 
 def test_growing_an_array_keeps_what_it_holds(tmp_path: Path) -> None:
-    manifest, values = empty_array(tmp_path), latents(3)
+    store, values = empty_array(tmp_path), latents(3)
+    manifest = store.manifest
     write(manifest.staging, values, list(range(ROWS))).rename(manifest.shard(Unit("40x48", 0)))
-    grow_array(manifest, "40x48", 5 * ROWS, SHAPE, "float32", ROWS)
-    grow_array(manifest, "40x48", 1, SHAPE, "float32", ROWS)
+    grow_array(store, "40x48", 5 * ROWS)
+    grow_array(store, "40x48", 1)
     array: Any = zarr.open_array(manifest.array("40x48"), mode="r")
     assert array.shape[0] == 5 * ROWS
     assert np.array_equal(array[:ROWS], values)

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from tests.support.stores import IDENTITY
 from xlsd_cache.archives.reader import read_members
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, field_text, read_object, read_text
@@ -35,8 +36,8 @@ from xlsd_cache.interop.formats import read as read_latent
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN, REMOVED
 from xlsd_cache.sources.records import Search, Tally, archive_records, given_table, row_records
-from xlsd_cache.store.identity import Identity, attributes_of, read_attributes
-from xlsd_cache.store.index import View, cached_view, save_view
+from xlsd_cache.store.identity import attributes_of, read_attributes
+from xlsd_cache.store.index import Snapshot, cached_snapshot, save_snapshot
 from xlsd_cache.store.manifest import read_log
 from xlsd_cache.store.shard import CorruptShard, ShardReader, index_of, read_journal
 from xlsd_cache.store.tag_index import open_tags
@@ -47,8 +48,6 @@ FEW = settings(
 )
 COLUMNS = tuple(map(Column.parse, ("jsonl:text", "csv:text", "parquet:text", "arrow:text")))
 SEARCH = Search(lambda name: name.endswith(".jpg"), frozenset(["txt"]), COLUMNS)
-IDENTITY = Identity("v", "v", "AutoencoderKL", "0" * 64, 0.13025, 0.0, 4, "float32", "fp32",
-                    2, 512, "aspect", 4.0, False)  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (
@@ -335,13 +334,13 @@ def test_a_damaged_log_gives_a_table_or_a_sentence(
     table.to_pylist()
 
 
-def samples() -> View:
+def samples() -> Snapshot:
     columns = {name: [value] * 3 for name, value in log_line().items()}
     columns |= {"row": [0, 1, 2], "crc32c": [1, 2, 3], "txt": ["woman, red", "man", None]}
     order = "key source width height crop bucket row content_hash crc32c txt".split()
     fields = {field.name: field.type for field in (*PLAN, *COMMIT)} | {"txt": pa.string()}
     table = pa.table({name: pa.array(columns[name], fields[name]) for name in order})
-    return View(0, table, {"64x64": (0, 3)}, 0, "f")
+    return Snapshot(0, table, {"64x64": (0, 3)}, 0, "f")
 
 
 @FEW
@@ -350,11 +349,11 @@ def test_a_damaged_index_is_right_or_not_used(
     tmp_path: Path, damaged: Callable[[bytes], bytes]
 ) -> None:
     (tmp_path / "staging").mkdir(exist_ok=True)
-    save_view(tmp_path, samples())
+    save_snapshot(tmp_path, samples())
     path = tmp_path / "index.arrow"
-    assert cached_view(tmp_path, 0) is not None
+    assert cached_snapshot(tmp_path, 0) is not None
     path.write_bytes(damaged(path.read_bytes()))
-    view = cached_view(tmp_path, 0)
+    view = cached_snapshot(tmp_path, 0)
     if view is not None:
         view.samples.to_pylist()
         tags = open_tags(tmp_path, "txt", view.samples["txt"], "f")

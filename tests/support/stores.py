@@ -1,0 +1,18 @@
+"""Stores made without a build."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from xlsd_cache.store.identity import Identity
+from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.view import StoreView
+
+IDENTITY = Identity("v", "v", "AutoencoderKL", "0" * 64, 0.13025, 0.0, 4, "float32", "fp32",
+                    2, 512, "aspect", 4.0, False)  # fmt: skip
+
+
+def empty_store(root: Path, rows_per_shard: int, dtype: str = "float32") -> StoreView:
+    """The folders of a store, with nothing planned."""
+    manifest = Manifest(root)
+    manifest.make_folders()
+    return StoreView(manifest, replace(IDENTITY, dtype=dtype), rows_per_shard)
