@@ -21,7 +21,7 @@ from xlsd_train.export.ldm_config import ldm_config
 from xlsd_train.export.model_card import History
 from xlsd_train.export.other_programs import usage_notes, vae_notes
 from xlsd_train.export.staging import appearing, missing_config, withdrawing, write_beside
-from xlsd_train.model.bundle import model_vae
+from xlsd_train.model.loading import model_vae
 from xlsd_train.model.text_encoder import copy_tokenizer
 from xlsd_train.runs.json_files import load_object
 from xlsd_train.weights.lazy_tensors import (

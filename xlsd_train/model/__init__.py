@@ -1,6 +1,6 @@
-"""The model as training has it.
+"""The model in memory.
 
-`bundle` loads UNet, text encoder, VAE and tokenizer and says what trains, `text_encoder` longer
-contexts and clip-skip, `latent_scaling` the scale and shift of latents, `reinit` layers that start
-from fresh random weights.
+`loading` loads the UNet, text encoder, VAE and tokenizer into a `bundle`, which says what trains.
+`text_encoder` has longer contexts and clip skip, `latent_scaling` the scale and shift of latents,
+`reinit` fresh random weights for chosen layers.
 """

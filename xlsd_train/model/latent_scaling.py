@@ -1,7 +1,7 @@
-"""Raw latents <-> what the network sees: the VAE's own scaling, or one by a store's statistics.
+"""Scale raw latents for the UNet and back: by the VAE's own factor, or by a store's statistics.
 
-RUN/base/latents.json keeps the one that a run's model is trained with, for later runs and for
-export: the network sees (raw - shift) * scale, by channel.
+RUN/base/latents.json records the scaling that a run trains with, for later runs and for export.
+The UNet's input is (raw - shift) * scale, by channel.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,78 +27,78 @@ class LatentScaling:
 
     shift: Tensor  # f32 [C, 1, 1]
     scale: Tensor  # f32 [C, 1, 1]
-    normalized: bool  # by a store's statistics, and no longer the VAE's one factor
+    normalized: bool  # by a store's statistics, not by the VAE's factor
 
     @classmethod
     def of(
         cls, shift: Sequence[float], scale: Sequence[float], normalized: bool
     ) -> "LatentScaling":
-        """From numbers by channel."""
+        """From one number for each channel."""
         shifts, scales = (torch.tensor(values).view(-1, 1, 1) for values in (shift, scale))
         return cls(shifts, scales, normalized)
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """What the network sees, f32 [B, C, h, w]."""
+        """The UNet's input, f32 [B, C, h, w], from raw latents of any dtype."""
         return (raw.float() - self.shift) * self.scale
 
     def raw(self, latents: Tensor) -> Tensor:
-        """What the VAE decodes."""
+        """Raw latents, as the VAE decodes them."""
         return latents / self.scale + self.shift
 
     def to(self, device: torch.device) -> "LatentScaling":
-        """The same on a device."""
+        """The same scaling on a device."""
         return replace(self, shift=self.shift.to(device), scale=self.scale.to(device))
 
     def record(self) -> dict[str, Any]:
-        """As JSON; the numbers come back exactly."""
+        """As JSON, without loss of precision."""
         shift, scale = (values.flatten().tolist() for values in (self.shift, self.scale))
         return {"normalized": self.normalized, "shift": shift, "scale": scale}
 
 
 def vae_scaling(vae: Vae) -> LatentScaling:
-    """The VAE's one factor, for all channels."""
+    """The VAE's factor and shift, the same for all channels."""
     shift, scale = ([value] * vae.channels for value in (vae.shift_factor, vae.scaling_factor))
     return LatentScaling.of(shift, scale, normalized=False)
 
 
 def scaling_by_statistics(stores: Mixture) -> LatentScaling:
-    """To mean 0 and spread 1 in every channel of the stores' latents, as often as each is used.
+    """To mean 0 and std 1 in each channel, over the stores' latents weighted by their use.
 
-    Raises UserError where a channel never varies.
+    Raises UserError if a channel is constant.
     """
-    found = stores.moments()
-    if not all(found.std):
+    moments = stores.moments()
+    if not all(moments.std):
         raise UserError(
-            f"--normalize-latents: the channels of {stores.root} spread by {found.std}, and one "
-            f"that never varies cannot be normalised; leave the option out"
+            f"--normalize-latents: a channel of {stores.root} is constant (std by channel: "
+            f"{moments.std}); leave the option out"
         )
-    return LatentScaling.of(found.mean, [1 / std for std in found.std], normalized=True)
+    return LatentScaling.of(moments.mean, [1 / std for std in moments.std], normalized=True)
 
 
 def save_scaling(scaling: LatentScaling, vae: Vae, base: Path) -> None:
-    """Write it beside a model's other parts."""
+    """Write latents.json to a run's `base` folder."""
     of = {"vae_sha256": vae.sha256, "encoder_sha256": vae.encoder_sha256, "padding": vae.padding}
     write_json(base / FILE, {**of, **scaling.record()})
 
 
 def load_scaling(source: str, base: Path, vae: Vae, own: Callable[[], Vae]) -> LatentScaling:
-    """As the model was trained; the VAE's own for a model that was not trained here.
+    """The scaling that a run was trained with; `vae`'s own if it has no latents.json.
 
-    `own` is the VAE that the model was trained with. Raises UserError where the model was trained
-    on another encoder's normalised latents.
+    `own` loads the VAE that the model was trained with. Raises UserError if the run was trained on
+    normalised latents of another encoder than `vae`'s.
     """
     path = base / FILE
     if not path.exists():
         return vae_scaling(vae)
-    told = read_latents_json(path)
-    if not told["normalized"]:
+    record = read_latents_json(path)
+    if not record["normalized"]:
         return vae_scaling(vae)
-    if told.get("vae_sha256") != vae.sha256:
-        encoder = told.get("encoder_sha256") or own().encoder_sha256  # older runs keep one hash
+    if record.get("vae_sha256") != vae.sha256:
+        encoder = record.get("encoder_sha256") or own().encoder_sha256  # older runs keep one hash
         if encoder != vae.encoder_sha256:
             raise UserError(
-                f"{source} was trained on latents of the encoder {encoder[:12]}, normalised by "
-                f"their statistics, which are not those of {vae.name}, {vae.encoder_sha256[:12]}; "
-                f"give a store of that encoder as --data, or another --model"
+                f"{source} was trained on normalised latents of the encoder {encoder[:12]}, whose "
+                f"statistics do not hold for {vae.name} ({vae.encoder_sha256[:12]}); use a store "
+                f"or a VAE of that encoder, or another model"
             )
-    return LatentScaling.of(told["shift"], told["scale"], normalized=True)
+    return LatentScaling.of(record["shift"], record["scale"], normalized=True)

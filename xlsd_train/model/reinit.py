@@ -1,4 +1,4 @@
-"""Layers that begin anew, as they do when the VAE is swapped: a pure function of seed and name."""
+"""Reinitialise layers of the UNet, e.g. after swapping the VAE; depends on seed and name alone."""
 
 from collections.abc import Iterable
 
@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from xlsd_cache.dataset import rng as draw
+from xlsd_cache.dataset import rng
 from xlsd_cache.errors import UserError
 
 
 def reinitialise(unet: nn.Module, names: Iterable[str], seed: int) -> None:
-    """Draw these weights of the UNet anew, in place, by the law with which diffusers makes them.
+    """Reinitialise these weights of the UNet, in place and on the CPU, as diffusers does.
 
-    Which is torch's own for each kind of layer: a convolution's and a linear layer's weights and
-    biases uniform within 1/sqrt(inputs), norms one and zero. Every layer draws from the seed and
-    its name alone, whatever else is drawn. The model is on the CPU.
+    That is torch's default for each type of layer: weights and biases of convolutions and linear
+    layers uniform within 1/sqrt(inputs), norms one and zero. Each layer's random numbers depend on
+    the seed and its name alone.
     """
     wanted = {name.removeprefix("unet.") for name in names}
     for path in sorted({name.rpartition(".")[0] for name in wanted}):
@@ -25,20 +25,20 @@ def reinitialise(unet: nn.Module, names: Iterable[str], seed: int) -> None:
             for key, value in module.named_parameters(recurse=False)
             if f"{path}.{key}" not in wanted
         }
-        _draw(module, seed, path)
+        _reset(module, seed, path)
         with torch.no_grad():
             for key, value in kept.items():
                 module.get_parameter(key).copy_(value)
 
 
-def _draw(module: nn.Module, seed: int, path: str) -> None:
+def _reset(module: nn.Module, seed: int, path: str) -> None:
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
         raise UserError(
-            f"--reinit unet.{path} is a {type(module).__name__}, for which torch has no law to "
-            f"begin with; name the convolutions, linear layers or norms in it"
+            f"--reinit unet.{path} is a {type(module).__name__}, which has no default "
+            f"initialisation; give the convolutions, linear layers or norms in it"
         )
-    (word,) = draw.words(seed, f"reinit/{path}", np.zeros(1, np.int64)).tolist()
-    with torch.random.fork_rng(devices=[]):  # torch's own law draws from its global generator
+    (word,) = rng.words(seed, f"reinit/{path}", np.zeros(1, np.int64)).tolist()
+    with torch.random.fork_rng(devices=[]):  # reset_parameters draws from the global generator
         torch.default_generator.manual_seed(word - 2**63)
         reset()

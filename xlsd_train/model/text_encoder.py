@@ -1,7 +1,7 @@
-"""Text encoders: which of their states the UNet sees, and longer ones.
+"""Text encoders: clip skip, and longer contexts.
 
-LongCLIP-L is CLIP-L with 248 positions in place of 77 (arXiv 2403.15378); `--tokens 248` begins
-with the positions from which its authors began training theirs.
+LongCLIP-L is CLIP-L with 248 positions in place of 77 (arXiv 2403.15378). `--tokens 248` starts
+from the same stretched positions from which its authors started training.
 """
 
 import shutil
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_json
-from xlsd_train.runs.json_files import load_object
 from xlsd_train.runs.links import refuse_leading_out
 from xlsd_train.weights.hub import TOKENIZER_FILES
+from xlsd_train.weights.network import read_json
 
-KEPT, FACTOR = 20, 4  # LongCLIP: positions that stay as they are; how many one of the rest becomes
+KEPT, FACTOR = 20, 4  # LongCLIP: first positions that stay; how many each later one becomes
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def hidden_states(encoder: Any, input_ids: Tensor, skip: int) -> Tensor:
-    """int64 [B, tokens] -> [B, tokens, width]: of `skip` layers before the last, normalised.
+    """int64 [B, tokens] -> [B, tokens, width]: the states `skip` layers before the last, normed.
 
-    The final layer norm follows whichever layer it is, as in diffusers' `clip_skip`, kohya's
-    sd-scripts and AUTOMATIC1111; the latter two count from 1, so that their 2 is 1 here.
+    The final layer norm is applied to them, as in diffusers' `clip_skip`, kohya's sd-scripts and
+    AUTOMATIC1111. The latter two count from 1: their 2 is 1 here.
     """
     if not skip:
         states: Any = encoder(input_ids).last_hidden_state
@@ -37,7 +37,7 @@ def hidden_states(encoder: Any, input_ids: Tensor, skip: int) -> Tensor:
 
 
 def skipped_layers(encoder: Any, skip: int) -> list[Any]:
-    """The last layers, which nothing sees. Raises UserError where there are no more than those."""
+    """The last layers, which clip skip leaves unused. Raises UserError if it leaves none used."""
     layers = list(_text_model(encoder).encoder.layers)
     if skip >= len(layers):
         raise UserError(
@@ -50,9 +50,9 @@ def skipped_layers(encoder: Any, skip: int) -> list[Any]:
 def stretched(positions: Tensor) -> Tensor:  # [n, width] -> [20 + 4 (n - 20), width]
     """Knowledge-preserved stretching, LongCLIP section 3.2 (arXiv 2403.15378).
 
-    The first 20 positions stay, for they are the well-trained ones; between each later one and the
-    next come three by linear interpolation. After the last, where the paper has no next one, the
-    line through the last two goes on, as in the authors' code.
+    The first 20 positions, which are well trained, stay. Three are interpolated linearly between
+    each later one and the next. After the last, for which the paper gives no rule, the line through
+    the last two is extrapolated, as in the authors' code.
     """
     rest = positions[KEPT:]
     following = torch.cat([rest[1:], 2 * rest[-1:] - rest[-2:-1]])
@@ -62,19 +62,19 @@ def stretched(positions: Tensor) -> Tensor:  # [n, width] -> [20 + 4 (n - 20), w
 
 
 def stretch(encoder: Any, tokens: int) -> None:
-    """Give the encoder this many positions, if it has not; in place.
+    """Stretch the encoder to this many positions, in place, if it has fewer.
 
     Raises UserError for a number that stretching does not give.
     """
     config, embeddings = encoder.config, _text_model(encoder).embeddings
-    there = config.max_position_embeddings
-    if there == tokens:
+    current = config.max_position_embeddings
+    if current == tokens:
         return
-    longer = KEPT + FACTOR * (there - KEPT)
-    if tokens != longer or there <= KEPT + 1:
+    longer = KEPT + FACTOR * (current - KEPT)
+    if tokens != longer or current <= KEPT + 1:
         raise UserError(
-            f"--tokens {tokens}: this text encoder reads {there} tokens, which stretching makes "
-            f"{longer}; give a text encoder of 77 or {tokens} tokens, or leave --tokens out"
+            f"--tokens {tokens}: this text encoder reads {current} tokens and can be stretched to "
+            f"{longer}; use a text encoder of 77 or {tokens} tokens, or leave --tokens out"
         )
     old = embeddings.position_embedding
     weight = stretched(old.weight.detach())
@@ -86,29 +86,23 @@ def stretch(encoder: Any, tokens: int) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path, tokens: int) -> None:
-    """A tokenizer's files, and in them the length that other programs cut captions to."""
-    there = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in there:
+    """Copy a tokenizer's files, and set in them the length that programs truncate captions to."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in names:
         refuse_leading_out(source / name)
     target.mkdir(parents=True)
-    for name in there:
+    for name in names:
         shutil.copyfile(source / name, target / name)
     path = target / TOKENIZER_CONFIG
-    told: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer"}
+    config: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer"}
     if path.exists():
-        try:
-            told = load_object(path)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the tokenizer's {source / TOKENIZER_CONFIG} is damaged ({error}); give another "
-                f"as --tokenizer"
-            ) from error
-    if "auto_map" in told:  # no code of others is handed on
-        told = {name: value for name, value in told.items() if name != "auto_map"}
-        write_json(path, told)
-    if told.get("model_max_length") != tokens:
-        write_json(path, {**told, "model_max_length": tokens})
+        config = read_json(source / TOKENIZER_CONFIG, "tokenizer", "another tokenizer")
+    if "auto_map" in config:  # it would make programs run code that came with the model
+        config = {name: value for name, value in config.items() if name != "auto_map"}
+        write_json(path, config)
+    if config.get("model_max_length") != tokens:
+        write_json(path, {**config, "model_max_length": tokens})
 
 
 def _text_model(encoder: Any) -> Any:
-    return getattr(encoder, "text_model", encoder)  # transformers 5 has no such level any more
+    return getattr(encoder, "text_model", encoder)  # transformers 5 removed this level

@@ -28,8 +28,9 @@ from xlsd_train.data.noise import Noising
 from xlsd_train.data.selection import TagFilter, columns_of, filter_by_tags, held_out_mask
 from xlsd_train.evaluation.validator import measured
 from xlsd_train.memory.planner import Planner, choose, limit_of
-from xlsd_train.model.bundle import ModelBundle, load_bundle
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.model.latent_scaling import scaling_by_statistics
+from xlsd_train.model.loading import load_bundle
 from xlsd_train.runs.layout import BASE
 from xlsd_train.runs.record import StoreRecord
 from xlsd_train.step.distributed import PATIENCE

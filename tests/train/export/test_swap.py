@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.cache.encoding.test_vae import tiny
 from tests.support import train
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.model.bundle import load_bundle
+from xlsd_train.model.loading import load_bundle
 
 Out = pytest.CaptureFixture[str]
 PARTS = ("unet/diffusion_pytorch_model", "text_encoder/model")

@@ -16,7 +16,7 @@ from tests.cache.encoding.test_vae import tiny
 from tests.support import train
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
-from xlsd_train.model.bundle import load_bundle
+from xlsd_train.model.loading import load_bundle
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = "text_encoder/model.safetensors"

@@ -16,7 +16,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.data.mixture import open_mixture
 from xlsd_train.evaluation.images import pipeline_of
-from xlsd_train.model.bundle import load_bundle
+from xlsd_train.model.loading import load_bundle
 from xlsd_train.weights.locate import locate_model
 
 VAE = "vae/diffusion_pytorch_model.safetensors"

@@ -51,7 +51,7 @@ def test_another_vaes_statistics_are_refused(store: Path, vae: Path, tmp_path: P
         save_scaling(scaling_by_statistics(ours), load_vae(str(vae)), tmp_path)
     tiny(tmp_path / "other")
     other = load_vae(str(tmp_path / "other"))
-    with pytest.raises(UserError, match="was trained on latents of the encoder"):
+    with pytest.raises(UserError, match="was trained on normalised latents of the encoder"):
         load_scaling("it", tmp_path, other, lambda: other)
 
 

@@ -12,7 +12,7 @@ from tests.support import train
 from tests.support.sessions import Open
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.model.bundle import load_bundle
+from xlsd_train.model.loading import load_bundle
 from xlsd_train.model.text_encoder import hidden_states, stretch, stretched
 from xlsd_train.step.layers import STATES
 from xlsd_train.training.session import Session

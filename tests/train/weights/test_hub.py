@@ -12,7 +12,7 @@ from tests.support.hub import serving
 from tests.support.sessions import Open
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.model.bundle import load_bundle
+from xlsd_train.model.loading import load_bundle
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tests.support import train
 from tests.train.weights.test_ldm_keys import published
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
-from xlsd_train.model.bundle import load_bundle
+from xlsd_train.model.loading import load_bundle
 from xlsd_train.weights.ldm_keys import EMA, UNET, ema_name
 from xlsd_train.weights.locate import fetch_missing, locate_model
 from xlsd_train.weights.network import Network, build_network

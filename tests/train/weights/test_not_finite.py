@@ -14,7 +14,7 @@ from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
 from xlsd_train.checkpoints.checkpoint import load_optimizer, save_checkpoint
-from xlsd_train.model.bundle import load_bundle
+from xlsd_train.model.loading import load_bundle
 from xlsd_train.optim.ema import keep_snapshots
 from xlsd_train.runs.layout import checkpoints
 from xlsd_train.training.session import Session
