@@ -1,17 +1,17 @@
-"""How captions fit the text encoder: how many are cut, and by how much. Told before a run."""
+"""How many captions exceed the text encoder's context length, and by how much."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # a report says what was told, and need not wait for torch
+if TYPE_CHECKING:  # a report describes recorded numbers, and need not load torch
     from xlsd_train.data.loader import BatchSource
 
-LOOKED_AT = 10_000  # captions that are tokenised whole: two seconds on one core
+LOOKED_AT = 10_000  # captions that are tokenised untruncated: two seconds on one core
 
 
 def truncation(source: "BatchSource") -> dict[str, int]:
-    """In tokens, of as many captions as are looked at: all, or random ones of a large store."""
+    """Token counts of all captions, or of a random sample of them in a large store."""
     lengths, limit = source.lengths(LOOKED_AT), source.captions.length
     over = lengths[lengths > limit] - limit
     return {
@@ -25,11 +25,15 @@ def truncation(source: "BatchSource") -> dict[str, int]:
     }
 
 
-def describe_truncation(found: dict[str, int]) -> str:
-    """The same in a line for people."""
-    looked, selected = found["looked_at"], found["selected"]
-    among = f"all {looked}" if looked == selected else f"{looked} looked at of {selected}"
-    line = f"captions: of {among}, {found['cut']} are longer than {found['limit']} tokens"
-    if found["cut"]:
-        line += f" and cut, by {found['over_median']} in the median and {found['over_max']} at most"
-    return line + (f"; {found['without']} images have none" if found["without"] else "")
+def describe_truncation(counts: dict[str, int]) -> str:
+    """The same in a line, e.g. `captions: none of 100 exceeds 77 tokens`."""
+    looked_at, selected, limit = (counts[name] for name in ("looked_at", "selected", "limit"))
+    among = f"{looked_at}" if looked_at == selected else f"{looked_at} (a sample of {selected})"
+    if counts["cut"]:
+        line = (
+            f"captions: {counts['cut']} of {among} exceed {limit} tokens and are truncated, by "
+            f"{counts['over_median']} in the median and {counts['over_max']} at most"
+        )
+    else:
+        line = f"captions: none of {among} exceeds {limit} tokens"
+    return line + (f"; {counts['without']} images have no caption" if counts["without"] else "")

@@ -1,4 +1,4 @@
-"""Store -> batches on the device, read and drawn one ahead by a background thread."""
+"""Prefetch batches to the device in a background thread."""
 
 import queue
 import threading
@@ -22,7 +22,7 @@ from xlsd_train.data.noise import noise as draw_noise
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's part of one batch, on the device, and where the batch stands in the run."""
+    """This process's part of a batch, and the batch's position in the run."""
 
     number: int
     bucket: str
@@ -35,11 +35,11 @@ class Batch:
     input_ids: Tensor  # int64 [n, tokens]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device; from pinned memory the copy is asynchronous."""
+        """The batch on another device; the copy from pinned memory is asynchronous."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def part(self, a: int, b: int) -> "Batch":
-        """Of this process's samples those from a to b; views of them."""
+        """Views of this process's samples a to b."""
         return self._with(lambda tensor: tensor[a:b])
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -54,7 +54,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Makes any batch of the run, by its number alone."""
+    """Makes any batch of the run from its slot in the batch order."""
 
     dataset: LatentDataset
     sampler: BucketBatchSampler
@@ -63,7 +63,7 @@ class BatchSource:
     noising: Noising
 
     def make(self, slot: Slot, pin: bool = False) -> Batch:
-        """Read, draw and tokenise this process's part of a batch, on the CPU."""
+        """Read, draw and tokenise this process's part of a batch, on the CPU, pinned on request."""
         ordinals, positions = self._part(slot)
         store = self.dataset.store
         shape = store.shape(slot.bucket)
@@ -102,14 +102,14 @@ class BatchSource:
         timesteps: NDArray[np.int64],
         seed: int,
     ) -> Batch:
-        """These live samples of a bucket, their noise and captions drawn for `positions` alone.
+        """A batch for validation: these live samples of a bucket, with noise by `positions` alone.
 
-        To measure, not to train: captions as written, and no noise offset. Batch 0 of nothing.
+        Captions are as written, without random edits, and there is no noise offset.
         """
         store = self.dataset.store
-        parts = self.captions.parts
+        edits = self.captions.edits
         captions = replace(
-            self.captions, seed=seed, dropout=0.0, parts=parts.plain if parts else None
+            self.captions, seed=seed, dropout=0.0, edits=edits.deterministic if edits else None
         )
         texts = self._texts(store.sample_index(bucket, ordinals), positions, seed)
         return Batch(
@@ -133,7 +133,7 @@ class BatchSource:
         return keys
 
     def will_need(self, slot: Slot) -> None:
-        """Have the kernel read a coming batch from the disk meanwhile."""
+        """Have the kernel start reading a coming batch from the disk."""
         store = self.dataset.store
         store.will_need(slot.bucket, store.buckets[slot.bucket][self._part(slot)[0]])
 
@@ -143,9 +143,9 @@ class BatchSource:
         return self.dataset.selection.ordinals(slot.bucket, numbers), positions
 
     def lengths(self, most: int) -> NDArray[np.int64]:
-        """How many tokens captions would be if none were cut; 0 for samples that have none.
+        """Tokens of captions without truncation, 0 for samples without a caption.
 
-        Of all selected samples, or where there are more of a random `most` of them.
+        For all selected samples, or a random `most` of them.
         """
         seed, count = self.captions.seed, len(self.dataset)
         numbers = np.arange(min(count, most))
@@ -160,20 +160,20 @@ class BatchSource:
     def _texts(
         self, rows: NDArray[np.int64], positions: NDArray[np.int64], seed: int
     ) -> list[str | None]:
-        """Of each sample, by its row of `store.samples`, the text of the column that is drawn."""
+        """A text for each row of `store.samples`, from a column drawn by weight."""
         texts = [self.dataset.texts(name, rows) for name in self.columns.names]
         return self.columns.mix(texts, words(seed, "caption column", positions))
 
 
 class Loader:
-    """Batches first..last-1 in order; two are ready or under way while one is used.
+    """Batches first..last-1 in order, two of them prefetched.
 
-    A thread and no worker processes: handing tensors between processes costs ten times what
-    reading them does.
+    Uses a thread, not worker processes: passing tensors between processes costs ten times as much
+    as reading them.
     """
 
     AHEAD = 2
-    HINTED = 4  # batches ahead of their reading that the kernel is told of
+    HINTED = 4  # batches beyond those that the kernel starts to read
 
     def __init__(self, source: BatchSource, first: int, last: int, device: torch.device) -> None:
         self._source, self._span, self._device = source, range(first, last), device
@@ -181,7 +181,7 @@ class Loader:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
         self._thread.start()
-        self.wait_s = 0.0  # time that taking batches has waited for the disk and the tokeniser
+        self.wait_s = 0.0  # total time that the consumer waited for batches
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -195,7 +195,7 @@ class Loader:
             yield item.to(self._device)
 
     def close(self) -> None:
-        """End the thread; batches not taken are dropped, and made again when asked for again."""
+        """End the thread; prefetched batches are dropped."""
         self._closed.set()
         while self._thread.is_alive():
             try:
@@ -216,5 +216,5 @@ class Loader:
                     return
                 self._ready.put(self._source.make(slots.pop(0), pin))
             self._ready.put(None)
-        except BaseException as error:  # it belongs to whoever takes the batches
+        except BaseException as error:  # raised in the consumer
             self._ready.put(error)

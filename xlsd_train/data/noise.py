@@ -1,4 +1,4 @@
-"""Noise and timesteps of samples, as pure functions of (seed, position)."""
+"""Noise and timesteps of training samples, as pure functions of (seed, position)."""
 
 from dataclasses import dataclass
 
@@ -13,17 +13,17 @@ from xlsd_cache.dataset.rng import Words, permutation, uniform, words
 
 @dataclass(frozen=True)
 class Noising:
-    """How the noise and the timesteps of batches are drawn."""
+    """How a batch's noise and timesteps are drawn."""
 
-    first: int  # the first timestep, and how many there are: an objective's
-    count: int
-    stratified: bool = False  # spread evenly over each batch
-    offset: float = 0.0  # of the noise's mean by channel
+    first: int  # the objective's first timestep
+    count: int  # of the objective's timesteps
+    stratified: bool = False  # timesteps spread evenly over each batch
+    offset: float = 0.0  # std of the noise's mean by channel
 
     def timesteps(
         self, seed: int, slot: Slot, places: NDArray[np.int64]
     ) -> Tensor:  # int64 [n], of these places in the batch
-        """As drawn for these places of a batch, whoever asks for which part of it."""
+        """Timesteps at these places of a batch, the same for any number of processes."""
         if self.stratified:
             size = len(slot.ordinals)
             drawn = stratified_timesteps(seed, slot.number, size, places, self.count)
@@ -35,11 +35,11 @@ class Noising:
 def noise(
     seed: int, positions: NDArray[np.int64], shape: tuple[int, ...], offset: float = 0.0
 ) -> Tensor:
-    """Standard normal f32 [n, *shape], each sample from a generator of its own.
+    """Standard normal f32 [n, *shape], each sample from its own generator.
 
-    `offset` times a normal number a channel is added, the same over the whole picture (Guttenberg,
-    Diffusion with offset noise, 2023). Always drawn on the CPU: the same on every device, and in
-    the loader's thread for nothing.
+    Adds `offset` times a normal number for each channel, constant over the image (Guttenberg,
+    Diffusion with offset noise, 2023). Drawn on the CPU: the same for every device, and free in
+    the loader's thread.
     """
     out = _normal(words(seed, "noise", positions), shape)
     if offset:
@@ -57,7 +57,7 @@ def _normal(drawn: Words, shape: tuple[int, ...]) -> Tensor:
 
 
 def timesteps(seed: int, positions: NDArray[np.int64], count: int) -> Tensor:
-    """Timesteps int64 [n], uniform over 0..count-1 (the bias of the remainder is below 1e-16)."""
+    """Timesteps int64 [n], uniform over 0..count-1 (modulo bias below 1e-16)."""
     drawn = words(seed, "timestep", positions) % np.uint64(count)
     return torch.from_numpy(drawn.astype(np.int64))
 
@@ -65,12 +65,12 @@ def timesteps(seed: int, positions: NDArray[np.int64], count: int) -> Tensor:
 def stratified_timesteps(
     seed: int, batch: int, size: int, places: NDArray[np.int64], count: int
 ) -> Tensor:
-    """Timesteps int64 of some places in a batch of `size`: one in each of `size` equal strata.
+    """Timesteps int64 at some places in a batch of `size`, one from each of `size` equal strata.
 
-    The strata fall to the places in a random order, so at each place every timestep is as likely,
-    and any part of the batch is mixed. Stratified sampling, as in arXiv 2107.00630, appendix I.1.
+    The strata are assigned to places in random order: at each place all timesteps are equally
+    likely, and any part of the batch is mixed. Stratified sampling, as in arXiv 2107.00630, I.1.
     """
     strata = permutation(seed, f"strata/{batch}", size)[places]
     within = uniform(seed, f"stratum/{batch}", places)
     drawn = ((strata + within) * (count / size)).astype(np.int64)
-    return torch.from_numpy(np.minimum(drawn, count - 1))  # where rounding reached the end
+    return torch.from_numpy(np.minimum(drawn, count - 1))  # rounding can reach the end

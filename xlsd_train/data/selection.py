@@ -1,7 +1,7 @@
-"""Which samples of a store a run uses: by their tags, and by what validation holds out.
+"""Masks of a store's samples: by their tags, and held out for validation.
 
-A mask is a boolean for each row of `store.samples`; masks are combined with & | ~. A tag is matched
-whole and as it is written, by the store's index of tags.
+A mask has a boolean for each row of `store.samples`; combine masks with & | ~. Tags are matched
+exactly, by the store's tag index.
 """
 
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ from xlsd_train.data.captions import CaptionColumns
 
 
 def columns_of(store: SampleStore, caption: str | None) -> CaptionColumns:
-    """The columns of a --caption, by name or by default."""
+    """The caption columns of an option `--caption`, or the default ones."""
     return CaptionColumns.parse(caption, store.caption_columns, store.root)
 
 
 class TagFilter(NamedTuple):
-    """What tags leave."""
+    """The samples that pass a filter by tags."""
 
     mask: Mask
-    unknown: tuple[str, ...]  # forbidden tags that no sample has: a slip of the pen?
+    unknown: tuple[str, ...]  # forbidden tags that no sample has, perhaps misspelt
 
 
 def filter_by_tags(
     store: SampleStore, columns: Sequence[str], require: Sequence[str], forbid: Sequence[str]
 ) -> TagFilter:
-    """Samples with all the required tags and none of the forbidden, in any of the columns.
+    """Samples with all required tags and no forbidden ones, in any of the columns.
 
-    Raises UserError where no sample is left, or none has a required tag.
+    Raises UserError if no sample is left, or none has a required tag.
     """
     mask = np.ones(len(store), np.bool_)
     for tag in require:
@@ -40,7 +40,7 @@ def filter_by_tags(
         if not having.any():
             raise UserError(
                 f"--require-tags: no sample of {store.root} has exactly the tag {tag!r} in "
-                f"{' or '.join(columns)}; `xlsd-train tags {store.root}` lists those there are"
+                f"{' or '.join(columns)}; `xlsd-train tags {store.root}` lists its tags"
             )
         mask &= having
     unknown = []
@@ -59,11 +59,11 @@ def filter_by_tags(
 
 
 def held_out_mask(store: SampleStore, fraction: float) -> Mask:
-    """Which samples validation alone may use: those whose content's hash is below the fraction.
+    """The samples reserved for validation: those whose content hash is below the fraction.
 
-    sha256 is as good as uniform, so its first 64 bits decide: the same image is always on the same
-    side, in whatever store and however that grows, and duplicates are together. Samples that were
-    imported without their images go by their latent's crc32c.
+    The first 64 bits of the image's sha256 decide, so an image is on the same side in any store and
+    as a store grows, and duplicates stay together. Samples imported without images go by their
+    latent's crc32c.
     """
     if fraction <= 0:
         return np.zeros(len(store), np.bool_)
@@ -75,12 +75,12 @@ def held_out_mask(store: SampleStore, fraction: float) -> Mask:
 
 
 def evenly(mask: Mask, count: int) -> Mask:
-    """At most `count` of the samples that a mask leaves, spread over all buckets and rows."""
+    """At most `count` of a mask's samples, evenly spaced over all buckets and rows."""
     rows = np.flatnonzero(mask)
     count = min(count, len(rows))
-    some = np.zeros_like(mask)
-    some[rows[np.arange(count) * len(rows) // max(count, 1)]] = True
-    return some
+    spaced = np.zeros_like(mask)
+    spaced[rows[np.arange(count) * len(rows) // max(count, 1)]] = True
+    return spaced
 
 
 def _having(store: SampleStore, columns: Sequence[str], tag: str) -> Mask:

@@ -152,7 +152,7 @@ def _captions(
         words = draw.words(seed, "sample prompt", at)
         (text,) = columns.mix([[column[row].as_py()] for column in texts], words)
         line = next(iter((text or "").splitlines()), "")
-        prompt = parts.plain.apply(line, 0, 0) if parts else line
+        prompt = parts.deterministic.apply(line, 0, 0) if parts else line
         if prompt:
             chosen[prompt] = None
         if len(chosen) == PROMPTS:

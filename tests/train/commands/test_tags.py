@@ -71,7 +71,7 @@ def test_the_table_is_for_people(store: Path, capsys: Out) -> None:
     [
         (("--require-tags", "sol"), "exactly the tag 'sol'"),
         (("--require-tags", "cat,rocket"), "leave none of the 8 samples"),
-        (("--require-tags", "cat", "--forbid-tags", "cat"), "both name 'cat'"),
+        (("--require-tags", "cat", "--forbid-tags", "cat"), "both contain 'cat'"),
         (("--caption", "title"), "no caption column 'title' (it has txt)"),
         (("--most", "-1"), "--most -1"),
     ],

@@ -26,8 +26,8 @@ def test_captions_that_are_cut_are_counted_and_measured(long: Path, open_run: Op
         "over_median": 20, "over_max": 30,
     }  # fmt: skip
     assert lengths.describe_truncation(found) == (
-        "captions: of all 6, 2 are longer than 77 tokens and cut, by 20 in the median and 30 at "
-        "most; 1 images have none"
+        "captions: 2 of 6 exceed 77 tokens and are truncated, by 20 in the median and 30 at most; "
+        "1 images have no caption"
     )
 
 
@@ -35,7 +35,7 @@ def test_a_longer_encoder_cuts_none(long: Path, open_run: Open) -> None:
     found = lengths.truncation(open_run(data=long, batch=2, tokens=248).source)
     assert (found["limit"], found["cut"], found["over_max"]) == (248, 0, 0)
     assert lengths.describe_truncation(found) == (
-        "captions: of all 6, 0 are longer than 248 tokens; 1 images have none"
+        "captions: none of 6 exceeds 248 tokens; 1 images have no caption"
     )
 
 
@@ -58,7 +58,7 @@ def test_of_a_large_store_a_random_part_is_looked_at(
     found = lengths.truncation(source)
     assert found["looked_at"] <= 4
     assert found == lengths.truncation(source)
-    assert f"of {found['looked_at']} looked at of 6" in lengths.describe_truncation(found)
+    assert f"of {found['looked_at']} (a sample of 6)" in lengths.describe_truncation(found)
 
 
 def test_a_run_says_it_before_the_first_step(
@@ -67,4 +67,4 @@ def test_a_run_says_it_before_the_first_step(
     given = ("--phase", "te", "--batch", 2, "--data", long, "--model", model, "--steps", 3)
     assert train(*given, "--dry-run") == 0
     said = printed(capsys)
-    assert "captions: of all 6, 2 are longer than 77 tokens and cut, by 20" in said
+    assert "captions: 2 of 6 exceed 77 tokens and are truncated, by 20" in said

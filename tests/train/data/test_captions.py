@@ -127,7 +127,7 @@ def test_a_mix_is_written_name_equals_weight() -> None:
         ("txt=-1", "'-1' is no weight"),
         ("txt=nan", "'nan' is no weight"),
         ("txt=inf", "'inf' is no weight"),
-        ("txt,txt=2", "names txt twice"),
+        ("txt,txt=2", "has txt twice"),
         ("txt=0,wd=0", "no weight above 0"),
         ("", "no caption column ''"),
         (None, "has the caption columns txt, wd; choose one"),

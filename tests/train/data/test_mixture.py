@@ -119,11 +119,11 @@ def test_statistics_count_each_store_as_often_as_it_is_used(store: Path, other: 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["{store}:0"], "'0' is no weight above 0 and up to 1000000; write {store}:2"),
+        (["{store}:0"], "'0' is no weight above 0 and up to 1000000; give e.g. {store}:2"),
         (["{store}:twice"], "'twice' is no weight above 0"),
         (["{store}:nan"], "'nan' is no weight above 0"),
         (["{store}:1e999999999"], "'1e999999999' is no weight above 0"),
-        (["{store}", "{store}/../latents:2"], "names {store} twice"),
+        (["{store}", "{store}/../latents:2"], "has {store} twice"),
         (["nowhere"], "no latent store in nowhere"),
         (["{store}", "{foreign}"], "their latents must not mix"),
     ],
