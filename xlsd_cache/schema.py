@@ -9,6 +9,8 @@ index.arrow                        SAMPLES and a column for each kind of caption
 tags.COLUMN.arrow                  TAGS
 """
 
+from typing import NotRequired, TypedDict
+
 import pyarrow as pa
 
 # What a scan finds; in memory only.
@@ -46,7 +48,28 @@ PLAN = pa.schema(
         ("ctime_ns", pa.int64()),  # where imported, and in logs of the first version
     ]
 )
-PLACE = ["bucket", "row"]  # of a latent
+PLACE = ["bucket", "row"]  # the columns that say where a latent is
+
+
+class PlanEntry(TypedDict):
+    """One row of PLAN, as `to_pylist` gives it."""
+
+    key: str
+    source: str
+    size: int
+    mtime_ns: int
+    width: int
+    height: int
+    crop: list[float]
+    bucket: str
+    row: int
+    content_hash: str
+    reason: str
+    detail: str
+    inode: NotRequired[int | None]
+    ctime_ns: NotRequired[int | None]
+
+
 LATER = frozenset({"inode", "ctime_ns"})  # columns that the first version's plans lack
 # Keys that leave training with a generation.
 REMOVED = pa.schema([("key", pa.string())])

@@ -139,7 +139,7 @@ def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
     manifest.write_plan(0, pa.Table.from_pylist(plan, PLAN), [], CAPTIONS.empty_table())
     for start in range(0, len(latents), rows):
         slots = dict(enumerate(latents[start : start + rows]))
-        entries = {slot: plan[start + slot] for slot in slots}
+        entries: dict[int, Any] = {slot: plan[start + slot] for slot in slots}
         unit = Unit(BUCKET, start // rows)
         claimed = claim(store, unit, entries, 32)
         assert claimed is not None  # nobody else builds here

@@ -8,6 +8,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from tests.support import cache, files, write_images
 from xlsd_cache.encoding.pipeline import _read_and_decode
 from xlsd_cache.files.uri import read_source, stat_source
 from xlsd_cache.images.sandbox import decoders
-from xlsd_cache.planning.plan import JOURNALS, Entry
+from xlsd_cache.planning.plan import JOURNALS
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.reader import LatentStore
@@ -220,7 +221,7 @@ def test_of_several_processes_one_rehashes(
     assert cache("check", tmp_path / "latents") == 0
 
 
-def entry_of(path: Path) -> Entry:
+def entry_of(path: Path) -> dict[str, Any]:
     stat = stat_source(str(path))._asdict()
     placed = {"width": 64, "height": 64, "crop": [0.0, 0.0, 64.0, 64.0], "bucket": "64x64"}
     return {"key": path.name, "source": str(path), "content_hash": "", **placed, **stat}
@@ -234,7 +235,7 @@ def test_what_changes_between_scan_and_reading_is_never_taken_for_what_was_scann
     hashed = {**entry, "content_hash": sha256(one.read_bytes())}
     older = {**entry, "inode": None, "ctime_ns": None}
 
-    def outcome(entry: Entry) -> tuple[str, str]:
+    def outcome(entry: Any) -> tuple[str, str]:
         content, pixels = _read_and_decode(decoders(1), 10**6, entry, live=True)
         return content, getattr(pixels, "reason", "")
 

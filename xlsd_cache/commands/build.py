@@ -25,10 +25,16 @@ from xlsd_cache.options import BuildOptions
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.disk_space import check_disk_space
 from xlsd_cache.planning.generation import create_group, plan_lock, write_generation
-from xlsd_cache.planning.log_state import Known, by_unit, former_names, read_known, uncommitted
+from xlsd_cache.planning.log_state import (
+    LogState,
+    by_unit,
+    former_names,
+    read_log_state,
+    uncommitted,
+)
 from xlsd_cache.planning.plan import (
     JOURNALS,
-    Plan,
+    GenerationPlan,
     contents,
     keep_unread_captions,
     make_plan,
@@ -78,10 +84,10 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
     rows_per_shard = choose_rows_per_shard(config.out, config.rows_per_shard, found.images.num_rows)
     store = StoreView(Manifest(config.out), identity, rows_per_shard)
     if config.dry_run:
-        known = read_known(store.manifest, rows_per_shard)
-        plan = _plan(config, store, known, found, buckets, config.rehash)
+        state = read_log_state(store.manifest, rows_per_shard)
+        plan = _plan(config, store, state, found, buckets, config.rehash)
         _say_plan(plan)
-        _check_space(store, plan, known)
+        _check_space(store, plan, state)
         return None
     with writing(config.out):
         generation = _write_plan(config, store, found, buckets, began)
@@ -108,12 +114,12 @@ def _write_plan(
     """
     manifest = store.manifest
     with plan_lock(manifest):
-        known = read_known(manifest, store.rows_per_shard)
+        state = read_log_state(manifest, store.rows_per_shard)
         rehashed = manifest.root / "manifest" / "rehashed"  # written when it was last done
         rehash = config.rehash and not (rehashed.exists() and rehashed.stat().st_mtime >= began)
-        plan = _plan(config, store, known, found, buckets, rehash, manifest.staging)
+        plan = _plan(config, store, state, found, buckets, rehash, manifest.staging)
         _say_plan(plan)
-        _check_space(store, plan, known)
+        _check_space(store, plan, state)
         create_group(store)
         generations = manifest.generations()
         if plan.is_empty and generations:
@@ -136,30 +142,30 @@ def _forget_journals(manifest: Manifest, rehash: bool) -> None:
 def _plan(
     config: BuildOptions,
     store: StoreView,
-    known: Known,
+    state: LogState,
     found: Scan,
     buckets: Buckets,
     rehash: bool,
     staging: Path | None = None,
-) -> Plan:
+) -> GenerationPlan:
     """The next generation. Raises UserError where a source of before is missing."""
     plan = make_plan(
         found.images,
         found.captions,
         found.columns,
-        known,
+        state,
         buckets,
         config.workers,
         staging,
         config.max_pixels,
         rehash,
     )
-    refuse_lost_sources(plan, known, set(found.names), set(config.forget))
+    refuse_lost_sources(plan, state, set(found.names), set(config.forget))
     keys = found.images["key"].combine_chunks()
-    if known.live.num_rows and pc.any(found.matches.missing()).as_py():
+    if state.live.num_rows and pc.any(found.matches.missing()).as_py():
         former = former_names(store.manifest, store.rows_per_shard, keys)
-        found = found.with_former_names(former, contents(plan, known))
-        captions = caption_changes(keys, found.captions, found.columns, known.captions)
+        found = found.with_former_names(former, contents(plan, state))
+        captions = caption_changes(keys, found.captions, found.columns, state.captions)
         plan = replace(plan, captions=captions)
     for line in found.matches.told():
         log.info(line)
@@ -267,7 +273,7 @@ def _refuse_no_captions(found: Scan, config: BuildOptions) -> None:
         )
 
 
-def _say_plan(plan: Plan) -> None:
+def _say_plan(plan: GenerationPlan) -> None:
     fresh = plan.entries.filter(pa.array(plan.fresh))
     buckets = fresh["bucket"].value_counts().to_pylist()
     shown = ", ".join(sorted(f"{count['values']} {count['counts']}" for count in buckets))
@@ -286,8 +292,8 @@ def _say_plan(plan: Plan) -> None:
         log.info(f"{sum(counts.values())} images are rejected now and leave training ({why})")
 
 
-def _check_space(store: StoreView, plan: Plan, known: Known) -> None:
+def _check_space(store: StoreView, plan: GenerationPlan, state: LogState) -> None:
     """Log what encoding will write, if anything. Raises UserError where the disk is too full."""
     changed = pa.concat_arrays([pa.array(plan.removed, pa.string()), *plan.entries["key"].chunks])
-    live = known.live.filter(pc.invert(pc.is_in(known.live["key"], value_set=changed)))
+    live = state.live.filter(pc.invert(pc.is_in(state.live["key"], value_set=changed)))
     check_disk_space(store, pa.concat_tables([live, plan.entries]))

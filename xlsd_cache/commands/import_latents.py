@@ -16,7 +16,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.accounting import Accounting
 from xlsd_cache.interop.cache_files import KEEPS, find
 from xlsd_cache.interop.crops import add_crops
-from xlsd_cache.interop.items import Entry, Item, Peeked, make_items, peek_all
+from xlsd_cache.interop.items import Item, Peeked, make_items, peek_all
 from xlsd_cache.interop.pairing import image_records
 from xlsd_cache.interop.plausibility import Verdict
 from xlsd_cache.interop.proving import Prover, settle
@@ -29,7 +29,7 @@ from xlsd_cache.planning.log_state import next_free_rows
 from xlsd_cache.planning.sessions import building
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.device import device_of, set_precision
-from xlsd_cache.schema import CAPTIONS, PLAN
+from xlsd_cache.schema import CAPTIONS, PLAN, PlanEntry
 from xlsd_cache.store.identity import (
     Identity,
     check_compatible,
@@ -94,7 +94,7 @@ def import_caches(config: ImportOptions, began: float | None = None) -> Accounti
     return counts
 
 
-def _of(entries: list[Entry], items: list[Item]) -> list[Item]:
+def _of(entries: list[PlanEntry], items: list[Item]) -> list[Item]:
     """The items that these entries are of."""
     origins = {entry["detail"] for entry in entries}
     return [item for item in items if item.origin in origins]

@@ -22,8 +22,8 @@ from xlsd_cache.files.uri import Stat, read_source, stat_source
 from xlsd_cache.images.decode import MAX_PIXELS, Pixels, decode, max_bytes, too_large
 from xlsd_cache.images.sandbox import Guard, decoders
 from xlsd_cache.outcomes import Rejected
-from xlsd_cache.planning.plan import Entry
 from xlsd_cache.runtime.signals import StopSignal
+from xlsd_cache.schema import PlanEntry
 from xlsd_cache.store.commit import Claim, claim
 from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.shard import Row
@@ -32,7 +32,7 @@ from xlsd_cache.vocabulary import Bucket
 
 Decoded = tuple[str, Pixels | Rejected]  # content hash; pixels, or why there are none
 Encoded = tuple[list[Row], dict[int, NDArray[Any]]]  # what became of each row; latents by slot
-Todo = dict[Unit, dict[int, Entry]]  # the planned rows of each unit, by slot
+Todo = dict[Unit, dict[int, PlanEntry]]  # the planned rows of each unit, by slot
 FLOAT16_MAX = 65504.0
 
 
@@ -73,7 +73,7 @@ class EncodePipeline:
 
     store: StoreView
     encoder: Encoder
-    live: Mapping[str, Entry]  # key -> newest entry: a later plan may supersede a row
+    live: Mapping[str, PlanEntry]  # key -> newest entry: a later plan may supersede a row
     workers: int
     max_pixels: int = MAX_PIXELS  # of an image
     wait_s: float = 0.0  # encoders idle, waiting for pixels
@@ -213,7 +213,7 @@ class EncodePipeline:
         self.rounding.append(float((stored - latent).std()) / spread)
         return stored
 
-    def _is_live(self, entry: Entry) -> bool:
+    def _is_live(self, entry: PlanEntry) -> bool:
         now = self.live.get(entry["key"])
         return now is not None and (now["bucket"], now["row"]) == (entry["bucket"], entry["row"])
 
@@ -230,11 +230,13 @@ class EncodePipeline:
         return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ranked)
 
 
-def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) -> Decoded:
+def _read_and_decode(guard: Guard, max_pixels: int, entry: PlanEntry, live: bool) -> Decoded:
     """Read and decode a planned image; Rejected if it changed since the scan."""
     if not live:
         return "", Rejected("removed", "removed or changed after it was planned")
-    upright, crop = (entry["width"], entry["height"]), tuple(entry["crop"])
+    upright = entry["width"], entry["height"]
+    left, top, right, bottom = entry["crop"]
+    crop = left, top, right, bottom
     if why := too_large(*upright, max_pixels):  # planned under another limit
         return "", why
     try:
@@ -261,7 +263,7 @@ def _read_and_decode(guard: Guard, max_pixels: int, entry: Entry, live: bool) ->
     return content, pixels
 
 
-def _is_scanned(entry: Entry, now: Stat) -> bool:
+def _is_scanned(entry: PlanEntry, now: Stat) -> bool:
     """Whether the file is the one that was scanned; older logs have no inode to compare."""
     logged = entry["inode"], entry["ctime_ns"]
     return None in logged or logged == (now.inode, now.ctime_ns)

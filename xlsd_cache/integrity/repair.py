@@ -27,15 +27,13 @@ from xlsd_cache.planning.generation import write_generation
 from xlsd_cache.planning.log_state import is_committed
 from xlsd_cache.runtime.arrow import lookup_rows
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
-from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLACE, PLAN
+from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLACE, PLAN, PlanEntry
 from xlsd_cache.store.commit import lock_path, planning, write_commit
 from xlsd_cache.store.live_rows import write_live
 from xlsd_cache.store.manifest import Unit
 from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, Row, index_of
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import write_array
-
-Entry = dict[str, Any]  # one row of schema.PLAN
 
 
 @dataclass
@@ -178,7 +176,7 @@ def _plan_anew(store: StoreView, lost: set[tuple[str, int]], result: Repaired) -
     places = planned_rows(store)
     next_rows = {bucket: (int(rows[-1]) // shard + 1) * shard for bucket, rows in places.items()}
     live = manifest.live(store.generation)
-    entries: list[Entry] = []
+    entries: list[PlanEntry] = []
     fresh: dict[tuple[str, int], int] = {}
     for entry in live.take(_at_risk(store, live, lost)).to_pylist():
         place = entry["bucket"], entry["row"]
@@ -221,7 +219,7 @@ def _places(lost: set[tuple[str, int]]) -> pa.Table:
     return pa.Table.from_pylist([dict(zip(PLACE, it, strict=True)) for it in sorted(lost)], DAMAGED)
 
 
-def _planned(store: StoreView, unit: Unit) -> dict[int, Entry]:
+def _planned(store: StoreView, unit: Unit) -> dict[int, PlanEntry]:
     """The last planned entry of each slot of a unit."""
     shard = store.rows_per_shard
     planned = store.manifest.planned(store.generation)
@@ -232,19 +230,20 @@ def _planned(store: StoreView, unit: Unit) -> dict[int, Entry]:
     return {entry["row"] % shard: entry for entry in planned.filter(inside).to_pylist()}
 
 
-def _content_hash(entry: Entry) -> str:
+def _content_hash(entry: PlanEntry) -> str:
     """sha256 of the planned image, read again where the log lacks it; empty where it changed."""
     if entry["content_hash"]:
         return str(entry["content_hash"])
     try:
         now = stat_source(entry["source"])._asdict()
-        same = all(entry[name] in (now[name], None) for name in now)  # older logs lack some
+        logged: dict[str, Any] = {**entry}
+        same = all(logged[name] in (now[name], None) for name in now)  # older logs lack some
         return hashlib.sha256(read_source(entry["source"])).hexdigest() if same else ""
     except OSError:
         return ""
 
 
-def _is_there(entry: Entry) -> bool:
+def _is_there(entry: PlanEntry) -> bool:
     try:
         stat_source(entry["source"])
     except OSError:

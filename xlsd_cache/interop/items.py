@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tqdm import tqdm
 
@@ -16,9 +15,9 @@ from xlsd_cache.interop.cache_files import CacheFile, Found
 from xlsd_cache.interop.formats import Contents, Held, peek
 from xlsd_cache.interop.pairing import Record, pair
 from xlsd_cache.outcomes import Rejected
+from xlsd_cache.schema import PlanEntry
 from xlsd_cache.vocabulary import DOWNSCALE
 
-Entry = dict[str, Any]  # one row of schema.PLAN
 Crop = tuple[float, float, float, float]
 MOST_SIDE, MOST_AREA = 99_999, 2**28  # pixels of a bucket: its latents are read whole
 Peeked = tuple[CacheFile, Contents]
@@ -42,7 +41,7 @@ class Item:
         """Rejected, and then under the cache file's name."""
         return replace(self, key=self.origin, bucket="", crop=(0.0, 0.0, 0.0, 0.0), rejected=why)
 
-    def entry(self) -> Entry:
+    def entry(self) -> PlanEntry:
         """The log's line. `size` and `mtime_ns` are the cache file's: it is what was read."""
         why = self.rejected
         return {

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.interop.formats import read
-from xlsd_cache.interop.items import Entry, Item, content_hash
+from xlsd_cache.interop.items import Item, content_hash
 from xlsd_cache.interop.plausibility import JUDGED
 from xlsd_cache.outcomes import RETRIED, Rejected
 from xlsd_cache.planning.log_state import by_unit, uncommitted
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
+from xlsd_cache.schema import PlanEntry
 from xlsd_cache.store.commit import Claim, claim
 from xlsd_cache.store.identity import Identity
 from xlsd_cache.store.manifest import Manifest, Unit
@@ -31,12 +32,12 @@ DIVIDED = " divided by "  # in the identity's preprocessing: the latents were sc
 class Imports:
     """The next generation, not yet written."""
 
-    entries: list[Entry]  # new, changed, renamed or rejected; those without a row yet have -1
+    entries: list[PlanEntry]  # new, changed, renamed or rejected; those without a row yet have -1
     removed: list[str]  # keys that go by another name now
     again: set[str]  # origins of latents that were compared and refused before
 
     @property
-    def fresh(self) -> list[Entry]:
+    def fresh(self) -> list[PlanEntry]:
         """The entries whose latents are to be imported."""
         return [entry for entry in self.entries if entry["row"] < 0 and not entry["reason"]]
 
@@ -111,7 +112,7 @@ class Transfer:
                     time.sleep(0.2)
         return not todo
 
-    def _todo(self) -> dict[Unit, dict[int, Entry]]:
+    def _todo(self) -> dict[Unit, dict[int, PlanEntry]]:
         """The planned rows of each unit that is not committed, by slot."""
         store = self.store
         planned = uncommitted(store.manifest, store.generation, store.rows_per_shard)
@@ -139,11 +140,11 @@ def _fill(
 class _Copy:
     """Reads planned latents from the cache files."""
 
-    placed: Mapping[tuple[str, int], Entry]  # the live entry of each row
+    placed: Mapping[tuple[str, int], PlanEntry]  # the live entry of each row
     by_origin: Mapping[str, Item]
     identity: Identity
 
-    def one(self, slot: int, entry: Entry) -> tuple[Row, NDArray[Any] | None]:
+    def one(self, slot: int, entry: PlanEntry) -> tuple[Row, NDArray[Any] | None]:
         """The latent of one planned row in the store's dtype, or why there is none."""
         latent, content = self._read(entry)
         if isinstance(latent, Rejected):
@@ -153,7 +154,7 @@ class _Copy:
             latent += np.float32(self.identity.shift_factor)
         return Row(slot, content), latent.astype(self.identity.dtype, copy=False)
 
-    def _read(self, entry: Entry) -> tuple[NDArray[Any] | Rejected, str]:
+    def _read(self, entry: PlanEntry) -> tuple[NDArray[Any] | Rejected, str]:
         now = self.placed.get((entry["bucket"], entry["row"]))
         if now is None:
             return Rejected("removed", "removed or changed after it was planned"), ""

@@ -1,13 +1,12 @@
-"""The whole log folded for planning: what is live, which contents have a latent, what is said."""
+"""The log (plans, commit records, captions) folded into tables, for planning."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.runtime.arrow import last_per_key, lookup_rows, take_or_null
-from xlsd_cache.schema import CAPTIONS, PLACE, PLAN
+from xlsd_cache.schema import CAPTIONS, PLACE, PLAN, PlanEntry
 from xlsd_cache.store.manifest import Manifest, Unit
 
 CONTENT = pa.schema(
@@ -18,80 +17,82 @@ _FORMER_LINES = ["key", "source", "bucket", "row", "reason", "content_hash"]
 
 
 @dataclass(frozen=True)
-class Known:
-    """What the log says. Tables, for a million images are too many for dictionaries."""
+class LogState:
+    """What the log says, as tables: a million images are too many for dictionaries."""
 
     live: pa.Table  # PLAN, a row a key; content_hash, reason and detail as committed
-    content: pa.Table  # CONTENT, a row a content hash: its good latent's place, live or not
+    content: pa.Table  # CONTENT, a row a content hash that has a good latent, live or not
     next_rows: dict[str, int]  # bucket -> the first row of its next shard
-    captions: pa.Table  # schema.CAPTIONS, the last said of each
+    captions: pa.Table  # CAPTIONS, the current text of each
 
 
-NOTHING = Known(PLAN.empty_table(), CONTENT.empty_table(), {}, CAPTIONS.empty_table())
+EMPTY_LOG = LogState(PLAN.empty_table(), CONTENT.empty_table(), {}, CAPTIONS.empty_table())
 
 
-def read_known(manifest: Manifest, rows_per_shard: int) -> Known:
-    """Fold the log; that of an empty store gives empty tables."""
+def read_log_state(manifest: Manifest, rows_per_shard: int) -> LogState:
+    """Fold the log; EMPTY_LOG for an empty store."""
     generation = max(manifest.generations(), default=-1)
-    committed = manifest.commits(manifest.committed())
-    live = _as_committed(manifest.live(generation), committed)
+    commits = manifest.commits(manifest.committed())
+    live = _as_committed(manifest.live(generation), commits)
     planned = manifest.planned(generation)
-    at = lookup_rows(planned, committed, PLACE)
-    said = take_or_null(committed, at)
+    outcome = take_or_null(commits, lookup_rows(planned, commits, PLACE))
     content = planned.set_column(
-        planned.schema.get_field_index("content_hash"), "content_hash", said["content_hash"]
-    ).filter(pc.fill_null(pc.equal(said["status"], "encoded"), False))
-    content = content.filter(pc.not_equal(content["content_hash"], ""))  # of a mended record
-    good = lookup_rows(content, manifest.damaged(generation), PLACE) < 0
-    content = content.filter(pa.array(good)).select(CONTENT.names)
+        planned.schema.get_field_index("content_hash"), "content_hash", outcome["content_hash"]
+    ).filter(pc.fill_null(pc.equal(outcome["status"], "encoded"), False))
+    # A commit record that was rebuilt by --repair may lack the hash.
+    content = content.filter(pc.not_equal(content["content_hash"], ""))
+    is_good = lookup_rows(content, manifest.damaged(generation), PLACE) < 0
+    content = content.filter(pa.array(is_good)).select(CONTENT.names)
     content = content.take(last_per_key(content, ["content_hash"]))
-    return Known(
-        live, content, next_free_rows(planned, rows_per_shard), manifest.captions(generation)
-    )
+    next_rows = next_free_rows(planned, rows_per_shard)
+    return LogState(live, content, next_rows, manifest.captions(generation))
 
 
 def read_live(manifest: Manifest, generation: int) -> pa.Table:
-    """PLAN of the images of a generation, with what their commits say of them."""
+    """PLAN of a generation's images; content_hash, reason and detail as committed."""
     return _as_committed(manifest.live(generation), manifest.commits(manifest.committed()))
 
 
-def _as_committed(live: pa.Table, committed: pa.Table) -> pa.Table:
-    at = lookup_rows(live, committed, PLACE)
+def _as_committed(live: pa.Table, commits: pa.Table) -> pa.Table:
+    rows = lookup_rows(live, commits, PLACE)
     for name in ("content_hash", "reason", "detail"):
-        said = take_or_null(committed[name], at)
-        if name == "content_hash":  # of an image rejected unread
-            said = pc.if_else(pc.equal(said, ""), None, said)
-        live = live.set_column(
-            live.schema.get_field_index(name), PLAN.field(name), pc.coalesce(said, live[name])
-        )
+        committed = take_or_null(commits[name], rows)
+        if name == "content_hash":  # empty where the image was rejected without being read
+            committed = pc.if_else(pc.equal(committed, ""), None, committed)
+        live = set_plan_column(live, name, pc.coalesce(committed, live[name]))
     return live
 
 
-def former_names(manifest: Manifest, rows_per_shard: int, present: pa.Array) -> pa.Table:
-    """FORMER of images that were encoded, or duplicates of such, under names not `present` now.
+def set_plan_column(entries: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+    """The table (PLAN) with one column replaced."""
+    return entries.set_column(PLAN.get_field_index(name), PLAN.field(name), column)
 
-    `present` are the keys of today. A name that had several contents is told with its last.
+
+def former_names(manifest: Manifest, rows_per_shard: int, present: pa.Array) -> pa.Table:
+    """FORMER of images that were encoded, or are duplicates, under keys that are not `present`.
+
+    A (key, source) that had several contents comes with its last.
     """
     lines = manifest.plan_lines(max(manifest.generations(), default=-1), _FORMER_LINES)
-    here = pc.is_in(lines["key"], value_set=present)
-    lines = lines.filter(pc.and_(pc.is_valid(lines["row"]), pc.invert(here)))
+    is_present = pc.is_in(lines["key"], value_set=present)
+    lines = lines.filter(pc.and_(pc.is_valid(lines["row"]), pc.invert(is_present)))
     wanted = set(pc.unique(unit_names(lines, rows_per_shard)).to_pylist())
     units = {unit for unit in manifest.committed() if unit.name in wanted}
-    committed = manifest.commits(units, ["row", "content_hash", "status"])
-    committed = committed.filter(pc.equal(committed["status"], "encoded"))
-    at = lookup_rows(lines, committed, PLACE)
-    copies = pc.equal(lines["reason"], "duplicate")
+    commits = manifest.commits(units, ["row", "content_hash", "status"])
+    commits = commits.filter(pc.equal(commits["status"], "encoded"))
+    rows = lookup_rows(lines, commits, PLACE)
+    is_duplicate = pc.equal(lines["reason"], "duplicate")
     contents = pc.coalesce(
-        take_or_null(committed["content_hash"], at),
-        pc.if_else(copies, lines["content_hash"], ""),
+        take_or_null(commits["content_hash"], rows),
+        pc.if_else(is_duplicate, lines["content_hash"], ""),
     )
-    named = pa.table([lines["key"], lines["source"], contents], schema=FORMER)
-    named = named.filter(pc.not_equal(contents, ""))
-    return named.take(last_per_key(named, ["key", "source"]))
+    former = pa.table([lines["key"], lines["source"], contents], schema=FORMER)
+    former = former.filter(pc.not_equal(contents, ""))
+    return former.take(last_per_key(former, ["key", "source"]))
 
 
 def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
-    """manifest.Unit.name of each row's shard; of no unit where a row has no place."""
+    """Unit.name of each row's shard; ".0" where an image has no row."""
     shard = pc.cast(pc.divide(table["row"], rows_per_shard), pa.string())
     return pc.binary_join_element_wise(table["bucket"], shard, ".")
 
@@ -108,11 +109,9 @@ def uncommitted(manifest: Manifest, generation: int, rows_per_shard: int) -> pa.
     return planned.filter(pc.invert(is_committed(manifest, planned, rows_per_shard)))
 
 
-def by_unit(
-    entries: list[dict[str, Any]], rows_per_shard: int
-) -> dict[Unit, dict[int, dict[str, Any]]]:
+def by_unit(entries: list[PlanEntry], rows_per_shard: int) -> dict[Unit, dict[int, PlanEntry]]:
     """The entries of each shard, by slot."""
-    units: dict[Unit, dict[int, dict[str, Any]]] = {}
+    units: dict[Unit, dict[int, PlanEntry]] = {}
     for entry in entries:
         shard, slot = divmod(entry["row"], rows_per_shard)
         units.setdefault(Unit(entry["bucket"], shard), {})[slot] = entry

@@ -1,9 +1,8 @@
-"""Which image goes where: the scan compared with the log, written down as the next generation."""
+"""Compares the scan with the log and makes the next generation: what is new, changed or gone."""
 
 from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,269 +11,278 @@ import pyarrow.compute as pc
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.images.decode import MAX_PIXELS
-from xlsd_cache.planning.assign import crop_matrix, give_rows, place
+from xlsd_cache.planning.assign import assign_buckets, assign_rows, crop_matrix
 from xlsd_cache.planning.caption_diff import caption_changes
-from xlsd_cache.planning.log_state import Known
+from xlsd_cache.planning.log_state import LogState, set_plan_column
 from xlsd_cache.planning.probe import FILES, read_hashes, read_headers
-from xlsd_cache.planning.unchanged import SCANNED, Mask, among, compare, equal
-from xlsd_cache.runtime.arrow import last_per_key, lookup, lookup_rows, take_or_null
+from xlsd_cache.planning.unchanged import SCANNED, Classified, Mask, among, classify, equal
+from xlsd_cache.runtime.arrow import (
+    last_per_key,
+    lookup,
+    lookup_rows,
+    merge_rows,
+    repeated,
+    take_or_null,
+)
 from xlsd_cache.schema import LATER, PLACE, PLAN
 
-Entry = dict[str, Any]  # one row of schema.PLAN
-# What a planning read so far, in staging until its plan is written. Those of --rehash are apart: it
-# believes nothing that was read before it began.
+# Files in staging that hold what a planning has read so far, until its plan is written. --rehash
+# has its own: it trusts nothing that was read before it began.
 JOURNALS = ("headers.planning", "hashes.planning", "headers.rehash", "hashes.rehash")
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """The next generation, not yet written."""
 
     entries: pa.Table  # PLAN of images that are new, changed, moved, renamed, rejected, duplicates
-    fresh: Mask  # which entries are to be encoded, and not another line on an image of the log
+    fresh: Mask  # the entries that are to be encoded; the others keep a latent or have none
     removed: list[str]  # keys that the scan no longer found, trained on or not
     leaving: pa.Table  # (key, reason): images trained on until now; reason empty where removed
-    captions: pa.Table  # what changed of them
+    captions: pa.Table  # CAPTIONS that changed
 
     @property
     def is_empty(self) -> bool:
-        """Whether the log already says what the scan found."""
+        """Whether the log already has all that the scan found."""
         return not (self.entries.num_rows or self.removed or self.captions.num_rows)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """The images that the log's line may no longer hold for, aligned."""
+
+    images: pa.Table  # IMAGES
+    logged: pa.Table  # PLAN, null where new
+    facts: pa.Table  # HEADERS and content_hash, empty where not known yet
+    copies: Mask  # duplicates as the log has them, whose original may be gone
 
 
 def make_plan(
     images: pa.Table,
     captions: pa.Table,
     columns: tuple[str, ...],
-    known: Known,
+    state: LogState,
     buckets: Buckets,
     workers: int,
     staging: Path | None = None,
     max_pixels: int = MAX_PIXELS,
     rehash: bool = False,
-) -> Plan:
-    """What brings the log up to what the scan found: its `images`, and `captions` in `columns`.
+) -> GenerationPlan:
+    """What brings the log up to the scan: its `images` (IMAGES), and `captions` in `columns`.
 
-    A file whose size and times are as logged counts as unchanged, see unchanged.py. Any other is
-    told by its content: encoded before, it keeps that latent under its new name; equal to a live
-    image, it is a duplicate; else it gets a row of its own behind its bucket's last shard. What is
-    read of files is journaled in `staging`, if given.
+    An image is unchanged where size and times are as logged, see unchanged.py. Otherwise its
+    content decides: encoded before, it keeps that latent under its new name; equal to a live image,
+    it is a duplicate; else it gets a new row after its bucket's last shard. What is read of files
+    is journaled in `staging`, if given.
     """
     names = JOURNALS[2:] if rehash else JOURNALS[:2]
-    headers, hashes = (staging and staging / name for name in names)
-    at = lookup(images["key"], known.live["key"])
-    logged = take_or_null(known.live, at)
-    now = compare(images, logged, max_pixels, rehash, hashes, workers)
+    header_journal, hash_journal = (staging and staging / name for name in names)
+    logged = take_or_null(state.live, lookup(images["key"], state.live["key"]))
+    classified = classify(images, logged, max_pixels, rehash, hash_journal, workers)
+    changed = _read_changed(images, logged, classified, header_journal, workers, max_pixels)
+    kept, moved = _kept(images, logged, classified)
 
-    open_, settled = pa.array(~now.settled), pa.array(now.settled)
-    changed, said = images.filter(open_).combine_chunks(), logged.filter(open_)
-    refused, copy = now.refused[~now.settled], now.copies[~now.settled]
-    facts = _facts(changed, said, refused, copy, headers, workers, max_pixels)
-    facts = _with_hashes(facts, now.hashes.filter(open_), ~copy)
-    entries = place(changed, facts, buckets, max_pixels)
-    kept = logged.filter(settled)
-    for name in ("source", "inode", "ctime_ns"):
-        column = images[name].filter(settled)
-        kept = kept.set_column(PLAN.get_field_index(name), PLAN.field(name), column)
-    contents, kept_contents = _hashes(entries, facts, copy, kept, known, hashes, workers)
-    entries = _let_in_encoded(entries, contents, known)
-    entries = _settle_copies(entries, contents, kept, kept_contents)
-    entries, fresh = give_rows(entries, contents, known)
-    news = fresh | ~_same_rows(entries, said, rehash)
-    was = logged.filter(settled)
-    moved = kept.filter(pa.array(~equal(kept, was, "source") | now.renewed[now.settled]))
-    entries, fresh = entries.filter(pa.array(news)), fresh[news]
+    entries = assign_buckets(changed.images, changed.facts, buckets, max_pixels)
+    hashes, kept_hashes = _content_hashes(entries, changed, kept, state, hash_journal, workers)
+    entries = _admit_encoded(entries, hashes, state)
+    entries = _mark_duplicates(entries, hashes, kept, kept_hashes)
+    entries, fresh = assign_rows(entries, hashes, state)
+
+    differs = fresh | ~_same_lines(entries, changed.logged, rehash)
+    entries, fresh = entries.filter(pa.array(differs)), fresh[differs]
+    is_gone = pc.invert(pc.is_in(state.live["key"], value_set=images["key"]))
+    removed = state.live.filter(is_gone)
     entries = pa.concat_tables([moved, entries])
-    removed = known.live.filter(pc.invert(pc.is_in(known.live["key"], value_set=images["key"])))
-    return Plan(
+    return GenerationPlan(
         entries,
         np.concatenate([np.zeros(moved.num_rows, bool), fresh]),
         removed["key"].to_pylist(),
-        _leaving(known, removed, entries),
-        caption_changes(images["key"].combine_chunks(), captions, columns, known.captions),
+        _leaving(state, removed, entries),
+        caption_changes(images["key"].combine_chunks(), captions, columns, state.captions),
     )
 
 
-def contents(plan: Plan, known: Known) -> pa.Table:
-    """(key, content_hash) of all images as they are with this plan, where they are known."""
+def contents(plan: GenerationPlan, state: LogState) -> pa.Table:
+    """(key, content_hash) of all images as they are with this plan, where the hash is known."""
     names = ["key", "content_hash"]
     placed = plan.entries.filter(pc.equal(plan.entries["reason"], ""))
-    told = pa.concat_tables([known.live.select(names), placed.select(names)])
-    told = told.filter(pc.not_equal(told["content_hash"], ""))
-    return told.take(last_per_key(told, ["key"]))
+    table = pa.concat_tables([state.live.select(names), placed.select(names)])
+    table = table.filter(pc.not_equal(table["content_hash"], ""))
+    return table.take(last_per_key(table, ["key"]))
 
 
-def keep_unread_captions(plan: Plan) -> Plan:
-    """The plan, but no caption ends that may be in a table that could not be read."""
+def keep_unread_captions(plan: GenerationPlan) -> GenerationPlan:
+    """The plan without removals of captions that may be in a table that could not be read."""
     rows = pc.match_substring_regex(plan.captions["column"], "^(jsonl|csv|parquet|arrow):")
     gone = pc.and_(rows, pc.equal(plan.captions["text"], ""))
     return replace(plan, captions=plan.captions.filter(pc.invert(gone)))
 
 
-def _leaving(known: Known, removed: pa.Table, entries: pa.Table) -> pa.Table:
-    """(key, reason) of the images with a latent that is nobody's any more.
+def _leaving(state: LogState, removed: pa.Table, entries: pa.Table) -> pa.Table:
+    """(key, reason) of the images whose latent no image has any more.
 
-    A renamed image's latent is its new name's, and a duplicate's that of its original.
+    A renamed image's latent goes to its new name, and a removed original's to its duplicate.
     """
-    refused = entries.filter(pc.not_equal(entries["reason"], ""))
+    rejected = entries.filter(pc.not_equal(entries["reason"], ""))
     gone = [removed]
-    if refused.num_rows:
-        were = pc.is_in(known.live["key"], value_set=refused["key"])
-        gone.append(known.live.filter(were))
+    if rejected.num_rows:
+        gone.append(state.live.filter(pc.is_in(state.live["key"], value_set=rejected["key"])))
     gone = pa.concat_tables(gone)
     gone = gone.filter(pc.equal(gone["reason"], ""))
-    gone = gone.filter(pa.array(lookup_rows(gone, known.content, PLACE) >= 0))
+    gone = gone.filter(pa.array(lookup_rows(gone, state.content, PLACE) >= 0))
     gone = gone.filter(pa.array(lookup_rows(gone, entries, PLACE) < 0))
-    at = lookup(gone["key"], refused["key"])
-    reason = pc.fill_null(take_or_null(refused["reason"], at), "")
-    return pa.table({"key": gone["key"], "reason": reason})
+    reason = take_or_null(rejected["reason"], lookup(gone["key"], rejected["key"]))
+    return pa.table({"key": gone["key"], "reason": pc.fill_null(reason, "")})
 
 
-def refuse_lost_sources(plan: Plan, known: Known, names: Set[str], forget: Set[str]) -> None:
-    """Raise UserError where a source of before is not named and its images would leave training.
+def refuse_lost_sources(
+    plan: GenerationPlan, state: LogState, names: Set[str], forget: Set[str]
+) -> None:
+    """Raise UserError where an earlier source is missing and its images would leave training.
 
-    A renamed source is another matter: most of its latents go on under new names.
+    A source that was renamed is let pass: most of its latents go on under new names.
     """
     lost = _owners(plan.leaving.filter(pc.equal(plan.leaving["reason"], "")))
     if lost.keys() <= names | forget:
         return
-    removed = pc.is_in(known.live["key"], value_set=pa.array(plan.removed, pa.string()))
-    removed = known.live.filter(removed)
-    had = _owners(removed.filter(pa.array(lookup_rows(removed, known.content, PLACE) >= 0)))
+    removed = pc.is_in(state.live["key"], value_set=pa.array(plan.removed, pa.string()))
+    removed = state.live.filter(removed)
+    had = _owners(removed.filter(pa.array(lookup_rows(removed, state.content, PLACE) >= 0)))
     for name, count in lost.items():
         if name not in names | forget and 2 * count > had[name]:
             raise UserError(
-                f"the {count} images of the source {name!r} are in the store and {name!r} is not "
-                f"among the sources now; name it as well, or say --forget {name} to let its images "
-                f"leave training"
+                f"the store has {count} images of the source {name!r}, which is not among the "
+                f"sources now; add it, or use --forget {name} to drop its images from training"
             )
 
 
 def _owners(images: pa.Table) -> dict[str, int]:
-    """Source name -> how many of the images are of it."""
-    owners = pc.replace_substring_regex(images["key"].combine_chunks(), "/.*", "")
+    """Source name -> number of its images."""
+    owners = pc.replace_substring_regex(images["key"], "/.*", "")
     return {count["values"]: count["counts"] for count in pc.value_counts(owners).to_pylist()}
 
 
-def _facts(
-    changed: pa.Table,
+def _read_changed(
+    images: pa.Table,
     logged: pa.Table,
-    refused: Mask,
-    copy: Mask,
+    classified: Classified,
     journal: Path | None,
     workers: int,
     max_pixels: int,
-) -> pa.Table:
-    """headers.HEADERS and content hash, where known, of changed files.
+) -> _Changed:
+    """Read the headers of what is new or changed.
 
-    The log has those of copies, and the scan says enough of what it refuses.
+    The log has the facts of copies, and the scan those of what it refuses.
     """
-    unread = copy | refused
-    read = read_headers(changed.filter(pa.array(~unread)), journal, workers, max_pixels)
-    read = read.append_column("content_hash", pa.repeat("", read.num_rows))
-    told, out = logged.filter(pa.array(copy)), changed.filter(pa.array(refused))
-    empty, none = pa.repeat("", told.num_rows), pa.repeat("", out.num_rows)
-    arrays = [told["width"], told["height"], empty, empty, empty, told["content_hash"]]
+    where = ~classified.unchanged
+    images, logged = images.filter(pa.array(where)).combine_chunks(), logged.filter(pa.array(where))
+    refused, copies = classified.refused[where], classified.copies[where]
+    unread = refused | copies
+    headers = read_headers(images.filter(pa.array(~unread)), journal, workers, max_pixels)
+    read = headers.append_column("content_hash", pa.repeat("", headers.num_rows))
+    known, out = logged.filter(pa.array(copies)), images.filter(pa.array(refused))
+    none, empty = pa.repeat("", known.num_rows), pa.repeat("", out.num_rows)
     side = pa.repeat(pa.scalar(SCANNED, pa.int32()), out.num_rows)
-    others = [side, side, out["reason"], out["detail"], none, none]
-    tables = [read, *(pa.table(columns, schema=read.schema) for columns in (arrays, others))]
-    order = np.empty(len(copy), np.int64)
-    parts = [np.flatnonzero(mask) for mask in (~unread, copy, refused)]
-    order[np.concatenate(parts)] = np.arange(len(copy))
-    return pa.concat_tables(tables).combine_chunks().take(pa.array(order))
+    of_copies = [known["width"], known["height"], none, none, none, known["content_hash"]]
+    of_refused = [side, side, out["reason"], out["detail"], empty, empty]
+    tables = [read, *(pa.table(it, schema=read.schema) for it in (of_copies, of_refused))]
+    facts = merge_rows(tables, [np.flatnonzero(mask) for mask in (~unread, copies, refused)])
+    hashes = classified.hashes.filter(pa.array(where))
+    hashes = pc.if_else(pa.array(copies), facts["content_hash"], hashes)
+    facts = facts.set_column(facts.num_columns - 1, "content_hash", hashes)
+    return _Changed(images, logged, facts, copies)
 
 
-def _with_hashes(facts: pa.Table, hashes: pa.Array, where: Mask) -> pa.Table:
-    """Facts with the content hashes that are known by now."""
-    content = pc.if_else(pa.array(where), hashes, facts["content_hash"].combine_chunks())
-    return facts.set_column(facts.num_columns - 1, "content_hash", content)
+def _kept(images: pa.Table, logged: pa.Table, found: Classified) -> tuple[pa.Table, pa.Table]:
+    """The log's lines that stay, with today's source and times; those among them to log again."""
+    where = pa.array(found.unchanged)
+    kept = logged = logged.filter(where)
+    for name in ("source", "inode", "ctime_ns"):
+        kept = set_plan_column(kept, name, images[name].filter(where))
+    is_moved = ~equal(kept, logged, "source") | found.new_times[found.unchanged]
+    return kept, kept.filter(pa.array(is_moved))
 
 
-def _hashes(
+def _content_hashes(
     entries: pa.Table,
-    facts: pa.Table,
-    copy: Mask,
+    changed: _Changed,
     kept: pa.Table,
-    known: Known,
+    state: LogState,
     journal: Path | None,
     workers: int,
 ) -> tuple[pa.Array, pa.Array]:
-    """Content hashes of the entries that can equal anything, and of what they can equal.
+    """Content hashes of the entries that can equal another image, and of what they can equal.
 
     Equal files have equal sizes and equal first bytes, so most files are not read twice.
     """
-    size = entries["size"].to_numpy()
-    placed = among(entries["reason"], {"", "too_many_pixels"})  # encoded under another limit?
+    size, facts = entries["size"].to_numpy(), changed.facts
+    # What is over the limit may have been encoded under another.
+    placed = among(entries["reason"], {"", "too_many_pixels"})
     unknown = pc.equal(facts["content_hash"], "").to_numpy()
     kept_size = kept["size"].to_numpy()
     has_hash = pc.not_equal(kept["content_hash"], "").to_numpy()
-    elsewhere = [known.content["size"].to_numpy(), kept_size, size[copy]]
-    taken = np.isin(size, np.concatenate(elsewhere))
-    sizes = pc.cast(entries["size"].combine_chunks(), pa.string())
-    looks = pc.binary_join_element_wise(sizes, facts["head"].combine_chunks(), "+")
-    twins = lookup(looks, looks) != np.asarray(pc.index_in(looks, value_set=looks))
-    twins = np.asarray(pc.is_in(looks, value_set=looks.filter(pa.array(twins))))
-    wanted = placed & unknown & (taken | twins)
+    others = [state.content["size"].to_numpy(), kept_size, size[changed.copies]]
+    is_taken = np.isin(size, np.concatenate(others))
+    sizes = pc.cast(entries["size"], pa.string())
+    looks = pc.binary_join_element_wise(sizes, facts["head"], "+").combine_chunks()
+    twins = np.asarray(pc.is_in(looks, value_set=repeated(looks)))
+    wanted = placed & unknown & (is_taken | twins)
     rivals = ~has_hash & np.isin(kept_size, size[placed]) & (kept["row"].to_numpy() >= 0)
     to_read = [entries.filter(pa.array(wanted)), kept.filter(pa.array(rivals))]
     read = read_hashes(pa.concat_tables([t.select(FILES) for t in to_read]), journal, workers)
     count = int(wanted.sum())
     return (
-        _scatter(facts["content_hash"].combine_chunks(), wanted, read.slice(0, count)),
-        _scatter(kept["content_hash"].combine_chunks(), rivals, read.slice(count)),
+        _scatter(facts["content_hash"], wanted, read.slice(0, count)),
+        _scatter(kept["content_hash"], rivals, read.slice(count)),
     )
 
 
-def _scatter(values: pa.Array, mask: Mask, new: pa.Array) -> pa.Array:
-    return pc.replace_with_mask(values, pa.array(mask), new)
+def _scatter(values: pa.ChunkedArray, mask: Mask, new: pa.Array) -> pa.Array:
+    return pc.replace_with_mask(values.combine_chunks(), pa.array(mask), new)
 
 
-def _let_in_encoded(entries: pa.Table, hashes: pa.Array, known: Known) -> pa.Table:
-    """What is encoded stays, though its size is beyond a limit that was lowered since."""
+def _admit_encoded(entries: pa.Table, hashes: pa.Array, state: LogState) -> pa.Table:
+    """Encoded images stay, though they are over a limit that was lowered since."""
     over = pc.equal(entries["reason"], "too_many_pixels")
     if not pc.any(over).as_py():
         return entries
-    encoded = pc.is_in(hashes, value_set=known.content["content_hash"])
-    over = pc.and_(over, encoded)
+    over = pc.and_(over, pc.is_in(hashes, value_set=state.content["content_hash"]))
     for name in ("reason", "detail"):
-        column = pc.if_else(over, "", entries[name])
-        entries = entries.set_column(PLAN.get_field_index(name), PLAN.field(name), column)
+        entries = set_plan_column(entries, name, pc.if_else(over, "", entries[name]))
     return entries
 
 
-def _settle_copies(
+def _mark_duplicates(
     entries: pa.Table, hashes: pa.Array, kept: pa.Table, kept_hashes: pa.Array
 ) -> pa.Table:
-    """Entries with a live image's content become its duplicates.
+    """Entries with a live image's content become its duplicates, with all known content hashes.
 
     Of several new ones the first by key is the original.
     """
     placed = pc.and_(pc.equal(entries["reason"].combine_chunks(), ""), pc.not_equal(hashes, ""))
-    mine = pc.if_else(placed, hashes, None)
+    own = pc.if_else(placed, hashes, None)
     claimed = pc.if_else(pc.greater_equal(kept["row"].combine_chunks(), 0), kept_hashes, None)
-    original = lookup(mine, pc.if_else(pc.equal(claimed, ""), None, claimed))
-    first = pc.index_in(mine, value_set=mine, skip_nulls=True)
-    later = np.asarray(pc.fill_null(pc.less(first, pa.array(np.arange(len(mine)))), False))
-    copies = (original >= 0) | later
-    told = pc.coalesce(
-        take_or_null(kept["key"].combine_chunks(), original),
-        entries["key"].combine_chunks().take(first),
-    )
+    original = lookup(own, pc.if_else(pc.equal(claimed, ""), None, claimed))
+    first = pc.index_in(own, value_set=own, skip_nulls=True)
+    later = np.asarray(pc.fill_null(pc.less(first, pa.array(np.arange(len(own)))), False))
+    is_copy = (original >= 0) | later
+    keys = entries["key"].combine_chunks()
+    originals = pc.coalesce(take_or_null(kept["key"].combine_chunks(), original), keys.take(first))
     values = {
         "content_hash": hashes,
-        "bucket": pc.if_else(copies, "", entries["bucket"].combine_chunks()),
-        "reason": pc.if_else(copies, "duplicate", entries["reason"].combine_chunks()),
-        "detail": pc.if_else(copies, told, entries["detail"].combine_chunks()),
+        "bucket": pc.if_else(is_copy, "", entries["bucket"]),
+        "reason": pc.if_else(is_copy, "duplicate", entries["reason"]),
+        "detail": pc.if_else(is_copy, originals, entries["detail"]),
     }
     for name, column in values.items():
-        entries = entries.set_column(PLAN.get_field_index(name), PLAN.field(name), column)
+        entries = set_plan_column(entries, name, column)
     return entries
 
 
-def _same_rows(a: pa.Table, b: pa.Table, strict: bool) -> Mask:
-    """Whether each row is the same in both, in every column.
+def _same_lines(a: pa.Table, b: pa.Table, strict: bool) -> Mask:
+    """Whether each row is equal in every column.
 
-    Times that `b`, the log, lacks are the same unless `strict`.
+    Times that `b`, the log, lacks count as equal unless `strict`.
     """
     same: Mask = np.all(crop_matrix(a["crop"]) == crop_matrix(b["crop"]), axis=1)
     for name in PLAN.names:

@@ -1,11 +1,12 @@
-"""What planning must read of files: their headers, and where two may be equal their content.
+"""Reads image headers, and the content hashes of files that may be equal, for planning.
 
-Both go through a journal in staging: a planning that was killed goes on where it was.
+Results are journaled in staging, so that a planning that was killed resumes where it was.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xlsd_cache.files.inflate import BadSource
@@ -28,7 +28,7 @@ from xlsd_cache.images.decode import (
 )
 from xlsd_cache.images.sandbox import decoders
 from xlsd_cache.outcomes import LIMITED, RETRIED, Rejected
-from xlsd_cache.runtime.arrow import lookup, take_or_null
+from xlsd_cache.runtime.arrow import Ints, lookup, merge_rows, take_or_null
 from xlsd_cache.runtime.bounded_files import parse_json
 from xlsd_cache.runtime.own_files import MARK, is_marked
 from xlsd_cache.runtime.threads import in_blocks
@@ -37,16 +37,16 @@ HEADERS = pa.schema(
     [
         ("width", pa.int32()),  # of the upright image; 0 where it could not be read
         ("height", pa.int32()),
-        ("reason", pa.string()),  # empty, or why not
+        ("reason", pa.string()),  # empty, or an outcomes.Reason
         ("detail", pa.string()),
-        ("head", pa.string()),  # of the file's first bytes: files that differ here need no hash
+        ("head", pa.string()),  # hash of the file's first bytes: where it differs, files differ
     ]
 )
-_TIMES = ["size", "mtime_ns", "inode", "ctime_ns"]  # as in locate.Stat
-_NAMES = [pa.field("key", pa.string()), *(pa.field(name, pa.int64()) for name in _TIMES)]
-FILES = ["key", "source", *_TIMES]  # the columns of files to read
+_STAT = ["size", "mtime_ns", "inode", "ctime_ns"]  # as in uri.Stat
+_IDENTITY = [pa.field("key", pa.string()), *(pa.field(name, pa.int64()) for name in _STAT)]
+FILES = ["key", "source", *_STAT]  # the columns of files to read
 HASHES = pa.schema([("content_hash", pa.string())])  # sha256; empty where it cannot be read
-_HEAD_BYTES = 16384  # what reading the header fetches from the disk anyway
+_HEAD_BYTES = 16384  # a disk reads as much for the header anyway
 _BLOCK = 64  # files a thread takes at once
 
 File = tuple[str, int]  # source, bytes
@@ -58,50 +58,60 @@ def read_headers(
 ) -> pa.Table:
     """HEADERS of `files` (FILES), aligned with it.
 
-    Sizes are told whatever they are; `max_pixels` only limits the memory of what parses headers.
+    Sizes are given whatever they are; `max_pixels` only limits the memory that parsing may take.
     """
-    header = partial(_header, workers, max_pixels)
-    return _read(files, HEADERS, header, journal, workers, "reading headers")
+
+    def keep(row: Row) -> bool:
+        # A passing fault, and a verdict that depends on a limit, must not be found in the journal.
+        return row[2] not in RETRIED | LIMITED
+
+    header, results = partial(_header, workers, max_pixels), _Journal(journal, HEADERS, keep)
+    return _read(files, HEADERS, header, results, workers, "reading headers")
 
 
 def read_hashes(
     files: pa.Table, journal: Path | None, workers: int, doing: str = "finding duplicates"
 ) -> pa.Array:
-    """sha256 of `files`, aligned; empty where one cannot be read, which its encoding will say."""
-    return _read(files, HASHES, _hash, journal, workers, doing)["content_hash"].combine_chunks()
+    """sha256 of `files` (FILES), aligned; empty where one cannot be read: encoding will say why."""
+
+    def keep(row: Row) -> bool:
+        return bool(row[0])
+
+    table = _read(files, HASHES, _hash, _Journal(journal, HASHES, keep), workers, doing)
+    return table["content_hash"].combine_chunks()
 
 
 def _header(workers: int, max_pixels: int, file: File) -> Row:
     source, nbytes = file
-    head, size = "", Rejected("bad_name", "its name is not UTF-8; rename it")
+    head, why = "", Rejected("bad_name", "its name is not UTF-8; rename it")
     try:
         most = max_bytes(max_pixels)
         if nbytes > most:
-            size = Rejected("too_many_bytes", f"{nbytes} bytes are more than {most}")
+            why = Rejected("too_many_bytes", f"{nbytes} bytes are more than {most}")
         elif source:
             with open_source(source, most) as opened:
                 first = opened.read(_HEAD_BYTES)
                 head = hashlib.blake2b(first, digest_size=8).hexdigest()
                 if PARSED_IN_C.match(first):
                     first += opened.read(most)
-                    found = decoders(workers, max_pixels).call(header_of, first, MOST_PIXELS)
+                    size = decoders(workers, max_pixels).call(header_of, first, MOST_PIXELS)
                 else:
                     opened.seek(0)
-                    found = read_header(opened, nbytes, MOST_PIXELS)
-                if MARK.encode() in first and not isinstance(found, Rejected):
+                    size = read_header(opened, nbytes, MOST_PIXELS)
+                if MARK.encode() in first and not isinstance(size, Rejected):
                     opened.seek(0)
                     if is_marked(opened):
-                        found = Rejected("made_here", "one of these programs drew it")
-            if not isinstance(found, Rejected):
-                return *found, "", "", head
-            size = found
+                        size = Rejected("made_here", "one of these programs drew it")
+            if not isinstance(size, Rejected):
+                return *size, "", "", head
+            why = size
     except FileNotFoundError:
-        size = Rejected("vanished", "gone between the scan and its reading")
+        why = Rejected("vanished", "gone between the scan and its reading")
     except BadSource as error:
-        size = Rejected(error.reason, str(error))
+        why = Rejected(error.reason, str(error))
     except OSError as error:
-        size = Rejected("unreadable", error.strerror or str(error))
-    return 0, 0, size.reason, size.detail.encode("utf-8", "backslashreplace").decode(), head
+        why = Rejected("unreadable", error.strerror or str(error))
+    return 0, 0, why.reason, why.detail.encode("utf-8", "backslashreplace").decode(), head
 
 
 def _hash(file: File) -> Row:
@@ -115,32 +125,29 @@ def _read(
     files: pa.Table,
     schema: pa.Schema,
     function: Callable[[File], Row],
-    journal: Path | None,
+    journal: "_Journal",
     workers: int,
-    doing: str,
+    title: str,
 ) -> pa.Table:
-    """`function` of each file as a table, what the journal already holds left out of the work."""
-    past, at = _resume(files, schema, journal)
-    todo = np.flatnonzero(at < 0)
-    rows: list[pa.Table] = [past.take(pa.array(at[at >= 0]))]
-    bar = tqdm(
-        desc=doing, total=len(at), initial=len(at) - len(todo), unit="file", disable=len(todo) < 99
-    )
-    with bar:
-        stream = (todo[i : i + 4096] for i in range(0, len(todo), 4096))
-        wanted = (row for part in stream for row in _listed(files, part))
-        # A line a file, a write a block: at a kill only what the threads hold is read again.
-        for block in in_blocks(partial(_each, function), wanted, _BLOCK, workers):
-            rows.append(_table([found for _, found in block], schema))
-            _append(journal, block)
+    """`function` of each file as a table; files that the journal has are not read again."""
+    journaled, rows = journal.read(files)
+    todo = np.flatnonzero(rows < 0)
+    tables: list[pa.Table] = [journaled.take(pa.array(rows[rows >= 0]))]
+    done, total = len(rows) - len(todo), len(rows)
+    with tqdm(desc=title, total=total, initial=done, unit="file", disable=len(todo) < 99) as bar:
+        parts = (todo[i : i + 4096] for i in range(0, len(todo), 4096))
+        stream = (file for part in parts for file in _listed(files, part))
+        # The journal is written block by block: a kill loses only what the threads hold.
+        for block in in_blocks(partial(_each, function), stream, _BLOCK, workers):
+            tables.append(_table([result for _, result in block], schema))
+            journal.append(block)
             bar.update(len(block))
-    order = np.empty(len(at), np.int64)
-    order[np.concatenate([np.flatnonzero(at >= 0), todo])] = np.arange(len(at))
-    return pa.concat_tables(rows).combine_chunks().take(pa.array(order))
+    order = np.concatenate([np.flatnonzero(rows >= 0), todo])
+    return merge_rows([pa.concat_tables(tables)], [order])
 
 
-def _listed(files: pa.Table, at: NDArray[np.int64]) -> list[Row]:
-    part = files.select(FILES).take(pa.array(at))
+def _listed(files: pa.Table, rows: Ints) -> list[Row]:
+    part = files.select(FILES).take(pa.array(rows))
     return list(zip(*(column.to_pylist() for column in part.columns), strict=True))
 
 
@@ -155,44 +162,50 @@ def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _append(journal: Path | None, block: list[tuple[Row, Row]]) -> None:
-    if journal is None:
-        return
-    # What was the moment's fault or a limit's, and a hash that could not be had, is not to be
-    # believed later.
-    doubted = RETRIED | LIMITED
-    kept = [
-        (*named, *row) for named, row in block if not doubted.intersection(row) and row[0] != ""
-    ]
-    with journal.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in kept))
+@dataclass(frozen=True)
+class _Journal:
+    """A file of JSON lines: key and stat of a file, then what was read of it."""
 
+    path: Path | None  # None: nothing is kept
+    schema: pa.Schema  # of the results
+    keep: Callable[[Row], bool]  # whether a result may be used by a later planning
 
-def _resume(
-    files: pa.Table, schema: pa.Schema, journal: Path | None
-) -> tuple[pa.Table, NDArray[np.int64]]:
-    """The journal's results, and which of them is each file's, or -1."""
-    nothing = _table([], schema), np.full(files.num_rows, -1)
-    if journal is None or not journal.exists():
-        return nothing
-    lines: list[Row] = []
-    whole = 0
-    with journal.open("r+b") as file:
-        for line in file:
-            try:
-                lines.append(tuple(parse_json(line)))
-            except (ValueError, TypeError):
-                break
-            whole += len(line)
-        file.truncate(whole)  # a torn line would spoil the next
-    try:
-        journaled = _table(lines, pa.schema([*_NAMES, *schema]))
-    except (ValueError, TypeError, pa.ArrowException):  # not ours, or of another version
-        journal.unlink()
-        return nothing
-    at = lookup(files["key"], journaled["key"])
-    there = take_or_null(journaled, at)
-    for name in _TIMES:
-        same = pc.fill_null(pc.equal(there[name], files[name]), False)
-        at = np.where(same, at, -1)
-    return journaled.select(schema.names), at
+    def append(self, block: list[tuple[Row, Row]]) -> None:
+        """Write the results that may be kept."""
+        if self.path is None:
+            return
+        kept = [(*file, *result) for file, result in block if self.keep(result)]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept))
+
+    def read(self, files: pa.Table) -> tuple[pa.Table, Ints]:
+        """The results, and the row of each file's, or -1; another program's file is deleted."""
+        nothing = _table([], self.schema), np.full(files.num_rows, -1)
+        if self.path is None or not self.path.exists():
+            return nothing
+        try:
+            table = _table(self._lines(self.path), pa.schema([*_IDENTITY, *self.schema]))
+        except (ValueError, TypeError, pa.ArrowException):  # or of another version
+            self.path.unlink()
+            return nothing
+        rows = lookup(files["key"], table["key"])
+        journaled = take_or_null(table, rows)
+        for name in _STAT:
+            same = pc.fill_null(pc.equal(journaled[name], files[name]), False)
+            rows = np.where(same, rows, -1)
+        return table.select(self.schema.names), rows
+
+    @staticmethod
+    def _lines(path: Path) -> list[Row]:
+        """The lines up to the first damaged one, from which the file is cut off."""
+        lines: list[Row] = []
+        nbytes = 0
+        with path.open("r+b") as file:
+            for line in file:
+                try:
+                    lines.append(tuple(parse_json(line)))
+                except (ValueError, TypeError):
+                    break
+                nbytes += len(line)
+            file.truncate(nbytes)  # what is appended next must start a line
+        return lines

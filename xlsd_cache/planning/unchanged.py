@@ -1,4 +1,4 @@
-"""Which images are as the log has them: by their times, and where those differ by their content."""
+"""Classifies scanned images against the log: by size and times, where those differ by content."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -18,53 +18,54 @@ SCANNED = -1  # width and height in the log of an image that the scan rejected
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How each scanned image stands to the log."""
+class Classified:
+    """Masks over the scanned images. Those neither unchanged nor a copy are new or changed."""
 
-    refused: Mask  # the scan itself rejects it
-    settled: Mask  # the log holds for it
-    copies: Mask  # as the log has it, but a duplicate, whose original may be gone
-    renewed: Mask  # settled, its content proved to be the log's, but not its times
-    hashes: pa.Array  # sha256 of what was read for this, else empty
+    refused: Mask  # rejected by the scan itself, whatever the log says
+    unchanged: Mask  # as the log has it; the log's line stays
+    copies: Mask  # as the log has it, a duplicate, whose original may be gone
+    new_times: Mask  # unchanged, proved by its content; inode or ctime are to be logged again
+    hashes: pa.Array  # sha256 of what was read to find out, else empty
 
 
-def compare(
+def classify(
     images: pa.Table,
     logged: pa.Table,
     max_pixels: int,
     rehash: bool,
     journal: Path | None,
     workers: int,
-) -> Standing:
-    """Compare sources.IMAGES with their lines in the log, aligned; nulls where there is none.
+) -> Classified:
+    """Compare IMAGES with their lines in the log (PLAN), aligned; null where there is none.
 
-    Where size and mtime are the log's but inode or ctime are not, another file may have taken the
-    name, so its content is read and compared. An older log knows neither: it is trusted. With
-    `rehash` every content is.
+    Where size and mtime are the log's but inode or ctime differ, another file may have taken the
+    name, so its content is read and compared. An older log has neither: it is trusted. With
+    `rehash` every content is read.
     """
     refused = np.asarray(pc.not_equal(images["reason"], ""))
     by_scan = np.asarray(pc.fill_null(pc.less(logged["width"], 0), False))
     same = equal(logged, images, "size") & equal(logged, images, "mtime_ns") & (refused == by_scan)
     same &= ~(refused & ~(equal(logged, images, "reason") & equal(logged, images, "detail")))
-    same &= refused | ~_tried_again(logged, max_pixels, rehash)
-    doubted = same & ~refused
+    same &= refused | ~_is_retried(logged, max_pixels, rehash)
+    doubtful = same & ~refused
     if not rehash:
-        doubted &= _differ(logged, images, "inode") | _differ(logged, images, "ctime_ns")
-    to_read = doubted & np.asarray(pc.fill_null(pc.not_equal(logged["content_hash"], ""), False))
-    doing = "hashing every image" if rehash else "new inode or ctime: comparing content"
-    read = read_hashes(images.filter(pa.array(to_read)), journal, workers, doing)
+        doubtful &= _differ(logged, images, "inode") | _differ(logged, images, "ctime_ns")
+    to_read = doubtful & np.asarray(pc.fill_null(pc.not_equal(logged["content_hash"], ""), False))
+    title = "hashing every image" if rehash else "new inode or ctime: comparing content"
+    read = read_hashes(images.filter(pa.array(to_read)), journal, workers, title)
     hashes = pc.replace_with_mask(pa.repeat("", images.num_rows), pa.array(to_read), read)
     proved = to_read & np.asarray(pc.fill_null(pc.equal(logged["content_hash"], hashes), False))
-    same &= ~doubted | proved
+    same &= ~doubtful | proved
     copies = same & ~refused & among(logged["reason"], {"duplicate"})
     old_times = ~(equal(logged, images, "inode") & equal(logged, images, "ctime_ns"))
-    return Standing(refused, same & ~copies, copies, same & ~copies & proved & old_times, hashes)
+    unchanged = same & ~copies
+    return Classified(refused, unchanged, copies, unchanged & proved & old_times, hashes)
 
 
-def _tried_again(logged: pa.Table, max_pixels: int, rehash: bool) -> Mask:
-    """What failed by the moment's fault, or by a limit that is another now.
+def _is_retried(logged: pa.Table, max_pixels: int, rehash: bool) -> Mask:
+    """Whether the log's rejection may no longer hold: a passing fault, or a limit since changed.
 
-    Older logs lack the sides of an image that was over the limit, which then was MAX_PIXELS.
+    Older logs lack the size of an image over the limit, which was MAX_PIXELS then.
     """
     again: Mask = among(logged["reason"], RETRIED | FAILURES if rehash else RETRIED)
     large = among(logged["reason"], {"too_many_pixels"})
@@ -78,15 +79,15 @@ def _tried_again(logged: pa.Table, max_pixels: int, rehash: bool) -> Mask:
 
 
 def equal(a: pa.Table, b: pa.Table, column: str) -> Mask:
-    """Whether the column is the same, row by row; false where either is null."""
+    """Whether a column is equal, row by row; false where either is null."""
     return np.asarray(pc.fill_null(pc.equal(a[column], b[column]), False))
 
 
 def _differ(a: pa.Table, b: pa.Table, column: str) -> Mask:
-    """Whether the column is another, row by row; false where either is null."""
+    """Whether a column differs, row by row; false where either is null."""
     return np.asarray(pc.fill_null(pc.not_equal(a[column], b[column]), False))
 
 
 def among(column: pa.ChunkedArray, values: Set[str]) -> Mask:
-    """Whether each is one of these."""
+    """Whether each value is one of `values`."""
     return np.asarray(pc.is_in(column, value_set=pa.array(sorted(values))))

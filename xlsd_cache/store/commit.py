@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 from filelock import BaseFileLock, FileLock, Timeout
 
 from xlsd_cache.runtime.atomic import sweep, write_parquet
-from xlsd_cache.schema import COMMIT
+from xlsd_cache.schema import COMMIT, PlanEntry
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CorruptShard, Row, ShardWriter, read_journal
 from xlsd_cache.store.view import StoreView
@@ -30,7 +29,7 @@ class Claim:
     """
 
     unit: Unit
-    entries: dict[int, dict[str, Any]]  # slot -> plan entry
+    entries: dict[int, PlanEntry]  # slot -> plan entry
     store: StoreView
     lock: BaseFileLock
     writer: ShardWriter
@@ -51,9 +50,7 @@ class Claim:
         self.lock.release()
 
 
-def claim(
-    store: StoreView, unit: Unit, entries: dict[int, dict[str, Any]], batch: int
-) -> Claim | None:
+def claim(store: StoreView, unit: Unit, entries: dict[int, PlanEntry], batch: int) -> Claim | None:
     """Take `unit` for this process; None when another holds it or it is committed by now.
 
     `entries` are the planned rows by slot. A shard that was put in place by a process killed
@@ -149,7 +146,7 @@ def _holds(store: StoreView, unit: Unit, rows: dict[int, Row]) -> bool:
 
 
 def write_commit(
-    store: StoreView, unit: Unit, entries: dict[int, dict[str, Any]], rows: dict[int, Row]
+    store: StoreView, unit: Unit, entries: dict[int, PlanEntry], rows: dict[int, Row]
 ) -> None:
     """Write the unit's commit record: from then on its shard counts."""
     lines = [

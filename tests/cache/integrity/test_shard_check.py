@@ -2,6 +2,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,8 @@ def test_values_that_are_not_finite_are_found(tmp_path: Path, dtype: str, value:
     writer = ShardWriter(manifest.staging, unit.name, [[0]], latent.nbytes)
     writer.append([Row(0, "hash")], {0: latent})
     writer.finish(manifest.shard(unit), 4)
-    write_commit(store, unit, {0: {"key": "a.png"}}, writer.rows)
+    entries: dict[int, Any] = {0: {"key": "a.png"}}
+    write_commit(store, unit, entries, writer.rows)
     problems = verify_shard(store, unit, set())
     assert bool(problems) == (not np.isfinite(value))
     assert all("hold NaN or infinity: a.png" in str(problem) for problem in problems)

@@ -3,6 +3,7 @@ import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,22 +17,23 @@ from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.images.decode import MAX_PIXELS
 from xlsd_cache.outcomes import Reason, Rejected
 from xlsd_cache.planning import probe as headers
-from xlsd_cache.planning.log_state import CONTENT, NOTHING, Known, former_names, read_known
-from xlsd_cache.planning.plan import Entry, Plan, make_plan
+from xlsd_cache.planning.log_state import CONTENT, EMPTY_LOG, LogState, former_names, read_log_state
+from xlsd_cache.planning.plan import GenerationPlan, make_plan
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
 from xlsd_cache.sources.scan import scan
 from xlsd_cache.store.manifest import Manifest, Unit
 
+Entry = dict[str, Any]  # of PLAN
 BUCKETS = Buckets.make("square", 64, 4.0, upscale=False)
 
 
-def known(*entries: Entry, encoded: bool = True, texts: dict[str, str] | None = None) -> Known:
+def known(*entries: Entry, encoded: bool = True, texts: dict[str, str] | None = None) -> LogState:
     """The log after these entries, all of them committed or none, and `txt` captions."""
     placed = [entry for entry in entries if not entry["reason"]]
     content = [{name: entry[name] for name in CONTENT.names} for entry in placed]
     said = [{"key": key, "column": "txt", "text": text} for key, text in (texts or {}).items()]
-    return Known(
+    return LogState(
         pa.Table.from_pylist(list(entries), PLAN),
         pa.Table.from_pylist(content if encoded else [], CONTENT),
         {"64x64": 8} if placed else {},
@@ -41,12 +43,12 @@ def known(*entries: Entry, encoded: bool = True, texts: dict[str, str] | None = 
 
 def plan(
     folder: Path,
-    before: Known = NOTHING,
+    before: LogState = EMPTY_LOG,
     staging: Path | None = None,
     max_pixels: int = MAX_PIXELS,
     refused: dict[str, Rejected] | None = None,
     rehash: bool = False,
-) -> Plan:
+) -> GenerationPlan:
     """The plan of a folder; `refused` are the images that the scan rejects, by name."""
     found = scan((str(folder),), ("txt",))
     images = found.images
@@ -73,7 +75,7 @@ def settled(folder: Path) -> list[Entry]:
     ]
 
 
-def by_key(made: Plan) -> dict[str, Entry]:
+def by_key(made: GenerationPlan) -> dict[str, Entry]:
     return {entry["key"].removeprefix("in/"): entry for entry in made.entries.to_pylist()}
 
 
@@ -311,10 +313,10 @@ def test_images_over_the_limit_are_tried_again_when_it_is_raised(
     write_images(folder, ["wide.png"], width=150, height=100)
     staging = tmp_path / "staging"
     staging.mkdir()
-    first = plan(folder, NOTHING, staging, SMALL)
+    first = plan(folder, EMPTY_LOG, staging, SMALL)
     assert {e["reason"] for e in first.entries.to_pylist()} == {"too_many_pixels"}
     assert "160x128 is over 0.004096 megapixels" in by_key(first)["a.png"]["detail"]
-    raised = plan(folder, NOTHING, staging, 150 * 100)  # the headers are in the journal
+    raised = plan(folder, EMPTY_LOG, staging, 150 * 100)  # the headers are in the journal
     assert {k: e["reason"] for k, e in by_key(raised).items()} == {
         "a.png": "too_many_pixels", "b.png": "too_many_pixels", "c.png": "too_many_pixels",
         "wide.png": "",
@@ -358,7 +360,7 @@ def test_former_names_give_what_was_encoded_under_them(tmp_path: Path) -> None:
     manifest.make_folders()
 
     def generation(number: int) -> None:
-        made = plan(folder, read_known(manifest, 4))
+        made = plan(folder, read_log_state(manifest, 4))
         manifest.write_plan(number, made.entries, made.removed, made.captions)
         live = {f"in/{p.name}": sha256(p.read_bytes()) for p in folder.glob("*.png")}
         commit_all(manifest, number, live)
@@ -417,7 +419,7 @@ def test_whatever_files_become_every_name_has_its_contents_latent(
                 pixels = Image.fromarray(picture(content, 64, 64))
                 pixels.save(folder / name, format="BMP")
                 os.utime(folder / name, ns=(1, 1))
-        made = plan(folder, read_known(manifest, 4))
+        made = plan(folder, read_log_state(manifest, 4))
         manifest.write_plan(number, made.entries, made.removed, made.captions)
         live = {entry["key"]: entry for entry in manifest.live(number).to_pylist()}
         assert live.keys() == {f"in/{name}" for name in files}
@@ -432,7 +434,7 @@ def test_whatever_files_become_every_name_has_its_contents_latent(
             else:
                 assert encoded.get(placed[key], contents[key]) == contents[key]
         assert len({contents[key] for key in placed}) == len(placed)
-        again = plan(folder, read_known(manifest, 4))
+        again = plan(folder, read_log_state(manifest, 4))
         assert again.is_empty, again.entries.to_pylist()
         if encode:
             encoded |= commit_all(manifest, number, contents)
