@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar, TypeVarTuple
@@ -32,7 +32,6 @@ SECONDS = 120.0  # QOI, in plain Python, takes that long for an image of MAX_PIX
 NBYTES = 3 * 2**30  # what every format needs for it
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
-Message = Sequence[bytes | bytearray | memoryview]  # a pickle, and the arrays' bytes left out of it
 
 
 class Guard:
@@ -54,7 +53,7 @@ class Guard:
 
         Raises what the function raises. Waits while every child is busy.
         """
-        message = _pack((function, args))
+        message = pickle.dumps((function, args), 5)
         child = self._idle.get()
         try:
             returned, value = child.call(message)
@@ -85,7 +84,7 @@ class _Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._answered = 0  # calls of this process
 
-    def call(self, message: Message) -> tuple[bool, Any]:
+    def call(self, message: bytes) -> tuple[bool, Any]:
         """(True, what the function returned or a Rejected), or (False, what it raised)."""
         if self._process is None or self._process.poll() is not None:
             self._start()
@@ -114,7 +113,7 @@ class _Child:
         """Start a process that answers; a second time where the first dies, by no call's fault."""
         for _ in range(2):
             self._spawn()
-            if not _failed(self._attempt(_pack((os.getpid, ())))):
+            if not _failed(self._attempt(pickle.dumps((os.getpid, ())))):
                 return
         self.stop()
         raise UserError(
@@ -143,7 +142,7 @@ class _Child:
             )
         self._answered = 0
 
-    def _attempt(self, message: Message) -> tuple[bool, Any]:
+    def _attempt(self, message: bytes) -> tuple[bool, Any]:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -157,7 +156,7 @@ class _Child:
             self.stop()
             raise
         else:
-            return _unpack(answer)  # type: ignore[no-any-return]
+            return pickle.loads(answer)  # type: ignore[no-any-return]  # noqa: S301 - our child's
         # The watchdog exits with 1; so do C libraries that give up, but not after that long.
         if code == 1 and time.monotonic() - begun >= self._seconds:
             return True, Rejected("decoder_hung", f"no end after {self._seconds:g} seconds")
@@ -222,14 +221,14 @@ def serve() -> None:
             _write(answers, answer)
 
 
-def _answer(message: Message) -> Message:
+def _answer(message: bytes) -> bytes:
     try:
-        function, args = _unpack(message)
-        return _pack((True, function(*args)))
+        function, args = pickle.loads(message)  # noqa: S301 - from our own parent
+        return pickle.dumps((True, function(*args)), 5)
     except MemoryError:
-        return _pack((True, Rejected("too_much_memory", "decoding it ran out of memory")))
+        return pickle.dumps((True, Rejected("too_much_memory", "decoding it ran out of memory")), 5)
     except Exception as error:
-        return _pack((False, error))
+        return pickle.dumps((False, error), 5)
 
 
 def _limit_memory(nbytes: int) -> None:
@@ -247,36 +246,21 @@ def _limit_memory(nbytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
-def _pack(value: object) -> Message:
-    """The value pickled, its arrays not copied. Raises what pickle raises."""
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(value, 5, buffer_callback=buffers.append)
-    return [head, *(buffer.raw() for buffer in buffers)]
+def _write(pipe: IO[bytes], message: bytes) -> None:
+    """The length of a pickle, then the pickle. Raises OSError when nobody reads.
 
-
-def _unpack(message: Message) -> Any:
-    head, *buffers = message
-    return pickle.loads(head, buffers=buffers)  # noqa: S301 - from our own child, or parent
-
-
-def _write(pipe: IO[bytes], message: Message) -> None:
-    """Sizes, then parts. Raises OSError when nobody reads."""
-    sizes = [len(part) for part in message]
-    pipe.write(struct.pack(f"<Q{len(sizes)}Q", len(sizes), *sizes))
-    for part in message:
-        pipe.write(part)
+    multiprocessing's Connection would do it for these pipes on POSIX, and for none on Windows.
+    """
+    pipe.write(struct.pack("<Q", len(message)))
+    pipe.write(message)
     pipe.flush()
 
 
-def _read(pipe: IO[bytes]) -> Message:
-    """What `_write` wrote. Raises EOFError when nobody will write it any more."""
-    (count,) = struct.unpack("<Q", _exactly(pipe, 8))
-    sizes = struct.unpack(f"<{count}Q", _exactly(pipe, 8 * count))
-    return [_exactly(pipe, size) for size in sizes]
-
-
-def _exactly(pipe: IO[bytes], nbytes: int) -> bytearray:
-    data = bytearray(nbytes)
-    if pipe.readinto(data) < nbytes:  # type: ignore[attr-defined]
-        raise EOFError("the other process is gone")
-    return data
+def _read(pipe: IO[bytes]) -> bytes:
+    """What `_write` wrote. Raises EOFError when the process that writes has ended."""
+    head = pipe.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else 1
+    message = pipe.read(length)
+    if len(message) < length:
+        raise EOFError("the other process has ended")
+    return message
