@@ -162,7 +162,12 @@ def _main(words: Sequence[str]) -> int:
         raise UserError("no command is given; `xlsd-cache --help` lists them all")
     refuse_empty(words)
     check_words(words[1:], command.options, NAMES)
-    options = tyro.cli(command.options, prog=f"xlsd-cache {words[0]}", args=words[1:])
+    options = tyro.cli(
+        command.options,
+        prog=f"xlsd-cache {words[0]}",
+        args=words[1:],
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
+    )
     if not _only_prints(options):
         go_on_alone()
     return command.run(options, began) or 0

@@ -1,11 +1,15 @@
-"""One frozen dataclass a command; the command line is generated from it."""
+"""The options of every command of xlsd-cache, a frozen dataclass each.
+
+The command line and its help pages are generated from them; the base classes of `BuildOptions` are
+the groups of its page.
+"""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
+from tyro.conf import Positional, arg
 
 from xlsd_cache.console.option_checks import (
     Count,
@@ -22,126 +26,153 @@ from xlsd_cache.files.captions import Column
 from xlsd_cache.images.decode import MAX_PIXELS, MOST_PIXELS
 from xlsd_cache.vocabulary import RESERVED, Padding, Precision
 
+Device = Literal["auto", "cuda", "cpu"]
+Columns = Annotated[str, arg(metavar="COLUMNS")]
+RowsPerShard = Annotated[int, Within(1, 2**20)]
+
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """Encode every image once into a latent store, or bring an existing store up to date.
+class Options:
+    """The options of a command, whose values are checked before anything is read."""
 
-    Running it again does only what is missing: new and changed images are encoded, removed ones
-    leave training, renamed ones keep their latent, duplicates are encoded once. It may be killed
-    at any moment; the same command goes on where it was.
-    """
+    def __post_init__(self) -> None:
+        """Raise UserError for the first value that no run of the command can use."""
+        check_options(self)
 
-    source: tyro.conf.Positional[tuple[str, ...]] = ("images",)
-    """Folders, searched at every depth; archives (.tar, .tar.gz, .zip); tables of images or of
-    their paths (.parquet, .arrow, .jsonl, .json, .csv); any number."""
 
-    out: Folder = Path("latents")
-    """The store. It alone is needed for training, and may be moved."""
+@dataclass(frozen=True)
+class SourceOptions(Options):
+    """Images."""
+
+    source: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")] = ("images",)
+    """Folders (searched recursively), archives (.tar, .tar.gz, .zip), and tables of images or of
+    image paths (.parquet, .arrow, .jsonl, .json, .csv). Any number."""
+
+    only: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Use only these images: names (key, path in the source, or file name), patterns such as
+    'good/*.png', or text files with one of them per line."""
+
+    exclude: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Skip these images, given as in --only, e.g. '*_mask.*'."""
+
+    image_suffix: str | None = None
+    """For samples of several images (webdataset): the suffix of the one to use, e.g. image.jpg for
+    0000.image.jpg, whose caption is 0000.txt. Comma-separated. Default: every image is a sample."""
+
+    max_megapixels: Annotated[float, Within(0, MOST_PIXELS / 1e6, above=True)] = MAX_PIXELS / 1e6
+    """Reject larger images. Decoding takes up to 24 MiB of memory per megapixel."""
+
+    allow_outside: bool = False
+    """Allow rows of tables to name files outside the table's folder and the given sources."""
+
+    rehash: bool = False
+    """Read every image again and re-encode those whose content has changed. Without it, an image
+    counts as unchanged if its size, mtime, inode and ctime are."""
+
+    forget: Annotated[tuple[str, ...], arg(metavar="SOURCE ...")] = ()
+    """Sources of earlier builds that no longer exist: drop their images from the store."""
+
+    @property
+    def image_suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the images to use, without the first dot; empty: every image."""
+        return split_columns(self.image_suffix) if self.image_suffix else ()
+
+    @property
+    def max_pixels(self) -> int:
+        """--max-megapixels, in pixels."""
+        return round(self.max_megapixels * 1e6)
+
+
+@dataclass(frozen=True)
+class CaptionOptions(Options):
+    """Captions."""
+
+    captions: Columns = "auto"
+    """Caption columns, comma-separated: the suffix of the text files next to the images (txt),
+    json:FIELD of the .json next to them, jsonl:FIELD, csv:FIELD or parquet:FIELD of a table's row,
+    or none. auto: txt, or the text or caption field of tables, whichever most images have."""
+
+    @property
+    def caption_columns(self) -> tuple[str, ...] | None:
+        """Names of the caption columns; None for auto."""
+        return None if self.captions == "auto" else columns_or_none(self.captions)
+
+
+@dataclass(frozen=True)
+class VaeOptions(Options):
+    """VAE."""
 
     vae: str = "sdxl"
     """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id ORG/NAME, a folder, or a .safetensors file."""
 
     vae_scaling_factor: Factor | None = None
-    """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""
+    """Scaling factor of a .safetensors file without one: 0.13025 for SDXL's VAE, 0.18215 for
+    SD's."""
 
     vae_padding: Padding = "zeros"
-    """How the VAE's convolutions pad. reflect: for the EQ-VAEs that were trained so, and only them.
-    The store remembers it."""
+    """Padding of the VAE's convolutions; the store records it. reflect: only for EQ-VAEs trained
+    with it."""
+
+    precision: Precision = "fp32"
+    """Precision of the VAE. fp32: TF32 off."""
+
+
+@dataclass(frozen=True)
+class SizeOptions(Options):
+    """Sizes."""
 
     resolution: Annotated[int, Within(64, 2**14)] = 512
     """Buckets have at most resolution x resolution pixels. A multiple of 64."""
 
     buckets: str = "aspect"
-    """aspect: every ratio in steps of 64 pixels; square; or a list of sizes, 512x512,512x768."""
+    """aspect: all aspect ratios in steps of 64 pixels. square: one bucket. Or a list of sizes:
+    512x512,512x768."""
 
     max_ratio: Annotated[float, Within(1, 100)] = 4.0
-    """Images longer than this (long side over short side) are rejected."""
+    """Reject images whose long side is more than this many times the short side."""
 
     upscale: bool = False
     """Enlarge images that are smaller than their bucket instead of rejecting them."""
 
-    batch: Annotated[int, Within(1, 10**4)] | None = None
-    """Images per VAE call. Default: on a CPU one to each core, on a card what fits, up to 32."""
 
-    workers: Threads = os.cpu_count() or 4
-    """Images that are read and decoded at once while the VAE works. Default: one a core."""
+@dataclass(frozen=True)
+class StoreOptions(Options):
+    """Store."""
 
-    precision: Precision = "fp32"
-    """What the VAE computes in. fp32 has no TF32 anywhere."""
+    out: Folder = Path("latents")
+    """The store's folder. Training needs nothing else, and it can be moved."""
 
     store_dtype: Literal["float32", "float16"] = "float32"
-    """float16 halves the disk; its rounding is 2e-4 of the latents' spread, measured and shown."""
+    """float16 halves the size. Its rounding error is 2e-4 of the latents' standard deviation."""
 
-    captions: str = "auto"
-    """Caption columns, comma-separated: the suffix of the text file beside each image, as txt;
-    json:FIELD of the .json beside it; jsonl:FIELD, csv:FIELD, parquet:FIELD of its row in a table;
-    or none. auto: txt, or the text or caption field of tables, whichever most images have."""
+    rows_per_shard: RowsPerShard | None = None
+    """Latents per shard file, fixed when the store is created. Default: 256 below 30k images, 1024,
+    or 4096 above 4 million."""
 
-    image_suffix: str | None = None
-    """Of samples of several images, as webdataset has them, the one to use: image.jpg takes
-    0000.image.jpg with the caption 0000.txt. Comma-separated. Default: every image is a sample."""
 
-    only: tuple[str, ...] = ()
-    """Images to use, and no others: names (key, path in the source, or file), patterns such as
-    'good/*.png', or files of them, a line each."""
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Running."""
 
-    exclude: tuple[str, ...] = ()
-    """Images not to use, as with --only: '*_mask.*'."""
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
 
-    allow_outside: bool = False
-    """Let the rows of tables name files outside the table's folder and the named sources."""
+    batch: Annotated[int, Within(1, 10**4)] | None = None
+    """Images per VAE call. Default: on a CPU one per core, on a GPU what fits, up to 32."""
 
-    forget: tuple[str, ...] = ()
-    """Names of earlier sources that are gone for good: their images leave training."""
+    workers: Threads = os.cpu_count() or 4
+    """Images to read and decode at once while the VAE works. Default: one per core."""
 
-    rehash: bool = False
-    """Read every image again, and re-encode those whose content differs from what was encoded.
-    Without it a file is unchanged if its size, mtime, inode and ctime are."""
-
-    max_megapixels: Annotated[float, Within(0, MOST_PIXELS / 1e6, above=True)] = MAX_PIXELS / 1e6
-    """Images of more megapixels are rejected. Decoding one may take 24 MiB a megapixel."""
-
-    shard: str | None = None
-    """i/n: this is process i of n that build one store together; each starts on its own part and
-    helps the others at the end. Default: as torchrun or accelerate launch started it."""
-
-    rows_per_shard: Annotated[int, Within(1, 2**20)] | None = None
-    """Fixed when a store is made. Default: 256 under 30k images, 1024, 4096 above 4 million."""
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the graphics card when there is one."""
+    shard: Annotated[str | None, arg(metavar="I/N")] = None
+    """This is process I of N (from 0) that build one store together. Each starts with its own part
+    and then helps the others. Default: as set by torchrun or accelerate launch."""
 
     dry_run: bool = False
-    """Scan and plan, say what would be done, and write nothing."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read."""
-        check_options(self)
-        number, _, count = (self.shard or "0/1").partition("/")
-        few = len(number) <= 6 and len(count) <= 6
-        if not (few and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise UserError(f"--shard {self.shard!r} is not i/n with 0 <= i < n; write say 0/2")
-        check_columns("--captions", self.caption_columns or ())
-
-    @property
-    def caption_columns(self) -> tuple[str, ...] | None:
-        """The caption columns by name; None where the images decide."""
-        return None if self.captions == "auto" else columns_or_none(self.captions)
-
-    @property
-    def max_pixels(self) -> int:
-        """The largest image that is let in, in pixels."""
-        return round(self.max_megapixels * 1e6)
-
-    @property
-    def image_suffixes(self) -> tuple[str, ...]:
-        """What names of images end in, without the first dot; empty for whatever is an image."""
-        return split_columns(self.image_suffix) if self.image_suffix else ()
+    """Scan and plan, print what would be done, and write nothing."""
 
     @property
     def part(self) -> tuple[int, int]:
-        """This process's number and how many there are."""
+        """(this process's number, number of processes)."""
         if self.shard is None:
             return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         number, _, count = self.shard.partition("/")
@@ -149,42 +180,63 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class CaptionsOptions:
-    """Add caption columns to a store, or replace them, without touching a latent.
+class BuildOptions(
+    RunOptions, StoreOptions, SizeOptions, VaeOptions, CaptionOptions, SourceOptions
+):
+    """Encode images once into a store of latents, or update an existing store.
 
-    A caption file is for the image beside it, a table's row for the image that it names. Captions
-    that lie elsewhere are matched with all images, by path in the source, by url, or by a file name
-    that one image has. A column that `build` reads as well is replaced by its next run.
+    Re-running updates the store: new and changed images are encoded, deleted ones dropped, renamed
+    ones keep their latents, and duplicates are encoded once. It may be interrupted at any moment;
+    the same command continues.
     """
 
-    store: tyro.conf.Positional[Path]
+    def __post_init__(self) -> None:
+        """Raise UserError for what no build can use."""
+        super().__post_init__()
+        number, _, count = (self.shard or "0/1").partition("/")
+        few = len(number) <= 6 and len(count) <= 6
+        if not (few and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise UserError(f"--shard {self.shard!r} is not I/N with 0 <= I < N; e.g. 0/2")
+        check_columns("--captions", self.caption_columns or ())
+
+
+@dataclass(frozen=True)
+class CaptionsOptions(Options):
+    """Add caption columns to a store, or replace them. Latents are not touched.
+
+    A caption file belongs to the image next to it, a table's row to the image that it names.
+    Captions from another place are matched with the store's images by path in the source, URL, or
+    a file name that only one image has. `build` replaces a column that it reads too.
+    """
+
+    store: Positional[Path]
     """The store's folder."""
 
-    source: Annotated[tuple[str, ...], tyro.conf.arg(name="from")]
+    source: Annotated[tuple[str, ...], arg(name="from", metavar="SOURCE ...")]
     """Where the captions are: folders, archives and tables, as for `build`."""
 
-    columns: str
-    """Columns, comma-separated, as with build --captions: txt, json:FIELD, jsonl:FIELD, ..."""
+    columns: Columns
+    """Columns, comma-separated, as in build --captions: txt, json:FIELD, jsonl:FIELD, ..."""
 
     clear_missing: bool = False
-    """Take a column's captions from the images that have none of it in these sources."""
+    """Remove a column's caption from images that have none in these sources."""
 
     dry_run: bool = False
-    """Say what would change, and write nothing."""
+    """Print what would change, and write nothing."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read."""
-        check_options(self)
+        """Raise UserError for what cannot be a column."""
+        super().__post_init__()
         check_columns("--columns", self.caption_columns)
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
-        """The caption columns by name."""
+        """Names of the caption columns."""
         return split_columns(self.columns)
 
 
 def columns_or_none(captions: str) -> tuple[str, ...]:
-    """The names in --captions of a command that may do without any."""
+    """The column names in --captions, where `none` means no column."""
     return () if captions == "none" else split_columns(captions)
 
 
@@ -202,191 +254,179 @@ def check_columns(option: str, columns: tuple[str, ...]) -> None:
             Column.parse(column)
         except ValueError:
             raise UserError(
-                f"{option} {column!r} cannot be a caption column; name the suffix of the text "
-                f"files beside the images, say txt, or json:FIELD, jsonl:FIELD, parquet:FIELD"
+                f"{option} {column!r} cannot be a caption column; use the suffix of the text files "
+                f"next to the images (txt), or json:FIELD, jsonl:FIELD, parquet:FIELD"
             ) from None
 
 
 @dataclass(frozen=True)
-class InfoOptions:
-    """Say what is in a store: counts, buckets, bytes, VAE, latent statistics, what was rejected."""
+class InfoOptions(Options):
+    """Show what is in a store: counts, buckets, size, VAE, latent statistics, rejected images."""
 
-    store: tyro.conf.Positional[Path] = field(default=Path("latents"))
+    store: Positional[Path] = Path("latents")
     """The store's folder."""
 
     tags: Every = 20
-    """How many of the most frequent tags to show of a column that holds tags."""
+    """Show this many of the most frequent tags of each column of tags."""
 
     json: bool = False
-    """Print JSON for programs."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read."""
-        check_options(self)
+    """Print JSON."""
 
 
 @dataclass(frozen=True)
-class CheckOptions:
-    """Read everything back: shards present, checksums right, values finite, counts adding up.
+class CheckOptions(Options):
+    """Verify a store: all shards present, checksums correct, values finite, counts consistent.
 
-    Exits non-zero when anything is wrong, and names the images. With --repair, exits zero when the
-    store is right again, and non-zero when `xlsd-cache build` has to encode what was damaged.
+    Lists the images whose latents are corrupt, and then exits with status 1. With --repair, the
+    status is 0 if the store is correct again, and 1 if `xlsd-cache build` must re-encode images.
     """
 
-    store: tyro.conf.Positional[Path] = field(default=Path("latents"))
+    store: Positional[Path] = Path("latents")
     """The store's folder."""
 
     decode: Every = 0
-    """Decode this many samples and compare them with their images and the VAE's own round trip."""
+    """Decode this many samples and compare them with their images, next to the VAE's own
+    round-trip error."""
 
     vae: str | None = None
-    """The VAE to decode with: another with the same encoder, or the store's where it lies now."""
+    """VAE to decode with, if the store's has moved: one with the same encoder."""
 
     repair: bool = False
-    """Mend what can be proved right, and have the next build encode exactly what cannot."""
+    """Rebuild what can be derived from verified data. The next build re-encodes the rest."""
 
     json: bool = False
-    """Print JSON for programs, with the names of all images concerned."""
+    """Print JSON, with the names of all affected images."""
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the graphics card when there is one."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read."""
-        check_options(self)
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
 
 
 @dataclass(frozen=True)
-class ImportOptions:
-    """Take other programs' cached latents into a store, so that nothing is encoded twice.
+class ImportOptions(Options):
+    """Import latents cached by other programs, so that nothing is encoded twice.
 
-    kohya's .npz, OneTrainer's and SimpleTuner's .pt, ai-toolkit's and single .safetensors, each
-    kind into a store of its own, to which no build adds: they were resized otherwise. Every latent
-    whose image is there is first compared with it; one that is not its image's is rejected by name,
-    and the others are imported. Running it again imports only what is new; nothing leaves the store
-    by it.
+    Reads kohya's .npz, OneTrainer's and SimpleTuner's .pt, ai-toolkit's and single .safetensors.
+    Each kind needs a store of its own, which `build` cannot extend, because their images were
+    resized differently. A latent is first compared with its image: those that do not fit are
+    rejected and listed, the others imported. Re-running imports only new latents and drops none.
     """
 
-    cache: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of cached latents, searched at every depth."""
+    cache: Positional[tuple[Path, ...]]
+    """Folders of cached latents, searched recursively."""
 
     vae: str
-    """The VAE that made them: sdxl, sd, a hub id ORG/NAME, a folder, or a .safetensors file."""
+    """VAE that encoded them: sdxl, sd, a hub id ORG/NAME, a folder, or a .safetensors file."""
 
     out: Folder = Path("latents")
-    """The store."""
+    """The store's folder."""
 
-    images: Path | None = None
-    """Where the images and their captions are. Default: beside the latents, or where OneTrainer's
-    cache says that they were. SimpleTuner's caches need it."""
+    images: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """Folder of the images and captions; required for SimpleTuner's caches. Default: next to the
+    latents, or the place recorded in OneTrainer's cache."""
 
-    captions: str = "txt"
-    """Caption columns, comma-separated, as for `build`. `none`."""
+    captions: Columns = "txt"
+    """Caption columns, comma-separated, as for `build`, or none."""
 
     force: bool = False
-    """Import what cannot be proved: random draws in place of means (kohya, ai-toolkit,
-    SimpleTuner), latents without images to compare them with, other crops, and scaled latents,
-    which are divided by the factor. Latents of another VAE or of other images are refused all the
-    same."""
+    """Import what cannot be verified: random draws instead of means (kohya, ai-toolkit,
+    SimpleTuner), latents without images, other crops, and scaled latents (which are divided by the
+    factor). Latents of another VAE or of other images are refused even so."""
 
     compare: Count = 16
-    """Latents to encode again and compare, and to send through the VAE's round trip. All others are
-    compared by thumbnails made of the latents, and encoded again where those do not fit."""
+    """Number of latents to verify by re-encoding and by the VAE's round trip. The others are
+    compared by thumbnails made from the latents, and re-encoded where these do not match."""
 
     vae_scaling_factor: Factor | None = None
-    """Only for a .safetensors file that does not say: 0.13025 for SDXL's VAE, 0.18215 for SD's."""
+    """Scaling factor of a .safetensors file without one: 0.13025 for SDXL's VAE, 0.18215 for
+    SD's."""
 
     vae_padding: Padding = "zeros"
-    """How the VAE's convolutions padded when these latents were made, as for `build`."""
+    """Padding of the VAE's convolutions when these latents were made, as for `build`."""
 
     workers: Threads = 4
     """Threads that read the cache files."""
 
-    rows_per_shard: Annotated[int, Within(1, 2**20)] | None = None
-    """Fixed when a store is made, as for `build`."""
+    rows_per_shard: RowsPerShard | None = None
+    """Latents per shard file, fixed when the store is created, as for `build`."""
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Of the comparison. auto: the graphics card when there is one."""
+    device: Device = "auto"
+    """Device of the comparison. auto: the GPU if there is one."""
 
     dry_run: bool = False
-    """Find and compare, say what would be done, and write nothing."""
+    """Search and compare, print what would be done, and write nothing."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read."""
+        """Raise UserError for what no import can use."""
         if not self.cache:
-            raise UserError("no CACHE folder is given; name the folders of cached latents")
-        check_options(self)
+            raise UserError("CACHE is missing; give the folders of cached latents")
+        super().__post_init__()
         check_columns("--captions", self.caption_columns)
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
-        """The caption columns by name."""
+        """Names of the caption columns."""
         return columns_or_none(self.captions)
 
 
 @dataclass(frozen=True)
-class PreviewOptions:
-    """Draw a contact sheet of decoded latents: what training sees, with caption, bucket and crop.
+class PreviewOptions(Options):
+    """Draw a contact sheet of decoded latents, with caption, bucket and crop: what training sees.
 
-    The images are not needed, only the store and its VAE.
+    Needs the store and its VAE, not the images.
     """
 
-    store: tyro.conf.Positional[Path]
+    store: Positional[Path]
     """The store's folder."""
 
-    out: tyro.conf.Positional[File]
-    """The picture to write: .png, .jpg or .webp."""
+    out: Positional[File]
+    """Image file to write: .png, .jpg or .webp."""
 
     count: Annotated[int, Within(1, 10**4)] = 24
-    """How many samples to draw, chosen at random."""
+    """Number of samples, chosen at random."""
 
     rows: str | None = None
-    """These samples instead: BUCKET:ROW,BUCKET:ROW, say 512x512:0,512x512:7."""
+    """Show these samples instead: BUCKET:ROW,BUCKET:ROW, e.g. 512x512:0,512x512:7."""
 
     tags: str | None = None
-    """Only samples whose caption has all of these tags: woman,solo. Exact, between commas."""
+    """Choose among samples whose caption has all of these comma-separated tags, e.g. woman,solo."""
 
-    caption: str | None = None
-    """The caption column to show and to look for tags in. Default: the first."""
+    caption: Annotated[str | None, arg(metavar="COLUMN")] = None
+    """Caption column to show, and to search for --tags. Default: the first."""
 
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
-    """Another seed chooses other samples."""
+    """Seed of the random choice."""
 
     columns: Annotated[int, Within(1, 100)] = 6
-    """Pictures side by side."""
+    """Images per row."""
 
     thumbnail: Annotated[int, Within(64, 4096)] = 256
-    """Pixels that the longer side of a picture takes."""
+    """Longer side of each image, in pixels."""
 
     vae: str | None = None
-    """The VAE to decode with: another with the same encoder, or the store's where it lies now."""
+    """VAE to decode with, if the store's has moved: one with the same encoder."""
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the graphics card when there is one."""
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read."""
-        check_options(self)
+        """Raise UserError for what cannot be drawn."""
+        super().__post_init__()
         if self.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-            raise UserError(f"{self.out} is no picture's name; end it in .png, .jpg or .webp")
+            raise UserError(f"{self.out} is not an image name; end it in .png, .jpg or .webp")
         if self.rows and self.tags:
             raise UserError("--rows and --tags both choose samples; give one of them")
 
 
 @dataclass(frozen=True)
-class ExportIndexOptions:
-    """Write the samples table as one parquet file that pandas, polars and duckdb read.
+class ExportIndexOptions(Options):
+    """Write the table of samples as one parquet file for pandas, polars or duckdb.
 
-    With all captions, and for each latent its shard file, byte offset and length, dtype and shape:
-    enough for any program to read latents without this one.
+    It has all captions and, for each latent, its shard file, byte offset and length, dtype and
+    shape: all that another program needs to read the latents.
     """
 
-    store: tyro.conf.Positional[Path]
+    store: Positional[Path]
     """The store's folder."""
 
-    out: tyro.conf.Positional[File]
-    """The file to write."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read."""
-        check_options(self)
+    out: Positional[File]
+    """Parquet file to write."""

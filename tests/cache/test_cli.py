@@ -12,8 +12,8 @@ from xlsd_cache.options import BuildOptions, ImportOptions
 @pytest.mark.parametrize(
     ("command", "config", "positional", "told"),
     [
-        ("build", BuildOptions, "source", "Encode every image once"),
-        ("import", ImportOptions, "cache", "Take other programs' cached latents"),
+        ("build", BuildOptions, "source", "Encode images once"),
+        ("import", ImportOptions, "cache", "Import latents cached by other programs"),
     ],
 )
 def test_help_teaches_every_option(
@@ -37,6 +37,10 @@ def test_help_teaches_every_option(
         (("--max-ratio", 0.5), "--max-ratio 0.5"),
         (("--shard", "2/2"), "--shard '2/2'"),
         (("--shard", "one"), "--shard 'one'"),
+        (("--shard", "0/1", "--precision", "fp8"), "--precision 'fp8' is not fp32 or tf32 or bf16"),
+        (("--batch", "many"), "--batch 'many' is not a whole number"),
+        (("--batch", "--upscale"), "--batch needs a value"),
+        (("--max-ratio=wide",), "--max-ratio 'wide' is not a number"),
         (("--captions", "key"), "--captions 'key'"),
         (("--captions", "jsonl:"), "--captions 'jsonl:'"),
         (("--captions", "tsv:tags"), "--captions 'tsv:tags'"),
@@ -56,10 +60,6 @@ def test_impossible_options_are_one_sentence(
 def test_unknown_options_and_commands_exit_non_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert cache() == 1
     assert "no command is given" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as exit_code:
-        cache("build", "--precision", "fp8")
-    assert exit_code.value.code == 2
-    assert "fp8" in capsys.readouterr().err
     assert cache("build", "--nothing") == cache("nothing") == 1
 
 

@@ -53,9 +53,9 @@ def test_both_programs_say_their_version(words: list[str], capsys: Out) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("exprt", "runs/a", "out"), "'exprt' is no command of xlsd-train; did you mean export?"),
+        (("exprt", "runs/a", "out"), "'exprt' is not a command of xlsd-train; did you mean export"),
         (("build", "photos"), "build is a command of the other program: xlsd-cache build"),
-        (("runs/a",), "'runs/a' is no command of xlsd-train"),
+        (("runs/a",), "'runs/a' is not a command of xlsd-train"),
         (("--learning-rate", "1e-4"), "--learning-rate is called --lr here"),
         (("--learning_rate=1e-4",), "--learning_rate is called --lr here"),
         (("sweep", "--learning-rate", "1,2"), "--learning-rate is called --lr here"),
@@ -74,6 +74,8 @@ def test_both_programs_say_their_version(words: list[str], capsys: Out) -> None:
         (("export", "m", "o", "--batch-size", 5), "there is no option --batch-size"),
         (("--phase", "te", "--out", "My", "run"), "unexpected 'run' after --out, which takes 1"),
         (("recipes", "a", "b"), "unexpected 'b'"),
+        (("--phase", "te", "--betas", 0.9), "--betas needs 2 values"),
+        (("--phase", "te", "--batch", "all"), "--batch 'all' is not a whole number or auto"),
     ],
 )
 def test_words_that_it_does_not_take_are_one_sentence(
@@ -105,7 +107,7 @@ def test_a_name_with_spaces_that_is_not_quoted_is_found(
 ) -> None:
     (tmp_path / "My new photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    told = "the name 'My new photos' holds spaces; quote it: \"My new photos\"\n"
+    told = "the name 'My new photos' contains spaces; quote it: \"My new photos\"\n"
     assert cache("build", "other", "My", "new", "photos") == 1
     assert train("--phase", "te", "--data", "My", "new", "photos:2") == 1
     assert train("--phase", "te", "--model=My", "new", "photos") == 1

@@ -1,13 +1,13 @@
-"""The words of a command line that it does not take: one sentence, with what was likely meant.
+"""Checks the words of a command line: what it does not take is one sentence, with a suggestion.
 
-Looked at before the parser, whose own errors are long, and begin with whatever is missing.
+This runs before tyro's parser, whose own errors are long and report a missing option first.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import Suppress
@@ -16,13 +16,14 @@ from xlsd_cache.console.option_checks import POSITIONAL, marks_of, option_of
 from xlsd_cache.errors import UserError
 
 MANY = 1 << 30  # words that an option takes
+_NUMBERS: dict[type[float], str] = {int: "a whole number", float: "a number"}
 OPTION = re.compile(r"--?[A-Za-z]")
 
 
 def check_command(prog: str, words: Sequence[str], commands: Sequence[str], other: str) -> None:
-    """Raise UserError where the first word names no command, with the nearest that there is.
+    """Raise UserError if the first word is not a command, with the nearest command.
 
-    `other` are the commands of the other program, as a sentence would have them.
+    `other` are the commands of the other program, separated by spaces.
     """
     first = words[0] if words else "-"
     if OPTION.match(first) or first == "-" or first in commands:
@@ -31,65 +32,116 @@ def check_command(prog: str, words: Sequence[str], commands: Sequence[str], othe
         theirs = "xlsd-cache" if prog == "xlsd-train" else "xlsd-train"
         raise UserError(f"{first} is a command of the other program: {theirs} {first}")
     raise UserError(
-        f"{first!r} is no command of {prog}{near(first, commands) or ';'} `{prog} --help` lists "
-        f"them all"
+        f"{first!r} is not a command of {prog}{near(first, commands) or ';'} `{prog} --help` lists "
+        f"them"
     )
 
 
 def check_words(words: Sequence[str], kind: type[Any], names: Mapping[str, str]) -> None:
-    """Raise UserError for an option that the command does not have, and for words that none takes.
+    """Raise UserError for an unknown option, a value of the wrong type, or a word too many.
 
-    `names` are those that other programs use: option -> ours, or a sentence about it, both without
-    the leading dashes of the name. Words that ask for help are left to the parser.
+    `names` are the option names of other programs, without dashes -> our option, or a sentence
+    about it. A request for help is not checked.
     """
     if {"-h", "--help"} & set(words):
         return
     _check_quoted(words)
-    options = options_of(kind)
-    taken, left = "", 0  # the option at hand, and how many more words it takes
+    hints, options = _hints_of(kind), options_of(kind)
     free = most = _positionals(kind)
-    for word in words:
-        if OPTION.match(word) and word != "--":
-            name, is_, _ = word.partition("=")
-            known = name if not name.startswith("--") else "--" + name[2:].replace("_", "-")
-            if known not in options:
+    for word, following in _runs(words):
+        option, rest = "", following
+        if word:
+            name, is_, value = word.partition("=")
+            option = name if not name.startswith("--") else "--" + name[2:].replace("_", "-")
+            if option not in options:
                 raise UserError(_unknown(word, options, names))
-            taken, left = known, 0 if is_ else options[known]
+            takes = 0 if is_ else options[option]
+            if options[option]:
+                given = [value] if is_ else following[:takes]
+                _check_values(given, option, hints[option], 1 if is_ else takes)
+            rest = following[takes:]
             if MANY - len(words) < free < most:  # the parser takes only one row of them
                 free = 0
-        elif left:
-            left -= 1
-        elif free:
-            free -= 1
-        else:
-            after = f" after {taken}, which takes {options[taken] or 'no'} word" if taken else ""
-            more = "s" if taken and options[taken] > 1 else ""
+        if len(rest) > free:
+            after = f" after {option}, which takes {options[option] or 'no'} word" if option else ""
+            more = "s" if option and options[option] > 1 else ""
             raise UserError(
-                f"unexpected {word!r}{after}{more}; quote a name that holds spaces, as in "
+                f"unexpected {rest[free]!r}{after}{more}; quote a name that contains spaces, as in "
                 f'"my folder"'
             )
+        free -= len(rest)
+
+
+def _runs(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each option and the words up to the next one; the first run is of no option."""
+    runs: list[tuple[str, list[str]]] = [("", [])]
+    for word in words:
+        if OPTION.match(word) and word != "--":
+            runs.append((word, []))
+        else:
+            runs[-1][1].append(word)
+    return runs
 
 
 def options_of(kind: type[Any]) -> dict[str, int]:
-    """Every option of a command's dataclass -> how many words it takes at most."""
-    found = {}
+    """Every option of a command's dataclass -> the most words that it takes."""
+    options = {}
+    for option, hint in _hints_of(kind).items():
+        options[option] = _count(hint)
+        if hint is bool:
+            options["--no-" + option[2:]] = 0
+    return options
+
+
+def _hints_of(kind: type[Any]) -> dict[str, Any]:
+    """Option, or an alias of it -> the type of its field."""
+    options: dict[str, Any] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         marks = marks_of(hint)
-        if POSITIONAL in marks or Suppress in marks:
+        if POSITIONAL not in marks and Suppress not in marks:
+            aliases = (alias for mark in marks for alias in getattr(mark, "aliases", None) or ())
+            options |= dict.fromkeys((option_of(name, hint), *aliases), hint)
+    return options
+
+
+def _check_values(words: Sequence[str], option: str, hint: Any, takes: int) -> None:
+    """Raise UserError for words that are no values of the option's type, or too few."""
+    kinds = list(_types(hint))
+    if takes < MANY and len(words) < takes and not (NoneType in kinds and words == ["None"]):
+        raise UserError(f"{option} needs {f'{takes} values' if takes > 1 else 'a value'}")
+    choices = [str(value) for kind in kinds for value in get_args(kind)]
+    wanted = [name for kind, name in _NUMBERS.items() if kind in kinds] + choices
+    if str in kinds or Path in kinds:
+        return  # any word will do
+    for word in words:
+        if word in choices or (word == "None" and NoneType in kinds):
             continue
-        option = option_of(name, hint)
-        aliases = (alias for mark in marks for alias in getattr(mark, "aliases", None) or ())
-        for each in (option, *aliases):
-            found[each] = _count(hint)
-        if hint is bool:
-            found["--no-" + option[2:]] = 0
-    return found
+        if not any(_parses(kind, word) for kind in _NUMBERS if kind in kinds):
+            raise UserError(f"{option} {word!r} is not {' or '.join(wanted)}")
+
+
+def _parses(kind: type[float], word: str) -> bool:
+    try:
+        kind(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _types(hint: Any) -> Iterator[Any]:
+    """The plain types that a value, or each word of it, may have."""
+    if get_origin(hint) in {Annotated, Union, UnionType, tuple}:
+        inner = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
+        for each in inner:
+            yield from _types(each) if each is not Ellipsis else ()
+    else:
+        yield hint
 
 
 def near(given: str, right: Sequence[str], least: float = 0.6) -> str:
-    """What was likely meant, as the end of a sentence; empty where nothing is so near, 0 to 1."""
-    found = get_close_matches(given, right, 1, least)
-    return f"; did you mean {found[0]}?" if found else ""
+    """The nearest word as the end of a sentence; empty if none is as near as `least` (0 to 1)."""
+    matches = get_close_matches(given, right, 1, least)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def _unknown(word: str, options: Mapping[str, int], names: Mapping[str, str]) -> str:
@@ -103,34 +155,29 @@ def _unknown(word: str, options: Mapping[str, int], names: Mapping[str, str]) ->
     }
     if plain in theirs:
         return name + theirs[plain].removeprefix(plain)
-    found = get_close_matches(plain, [*ours, *theirs], 1, 0.6)
-    meant = {**{key: f"--{told}" for key, told in theirs.items()}, **ours}
-    return f"there is no option {name}" + (f"; {meant[found[0]]}" if found else "")
+    matches = get_close_matches(plain, [*ours, *theirs], 1, 0.6)
+    meant = {**{key: f"--{text}" for key, text in theirs.items()}, **ours}
+    return f"there is no option {name}" + (f"; {meant[matches[0]]}" if matches else "")
 
 
 def _check_quoted(words: Sequence[str]) -> None:
-    """Raise UserError where words in a row are together the name of something that is there."""
-    rows: list[list[str]] = [[]]
-    for word in words:
-        if OPTION.match(word):
-            rows.append([word.partition("=")[2]] if "=" in word else [])
-        else:
-            rows[-1].append(word)
-    for row in rows:
-        for at, last in ((a, b) for a in range(len(row)) for b in range(a + 2, len(row) + 1)):
-            if last - at > 8 or Path(row[at]).exists():
+    """Raise UserError where several words together are the name of an existing file or folder."""
+    for option, following in _runs(words):
+        row = [option.partition("=")[2], *following] if "=" in option else following
+        for first, last in ((a, b) for a in range(len(row)) for b in range(a + 2, len(row) + 1)):
+            if last - first > 8 or Path(row[first]).exists():
                 continue
-            if there := _there(" ".join(row[at:last])):
-                raise UserError(f'the name {there!r} holds spaces; quote it: "{there}"')
+            if path := _existing(" ".join(row[first:last])):
+                raise UserError(f'the name {path!r} contains spaces; quote it: "{path}"')
 
 
-def _there(path: str) -> str:
-    """The path, or what of it follows NAME= or precedes :WEIGHT, where that exists; else empty."""
+def _existing(path: str) -> str:
+    """The path, without NAME= or :WEIGHT, if it exists; else an empty text."""
     for each in (path, path.partition("=")[2], path.rpartition(":")[0]):
         try:
             if " " in each and Path(each).expanduser().exists():
                 return each
-        except (OSError, ValueError, RuntimeError):  # a name that is too long, say
+        except (OSError, ValueError, RuntimeError):  # e.g. a name that is too long
             continue
     return ""
 
@@ -141,7 +188,7 @@ def _positionals(kind: type[Any]) -> int:
 
 
 def _count(hint: Any) -> int:
-    """How many words a value of this type takes at most."""
+    """The most words that a value of this type takes."""
     if get_origin(hint) is Annotated:
         return _count(get_args(hint)[0])
     if hint is bool:

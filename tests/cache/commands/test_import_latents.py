@@ -337,7 +337,7 @@ def test_bad_requests_are_one_sentence_and_write_nothing(
     if case == "missing":
         asked[1], told = tmp_path / "no", "no folder"
     elif case == "nothing":
-        asked[1:2], told = [], "no CACHE folder is given"
+        asked[1:2], told = [], "CACHE is missing"
     elif case != "empty":
         write_safetensors(images, image_files(images), vae)
     if case == "mixed":
