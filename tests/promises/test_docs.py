@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 
 import xlsd_cache.cli
 import xlsd_train.cli
-from tests.support import cache, train
+from tests.support import train
 from xlsd_cache.console.suggestions import check_words
 from xlsd_cache.errors import UserError
 from xlsd_cache.outcomes import Reason
@@ -240,35 +240,6 @@ def test_the_site_has_every_page() -> None:
     written = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
     assert sorted(files(site["nav"])) == sorted(written | set(GENERATED))
     assert site["theme"]["font"] is False
-
-
-SMALL = {  # what README's commands need besides, with the small model and eight photos
-    "xlsd-cache build": "--vae model/vae --resolution 128",
-    "xlsd-train --recipe": "--model model --steps 4 --stop-after 4 --warmup 0 --sample-steps 2",
-    "xlsd-train sample": "--steps 2 --tokenizer model/tokenizer",
-    "xlsd-train export": "--tokenizer model/tokenizer",
-}
-
-
-@pytest.mark.slow
-def test_readmes_commands_run_one_after_the_other(
-    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "photos").symlink_to(photos)
-    (tmp_path / "model").symlink_to(model)
-    (tmp_path / "prompts.txt").write_text("cat, solo\n")
-    monkeypatch.chdir(tmp_path)
-    ran = []
-    for block in blocks("bash"):
-        if block.page.name == "README.md" and block.text.startswith("xlsd-"):
-            more = [words for start, words in SMALL.items() if block.text.startswith(start)]
-            program, *words = shlex.split(f"{block.text} {' '.join(more)}")
-            main = cache if program == "xlsd-cache" else train
-            assert main(*words) == 0, block.text
-            ran.append(words[0])
-    assert ran == ["build", "--recipe", "report", "sample", "export"]
-    made = ["latents", "runs/phase1/report.html", "comparison/grid.png", "phase1.safetensors"]
-    assert [name for name in made if not (tmp_path / name).exists()] == []
 
 
 def test_the_readme_is_one_page() -> None:
