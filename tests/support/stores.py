@@ -1,8 +1,12 @@
-"""Stores made without a build."""
+"""Stores made without a build, and a build slow enough to be interrupted."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from tests.support import cache
+from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.store.identity import Identity
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.view import StoreView
@@ -16,3 +20,15 @@ def empty_store(root: Path, rows_per_shard: int, dtype: str = "float32") -> Stor
     manifest = Manifest(root)
     manifest.make_folders()
     return StoreView(manifest, replace(IDENTITY, dtype=dtype), rows_per_shard)
+
+
+def slow_build(*args: object) -> int:
+    """`build` with a pause before each batch, so that a signal can interrupt one."""
+    encode = Encoder.encode
+
+    def slowly(self: Encoder, pixels: Any) -> Any:
+        time.sleep(0.1)
+        return encode(self, pixels)
+
+    Encoder.encode = slowly  # type: ignore[method-assign]
+    return cache("build", *args)

@@ -1,6 +1,6 @@
-"""The table of a zip, entry by entry, and what each member's own header says against it.
+"""Reads the central directory of a zip, and checks each member's local header against it.
 
-zipfile would read a table of any size into memory, and stop at the first member that is damaged.
+zipfile would load a directory of any size into memory, and stop at the first damaged member.
 """
 
 import os
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import IO
 
 STORED, DEFLATED = 0, 8  # methods
-_TAIL = 2**16 + 22  # the table's end, and the longest comment behind it
+_TAIL = 2**16 + 22  # the end record, and the longest comment after it
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
@@ -22,13 +22,13 @@ _SIZES, _UNICODE_NAME = 0x0001, 0x7075  # extra fields
 _SENTINEL = 0xFFFFFFFF  # the size is in an extra field
 
 
-class NoZip(Exception):
-    """The file has no table at its end."""
+class NotAZip(Exception):
+    """The file has no central directory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One member as the table tells it."""
+class ZipEntry:
+    """One member, by the central directory."""
 
     name: str  # with slashes, whatever wrote it
     raw: bytes
@@ -37,7 +37,7 @@ class Entry:
     crc: int
     packed: int  # bytes
     size: int  # bytes, inflated
-    offset: int  # of its own header
+    offset: int  # of its local header
 
     @property
     def is_encrypted(self) -> bool:
@@ -45,23 +45,23 @@ class Entry:
         return bool(self.flags & _ENCRYPTED)
 
 
-class Zip:
-    """The entries of an open file's table.
+class ZipReader:
+    """Iterates over the central directory of an open file. Raises NotAZip.
 
-    Once they are through, `damage` says what of the table could not be read. Raises NoZip.
+    After the last entry, `damage` says what could not be read.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.damage = file, ""
         self.length = file.seek(0, os.SEEK_END)
         self._count, nbytes, offset, self._stop = self._end()
-        self._begin = self._stop - nbytes
-        self.before = self._begin - offset  # bytes that are no part of it
-        if self._begin < 0 or self.before < 0:
-            raise NoZip("its table is not where its end says")
+        self._start = self._stop - nbytes
+        self.before = self._start - offset  # bytes that precede the zip in the file
+        if self._start < 0 or self.before < 0:
+            raise NotAZip("its table is not where its end says")
 
-    def __iter__(self) -> Iterator[Entry]:
-        at, count = self._begin, 0
+    def __iter__(self) -> Iterator[ZipEntry]:
+        at, count = self._start, 0
         while at < self._stop:
             self._file.seek(at)
             head = self._file.read(_ENTRY.size)
@@ -75,13 +75,14 @@ class Zip:
             extra = self._file.read(lengths[1])
             count += 1
             yield self._entry(fields, name, extra)
-        if (count - self._count) % 2**16:  # some write no more of it, beyond 65535
+        if (count - self._count) % 2**16:  # some programs write it modulo 65536
             self.damage = f"its table has {count} members, and its end says {self._count}"
 
-    def place(self, entry: Entry) -> int:
-        """Where the member's content begins.
+    def place(self, entry: ZipEntry) -> int:
+        """Offset of the member's content.
 
-        Raises ValueError where its own header is not there, or says something else than the table.
+        Raises ValueError where the local header is missing or contradicts the directory. The log
+        has its text as the image's detail, so it must not change.
         """
         self._file.seek(min(entry.offset, self.length))
         head = self._file.read(_LOCAL.size)
@@ -94,14 +95,14 @@ class Zip:
         if (flags ^ entry.flags) & _ENCRYPTED or method != entry.method:
             raise ValueError("its own header and the table name two ways of packing it")
         pairs = [(crc, entry.crc), (packed, entry.packed), (size, entry.size)]
-        told = any(mine for mine, _ in pairs) and not flags & _SIZES_FOLLOW
-        if told and any(mine not in (theirs, _SENTINEL) for mine, theirs in pairs):
+        is_given = any(mine for mine, _ in pairs) and not flags & _SIZES_FOLLOW
+        if is_given and any(mine not in (theirs, _SENTINEL) for mine, theirs in pairs):
             raise ValueError("its own header has another size or crc32 than the table")
         if entry.method == STORED and entry.packed != entry.size:
             raise ValueError("the table gives two sizes for what is not compressed")
         return entry.offset + _LOCAL.size + int(sum(lengths))
 
-    def _entry(self, fields: tuple[int, ...], raw: bytes, extra: bytes) -> Entry:
+    def _entry(self, fields: tuple[int, ...], raw: bytes, extra: bytes) -> ZipEntry:
         flags, method, crc, packed, size = fields[3], fields[4], fields[7], fields[8], fields[9]
         offset = fields[16]
         name = raw.decode("utf-8" if flags & _UTF8 else "cp437", "surrogateescape")
@@ -111,22 +112,22 @@ class Zip:
             elif kind == _UNICODE_NAME and data[1:5] == zlib.crc32(raw).to_bytes(4, "little"):
                 name = data[5:].decode("utf-8", "surrogateescape")
         name = name.partition("\0")[0].replace("\\", "/")
-        return Entry(name, raw, flags, method, crc, packed, size, offset + self.before)
+        return ZipEntry(name, raw, flags, method, crc, packed, size, offset + self.before)
 
     def _end(self) -> tuple[int, int, int, int]:
-        """Members, bytes and offset of the table, and where it ends."""
+        """Number of members, size and offset of the directory, and the offset of its end."""
         start = max(0, self.length - _TAIL)
         self._file.seek(start)
         tail = self._file.read(_TAIL)
         at = tail.rfind(b"PK\5\6")
         if at < 0 or len(tail) < at + _END.size:
-            raise NoZip("no table of members is at its end")
+            raise NotAZip("no table of members is at its end")
         fields = _END.unpack_from(tail, at)
         end = start + at
         return self._end64(end) or (fields[4], fields[5], fields[6], end)
 
     def _end64(self, end: int) -> tuple[int, int, int, int] | None:
-        """The same of a zip64, whose own end lies before `end`."""
+        """The same for zip64, whose end record lies before `end`."""
         if end < _LOCATOR.size + _END64.size:
             return None
         self._file.seek(end - _LOCATOR.size)
@@ -139,7 +140,7 @@ class Zip:
             if len(head) == _END64.size and head.startswith(b"PK\6\6"):
                 fields = _END64.unpack(head)
                 return fields[7], fields[8], fields[9], at
-        raise NoZip("its zip64 table has no end")
+        raise NotAZip("its zip64 table has no end")
 
 
 def _slashed(name: bytes) -> bytes:
@@ -155,11 +156,11 @@ def _extras(extra: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _long(data: bytes, *values: int) -> tuple[int, ...]:
-    """The values, those that do not fit 32 bits from an extra field."""
-    found, at = [], 0
+    """The values; those that do not fit into 32 bits come from an extra field."""
+    values64, at = [], 0
     for value in values:
         if value == _SENTINEL and at + 8 <= len(data):
             value = int.from_bytes(data[at : at + 8], "little")  # noqa: PLW2901
             at += 8
-        found.append(value)
-    return tuple(found)
+        values64.append(value)
+    return tuple(values64)

@@ -40,7 +40,7 @@ from xlsd_cache.planning.plan import (
     make_plan,
     refuse_lost_sources,
 )
-from xlsd_cache.planning.sessions import building
+from xlsd_cache.planning.sessions import build_session
 from xlsd_cache.runtime.arrow import lookup, take_or_null
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
@@ -94,7 +94,7 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
         store = replace(store, generation=generation)
         largest = max(size.width * size.height for size in buckets.sizes)
         encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
-        with building(store.manifest, generation, config.part, began) as before:
+        with build_session(store.manifest, generation, config.part, began) as before:
             _encode(config, store, encoder)
             counts = conclude(store, before)
     if gone := counts.rejected.get("vanished"):

@@ -26,7 +26,7 @@ from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.disk_space import check_disk_space
 from xlsd_cache.planning.generation import create_group, plan_lock, write_generation
 from xlsd_cache.planning.log_state import next_free_rows
-from xlsd_cache.planning.sessions import building
+from xlsd_cache.planning.sessions import build_session
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.schema import CAPTIONS, PLAN, PlanEntry
@@ -84,7 +84,7 @@ def import_caches(config: ImportOptions, began: float | None = None) -> Accounti
         store = StoreView(manifest, identity, rows_per_shard)
         generation = _write_plan(config, store, items)
         store = replace(store, generation=generation)
-        with building(manifest, generation, (0, 1), began) as before:
+        with build_session(manifest, generation, (0, 1), began) as before:
             if not Transfer(store, config.workers).run(items):
                 raise UserError(
                     f"stopped; every batch imported so far is kept in {config.out}: run the same "

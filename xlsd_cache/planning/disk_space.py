@@ -1,4 +1,4 @@
-"""Whether the disk can hold what is to be written, asked before the first batch is encoded."""
+"""Checks free disk space before the first batch is encoded."""
 
 import logging
 
@@ -9,25 +9,26 @@ import pyarrow.compute as pc
 from xlsd_cache.errors import UserError
 from xlsd_cache.planning.log_state import is_committed
 from xlsd_cache.runtime.disk import free_bytes, size
+from xlsd_cache.schema import PLACE
 from xlsd_cache.store.manifest import Manifest, Unit
 from xlsd_cache.store.shard import CRC_NBYTES
 from xlsd_cache.store.view import StoreView
 
 log = logging.getLogger("xlsd.cache.planning")
 
-LOG_NBYTES = 512  # of the tables for one image, about: plan, commit record, index.arrow
+LOG_NBYTES = 512  # an image takes about so much of plan, commit record and index.arrow
 
 
 def uncommitted_places(manifest: Manifest, table: pa.Table, rows_per_shard: int) -> pa.Table:
-    """The rows of `table` (schema.PLAN) that have a place in a shard with no commit record."""
+    """The rows of `table` (PLAN) that lie in a shard without a commit record."""
     table = table.filter(pc.greater_equal(table["row"], 0))
     return table.filter(pc.invert(is_committed(manifest, table, rows_per_shard)))
 
 
 def bytes_to_write(store: StoreView, places: pa.Table) -> int:
-    """What the latents of these (bucket, row) take on the disk, less what staging holds of them."""
+    """Bytes on the disk of the latents at `places` (bucket, row), less those written already."""
     total = 0
-    placed = places.select(["bucket", "row"]).group_by(["bucket", "row"]).aggregate([])
+    placed = places.select(PLACE).group_by(PLACE).aggregate([])
     for bucket in pc.unique(placed["bucket"]).to_pylist():
         rows = placed["row"].filter(pc.equal(placed["bucket"], bucket)).to_numpy()
         latent = store.identity.nbytes(bucket) + CRC_NBYTES
@@ -60,7 +61,7 @@ def check_disk_space(store: StoreView, planned: pa.Table) -> None:
 
 
 def _staged(manifest: Manifest, unit: Unit) -> int:
-    """Bytes of a shard that an interrupted build has written, or another one is writing."""
+    """Bytes of a shard that an interrupted or a running build has written."""
     for path in (manifest.staging / f"{unit.name}.part", manifest.shard(unit)):
         try:
             return path.stat().st_size

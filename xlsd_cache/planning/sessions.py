@@ -1,8 +1,8 @@
-"""Builds of one store that go on together, and so print the same sums.
+"""Builds of one store that run at the same time, and so print the same sums.
 
-`manifest/builders.json` says which shards were committed when the first of them began: what is
-committed since is encoded, all else reused, whichever of them asks. Read and written by whoever
-holds the plan lock.
+`manifest/builders.json` has the shards that were committed when the first of them began. Each build
+reports these as reused and all later ones as encoded, whichever process did it. Only the holder of
+the plan lock reads and writes the file.
 """
 
 import os
@@ -19,7 +19,7 @@ from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.store.commit import planning
 from xlsd_cache.store.manifest import Manifest, Unit
 
-DAY_S = 86400.0  # what a process on another machine is believed to take at most
+DAY_S = 86400.0  # the longest that a process on another machine is assumed to run
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Builder:
 
     host: str
     pid: int
-    born: float  # the process, seconds since the epoch: numbers are used again
-    began: float  # its build
-    ended: float = 0.0  # of one that ended well
+    born: float  # start of the process, seconds since the epoch: process ids are used again
+    began: float  # start of its build
+    ended: float = 0.0  # end of its build, where that succeeded
 
     @classmethod
     def me(cls, began: float) -> "Builder":
@@ -38,8 +38,8 @@ class Builder:
         return cls(HOST, os.getpid(), psutil.Process().create_time(), began)
 
     @property
-    def lives(self) -> bool:
-        """Whether it is still at work; of another machine's, whether it may be."""
+    def is_running(self) -> bool:
+        """Whether it still builds; on another machine, whether it may."""
         if self.ended:
             return False
         if self.host != HOST:
@@ -55,83 +55,84 @@ class Builder:
 
 
 @dataclass(frozen=True)
-class Together:
+class BuildSession:
     """Builders that print the same sums."""
 
-    before: frozenset[str]  # Unit.name of what was committed when the first of them began
+    before: frozenset[str]  # Unit.name of the shards committed when the first of them began
     generation: int = -1  # the newest that one of them planned
-    parts: int = 1  # as --shard i/n says it
-    joined: frozenset[int] = frozenset()
+    parts: int = 1  # n of --shard i/n
+    joined: frozenset[int] = frozenset()  # each i that took part in this generation
     builders: tuple[Builder, ...] = field(default=())
 
     def takes(self, began: float, generation: int, part: int, parts: int) -> bool:
-        """Whether a build that began then, to be part i of n, is one of these.
+        """Whether a build of part i of n that began then belongs to the session.
 
-        It is while one of them is at work, or was when it began; or as a part that has not been.
+        It does while a builder runs, or where one still ran when it began, or as a missing part.
         """
-        if any(it.lives or it.ended > began for it in self.builders):
+        if any(builder.is_running or builder.ended > began for builder in self.builders):
             return True
-        missing = parts > 1 and parts == self.parts and part not in self.joined
-        return missing and generation == self.generation
+        is_missing = parts > 1 and parts == self.parts and part not in self.joined
+        return is_missing and generation == self.generation
 
-    def joined_by(self, builder: Builder, generation: int, part: int, parts: int) -> "Together":
-        """The same with one more; those that were killed are forgotten."""
+    def joined_by(self, builder: Builder, generation: int, part: int, parts: int) -> "BuildSession":
+        """The session with one more builder, without those that were killed."""
         joined = self.joined if generation == self.generation else frozenset()
         joined |= {part} if parts == self.parts else frozenset()
-        builders = tuple(it for it in self.builders if it.lives or it.ended)
-        return Together(self.before, generation, self.parts, joined, (*builders, builder))
+        builders = tuple(other for other in self.builders if other.is_running or other.ended)
+        return BuildSession(self.before, generation, self.parts, joined, (*builders, builder))
 
 
 @contextmanager
-def building(
+def build_session(
     manifest: Manifest, generation: int, part: tuple[int, int], began: float
 ) -> Iterator[set[Unit]]:
-    """Within the block this process builds; yields the shards that count as committed before.
+    """Join or start a session for the block; yields the shards that were committed before it.
 
-    `began` is when its command did, in seconds since the epoch; `part` is --shard's (i, n).
+    `began` is the start of the command, in seconds since the epoch; `part` is (i, n) of --shard.
     """
     me = Builder.me(began)
     with planning(manifest):
-        there, now = _read(manifest), manifest.committed()
+        session, committed = _read(manifest), manifest.committed()
         number, parts = part
-        if there is None or not there.takes(began, generation, number, parts):
-            there = Together(frozenset(unit.name for unit in now), generation, parts)
-        _write(manifest, there.joined_by(me, generation, number, parts))
-        before = {unit for unit in now if unit.name in there.before}
+        if session is None or not session.takes(began, generation, number, parts):
+            names = frozenset(unit.name for unit in committed)
+            session = BuildSession(names, generation, parts)
+        _write(manifest, session.joined_by(me, generation, number, parts))
+        before = {unit for unit in committed if unit.name in session.before}
     ended = 0.0
     try:
         yield before
         ended = time.time()
     finally:
-        with suppress(OSError), planning(manifest):  # a full disk has been said, or will be
+        with suppress(OSError), planning(manifest):  # a full disk has been reported, or will be
             _leave(manifest, me, ended)
 
 
 def _leave(manifest: Manifest, me: Builder, ended: float) -> None:
-    """Note that a build has ended; one that was stopped counts as if it had never been here."""
-    there = _read(manifest)
-    if there is None or me not in there.builders:
+    """Record the end of a build; one that was stopped is removed from the session."""
+    session = _read(manifest)
+    if session is None or me not in session.builders:
         return
-    others = tuple(it for it in there.builders if it != me)
+    others = tuple(builder for builder in session.builders if builder != me)
     left = (*others, replace(me, ended=ended)) if ended else others
-    _write(manifest, replace(there, builders=left))
+    _write(manifest, replace(session, builders=left))
 
 
-def _read(manifest: Manifest) -> Together | None:
+def _read(manifest: Manifest) -> BuildSession | None:
     try:
-        told = read_json(_path(manifest))
-        told["builders"] = tuple(Builder(**it) for it in told["builders"])
-        told |= {name: frozenset(told[name]) for name in ("before", "joined")}
-        return Together(**told)
-    # None yet; or not ours to read, and a new one is begun.
+        value = read_json(_path(manifest))
+        value["builders"] = tuple(Builder(**builder) for builder in value["builders"])
+        value |= {name: frozenset(value[name]) for name in ("before", "joined")}
+        return BuildSession(**value)
+    # Missing, or written by something else: a new session starts.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _write(manifest: Manifest, together: Together) -> None:
-    told = asdict(together)
-    told |= {name: sorted(told[name]) for name in ("before", "joined")}
-    write_json(_path(manifest), told, manifest.staging)
+def _write(manifest: Manifest, session: BuildSession) -> None:
+    value = asdict(session)
+    value |= {name: sorted(value[name]) for name in ("before", "joined")}
+    write_json(_path(manifest), value, manifest.staging)
 
 
 def _path(manifest: Manifest) -> Path:

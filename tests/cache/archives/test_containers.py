@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.support import cache, picture, printed, sums, write_images
 from xlsd_cache.archives import reader as archives
-from xlsd_cache.archives.members import Members
+from xlsd_cache.archives.members import ArchiveContents
 from xlsd_cache.archives.reader import read_members
 from xlsd_cache.errors import UserError
 from xlsd_cache.files import uri as locate
@@ -62,13 +62,13 @@ MAKERS: dict[str, Callable[[Files], bytes]] = {
 KINDS = pytest.mark.parametrize("kind", MAKERS)
 
 
-def read(path: Path, data: bytes | None = None) -> Members:
+def read(path: Path, data: bytes | None = None) -> ArchiveContents:
     if data is not None:
         path.write_bytes(data)
     return read_members(path, SEARCH)
 
 
-def images(found: Members) -> dict[str, bytes | str]:
+def images(found: ArchiveContents) -> dict[str, bytes | str]:
     """Content of each image, or the reason why it has none."""
     return {m.name: m.reason or content(m.source) for m in found.members}
 
@@ -147,16 +147,16 @@ def test_concatenated_tars_are_read_to_their_end(tmp_path: Path, zeros: int) -> 
 
 def test_what_is_behind_the_end_and_no_tar_is_told_with_its_bytes(tmp_path: Path) -> None:
     tar = tar_of(ONE)
-    told = f"1234 bytes from byte {len(tar)} on, behind the end mark, are no tar and are not read"
+    told = f"1234 bytes from byte {len(tar)} on, after the end mark, are no tar and are ignored"
     for name, data in (("a.tar", tar + b"?" * 1234), ("a.tgz", gzip.compress(tar + b"?" * 1234))):
         found = read(tmp_path / name, data)
         assert (list(images(found)), found.remarks) == (["a.jpg"], [told])
     found = read(tmp_path / "b.tgz", gzip.compress(tar) + b"?" * 99)
-    assert "99 bytes behind its gzip stream" in found.remarks[0]
+    assert "99 bytes after its gzip stream" in found.remarks[0]
     first = zip_of(ONE)
     found = read(tmp_path / "a.zip", first + zip_of(TWO))
     assert list(images(found)) == ["b.jpg"]
-    assert f"its first {len(first)} bytes are in no table" in found.remarks[0]
+    assert f"its first {len(first)} bytes are not in its table" in found.remarks[0]
 
 
 def test_an_image_that_the_end_cuts_off_is_truncated(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import picture
-from xlsd_cache.archives.members import Members
+from xlsd_cache.archives.members import ArchiveContents
 from xlsd_cache.archives.reader import read_members
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.inflate import BadSource
@@ -32,11 +32,11 @@ def write_zip(path: Path, method: int = zipfile.ZIP_STORED) -> None:
             file.writestr(name, data)
 
 
-def read(path: Path) -> Members:
+def read(path: Path) -> ArchiveContents:
     return read_members(path, Search(lambda n: n.endswith(".jpg"), frozenset(["txt"])))
 
 
-def images(found: Members) -> dict[str, bytes]:
+def images(found: ArchiveContents) -> dict[str, bytes]:
     assert all(len(read_source(m.source)) == m.size for m in found.members)
     return {member.name: read_source(member.source) for member in found.members}
 

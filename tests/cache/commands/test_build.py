@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.support import cache, files, printed, spawn, sums, torchrun, wait_for, write_images
+from tests.support.stores import slow_build
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.store.reader import LatentStore
 
@@ -278,18 +279,6 @@ def test_ctrl_c_leaves_a_store_that_goes_on(
     assert "Traceback" not in log.read_text()
     assert cache("build", *arguments(images, out, vae)) == 0
     assert files(out, "latents.zarr/**/*") == expected
-
-
-def slow_build(*args: object) -> int:
-    """`build` with a moment before each batch, so that signals meet it at work."""
-    encode = Encoder.encode
-
-    def slowly(self: Encoder, pixels: Any) -> Any:
-        time.sleep(0.1)
-        return encode(self, pixels)
-
-    Encoder.encode = slowly  # type: ignore[method-assign]
-    return cache("build", *args)
 
 
 def small_disk(limit: int, *args: object) -> int:

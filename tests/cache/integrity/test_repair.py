@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cache.commands.test_build import slow_build
 from tests.support import cache, files, printed, spawn, wait_for, write_images
+from tests.support.stores import slow_build
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.schema import COMMIT

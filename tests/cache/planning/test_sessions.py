@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cache.commands.test_build import slow_build
 from tests.support import cache, printed, spawn, wait_for, write_images
+from tests.support.stores import slow_build
 
 Out = pytest.CaptureFixture[str]
 NEW = "12 scanned = 12 encoded + 0 reused + 0 duplicate + 0 rejected"

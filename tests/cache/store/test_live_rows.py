@@ -12,8 +12,8 @@ import tensorstore
 import zarr
 from numpy.typing import NDArray
 
-from tests.cache.commands.test_build import slow_build
 from tests.support import cache, files, spawn, wait_for, write_images
+from tests.support.stores import slow_build
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.reader import LatentStore
 
