@@ -71,7 +71,7 @@ def test_metadata_that_no_store_has_is_one_sentence(
     change_json(mine, change)
     capsys.readouterr()
     assert cache("info", mine) == 1
-    assert "is not one of ours" in error(capsys)
+    assert "was not written by xlsd-cache" in error(capsys)
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("[" * 100_000), os.mkfifo])
@@ -83,7 +83,7 @@ def test_metadata_that_cannot_be_read_is_one_sentence(
     make(path)
     capsys.readouterr()
     assert cache("info", mine) == 1
-    assert "is not one of ours" in error(capsys)
+    assert "was not written by xlsd-cache" in error(capsys)
 
 
 def test_an_unknown_field_is_passed_over(mine: Path) -> None:
@@ -226,11 +226,11 @@ def test_a_file_of_staging_that_is_a_link_is_never_written_through(mine: Path, n
     precious.write_text("mine")
     (mine / "staging" / name).unlink(missing_ok=True)
     (mine / "staging" / name).symlink_to(precious)
-    with pytest.raises(UserError, match="no file of ours"):
+    with pytest.raises(UserError, match="not a regular file"):
         Manifest(mine).make_folders()
     (mine / "staging" / name).unlink()
     os.mkfifo(mine / "staging" / name)
-    with pytest.raises(UserError, match="no file of ours"):
+    with pytest.raises(UserError, match="not a regular file"):
         Manifest(mine).make_folders()
     assert precious.read_text() == "mine"
 

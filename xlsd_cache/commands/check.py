@@ -23,7 +23,7 @@ from xlsd_cache.files.uri import read_source
 from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
 from xlsd_cache.integrity.accounting import account
 from xlsd_cache.integrity.repair import Repaired, repair
-from xlsd_cache.integrity.shard_check import NAMED, Problem
+from xlsd_cache.integrity.shard_check import LISTED, Problem
 from xlsd_cache.integrity.verify import verify, verify_index, verify_live
 from xlsd_cache.options import CheckOptions
 from xlsd_cache.outcomes import Rejected
@@ -123,7 +123,7 @@ def _say_repaired(store: StoreView, repaired: Repaired, say: Say) -> bool:
     for done in repaired.done:
         say(f"mended: {done}")
     if repaired.gone:
-        named = ", ".join(repaired.gone[:NAMED])
+        named = ", ".join(repaired.gone[:LISTED])
         say(f"{len(repaired.gone)} images leave training, their files are gone: {named}")
     counts, _ = account(store)
     if counts.pending:

@@ -1,4 +1,4 @@
-"""Nothing disappears: scanned = encoded + reused + duplicate + rejected (by reason) + pending."""
+"""Sums the outcome of every image: scanned = encoded + reused + duplicate + rejected + pending."""
 
 from collections.abc import Set
 from dataclasses import asdict, dataclass
@@ -20,24 +20,24 @@ from xlsd_cache.store.view import StoreView
 
 @dataclass(frozen=True)
 class Accounting:
-    """What became of every image of one scan."""
+    """Number of images of each outcome, of one scan."""
 
     scanned: int
-    encoded: int  # live, committed since the build began
-    reused: int  # live, committed before it
+    encoded: int  # live, committed since the build started
+    reused: int  # live, committed before
     duplicate: int
     rejected: dict[str, int]  # reason -> images
-    pending: int  # planned and not encoded yet; 0 when a build has ended well
+    pending: int  # planned and not encoded yet; 0 after a complete build
     buckets: dict[str, int]  # bucket -> live images
 
     @property
     def live(self) -> int:
-        """Images that training sees."""
+        """Images with a latent."""
         return self.encoded + self.reused
 
     @property
     def is_sound(self) -> bool:
-        """Whether every field is of its kind and the sums are right, as of a file they may not."""
+        """Whether types and sums are right; those of a file may not be."""
         numbers = [self.scanned, self.encoded, self.reused, self.duplicate, self.pending]
         numbers += [*self.rejected.values(), *self.buckets.values()]
         if not all(type(number) is int and number >= 0 for number in numbers):
@@ -47,7 +47,7 @@ class Accounting:
 
     def __str__(self) -> str:
         total = self.live + self.duplicate + sum(self.rejected.values()) + self.pending
-        assert total == self.scanned, f"the sums are wrong: {self}"  # our bug, never the user's
+        assert total == self.scanned, f"the sums are wrong: {self}"  # a bug, not a user's mistake
         reasons = ", ".join(f"{reason} {n}" for reason, n in self.rejected.items())
         rejected = f"{sum(self.rejected.values())} rejected" + (f" ({reasons})" if reasons else "")
         parts = [f"{self.encoded} encoded", f"{self.reused} reused"]
@@ -57,9 +57,9 @@ class Accounting:
 
 
 def account(store: StoreView, before: Set[Unit] = frozenset()) -> tuple[Accounting, pa.Table]:
-    """Count a generation's images; `before` are the shards that were committed at the beginning.
+    """Count a generation's images; `before` are the shards committed before the build.
 
-    Also returns the table (key, reason, detail) of the rejected and the duplicates, for people.
+    Also returns the rejected images and the duplicates, as a table (key, reason, detail).
     """
     manifest = store.manifest
     live = manifest.live(store.generation)
@@ -90,27 +90,27 @@ def account(store: StoreView, before: Set[Unit] = frozenset()) -> tuple[Accounti
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """How often each value is there, by value."""
+    """Value -> number of occurrences, sorted by value."""
     counts = column.value_counts().to_pylist() if len(column) else []
     return dict(sorted((count["values"], count["counts"]) for count in counts))
 
 
 def save_accounting(manifest: Manifest, generation: int, counts: Accounting) -> None:
-    """Keep the sums that a build printed, so that `info` can give the same later."""
+    """Save the sums that a build printed, for `info`."""
     value = {"generation": generation, **asdict(counts)}
     write_json(_path(manifest.root), value, manifest.staging)
 
 
 def saved_accounting(root: Path, generation: int) -> Accounting | None:
-    """The sums of the last build, if it ended well and the log has not moved on since."""
+    """The sums of the last build, if it completed and no generation was added since."""
     try:
         value: dict[str, Any] = read_json(_path(root))
-        told = Accounting(**value) if value.pop("generation") == generation else None
-        if told is None or not told.is_sound:
+        saved = Accounting(**value) if value.pop("generation") == generation else None
+        if saved is None or not saved.is_sound:
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or none of ours
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged
         return None
-    return told
+    return saved
 
 
 def _path(root: Path) -> Path:

@@ -1,9 +1,9 @@
-"""What `check --repair` does: mend what can be proved, plan anew what cannot, delete nothing good.
+"""`check --repair`: rebuilds what checksums prove, and plans lost latents again.
 
-A latent is proved by the checksum in its shard's commit record. Damaged ones are named in
-`manifest/damaged`, so that nothing uses them again, and their images get fresh rows behind their
-bucket's last shard: the next build encodes exactly these. Every step is a rename, and the new
-generation exists only with the last one: after a kill the same command goes on.
+A latent is good if it has the checksum in its shard's commit record; good ones are always kept.
+Damaged ones are listed in `manifest/damaged` and never used again. Their images get new rows after
+their bucket's last shard, which the next build encodes. Every step is a rename, and the new
+generation appears with the last one: after a kill, the same command continues.
 """
 
 import hashlib
@@ -38,19 +38,19 @@ from xlsd_cache.store.zarr_metadata import write_array
 
 @dataclass
 class Repaired:
-    """What was done, in words, and what is left."""
+    """What a repair did, and what is left."""
 
-    done: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)  # a sentence each
     to_encode: list[str] = field(default_factory=list)  # keys, for the next build
-    gone: list[str] = field(default_factory=list)  # keys that leave training: no latent, no image
-    left: list[Problem] = field(default_factory=list)  # what only a person can mend
+    gone: list[str] = field(default_factory=list)  # keys that leave training: the image is gone too
+    left: list[Problem] = field(default_factory=list)  # what cannot be repaired
 
 
 def repair(store: StoreView, problems: list[Problem]) -> Repaired:
-    """Mend these problems of the store, alone: no build plans meanwhile. Raises OSError."""
+    """Repair these problems under the plan lock. Raises OSError."""
     result = Repaired(left=[problem for problem in problems if problem.kind == "plan"])
     if result.left:
-        return result  # where things should be is not known
+        return result  # without the plan, nothing else can be judged
     manifest = store.manifest
     manifest.make_folders()
     with planning(manifest):
@@ -59,25 +59,25 @@ def repair(store: StoreView, problems: list[Problem]) -> Repaired:
         lost: set[tuple[str, int]] = {(unit.bucket, row) for unit, rows in places for row in rows}
         for problem in problems:
             lost |= _mend(store, problem, result)
-        _plan_anew(store, lost, result)
+        _plan_again(store, lost, result)
         if result.done or result.to_encode or result.gone:
-            (manifest.root / "index.arrow").unlink(missing_ok=True)  # derived from the old state
+            (manifest.root / "index.arrow").unlink(missing_ok=True)  # derived from the log before
     write_live(store)
     return result
 
 
 def _mend(store: StoreView, problem: Problem, result: Repaired) -> set[tuple[str, int]]:
-    """Mend one problem; returns the places whose latents are lost for good."""
+    """Repair one problem; returns the places whose latents are lost."""
     manifest, path = store.manifest, store.manifest.root / problem.where
     done, lost = "", set[tuple[str, int]]()
     if problem.kind == "index":
-        done = "deleted: it is made anew when it is needed"
+        done = "deleted: it is rebuilt when needed"
     elif problem.kind == "live":
-        done = "written anew"  # at the end
+        done = "rebuilt"  # by `repair`, at the end
     elif problem.kind == "array":
         bucket = path.parent.name
         write_array(store, bucket, int(planned_rows(store)[bucket][-1]) + 1)
-        done = "written anew"
+        done = "rebuilt"
     elif problem.kind == "stray":
         aside = manifest.root / "stray" / path.relative_to(manifest.root)
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _mend(store: StoreView, problem: Problem, result: Repaired) -> set[tuple[str
         path.replace(aside)
         done = f"moved to {store.relative(aside)}"
     elif problem.kind == "captions":
-        done = f"set aside as {_set_aside(path)}: build, or give the captions, again"
+        done = f"renamed to {_set_aside(path)}: build, or import the captions, again"
     elif problem.kind == "commit" and problem.unit:
         done, lost = _mend_commit(store, problem.unit)
     elif problem.kind == "shard" and problem.unit:
@@ -96,15 +96,15 @@ def _mend(store: StoreView, problem: Problem, result: Repaired) -> set[tuple[str
 
 
 def _mend_commit(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
-    """Write a lost commit record anew, of the rows that the shard holds with right checksums.
+    """Rebuild a lost commit record from the shard's rows whose checksums are right.
 
-    Where the shard is not there either, nothing is committed and the next build makes both.
+    Without the shard, nothing is committed and the next build writes both.
     """
     manifest, shard = store.manifest, store.rows_per_shard
     lock = FileLock(lock_path(manifest, unit), blocking=False, thread_local=False)
     try:
         lock.acquire()
-    except Timeout:  # a build is at work on it
+    except Timeout:  # a build is writing it
         return "", set()
     try:
         latent = np.empty(store.identity.shape(unit.bucket), store.identity.dtype)
@@ -114,7 +114,7 @@ def _mend_commit(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]
             reader = store.open_shard(unit)
         except (CorruptShard, OSError):
             aside = manifest.commit(unit).exists() and _set_aside(manifest.commit(unit))
-            return f"set aside as {aside}: its shard is lost too" if aside else "", set()
+            return f"renamed to {aside}: its shard is lost too" if aside else "", set()
         rows = {}
         for slot, entry in entries.items():
             try:
@@ -129,17 +129,17 @@ def _mend_commit(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]
         lock.release()
     held = sum(row.crc32c is not None for row in rows.values())
     lost = {(unit.bucket, unit.shard * shard + s) for s, row in rows.items() if row.reason}
-    return f"written anew: {held} of {len(rows)} latents are in the shard and right", lost
+    return f"rebuilt: {held} of {len(rows)} latents are in the shard and right", lost
 
 
 def _mend_shard(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
-    """Write a shard's file anew from the records that are right, which brings back its index.
+    """Rebuild a shard file, with its index, from the records that are right.
 
     A record belongs to the row that was committed with its checksum.
     """
     manifest, shard = store.manifest, store.rows_per_shard
     given_up = damaged_places(store).get(unit.bucket, set())
-    if not verify_shard(store, unit, given_up):  # mended by now
+    if not verify_shard(store, unit, given_up):  # repaired meanwhile
         return "", set()
     commit = pq.read_table(manifest.commit(unit), schema=COMMIT)
     commit = commit.filter(pc.equal(commit["status"], "encoded"))
@@ -151,26 +151,26 @@ def _mend_shard(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]]
         data = memoryview(manifest.shard(unit).read_bytes())
     except FileNotFoundError:
         data = memoryview(b"")
-    found: dict[int, memoryview] = {}  # slot -> record, in the order of the file
+    records: dict[int, memoryview] = {}  # slot -> record, in the order of the file
     for offset in range(0, len(data) - nbytes - CRC_NBYTES + 1, nbytes + CRC_NBYTES):
         record = data[offset : offset + nbytes + CRC_NBYTES]
         crc = int.from_bytes(record[-CRC_NBYTES:], "little")
         if wanted.get(crc) and google_crc32c.value(bytes(record[:-CRC_NBYTES])) == crc:
-            found[wanted[crc].pop(0)] = record
-    if found:
-        content = b"".join(found.values()) + index_of(list(found), shard, nbytes)
+            records[wanted[crc].pop(0)] = record
+    if records:
+        content = b"".join(records.values()) + index_of(list(records), shard, nbytes)
         write_bytes(manifest.shard(unit), content, manifest.staging)
     again = verify_shard(store, unit, given_up)
     lost = {(unit.bucket, row) for problem in again for row in problem.rows}
-    done = f"written anew: {len(found)} of {commit.num_rows} latents are right" if found else ""
+    done = f"rebuilt: {len(records)} of {commit.num_rows} latents are right" if records else ""
     return done, lost
 
 
-def _plan_anew(store: StoreView, lost: set[tuple[str, int]], result: Repaired) -> None:
-    """Give the images of lost latents fresh rows, where they are still there to be encoded.
+def _plan_again(store: StoreView, lost: set[tuple[str, int]], result: Repaired) -> None:
+    """Give the images of lost latents new rows; images that are gone leave the store.
 
-    Shards that were never committed are the next build's already; only what has no image any more
-    is taken out of them, so that training can go on without it.
+    Shards that were never committed are encoded by the next build in any case; only images that
+    are gone are removed from them, so that training does not wait for them.
     """
     manifest, shard = store.manifest, store.rows_per_shard
     places = planned_rows(store)
@@ -205,7 +205,7 @@ def _plan_anew(store: StoreView, lost: set[tuple[str, int]], result: Repaired) -
 
 
 def _at_risk(store: StoreView, live: pa.Table, lost: set[tuple[str, int]]) -> NDArray[np.int64]:
-    """Which live entries' places are lost or in no committed shard, in the order of the places."""
+    """Positions of live entries that are lost or in no committed shard, ordered by place."""
     is_safe = is_committed(store.manifest, live, store.rows_per_shard)
     is_lost = lookup_rows(live, _places(lost), PLACE) >= 0
     rows = live["row"].to_numpy()
@@ -231,7 +231,7 @@ def _planned(store: StoreView, unit: Unit) -> dict[int, PlanEntry]:
 
 
 def _content_hash(entry: PlanEntry) -> str:
-    """sha256 of the planned image, read again where the log lacks it; empty where it changed."""
+    """sha256 of the planned image, read where the log lacks it; empty where it changed."""
     if entry["content_hash"]:
         return str(entry["content_hash"])
     try:
@@ -252,7 +252,7 @@ def _is_there(entry: PlanEntry) -> bool:
 
 
 def _set_aside(path: Path) -> str:
-    """Rename a damaged file so that nothing reads it; returns its new name."""
+    """Rename a damaged file out of the way; returns its new name."""
     aside = _unused(path.with_name(f"{path.name}.damaged"))
     path.replace(aside)
     fsync_folder(path.parent)
@@ -260,7 +260,7 @@ def _set_aside(path: Path) -> str:
 
 
 def _unused(path: Path) -> Path:
-    """The path, or where something has that name already the path with a number."""
+    """The path, with a number appended where it exists."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
     return next(it for it in (path, *itertools.islice(numbered, 999)) if not it.exists())
 

@@ -1,4 +1,4 @@
-"""One shard read back whole, and the words for what is wrong with it."""
+"""Reads one shard back whole and compares it with its commit record."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,44 +20,44 @@ _FAULTS: dict[Fault, str] = {
     "truncated": "are cut short",
     "checksum": "have a wrong crc32c",
 }
-NAMED = 20  # images that a problem names; the rest are counted
-Kind = Literal[
-    "plan",  # the log itself: cannot be mended
+LISTED = 20  # images that a problem lists; the rest are counted
+ProblemKind = Literal[
+    "plan",  # the log itself: cannot be repaired
     "captions",
     "commit",
     "shard",  # the file as a whole
     "latents",
     "array",
     "index",
-    "live",  # what plain zarr readers are told
+    "live",  # masks for plain zarr readers
     "stray",
     "pending",  # unfinished, not broken
-    "image",  # an image file that is not what was encoded: the store itself is right
+    "image",  # an image file that changed since it was encoded: the store is right
 ]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, where, and the images that it concerns."""
+    """One thing that is wrong, and the images that it concerns."""
 
-    kind: Kind
+    kind: ProblemKind
     where: str  # the file, relative to the store
     what: str
     images: tuple[str, ...] = ()  # keys
     unit: Unit | None = None
-    rows: tuple[int, ...] = ()  # of the unit's bucket, whose latents are not to be used
+    rows: tuple[int, ...] = ()  # in the unit's bucket, whose latents must not be used
 
     def __str__(self) -> str:
-        named = ", ".join(self.images[:NAMED])
-        more = f" and {len(self.images) - NAMED} more" if len(self.images) > NAMED else ""
-        return f"{self.where} {self.what}" + (f": {named}{more}" if named else "")
+        listed = ", ".join(self.images[:LISTED])
+        more = f" and {len(self.images) - LISTED} more" if len(self.images) > LISTED else ""
+        return f"{self.where} {self.what}" + (f": {listed}{more}" if listed else "")
 
 
 def planned_rows(store: StoreView) -> dict[str, NDArray[np.int64]]:
-    """Bucket -> the rows ever planned in it, sorted."""
+    """Bucket -> every row ever planned in it, sorted."""
     files = store.manifest.files(store.generation)
     plans = [path for path in files if path.parent.name == "plan"]
-    columns = ["bucket", "row"]  # the others are large
+    columns = ["bucket", "row"]  # the other columns are large
     planned = pa.concat_tables([pq.read_table(path, columns=columns) for path in plans])
     planned = planned.filter(pc.greater_equal(planned["row"], 0))
     names = planned["bucket"].combine_chunks().dictionary_encode()
@@ -69,9 +69,9 @@ def planned_rows(store: StoreView) -> dict[str, NDArray[np.int64]]:
 
 
 def verify_shard(store: StoreView, unit: Unit, damaged: set[int]) -> list[Problem]:
-    """Read one committed shard whole. Rows of images that left training count as well.
+    """Check every committed row of one shard, also of images that left training.
 
-    `damaged` are the rows that a repair has given up: nothing is promised of them any more.
+    `damaged` are rows that a repair gave up, which are not checked.
     """
     commit = pq.read_table(store.manifest.commit(unit), schema=COMMIT)
     rows = [
@@ -89,8 +89,8 @@ def verify_shard(store: StoreView, unit: Unit, damaged: set[int]) -> list[Proble
         why = error.message if isinstance(error, CorruptShard) else error
         what = "is missing" if gone else f"is damaged ({why})"
         lost = tuple(row["key"] for row in rows), unit, tuple(row["row"] for row in rows)
-        told = f"{what}; {len(rows)} latents are lost"
-        return [Problem("shard", where, told, *lost)] if rows else []
+        what = f"{what}; {len(rows)} latents are lost"
+        return [Problem("shard", where, what, *lost)] if rows else []
     try:
         faults: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
@@ -114,7 +114,7 @@ def verify_shard(store: StoreView, unit: Unit, damaged: set[int]) -> list[Proble
 
 
 def _latent_fault(reader: ShardReader, slot: int, crc32c: int, latent: NDArray[Any]) -> str:
-    """What is wrong with one row, read into `latent`; empty if nothing."""
+    """Read one row into `latent`; what is wrong with it, or empty."""
     flat = latent.reshape(-1).view(np.uint8)
     try:
         reader.read_into(slot, flat)
@@ -124,7 +124,7 @@ def _latent_fault(reader: ShardReader, slot: int, crc32c: int, latent: NDArray[A
         return f"cannot be read ({error.strerror})"
     if google_crc32c.value(flat) != crc32c:
         return "are not what was committed"
-    # by the bits of the exponent: a quarter of isfinite's time for float16
+    # by the exponent's bits: takes a quarter of isfinite's time for float16
     exponent = {2: 0x7C00, 4: 0x7F80_0000}[latent.itemsize]
     finite = (latent.view(f"u{latent.itemsize}") & exponent).max() < exponent
     return "" if finite else "hold NaN or infinity"
@@ -133,16 +133,16 @@ def _latent_fault(reader: ShardReader, slot: int, crc32c: int, latent: NDArray[A
 def _shard_fault(
     store: StoreView, reader: ShardReader, unit: Unit, commit: pa.Table, nbytes: int
 ) -> list[Problem]:
-    """Bytes or rows of a shard that nobody committed."""
+    """Bytes or rows of a shard that are not in its commit record."""
     encoded = commit.filter(pc.equal(commit["status"], "encoded"))["row"].to_numpy()
     held = np.flatnonzero(np.asarray(reader.offsets) != MISSING)
     extra = np.setdiff1d(held, encoded % store.rows_per_shard)
     length = len(held) * (nbytes + CRC_NBYTES) + 16 * store.rows_per_shard + CRC_NBYTES
     size = reader.path.stat().st_size
-    told = []
+    faults = []
     if len(extra):
-        told.append(f"holds {len(extra)} rows that its commit record does not name")
+        faults.append(f"holds {len(extra)} rows that its commit record does not name")
     if size != length:
-        told.append(f"has {size} bytes, where its records and index take {length}")
+        faults.append(f"has {size} bytes, where its records and index take {length}")
     where = store.relative(reader.path)
-    return [Problem("shard", where, what, unit=unit) for what in told]
+    return [Problem("shard", where, what, unit=unit) for what in faults]

@@ -11,23 +11,23 @@ from numpy.typing import NDArray
 
 from xlsd_cache.store.reader import LatentStore
 
-MEASURED = 2048  # samples whose latents are read: the mean to 0.1% of the spread
-AT_ONCE = 65536  # captions: bounds the memory of their pieces
-TAG_WORDS = 3.0  # a column of tags has at most so many words a piece, and two pieces a caption
+MEASURED = 2048  # samples whose latents are read: enough for a mean within 0.1% of the std
+AT_ONCE = 65536  # captions: bounds the memory
+TAG_WORDS = 3.0  # most words per tag, on average; with two tags a caption or more
 
 
 class Moments(NamedTuple):
-    """What `moments` finds; both lists are empty for a store without samples."""
+    """Result of `moments`; both lists are empty for a store without samples."""
 
-    mean: list[float]  # by channel, of raw latents
+    mean: list[float]  # of raw latents, a value per channel
     std: list[float]
     samples: int  # that were read
 
 
 def moments(store: LatentStore) -> Moments:
-    """Mean and standard deviation by channel over up to 2 * MEASURED samples, evenly spread.
+    """Mean and standard deviation per channel over up to 2 * MEASURED samples, evenly spread.
 
-    The same generation of a store gives the same numbers, to the bit.
+    The same generation of a store gives the same numbers, bit for bit.
     """
     stride = max(1, len(store) // MEASURED)
     sums: Counter[str] = Counter()
@@ -47,7 +47,7 @@ def moments(store: LatentStore) -> Moments:
 
 
 def word_counts(texts: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Words of every caption; each line of a text is one, an alternative to the others."""
+    """Words of every caption; each line of a text is an alternative caption."""
     counts = [np.empty(0, np.int64)]
     for part in _parts(texts):
         lines = pc.list_flatten(pc.split_pattern(part, "\n"))
@@ -58,7 +58,7 @@ def word_counts(texts: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def are_tags(texts: pa.ChunkedArray) -> bool:
-    """Whether a column holds comma-separated tags and not sentences, by its first captions."""
+    """Whether a column holds comma-separated tags, not sentences; decided by its first captions."""
     part = next(_parts(texts), None)
     if part is None:
         return False
@@ -70,7 +70,7 @@ def are_tags(texts: pa.ChunkedArray) -> bool:
 
 
 def _parts(texts: pa.ChunkedArray) -> Iterator[pa.Array]:
-    """Pieces of the captions that exist, none of them large or empty."""
+    """The existing captions in chunks of at most AT_ONCE, none empty."""
     for chunk in texts.drop_null().chunks:
         for start in range(0, len(chunk), AT_ONCE):
             yield chunk.slice(start, AT_ONCE)

@@ -1,4 +1,4 @@
-"""One shard as a unit of work: claimed by a lock, written or adopted, committed by its record."""
+"""Claims a shard for one process by a lock, and commits it by writing its record."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,9 @@ log = logging.getLogger("xlsd.cache.store")
 
 @dataclass
 class Claim:
-    """A unit that this process alone works on, until `finish` or `release`.
+    """A shard that only this process writes, until `finish` or `release`.
 
-    The lock is the kernel's: a killed process drops it, and the next to come goes on from what
-    its journal vouches for.
+    The kernel releases the lock of a killed process; the next one resumes from the journal.
     """
 
     unit: Unit
@@ -35,9 +34,9 @@ class Claim:
     writer: ShardWriter
 
     def finish(self) -> None:
-        """Put the shard in place, then its commit record; either both are seen or the second not.
+        """Move the shard into place, then write its commit record.
 
-        A reader looks at a shard only after its record exists.
+        Readers look at a shard only once its record exists.
         """
         manifest = self.store.manifest
         self.writer.finish(manifest.shard(self.unit), self.store.rows_per_shard)
@@ -46,15 +45,15 @@ class Claim:
         _drop(manifest, self.unit, self.lock)
 
     def release(self) -> None:
-        """Leave the unit as it is, for this or another process to go on with."""
+        """Give up the lock; this or another process can resume the shard."""
         self.lock.release()
 
 
 def claim(store: StoreView, unit: Unit, entries: dict[int, PlanEntry], batch: int) -> Claim | None:
-    """Take `unit` for this process; None when another holds it or it is committed by now.
+    """Claim `unit` for this process; None if another process holds it or it is committed.
 
-    `entries` are the planned rows by slot. A shard that was put in place by a process killed
-    before its commit is adopted if every checksum holds, and made anew otherwise.
+    `entries` are the planned rows by slot. A shard left in place by a process that was killed
+    before its commit is committed if every checksum holds, else written again.
     """
     manifest = store.manifest
     lock = FileLock(lock_path(manifest, unit), blocking=False, thread_local=False)
@@ -75,7 +74,7 @@ def claim(store: StoreView, unit: Unit, entries: dict[int, PlanEntry], batch: in
                 journal.unlink()
                 _drop(manifest, unit, lock)
                 return None
-            final.unlink()  # no reader has ever seen it
+            final.unlink()  # never committed, so never read
         batches, nbytes = _batches(sorted(entries), batch), store.identity.nbytes(unit.bucket)
         writer = ShardWriter(manifest.staging, unit.name, batches, nbytes)
         return Claim(unit, entries, store, lock, writer)
@@ -86,7 +85,7 @@ def claim(store: StoreView, unit: Unit, entries: dict[int, PlanEntry], batch: in
 
 @contextmanager
 def planning(manifest: Manifest) -> Iterator[None]:
-    """Within the block no other process adds a generation; says so where it has to wait."""
+    """Hold the lock for adding a generation; logs when it has to wait."""
     lock = FileLock(manifest.staging / "plan.lock", thread_local=False)
     try:
         lock.acquire(timeout=1)
@@ -100,7 +99,7 @@ def planning(manifest: Manifest) -> Iterator[None]:
 
 
 def tidy(manifest: Manifest) -> None:
-    """Remove what processes that were killed between commit and clean-up left in staging."""
+    """Remove what processes killed between commit and clean-up left in staging."""
     committed = {unit.name for unit in manifest.committed()}
     for path in manifest.staging.iterdir():
         if path.stem in committed and path.suffix in (".part", ".jnl", ".lock"):
@@ -109,21 +108,21 @@ def tidy(manifest: Manifest) -> None:
 
 
 def lock_path(manifest: Manifest, unit: Unit) -> Path:
-    """Whoever writes the unit's shard or commit record holds this lock."""
+    """The lock for writing the unit's shard or commit record."""
     return manifest.staging / f"{unit.name}.lock"
 
 
 def _drop(manifest: Manifest, unit: Unit, lock: BaseFileLock) -> None:
-    """Unlock a committed unit and remove its lock file.
+    """Release a committed unit's lock and remove the file.
 
-    Safe only after the commit: whoever has locked the removed file then finds no work to do.
+    Safe only after the commit: a process that locks the removed file finds nothing to do.
     """
     lock_path(manifest, unit).unlink(missing_ok=True)
     lock.release()
 
 
 def _batches(slots: Sequence[int], batch: int) -> list[list[int]]:
-    """Rows i*batch to (i+1)*batch of the shard: fixed by the plan, whatever was done before."""
+    """The slots grouped by slot // batch: fixed by the plan, not by where a run was killed."""
     grouped: dict[int, list[int]] = {}
     for slot in slots:
         grouped.setdefault(slot // batch, []).append(slot)
@@ -131,7 +130,7 @@ def _batches(slots: Sequence[int], batch: int) -> list[list[int]]:
 
 
 def _holds(store: StoreView, unit: Unit, rows: dict[int, Row]) -> bool:
-    """Whether a shard holds exactly the latents that its journal names."""
+    """Whether the shard holds the latents that its journal lists."""
     out = np.empty(store.identity.nbytes(unit.bucket), np.uint8)
     try:
         reader = store.open_shard(unit)
@@ -148,7 +147,7 @@ def _holds(store: StoreView, unit: Unit, rows: dict[int, Row]) -> bool:
 def write_commit(
     store: StoreView, unit: Unit, entries: dict[int, PlanEntry], rows: dict[int, Row]
 ) -> None:
-    """Write the unit's commit record: from then on its shard counts."""
+    """Write the unit's commit record, which makes its shard part of the store."""
     lines = [
         {
             "row": unit.shard * store.rows_per_shard + slot,

@@ -1,8 +1,8 @@
-"""What a latent is valid for, beside its image: kept in the store, and never mixed with another.
+"""Store identity: the VAE and preprocessing of all latents in a store, kept in its zarr.json.
 
-A latent depends on the encoder's half of the VAE alone. Stores of older versions kept one hash of
-the whole; the encoder's is added in manifest/encoder.json as soon as that VAE has been seen, for
-zarr.json never changes: a store's fingerprint is made from it.
+Latents depend on the encoder half of the VAE alone. Stores of older versions have only a hash of
+the whole VAE. The encoder's is added in manifest/encoder.json once that VAE has been loaded, since
+zarr.json never changes: the store's fingerprint covers it.
 """
 
 import math
@@ -29,7 +29,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Identity:
-    """What a latent is valid for, beside its image's content and crop. Kept in zarr.json."""
+    """All that a latent depends on except its image's content and crop."""
 
     vae_name: str
     vae_source: str
@@ -38,15 +38,15 @@ class Identity:
     scaling_factor: float
     shift_factor: float
     channels: int
-    dtype: str  # float32 | float16, as stored
-    precision: str  # fp32 | tf32 | bf16, as encoded; unknown where imported
-    preprocessing: int | str  # xlsd_cache.images.decode.PREPROCESSING; a peer's name where imported
+    dtype: str  # float32 | float16
+    precision: str  # fp32 | tf32 | bf16 of the encoding; unknown where imported
+    preprocessing: int | str  # images.decode.PREPROCESSING; another program's name where imported
     resolution: int
     buckets: str  # aspect | square | sizes | imported
     max_ratio: float
     upscale: bool
-    vae_padding: Padding = "zeros"  # zeros | reflect, of the VAE's convolutions
-    encoder_sha256: str = ""  # of the encoder's half alone; empty where it is not known yet
+    vae_padding: Padding = "zeros"  # of the VAE's convolutions
+    encoder_sha256: str = ""  # of the encoder half alone; empty where unknown
 
     def shape(self, bucket: str) -> tuple[int, int, int]:
         """(C, h, w) of the latents of the bucket called WIDTHxHEIGHT."""
@@ -57,7 +57,7 @@ class Identity:
         return math.prod(self.shape(bucket)) * (2 if self.dtype == "float16" else 4)
 
     def encoder_is(self, vae_sha256: str, encoder_sha256: str) -> bool | None:
-        """Whether a VAE of these hashes has the encoder of these latents; None: not known."""
+        """Whether a VAE of these hashes has the encoder of these latents; None if unknown."""
         if vae_sha256 == self.vae_sha256:
             return True
         if not (self.encoder_sha256 and encoder_sha256):
@@ -65,10 +65,10 @@ class Identity:
         return encoder_sha256 == self.encoder_sha256
 
     def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
-        """Fields that forbid mixing latents, with both values; the VAE's weights tell, not names.
+        """Fields in which latents are incompatible, with both values.
 
-        `resolution` and `max_ratio` count as they are given, even where they change no bucket.
-        The encoder is `encoder_sha256` where both are known, and else the whole VAE's hash.
+        The VAE's name and source do not count. The encoder is compared by `encoder_sha256` where
+        both are known, else by the whole VAE's hash.
         """
         labels = {"vae_name", "vae_source", "vae_sha256", "encoder_sha256"}
         same = self.encoder_is(other.vae_sha256, other.encoder_sha256)
@@ -82,7 +82,7 @@ class Identity:
 
 
 def read_attributes(root: Path) -> tuple[Identity, int]:
-    """The identity and the rows per shard of the store in `root`. Raises UserError for no store."""
+    """The identity and rows per shard of the store in `root`. Raises UserError for no store."""
     path = root / "latents.zarr" / "zarr.json"
     try:
         attributes = read_json(path)["attributes"]
@@ -92,28 +92,29 @@ def read_attributes(root: Path) -> tuple[Identity, int]:
         if type(rows_per_shard) is not int or not 0 < rows_per_shard <= 2**20:
             raise ValueError(f"rows_per_shard is {str(rows_per_shard)[:40]!r}")
         known = {field.name for field in fields(Identity)}
-        told = {name: value for name, value in attributes["identity"].items() if name in known}
-        identity = Identity(**told)
+        values = {name: it for name, it in attributes["identity"].items() if name in known}
+        identity = Identity(**values)
         _check(identity)
     except FileNotFoundError:
         raise UserError(
             f"no latent store in {root}: {path} is missing; make one with "
-            f"`xlsd-cache build IMAGES --out {root}`, or name another folder"
+            f"`xlsd-cache build IMAGES --out {root}`, or give another folder"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{root} is not a latent store: {path} is not one of ours ({error}); name another"
+            f"{root} is not a latent store: {path} was not written by xlsd-cache ({error}); give "
+            f"another folder"
         ) from error
     if version != VERSION:
         raise UserError(
-            f"{root} has store format {version}, this program reads {VERSION}; install the "
+            f"{root} has store format {version}, but this version reads {VERSION}; install the "
             f"version of xlsd that wrote it"
         )
     return replace(identity, encoder_sha256=_recorded_encoder(root, identity)), rows_per_shard
 
 
 def _check(identity: Identity) -> None:
-    """Raises ValueError for a value that no store of ours has: numbers size buffers."""
+    """Raise ValueError for a value that no build writes: these numbers size buffers."""
     for field in fields(identity):
         value, kinds = getattr(identity, field.name), get_args(field.type) or (field.type,)
         kinds = tuple(type(kind) if isinstance(kind, str) else kind for kind in kinds)
@@ -133,19 +134,19 @@ def _check(identity: Identity) -> None:
 
 
 def _recorded_encoder(root: Path, identity: Identity) -> str:
-    """The encoder's hash as the store says it, or as it was found out since; empty: not known."""
+    """The encoder's hash, from zarr.json or added later; empty where unknown."""
     if not identity.encoder_sha256:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            told = read_json(root / ENCODER)
-            if told["vae_sha256"] == identity.vae_sha256:
-                return str(told["encoder_sha256"])
+            added = read_json(root / ENCODER)
+            if added["vae_sha256"] == identity.vae_sha256:
+                return str(added["encoder_sha256"])
     return identity.encoder_sha256
 
 
 def record_encoder(root: Path, vae_sha256: str, encoder_sha256: str) -> None:
-    """Keep the encoder's hash in a store that knows only that of the whole VAE.
+    """Add the encoder's hash to a store that has only that of the whole VAE.
 
-    Nothing where the store has another VAE, knows it already, or cannot be written to.
+    Does nothing where the store has another VAE or this hash already, or cannot be written to.
     """
     stored, _ = read_attributes(root)
     if stored.vae_sha256 == vae_sha256 and not stored.encoder_sha256:
@@ -153,8 +154,8 @@ def record_encoder(root: Path, vae_sha256: str, encoder_sha256: str) -> None:
         if (root / "manifest").is_symlink():
             return
         with suppress(OSError):
-            told = {"vae_sha256": vae_sha256, "encoder_sha256": encoder_sha256}
-            write_json(root / ENCODER, told, staging if staging.is_dir() else None)
+            hashes = {"vae_sha256": vae_sha256, "encoder_sha256": encoder_sha256}
+            write_json(root / ENCODER, hashes, staging if staging.is_dir() else None)
 
 
 def check_compatible(out: Path, identity: Identity, stored: Identity | None = None) -> None:
@@ -234,13 +235,13 @@ def attributes_of(identity: Identity, rows_per_shard: int) -> dict[str, Any]:
 
 
 def unknown_encoder(root: Path | str, stored: Identity, name: str, vae_sha256: str) -> str:
-    """That nobody can say whether a VAE has the encoder of a store that an older version built."""
+    """The message where a VAE cannot be compared with the encoder of an older version's store."""
     given = stored.vae_name if "/" not in stored.vae_name else "ORIGINAL"
     return (
         f"whether the VAE {name} ({vae_sha256[:12]}) has the encoder of {root} is not known: an "
-        f"older version built that store and kept one hash of its whole VAE, {stored.vae_name} "
-        f"({stored.vae_sha256[:12]}), which is not at hand ({stored.vae_source}); show it that VAE "
-        f"once, `xlsd-cache preview {root} preview.png --vae {given}`, and run the same again"
+        f"older version built that store and recorded only a hash of the whole VAE, "
+        f"{stored.vae_name} ({stored.vae_sha256[:12]}), which is not at {stored.vae_source}; load "
+        f"that VAE once, `xlsd-cache preview {root} preview.png --vae {given}`, and retry"
     )
 
 

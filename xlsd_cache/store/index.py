@@ -1,7 +1,8 @@
-"""The log folded into one sorted table a generation: what the reader maps instead of parsing.
+"""Folds the log into a snapshot: one sorted table of a generation's live samples.
 
-`index.arrow` is derived and may be deleted at any time. It is only written for a complete
-generation, which never changes again, so it is fresh exactly when its number is the newest.
+The reader maps it from `index.arrow`, which is derived and may be deleted at any time. It is
+written only for a complete generation, which never changes again, so it is up to date exactly when
+it has the newest generation's number.
 """
 
 import hashlib
@@ -27,10 +28,10 @@ from xlsd_cache.schema import MOST_ROWS, SAMPLES
 from xlsd_cache.store.manifest import Manifest, Unit, is_bucket
 from xlsd_cache.store.view import StoreView
 
-# Rows of a record batch, at most: its texts must stay below Arrow's 2 GiB. No batch holds rows of
-# two buckets, so a bucket's numbers lie in one piece up to here, and are mapped and not copied.
+# Most rows of a record batch: its strings must stay below Arrow's 2 GiB. No batch holds rows of two
+# buckets, so a bucket's numbers are contiguous up to here, and are mapped without a copy.
 BATCH = 1 << 20
-_BUCKET = 1 << 40  # by how much two neighbouring buckets' places differ
+_BUCKET = 1 << 40  # step from one bucket's places to the next's
 
 _OWN = SAMPLES.names[:-2]  # the columns that are the plan's
 
@@ -43,14 +44,14 @@ class Snapshot:
     samples: pa.Table  # sorted by (bucket, row)
     ranges: dict[str, tuple[int, int]]  # bucket -> [start, stop) in samples
     pending: int  # planned but not committed: 0 when the generation is complete
-    fingerprint: str  # sha256 of the log's files that made it
+    fingerprint: str  # sha256 of the log's files that it is made from
 
 
 def make_snapshot(store: StoreView) -> Snapshot:
     """Fold the log up to the view's generation; an incomplete one has what is committed so far.
 
-    Numbers come first: which line of the log each sample's columns are from. Then one column after
-    another is gathered, so that of a large store no more than one is ever held in memory.
+    First the line of the log is found that each sample's columns come from. Then one column after
+    another is gathered, so that at most one column of a large store is in memory.
     """
     manifest, generation = store.manifest, store.generation
     plan, place, buckets = _planned(manifest, generation)
@@ -77,64 +78,64 @@ def make_snapshot(store: StoreView) -> Snapshot:
 
 
 def save_snapshot(root: Path, snapshot: Snapshot) -> None:
-    """Write `index.arrow` for the reader to map; skipped where the store is not writable."""
-    told = {
+    """Write `index.arrow` for the reader to map; does nothing where the store is read-only."""
+    header = {
         "generation": snapshot.generation,
         "ranges": snapshot.ranges,
         "fingerprint": snapshot.fingerprint,
     }
-    table = snapshot.samples.replace_schema_metadata({"xlsd": json.dumps(told)})
+    table = snapshot.samples.replace_schema_metadata({"xlsd": json.dumps(header)})
     try:
         with (
             replacing(root / "index.arrow", root / "staging") as temporary,
             pa.ipc.new_file(temporary, table.schema) as writer,
         ):
-            writer.write_table(table)  # in the batches in which it was gathered
+            writer.write_table(table)  # in the batches of the gathered columns
     except OSError:
         return
 
 
 def cached_snapshot(root: Path, generation: int) -> Snapshot | None:
-    """The view in `index.arrow`, mapped, if it is there, whole, and of this generation."""
+    """The snapshot in `index.arrow`, mapped; None if missing, damaged or of another generation."""
     try:
         table = map_table(root / "index.arrow", SAMPLES, pa.string())
-        told: dict[str, Any] = parse_json(table.schema.metadata[b"xlsd"])
-        if told["generation"] != generation:
+        header: dict[str, Any] = parse_json(table.schema.metadata[b"xlsd"])
+        if header["generation"] != generation:
             return None
-        ranges = {bucket: (start, stop) for bucket, (start, stop) in told["ranges"].items()}
+        ranges = {bucket: (start, stop) for bucket, (start, stop) in header["ranges"].items()}
         _check_ranges(table, ranges)
-        return Snapshot(generation, table, ranges, 0, str(told["fingerprint"]))
-    except Exception:  # absent, or damaged in whatever way: it is derived, and made anew
+        return Snapshot(generation, table, ranges, 0, str(header["fingerprint"]))
+    except Exception:  # missing or damaged in any way: it is derived, and made again
         return None
 
 
 def _check_ranges(table: pa.Table, ranges: dict[str, tuple[int, int]]) -> None:
-    """Raises ValueError where the ranges are not the table's buckets, one after the other."""
+    """Raise ValueError where the ranges are not the table's buckets in their order."""
     ends = [0, *(stop for _, stop in ranges.values())]
     starts = [*(start for start, _ in ranges.values()), table.num_rows]
     if ends != starts or sorted(ends) != ends or not all(map(is_bucket, ranges)):
-        raise ValueError("its buckets are not where it says")
+        raise ValueError("its ranges are not its buckets")
     rows = table["row"].to_numpy()
     if len(rows) and (rows.min() < 0 or rows.max() >= MOST_ROWS):
-        raise ValueError("its rows are no rows of a store")
+        raise ValueError("it has row numbers that no store has")
     falls = np.flatnonzero(np.diff(rows) <= 0) + 1
     if not np.isin(falls, starts).all():
         raise ValueError("its rows are not in order")
 
 
 def _planned(manifest: Manifest, generation: int) -> tuple[Ints, Ints, list[str]]:
-    """The lines of the plan that give an image a place, by place; the places; the buckets."""
+    """Plan lines of the live images with a place, ordered by place; the places; the buckets."""
     lines = manifest.plan_lines(generation, ["key", "bucket", "row"])
     buckets = sorted(pc.unique(lines["bucket"]).drop_null().to_pylist())
     last = last_per_key(lines, ["key"])
     place = _places(lines, buckets)[last]
     order = np.argsort(place, kind="stable")
-    order = order[np.searchsorted(place[order], 0) :]  # those without a place come first
+    order = order[np.searchsorted(place[order], 0) :]  # those without a place sort first
     return last[order], place[order], buckets
 
 
 def _units(place: Ints, buckets: list[str], rows_per_shard: int) -> set[Unit]:
-    """The shards in which these places are."""
+    """The shards that hold these places."""
     shards = np.unique(place // _BUCKET * _BUCKET + place % _BUCKET // rows_per_shard)
     return {Unit(buckets[shard // _BUCKET], shard % _BUCKET) for shard in shards.tolist()}
 
@@ -142,9 +143,9 @@ def _units(place: Ints, buckets: list[str], rows_per_shard: int) -> set[Unit]:
 def _committed(
     manifest: Manifest, units: set[Unit], place: Ints, buckets: list[str]
 ) -> tuple[Ints, NDArray[np.bool_], pa.ChunkedArray]:
-    """Of each place its line in the commit records of `units`, or -1; whether there is a latent.
+    """Each place's line in the commit records of `units`, or -1; whether it has a latent.
 
-    And of every line the latent's checksum.
+    Also the column of the latents' checksums, a value a line.
     """
     lines = manifest.commits(units, ["row", "status", "crc32c"])
     commit = lookup(pa.array(place), pa.array(_places(lines, buckets)))
@@ -154,7 +155,7 @@ def _committed(
 
 
 def _places(lines: pa.Table, buckets: list[str]) -> Ints:
-    """(bucket, row) as one number each, which sorts as they do; negative without a place."""
+    """(bucket, row) as one number that sorts the same; negative without a place."""
     names = pa.array(buckets, pa.string())
     codes = pc.index_in(lines["bucket"], value_set=names).fill_null(0).to_numpy()
     rows: Ints = lines["row"].fill_null(-1).to_numpy()
@@ -164,15 +165,15 @@ def _places(lines: pa.Table, buckets: list[str]) -> Ints:
 def _captions(
     manifest: Manifest, generation: int, column: str, keys: pa.ChunkedArray
 ) -> tuple[pa.ChunkedArray | None, Ints]:
-    """All texts of a caption column, and which is the last said of each key; -1 where empty.
+    """All texts of a caption column, and the position of each key's last one; -1 where empty.
 
-    None where every text was taken back.
+    None in place of the texts where all of the last ones are empty.
     """
-    said_of = manifest.caption_lines(generation, column, "key")
-    last = last_per_key(pa.table({"key": said_of}), ["key"])
-    found = pc.index_in(keys, value_set=said_of.take(last)).fill_null(len(last)).to_numpy()
+    keys_of_lines = manifest.caption_lines(generation, column, "key")
+    last = last_per_key(pa.table({"key": keys_of_lines}), ["key"])
+    found = pc.index_in(keys, value_set=keys_of_lines.take(last)).fill_null(len(last)).to_numpy()
     at = np.append(last, -1)[found]
-    del said_of, found
+    del keys_of_lines, found
     _give_back()
     texts = manifest.caption_lines(generation, column, "text")
     length = pc.binary_length(texts).to_numpy()
@@ -183,14 +184,14 @@ def _captions(
 def _gather(
     ranges: dict[str, tuple[int, int]], staging: Path, column: pa.ChunkedArray, at: Ints
 ) -> pa.ChunkedArray:
-    """The column at these places, null at -1, in batches of one bucket.
+    """The column's values at these positions, null at -1, in batches of one bucket each.
 
-    More than one batch's worth is laid aside in a temporary file and mapped: memory that the
-    kernel may take back. It stays in memory where the store is not writable.
+    More than one batch is written to a temporary file and mapped, so that the kernel can reclaim
+    the memory; it stays in memory where the store is read-only.
     """
     chunks = [*column.chunks, pa.nulls(1, column.type)]
     starts = np.cumsum([0, *map(len, column.chunks)])
-    at = np.where(at < 0, len(column), at)  # where the null is
+    at = np.where(at < 0, len(column), at)  # position of the null
 
     def batches() -> Iterator[pa.Array]:
         for start, stop in ranges.values():
@@ -210,15 +211,15 @@ def _gather(
         except OSError:
             pass
         finally:
-            with suppress(OSError):  # Windows keeps a mapped file, and `sweep` removes it later
+            with suppress(OSError):  # Windows cannot remove a mapped file; `sweep` does so later
                 path.unlink()
     return pa.chunked_array(batches(), column.type)
 
 
 def _take(chunks: list[pa.Array], starts: Ints, at: Ints) -> pa.Array:
-    """What is at these places of the chunks that start at `starts`.
+    """The values at these positions of the chunks that start at `starts`.
 
-    Arrow's own take would join the chunks first, every time, and fail where they pass 2 GiB.
+    Arrow's own take concatenates the chunks first, every time, and fails above 2 GiB.
     """
     chunk = np.searchsorted(starts, at, side="right") - 1
     order = np.argsort(chunk, kind="stable")
@@ -234,12 +235,12 @@ def _take(chunks: list[pa.Array], starts: Ints, at: Ints) -> pa.Array:
 
 
 def _give_back() -> None:
-    """Arrow's allocator keeps what was freed for later, which of a large store is gigabytes."""
+    """Return freed memory: Arrow's allocator would keep gigabytes for later."""
     pa.default_memory_pool().release_unused()
 
 
 def _fingerprint(manifest: Manifest, generation: int, committed: set[Unit]) -> str:
-    """sha256 over the names and bytes of every file of the log that the view was made from."""
+    """sha256 over names and bytes of all files of the log that the snapshot is made from."""
     digest = hashlib.sha256(read_regular(manifest.root / "latents.zarr" / "zarr.json", JSON_BYTES))
     paths = manifest.files(generation) + [manifest.commit(unit) for unit in sorted(committed)]
     for path in paths:

@@ -1,10 +1,11 @@
-"""`latents.zarr/live/BUCKET`: which rows of a bucket's array are live, for plain zarr readers.
+"""Masks of live rows for plain zarr readers, in `latents.zarr/live/BUCKET`.
 
     group = zarr.open_group("latents/latents.zarr", mode="r")
     rows = np.flatnonzero(group["live/512x512"][:])
 
-Bool, one a row. Derived from the log at the end of each build, import and repair, under the plan
-lock, and put in place by one rename a bucket: a row is never called live that is not committed.
+One bool per row of the bucket's array. Derived from the log at the end of each build, import and
+repair, under the plan lock, and replaced by one rename per bucket, so that no row is marked live
+before it is committed.
 """
 
 import asyncio
@@ -26,8 +27,8 @@ from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import array_rows
 
-FOLDER = "live"  # a group, so that the arrays of the group above are the buckets and nothing else
-CHUNK = 1 << 20  # rows: a bucket is one file, up to a million images
+FOLDER = "live"  # a group of its own: the arrays of the group above are the buckets only
+CHUNK = 1 << 20  # rows: up to a million images, a bucket is one file
 ABOUT = "true where the array of that name holds a live latent; ignore all its other rows"
 
 Mask = NDArray[np.bool_]
@@ -51,20 +52,20 @@ def live_masks(manifest: Manifest, snapshot: Snapshot) -> dict[str, Mask]:
     for path in sorted(manifest.array("").glob("*x*/zarr.json")):
         bucket = path.parent.name
         rows = array_rows(path)
-        if rows is None or not 0 <= rows <= MOST_ROWS:  # `check` says it of the array
+        if rows is None or not 0 <= rows <= MOST_ROWS:  # which `check` reports
             continue
         start, stop = snapshot.ranges.get(bucket, (0, 0))
         live = snapshot.samples["row"].slice(start, stop - start).to_numpy()
-        # Metadata that was damaged may call the array shorter than it is.
+        # Damaged metadata may give too few rows.
         masks[bucket] = np.zeros(max(rows, live.max(initial=-1) + 1), np.bool_)
         masks[bucket][live] = True
     return masks
 
 
 def live_faults(manifest: Manifest, snapshot: Snapshot) -> dict[str, str]:
-    """Folder within the store -> what is wrong there; none where the store has no such arrays yet.
+    """Folder within the store -> what is wrong with it; empty for stores without these arrays.
 
-    `snapshot` is the newest generation's; of one that is not encoded yet they need not know.
+    `snapshot` is the newest generation's; nothing is checked while it is not fully encoded.
     """
     if (
         snapshot.pending or not manifest.array(FOLDER).exists()
@@ -74,7 +75,7 @@ def live_faults(manifest: Manifest, snapshot: Snapshot) -> dict[str, str]:
     for bucket, mask in live_masks(manifest, snapshot).items():
         try:
             there = zarr.open_array(manifest.array(FOLDER) / bucket, mode="r")[:]
-        except Exception:  # zarr raises whatever damaged files make it stumble over
+        except Exception:  # zarr raises anything for damaged files
             there = None
         if there is None or not np.array_equal(np.flatnonzero(there), np.flatnonzero(mask)):
             what = "is missing or not readable" if there is None else "is not what the log says"
@@ -83,14 +84,14 @@ def live_faults(manifest: Manifest, snapshot: Snapshot) -> dict[str, str]:
 
 
 def live_files(manifest: Manifest) -> set[Path]:
-    """The files that these arrays consist of, where they are there."""
+    """All existing files of these arrays."""
     folder = manifest.array(FOLDER)
     inside = [path for pattern in ("zarr.json", "c.*") for path in folder.glob(f"*x*/{pattern}")]
     return {folder / "zarr.json", *inside}
 
 
 def _files(mask: Mask | None) -> dict[str, bytes]:
-    """An array's files, or a group's, as zarr-python itself writes them; the metadata first."""
+    """The files of an array, or of the group, as zarr-python writes them; the metadata first."""
     memory = MemoryStore()
     if mask is None:
         zarr.create_group(memory, attributes={"about": ABOUT})
@@ -104,7 +105,7 @@ def _files(mask: Mask | None) -> dict[str, bytes]:
             fill_value=False,
             chunk_key_encoding={"name": "default", "separator": "."},
             dimension_names=("sample",),
-            config={"write_empty_chunks": True},  # it replaces what was there
+            config={"write_empty_chunks": True},  # they replace older chunks
         )
         array[:] = mask
     return asyncio.run(_read(memory))
@@ -112,12 +113,12 @@ def _files(mask: Mask | None) -> dict[str, bytes]:
 
 async def _read(memory: MemoryStore) -> dict[str, bytes]:
     names = sorted([name async for name in memory.list()], reverse=True)  # zarr.json, c.*
-    found = {name: await memory.get(name, default_buffer_prototype()) for name in names}
-    return {name: data.to_bytes() for name, data in found.items() if data is not None}
+    data = {name: await memory.get(name, default_buffer_prototype()) for name in names}
+    return {name: file.to_bytes() for name, file in data.items() if file is not None}
 
 
 def _put(manifest: Manifest, bucket: str, files: dict[str, bytes]) -> None:
-    """Write what is not there already. Longer metadata with old chunks calls no new row live."""
+    """Write the files that differ. Longer metadata with old chunks marks no new row live."""
     folder = manifest.array(FOLDER) / bucket
     if not folder.exists():
         folder.mkdir()

@@ -1,8 +1,8 @@
-"""The store's own log beside the arrays: what is planned, committed, removed and said of images.
+"""The store's log: parquet files of what is planned, removed, captioned, damaged and committed.
 
-Plain parquet, one file a fact, each written once and whole. A *generation* is one planning: it
-exists when `plan/<generation>.parquet` does, and says where each new or changed image goes or why
-it goes nowhere. Reading the log up to a generation gives the store as it was then, for ever.
+Each file is written once. A *generation* is one change of the store: it exists when
+`plan/<generation>.parquet` does, which gives each new or changed image its bucket and row, or the
+reason why it has none. Reading the log up to a generation gives the store as it was then.
 """
 
 import re
@@ -30,7 +30,7 @@ _FOLDERS = ("latents.zarr", "manifest", "captions", "staging", "stray")
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """One shard: one bucket, one writer, one commit."""
+    """The name of one shard, which has one writer and one commit record."""
 
     bucket: str
     shard: int
@@ -49,7 +49,7 @@ class Manifest:
 
     @property
     def staging(self) -> Path:
-        """Where temporary files, locks and journals lie."""
+        """The folder of temporary files, locks and journals."""
         return self.root / "staging"
 
     def array(self, bucket: str) -> Path:
@@ -61,13 +61,13 @@ class Manifest:
         return self.array(unit.bucket) / f"c.{unit.shard}.0.0.0"
 
     def commit(self, unit: Unit) -> Path:
-        """The commit record of one shard: the shard counts from the moment this exists."""
+        """The commit record of one shard: with it, the shard is part of the store."""
         return self.root / "manifest" / "commit" / f"{unit.name}.parquet"
 
     def refuse_links(self) -> None:
-        """Raise UserError where writing in this folder would write, or delete, somewhere else.
+        """Raise UserError where a link would make us write or delete outside the store.
 
-        The store itself may be a link; its folders, and the files that are written in place, not.
+        The store itself may be a link, but not its folders or the files written in place.
         """
         inside = [self.root / name for name in _FOLDERS]
         for folder in (self.root / "manifest", self.root / "latents.zarr", self.array("live")):
@@ -75,11 +75,11 @@ class Manifest:
         inside += [self.root / "manifest" / "rehashed"]
         for path in inside:
             if path.is_symlink():
-                raise _leads_away(path, "a link")
+                raise _link_error(path, "a link")
         for path in self.staging.iterdir() if self.staging.is_dir() else ():
             with suppress(FileNotFoundError):  # another process may have removed it
                 if not stat.S_ISREG(path.lstat().st_mode):
-                    raise _leads_away(path, "no file of ours")
+                    raise _link_error(path, "not a regular file")
 
     def make_folders(self) -> None:
         """Create the folders of an empty store. Raises UserError as `refuse_links` does."""
@@ -108,7 +108,7 @@ class Manifest:
         captions: pa.Table,
         damaged: pa.Table | None = None,
     ) -> None:
-        """Add a generation. Its plan is written last: only then does the generation exist."""
+        """Add a generation. It exists once its plan is written, which is last."""
         gone = pa.table({"key": sorted(removed)}, REMOVED)
         given_up = DAMAGED.empty_table() if damaged is None else damaged
         for path, table in (
@@ -119,24 +119,24 @@ class Manifest:
             if table.num_rows:
                 write_parquet(path, table, self.staging)
             else:
-                path.unlink(missing_ok=True)  # of a planning that was killed
+                path.unlink(missing_ok=True)  # left by a killed process
         write_parquet(self._file("manifest/plan", generation), plan, self.staging)
 
     def live(self, generation: int) -> pa.Table:
-        """The plan at a generation: one row a key, the last said of it, removed keys left out."""
+        """PLAN of a generation's images: the last line of each key, without removed keys."""
         table = self.plan_lines(generation)
         table = table.take(last_per_key(table, ["key"]))
-        return table.filter(pc.is_valid(table["row"]))  # a removal has a key and nothing else
+        return table.filter(pc.is_valid(table["row"]))  # removed keys have nothing else
 
     def planned(self, generation: int) -> pa.Table:
-        """Every place ever given out up to a generation, its image live or not."""
+        """PLAN of every row ever assigned up to a generation, its image live or not."""
         numbers = [n for n in self.generations() if n <= generation]
         tables = [read_log(self._file("manifest/plan", n), PLAN.names) for n in numbers]
         table = pa.concat_tables([PLAN.empty_table(), *tables])
         return table.filter(pc.greater_equal(table["row"], 0))
 
     def damaged(self, generation: int) -> pa.Table:
-        """Every place whose latent `check --repair` found damaged, up to a generation."""
+        """DAMAGED rows that `check --repair` found, up to a generation."""
         numbers = [n for n in self.generations() if n <= generation]
         paths = [self._file("manifest/damaged", n) for n in numbers]
         tables = [read_log(path, DAMAGED.names) for path in paths if path.exists()]
@@ -153,16 +153,16 @@ class Manifest:
         return pa.concat_tables(tables)
 
     def captions(self, generation: int) -> pa.Table:
-        """(key, column, text) at a generation, the last said of each; empty texts left out."""
+        """CAPTIONS at a generation: the last text of each key and column, unless empty."""
         read = [read_log(path, CAPTIONS.names) for path in self._caption_files(generation)]
         table = pa.concat_tables([CAPTIONS.empty_table(), *read])
         table = table.take(last_per_key(table, ["key", "column"]))
         return table.filter(pc.not_equal(table["text"], ""))
 
     def plan_lines(self, generation: int, columns: Sequence[str] = PLAN.names) -> pa.Table:
-        """All that was planned up to a generation, in order; of a removal all but the key is null.
+        """All lines of PLAN up to a generation, in order; a removal has a key and nulls.
 
-        Column by column, a log too large for the memory can still be read.
+        Reading column by column, a log may be larger than the memory.
         """
         kept = [PLAN.empty_table().select(columns)]
         for n in (n for n in self.generations() if n <= generation):
@@ -174,14 +174,14 @@ class Manifest:
         return pa.concat_tables(kept, promote_options="default").select(columns)
 
     def caption_columns(self, generation: int) -> list[str]:
-        """Every caption column of which something was ever said, sorted."""
+        """The name of every caption column that ever had a text, sorted."""
         names: set[str] = set()
         for path in self._caption_files(generation):
             names.update(pc.unique(read_log(path, ["column"])["column"]).to_pylist())
         return sorted(names - _FIELDS.keys() | names & {"text", "column"})
 
     def caption_lines(self, generation: int, column: str, field: str) -> pa.ChunkedArray:
-        """The keys or texts of all that was said in a caption column, in order."""
+        """The keys or texts of all lines of a caption column, in order."""
         chunks = []
         for path in self._caption_files(generation):
             with _readable(path):
@@ -193,7 +193,7 @@ class Manifest:
         return pa.chunked_array(chunks, pa.string())
 
     def files(self, generation: int) -> list[Path]:
-        """The files of the log up to a generation, commit records apart."""
+        """The files of the log up to a generation, without commit records."""
         return [
             path
             for n in self.generations()
@@ -220,13 +220,13 @@ class Manifest:
 
 
 def read_log(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of one of the log's tables. Raises UserError where it cannot be read, or lies."""
+    """Columns of one of the log's tables. Raises UserError where it is unreadable or invalid."""
     with _readable(path):
         require_regular(path)
         file = pq.ParquetFile(path)
-        there = set(file.schema_arrow.names)
-        table = file.read([name for name in columns if name in there])
-        for name in LATER.intersection(columns) - there:
+        present = set(file.schema_arrow.names)
+        table = file.read([name for name in columns if name in present])
+        for name in LATER.intersection(columns) - present:
             table = table.append_column(PLAN.field(name), pa.nulls(table.num_rows, pa.int64()))
         table = table.select(list(columns))
         table = table.cast(pa.schema([_FIELDS[name] for name in columns]))
@@ -235,7 +235,7 @@ def read_log(path: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def _check(table: pa.Table) -> None:
-    """Raises ValueError for names that are no paths, and places that no store has."""
+    """Raise ValueError for bucket names and rows that no store has."""
     table.validate(full=True)
     for column in table.column_names:
         if column in _NEEDED and table[column].null_count:
@@ -251,7 +251,7 @@ def _check(table: pa.Table) -> None:
 
 
 def is_bucket(name: str) -> bool:
-    """Whether a bucket can have this name, which is a folder's too."""
+    """Whether a bucket, and its folder, can have this name."""
     try:
         return bool(Bucket.parse(name))
     except ValueError:
@@ -266,18 +266,18 @@ def _readable(path: Path) -> Iterator[None]:
         store = path.parents[1 if path.parent.name == "captions" else 2]
         raise UserError(
             f"cannot read {path}, a part of the store's log: {one_line(error)}; "
-            f"`xlsd-cache check {store} --repair` mends what can be mended"
+            f"`xlsd-cache check {store} --repair` repairs what can be repaired"
         ) from error
 
 
 def _folders(folder: Path) -> list[Path]:
-    """What is in a folder that is a folder, or a link to one."""
+    """The folders in a folder, and the links to folders."""
     return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
-def _leads_away(path: Path, what: str) -> UserError:
+def _link_error(path: Path, what: str) -> UserError:
     return UserError(
-        f"{path} is {what}, and nothing is written through it; replace it by what it stands for, "
+        f"{path} is {what}, and nothing is written through it; replace it by what it points to, "
         f"or remove it"
     )
 

