@@ -39,7 +39,7 @@ from xlsd_cache.planning.probe import read_headers
 from xlsd_cache.schema import CAPTIONS, COMMIT, IMAGES
 from xlsd_cache.sources.scan import scan
 from xlsd_cache.store.identity import Identity, attributes_of
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import write_group
 
@@ -184,7 +184,7 @@ def commit(manifest: Manifest, entries: pa.Table) -> None:
         empty, said = pa.repeat("", n), pa.repeat("encoded", n)
         crc = pa.array(np.zeros(n, np.uint32))
         columns = [part["row"], part["key"], hashes, said, empty, empty, crc]
-        unit = Unit(BUCKET, start // ROWS_PER_SHARD)
+        unit = ShardId(BUCKET, start // ROWS_PER_SHARD)
         pq.write_table(pa.table(columns, schema=COMMIT), manifest.commit(unit))
 
 

@@ -35,9 +35,9 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.schema import CAPTIONS, PLAN
 from xlsd_cache.store.commit import claim
 from xlsd_cache.store.identity import attributes_of
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.reader import LatentStore
-from xlsd_cache.store.shard import Row, ShardReader
+from xlsd_cache.store.shard import ShardReader, ShardRow
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
 
@@ -140,11 +140,11 @@ def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
     for start in range(0, len(latents), rows):
         slots = dict(enumerate(latents[start : start + rows]))
         entries: dict[int, Any] = {slot: plan[start + slot] for slot in slots}
-        unit = Unit(BUCKET, start // rows)
+        unit = ShardId(BUCKET, start // rows)
         claimed = claim(store, unit, entries, 32)
         assert claimed is not None  # nobody else builds here
         for batch in claimed.writer.remaining:
-            claimed.writer.append([Row(slot, "") for slot in batch], slots)
+            claimed.writer.append([ShardRow(slot, "") for slot in batch], slots)
         claimed.finish()
     return root
 

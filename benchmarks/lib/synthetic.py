@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xlsd_cache.runtime.atomic import replacing, write_parquet
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
 from xlsd_cache.store.identity import Identity, attributes_of
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.shard import CRC_NBYTES, MISSING
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
@@ -147,7 +147,7 @@ def _write_bucket(
     crc = google_crc32c.value(latent.tobytes())
     for number, start in enumerate(range(0, len(images), rows_per_shard)):
         part = images[start : start + rows_per_shard]
-        unit, count = Unit(name, number), len(part)
+        unit, count = ShardId(name, number), len(part)
         record = latent.tobytes() + crc.to_bytes(CRC_NBYTES, "little")
         _write_shard(manifest.shard(unit), record, count, rows_per_shard)
         crcs = rng.integers(0, 2**32, count, dtype=np.uint32)

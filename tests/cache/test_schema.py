@@ -19,3 +19,12 @@ def test_a_buckets_name_and_size() -> None:
 def test_what_is_no_size_is_no_bucket(name: str) -> None:
     with pytest.raises(ValueError, match="is no name of a bucket"):
         Bucket.parse(name)
+
+
+def test_the_store_is_opened_from_its_room() -> None:
+    import xlsd_cache.store
+    from xlsd_cache.store.reader import LatentStore
+
+    assert xlsd_cache.store.LatentStore is LatentStore
+    with pytest.raises(AttributeError, match="no attribute 'Store'"):
+        xlsd_cache.store.Store  # noqa: B018

@@ -27,7 +27,7 @@ from xlsd_cache.planning.disk_space import check_disk_space
 from xlsd_cache.planning.generation import create_group, plan_lock, write_generation
 from xlsd_cache.planning.log_state import (
     LogState,
-    by_unit,
+    by_shard,
     former_names,
     read_log_state,
     uncommitted,
@@ -179,7 +179,7 @@ def _encode(config: BuildOptions, store: StoreView, encoder: Encoder) -> None:
     if not planned.num_rows:
         return
     entries = planned.drop_columns(["reason", "detail"]).to_pylist()
-    todo = by_unit(entries, store.rows_per_shard)
+    todo = by_shard(entries, store.rows_per_shard)
     now = store.manifest.live(store.generation)
     at = lookup(planned["key"], now["key"])
     now = take_or_null(now, at)

@@ -29,7 +29,7 @@ from xlsd_cache.options import CheckOptions
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.store.index import Snapshot, make_snapshot
-from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.vocabulary import Bucket
@@ -167,7 +167,7 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckOptions, say: Say)
                 f"row {row} decodes to {ours[-1]:.1f} dB of its image, where the VAE's own round "
                 f"trip gives {own[-1]:.1f} dB"
             )
-            unit = Unit(bucket, row // store.rows_per_shard)
+            unit = ShardId(bucket, row // store.rows_per_shard)
             problems.append(Problem("latents", bucket, told, (sample["key"],), unit, (row,)))
     for what, count in sorted(passed_over.items()):
         say(f"{count} of {len(chosen)} images were not compared: {what}")

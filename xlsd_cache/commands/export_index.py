@@ -13,7 +13,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.options import ExportIndexOptions
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.runtime.own_files import MARK, is_index, refuse_foreign
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.shard import CorruptShard, ShardReader
 
@@ -58,8 +58,8 @@ def with_places(store: LatentStore) -> pa.Table:
         for number in np.unique(numbers).tolist():
             inside = numbers == number
             codes[at[inside]] = len(names)
-            offsets[at[inside]] = _offsets(store, Unit(bucket, number), rows[inside])
-            names.append(Manifest(store.root).shard(Unit(bucket, number)).as_posix())
+            offsets[at[inside]] = _offsets(store, ShardId(bucket, number), rows[inside])
+            names.append(Manifest(store.root).shard(ShardId(bucket, number)).as_posix())
     shards = [name.removeprefix(f"{store.root.as_posix()}/") for name in names]
     columns = {
         "shard": pa.DictionaryArray.from_arrays(codes, pa.array(shards, pa.string())),
@@ -79,7 +79,7 @@ def with_places(store: LatentStore) -> pa.Table:
     return table
 
 
-def _offsets(store: LatentStore, unit: Unit, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _offsets(store: LatentStore, unit: ShardId, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     nbytes = store.identity.nbytes(unit.bucket)
     path = Manifest(store.root).shard(unit)
     try:

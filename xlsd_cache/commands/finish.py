@@ -11,11 +11,11 @@ from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.commit import tidy
 from xlsd_cache.store.index import make_snapshot, save_snapshot
 from xlsd_cache.store.live_rows import write_live
-from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.view import StoreView
 
 
-def conclude(store: StoreView, before: Set[Unit]) -> Accounting:
+def conclude(store: StoreView, before: Set[ShardId]) -> Accounting:
     """Write what is derived from the log; `before` are the shards committed at the beginning."""
     manifest = store.manifest
     counts, left_out = account(store, before)

@@ -25,14 +25,14 @@ from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.schema import PlanEntry
 from xlsd_cache.store.commit import Claim, claim
-from xlsd_cache.store.manifest import Unit
-from xlsd_cache.store.shard import Row
+from xlsd_cache.store.manifest import ShardId
+from xlsd_cache.store.shard import ShardRow
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.vocabulary import Bucket
 
 Decoded = tuple[str, Pixels | Rejected]  # content hash; pixels, or why there are none
-Encoded = tuple[list[Row], dict[int, NDArray[Any]]]  # what became of each row; latents by slot
-Todo = dict[Unit, dict[int, PlanEntry]]  # the planned rows of each unit, by slot
+Encoded = tuple[list[ShardRow], dict[int, NDArray[Any]]]  # rows; latents by slot
+Todo = dict[ShardId, dict[int, PlanEntry]]  # the planned rows of each unit, by slot
 FLOAT16_MAX = 65504.0
 
 
@@ -83,7 +83,7 @@ class EncodePipeline:
     rounding: list[float] = field(default_factory=list)  # std of float16's error / the latent's
     _timing: Lock = field(default_factory=Lock)
 
-    def run(self, todo: Todo, order: list[Unit], stop: StopSignal) -> None:
+    def run(self, todo: Todo, order: list[ShardId], stop: StopSignal) -> None:
         """Encode and commit units in order, then wait for those that other processes hold."""
         total, begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
         with (
@@ -105,7 +105,7 @@ class EncodePipeline:
     def _pass(
         self,
         todo: Todo,
-        order: list[Unit],
+        order: list[ShardId],
         readers: ThreadPoolExecutor,
         encoders: ThreadPoolExecutor,
         bar: Any,
@@ -157,7 +157,7 @@ class EncodePipeline:
                 taken.release()
 
     def _batches(
-        self, todo: Todo, order: list[Unit], held: list[Claim]
+        self, todo: Todo, order: list[ShardId], held: list[Claim]
     ) -> Iterator[tuple[Claim, list[int], bool]]:
         """Claim units one by one; yields (claim, slots, whether it is the unit's last batch)."""
         for unit in order:
@@ -197,7 +197,7 @@ class EncodePipeline:
         for slot, (content_hash, _) in decoded.items():
             why = refused.get(slot)
             reason, detail = (why.reason, why.detail) if why else ("", "")
-            rows.append(Row(slot, content_hash, reason=reason, detail=detail))
+            rows.append(ShardRow(slot, content_hash, reason=reason, detail=detail))
         return rows, latents
 
     def _stored(self, latent: NDArray[np.float32]) -> NDArray[Any] | Rejected:

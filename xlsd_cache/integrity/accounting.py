@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.planning.log_state import unit_names
+from xlsd_cache.planning.log_state import shard_names
 from xlsd_cache.runtime.arrow import lookup_rows, take_or_null
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.schema import PLACE
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.view import StoreView
 
 
@@ -56,14 +56,14 @@ class Accounting:
         return f"{self.scanned} scanned = " + " + ".join(parts)
 
 
-def account(store: StoreView, before: Set[Unit] = frozenset()) -> tuple[Accounting, pa.Table]:
+def account(store: StoreView, before: Set[ShardId] = frozenset()) -> tuple[Accounting, pa.Table]:
     """Count a generation's images; `before` are the shards committed before the build.
 
     Also returns the rejected images and the duplicates, as a table (key, reason, detail).
     """
     manifest = store.manifest
     live = manifest.live(store.generation)
-    units = unit_names(live, store.rows_per_shard)
+    units = shard_names(live, store.rows_per_shard)
     wanted = set(pc.unique(units).to_pylist())
     committed = manifest.commits({unit for unit in manifest.committed() if unit.name in wanted})
     at = lookup_rows(live, committed, PLACE)

@@ -30,8 +30,8 @@ from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
 from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLACE, PLAN, PlanEntry
 from xlsd_cache.store.commit import lock_path, planning, write_commit
 from xlsd_cache.store.live_rows import write_live
-from xlsd_cache.store.manifest import Unit
-from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, Row, index_of
+from xlsd_cache.store.manifest import ShardId
+from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, ShardRow, index_of
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import write_array
 
@@ -95,7 +95,7 @@ def _mend(store: StoreView, problem: Problem, result: Repaired) -> set[tuple[str
     return lost
 
 
-def _mend_commit(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
+def _mend_commit(store: StoreView, unit: ShardId) -> tuple[str, set[tuple[str, int]]]:
     """Rebuild a lost commit record from the shard's rows whose checksums are right.
 
     Without the shard, nothing is committed and the next build writes both.
@@ -119,10 +119,10 @@ def _mend_commit(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]
         for slot, entry in entries.items():
             try:
                 reader.read_into(slot, flat)
-                rows[slot] = Row(slot, _content_hash(entry), google_crc32c.value(flat))
+                rows[slot] = ShardRow(slot, _content_hash(entry), google_crc32c.value(flat))
             except CorruptShard:
                 detail = "what became of it was lost with the shard's commit record"
-                rows[slot] = Row(slot, "", reason="lost", detail=detail)
+                rows[slot] = ShardRow(slot, "", reason="lost", detail=detail)
         reader.close()
         write_commit(store, unit, entries, rows)
     finally:
@@ -132,7 +132,7 @@ def _mend_commit(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]
     return f"rebuilt: {held} of {len(rows)} latents are in the shard and right", lost
 
 
-def _mend_shard(store: StoreView, unit: Unit) -> tuple[str, set[tuple[str, int]]]:
+def _mend_shard(store: StoreView, unit: ShardId) -> tuple[str, set[tuple[str, int]]]:
     """Rebuild a shard file, with its index, from the records that are right.
 
     A record belongs to the row that was committed with its checksum.
@@ -219,7 +219,7 @@ def _places(lost: set[tuple[str, int]]) -> pa.Table:
     return pa.Table.from_pylist([dict(zip(PLACE, it, strict=True)) for it in sorted(lost)], DAMAGED)
 
 
-def _planned(store: StoreView, unit: Unit) -> dict[int, PlanEntry]:
+def _planned(store: StoreView, unit: ShardId) -> dict[int, PlanEntry]:
     """The last planned entry of each slot of a unit."""
     shard = store.rows_per_shard
     planned = store.manifest.planned(store.generation)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from xlsd_cache.schema import COMMIT
-from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.shard import CRC_NBYTES, MISSING, CorruptShard, Fault, ShardReader
 from xlsd_cache.store.view import StoreView
 
@@ -44,7 +44,7 @@ class Problem:
     where: str  # the file, relative to the store
     what: str
     images: tuple[str, ...] = ()  # keys
-    unit: Unit | None = None
+    unit: ShardId | None = None
     rows: tuple[int, ...] = ()  # in the unit's bucket, whose latents must not be used
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ def planned_rows(store: StoreView) -> dict[str, NDArray[np.int64]]:
     }
 
 
-def verify_shard(store: StoreView, unit: Unit, damaged: set[int]) -> list[Problem]:
+def verify_shard(store: StoreView, unit: ShardId, damaged: set[int]) -> list[Problem]:
     """Check every committed row of one shard, also of images that left training.
 
     `damaged` are rows that a repair gave up, which are not checked.
@@ -131,7 +131,7 @@ def _latent_fault(reader: ShardReader, slot: int, crc32c: int, latent: NDArray[A
 
 
 def _shard_fault(
-    store: StoreView, reader: ShardReader, unit: Unit, commit: pa.Table, nbytes: int
+    store: StoreView, reader: ShardReader, unit: ShardId, commit: pa.Table, nbytes: int
 ) -> list[Problem]:
     """Bytes or rows of a shard that are not in its commit record."""
     encoded = commit.filter(pc.equal(commit["status"], "encoded"))["row"].to_numpy()

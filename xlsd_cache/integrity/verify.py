@@ -16,7 +16,7 @@ from xlsd_cache.integrity.shard_check import Problem, ProblemKind, planned_rows,
 from xlsd_cache.runtime.atomic import is_whole
 from xlsd_cache.store.index import Snapshot, cached_snapshot, make_snapshot
 from xlsd_cache.store.live_rows import live_faults, live_files
-from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import array_fault
 
@@ -35,7 +35,7 @@ def verify(store: StoreView) -> list[Problem]:
     given_up = damaged_places(store) if planned else {}
     unreadable = {problem.unit for problem in log}
 
-    def check(unit: Unit) -> list[Problem]:
+    def check(unit: ShardId) -> list[Problem]:
         return verify_shard(store, unit, given_up.get(unit.bucket, set()))
 
     units = [unit for unit in sorted(store.manifest.committed()) if unit not in unreadable]
@@ -51,7 +51,7 @@ def verify_log(store: StoreView) -> list[Problem]:
         kind: ProblemKind = "captions" if path.parent.name == "captions" else "plan"
         return [Problem(kind, store.relative(path), fault)] if fault else []
 
-    def check_commit(unit: Unit) -> list[Problem]:
+    def check_commit(unit: ShardId) -> list[Problem]:
         path = manifest.commit(unit)
         fault = _table_fault(path)
         return [Problem("commit", store.relative(path), fault, unit=unit)] if fault else []
@@ -74,13 +74,13 @@ def verify_places(store: StoreView) -> list[Problem]:
     problems = []
     folder = manifest.root / "latents.zarr"
     expected = {folder / "zarr.json", *live_files(manifest)}
-    planned: set[Unit] = set()
+    planned: set[ShardId] = set()
     for bucket, rows in planned_rows(store).items():
         fault = array_fault(store, bucket, int(rows[-1]) + 1)
         path = manifest.array(bucket) / "zarr.json"
         problems += [Problem("array", store.relative(path), fault)] if fault else []
         expected.add(path)
-        units = {Unit(bucket, number) for number in np.unique(rows // shard).tolist()}
+        units = {ShardId(bucket, number) for number in np.unique(rows // shard).tolist()}
         planned |= units
         expected |= {manifest.shard(unit) for unit in units}
     committed = manifest.committed()

@@ -15,13 +15,13 @@ from xlsd_cache.interop.formats import read
 from xlsd_cache.interop.items import Item, content_hash
 from xlsd_cache.interop.plausibility import JUDGED
 from xlsd_cache.outcomes import RETRIED, Rejected
-from xlsd_cache.planning.log_state import by_unit, uncommitted
+from xlsd_cache.planning.log_state import by_shard, uncommitted
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.schema import PlanEntry
 from xlsd_cache.store.commit import Claim, claim
 from xlsd_cache.store.identity import Identity
-from xlsd_cache.store.manifest import Manifest, Unit
-from xlsd_cache.store.shard import Row
+from xlsd_cache.store.manifest import Manifest, ShardId
+from xlsd_cache.store.shard import ShardRow
 from xlsd_cache.store.view import StoreView
 
 BATCH = 64  # latents read at once: what a kill costs
@@ -112,11 +112,11 @@ class Transfer:
                     time.sleep(0.2)
         return not todo
 
-    def _todo(self) -> dict[Unit, dict[int, PlanEntry]]:
+    def _todo(self) -> dict[ShardId, dict[int, PlanEntry]]:
         """The planned rows of each unit that is not committed, by slot."""
         store = self.store
         planned = uncommitted(store.manifest, store.generation, store.rows_per_shard)
-        return by_unit(planned.to_pylist(), store.rows_per_shard)
+        return by_shard(planned.to_pylist(), store.rows_per_shard)
 
 
 def _fill(
@@ -144,15 +144,15 @@ class _Copy:
     by_origin: Mapping[str, Item]
     identity: Identity
 
-    def one(self, slot: int, entry: PlanEntry) -> tuple[Row, NDArray[Any] | None]:
+    def one(self, slot: int, entry: PlanEntry) -> tuple[ShardRow, NDArray[Any] | None]:
         """The latent of one planned row in the store's dtype, or why there is none."""
         latent, content = self._read(entry)
         if isinstance(latent, Rejected):
-            return Row(slot, content, reason=latent.reason, detail=latent.detail), None
+            return ShardRow(slot, content, reason=latent.reason, detail=latent.detail), None
         if DIVIDED in str(self.identity.preprocessing):
             latent = latent / np.float32(self.identity.scaling_factor)
             latent += np.float32(self.identity.shift_factor)
-        return Row(slot, content), latent.astype(self.identity.dtype, copy=False)
+        return ShardRow(slot, content), latent.astype(self.identity.dtype, copy=False)
 
     def _read(self, entry: PlanEntry) -> tuple[NDArray[Any] | Rejected, str]:
         now = self.placed.get((entry["bucket"], entry["row"]))

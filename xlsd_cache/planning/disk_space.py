@@ -10,7 +10,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.planning.log_state import is_committed
 from xlsd_cache.runtime.disk import free_bytes, size
 from xlsd_cache.schema import PLACE
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.shard import CRC_NBYTES
 from xlsd_cache.store.view import StoreView
 
@@ -35,7 +35,7 @@ def bytes_to_write(store: StoreView, places: pa.Table) -> int:
         shards, counts = np.unique(rows // store.rows_per_shard, return_counts=True)
         for shard, count in zip(shards.tolist(), counts.tolist(), strict=True):
             nbytes = count * latent + 16 * store.rows_per_shard + CRC_NBYTES
-            nbytes -= _staged(store.manifest, Unit(bucket, shard))
+            nbytes -= _staged(store.manifest, ShardId(bucket, shard))
             total += max(0, nbytes) + count * LOG_NBYTES
     return total
 
@@ -60,7 +60,7 @@ def check_disk_space(store: StoreView, planned: pa.Table) -> None:
     log.info(facts)
 
 
-def _staged(manifest: Manifest, unit: Unit) -> int:
+def _staged(manifest: Manifest, unit: ShardId) -> int:
     """Bytes of a shard that an interrupted or a running build has written."""
     for path in (manifest.staging / f"{unit.name}.part", manifest.shard(unit)):
         try:

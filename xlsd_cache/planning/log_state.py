@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from xlsd_cache.runtime.arrow import last_per_key, lookup_rows, take_or_null
 from xlsd_cache.schema import CAPTIONS, PLACE, PLAN, PlanEntry
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 
 CONTENT = pa.schema(
     [PLAN.field(name) for name in ("content_hash", "size", "bucket", "row", "crop")]
@@ -76,7 +76,7 @@ def former_names(manifest: Manifest, rows_per_shard: int, present: pa.Array) -> 
     lines = manifest.plan_lines(max(manifest.generations(), default=-1), _FORMER_LINES)
     is_present = pc.is_in(lines["key"], value_set=present)
     lines = lines.filter(pc.and_(pc.is_valid(lines["row"]), pc.invert(is_present)))
-    wanted = set(pc.unique(unit_names(lines, rows_per_shard)).to_pylist())
+    wanted = set(pc.unique(shard_names(lines, rows_per_shard)).to_pylist())
     units = {unit for unit in manifest.committed() if unit.name in wanted}
     commits = manifest.commits(units, ["row", "content_hash", "status"])
     commits = commits.filter(pc.equal(commits["status"], "encoded"))
@@ -91,8 +91,8 @@ def former_names(manifest: Manifest, rows_per_shard: int, present: pa.Array) -> 
     return former.take(last_per_key(former, ["key", "source"]))
 
 
-def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
-    """Unit.name of each row's shard; ".0" where an image has no row."""
+def shard_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
+    """ShardId.name of each row's shard; ".0" where an image has no row."""
     shard = pc.cast(pc.divide(table["row"], rows_per_shard), pa.string())
     return pc.binary_join_element_wise(table["bucket"], shard, ".")
 
@@ -100,7 +100,7 @@ def unit_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
 def is_committed(manifest: Manifest, table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:
     """Whether the shard of each row of `table` (PLAN) has a commit record."""
     committed = pa.array([unit.name for unit in manifest.committed()], pa.string())
-    return pc.is_in(unit_names(table, rows_per_shard), value_set=committed)
+    return pc.is_in(shard_names(table, rows_per_shard), value_set=committed)
 
 
 def uncommitted(manifest: Manifest, generation: int, rows_per_shard: int) -> pa.Table:
@@ -109,12 +109,12 @@ def uncommitted(manifest: Manifest, generation: int, rows_per_shard: int) -> pa.
     return planned.filter(pc.invert(is_committed(manifest, planned, rows_per_shard)))
 
 
-def by_unit(entries: list[PlanEntry], rows_per_shard: int) -> dict[Unit, dict[int, PlanEntry]]:
+def by_shard(entries: list[PlanEntry], rows_per_shard: int) -> dict[ShardId, dict[int, PlanEntry]]:
     """The entries of each shard, by slot."""
-    units: dict[Unit, dict[int, PlanEntry]] = {}
+    units: dict[ShardId, dict[int, PlanEntry]] = {}
     for entry in entries:
         shard, slot = divmod(entry["row"], rows_per_shard)
-        units.setdefault(Unit(entry["bucket"], shard), {})[slot] = entry
+        units.setdefault(ShardId(entry["bucket"], shard), {})[slot] = entry
     return units
 
 

@@ -17,7 +17,7 @@ import psutil
 from xlsd_cache.runtime.atomic import HOST, write_json
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.store.commit import planning
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 
 DAY_S = 86400.0  # the longest that a process on another machine is assumed to run
 
@@ -58,7 +58,7 @@ class Builder:
 class BuildSession:
     """Builders that print the same sums."""
 
-    before: frozenset[str]  # Unit.name of the shards committed when the first of them began
+    before: frozenset[str]  # ShardId.name of the shards committed when the first of them began
     generation: int = -1  # the newest that one of them planned
     parts: int = 1  # n of --shard i/n
     joined: frozenset[int] = frozenset()  # each i that took part in this generation
@@ -85,7 +85,7 @@ class BuildSession:
 @contextmanager
 def build_session(
     manifest: Manifest, generation: int, part: tuple[int, int], began: float
-) -> Iterator[set[Unit]]:
+) -> Iterator[set[ShardId]]:
     """Join or start a session for the block; yields the shards that were committed before it.
 
     `began` is the start of the command, in seconds since the epoch; `part` is (i, n) of --shard.

@@ -13,8 +13,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from xlsd_cache.runtime.atomic import sweep, write_parquet
 from xlsd_cache.schema import COMMIT, PlanEntry
-from xlsd_cache.store.manifest import Manifest, Unit
-from xlsd_cache.store.shard import CorruptShard, Row, ShardWriter, read_journal
+from xlsd_cache.store.manifest import Manifest, ShardId
+from xlsd_cache.store.shard import CorruptShard, ShardRow, ShardWriter, read_journal
 from xlsd_cache.store.view import StoreView
 
 log = logging.getLogger("xlsd.cache.store")
@@ -27,7 +27,7 @@ class Claim:
     The kernel releases the lock of a killed process; the next one resumes from the journal.
     """
 
-    unit: Unit
+    unit: ShardId
     entries: dict[int, PlanEntry]  # slot -> plan entry
     store: StoreView
     lock: BaseFileLock
@@ -49,7 +49,9 @@ class Claim:
         self.lock.release()
 
 
-def claim(store: StoreView, unit: Unit, entries: dict[int, PlanEntry], batch: int) -> Claim | None:
+def claim(
+    store: StoreView, unit: ShardId, entries: dict[int, PlanEntry], batch: int
+) -> Claim | None:
     """Claim `unit` for this process; None if another process holds it or it is committed.
 
     `entries` are the planned rows by slot. A shard left in place by a process that was killed
@@ -107,12 +109,12 @@ def tidy(manifest: Manifest) -> None:
     sweep(manifest.staging)
 
 
-def lock_path(manifest: Manifest, unit: Unit) -> Path:
+def lock_path(manifest: Manifest, unit: ShardId) -> Path:
     """The lock for writing the unit's shard or commit record."""
     return manifest.staging / f"{unit.name}.lock"
 
 
-def _drop(manifest: Manifest, unit: Unit, lock: BaseFileLock) -> None:
+def _drop(manifest: Manifest, unit: ShardId, lock: BaseFileLock) -> None:
     """Release a committed unit's lock and remove the file.
 
     Safe only after the commit: a process that locks the removed file finds nothing to do.
@@ -129,7 +131,7 @@ def _batches(slots: Sequence[int], batch: int) -> list[list[int]]:
     return list(grouped.values())
 
 
-def _holds(store: StoreView, unit: Unit, rows: dict[int, Row]) -> bool:
+def _holds(store: StoreView, unit: ShardId, rows: dict[int, ShardRow]) -> bool:
     """Whether the shard holds the latents that its journal lists."""
     out = np.empty(store.identity.nbytes(unit.bucket), np.uint8)
     try:
@@ -145,7 +147,7 @@ def _holds(store: StoreView, unit: Unit, rows: dict[int, Row]) -> bool:
 
 
 def write_commit(
-    store: StoreView, unit: Unit, entries: dict[int, PlanEntry], rows: dict[int, Row]
+    store: StoreView, unit: ShardId, entries: dict[int, PlanEntry], rows: dict[int, ShardRow]
 ) -> None:
     """Write the unit's commit record, which makes its shard part of the store."""
     lines = [

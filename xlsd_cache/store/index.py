@@ -25,7 +25,7 @@ from xlsd_cache.runtime.arrow_files import map_table
 from xlsd_cache.runtime.atomic import replacing, temporary_path
 from xlsd_cache.runtime.bounded_files import JSON_BYTES, open_regular, parse_json, read_regular
 from xlsd_cache.schema import MOST_ROWS, SAMPLES
-from xlsd_cache.store.manifest import Manifest, Unit, is_bucket
+from xlsd_cache.store.manifest import Manifest, ShardId, is_bucket
 from xlsd_cache.store.view import StoreView
 
 # Most rows of a record batch: its strings must stay below Arrow's 2 GiB. No batch holds rows of two
@@ -134,14 +134,14 @@ def _planned(manifest: Manifest, generation: int) -> tuple[Ints, Ints, list[str]
     return last[order], place[order], buckets
 
 
-def _units(place: Ints, buckets: list[str], rows_per_shard: int) -> set[Unit]:
+def _units(place: Ints, buckets: list[str], rows_per_shard: int) -> set[ShardId]:
     """The shards that hold these places."""
     shards = np.unique(place // _BUCKET * _BUCKET + place % _BUCKET // rows_per_shard)
-    return {Unit(buckets[shard // _BUCKET], shard % _BUCKET) for shard in shards.tolist()}
+    return {ShardId(buckets[shard // _BUCKET], shard % _BUCKET) for shard in shards.tolist()}
 
 
 def _committed(
-    manifest: Manifest, units: set[Unit], place: Ints, buckets: list[str]
+    manifest: Manifest, units: set[ShardId], place: Ints, buckets: list[str]
 ) -> tuple[Ints, NDArray[np.bool_], pa.ChunkedArray]:
     """Each place's line in the commit records of `units`, or -1; whether it has a latent.
 
@@ -239,7 +239,7 @@ def _give_back() -> None:
     pa.default_memory_pool().release_unused()
 
 
-def _fingerprint(manifest: Manifest, generation: int, committed: set[Unit]) -> str:
+def _fingerprint(manifest: Manifest, generation: int, committed: set[ShardId]) -> str:
     """sha256 over names and bytes of all files of the log that the snapshot is made from."""
     digest = hashlib.sha256(read_regular(manifest.root / "latents.zarr" / "zarr.json", JSON_BYTES))
     paths = manifest.files(generation) + [manifest.commit(unit) for unit in sorted(committed)]

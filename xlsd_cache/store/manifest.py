@@ -29,7 +29,7 @@ _FOLDERS = ("latents.zarr", "manifest", "captions", "staging", "stray")
 
 
 @dataclass(frozen=True, order=True)
-class Unit:
+class ShardId:
     """The name of one shard, which has one writer and one commit record."""
 
     bucket: str
@@ -56,11 +56,11 @@ class Manifest:
         """The folder of a bucket's zarr array."""
         return self.root / "latents.zarr" / bucket
 
-    def shard(self, unit: Unit) -> Path:
+    def shard(self, unit: ShardId) -> Path:
         """The file of one shard."""
         return self.array(unit.bucket) / f"c.{unit.shard}.0.0.0"
 
-    def commit(self, unit: Unit) -> Path:
+    def commit(self, unit: ShardId) -> Path:
         """The commit record of one shard: with it, the shard is part of the store."""
         return self.root / "manifest" / "commit" / f"{unit.name}.parquet"
 
@@ -93,12 +93,12 @@ class Manifest:
         """The generations that exist, oldest first."""
         return _numbers(self.root / "manifest" / "plan", r"(\d+)\.parquet")
 
-    def committed(self) -> set[Unit]:
+    def committed(self) -> set[ShardId]:
         """The shards that have a commit record."""
         folder = self.root / "manifest" / "commit"
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         found = (re.fullmatch(r"(\d+x\d+)\.(\d{1,10})\.parquet", name, re.ASCII) for name in names)
-        return {Unit(it[1], int(it[2])) for it in found if it and is_bucket(it[1])}
+        return {ShardId(it[1], int(it[2])) for it in found if it and is_bucket(it[1])}
 
     def write_plan(
         self,
@@ -142,7 +142,7 @@ class Manifest:
         tables = [read_log(path, DAMAGED.names) for path in paths if path.exists()]
         return pa.concat_tables([DAMAGED.empty_table(), *tables])
 
-    def commits(self, units: set[Unit], columns: Sequence[str] = COMMIT.names) -> pa.Table:
+    def commits(self, units: set[ShardId], columns: Sequence[str] = COMMIT.names) -> pa.Table:
         """The commit records of `units` as one table, with the bucket as first column."""
         empty = COMMIT.empty_table().select(columns)
         tables = [empty.add_column(0, "bucket", pa.nulls(0, pa.string()))]

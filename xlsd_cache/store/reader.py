@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.identity import Identity
 from xlsd_cache.store.index import Snapshot, cached_snapshot, make_snapshot, save_snapshot
-from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.shard import CorruptShard
 from xlsd_cache.store.tag_index import Tags, open_tags
 from xlsd_cache.store.view import StoreView
@@ -125,7 +125,7 @@ class LatentStore:
         flat = out.reshape(len(rows), int(np.prod(shape[1:]))).view(np.uint8)
         for number, slot, place in self._in_order(rows):
             try:
-                self._shard(Unit(bucket, number)).read_into(slot, flat[place])
+                self._shard(ShardId(bucket, number)).read_into(slot, flat[place])
             except (CorruptShard, OSError) as error:
                 row = number * self.rows_per_shard + slot
                 raise UserError(
@@ -139,7 +139,7 @@ class LatentStore:
         """Start reading these rows into the page cache, without waiting."""
         for number, slot, _ in self._in_order(rows):
             try:
-                self._shard(Unit(bucket, number)).will_need(slot)
+                self._shard(ShardId(bucket, number)).will_need(slot)
             except (CorruptShard, OSError):
                 return  # only a hint; `read` reports it
 

@@ -44,7 +44,7 @@ class CorruptShard(Exception):
 
 
 @dataclass(frozen=True)
-class Row:
+class ShardRow:
     """The outcome of one planned row: a latent's crc32c, or the reason why there is none."""
 
     slot: int  # row within the shard
@@ -154,18 +154,18 @@ def index_of(slots: Sequence[int], rows: int, nbytes: int) -> bytes:
     return data + struct.pack("<I", google_crc32c.value(data))
 
 
-def _journal_lines(rows: Iterable[Row]) -> bytes:
+def _journal_lines(rows: Iterable[ShardRow]) -> bytes:
     return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
 
 
-def read_journal(path: Path) -> dict[int, Row]:
+def read_journal(path: Path) -> dict[int, ShardRow]:
     """The rows that a journal names; what follows a torn or damaged line is not believed."""
-    rows: dict[int, Row] = {}
+    rows: dict[int, ShardRow] = {}
     if not path.exists():
         return rows
     for line in path.read_bytes().split(b"\n")[:-1]:  # a torn last line has no newline
         try:
-            row = Row(**parse_json(line))
+            row = ShardRow(**parse_json(line))
         except (ValueError, TypeError):
             break
         if not row.is_sound:
@@ -188,7 +188,7 @@ class ShardWriter:
     ) -> None:
         self.part, self.journal = staging / f"{name}.part", staging / f"{name}.jnl"
         self._batches, self._nbytes = batches, nbytes
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, ShardRow] = {}
         self._salvage()
 
     @property
@@ -196,7 +196,7 @@ class ShardWriter:
         """The batches that are not written yet, in order."""
         return [batch for batch in self._batches if batch[0] not in self.rows]
 
-    def append(self, rows: Sequence[Row], latents: Mapping[int, NDArray[Any]]) -> None:
+    def append(self, rows: Sequence[ShardRow], latents: Mapping[int, NDArray[Any]]) -> None:
         """Write one batch; `latents` has the array [C, h, w] of every row that is not rejected."""
         data, written = [], []
         for row in rows:
@@ -246,7 +246,7 @@ class ShardWriter:
             file.truncate(held * (self._nbytes + CRC_NBYTES))
         write_bytes(self.journal, _journal_lines(self.rows.values()))
 
-    def _verified(self, file: Any, row: Row) -> bool:
+    def _verified(self, file: Any, row: ShardRow) -> bool:
         """Whether the file's next record is this row's; rejected rows have none."""
         if row.crc32c is None:
             return True

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.identity import Identity, read_attributes
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.shard import ShardReader
 
 
@@ -27,7 +27,7 @@ class StoreView:
             raise UserError(f"{root} is not planned yet; run `xlsd-cache build` to finish it")
         return cls(Manifest(root), identity, rows_per_shard, generations[-1])
 
-    def open_shard(self, unit: Unit) -> ShardReader:
+    def open_shard(self, unit: ShardId) -> ShardReader:
         """A reader of one shard. Raises CorruptShard and OSError."""
         nbytes = self.identity.nbytes(unit.bucket)
         return ShardReader(self.manifest.shard(unit), self.rows_per_shard, nbytes)

@@ -18,7 +18,7 @@ from tests.support.stores import slow_build
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.schema import COMMIT
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.reader import LatentStore
 
 RECORD = 4 * 16 * 16 * 4 + 4  # bytes of a latent of bucket 128x128 and its crc32c
@@ -401,7 +401,7 @@ def test_a_repair_is_one_planning_among_others(store: Store) -> None:
     assert manifest.damaged(1).to_pylist() == [{"bucket": "128x128", "row": 1}]
     (entry,) = manifest.planned(1).to_pylist()[11:]
     assert (entry["bucket"], entry["row"], entry["key"]) == ("128x128", 8, store.key(1))
-    assert Unit("128x128", 2) not in manifest.committed()
+    assert ShardId("128x128", 2) not in manifest.committed()
     with LatentStore.open(store.out) as opened:
         assert (opened.generation, opened.newest_generation) == (0, 1)
         assert len(opened.read("128x128", [0, 2, 3])) == 3

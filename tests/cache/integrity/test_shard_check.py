@@ -14,9 +14,9 @@ from xlsd_cache.integrity.shard_check import verify_shard
 from xlsd_cache.integrity.verify import verify_index, verify_log
 from xlsd_cache.store.commit import write_commit
 from xlsd_cache.store.index import cached_snapshot, make_snapshot
-from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.reader import LatentStore
-from xlsd_cache.store.shard import Row, ShardWriter
+from xlsd_cache.store.shard import ShardRow, ShardWriter
 from xlsd_cache.store.view import StoreView
 
 
@@ -82,7 +82,7 @@ def test_each_of_1000_flipped_bits_is_found_and_none_reaches_a_batch(checked: St
                 }
                 assert found, "a flipped bit always costs a row at least"
                 for (bucket, row), latent in right.items():
-                    if Unit(bucket, row // rows_per_shard) != unit:
+                    if ShardId(bucket, row // rows_per_shard) != unit:
                         continue
                     if row in found:
                         lost_reads += 1
@@ -127,13 +127,13 @@ def test_a_flipped_bit_in_the_index_is_found_or_changes_nothing(checked: StoreVi
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, 65504.0, 6e-8])
 def test_values_that_are_not_finite_are_found(tmp_path: Path, dtype: str, value: float) -> None:
-    store, unit = empty_store(tmp_path, 4, dtype), Unit("64x64", 0)
+    store, unit = empty_store(tmp_path, 4, dtype), ShardId("64x64", 0)
     manifest = store.manifest
     manifest.array("64x64").mkdir()
     latent = np.zeros((4, 8, 8), dtype)
     latent[3, 7, 7] = value
     writer = ShardWriter(manifest.staging, unit.name, [[0]], latent.nbytes)
-    writer.append([Row(0, "hash")], {0: latent})
+    writer.append([ShardRow(0, "hash")], {0: latent})
     writer.finish(manifest.shard(unit), 4)
     entries: dict[int, Any] = {0: {"key": "a.png"}}
     write_commit(store, unit, entries, writer.rows)

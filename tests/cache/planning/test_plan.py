@@ -22,7 +22,7 @@ from xlsd_cache.planning.plan import GenerationPlan, make_plan
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
 from xlsd_cache.sources.scan import scan
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 
 Entry = dict[str, Any]  # of PLAN
 BUCKETS = Buckets.make("square", 64, 4.0, upscale=False)
@@ -444,11 +444,11 @@ def commit_all(
     manifest: Manifest, generation: int, contents: dict[str, str]
 ) -> dict[tuple[str, int], str]:
     """Commit records as a build writes them; what was overtaken before its turn is rejected."""
-    units: dict[Unit, list[Entry]] = {}
+    units: dict[ShardId, list[Entry]] = {}
     live = {entry["key"]: entry for entry in manifest.live(generation).to_pylist()}
     encoded = {}
     for entry in manifest.planned(generation).to_pylist():
-        unit = Unit(entry["bucket"], entry["row"] // 4)
+        unit = ShardId(entry["bucket"], entry["row"] // 4)
         if unit in manifest.committed():
             continue
         now = live.get(entry["key"])

@@ -13,7 +13,7 @@ import xlsd_cache.store.index
 from tests.support.stores import empty_store
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
 from xlsd_cache.store.index import Snapshot, _gather, cached_snapshot, make_snapshot, save_snapshot
-from xlsd_cache.store.manifest import Unit
+from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.view import StoreView
 
 ROWS = 4  # of a shard
@@ -45,7 +45,7 @@ def write(root: Path, generations: list[dict[str, Any]], rejected: set[int]) -> 
     store = empty_store(root, ROWS)
     manifest = store.manifest
     (root / "latents.zarr" / "zarr.json").write_text("{}")
-    units: dict[Unit, list[dict[str, Any]]] = {}
+    units: dict[ShardId, list[dict[str, Any]]] = {}
     for number, generation in enumerate(generations):
         plan = []
         for key, (bucket, row) in generation["plan"].items():
@@ -57,7 +57,7 @@ def write(root: Path, generations: list[dict[str, Any]], rejected: set[int]) -> 
                 }
             )  # fmt: skip
             if bucket:
-                units.setdefault(Unit(bucket, row // ROWS), []).append(
+                units.setdefault(ShardId(bucket, row // ROWS), []).append(
                     {
                         "row": row, "key": key, "content_hash": f"#{bucket}{row}", "crc32c": row,
                         "status": "rejected" if row in rejected else "encoded",
@@ -77,7 +77,7 @@ def write(root: Path, generations: list[dict[str, Any]], rejected: set[int]) -> 
 
 
 def plainly(
-    generations: list[dict[str, Any]], rejected: set[int], pending: set[Unit]
+    generations: list[dict[str, Any]], rejected: set[int], pending: set[ShardId]
 ) -> tuple[list[dict[str, Any]], int]:
     """The live samples, as one would write it down, and how many wait."""
     live: dict[str, dict[str, Any]] = {}
@@ -94,7 +94,7 @@ def plainly(
         for (key, column), text in generation["said"].items():
             captions[column][key] = text
     placed = [sample for sample in live.values() if sample["bucket"]]
-    waiting = [s for s in placed if Unit(s["bucket"], s["row"] // ROWS) in pending]
+    waiting = [s for s in placed if ShardId(s["bucket"], s["row"] // ROWS) in pending]
     there = [s for s in placed if s not in waiting and s["row"] not in rejected]
     for column, texts in captions.items():
         if any(texts.values()):

@@ -4,7 +4,7 @@ from typing import Any
 import pyarrow as pa
 
 from xlsd_cache.schema import CAPTIONS, PLAN
-from xlsd_cache.store.manifest import Manifest, Unit
+from xlsd_cache.store.manifest import Manifest, ShardId
 
 
 def plan(*keys: str, row: int = 0) -> pa.Table:
@@ -61,6 +61,6 @@ def test_committed_units_are_those_with_a_record(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     assert manifest.committed() == set()
     manifest.make_folders()
-    manifest.commit(Unit("64x128", 12)).touch()
+    manifest.commit(ShardId("64x128", 12)).touch()
     (tmp_path / "manifest/commit/.hidden").touch()
-    assert manifest.committed() == {Unit("64x128", 12)}
+    assert manifest.committed() == {ShardId("64x128", 12)}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.support.stores import empty_store
-from xlsd_cache.store.manifest import Unit
-from xlsd_cache.store.shard import CorruptShard, Row, ShardReader, ShardWriter, read_journal
+from xlsd_cache.store.manifest import ShardId
+from xlsd_cache.store.shard import CorruptShard, ShardReader, ShardRow, ShardWriter, read_journal
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import grow_array
 
@@ -30,7 +30,9 @@ def write(folder: Path, values: NDArray[Any], slots: list[int], batch: int = 4) 
     batches = [slots[i : i + batch] for i in range(0, len(slots), batch)]
     writer = ShardWriter(folder, "s", batches, NBYTES)
     for todo in writer.remaining:
-        writer.append([Row(slot, "hash") for slot in todo], {slot: values[slot] for slot in todo})
+        writer.append(
+            [ShardRow(slot, "hash") for slot in todo], {slot: values[slot] for slot in todo}
+        )
     writer.finish(folder / "shard", ROWS)
     return folder / "shard"
 
@@ -67,8 +69,8 @@ def test_zarr_and_tensorstore_read_what_we_write(tmp_path: Path, dtype: str) -> 
     values = latents(1).astype(dtype)
     nbytes = values[0].nbytes
     writer = ShardWriter(manifest.staging, "s", [list(range(ROWS - 1))], nbytes)
-    writer.append([Row(slot, "") for slot in range(ROWS - 1)], dict(enumerate(values[:-1])))
-    writer.finish(manifest.shard(Unit("40x48", 1)), ROWS)
+    writer.append([ShardRow(slot, "") for slot in range(ROWS - 1)], dict(enumerate(values[:-1])))
+    writer.finish(manifest.shard(ShardId("40x48", 1)), ROWS)
     array: Any = zarr.open_array(manifest.array("40x48"), mode="r")
     assert array.shape == (2 * ROWS, *SHAPE)
     assert array.metadata.dimension_names == ("sample", "channel", "y", "x")
@@ -91,7 +93,7 @@ def test_we_read_what_zarr_and_tensorstore_write(tmp_path: Path, library: str) -
         array[0:ROWS] = values
     else:
         open_tensorstore(path, write=True)[0:ROWS].write(values).result()
-    shard = manifest.shard(Unit("40x48", 0))
+    shard = manifest.shard(ShardId("40x48", 0))
     for slot in range(ROWS):
         assert np.array_equal(read(shard, slot), values[slot])
     ours = write(tmp_path / "staging", values, list(range(ROWS)))
@@ -101,7 +103,7 @@ def test_we_read_what_zarr_and_tensorstore_write(tmp_path: Path, library: str) -
 def test_growing_an_array_keeps_what_it_holds(tmp_path: Path) -> None:
     store, values = empty_array(tmp_path), latents(3)
     manifest = store.manifest
-    write(manifest.staging, values, list(range(ROWS))).rename(manifest.shard(Unit("40x48", 0)))
+    write(manifest.staging, values, list(range(ROWS))).rename(manifest.shard(ShardId("40x48", 0)))
     grow_array(store, "40x48", 5 * ROWS)
     grow_array(store, "40x48", 1)
     array: Any = zarr.open_array(manifest.array("40x48"), mode="r")
@@ -178,7 +180,7 @@ def test_an_interrupted_shard_ends_byte_equal_and_keeps_whole_batches(
     writer = ShardWriter(folder, "s", batches, NBYTES)
     done = data.draw(st.integers(0, len(batches)))
     for todo in batches[:done]:
-        writer.append([Row(slot, "") for slot in todo], {slot: values[slot] for slot in todo})
+        writer.append([ShardRow(slot, "") for slot in todo], {slot: values[slot] for slot in todo})
     for path in (writer.part, writer.journal):
         if path.exists():
             kept = data.draw(st.integers(0, path.stat().st_size))
@@ -186,7 +188,7 @@ def test_an_interrupted_shard_ends_byte_equal_and_keeps_whole_batches(
     again = ShardWriter(folder, "s", batches, NBYTES)
     assert len(again.rows) % batch == 0 or len(again.rows) == len(slots)
     for left in again.remaining:
-        again.append([Row(slot, "") for slot in left], {slot: values[slot] for slot in left})
+        again.append([ShardRow(slot, "") for slot in left], {slot: values[slot] for slot in left})
     again.finish(folder / "shard", ROWS)
     assert (folder / "shard").read_bytes() == expected
     assert read_journal(again.journal).keys() == set(slots)
@@ -195,8 +197,10 @@ def test_an_interrupted_shard_ends_byte_equal_and_keeps_whole_batches(
 def test_rejected_rows_survive_a_salvage_with_their_reason(tmp_path: Path) -> None:
     values = latents(8)
     writer = ShardWriter(tmp_path, "s", [[0, 1], [2]], NBYTES)
-    writer.append([Row(0, "h0"), Row(1, "h1", reason="corrupt", detail="why")], {0: values[0]})
+    writer.append(
+        [ShardRow(0, "h0"), ShardRow(1, "h1", reason="corrupt", detail="why")], {0: values[0]}
+    )
     again = ShardWriter(tmp_path, "s", [[0, 1], [2]], NBYTES)
     assert again.remaining == [[2]]
-    assert again.rows[1] == Row(1, "h1", reason="corrupt", detail="why")
+    assert again.rows[1] == ShardRow(1, "h1", reason="corrupt", detail="why")
     assert again.rows[0].crc32c == google_crc32c.value(values[0].tobytes())
