@@ -70,7 +70,11 @@ def _report(config: ReportConfig, _: Sequence[str]) -> None:
 def _export(config: ExportConfig, _: Sequence[str]) -> None:
     from xlsd_train.export.export import export_model
 
-    export_model(config)
+    export_model(
+        config.checkpoint, config.out, format=config.format, dtype=config.dtype,
+        scaling_factor=config.scaling_factor, vae=config.vae, model_ema=config.model_ema,
+        tokenizer=config.tokenizer,
+    )  # fmt: skip
 
 
 def _swap(config: SwapConfig, _: Sequence[str]) -> None:

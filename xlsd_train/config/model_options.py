@@ -19,6 +19,9 @@ from xlsd_cache.console.option_checks import (
 from xlsd_cache.errors import UserError
 from xlsd_train.config.sd15 import HUB_ID
 
+ExportFormat = Literal["diffusers", "single-file"]
+ExportDtype = Literal["fp32", "fp16", "bf16"]
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -35,10 +38,10 @@ class ExportConfig:
     out: Positional[Annotated[Path, Target("folder or file")]]
     """The folder to make, or the .safetensors file."""
 
-    format: Literal["diffusers", "single-file"] = "diffusers"
+    format: ExportFormat = "diffusers"
     """diffusers: SD1.5's folders. single-file: one .safetensors under latent-diffusion's names."""
 
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    dtype: ExportDtype = "fp32"
     """Of all weights."""
 
     scaling_factor: Factor | None = None
@@ -56,21 +59,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         check_options(self)
-        single = self.format == "single-file"
-        if single and self.out.suffix != ".safetensors":
-            raise UserError(
-                f"{self.out} does not end in .safetensors, which programs tell a single file by; "
-                f"name it so, or leave out --format single-file"
-            )
-        if not single and self.out.suffix == ".safetensors":
-            raise UserError(
-                f"{self.out} names a file and --format diffusers writes a folder; add "
-                f"--format single-file, or name a folder"
-            )
-        refuse_existing(self.out)
-        if single:
-            for beside in (".md", ".samples.png"):  # its card, and the run's samples
-                refuse_existing(self.out.with_name(self.out.stem + beside))
+        check_export_target(self.out, self.format)
 
 
 @dataclass(frozen=True)
@@ -214,6 +203,25 @@ def size_of(text: str, where: str) -> tuple[int, int]:
             f"{where}: {text!r} is no size in multiples of 8, up to {MOST_PIXELS}; give say 512x768"
         )
     return width, height
+
+
+def check_export_target(out: Path, export_format: ExportFormat) -> None:
+    """Raises UserError for a name that does not fit the format, or that is taken."""
+    single = export_format == "single-file"
+    if single and out.suffix != ".safetensors":
+        raise UserError(
+            f"{out} does not end in .safetensors, as single files do; rename it, or leave out "
+            f"format single-file"
+        )
+    if not single and out.suffix == ".safetensors":
+        raise UserError(
+            f"{out} is a file's name, and format diffusers writes a folder; use format "
+            f"single-file, or give a folder"
+        )
+    refuse_existing(out)
+    if single:
+        for ending in (".md", ".samples.png"):  # the model card, and the run's samples
+            refuse_existing(out.with_name(out.stem + ending))
 
 
 def refuse_existing(out: Path) -> None:

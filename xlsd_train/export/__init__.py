@@ -1,5 +1,6 @@
 """A run or model -> files that other programs load.
 
-`export` writes a folder or a single file, `swap` exchanges the VAE, `model_card` and `ldm_config`
-describe the model, `other_programs` says what they must be told, `staging` lets files appear whole.
+`export` writes a folder or a single file, `swap` replaces the VAE, `model_card` and `ldm_config`
+describe the model, `other_programs` says how to set programs up for it, `sidecars` writes the small
+files next to it.
 """

@@ -1,4 +1,4 @@
-"""`xlsd-train export`: a model for other programs, written a tensor at a time and read back."""
+"""Export a model for other programs: written tensor by tensor, then read back and compared."""
 
 import json
 import logging
@@ -7,22 +7,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
 
 from xlsd_cache.encoding.vae import Vae, load_vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.runtime.atomic import fsync_file, write_bytes, write_json
+from xlsd_cache.runtime.atomic import fsync_file, replacing_folder, write_bytes, write_json
 from xlsd_train.config import sd15
-from xlsd_train.config.model_options import ExportConfig
+from xlsd_train.config.model_options import ExportDtype, ExportFormat, check_export_target
 from xlsd_train.export.ldm_config import ldm_config
-from xlsd_train.export.model_card import History
+from xlsd_train.export.model_card import ModelCard
 from xlsd_train.export.other_programs import usage_notes, vae_notes
-from xlsd_train.export.staging import appearing, missing_config, withdrawing, write_beside
+from xlsd_train.export.sidecars import missing_config, withdrawing, write_sidecars
 from xlsd_train.model.loading import model_vae
 from xlsd_train.model.text_encoder import copy_tokenizer
+from xlsd_train.runs.history import checkpoint_history
 from xlsd_train.runs.json_files import load_object
 from xlsd_train.weights.lazy_tensors import (
     LazyTensor,
@@ -44,57 +45,99 @@ MOST_GRID = 2**28  # bytes
 FILES = {"unet": WEIGHTS, "vae": WEIGHTS, "text_encoder": "model.safetensors"}
 
 
-def export_model(config: ExportConfig) -> Path:
-    """Write the model and its card; prints each file's sha256. Returns `config.out`.
+def export_model(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    format: ExportFormat = "diffusers",  # noqa: A002 - the option's name
+    dtype: ExportDtype = "fp32",
+    scaling_factor: float | None = None,
+    vae: str | Path | None = None,
+    model_ema: bool = False,
+    tokenizer: str | Path | None = None,
+) -> Path:
+    """Write a model for other programs, read it back and compare; logs each file's sha256.
 
-    Raises UserError for a model that is damaged, or that cannot be had in this form.
+    Args:
+        checkpoint: a run (its newest checkpoint), a checkpoint, a pipeline folder, a single file or
+            a hub id.
+        out: the folder to make, or the .safetensors file; nothing is overwritten.
+        format: `diffusers` for a pipeline folder, `single-file` for a .safetensors file with
+            latent-diffusion's keys and a model card next to it.
+        dtype: of all weights: fp32, fp16 or bf16.
+        scaling_factor: fold the VAE's latent scaling so that this factor is right; by default
+            0.18215 in a single file, and the VAE's own in a folder.
+        vae: replaces the VAE; its encoder must be the model's, its decoder may be another.
+        model_ema: take the UNet's moving averages from a single file that has both.
+        tokenizer: replaces the tokenizer: a folder with vocab.json and merges.txt.
+
+    Returns:
+        `out`. It appears complete, or not at all.
+
+    Raises:
+        UserError: there is no such model, it is damaged, it does not fit the format or dtype, or
+            the disk is full.
+
     """
-    single = config.format == "single-file"
-    found = locate_model(config.checkpoint, tokenizer=config.tokenizer, ema=config.model_ema)
-    if config.vae is not None:
-        found = with_decoder(found, config.vae)
-    parts = fetch_missing(found, not single)
-    return write_model(parts, config.out, single, config.dtype, config.scaling_factor)
+    out = Path(out)
+    if scaling_factor is not None and not 0 < scaling_factor < float("inf"):
+        raise UserError(f"scaling_factor {scaling_factor} is not a number above 0")
+    for name, value, known in (
+        ("format", format, get_args(ExportFormat)),
+        ("dtype", dtype, DTYPES),
+    ):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is unknown; give {' or '.join(known)}")
+    check_export_target(out, format)
+    single = format == "single-file"
+    given = None if tokenizer is None else str(tokenizer)
+    parts = locate_model(str(checkpoint), tokenizer=given, ema=model_ema)
+    if vae is not None:
+        parts = with_decoder(parts, str(vae))
+    return write_model(fetch_missing(parts, not single), out, single, dtype, scaling_factor)
 
 
 def write_model(
     parts: ModelParts, out: Path, single: bool, dtype: str = "fp32", factor: float | None = None
 ) -> Path:
-    """A whole model, as a single file or as a folder of diffusers, durably or not at all."""
+    """Write a whole model, as a single file or a diffusers folder, durably or not at all."""
     factor = SD15_FACTOR if single and factor is None else factor
-    parts, folded, needed, noted = _prepared(parts, out.name, single, factor)
-    history = History.of(parts.source, parts.checkpoint)
+    parts, folded, usage, notes = _prepare(parts, out.name, single, factor)
+    history = checkpoint_history(parts.checkpoint)
     title = out.stem if single else out.name
-    metadata = history.metadata(title, folded, parts.scheduler)
+    card = ModelCard(title, parts.source, folded, history)
+    metadata = card.metadata(parts.scheduler)
     config = missing_config(out, _ldm_config(parts, out.name)) if single else None
     grid = f"{title}.samples.png" if single else "samples.png"
     write = _write_file if single else _write_folder
     written: list[Path] = []
-    with _told(parts.source, out, dtype), withdrawing(written), appearing(out) as temporary:
-        hashes = write(parts, temporary, out, DTYPES[dtype], metadata)
-        card = history.card(
-            title, folded, dtype, hashes, grid if history.grid else None, needed, noted
-        )
-        beside = {f"{title}.md" if single else "README.md": card.encode()}
+    with (
+        _as_user_error(parts.source, out, dtype),
+        withdrawing(written),
+        replacing_folder(out) as tmp,
+    ):
+        hashes = write(parts, tmp, out, DTYPES[dtype], metadata)
+        text = card.markdown(dtype, hashes, grid if history.grid else None, usage, notes)
+        sidecars = {f"{title}.md" if single else "README.md": text.encode()}
         if history.grid is not None:
-            beside[grid] = _grid(history.grid)
+            sidecars[grid] = _grid(history.grid)
         if config is not None:
-            beside[f"{title}.yaml"] = config.encode()
-        write_beside(out.parent if single else temporary, beside, written)
+            sidecars[f"{title}.yaml"] = config.encode()
+        write_sidecars(out.parent if single else tmp, sidecars, written)
     log.info(folded)
     for file, digest in hashes.items():
         path = out if single else out / file
         log.info(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dtype}, sha256 {digest}")
-    if needed:
-        log.info(needed)
+    if usage:
+        log.info(usage)
     return out
 
 
-def _prepared(
+def _prepare(
     parts: ModelParts, name: str, single: bool, factor: float | None
 ) -> tuple[ModelParts, str, str, list[str]]:
-    """The parts as they are written; in words what was done, what programs need, what to note."""
-    parts = _checked(parts)
+    """The parts to write, and for the card: what was folded, how to use it, notes on the VAE."""
+    parts = _with_finite_check(parts)
     own = float(empty_network("vae", vae_in(parts).config).config["scaling_factor"])
     vae, folded = fold_vae(vae_in(parts), factor, parts.trained)
     parts = replace(parts, vae=vae)
@@ -111,24 +154,24 @@ def _prepared(
         )
     assert parts.text_encoder is not None
     tokens = parts.text_encoder.tensors[POSITIONS].shape[0]
-    needed = usage_notes(name, parts.scheduler, tokens, single, parts.vae_padding == "reflect")
-    return parts, folded, needed, vae_notes(own, factor or own, single)
+    usage = usage_notes(name, parts.scheduler, tokens, single, parts.vae_padding == "reflect")
+    return parts, folded, usage, vae_notes(own, factor or own, single)
 
 
 @contextmanager
-def _told(source: str, out: Path, dtype: str) -> Iterator[None]:
-    """What can go wrong in writing, as a user is told it."""
+def _as_user_error(source: str, out: Path, dtype: str) -> Iterator[None]:
+    """Raise what can go wrong in writing as UserError."""
     try:
         yield
     except OverflowError as error:
-        remedy = "give --dtype bf16 or fp32" if dtype == "fp16" else "give another model"
+        remedy = "use dtype bf16 or fp32" if dtype == "fp16" else "give another model"
         raise UserError(
             f"{source} has weights that {dtype} cannot hold: {error}; {remedy}"
         ) from error
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot export {source} to {out}: {error}; nothing was written there: mend that and "
-            f"run the same again"
+            f"cannot export {source} to {out}: {error}; nothing was written: solve this and export "
+            f"again"
         ) from error
 
 
@@ -137,15 +180,15 @@ def _ldm_config(parts: ModelParts, name: str) -> str | None:
     return ldm_config(parts.unet, parts.text_encoder, vae_in(parts), parts.scheduler, name)
 
 
-def _checked(parts: ModelParts) -> ModelParts:
-    """The same, of which reading raises UserError where a weight is not finite."""
+def _with_finite_check(parts: ModelParts) -> ModelParts:
+    """The same parts, whose weights raise UserError on reading if they are not finite."""
     assert parts.text_encoder is not None
     encoder, vae = with_finite_check(parts.text_encoder), with_finite_check(vae_in(parts))
     return replace(parts, unet=with_finite_check(parts.unet), text_encoder=encoder, vae=vae)
 
 
 def with_decoder(parts: ModelParts, spec: str) -> ModelParts:
-    """The model with another VAE of the same encoder. Raises UserError where it has another."""
+    """Replace the VAE by one with the same encoder. Raises UserError for another encoder."""
     own = vae_in(parts)
     vae = load_vae(spec, float(empty_network("vae", own.config).config["scaling_factor"]))
     new = vae_part(vae)
@@ -155,43 +198,43 @@ def with_decoder(parts: ModelParts, spec: str) -> ModelParts:
     if not has_encoder(parts, vae) or factors[0] != factors[1]:
         raise UserError(
             f"the VAE {spec} has another encoder half (encoder and quant_conv) or scaling factor "
-            f"than the one with which {parts.source} was trained; give one whose decoder alone "
-            f"differs, or put it in with `xlsd-train swap` and train"
+            f"than the one that {parts.source} was trained with; give one with another decoder "
+            f"only, or swap it in with `xlsd-train swap` and train"
         )
     return replace(parts, vae=new)
 
 
 def vae_part(vae: Vae) -> Network:
-    """A loaded VAE as a part of a model."""
-    told = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
+    """A loaded VAE as a network of a model."""
+    config = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
     tensors = {name: in_memory(value) for name, value in vae.model.state_dict().items()}
-    return Network("vae", {"_class_name": vae.class_name, **told}, tensors, vae.source)
+    return Network("vae", {"_class_name": vae.class_name, **config}, tensors, vae.source)
 
 
 def has_encoder(parts: ModelParts, vae: Vae) -> bool:
-    """Whether the model's own VAE has the encoder of this one."""
+    """Whether the model's own VAE has the same encoder as this one."""
     return model_vae(parts.source, vae_in(parts)).encoder_sha256 == vae.encoder_sha256
 
 
 def vae_in(parts: ModelParts) -> Network:
-    """The model's VAE. Raises UserError where it has none."""
+    """The model's VAE. Raises UserError if it has none."""
     if parts.vae is None:
         raise UserError(
-            f"{parts.source} holds no VAE; put one in it: xlsd-train swap NEW --model "
-            f"{parts.source} --vae sd, or sdxl if it was trained with that"
+            f"{parts.source} holds no VAE; add one with `xlsd-train swap NEW --model "
+            f"{parts.source} --vae sd`, or sdxl if it was trained with that"
         )
     return parts.vae
 
 
 def bake_clip_skip(parts: ModelParts) -> ModelParts:
-    """With --clip-skip in the text encoder's weights: its last layers add nothing to their input.
+    """Bake clip skip into the text encoder: zero its last layers' output projections.
 
-    A layer adds to its input what its attention and its feed-forward project, and nothing else; so
-    without those projections every program sees the states that were trained with.
+    A layer only adds its attention's and its feed-forward's projections to its input. Without them
+    it is the identity, so programs without clip skip get the states used in training.
     """
-    part = parts.text_encoder
-    assert part is not None
-    layers = int(part.config["num_hidden_layers"])
+    encoder = parts.text_encoder
+    assert encoder is not None
+    layers = int(encoder.config["num_hidden_layers"])
     last = range(layers - parts.clip_skip, layers)
     ends = (
         "self_attn.out_proj.weight",
@@ -200,44 +243,45 @@ def bake_clip_skip(parts: ModelParts) -> ModelParts:
         "mlp.fc2.bias",
     )
     names = [f"{PREFIX}encoder.layers.{layer}.{end}" for layer in last for end in ends]
-    nothing = {name: in_memory(torch.zeros(part.tensors[name].shape)) for name in names}
-    tensors = {**part.tensors, **nothing}
-    return replace(parts, text_encoder=replace(part, tensors=tensors))
+    zeros = {name: in_memory(torch.zeros(encoder.tensors[name].shape)) for name in names}
+    tensors = {**encoder.tensors, **zeros}
+    return replace(parts, text_encoder=replace(encoder, tensors=tensors))
 
 
 def fold_vae(
-    part: Network, factor: float | None = None, trained: ChannelNormalisation | None = None
+    vae: Network, factor: float | None = None, trained: ChannelNormalisation | None = None
 ) -> tuple[Network, str]:
-    """The VAE for loaders that scale by `factor` alone, and in words what was done to it.
+    """The VAE for programs that only scale by `factor`, and a sentence on what was folded.
 
-    None: its own factor; and trained with it. Raises UserError where nothing can be folded.
+    By default `factor` is the VAE's own, and it was `trained` with that. Raises UserError for a VAE
+    that cannot be folded.
     """
-    config = empty_network("vae", part.config).config  # with the defaults that older files rely on
+    config = empty_network("vae", vae.config).config  # with the defaults that older files rely on
     own = float(config["scaling_factor"])
     what = "normalisation of each channel" if trained else f"scaling factor {own:g}"
     trained = trained or ChannelNormalisation.of(config)
     factor = own if factor is None else factor
     if trained.is_factor(factor):
-        return part, f"The VAE is unchanged: its scaling factor is {factor:g}."
-    if part.config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        return vae, f"The VAE is unchanged: its scaling factor is {factor:g}."
+    if vae.config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(
-            f"{part.source} is an {part.config['_class_name']}, into which no scaling factor "
-            f"can be folded; export with --format diffusers and without --scaling-factor"
+            f"{vae.source} is an {vae.config['_class_name']}, into which no scaling factor can be "
+            f"folded; export with format diffusers and without scaling_factor"
         )
-    weights = {name: part.tensors[name].read() for name in part.tensors if "quant_conv" in name}
+    weights = {name: vae.tensors[name].read() for name in vae.tensors if "quant_conv" in name}
     folded = {name: in_memory(value) for name, value in fold(weights, trained, factor).items()}
-    told = (
+    sentence = (
         f"The VAE's {what} is folded into its quant_conv and post_quant_conv, so that the factor "
         f"{factor:g} is right for it."
     )
-    changed = {**part.config, "scaling_factor": factor, "shift_factor": None}
-    return replace(part, config=changed, tensors={**part.tensors, **folded}), told
+    changed = {**vae.config, "scaling_factor": factor, "shift_factor": None}
+    return replace(vae, config=changed, tensors={**vae.tensors, **folded}), sentence
 
 
 def _grid(path: Path) -> bytes:
-    """A run's grid of samples. Raises UserError for what is too large to be one."""
+    """A run's sample grid. Raises UserError for a file that is too large."""
     if path.stat().st_size > MOST_GRID:
-        raise UserError(f"{path} is larger than a grid of samples can be; remove it")
+        raise UserError(f"{path} is larger than a sample grid's {MOST_GRID} bytes; remove it")
     return path.read_bytes()
 
 
@@ -247,30 +291,31 @@ def _write_file(
     assert parts.text_encoder is not None
     assert parts.vae is not None
     tensors = single_file(parts.unet, parts.text_encoder, parts.vae, parts.scheduler, dtype)
-    configs = {part.kind: _config(part) for part in (parts.unet, parts.text_encoder, parts.vae)}
-    known = json.dumps({**configs, "scheduler": parts.scheduler})
-    told = {**metadata, "modelspec.implementation": "sgm", CONFIGS: known}
-    return {out.name: _write_weights(temporary, tensors, told)}
+    networks = (parts.unet, parts.text_encoder, parts.vae)
+    configs: dict[str, Any] = {network.kind: _config(network) for network in networks}
+    text = json.dumps({**configs, "scheduler": parts.scheduler})
+    metadata = {**metadata, "modelspec.implementation": "sgm", CONFIGS: text}
+    return {out.name: _write_weights(temporary, tensors, metadata)}
 
 
 def _write_folder(
     parts: ModelParts, temporary: Path, _: Path, dtype: torch.dtype, metadata: dict[str, str]
 ) -> dict[str, str]:
-    told, hashes = {**metadata, "modelspec.implementation": "diffusers"}, {}
+    metadata, hashes = {**metadata, "modelspec.implementation": "diffusers"}, {}
     temporary.mkdir(parents=True)
-    for part in (parts.unet, parts.text_encoder, parts.vae):
-        assert part is not None
-        (temporary / part.kind).mkdir()
-        config = _config(part)
-        if part.kind == "text_encoder":
+    for network in (parts.unet, parts.text_encoder, parts.vae):
+        assert network is not None
+        kind, config = network.kind, _config(network)
+        (temporary / kind).mkdir()
+        if kind == "text_encoder":
             config = {k: v for k, v in config.items() if k != "dtype"}
             config["torch_dtype"] = str(dtype).removeprefix("torch.")
-        write_json(temporary / part.kind / "config.json", config)
+        write_json(temporary / kind / "config.json", config)
         tensors = {
-            name: stored.to(dtype, f"{part.kind}'s {name}") for name, stored in part.tensors.items()
+            name: tensor.to(dtype, f"{kind}'s {name}") for name, tensor in network.tensors.items()
         }
-        file = f"{part.kind}/{FILES[part.kind]}"
-        hashes[file] = _write_weights(temporary / file, tensors, told)
+        file = f"{kind}/{FILES[kind]}"
+        hashes[file] = _write_weights(temporary / file, tensors, metadata)
     assert parts.tokenizer is not None
     assert parts.text_encoder is not None
     tokens = parts.text_encoder.tensors[POSITIONS].shape[0]
@@ -285,13 +330,13 @@ def _write_folder(
     return hashes
 
 
-def _config(part: Network) -> dict[str, Any]:
-    """Without the folder that a library may have noted there."""
-    return {name: value for name, value in part.config.items() if name != "_name_or_path"}
+def _config(network: Network) -> dict[str, Any]:
+    """A network's config without a local path that a library may have put there."""
+    return {name: value for name, value in network.config.items() if name != "_name_or_path"}
 
 
 def _write_weights(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> str:
-    """Write, force to the disk, read back and compare; returns the file's sha256."""
+    """Write, sync, read back and compare; returns the file's sha256."""
     write_tensors(path, tensors, metadata)
     fsync_file(path)
     compare_tensors(path, tensors)
@@ -299,9 +344,9 @@ def _write_weights(path: Path, tensors: Mapping[str, LazyTensor], metadata: dict
 
 
 def _write_tokenizer(source: Path, target: Path, tokens: int) -> None:
-    """vocab.json and merges.txt, which every program reads, and what lies beside them.
+    """Write vocab.json and merges.txt, which every program reads, and the tokenizer's other files.
 
-    Today's transformers may write both into tokenizer.json alone: they are taken out of it.
+    Recent transformers may only write tokenizer.json, which contains both.
     """
     copy_tokenizer(source, target, tokens)
     if not (target / "vocab.json").exists() or not (target / "merges.txt").exists():
@@ -311,8 +356,8 @@ def _write_tokenizer(source: Path, target: Path, tokens: int) -> None:
             vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"the tokenizer in {source} has neither vocab.json and merges.txt nor a "
-                f"tokenizer.json of their kind ({error}); give a whole model"
+                f"the tokenizer in {source} has neither vocab.json and merges.txt nor a BPE "
+                f"tokenizer.json ({error}); give a whole model"
             ) from error
         write_bytes(target / "vocab.json", vocabulary.encode())
         write_bytes(target / "merges.txt", "\n".join(["#version: 0.2", *pairs, ""]).encode())

@@ -1,8 +1,8 @@
-"""NAME.yaml: what a single file is, as latent-diffusion's programs are told it. Pure.
+"""NAME.yaml: latent-diffusion's (LDM's) config of a single file. Pure.
 
-A1111 makes its model from such a file and Forge looks in it for `parameterization`, where it lies
-beside NAME.safetensors; without one both take a model of SD1.5's shape to predict noise. The names
-are those of the classes' arguments in LDM (CompVis/latent-diffusion, Stability-AI/stablediffusion).
+If it is next to NAME.safetensors, A1111 builds its model from it and Forge reads `parameterization`
+in it. Without one both assume that an SD1.5-like model predicts noise. The keys are the arguments
+of LDM's classes (CompVis/latent-diffusion, Stability-AI/stablediffusion).
 """
 
 from typing import Any
@@ -12,17 +12,14 @@ import yaml  # type: ignore[import-untyped]
 from xlsd_train.weights.network import POSITIONS, Network, empty_network
 from xlsd_train.weights.prediction_type import prediction_type
 
-# diffusers' names of how betas run -> LDM's, whose `linear` is of their square roots
+# diffusers' beta schedules -> LDM's, whose `linear` is linear in the square roots
 _BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 
 
 def ldm_config(
     unet: Network, text_encoder: Network, vae: Network, scheduler: dict[str, Any], name: str
 ) -> str | None:
-    """The text of the file beside NAME; None where nothing needs it, or LDM has no word for it.
-
-    LDM knows eps, x0 and v. So there is none for flow, and eps is what is taken without one.
-    """
+    """The file's text for v-prediction, else None: eps is the default, and LDM has no flow."""
     if prediction_type(scheduler) != "v_prediction":
         return None
     networks = {part.kind: empty_network(part.kind, part.config).config for part in (unet, vae)}
@@ -60,11 +57,11 @@ def _unet(config: Any) -> dict[str, Any]:
     return {
         "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
         "params": {
-            "image_size": 32,  # which LDM asks for and does not use
+            "image_size": 32,  # required by LDM, but unused
             "in_channels": config.in_channels,
             "out_channels": config.out_channels,
             "model_channels": widths[0],
-            # By how much a level is smaller than the latents.
+            # The downsampling factors of levels with attention.
             "attention_resolutions": [2**i for i, x in enumerate(blocks) if "Attn" in x][::-1],
             "num_res_blocks": config.layers_per_block,
             "channel_mult": [width // widths[0] for width in widths],
@@ -101,8 +98,8 @@ def _vae(config: Any) -> dict[str, Any]:
     }
 
 
-def _text_encoder(part: Network) -> dict[str, Any]:
-    """Its last layer: --clip-skip is in the weights already."""
-    told = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
-    tokens = part.tensors[POSITIONS].shape[0]
-    return {**told, "params": {"max_length": tokens}} if tokens != 77 else told
+def _text_encoder(network: Network) -> dict[str, Any]:
+    """LDM takes the last layer's states: clip skip is already baked into the weights."""
+    config = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
+    tokens = network.tensors[POSITIONS].shape[0]
+    return {**config, "params": {"max_length": tokens}} if tokens != 77 else config

@@ -1,4 +1,7 @@
-"""What other programs need to be told of a model that they do not see in its files. Pure."""
+"""How to set up other programs for a model, beyond what its files say. Pure.
+
+The sentences are part of exported files: changing one changes the bytes of an export.
+"""
 
 from typing import Any
 
@@ -12,62 +15,62 @@ FLOW_DIFFUSERS = "0.32"  # the first whose DPMSolverMultistepScheduler has use_f
 def usage_notes(
     name: str, scheduler: dict[str, Any], tokens: int, single: bool, reflect: bool = False
 ) -> str:
-    """In one line what programs need beside the model of this name; "" where nothing."""
-    kind, told = prediction_type(scheduler), []
+    """Settings that programs need for the model of this name, in one line; "" if none."""
+    kind, lines = prediction_type(scheduler), []
     if kind == "v_prediction":
         zero = has_zero_snr(scheduler)
-        told.append(f"{name} predicts v, with{'' if zero else 'out'} zero terminal SNR.")
+        lines.append(f"{name} predicts v, with{'' if zero else 'out'} zero terminal SNR.")
         node = f"ComfyUI needs the node ModelSamplingDiscrete (v_prediction, zsnr {_on(zero)})"
         if single:
-            beside = name.removesuffix(".safetensors") + ".yaml"
-            told.append(f"A1111 and Forge read {beside}, which belongs beside it; {node}.")
+            sidecar = name.removesuffix(".safetensors") + ".yaml"
+            lines.append(f"A1111 and Forge read {sidecar}, which belongs beside it; {node}.")
             if zero:
-                told.append("Leave A1111's noise schedule at Default: the file has the right one.")
+                lines.append("Leave A1111's noise schedule at Default: the file has the right one.")
         else:
-            told.append(f"Diffusers reads that in its scheduler; {node}.")
+            lines.append(f"Diffusers reads that in its scheduler; {node}.")
     elif kind == "flow_prediction":
         shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
-        told.append(
+        lines.append(
             f"{name} predicts flow: ComfyUI needs the node ModelSamplingSD3 with shift {shift}, "
             f"diffusers must be {FLOW_DIFFUSERS} or newer, and A1111 and Forge know no flow for a "
             f"model of SD1.5's shape."
         )
     elif kind != "epsilon":
-        told.append(f"{name} predicts {kind}, which your program must be told.")
+        lines.append(f"{name} predicts {kind}, which your program must be told.")
     if single and kind != "epsilon":
-        told.append("For diffusers export the folder, whose scheduler says it.")
+        lines.append("For diffusers export the folder, whose scheduler says it.")
     if single and tokens != 77:
-        told.append(
+        lines.append(
             f"Its text encoder reads {tokens} tokens, and these programs make one of 77 unless an "
             f"extension for LongCLIP is there."
         )
     if reflect:
-        told.append("Its VAE's convolutions must be set to padding_mode reflect.")
-    return " ".join(told)
+        lines.append("Its VAE's convolutions must be set to padding_mode reflect.")
+    return " ".join(lines)
 
 
 def vae_notes(trained: float, factor: float, single: bool) -> list[str]:
-    """Of a VAE: of the factor it was trained with, and that of this export; a sentence each."""
-    told = []
+    """Sentences on the VAE, by the factor that it was trained with and this export's factor."""
+    lines = []
     if trained == SDXL_FACTOR:
-        told.append(
+        lines.append(
             "SDXL's VAE overflows in fp16: where pictures are black or an error speaks of NaN, "
             "start A1111 or Forge with `--no-half-vae`, and decode in fp32 or bf16 elsewhere; "
             "sdxl-vae-fp16-fix, and models trained with it, need neither."
         )
     if single and trained != factor:
-        told.append(
+        lines.append(
             f"Diffusers' `from_single_file` takes the VAE's factor from its `config`: give it none "
             f"whose vae/config.json says another than {factor:g}, as the diffusers folder of this "
             f"same model does. Load that folder with `from_pretrained` in place of this file."
         )
     if not single and factor != SD15_FACTOR:
-        told.append(
+        lines.append(
             f"This folder is no `config` for `from_single_file` with a single file of the same "
             f"model, whose VAE is for the factor {SD15_FACTOR:g} and not this one's {factor:g}: "
             f"pictures would be wrong. Load the folder itself."
         )
-    return told
+    return lines
 
 
 def _on(truth: bool) -> str:

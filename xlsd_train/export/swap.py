@@ -1,4 +1,4 @@
-"""`xlsd-train swap`: a model with another VAE in it, as training with that VAE begins."""
+"""Replace a model's VAE, to start training with the new one."""
 
 import logging
 from dataclasses import replace
@@ -15,7 +15,7 @@ log = logging.getLogger("xlsd.train.export")
 
 
 def swap(config: SwapConfig) -> Path:
-    """Write the merge; returns `config.out`. Raises UserError where parts do not fit."""
+    """Write the model with its new VAE to `config.out`. Raises UserError if they do not fit."""
     parts = locate_model(
         config.model, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
         ema=config.model_ema, vae=False,
@@ -31,7 +31,7 @@ def swap(config: SwapConfig) -> Path:
         log.warning(warning)
     parts = fetch_missing(parts)
     same = parts.vae is not None and has_encoder(parts, vae)
-    # What a run made of its old VAE's latents says nothing of the new one's.
+    # A run's normalisation of its old VAE's latents does not hold for the new one's.
     merged = replace(
         parts, vae=vae_part(vae), checkpoint=None, trained=None,
         vae_padding=parts.vae_padding if same else None,

@@ -1,7 +1,8 @@
 """What a run's folder tells of it, for people: also of one that is going on, or was killed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,18 @@ import numpy as np
 from xlsd_cache.errors import UserError
 from xlsd_train.config.optimization import MOST_STEPS
 from xlsd_train.runs.downsample import Series, Thinner
-from xlsd_train.runs.json_files import misfit, read_log
-from xlsd_train.runs.layout import METRICS, SAMPLES, VALIDATION, steps_in
-from xlsd_train.runs.record import RunRecord, read_record
+from xlsd_train.runs.json_files import misfit, objects_in, read_log
+from xlsd_train.runs.layout import (
+    CONFIG,
+    METRICS,
+    SAMPLES,
+    STATE,
+    VALIDATION,
+    grid_of,
+    run_of,
+    steps_in,
+)
+from xlsd_train.runs.record import EMPTY, RunRecord, read_record, read_state
 from xlsd_train.runs.validation_log import BANDS, SETS
 
 NUMBERS = (
@@ -120,3 +130,43 @@ def _is_measured(line: dict[str, Any]) -> bool:
         and _is_step(line["step"])
         and all(len(line[name]["bands"]) == BANDS for name in SETS)
     )
+
+
+@dataclass(frozen=True)
+class CheckpointHistory:
+    """What a run's folder records of one checkpoint; empty for any other model."""
+
+    record: RunRecord = EMPTY
+    state: dict[str, Any] = field(default_factory=dict)  # state.json
+    metrics: dict[str, Any] = field(default_factory=dict)  # the checkpoint's line of metrics.jsonl
+    validation: dict[str, Any] = field(default_factory=dict)  # the newest up to the checkpoint
+    date: str | None = None  # ISO 8601
+    grid: Path | None = None  # the run's sample grid
+
+
+def checkpoint_history(checkpoint: Path | None) -> CheckpointHistory:
+    """Read a checkpoint's history from its run; what is missing there stays empty."""
+    if checkpoint is None:
+        return CheckpointHistory()
+    run, state = run_of(checkpoint), read_state(checkpoint)
+    written, grid = (checkpoint / STATE).stat().st_mtime, grid_of(run)
+    return CheckpointHistory(
+        read_record(run) if (run / CONFIG).is_file() else EMPTY,
+        state,
+        _newest_line(run / METRICS, state["step"]),
+        _newest_line(run / VALIDATION, state["step"]),
+        datetime.fromtimestamp(int(written), UTC).isoformat(),
+        grid if grid.is_file() else None,
+    )
+
+
+_LINE = {"step!": int, **{name: {"mean!": float} for name in (*SETS, "gap")}}
+
+
+def _newest_line(log: Path, step: int) -> dict[str, Any]:
+    """A log's newest line up to this step, of the live weights; {} if there is none."""
+    newest: dict[str, Any] = {}
+    for line in objects_in(log, _LINE):
+        if line.get("weights", "live") == "live" and line["step"] <= step:
+            newest = line
+    return newest

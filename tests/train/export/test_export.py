@@ -325,7 +325,7 @@ def test_a_model_without_a_vae_is_given_one_by_swap(
                   ("sample", copy, "--prompts", tmp_path / "prompts.txt")):  # fmt: skip
         assert train(*words) == 1
         told = " ".join(capsys.readouterr().err.split())
-        assert f"holds no VAE; put one in it: xlsd-train swap NEW --model {copy} --vae" in told
+        assert f"holds no VAE; add one with `xlsd-train swap NEW --model {copy} --vae" in told
     assert train("swap", tmp_path / "new", "--model", copy, "--vae", model / "vae") == 0
     assert equal(weights(tmp_path / "new"), weights(model))
 
@@ -408,10 +408,10 @@ def test_a_full_disk_is_one_sentence(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("xlsd_train.export.staging.fsync_file", full)
+    monkeypatch.setattr("xlsd_cache.runtime.atomic.fsync_file", full)
     assert train("export", model, tmp_path / "folder") == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "No space left on device; nothing was written there" in line
+    assert "No space left on device; nothing was written" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -454,7 +454,7 @@ def test_what_cannot_be_exported_leaves_nothing(
     [
         ("file", (), "exists already"),
         ("model.ckpt", ("--format", "single-file"), "does not end in .safetensors"),
-        ("model.safetensors", (), "add --format single-file"),
+        ("model.safetensors", (), "use format single-file"),
         ("new", ("--scaling-factor", 0), "--scaling-factor 0"),
     ],
 )
@@ -559,14 +559,16 @@ def test_a_killed_exports_own_yaml_is_no_obstacle_and_a_failed_ones_is_withdrawn
     seen = []
 
     def full(path: Path) -> None:
+        if not path.name.startswith(".m.safetensors"):
+            return
         seen.extend(sorted(x.name for x in path.parent.iterdir() if x.name[0] != "."))
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("xlsd_train.export.staging.fsync_file", full)
+        patched.setattr("xlsd_cache.runtime.atomic.fsync_file", full)
         assert train("export", source, first, *SINGLE) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "No space left on device; nothing was written there" in line
+    assert "No space left on device; nothing was written" in line
     assert seen == ["m.md", "m.yaml"]  # a model never has its name before them
     assert list(first.parent.iterdir()) == []
     export(source, first, *SINGLE)
