@@ -211,11 +211,11 @@ def check_export_target(out: Path, export_format: ExportFormat) -> None:
     if single and out.suffix != ".safetensors":
         raise UserError(
             f"{out} does not end in .safetensors, as single files do; rename it, or leave out "
-            f"format single-file"
+            f"--format single-file"
         )
     if not single and out.suffix == ".safetensors":
         raise UserError(
-            f"{out} is a file's name, and format diffusers writes a folder; use format "
+            f"{out} is a file's name, and --format diffusers writes a folder; use --format "
             f"single-file, or give a folder"
         )
     refuse_existing(out)

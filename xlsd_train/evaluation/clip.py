@@ -192,7 +192,7 @@ def _folder(source: str) -> Path:
         raise UserError(f"--clip {no_such(source)}; give a hub id ORG/NAME or a folder with a CLIP")
     for file in WEIGHTS:
         needed = ["config.json", "|".join(WEIGHTS)]
-        folder = fetch_model(repository, [*FILES, file], needed, "clip")
+        folder = fetch_model(repository, [*FILES, file], needed, "--clip")
         if (folder / file).is_file():
             break
     return folder

@@ -81,13 +81,13 @@ def export_model(
     """
     out = Path(out)
     if scaling_factor is not None and not 0 < scaling_factor < float("inf"):
-        raise UserError(f"scaling_factor {scaling_factor} is not a number above 0")
+        raise UserError(f"--scaling-factor {scaling_factor} is not a number above 0")
     for name, value, known in (
         ("format", format, get_args(ExportFormat)),
         ("dtype", dtype, DTYPES),
     ):
         if value not in known:
-            raise UserError(f"{name} {value!r} is unknown; give {' or '.join(known)}")
+            raise UserError(f"--{name} {value!r} is unknown; give {' or '.join(known)}")
     check_export_target(out, format)
     single = format == "single-file"
     given = None if tokenizer is None else str(tokenizer)
@@ -164,7 +164,7 @@ def _as_user_error(source: str, out: Path, dtype: str) -> Iterator[None]:
     try:
         yield
     except OverflowError as error:
-        remedy = "use dtype bf16 or fp32" if dtype == "fp16" else "give another model"
+        remedy = "use --dtype bf16 or fp32" if dtype == "fp16" else "give another model"
         raise UserError(
             f"{source} has weights that {dtype} cannot hold: {error}; {remedy}"
         ) from error
@@ -266,7 +266,7 @@ def fold_vae(
     if vae.config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(
             f"{vae.source} is an {vae.config['_class_name']}, into which no scaling factor can be "
-            f"folded; export with format diffusers and without scaling_factor"
+            f"folded; export with --format diffusers and without --scaling-factor"
         )
     weights = {name: vae.tensors[name].read() for name in vae.tensors if "quant_conv" in name}
     folded = {name: in_memory(value) for name, value in fold(weights, trained, factor).items()}

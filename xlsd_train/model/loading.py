@@ -56,7 +56,9 @@ def load_model(
         padding = parts.vae_padding or "zeros"
         return assemble(parts, load_vae(str(vae), padding=padding))
     if parts.vae is None:
-        raise UserError(f"{source} holds no VAE; give one as vae, e.g. sdxl, or sd for SD1.5's own")
+        raise UserError(
+            f"{source} holds no VAE; give one as --vae, e.g. sdxl, or sd for SD1.5's own"
+        )
     return assemble(parts, model_vae(parts.source, parts.vae, parts.vae_padding))
 
 
@@ -119,7 +121,7 @@ def assemble(parts: ModelParts, vae: Vae, tokens: int | None = None) -> ModelBun
     except Exception as error:  # the library raises errors of any kind for damaged files
         raise UserError(
             f"cannot load the model {parts.source}: its tokenizer {parts.tokenizer} fails: "
-            f"{one_line(error, 300)}; give a folder with vocab.json and merges.txt as tokenizer"
+            f"{one_line(error, 300)}; give a folder with vocab.json and merges.txt as --tokenizer"
         ) from error
     if parts.checkpoint is not None:
         base = run_of(parts.checkpoint) / BASE
@@ -131,7 +133,7 @@ def assemble(parts: ModelParts, vae: Vae, tokens: int | None = None) -> ModelBun
     if len(tokenizer) > (known := text_encoder.config.vocab_size):
         raise UserError(
             f"the tokenizer {parts.tokenizer} has {len(tokenizer)} tokens and the text encoder "
-            f"{parts.text_encoder.source} only {known}; give the text encoder's own as tokenizer"
+            f"{parts.text_encoder.source} only {known}; give the text encoder's own as --tokenizer"
         )
     if tokens is not None:
         stretch(text_encoder, tokens)

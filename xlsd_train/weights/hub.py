@@ -25,19 +25,17 @@ TEXT_ENCODER_FILES = [*TOKENIZER_FILES, "config.json", "model.safetensors", "tok
                       "text_encoder/config.json", "text_encoder/model.safetensors"]  # fmt: skip
 TEXT_ENCODER_NEEDED = ["config.json|text_encoder/config.json",
                        "model.safetensors|text_encoder/model.safetensors"]  # fmt: skip
-INSTEAD = {  # argument -> what it takes in place of a hub id
-    "model": "a pipeline folder, a single .safetensors file, a run or a checkpoint",
-    "text_encoder": "a text encoder's folder or file",
-    "tokenizer": "a folder with vocab.json and merges.txt",
-    "clip": "a folder with a CLIP",
+INSTEAD = {  # flag -> what it takes in place of a hub id
+    "--model": "a pipeline folder, a single .safetensors file, a run or a checkpoint",
+    "--text-encoder": "a text encoder's folder or file",
+    "--tokenizer": "a folder with vocab.json and merges.txt",
+    "--clip": "a folder with a CLIP",
 }
 
 
-def fetch_model(
-    repository: str, files: Sequence[str], needed: Sequence[str], argument: str
-) -> Path:
+def fetch_model(repository: str, files: Sequence[str], needed: Sequence[str], flag: str) -> Path:
     """A repository's folder with these files in it, from the hub's cache or downloaded.
 
-    Raises UserError if the hub does not give it, with what `argument` takes instead.
+    Raises UserError if the hub does not give it, with what the flag takes instead.
     """
-    return fetch(repository, files, needed, f"give {INSTEAD[argument]} as {argument}")
+    return fetch(repository, files, needed, f"give {INSTEAD[flag]} as {flag}")

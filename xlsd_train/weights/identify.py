@@ -55,7 +55,7 @@ def _any(names: Iterable[str], marks: tuple[str, ...]) -> bool:
 
 def remedy(kind: str | None) -> str:
     """What to do with a file of this kind."""
-    arguments = {UNET_ALONE: "unet", TEXT_ENCODER_ALONE: "text_encoder", VAE_ALONE: "vae"}
-    if kind in arguments:
-        return f"; pass it as {arguments[kind]} together with a whole model"
+    flags = {UNET_ALONE: "--unet", TEXT_ENCODER_ALONE: "--text-encoder", VAE_ALONE: "--vae"}
+    if kind in flags:
+        return f"; pass it as {flags[kind]} together with a whole model"
     return "; give a whole SD1.5"

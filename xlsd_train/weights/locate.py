@@ -92,8 +92,8 @@ def locate_model(
     """
     if ema and not Path(source).expanduser().is_file():
         raise UserError(
-            f"moving averages (model_ema) are only in single files, and {source} is none; leave "
-            f"model_ema out"
+            f"--model-ema: only single files hold moving averages, and {source} is none; leave it "
+            f"out"
         )
     parts = _locate(source, ema, vae)
     if unet is not None:
@@ -118,14 +118,14 @@ def fetch_missing(parts: ModelParts, tokenizer: bool = True) -> ModelParts:
     """Add a missing text encoder, and a tokenizer if wanted: SD1.5's, downloaded from the hub."""
     if parts.text_encoder is None:
         files = ["text_encoder/config.json", "text_encoder/model.safetensors"]
-        folder = fetch_model(sd15.HUB_ID, files, files, "text_encoder")
+        folder = fetch_model(sd15.HUB_ID, files, files, "--text-encoder")
         encoder = network_in_folder("text_encoder", folder / "text_encoder", sd15.HUB_ID)
         log.info(f"{parts.source} holds no text encoder: using that of {sd15.HUB_ID}")
         check_shapes(encoder)
         parts = replace(parts, text_encoder=encoder)
     if parts.tokenizer is None and tokenizer:
         files = ["tokenizer/*"]
-        folder = fetch_model(sd15.HUB_ID, files, files, "tokenizer")
+        folder = fetch_model(sd15.HUB_ID, files, files, "--tokenizer")
         parts = replace(parts, tokenizer=folder / "tokenizer")
     return parts
 
@@ -134,7 +134,7 @@ def locate_text_encoder(source: str, config: Mapping[str, Any]) -> tuple[Network
     """A text encoder, and the folder of the tokenizer stored with it, if there is one."""
     path = Path(source).expanduser()
     if not path.exists() and (repository := repository_of(source)):
-        path = fetch_model(repository, TEXT_ENCODER_FILES, TEXT_ENCODER_NEEDED, "text_encoder")
+        path = fetch_model(repository, TEXT_ENCODER_FILES, TEXT_ENCODER_NEEDED, "--text-encoder")
     return locate_network("text_encoder", str(path), config), _tokenizer_of(path)
 
 
@@ -167,7 +167,7 @@ def locate_network(kind: NetworkKind, source: str, config: Mapping[str, Any]) ->
     if path.is_dir():
         return network_in_folder(kind, path / kind if (path / kind).is_dir() else path, str(path))
     if not path.is_file():
-        raise UserError(f"{kind} {no_such(source)}; give a folder or file")
+        raise UserError(f"{_flag(kind)} {no_such(source)}; give a folder or file")
     tensors, metadata = open_tensors(path)
     known = _configs(path, metadata)
     if kind in known:
@@ -184,8 +184,12 @@ def locate_network(kind: NetworkKind, source: str, config: Mapping[str, Any]) ->
     mark = "conv_in.weight" if kind == "unet" else "embeddings.token_embedding.weight"
     if not {mark, PREFIX + mark} & tensors.keys():
         actual = identify(tensors) or "of unknown kind"
-        raise UserError(f"{kind} {path} holds no {kind.replace('_', ' ')}: it is {actual}")
+        raise UserError(f"{_flag(kind)} {path} holds no {kind.replace('_', ' ')}: it is {actual}")
     return network_of(kind, config, tensors, str(path))
+
+
+def _flag(kind: NetworkKind) -> str:
+    return f"--{kind.replace('_', '-')}"
 
 
 def _with_unet(parts: ModelParts, unet: Network, source: str) -> ModelParts:
@@ -252,7 +256,7 @@ def _locate(source: str, ema: bool, vae: bool) -> ModelParts:
             f"hub id ORG/NAME"
         )
     own = VAE_FILES if vae else []
-    return _in_folder(fetch_model(repository, FILES + own, NEEDED + own, "model"), source)
+    return _in_folder(fetch_model(repository, FILES + own, NEEDED + own, "--model"), source)
 
 
 def _in_checkpoint(checkpoint: Path, source: str) -> ModelParts:

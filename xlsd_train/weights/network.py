@@ -137,7 +137,7 @@ def network_in_ldm_file(
         return None
     averages = ema and kind == "unet"
     if averages and sum(name.startswith(ldm_keys.EMA) for name in tensors) < 100:
-        raise UserError(f"{source} holds no moving averages; leave model_ema out")
+        raise UserError(f"{source} holds no moving averages; leave out --model-ema")
     module = empty_network(kind, config)
     taken = {}
     for name, (key, shape) in ldm_names(kind, module).items():

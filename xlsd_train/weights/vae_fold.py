@@ -52,7 +52,7 @@ def fold(
     missing = [name for name in FOLDED if name not in state]
     if missing:
         raise UserError(
-            f"the VAE has no {missing[0]} to fold its scaling factor into; export with format "
+            f"the VAE has no {missing[0]} to fold its scaling factor into; export with --format "
             f"diffusers, which keeps the factor in the VAE's config"
         )
     weight, bias, post_weight, post_bias = (state[name].double() for name in FOLDED)

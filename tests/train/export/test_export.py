@@ -312,7 +312,7 @@ def test_moving_averages_are_exported_when_asked_for(
         taken, plain = load_file(tmp_path / out / UNET), load_file(model / UNET)
         assert equal(taken, {name: value + 1 for name, value in plain.items()})
     assert train("export", model, tmp_path / "c", "--model-ema") == 1
-    assert "moving averages (model_ema) are only in single files" in capsys.readouterr().err
+    assert "--model-ema: only single files hold moving averages" in capsys.readouterr().err
 
 
 def test_a_model_without_a_vae_is_given_one_by_swap(
@@ -454,7 +454,7 @@ def test_what_cannot_be_exported_leaves_nothing(
     [
         ("file", (), "exists already"),
         ("model.ckpt", ("--format", "single-file"), "does not end in .safetensors"),
-        ("model.safetensors", (), "use format single-file"),
+        ("model.safetensors", (), "use --format single-file"),
         ("new", ("--scaling-factor", 0), "--scaling-factor 0"),
     ],
 )

@@ -110,9 +110,9 @@ def test_older_files_name_the_text_encoder_otherwise(foreign: Path, model: Path)
 
 def test_moving_averages_are_taken_when_asked_for(foreign: Path, model: Path) -> None:
     state = load_file(foreign)
-    with pytest.raises(UserError, match="holds no moving averages; leave model_ema out"):
+    with pytest.raises(UserError, match="holds no moving averages; leave out model_ema"):
         locate_model(str(foreign), ema=True)
-    with pytest.raises(UserError, match="only in single files, and .* is none"):
+    with pytest.raises(UserError, match="model_ema: only single files hold moving averages, and .* is none"):
         locate_model(str(model), ema=True)
     averages = {
         ema_name(name.removeprefix(UNET)): value + 1
@@ -247,7 +247,7 @@ def test_training_begins_from_a_single_file_and_resumes(
     assert train(*options) == 0
     assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
     assert train(*options, "--model-ema", "--out", tmp_path / "new") == 1
-    assert "leave model_ema out" in capsys.readouterr().err
+    assert "--model-ema" in capsys.readouterr().err
     assert train(*options, "--unet", model, "--text-encoder", model, "--dry-run", "--out",
                  tmp_path / "new") == 0  # fmt: skip
 
