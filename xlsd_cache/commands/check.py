@@ -13,9 +13,9 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from xlsd_cache.console import terminal
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.compatibility import decoder_notice, load_vae_for
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
@@ -145,7 +145,7 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckOptions, say: Say)
     chosen = np.unique(np.linspace(0, len(store) - 1, min(config.decode, len(store))).astype(int))
     problems: list[Problem] = []
     ours, own, changed, passed_over = [], [], [], Counter[str]()
-    for index in tqdm(chosen, "decoding", unit="image"):
+    for index in progress_bar(chosen, "decoding", unit="image"):
         sample = store.samples.slice(int(index), 1).to_pylist()[0]
         pixels = _pixels(sample)
         if isinstance(pixels, Rejected):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.compatibility import decoder_notice, load_vae_for
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
@@ -43,7 +43,7 @@ def preview(config: PreviewOptions) -> None:
         device = device_of(config.device)
         vae.model.to(device)
         sheet = _Sheet(config.columns, config.thumbnail, len(chosen))
-        for place, index in enumerate(tqdm(chosen, "decoding", unit="image", leave=False)):
+        for place, index in enumerate(progress_bar(chosen, "decoding", unit="image", leave=False)):
             sample = store.samples.slice(int(index), 1).to_pylist()[0]
             raw = store.read(sample["bucket"], [sample["row"]])
             caption = sample[column] if column else None

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import Stat, read_source, stat_source
@@ -87,7 +87,7 @@ class EncodePipeline:
         """Encode and commit units in order, then wait for those that other processes hold."""
         total, begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
         with (
-            tqdm(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
+            progress_bar(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
             ThreadPoolExecutor(self.workers) as readers,
             self.encoder.threads(spare=1) as encoders,  # the spare one prepares the next batch
         ):

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from tqdm import tqdm
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.integrity.shard_check import Problem, ProblemKind, planned_rows, verify_shard
 from xlsd_cache.runtime.atomic import is_whole
 from xlsd_cache.store.index import Snapshot, cached_snapshot, make_snapshot
@@ -144,7 +144,7 @@ def _in_threads(
 ) -> list[Problem]:
     """Check in threads: while one computes, holding Python's lock, the others read the disk."""
     with ThreadPoolExecutor(THREADS) as pool:
-        shown = tqdm(pool.map(look, things), f"checking {what}", len(things), leave=False)
+        shown = progress_bar(pool.map(look, things), f"checking {what}", len(things), leave=False)
         return list(chain.from_iterable(shown))
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.files.uri import open_source
 from xlsd_cache.images.buckets import STEP
 from xlsd_cache.images.decode import MOST_PIXELS, read_header
@@ -65,7 +64,7 @@ def peek_all(found: Found, workers: int) -> list[Peeked]:
     with ThreadPoolExecutor(workers) as pool:
         peeked = pool.map(peek, found.files)
         few = len(found.files) < 99
-        shown = tqdm(peeked, "reading headers", len(found.files), unit="file", disable=few)
+        shown = progress_bar(peeked, "reading headers", len(found.files), unit="file", disable=few)
         return list(zip(found.files, shown, strict=True))
 
 

@@ -10,8 +10,8 @@ from itertools import islice
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
@@ -135,7 +135,9 @@ class Prover:
             self.refused |= dict.fromkeys(lonely, NO_IMAGE)
         doubted = self._doubted(seen, guess) if guess else seen
         few = len(doubted) < 99
-        shown = tqdm(self._samples(doubted), "comparing", len(doubted), unit="latent", disable=few)
+        shown = progress_bar(
+            self._samples(doubted), "comparing", len(doubted), unit="latent", disable=few
+        )
         for origin, sample in shown:
             (found,) = compare([sample], self.vae, self.device, rounds=0)
             self._weigh({origin: found}, limit)
@@ -151,7 +153,7 @@ class Prover:
         few = len(items) < 999
         with (
             ThreadPoolExecutor(self.config.workers) as pool,
-            tqdm(desc="thumbnails", total=len(items), unit="latent", disable=few) as bar,
+            progress_bar(desc="thumbnails", total=len(items), unit="latent", disable=few) as bar,
         ):
             for start in range(0, len(items), 1024):
                 some = items[start : start + 1024]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.interop.formats import read
 from xlsd_cache.interop.items import Item, content_hash
 from xlsd_cache.interop.plausibility import JUDGED
@@ -100,7 +100,9 @@ class Transfer:
         with (
             StopSignal(STOPPING) as stop,
             ThreadPoolExecutor(self.workers) as pool,
-            tqdm(desc="importing", total=sum(map(len, todo.values())), unit="latent") as bar,
+            progress_bar(
+                desc="importing", total=sum(map(len, todo.values())), unit="latent"
+            ) as bar,
         ):
             while todo and not stop.asked:
                 for unit, entries in sorted(todo.items()):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import open_source, read_source
 from xlsd_cache.images.decode import (
@@ -134,7 +134,9 @@ def _read(
     todo = np.flatnonzero(rows < 0)
     tables: list[pa.Table] = [journaled.take(pa.array(rows[rows >= 0]))]
     done, total = len(rows) - len(todo), len(rows)
-    with tqdm(desc=title, total=total, initial=done, unit="file", disable=len(todo) < 99) as bar:
+    with progress_bar(
+        desc=title, total=total, initial=done, unit="file", disable=len(todo) < 99
+    ) as bar:
         parts = (todo[i : i + 4096] for i in range(0, len(todo), 4096))
         stream = (file for part in parts for file in _listed(files, part))
         # The journal is written block by block: a kill loses only what the threads hold.

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import CAPTION_BYTES, Column, LeftOut, read_captions, read_object
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, is_image
@@ -220,11 +221,9 @@ def _take(
     workers: int,
 ) -> pa.Table:
     """The images of one source; captions that lie beside them are added to `found`."""
-    from tqdm import tqdm  # not with the command line, which may yet tell it how often to write
-
     tables = [IMAGES.empty_table()]
     read = partial(_read_block, columns=columns, urls=urls)
-    with tqdm(desc="scanning", unit="file", delay=2) as bar:  # seconds of silence
+    with progress_bar(desc="scanning", unit="file", delay=2) as bar:  # seconds of silence
         for images, captions, remarks in in_blocks(read, stream, _BLOCK, workers):
             tables.append(images)
             found.captions.append(captions)

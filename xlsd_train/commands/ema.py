@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.finite import bad_values, is_finite, not_finite
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
@@ -68,7 +68,7 @@ def reconstruct(config: EmaConfig) -> None:
         names = [name.partition("/")[2] for name in keys if name.startswith(SIGMAS[0])]
         averaged = {
             name: _sum(run, terms, counts.tolist(), name)
-            for name in tqdm(names, unit="tensor", disable=None)
+            for name in progress_bar(names, unit="tensor", disable=None)
         }
     said = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
     _write(run, out, step, averaged, said)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import replacing, write_bytes
 from xlsd_cache.runtime.device import device_of, set_precision
@@ -54,7 +54,7 @@ def compare(config: SampleConfig) -> Path:
         vae_in(parts)
     config.out.mkdir(parents=True, exist_ok=True)
     files, said = [], set[str]()
-    with tqdm(total=len(models) * len(asked), unit="image") as bar:
+    with progress_bar(total=len(models) * len(asked), unit="image") as bar:
         for number, (name, parts) in enumerate(zip(names, models, strict=True)):
             folder = config.out / f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
             folder.mkdir()

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.hub import no_such, repository_of
 from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.errors import UserError, one_line
@@ -65,7 +65,7 @@ class Clip:
         rejected: dict[Path, Rejected] = {}
         with (
             ThreadPoolExecutor(READERS) as pool,
-            tqdm(total=len(paths), desc=what, unit="image") as bar,
+            progress_bar(total=len(paths), desc=what, unit="image") as bar,
         ):
             for start in range(0, len(paths), BATCH):
                 batch = paths[start : start + BATCH]

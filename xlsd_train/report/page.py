@@ -144,9 +144,22 @@ def report(config: ReportConfig) -> Path:
     return path
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """The same from Python; by default RUN/report.html of one run, report.html of several."""
-    path = out or (folders[0] / NAME if len(folders) == 1 else Path(NAME))
+def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write one HTML page on one or several runs, which needs no other file.
+
+    Args:
+        runs: folders of runs, finished or still training.
+        out: the page; by default RUN/report.html for one run, report.html for several.
+
+    Returns:
+        The page's path. A page that this function wrote is replaced.
+
+    Raises:
+        UserError: a folder is no run, or `out` is another file.
+
+    """
+    folders = [Path(run) for run in runs]
+    path = Path(out or (folders[0] / NAME if len(folders) == 1 else NAME))
     refuse_foreign(path, (".html",), is_page)
     return write_page(histories(folders), path)
 

@@ -7,8 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
+from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_cache.runtime.signals import StopSignal
@@ -45,10 +44,19 @@ Watches = tuple[PlateauWatch, Pace, FailureWatch]  # of what the metrics show
 
 
 def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
-    """Train as configured, or go on with the run in `config.out`; returns the run's folder.
+    """Train, or resume the run in `config.out`.
 
-    Raises UserError for what cannot work, before any weight has changed; and later where the disk
-    or the card is full, or another process of the run is gone, when the last checkpoint stands.
+    Args:
+        config: the run's options; `phase`, `data` and `batch` have no useful defaults.
+        command: the words of the command line, which the run records.
+
+    Returns:
+        The run's folder, with checkpoints, samples, logs and a report in it.
+
+    Raises:
+        UserError: an option or a file is wrong, before any weight has changed; or the disk or the
+            card is full, or another process of the run ended: the last checkpoint stays.
+
     """
     with open_session(config, command) as session, StopSignal() as stop:
         folder = session.run.folder
@@ -89,7 +97,7 @@ def _train(session: Session, stop: StopSignal) -> None:
         closing(
             Loader(session.source, (first - 1) * accum, last * accum, session.accelerator.device)
         ) as loader,
-        tqdm(total=last, initial=first - 1, unit="step", disable=not session.main) as bar,
+        progress_bar(total=last, initial=first - 1, unit="step", disable=not session.main) as bar,
     ):
         batches, meter = iter(loader), Meter(state["smoothed"], run.folder)
 

@@ -110,9 +110,10 @@ def test_older_files_name_the_text_encoder_otherwise(foreign: Path, model: Path)
 
 def test_moving_averages_are_taken_when_asked_for(foreign: Path, model: Path) -> None:
     state = load_file(foreign)
-    with pytest.raises(UserError, match="holds no moving averages; leave out model_ema"):
+    with pytest.raises(UserError, match="holds no moving averages; leave out --model-ema"):
         locate_model(str(foreign), ema=True)
-    with pytest.raises(UserError, match="model_ema: only single files hold moving averages, and .* is none"):
+    told = "--model-ema: only single files hold moving averages, and .* is none"
+    with pytest.raises(UserError, match=told):
         locate_model(str(model), ema=True)
     averages = {
         ema_name(name.removeprefix(UNET)): value + 1
@@ -260,9 +261,9 @@ def test_training_begins_from_a_single_file_and_resumes(
         ("sd2", "is an SD2"),
         ("inpainting", "is an inpainting model"),
         ("controlnet", "is a ControlNet"),
-        ("vae", "is a VAE alone; pass it as vae"),
-        ("text encoder", "is a text encoder alone; pass it as text_encoder"),
-        ("unet", "is a UNet alone; pass it as unet"),
+        ("vae", "is a VAE alone; pass it as --vae"),
+        ("text encoder", "is a text encoder alone; pass it as --text-encoder"),
+        ("unet", "is a UNet alone; pass it as --unet"),
         ("unknown", "is of unknown kind"),
     ],
 )
@@ -298,12 +299,12 @@ def test_a_file_of_other_sizes_is_refused_naming_both(single: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("option", "file", "told"),
     [
-        ("unet", VAE_FILE, "unet .* holds no unet: it is a VAE alone"),
-        ("text_encoder", UNET_FILE, "text_encoder .* holds no text encoder: it is a UNet alone"),
-        ("unet", "nothing", "unet .*nothing: no such file or directory"),
+        ("unet", VAE_FILE, "--unet .* holds no unet: it is a VAE alone"),
+        ("text_encoder", UNET_FILE, "--text-encoder .* holds no text encoder: it is a UNet alone"),
+        ("unet", "nothing", "--unet .*nothing: no such file or directory"),
     ],
 )
-def test_a_wrong_network_is_refused_by_its_argument(
+def test_a_wrong_network_is_refused_by_its_option(
     model: Path, option: str, file: str, told: str
 ) -> None:
     with pytest.raises(UserError, match=told):

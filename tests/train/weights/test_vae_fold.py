@@ -69,5 +69,5 @@ def test_the_config_says_shift_and_factor() -> None:
 def test_a_vae_without_these_layers_is_refused(vae: Path) -> None:
     state = AutoencoderKL.from_pretrained(vae).state_dict()
     del state[FOLDED[2]]
-    with pytest.raises(UserError, match=r"no post_quant_conv.weight.*format diffusers"):
+    with pytest.raises(UserError, match=r"no post_quant_conv.weight.*--format diffusers"):
         fold(state, SDXL, SD15_FACTOR)
