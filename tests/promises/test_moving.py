@@ -102,7 +102,7 @@ def test_a_deleted_source_folder_leaves_training_possible(
     state = files(tmp_path / "latents", "**/*")
     shutil.rmtree(tmp_path / "images")
     assert cache("build", tmp_path / "images", *rest) == 1
-    assert "nothing is there" in capsys.readouterr().err
+    assert "no such file or directory" in capsys.readouterr().err
     (tmp_path / "images").mkdir()  # a mount point with nothing mounted
     assert cache("build", tmp_path / "images", *rest) == 1
     assert "no images in" in capsys.readouterr().err

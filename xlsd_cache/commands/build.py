@@ -167,7 +167,7 @@ def _plan(
         found = found.with_former_names(former, contents(plan, state))
         captions = caption_changes(keys, found.captions, found.columns, state.captions)
         plan = replace(plan, captions=captions)
-    for line in found.matches.told():
+    for line in found.matches.summary():
         log.info(line)
     _refuse_no_captions(found, config)
     return keep_unread_captions(plan) if found.unread else plan

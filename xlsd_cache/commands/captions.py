@@ -29,7 +29,7 @@ from xlsd_cache.store.index import make_snapshot, save_snapshot
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.tables.columns import Rows, is_table
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
-from xlsd_cache.tables.row_outcomes import NOBODY, Matches, Table
+from xlsd_cache.tables.row_outcomes import NO_IMAGE, Matches, Table
 
 log = logging.getLogger("xlsd.cache.commands")
 
@@ -95,7 +95,7 @@ def _log(
         if missing:
             former = former_names(manifest, store.rows_per_shard, images["key"].combine_chunks())
             by_former_names(found, images["content_hash"].combine_chunks(), former)
-        for line in found.told():
+        for line in found.summary():
             log.info(line)
         known = manifest.captions(newest)
         changes = [
@@ -172,7 +172,7 @@ def _read_block(records: list[Record], columns: tuple[Column, ...]) -> Rows:
     texts: dict[str, list[str | None]] = {column.name: [] for column in columns}
     for record in records:
         mine = [c for c in columns if c.suffix and record.key.endswith(f".{c.suffix}")]
-        found, said = read_captions(tuple(mine), record.beside)
+        found, said = read_captions(tuple(mine), record.sidecar)
         remarks.update(said)
         suffix = max((f".{c.suffix}" for c in mine), key=len)
         keys.append(record.key.partition("/")[2].removesuffix(suffix))
@@ -226,7 +226,7 @@ def _refuse_others(found: Matches, images: pa.Table) -> None:
         key, size, content = (column[int(found.image[row])].as_py() for column in told)
         data = found.own_image(row, key)
         if data is not None and (len(data) != size or hashlib.sha256(data).hexdigest() != content):
-            found.image[row] = NOBODY
+            found.image[row] = NO_IMAGE
 
 
 def _match(tables: list[Table], images: pa.Table) -> Matches:

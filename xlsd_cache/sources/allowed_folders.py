@@ -1,7 +1,7 @@
-"""Which files rows may name: those in the table's folder, and in the folders that the user named.
+"""Limits the files that rows may name to the table's folder and the folders given as sources.
 
-A row is a stranger's word: it may name any file of the machine, by `../`, by its full path or
-through a link, and its picture and the caption beside it would become part of the store.
+Rows are untrusted: by `../`, an absolute path or a link they may name any file of the machine,
+whose picture and caption would become part of the store.
 """
 
 import os
@@ -9,33 +9,33 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_NAMED = 3  # files that a sentence names
+_SHOWN = 3  # names in a sentence
 
 
 @dataclass
-class Fence:
-    """The folders that rows may name files in, links resolved."""
+class AllowedFolders:
+    """The folders in which rows may name files, links resolved."""
 
     folders: tuple[str, ...]
     allow_outside: bool = False
-    _known: dict[str, bool] = field(default_factory=dict)  # folder, as named -> whether within
+    _known: dict[str, bool] = field(default_factory=dict)  # folder -> whether it is allowed
 
     @classmethod
-    def around(cls, sources: list[Path], *, allow_outside: bool) -> "Fence":
+    def of_sources(cls, sources: list[Path], *, allow_outside: bool) -> "AllowedFolders":
         """The folders among the sources."""
-        named = [_real(source) for source in sources if source.is_dir()]
-        return cls(tuple(named), allow_outside)
+        folders = [_real(source) for source in sources if source.is_dir()]
+        return cls(tuple(folders), allow_outside)
 
-    def with_table(self, file: Path) -> "Fence":
-        """Also the folder of a table, and that of the file which it is a link to.
+    def with_table(self, file: Path) -> "AllowedFolders":
+        """With the folder of a table and, if the table is a link, of its target.
 
         The hub's cache has links in one folder to files in another.
         """
         own = (_real(file.parent), str(Path(_real(file)).parent))
-        return Fence((*own, *self.folders), self.allow_outside)
+        return AllowedFolders((*own, *self.folders), self.allow_outside)
 
     def holds(self, path: str) -> bool:
-        """Whether the file lies within, wherever its links lead."""
+        """Whether the file is in one of the folders, with links followed."""
         folder, _, name = path.rpartition(os.sep)
         if folder not in self._known:
             self._known[folder] = self._within(_real(folder) or os.sep)
@@ -49,48 +49,48 @@ class Fence:
 
 
 @dataclass
-class Outside:
-    """What the rows of one table name that lies elsewhere than in its folder."""
+class OutsideFiles:
+    """The files outside a table's folder that its rows name."""
 
     table: Path
     rows: int = 0
     refused: int = 0
-    captions: list[str] = field(default_factory=list)  # links beside images, refused
-    folders: Counter[str] = field(default_factory=Counter)  # of what is read
-    names: list[str] = field(default_factory=list)  # of what is not
+    captions: list[str] = field(default_factory=list)  # refused links next to images
+    folders: Counter[str] = field(default_factory=Counter)  # of files that are read
+    names: list[str] = field(default_factory=list)  # of files that are refused
 
-    def told(self) -> str:
-        """A sentence on what is read, and empty where nothing is."""
+    def note(self) -> str:
+        """A sentence on the files that are read; empty if there are none."""
         read = self.rows - self.refused
         if not read:
             return ""
-        most = [folder for folder, _ in self.folders.most_common(_NAMED)]
-        more = ", ..." if len(self.folders) > _NAMED else ""
+        most = [folder for folder, _ in self.folders.most_common(_SHOWN)]
+        more = ", ..." if len(self.folders) > _SHOWN else ""
         return (
-            f"{self.table.name}: {read} rows name files outside {self.table.parent}, which are "
-            f"read: in {', '.join(most)}{more}"
+            f"{self.table.name}: {read} rows name files outside {self.table.parent}; they are read "
+            f"from {', '.join(most)}{more}"
         )
 
     def refusal(self) -> str:
-        """A sentence on what is not read, and empty where all is."""
+        """A sentence on the files that are refused; empty if there are none."""
         if not (self.refused or self.captions):
             return ""
-        parts = []
+        facts = []
         if self.refused:
             named = ", ".join(self.names) + (", ..." if self.refused > len(self.names) else "")
-            parts.append(f"{self.refused} rows name files outside its folder ({named})")
+            facts.append(f"{self.refused} rows name files outside its folder ({named})")
         if self.captions:
-            parts.append(f"{len(self.captions)} captions are links to outside its folder")
+            facts.append(f"{len(self.captions)} captions are links to outside its folder")
         return (
-            f"{self.table}: {' and '.join(parts)}, which are not read; name their folder as a "
-            f"source as well, or add --allow-outside"
+            f"{self.table}: {' and '.join(facts)}; they are not read. Add their folder "
+            f"to the sources, or use --allow-outside"
         )
 
-    def refuse(self, written: str) -> None:
-        """Count a row that is left out."""
+    def refuse(self, name: str) -> None:
+        """Count a row that is refused."""
         self.refused += 1
-        if len(self.names) < _NAMED:
-            self.names.append(written)
+        if len(self.names) < _SHOWN:
+            self.names.append(name)
 
 
 def _real(path: str | Path) -> str:

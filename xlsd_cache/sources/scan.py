@@ -1,4 +1,4 @@
-"""Any number of sources -> one table of images and one of captions, sorted by key."""
+"""Scans any number of sources into a table of images and a table of captions, sorted by key."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from xlsd_cache.runtime.arrow import lookup, take_or_null
 from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_cache.runtime.threads import in_blocks
 from xlsd_cache.schema import CAPTIONS, IMAGES
-from xlsd_cache.sources.allowed_folders import Fence
-from xlsd_cache.sources.filters import listed
+from xlsd_cache.sources.allowed_folders import AllowedFolders
+from xlsd_cache.sources.filters import select_images
 from xlsd_cache.sources.masks import with_masks
 from xlsd_cache.sources.records import (
     ARCHIVE_SUFFIXES,
@@ -35,52 +35,52 @@ from xlsd_cache.tables.columns import TABLE_SUFFIXES, URLS, is_table
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
 from xlsd_cache.tables.row_outcomes import Matches
 
-_BLOCK = 256  # records a thread takes at once
+_BLOCK = 256  # records per task of a thread
 
 
-# What --captions auto takes, the first of those that most images have.
+# Candidates of --captions auto, which takes the one that most images have.
 AUTO = ("txt", *(f"{kind}:{name}" for kind in ("jsonl", "csv", "parquet")
                  for name in ("text", "caption")))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Everything found: one row an image, and what was passed over."""
+    """The images and captions of all sources, and what was passed over."""
 
     images: pa.Table  # IMAGES, sorted by key
     captions: pa.Table  # schema.CAPTIONS, of these images
-    columns: tuple[str, ...]  # the caption columns
-    names: tuple[str, ...]  # of the sources: what keys begin with
+    columns: tuple[str, ...]  # of the captions
+    names: tuple[str, ...]  # of the sources, with which keys start
     passed_over: Counter[str]  # kind -> files that are neither images nor captions
     remarks: Counter[tuple[str, str]]  # (column, what) -> captions
     damaged: list[str]  # a sentence for each file that was read in part, or not at all
-    unread: bool  # whether a table could not be read: its captions are not known to be gone
-    beside: pa.Table  # schema.CAPTIONS that tables do not give
-    matches: Matches  # of tables' rows with the images called `keys`
-    keys: pa.Array
-    notes: list[str]  # a sentence for each source that has files elsewhere read
+    unread: bool  # whether a table could not be read, so that its captions may still exist
+    sidecar_captions: pa.Table  # CAPTIONS from files next to images
+    matches: Matches  # of tables' rows with the images `keys`
+    keys: pa.Array  # of all images, the filtered ones too
+    notes: list[str]  # a sentence for each source of which files elsewhere are read
 
     def with_former_names(self, former: pa.Table, content: pa.Table) -> "Scan":
-        """Also with the captions of rows that name images as they were called before.
+        """The scan with the captions of rows that name images by their former names as well.
 
         `former` (key, source, content_hash) are files that were encoded, `content` (key,
         content_hash) the images as they are now.
         """
-        at = lookup(self.keys, content["key"])
-        hashes = take_or_null(content["content_hash"].combine_chunks(), at)
+        rows = lookup(self.keys, content["key"])
+        hashes = take_or_null(content["content_hash"].combine_chunks(), rows)
         by_former_names(self.matches, hashes, former)
         return self.with_rows()
 
     def with_rows(self) -> "Scan":
-        """With the captions beside the images and those of the rows matched with them."""
-        tables = [self.beside, captions_of(self.matches, self.keys, self.columns)]
+        """The scan with captions from sidecars and from the rows matched with the images."""
+        tables = [self.sidecar_captions, captions_of(self.matches, self.keys, self.columns)]
         captions = pa.concat_tables(tables)
         mine = pc.is_in(captions["key"], value_set=self.images["key"])
         return replace(self, captions=captions.filter(mine))
 
 
 @dataclass
-class _Found:
+class _Collected:
     """What the sources gave so far."""
 
     tally: Tally = field(default_factory=Tally)
@@ -101,37 +101,41 @@ def scan(
 ) -> Scan:
     """All images of the sources with their captions in `columns`, see captions.Column.
 
-    None takes the column of AUTO that most images have. A file that two sources name counts for the
-    first. `only` and `exclude` are patterns, or files of them, see lists.py; `image_suffixes` as of
+    None takes the column of AUTO that most images have. A file in two sources belongs to the first.
+    `only` and `exclude` are patterns, or files of them, see filters.py; `image_suffixes` as of
     records.Search; `allow_outside` lets rows name files in any folder. A source that cannot be read
-    costs itself, and is said; raises UserError for one that is missing, and where no image is
-    found.
+    is skipped and reported in Scan.damaged. Raises UserError for one that is missing, and where no
+    image is found.
     """
     roots = named_roots(sources)
     parsed = tuple(map(Column.parse, AUTO if columns is None else columns))
     search = replace(image_search(parsed), image_suffixes=image_suffixes)
     urls = search.tables and columns is not None
-    found = _Found()
-    found.tally.fence = Fence.around(list(roots.values()), allow_outside=allow_outside)
+    collected = _Collected()
+    collected.tally.allowed = AllowedFolders.of_sources(
+        list(roots.values()), allow_outside=allow_outside
+    )
     for name, root in roots.items():
-        stream = records_of(name, root, search, found.tally)
-        images = _take(stream, parsed, urls, found, workers)
+        stream = records_of(name, root, search, collected.tally)
+        images = _take(stream, parsed, urls, collected, workers)
         if not images.num_rows and not is_table(root.name):
-            found.tally.damaged.append(_no_images(root))
-    found.tally.damaged += [told for it in found.tally.outside if (told := it.refusal())]
-    images = _each_once(pa.concat_tables([IMAGES.empty_table(), *found.images]), found.tally)
+            collected.tally.damaged.append(_no_images(root))
+    collected.tally.damaged += [text for it in collected.tally.outside if (text := it.refusal())]
+    images = _each_once(
+        pa.concat_tables([IMAGES.empty_table(), *collected.images]), collected.tally
+    )
     if not images.num_rows:
-        raise UserError(_nothing(sources, found.tally))
-    tally = found.tally
+        raise UserError(_nothing(sources, collected.tally))
+    tally = collected.tally
     matches = match(tally.tables, images)
     for table in tally.tables:
-        found.remarks.update(table.rows.remarks)
-    beside = pa.concat_tables([CAPTIONS.empty_table(), *found.captions])
-    kept = listed(with_masks(images), only, exclude)
+        collected.remarks.update(table.rows.remarks)
+    sidecars = pa.concat_tables([CAPTIONS.empty_table(), *collected.captions])
+    kept = select_images(with_masks(images), only, exclude)
     keys = images["key"].combine_chunks()
     scanned = Scan(
-        kept, beside, tuple(column.name for column in parsed), tuple(roots), tally.passed_over,
-        found.remarks, tally.damaged, bool(tally.unread), beside, matches, keys,
+        kept, sidecars, tuple(column.name for column in parsed), tuple(roots), tally.passed_over,
+        collected.remarks, tally.damaged, bool(tally.unread), sidecars, matches, keys,
         tally.notes(),
     )  # fmt: skip
     scanned = scanned.with_rows()
@@ -139,61 +143,64 @@ def scan(
 
 
 def _one_column(found: Scan) -> Scan:
-    """With the caption column that most images have, the first of several."""
+    """The scan with only the caption column that most images have, the first of several."""
     counts = Counter(dict.fromkeys(AUTO, 0))
     for value in pc.value_counts(found.captions["column"]).to_pylist():
         counts[value["values"]] = value["counts"]
     (column, _), *_ = counts.most_common(1)
     mine = found.captions.filter(pc.equal(found.captions["column"], column))
-    beside = found.beside.filter(pc.equal(found.beside["column"], column))
-    remarks = Counter({said: n for said, n in found.remarks.items() if said[0] == column})
-    return replace(found, captions=mine, columns=(column,), beside=beside, remarks=remarks)
+    sidecars = found.sidecar_captions
+    sidecars = sidecars.filter(pc.equal(sidecars["column"], column))
+    remarks = Counter({what: n for what, n in found.remarks.items() if what[0] == column})
+    return replace(
+        found, captions=mine, columns=(column,), sidecar_captions=sidecars, remarks=remarks
+    )
 
 
 def _no_images(root: Path) -> str:
     return (
         f"no images in {root}: none of its files ends in {', '.join(sorted(IMAGE_SUFFIXES))}, and "
-        f"no parquet or .arrow file there holds any; name what holds the images"
+        f"no parquet or .arrow file there has any; give the folder or file with the images"
     )
 
 
 def _nothing(sources: tuple[str, ...], tally: Tally) -> str:
-    """Why there is nothing to encode."""
+    """Why there are no images."""
     if tally.damaged:
         more = len(tally.damaged) - 1
-        return tally.damaged[0] + (f" (and {more} more are like it)" if more else "")
+        return tally.damaged[0] + (f" (and {more} more like it)" if more else "")
     return (
-        f"no images: the rows of {', '.join(sources)} name no image file that is there; name "
-        f"the folder of the images as well"
+        f"no images: the rows of {', '.join(sources)} name no image file that exists; add the "
+        f"folder of the images to the sources"
     )
 
 
 def image_search(columns: tuple[Column, ...]) -> Search:
-    """Looks for images, and the captions beside them."""
+    """A search for images, and the captions next to them."""
     rows = tuple(column for column in columns if column.suffix is None)
     suffixes = frozenset(column.suffix for column in columns if column.suffix)
     if rows:
-        suffixes |= {"json"}  # rows may name images by the url that img2dataset notes there
+        suffixes |= {"json"}  # where img2dataset notes the url, by which rows may name images
     return Search(is_image, suffixes, rows)
 
 
 def named_roots(sources: tuple[str, ...]) -> dict[str, Path]:
-    """Each source under its own name, numbered where two share one."""
+    """Each source by its name, numbered where two have the same."""
     roots: dict[str, Path] = {}
     resolved = set()
     for source in sources:
         root = Path(source).expanduser().absolute()
         if not root.exists():
-            raise UserError(f"no folder or file {source}: nothing is there; name the images")
+            raise UserError(f"{source}: no such file or directory")
         if not (root.is_dir() or root.name.endswith(ARCHIVE_SUFFIXES) or is_table(root.name)):
             suffixes = ", ".join([*ARCHIVE_SUFFIXES, *TABLE_SUFFIXES])
             raise UserError(
-                f"{source} is no source of images; name a folder, or a file ending in {suffixes}"
+                f"{source} is no source of images; give a folder, or a file ending in {suffixes}"
             )
         if not (root.is_dir() or root.is_file()):
-            raise UserError(f"{source} is a pipe, a socket or a device; name a file or a folder")
+            raise UserError(f"{source} is a pipe, a socket or a device; give a file or a folder")
         if root.resolve() in resolved:
-            raise UserError(f"{source} is named twice; name each source once")
+            raise UserError(f"{source} is given twice; give each source once")
         resolved.add(root.resolve())
         base = name = root.resolve().name or "root"
         number = 2
@@ -217,22 +224,24 @@ def _take(
     stream: Iterator[Record],
     columns: tuple[Column, ...],
     urls: bool,
-    found: _Found,
+    collected: _Collected,
     workers: int,
 ) -> pa.Table:
-    """The images of one source; captions that lie beside them are added to `found`."""
+    """The images of one source; the captions next to them are added to `collected`."""
     tables = [IMAGES.empty_table()]
     read = partial(_read_block, columns=columns, urls=urls)
     with progress_bar(desc="scanning", unit="file", delay=2) as bar:  # seconds of silence
         for images, captions, remarks in in_blocks(read, stream, _BLOCK, workers):
             tables.append(images)
-            found.captions.append(captions)
-            found.remarks.update(remarks)
+            collected.captions.append(captions)
+            collected.remarks.update(remarks)
             bar.update(images.num_rows)
-    # One piece instead of thousands, which every later step would go through.
-    found.images.append(pa.concat_tables(tables).combine_chunks())
-    found.captions = [pa.concat_tables([CAPTIONS.empty_table(), *found.captions]).combine_chunks()]
-    return found.images[-1]
+    # One chunk instead of thousands, which every later step would iterate over.
+    collected.images.append(pa.concat_tables(tables).combine_chunks())
+    collected.captions = [
+        pa.concat_tables([CAPTIONS.empty_table(), *collected.captions]).combine_chunks()
+    ]
+    return collected.images[-1]
 
 
 def _read_block(
@@ -240,8 +249,8 @@ def _read_block(
 ) -> tuple[pa.Table, pa.Table, Counter[tuple[str, str]]]:
     keys, names, texts, remarks = [], [], [], Counter[tuple[str, str]]()
     for record in records:
-        captions, said = read_captions(columns, record.beside)
-        remarks.update(said)
+        captions, notes = read_captions(columns, record.sidecar)
+        remarks.update(notes)
         for column, text in captions.items():
             keys.append(record.key)
             names.append(column)
@@ -253,7 +262,7 @@ def _read_block(
         pa.array([record.source for record in records], pa.string()),
         *(pa.array(values, pa.int64()) for values in stats),
         pa.array(
-            [_url(record.beside("json")) if urls else None for record in records], pa.string()
+            [_url(record.sidecar("json")) if urls else None for record in records], pa.string()
         ),
         pa.array([record.reason for record in records], pa.string()),
         pa.array([record.detail for record in records], pa.string()),
@@ -268,7 +277,7 @@ def _read_block(
 
 
 def _url(data: bytes | LeftOut | None) -> str | None:
-    """Where the image is from, as the .json beside it says."""
+    """The url of an image, from the .json next to it."""
     value, _ = read_object(data)
     if not isinstance(value, dict):
         return None
@@ -276,23 +285,23 @@ def _url(data: bytes | LeftOut | None) -> str | None:
 
 
 def read_urls(sources: list[str]) -> pa.Array:
-    """Where images are from, by the .json beside those that are files of their own."""
+    """The urls of images that are files, from the .json next to each."""
     blocks = in_blocks(_read_urls, sources, _BLOCK, 8)
     return pa.array([url for block in blocks for url in block], pa.string())
 
 
 def _read_urls(sources: list[str]) -> list[str | None]:
-    found = []
+    urls: list[str | None] = []
     for source in sources:
         try:
-            found.append(_url(read_regular(Path(source).with_suffix(".json"), CAPTION_BYTES)))
+            urls.append(_url(read_regular(Path(source).with_suffix(".json"), CAPTION_BYTES)))
         except (OSError, ValueError):
-            found.append(None)
-    return found
+            urls.append(None)
+    return urls
 
 
 def _each_once(images: pa.Table, tally: Tally) -> pa.Table:
-    """Sorted by key, with neither a key nor a file twice; the first source named wins."""
+    """Sorted by key, with each key and each file once; the first source wins."""
     order = pa.array(np.arange(images.num_rows))
     for column in ("source", "key"):
         names = images[column].combine_chunks()

@@ -1,4 +1,4 @@
-"""Rows of parquet files, and of the .arrow files that Hugging Face's save_to_disk writes."""
+"""Reads the rows of parquet files, and of .arrow files as Hugging Face's save_to_disk writes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.tables.columns import IDS, KEYS, NAMES, NOTHING, Rows, numbered, of_kind
 
 PIXELS = ("image", "img", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp", "content", "data")
-# Nothing at all, a control character, white space that is no single blank, or any at an end.
+# Empty, a control character, white space that is not a single blank, or a blank at an end.
 _UNTIDY = r"^$|\p{Cc}|[^\PZ ]|  |^ | $"
 
 
@@ -24,46 +24,46 @@ def read_arrow_table(file: Path, columns: tuple[Column, ...]) -> Rows:
     stored = _image_paths(schema)
     pixels = next((name for name in map(_pixels(schema).get, PIXELS) if name), None)
     columns = of_kind(file, columns)
-    found = [column for column in columns if _top(schema, column.field) in schema.names]
-    wanted = {_top(schema, column.field) for column in found}
+    present = [column for column in columns if _top(schema, column.field) in schema.names]
+    wanted = {_top(schema, column.field) for column in present}
     wanted |= {*stored, *(field for field in fields.values() if field)}
-    # A file that nothing is asked of still has rows: one column of it tells how many.
+    # Where no column is wanted, one is still read for the number of rows.
     table = read_columns(file, sorted(wanted) or _smallest(schema))
     names = {name: _names(table, field) for name, field in fields.items()}
     paths = pc.coalesce(names["path"], *(_names(table, field) for field in stored))
     labels = None
-    # Where a row holds no image, an image column's path says where it is.
+    # Where a row embeds no image, the image column's path says where it is.
     names["path"] = pc.coalesce(*(_names(table, field) for field in stored), names["path"])
     if pixels:
-        held = embedded(file, pixels)
-        labels = pc.if_else(held, _labels(paths, names["key"], names["id"]), NOTHING)
-        names = {name: pc.if_else(held, NOTHING, values) for name, values in names.items()}
+        is_embedded = embedded(file, pixels)
+        labels = pc.if_else(is_embedded, _labels(paths, names["key"], names["id"]), NOTHING)
+        names = {name: pc.if_else(is_embedded, NOTHING, values) for name, values in names.items()}
     captions, remarks = {}, Counter[tuple[str, str]]()
-    for column in found:
-        captions[column.name], said = _captions(table, column.field)
-        remarks.update({(column.name, what): count for what, count in said.items()})
-    told = {
+    for column in present:
+        captions[column.name], counts = _captions(table, column.field)
+        remarks.update({(column.name, what): count for what, count in counts.items()})
+    rest = {
         "captions": captions,
         "remarks": remarks,
         "cell": pixels,
         "stored": bool(stored),
         "labels": labels,
     }
-    return Rows.make(file, names, **told)
+    return Rows.make(file, names, **rest)
 
 
 def holds_images(file: Path) -> bool:
-    """Whether a table holds images, or names them as Hugging Face's image columns do."""
+    """Whether a table embeds images, or names them in a Hugging Face image column."""
     schema = table_schema(file)
     return bool(_image_paths(schema) or _pixels(schema).keys() & set(PIXELS))
 
 
 def arrow_files(folder: Path, names: list[str]) -> set[str]:
-    """Which .arrow files of a folder are its data: save_to_disk lists them, beside caches."""
+    """The .arrow files of a folder that are data: save_to_disk lists them, and not its caches."""
     if "state.json" in names:
         try:
-            told = read_json(folder / "state.json")["_data_files"]
-            return {str(file["filename"]) for file in told}
+            files = read_json(folder / "state.json")["_data_files"]
+            return {str(file["filename"]) for file in files}
         except (OSError, ValueError, KeyError, TypeError):
             pass  # another program's state.json
     return {name for name in names if name.endswith(".arrow")}
@@ -72,8 +72,7 @@ def arrow_files(folder: Path, names: list[str]) -> set[str]:
 def column_texts(values: pa.Array) -> tuple[pa.Array, Counter[str]]:
     """`value_text` of a whole column, null for an empty text, and its remarks.
 
-    A string that is one line and single-spaced is its own text; only the rest is taken up one by
-    one.
+    A string that is one line and single-spaced stays as it is; only the others are read one by one.
     """
     if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):
         values = pc.cast(values, pa.string())
@@ -84,9 +83,9 @@ def column_texts(values: pa.Array) -> tuple[pa.Array, Counter[str]]:
     texts: list[str | None] = []
     remarks: Counter[str] = Counter()
     for value in values.filter(odd).to_pylist():
-        text, said = value_text(value)
+        text, notes = value_text(value)
         texts.append(text or None)
-        remarks.update(said)
+        remarks.update(notes)
     tidied = pa.array(texts, pa.string())
     if len(tidied) == len(values):
         return tidied, remarks
@@ -94,7 +93,7 @@ def column_texts(values: pa.Array) -> tuple[pa.Array, Counter[str]]:
 
 
 def _captions(table: pa.Table, field: str) -> tuple[pa.Array, Counter[str]]:
-    """The texts of a column, or of a field that structs and lists lead to."""
+    """The texts of a column, or of a field nested in structs and lists."""
     values, rest = follow(table, field)
     if not rest:
         return column_texts(values.combine_chunks())
@@ -102,32 +101,32 @@ def _captions(table: pa.Table, field: str) -> tuple[pa.Array, Counter[str]]:
     remarks: Counter[str] = Counter()
     for chunk in values.chunks:
         for value in chunk.to_pylist():
-            text, said = field_text(value, ".".join(rest))
+            text, notes = field_text(value, ".".join(rest))
             texts.append(text or None)
-            remarks.update(said)
+            remarks.update(notes)
     return pa.array(texts, pa.string()), remarks
 
 
 def _labels(path: pa.Array, key: pa.Array, id_: pa.Array) -> pa.Array:
-    """Names for images in cells: the first of path, key and id that tells all apart, or numbers."""
-    for written in (path, key, id_):
-        names = pc.replace_substring_regex(written, "^/+", "")
+    """Unique names for embedded images: the first unique one of path, key and id, or numbers."""
+    for column in (path, key, id_):
+        names = pc.replace_substring_regex(column, "^/+", "")
         if not names.null_count and len(names.unique()) == len(names):
             return names
     return numbered(len(path))
 
 
 def _pixels(schema: pa.Schema) -> dict[str, str]:
-    """Field name -> dotted column, of the columns that hold bytes."""
-    found = {}
+    """Field name -> dotted column, of the columns with bytes."""
+    columns = {}
     for field in schema:
         if _is_binary(field.type):
-            found[field.name] = field.name
+            columns[field.name] = field.name
         elif pa.types.is_struct(field.type):
             at = field.type.get_field_index("bytes")
             if at >= 0 and _is_binary(field.type.field(at).type):
-                found[field.name] = f"{field.name}.bytes"
-    return found
+                columns[field.name] = f"{field.name}.bytes"
+    return columns
 
 
 def _image_paths(schema: pa.Schema) -> list[str]:
@@ -144,7 +143,7 @@ def _image_paths(schema: pa.Schema) -> list[str]:
 
 
 def _text_field(schema: pa.Schema, options: Sequence[str]) -> str | None:
-    """The first of these columns that is there and holds names."""
+    """The first of these columns that exists and has names."""
     for name in options:
         if schema.get_field_index(name) >= 0:
             kind = schema.field(name).type
@@ -154,12 +153,12 @@ def _text_field(schema: pa.Schema, options: Sequence[str]) -> str | None:
 
 
 def _top(schema: pa.Schema, field: str) -> str:
-    """The column that a field's dots begin at."""
+    """The column that a dotted field is in."""
     return field if field in schema.names else field.partition(".")[0]
 
 
 def _smallest(schema: pa.Schema) -> list[str]:
-    """A column that is read quickly: not the images, where there is another."""
+    """A column that is read quickly: not the images, if there is another."""
     narrow = [f.name for f in schema if pa.types.is_primitive(f.type) or _is_text(f.type)]
     return (narrow or schema.names)[:1]
 

@@ -1,4 +1,4 @@
-"""A table's rows, of whatever file format: what image each is about, and its captions."""
+"""The rows of a table file, of any format: the image that each names, and its captions."""
 
 import os
 from collections import Counter
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from xlsd_cache.files.captions import Column, Kind
 from xlsd_cache.files.folders import SUFFIX_PATTERN
 
-# Field names as they are met, the most telling first.
+# Usual field names, the most specific first.
 PATHS = (
     "file_name filename file_path filepath image_path img_path image_file path file image img"
 ).split()
@@ -35,32 +35,32 @@ KINDS: dict[str, Kind] = {
 }
 TABLE_SUFFIXES = tuple(KINDS)
 NOTHING = pa.scalar(None, pa.string())
-EMBEDDING = (".parquet", ".arrow")  # may hold the images themselves
+EMBEDDING = (".parquet", ".arrow")  # may contain the images themselves
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A file's rows, aligned; strings, null where a row has none.
+    """The rows of a file as aligned string columns, null where a row has no value.
 
-    A row names its image by path, or else by key, a path without the image's suffix; by url as
-    well; by id where it has nothing else. A path without an image's suffix is a key, too.
+    A row names its image by path, or else by key, which is a path without the image's suffix; by
+    url as well; by id where it has nothing else. A path without an image's suffix counts as a key.
     """
 
     file: Path
-    path: pa.Array  # of an image file, as written
+    path: pa.Array  # of an image file, as it stands in the row
     key: pa.Array
     id: pa.Array
     url: pa.Array
     captions: dict[str, pa.Array]  # column -> text
     remarks: Counter[tuple[str, str]]  # (column, what) -> rows
-    damage: str = ""  # empty, or what of the file could not be read
-    cell: str | None = None  # the column that holds the images themselves
-    stored: bool = False  # whether the paths are of Hugging Face's image column
-    labels: pa.Array | None = None  # what those are called, each once; null where a row has none
+    damage: str = ""  # what could not be read of the file
+    cell: str | None = None  # the column with the embedded images
+    stored: bool = False  # whether the paths come from a Hugging Face image column
+    labels: pa.Array | None = None  # unique names of embedded images; null where a row has none
 
     @classmethod
     def make(cls, file: Path, names: dict[str, pa.Array], **rest: Any) -> "Rows":
-        """Of the fields as they are written: each row's best name is kept, the rest is null."""
+        """Rows from the fields as read: only the most specific name of each row is kept."""
         path, key, id_, url = (names[name] for name in NAMES)
         path = pc.if_else(pc.match_substring(path, "://"), NOTHING, path)
         has_suffix = pc.match_substring_regex(path, SUFFIX_PATTERN)
@@ -73,17 +73,17 @@ class Rows:
 
     @property
     def names_urls(self) -> bool:
-        """Whether rows say where images are from."""
+        """Whether some rows have a url."""
         return bool(self.url.null_count < len(self.url))
 
     @property
     def folder(self) -> Path:
-        """What relative paths start from."""
+        """The folder that relative paths start from."""
         return self.file.parent
 
 
 def table_kind(name: str) -> Kind | None:
-    """The kind of caption column that a file of this name holds as rows; None for no table."""
+    """The kind of caption column in a file of this name; None if it is no table."""
     return next((kind for suffix, kind in KINDS.items() if name.lower().endswith(suffix)), None)
 
 
@@ -93,17 +93,17 @@ def is_table(name: str) -> bool:
 
 
 def of_kind(file: Path, columns: tuple[Column, ...]) -> tuple[Column, ...]:
-    """The columns that a file of this name can hold."""
+    """The columns that a file of this name can have."""
     return tuple(column for column in columns if column.kind == table_kind(file.name))
 
 
 def numbered(count: int) -> pa.Array:
-    """Names for images that have none: 000000000, 000000001, ..."""
+    """Names for images without one: 000000000, 000000001, ..."""
     digits = np.char.zfill(np.arange(count).astype(str), 9)
     return pa.array(digits.tolist(), pa.string())
 
 
 def normal_path(folder: Path, written: str) -> str:
-    """The absolute path that a row names; POSIX would keep two slashes at its beginning."""
+    """The absolute path that a row names; a leading `//`, which POSIX keeps, becomes `/`."""
     path = os.path.normpath(folder / written)
     return path[1:] if path.startswith("//") and os.sep == "/" else path

@@ -12,23 +12,23 @@ FOLDERS = r"^.*/"
 
 
 def canonical(names: pa.Array) -> pa.Array:
-    """Paths as they compare: with slashes, composed accents, and no part that leads back."""
+    """Paths in one form: forward slashes, NFC accents, no `.` or `..` parts."""
     if names.null_count == len(names):
         return names
     if pc.any(pc.match_substring_regex(names, r"\\|//|^\./")).as_py():
         names = pc.replace_substring_regex(names, r"[\\/]+", "/")
         names = pc.replace_substring_regex(names, r"^(\./)+", "")
-    back = pc.fill_null(pc.match_substring_regex(names, r"(^|/)\.\.?/"), False)
-    if pc.any(back).as_py():
-        plain = [os.path.normpath(name) for name in names.filter(back).to_pylist()]
-        names = pc.replace_with_mask(names, back, pa.array(plain, pa.string()))
+    dotted = pc.fill_null(pc.match_substring_regex(names, r"(^|/)\.\.?/"), False)
+    if pc.any(dotted).as_py():
+        plain = [os.path.normpath(name) for name in names.filter(dotted).to_pylist()]
+        names = pc.replace_with_mask(names, dotted, pa.array(plain, pa.string()))
     if pc.any(pc.invert(pc.string_is_ascii(names))).as_py():
         names = pc.utf8_normalize(names, "NFC")
     return names
 
 
 def stemmed(names: pa.Array) -> pa.Array:
-    """Without the suffix."""
+    """The names without their suffix."""
     return pc.replace_substring_regex(names, SUFFIX, "")
 
 
@@ -38,7 +38,7 @@ def last_part(names: pa.Array) -> pa.Array:
 
 
 def joined(arrays: list[pa.Array]) -> pa.Array:
-    """One column of all."""
+    """The columns as one, strings."""
     return pa.concat_arrays([pa.array([], pa.string()), *arrays])
 
 

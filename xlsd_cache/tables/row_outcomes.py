@@ -1,4 +1,4 @@
-"""What became of each row of the tables: its image, how that was found, and what is said of it."""
+"""The image that each table row was matched with, how it was found, and the summary of all rows."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -15,18 +15,18 @@ from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_cache.tables.columns import Rows
 from xlsd_cache.tables.names import joined
 
-NOBODY, SEVERAL = -1, -2  # in place of an image's number
-OWN_BYTES = 2**30  # of an image that is compared with the store's
-_SHOWN = 20  # tables that get a line of their own
+NO_IMAGE, SEVERAL = -1, -2  # in place of an image's number
+OWN_BYTES = 2**30  # limit of an image that is read to compare it with the store's
+_SHOWN = 20  # tables that get a line of their own in the summary
 
 
-class How(IntEnum):
-    """How a row named its image, the most exact first."""
+class MatchKind(IntEnum):
+    """How a row named its image, the most exact first; see matching.py."""
 
     PATH = 0
     KEY = 1
     URL = 2
-    MOVED = 3  # by the image's key: its source lay elsewhere when the store was built
+    MOVED = 3  # by the image's key, where its source was moved after the build
     INSIDE = 4
     FORMER = 5
     NAME = 6
@@ -34,54 +34,54 @@ class How(IntEnum):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and what they may speak for."""
+    """The rows of a table, and the images that they may describe."""
 
     rows: Rows
-    folder: str  # what its paths start from
-    place: str = ""  # what begins the keys of images in that folder: SOURCE/path/in/it
-    given: bool = False  # named by the user, as a source of its own, and not found in a folder
-    sidecars: bool = False  # the rows are files, each named like the image beside it
+    folder: str  # its relative paths start from here
+    place: str = ""  # prefix of the keys of images in that folder: SOURCE/path/in/it
+    given: bool = False  # a source of its own, not a file found in a folder
+    sidecars: bool = False  # each row is a file named like the image next to it
 
     @property
     def names_images(self) -> bool:
-        """Whether its images are images of the folder that it was found in."""
+        """Whether the images that it has or names belong to the folder it was found in."""
         return self.rows.cell is not None or self.rows.stored
 
     @property
     def own_place(self) -> str:
-        """What begins the keys of the images that the table embeds."""
+        """Prefix of the keys of the images that the table embeds."""
         return self.place if self.given else f"{self.place}/{self.rows.file.name}"
 
     @property
-    def maybe(self) -> bool:
+    def is_doubtful(self) -> bool:
         """Whether the file may be no table at all."""
         return not self.given and self.rows.file.suffix == ".json"
 
     @property
     def depth(self) -> int:
-        """Of two tables about one image, the nearer counts."""
+        """Depth of its folder: of two tables about one image, the deeper counts."""
         return self.folder.count("/")
 
 
 @dataclass
 class Matches:
-    """What became of each row of all tables, one table's rows after the other's."""
+    """The image of each row of all tables, one table's rows after the other's."""
 
     tables: list[Table]
-    starts: Ints  # of each table's rows, and their end
-    image: Ints  # number of the image, NOBODY or SEVERAL
-    how: NDArray[np.int8]  # of How, where there is an image
+    starts: Ints  # first row of each table, and the end of the last
+    image: Ints  # number of the image, NO_IMAGE or SEVERAL
+    kind: NDArray[np.int8]  # MatchKind, where there is an image
     path: pa.Array  # absolute, as the row names it, or null
     key: pa.Array
 
     def counts(self, table: int) -> tuple[int, int, int]:
-        """How many of a table's rows are used, are of no image, and of several."""
+        """Number of a table's rows that are used, match no image, and match several."""
         image = self.image[self.starts[table] : self.starts[table + 1]]
         used, several = int((image >= 0).sum()), int((image == SEVERAL).sum())
         return used, len(image) - used - several, several
 
     def names(self, table: int, wanted: int, most: int = 3) -> list[str]:
-        """What some rows without an image (NOBODY), or with SEVERAL, are called."""
+        """Names of some rows that match NO_IMAGE, or SEVERAL."""
         start, stop = self.starts[table], self.starts[table + 1]
         at = np.flatnonzero(self.image[start:stop] == wanted)[:most]
         rows = self.tables[table].rows
@@ -89,7 +89,7 @@ class Matches:
         return [name or "a row without a name" for name in names.take(pa.array(at)).to_pylist()]
 
     def own_image(self, row: int, key: str) -> bytes | None:
-        """The image that a row was written for, called like `key`, if it lies with the table."""
+        """The bytes of the image that a row names itself, whose suffix is that of `key`, if any."""
         number = int(np.searchsorted(self.starts, row, "right")) - 1
         rows, at = self.tables[number].rows, row - int(self.starts[number])
         try:
@@ -106,26 +106,26 @@ class Matches:
                        for t in self.tables])  # fmt: skip
 
     def without_image(self, column: str) -> int:
-        """How many texts of a column no image gets."""
+        """Number of a column's texts that match no image."""
         texts = self.texts(column)
         return int(((self.image < 0) & texts.is_valid().to_numpy(zero_copy_only=False)).sum())
 
     def missing(self) -> pa.Array:
-        """Which rows name an image by path or key that is not there."""
-        by_name = pc.and_(pa.array(self.how == How.NAME), pc.is_valid(self.path))
+        """Mask of the rows whose path or key names no image, or only one by its file name."""
+        by_name = pc.and_(pa.array(self.kind == MatchKind.NAME), pc.is_valid(self.path))
         unmatched = pa.array(self.image < 0)
         named = pc.or_(pc.is_valid(self.path), pc.is_valid(self.key))
         return pc.and_(named, pc.or_(unmatched, by_name))
 
     def moved(self) -> Ints:
-        """The rows whose image is told by its key alone."""
-        return np.flatnonzero((self.image >= 0) & (self.how == How.MOVED))
+        """The rows whose image was found by its key alone."""
+        return np.flatnonzero((self.image >= 0) & (self.kind == MatchKind.MOVED))
 
-    def told(self) -> list[str]:
-        """What became of the rows, a line a table, and names of those that no image gets."""
+    def summary(self) -> list[str]:
+        """A line per table: how many rows are used, and names of rows that are not."""
         numbers = [n for n, table in enumerate(self.tables) if not table.sidecars]
-        # A .json file that a folder holds, and no row of which names an image, is something else.
-        numbers = [n for n in numbers if self.counts(n)[0] or not self.tables[n].maybe]
+        # A .json file found in a folder, of which no row matches an image, is something else.
+        numbers = [n for n in numbers if self.counts(n)[0] or not self.tables[n].is_doubtful]
         lines = []
         for number in numbers[:_SHOWN]:
             used, unused, several = self.counts(number)
@@ -133,7 +133,7 @@ class Matches:
                 f"{self.tables[number].rows.file.name}: {used + unused + several} rows, {used} used"
             )
             for count, wanted, what in (
-                (unused, NOBODY, "of no image"),
+                (unused, NO_IMAGE, "of no image"),
                 (several, SEVERAL, "match several images"),
             ):
                 names = self.names(number, wanted)

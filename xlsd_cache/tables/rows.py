@@ -1,4 +1,4 @@
-"""One table file of any format -> its rows."""
+"""Reads a table file of any format."""
 
 import zlib
 from pathlib import Path
@@ -11,7 +11,7 @@ from xlsd_cache.tables.arrow_tables import read_arrow_table
 from xlsd_cache.tables.columns import EMBEDDING, Rows
 from xlsd_cache.tables.text_tables import read_text_table
 
-# What the libraries raise of a file that is not what it says; UserError is none of them.
+# What the libraries raise for a damaged file.
 UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, RecursionError, zlib.error,
     pa.ArrowException,
@@ -19,14 +19,14 @@ UNREADABLE = (
 
 
 def read_rows(file: Path, columns: tuple[Column, ...]) -> Rows:
-    """All rows with their captions in the columns that this kind of file can hold.
+    """All rows, with captions in the columns that this kind of file can have.
 
-    Raises UserError for a file that is nothing of the sort; one that is cut short or damaged in
-    places gives what is whole, and says what is not.
+    A truncated or partly damaged file gives its intact rows, and Rows.damage. Raises UserError for
+    a file that cannot be read at all.
     """
     arrow = file.name.lower().endswith(EMBEDDING)
     try:
         return (read_arrow_table if arrow else read_text_table)(file, columns)
     except UNREADABLE as error:
-        told = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"cannot read {file}: {told}; mend it or leave it out") from error
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"cannot read {file}: {why}; repair it or leave it out") from error

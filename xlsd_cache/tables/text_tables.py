@@ -1,4 +1,4 @@
-"""Rows of JSON lines, JSON arrays and dictionaries, and CSV files."""
+"""Reads the rows of JSON lines, JSON arrays and dictionaries, and CSV files."""
 
 import codecs
 import csv
@@ -24,15 +24,15 @@ from xlsd_cache.tables.columns import IDS, KEYS, NAMES, PATHS, Rows, of_kind
 _BLOCK = 65536  # rows
 _LINE_BYTES = 2**24  # the longest line or CSV field that is read
 _JSON_BYTES = 2**29  # the largest array or dictionary that is read; lines have no such limit
-_INFLATED, _TIMES = 2**28, 64  # bytes, and times its own size, that a gzipped table may inflate to
-_LONG_LINES = 64  # pieces of a line that is too long, which are passed over
-# How a dictionary of objects begins.
+_INFLATED, _TIMES = 2**28, 64  # a gzipped table may inflate to so many bytes, or times its size
+_LONG_LINES = 64  # a line of up to so many _LINE_BYTES is skipped; a longer one ends the reading
+# The start of a dictionary of objects.
 _DICTIONARY = re.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{')
 Row = dict[str, Any]
 
 
 def read_text_table(file: Path, columns: tuple[Column, ...]) -> Rows:
-    """All rows with their captions. What is cut short or damaged in places gives what is whole.
+    """All rows with their captions; of a truncated or damaged file those that are intact.
 
     Raises UserError for a file without rows, and OSError.
     """
@@ -46,9 +46,9 @@ def read_text_table(file: Path, columns: tuple[Column, ...]) -> Rows:
         for name, fields in NAMES.items():
             values[name].append(_identity(row, fields))
         for column in columns:
-            text, said = field_text(row, column.field)
+            text, notes = field_text(row, column.field)
             values[column.name].append(text or None)
-            for what in said:
+            for what in notes:
                 remarks[column.name, what] += 1
         if len(values["path"]) >= _BLOCK:
             blocks.append(_strings(values))
@@ -56,18 +56,18 @@ def read_text_table(file: Path, columns: tuple[Column, ...]) -> Rows:
     table = pa.concat_tables([*blocks, _strings(values)]).combine_chunks()
     if not table.num_rows:
         raise UserError(
-            f"no rows in {file}{source.damage and ': '}{source.damage}; it must hold a JSON object "
-            f"a line, an array or a dictionary of objects, or CSV with a header"
+            f"no rows in {file}{source.damage and ': '}{source.damage}; expected JSON lines, a "
+            f"JSON array or dictionary of objects, or CSV with a header"
         )
     captions = {column.name: table[column.name].combine_chunks() for column in columns}
-    told = {name: table[name].combine_chunks() for name in NAMES}
-    return Rows.make(file, told, captions=captions, remarks=remarks, damage=source.damage)
+    named = {name: table[name].combine_chunks() for name in NAMES}
+    return Rows.make(file, named, captions=captions, remarks=remarks, damage=source.damage)
 
 
 def holds_rows(file: Path) -> bool:
-    """Whether a .json file in a folder holds rows of many images, by how it begins.
+    """Whether a .json file has rows for many images, judged by its first bytes.
 
-    Most .json files there are about the one image beside them. Raises OSError.
+    Most .json files in a folder are about the one image next to them. Raises OSError.
     """
     with open_regular(file) as opened:
         head: bytes = opened.read(4096).removeprefix(codecs.BOM_UTF8)
@@ -75,7 +75,7 @@ def holds_rows(file: Path) -> bool:
 
 
 class _Objects:
-    """The rows of a file, up to where it is cut or damaged, which `damage` then says."""
+    """Iterates over a file's rows up to where it is damaged; `damage` then says how."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.damage = file, ""
@@ -94,7 +94,7 @@ class _Objects:
         return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
     def _open(self) -> Any:
-        """The file, inflated where it is gzipped, and then up to what a table may inflate to."""
+        """The file; a gzipped one is inflated, up to the limit for tables."""
         file = open_regular(self.file)
         zipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -104,23 +104,23 @@ class _Objects:
         return io.BufferedReader(_Bounded(file, most))
 
     def _json(self) -> Iterator[Row]:
-        """An array of objects, or a dictionary by image, as kohya's meta_cap.json is."""
+        """An array of objects, or a dictionary by image such as kohya's meta_cap.json."""
         with self._open() as opened:
             data = opened.read(_JSON_BYTES + 1)
         if len(data) > _JSON_BYTES:
-            raise UserError(f"{self.file} is JSON of more than 512 MiB; write it as JSON lines")
+            raise UserError(f"{self.file} is JSON of more than 512 MiB; convert it to JSON lines")
         try:
             value = parse_json(decode_text(data)[0], strict=False)
         except ValueError:
-            yield from self._lines()  # JSON lines under another name
+            yield from self._lines()  # JSON lines in a .json file
             return
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict) and value:
-            objects = all(isinstance(told, dict) for told in value.values())
+            objects = all(isinstance(entry, dict) for entry in value.values())
             if objects or all(map(is_image, value)):
-                items = [_named(name, told) for name, told in value.items()]
+                items = [_named(name, entry) for name, entry in value.items()]
         broken = [number for number, item in enumerate(items, 1) if not isinstance(item, dict)]
-        self._say_broken(broken, "items")
+        self._note_broken(broken, "items")
         yield from (item for item in items if isinstance(item, dict))
 
     def _lines(self) -> Iterator[Row]:
@@ -131,7 +131,7 @@ class _Objects:
                 yield row
             elif line.strip():
                 broken.append(number)
-        self._say_broken(broken, "lines")
+        self._note_broken(broken, "lines")
 
     def _whole_lines(self) -> Iterator[bytes]:
         with self._open() as lines:
@@ -140,8 +140,8 @@ class _Objects:
                 while line := lines.readline(_LINE_BYTES):
                     count += 1
                     yield line
-                    if not _pass_rest(lines, line):
-                        self.damage = f"line {count} has no end; what follows is not read"
+                    if not _skip_rest(lines, line):
+                        self.damage = f"line {count} has no end; the rest is not read"
                         return
             except (EOFError, OSError, zlib.error) as error:
                 if isinstance(error, OSError) and error.errno:
@@ -152,7 +152,7 @@ class _Objects:
         encoding = self._encoding()
         with self._open() as opened, io.TextIOWrapper(opened, encoding, "replace", "") as text:
             header = text.readline(_LINE_BYTES)
-            if delimiter not in header and ";" in header:  # as spreadsheets write it in Europe
+            if delimiter not in header and ";" in header:  # European spreadsheets
                 delimiter = ";"
             csv.field_size_limit(_LINE_BYTES)
             lines = itertools.chain([header], _text_lines(text))
@@ -165,11 +165,11 @@ class _Objects:
                     else:
                         yield {str(name).strip(): value or None for name, value in row.items()}
             except (csv.Error, EOFError, zlib.error, _TooMuch) as error:
-                self.damage = f"from line {reader.line_num} on it cannot be read: {error}"
-            self._say_broken(broken, "lines", "rows of the header's length")
+                self.damage = f"unreadable from line {reader.line_num} on: {error}"
+            self._note_broken(broken, "lines", "rows of the header's length")
 
     def _encoding(self) -> str:
-        """UTF-8 or UTF-16 by its mark, else Latin-1 where not all of it is UTF-8."""
+        """UTF-8 or UTF-16 by its byte order mark; Latin-1 if it is not valid UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         with self._open() as opened:
             try:
@@ -182,36 +182,36 @@ class _Objects:
                 decoder.decode(b"", final=True)
             except UnicodeDecodeError:
                 return "latin-1"
-            except (EOFError, zlib.error, _TooMuch, OSError) as error:  # said when it is read
+            except (EOFError, zlib.error, _TooMuch, OSError) as error:  # reported when it is read
                 if isinstance(error, OSError) and error.errno:
                     raise
         return "utf-8-sig"
 
-    def _say_broken(self, broken: list[int], what: str, wanted: str = "JSON objects") -> None:
+    def _note_broken(self, broken: list[int], what: str, wanted: str = "JSON objects") -> None:
         if broken and not self.damage:
             self.damage = f"{len(broken)} {what} are no {wanted}, the first is {broken[0]}"
 
 
 class _TooMuch(OSError):
-    """A gzip stream of a few bytes that goes on for ever."""
+    """A gzip stream that inflates beyond the limit."""
 
 
 class _Bounded(io.RawIOBase):
-    """A gzip stream, of which no more than `most` bytes are read."""
+    """A gzip stream of which at most `most` bytes are read."""
 
     def __init__(self, file: IO[bytes], most: int) -> None:
         self._file, self._gzip, self._most, self._read = file, gzip.GzipFile(fileobj=file), most, 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As of a file; raises what gzip does, and OSError beyond `most`."""
+        """As io.RawIOBase.readinto; raises gzip's errors, and OSError beyond `most`."""
         data = self._gzip.read1(len(buffer))
         self._read += len(data)
         if self._read > self._most:
-            raise _TooMuch(f"it inflates to more than {self._most >> 20} MiB; write it unpacked")
+            raise _TooMuch(f"it inflates to more than {self._most >> 20} MiB; decompress it")
         buffer[: len(data)] = data
         return len(data)
 
@@ -221,8 +221,8 @@ class _Bounded(io.RawIOBase):
         super().close()
 
 
-def _pass_rest(lines: IO[bytes], line: bytes) -> bool:
-    """Go on behind the line of which this is the beginning; False where its end is far away."""
+def _skip_rest(lines: IO[bytes], line: bytes) -> bool:
+    """Skip the rest of the line that starts with `line`; False where its end is too far away."""
     for _ in range(_LONG_LINES):
         if len(line) < _LINE_BYTES or line.endswith(b"\n"):
             return True
@@ -238,9 +238,9 @@ def _text_lines(text: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _named(name: str, told: Any) -> Row:
-    """A dictionary's entry as a row: its key names the image, whatever else is in it."""
-    row = dict(told) if isinstance(told, dict) else {"caption": told, "text": told}
+def _named(name: str, entry: Any) -> Row:
+    """A dictionary's entry as a row; only the dictionary's key names the image."""
+    row = dict(entry) if isinstance(entry, dict) else {"caption": entry, "text": entry}
     for field in (*PATHS, *KEYS, *IDS):
         row.pop(field, None)
     return {"file_name" if is_image(name) else "key": name, **row}
@@ -259,7 +259,7 @@ def _identity(row: Row, fields: Sequence[str]) -> str | None:
         value = row.get(field)
         if value is None:
             continue
-        if isinstance(value, dict) and fields is PATHS:  # an image of Hugging Face's, as JSON
+        if isinstance(value, dict) and fields is PATHS:  # a Hugging Face image, as JSON
             value = value.get("path")
         if isinstance(value, str) and value and not (fields is PATHS and "://" in value):
             return value if value.isascii() else value.encode("utf-8", "replace").decode()

@@ -349,10 +349,10 @@ def test_composed_and_decomposed_names_are_one(tmp_path: Path) -> None:
         (tmp_path / kind).write_bytes(make(files))
         found += archive_records("x", tmp_path / kind, SEARCH, tally)
     assert len(found) == 8
-    assert all(record.beside("txt") for record in found)
+    assert all(record.sidecar("txt") for record in found)
     (tmp_path / "f" / f"{nfc}.txt").write_bytes(b"exact")
     exact = next(r for r in folder_records("f", tmp_path / "f", SEARCH, tally) if nfc in r.key)
-    assert exact.beside("txt") == b"exact"
+    assert exact.sidecar("txt") == b"exact"
 
 
 @KINDS
@@ -372,7 +372,7 @@ def test_one_image_of_a_sample_is_chosen_by_its_suffix(tmp_path: Path, kind: str
         list(archive_records("x", tmp_path / kind, search, archive)),
         list(folder_records("x", tmp_path / "f", search, folder)),
     ):
-        said = {record.key: record.beside("txt") for record in found}
+        said = {record.key: record.sidecar("txt") for record in found}
         keys = ["x/0.image.jpg", "x/1.IMAGE.JPG", "x/d/2.image.jpg"]
         assert said == dict(zip(keys, (b"0.txt", b"1.txt", b"d/2.txt"), strict=True))
     assert archive.passed_over == folder.passed_over == {"other images": 2, "other files": 1}

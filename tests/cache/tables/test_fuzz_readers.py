@@ -209,7 +209,7 @@ def test_a_damaged_archive_gives_members_or_a_sentence(
     except UserError:
         return
     for record in archive_records("s", tmp_path / name, SEARCH, Tally()):
-        record.beside("txt")
+        record.sidecar("txt")
         read(record.source)
 
 

@@ -19,7 +19,7 @@ from xlsd_cache.sources.scan import Scan, scan
 from xlsd_cache.tables.columns import Rows
 from xlsd_cache.tables.matching import captions_of, match
 from xlsd_cache.tables.names import canonical
-from xlsd_cache.tables.row_outcomes import NOBODY, SEVERAL, Table
+from xlsd_cache.tables.row_outcomes import NO_IMAGE, SEVERAL, Table
 from xlsd_cache.tables.rows import read_rows
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -81,7 +81,7 @@ def test_a_table_in_a_folder_speaks_for_that_folder_and_below(tmp_path: Path) ->
         "im/c/7.png": None, "im/c/2.png": "by its path",
     }  # fmt: skip
     assert counts(found) == [(2, 0, 0), (3, 1, 0)]
-    assert found.matches.told()[1] == "m.jsonl: 4 rows, 3 used, 1 of no image: 7.png"
+    assert found.matches.summary()[1] == "m.jsonl: 4 rows, 3 used, 1 of no image: 7.png"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_rows_that_share_a_missing_files_name_caption_nothing(tmp_path: Path) ->
     found = scan((str(tmp_path / "im"),), (TEXT,))
     assert told(found) == {"im/z/1.png": None, "im/z/2.png": "z"}
     assert counts(found) == [(1, 1, 2)]
-    assert "2 match several images: x/1.png, y/1.png" in found.matches.told()[0]
+    assert "2 match several images: x/1.png, y/1.png" in found.matches.summary()[0]
 
 
 def test_a_table_elsewhere_speaks_for_all_sources_where_that_is_clear(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_no_row_speaks_for_two_images_and_sums_are_right(names: list[str]) -> No
     assert sum(found.counts(0)) == len(names)
     right = {"a.png": 0, "x/a.png": 1, "c": 3}
     for name, image in zip(names, found.image.tolist(), strict=True):
-        missing = NOBODY if name == "a.png" else 2  # the only b.png
+        missing = NO_IMAGE if name == "a.png" else 2  # the only b.png
         shared = sum("b.png" in other for other in names) > 1
         assert image == right.get(name, SEVERAL if shared else missing)
 

@@ -107,7 +107,7 @@ def test_json_that_is_no_table_is_passed_over(folder: Path) -> None:
     (folder / "m.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "it"}))
     found = scan((str(folder),), ("jsonl:text",))
     assert told(found) == {"im/a.png": "it"}
-    assert found.matches.told() == ["m.jsonl: 1 rows, 1 used"]
+    assert found.matches.summary() == ["m.jsonl: 1 rows, 1 used"]
 
 
 @pytest.mark.parametrize(
