@@ -120,7 +120,7 @@ def test_a_source_of_before_that_is_not_named_is_refused_unless_forgotten(
     capsys.readouterr()
     assert cache("build", tmp_path / "one", *rest) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "the 3 images of the source 'two' are in the store and 'two' is not among" in said
+    assert "the store has 3 images of the source 'two', which is not among" in said
     assert "--forget two" in said
     assert files(tmp_path / "latents", "[!s]*/**/*") == state
     assert cache("build", tmp_path / "one", *rest, "--forget", "two") == 0
