@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -29,6 +30,12 @@ _processes.set_forkserver_preload(["tests.support.preload"])
 def cache(*args: object) -> int:
     """`xlsd-cache` in this process."""
     return xlsd_cache.cli.main([str(arg) for arg in args])
+
+
+def small_disk(limit: int, *args: object) -> int:
+    """A command where no file may grow beyond `limit` bytes: writing fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return cache(*args)
 
 
 def train(*args: object) -> int:

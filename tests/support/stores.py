@@ -1,5 +1,7 @@
-"""Stores made without a build, and a build slow enough to be interrupted."""
+"""Stores made without a build or changed after one, and a build slow enough to be interrupted."""
 
+import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,3 +34,17 @@ def slow_build(*args: object) -> int:
 
     Encoder.encode = slowly  # type: ignore[method-assign]
     return cache("build", *args)
+
+
+def older(store: Path, target: Path, vae_source: Path | None = None) -> Path:
+    """A copy of the store as an older version built it, with another vae_source if given."""
+    shutil.copytree(store, target)
+    path = target / "latents.zarr" / "zarr.json"
+    header = json.loads(path.read_text())
+    for name in ("encoder_sha256", "vae_padding"):
+        del header["attributes"]["identity"][name]
+    if vae_source:
+        header["attributes"]["identity"]["vae_source"] = str(vae_source)
+    path.write_text(json.dumps(header))
+    (target / "index.arrow").unlink(missing_ok=True)  # it holds the other one's fingerprint
+    return target

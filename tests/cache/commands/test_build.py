@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.support import cache, files, printed, spawn, sums, torchrun, wait_for, write_images
 from tests.support.stores import slow_build
+from tests.support.vaes import tiny
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.store.reader import LatentStore
 
@@ -171,8 +172,6 @@ def test_another_identity_is_refused_naming_both_values(
 def test_another_vae_is_refused(
     build: Build, images: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.cache.encoding.test_vae import tiny
-
     assert build() == 0
     other = arguments(images, tmp_path / "latents", tiny(tmp_path / "tiny"))
     assert cache("build", *other) == 1

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support import cache, files, printed, train
+from tests.support.vaes import tiny
 from xlsd_cache.integrity.shard_check import LISTED, Problem
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.reader import LatentStore
@@ -155,8 +156,6 @@ def test_images_that_are_gone_are_said_and_those_that_changed_are_a_problem(
 
 
 def test_another_vae_cannot_judge(copy: Path, capsys: Out, tmp_path: Path) -> None:
-    from tests.cache.encoding.test_vae import tiny
-
     assert cache("check", copy, "--decode", 1, "--vae", tiny(tmp_path / "tiny")) == 1
     assert "its encoder half" in capsys.readouterr().err
 

@@ -7,8 +7,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cache.integrity.test_repair import small_disk
-from tests.support import cache, spawn
+from tests.support import cache, small_disk, spawn
 from xlsd_cache.store.reader import LatentStore
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cache.integrity.test_repair import small_disk
-from tests.support import cache, printed, spawn
+from tests.support import cache, printed, small_disk, spawn
+from tests.support.vaes import tiny
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.store.reader import LatentStore
 
@@ -76,8 +76,6 @@ def test_what_cannot_be_shown_is_one_sentence(
 
 
 def test_another_vae_is_refused(store: Path, tmp_path: Path, capsys: Out) -> None:
-    from tests.cache.encoding.test_vae import tiny
-
     assert cache("preview", store, tmp_path / "a.png", "--vae", tiny(tmp_path / "tiny")) == 1
     assert "its encoder half" in said(capsys)
 

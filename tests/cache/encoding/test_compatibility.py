@@ -4,16 +4,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 
-from tests.cache.encoding.test_vae import tiny
 from tests.support import cache, printed
 from tests.support.peer_caches import image_files, write_safetensors
+from tests.support.stores import older
+from tests.support.vaes import changed, tiny
 from xlsd_cache.encoding.compatibility import padding_warning
 from xlsd_cache.encoding.encoder import to_input
 from xlsd_cache.encoding.vae import Vae, load_vae
@@ -22,32 +21,6 @@ from xlsd_cache.store.reader import LatentStore
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Build = Callable[..., int]
-
-
-def changed(vae: Path, target: Path, part: str, **config: Any) -> Path:
-    """A copy of a VAE with the weights changed whose names begin so."""
-    shutil.copytree(vae, target)
-    state = load_file(vae / WEIGHTS)
-    touched = [name for name in state if part and name.startswith(part)]
-    assert touched or not part
-    save_file({k: v + 0.01 if k in touched else v for k, v in state.items()}, target / WEIGHTS)
-    told = json.loads((vae / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**told, **config}))
-    return target
-
-
-def older(store: Path, target: Path, vae_source: Path | None = None) -> Path:
-    """The store as an older version built it; its VAE lies elsewhere now, if that is given."""
-    shutil.copytree(store, target)
-    path = target / "latents.zarr" / "zarr.json"
-    told = json.loads(path.read_text())
-    for name in ("encoder_sha256", "vae_padding"):
-        del told["attributes"]["identity"][name]
-    if vae_source:
-        told["attributes"]["identity"]["vae_source"] = str(vae_source)
-    path.write_text(json.dumps(told))
-    (target / "index.arrow").unlink(missing_ok=True)  # it holds the other one's fingerprint
-    return target
 
 
 def contents(store: Path) -> dict[str, bytes]:

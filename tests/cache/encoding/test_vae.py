@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.support.vaes import tiny
 from xlsd_cache.encoding.compatibility import load_vae_for
 from xlsd_cache.encoding.vae import load_vae, tensors_sha256
 from xlsd_cache.errors import UserError
@@ -40,14 +41,6 @@ def test_half_precision_files_load_as_fp32_of_the_same_values(vae: Path, tmp_pat
     save_file(rounded, tmp_path / "vae" / WEIGHTS, {"format": "pt"})
     loaded = load_vae(str(tmp_path / "vae"))
     assert loaded.sha256 == tensors_sha256({k: v.float() for k, v in rounded.items()})
-
-
-def tiny(folder: Path) -> Path:
-    torch.manual_seed(0)
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8)
-    ).save_pretrained(folder)
-    return folder
 
 
 def test_autoencoder_tiny_gives_its_own_latents(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 import json
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import cache, files, printed, spawn, wait_for, write_images
+from tests.support import cache, files, printed, small_disk, spawn, wait_for, write_images
 from tests.support.stores import slow_build
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_parquet
@@ -369,12 +368,6 @@ def test_kill_9_before_every_rename_of_a_repair(store: Store, tmp_path: Path) ->
         assert store.check()[0] == 0
         assert equal(store.latents(), before, [again])
     assert rename > 5
-
-
-def small_disk(limit: int, *args: object) -> int:
-    """A command where no file may grow beyond `limit` bytes: writing fails as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return cache(*args)
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(store: Store, tmp_path: Path) -> None:

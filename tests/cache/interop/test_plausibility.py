@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cache.encoding.test_vae import tiny
 from tests.support.peer_caches import image_files
+from tests.support.vaes import tiny
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.images.decode import decode

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cache.encoding.test_vae import tiny
 from tests.support import cache, files, metrics, printed, train, write_images
+from tests.support.vaes import tiny
 from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_cache.dataset.selection import select
 from xlsd_cache.errors import UserError

@@ -7,8 +7,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from tests.cache.encoding.test_vae import tiny
 from tests.support import train
+from tests.support.vaes import tiny
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.model.loading import load_bundle
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from benchmarks.demo.pipeline import make_pipeline
-from tests.cache.encoding.test_vae import tiny
 from tests.support import train
+from tests.support.vaes import tiny
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
 from xlsd_train.model.loading import load_bundle

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cache.encoding.test_compatibility import changed, older
 from tests.support import cache, printed, train
 from tests.support.sessions import Open
+from tests.support.stores import older
+from tests.support.vaes import changed
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore

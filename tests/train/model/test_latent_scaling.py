@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cache.encoding.test_vae import tiny
 from tests.support import cache, files, metrics, train
 from tests.support.sessions import Open
+from tests.support.vaes import tiny
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_train.data.mixture import open_mixture
