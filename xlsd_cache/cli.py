@@ -13,7 +13,7 @@ from xlsd_cache.console.help import Command, asks_for_help, help_page, program_p
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
 from xlsd_cache.console.suggestions import check_command, check_words
-from xlsd_cache.console.terminal import go_on_alone, run, start
+from xlsd_cache.console.terminal import ignore_closed_pipe, run, start
 from xlsd_cache.errors import UserError
 from xlsd_cache.options import (
     BuildOptions,
@@ -169,7 +169,7 @@ def _main(words: Sequence[str]) -> int:
         config=(tyro.conf.PositionalMetavarFromFieldName,),
     )
     if not _only_prints(options):
-        go_on_alone()
+        ignore_closed_pipe()
     return command.run(options, began) or 0
 
 

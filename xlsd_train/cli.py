@@ -10,7 +10,7 @@ from xlsd_cache import __version__
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
 from xlsd_cache.console.suggestions import check_command, check_words
-from xlsd_cache.console.terminal import go_on_alone, run, say, start
+from xlsd_cache.console.terminal import ignore_closed_pipe, run, say, start
 from xlsd_train.config.aliases import NAMES
 from xlsd_train.config.model_options import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
 from xlsd_train.config.recipes import parse, show
@@ -146,7 +146,7 @@ def main(args: Sequence[str] | None = None) -> int:
         prog = " ".join(["xlsd-train", *named])
         config = parse(kind, words, prog=prog, description=_describe(kind))
         if kind not in PRINT:
-            go_on_alone()
+            ignore_closed_pipe()
         quiet() if kind in LIGHT else quiet_libraries()
         command(config, ["xlsd-train", *given])
         return 0

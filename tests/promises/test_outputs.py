@@ -65,5 +65,5 @@ def test_folders_are_new_or_empty(model: Path, tmp_path: Path, capsys: Out) -> N
     ):
         assert "exists already" in refused(capsys, *words)
     words = ("sample", model, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "p.txt")
-    assert "is a file and no folder" in refused(capsys, *words)
+    assert "is a file, not a folder" in refused(capsys, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]

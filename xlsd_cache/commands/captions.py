@@ -21,7 +21,7 @@ from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.log_state import former_names, read_live
 from xlsd_cache.runtime.arrow import lookup
 from xlsd_cache.runtime.atomic import sweep
-from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.schema import PLAN
 from xlsd_cache.sources.records import Record, Search, Tally, given_table
 from xlsd_cache.sources.scan import named_roots, read_urls, records_of
@@ -152,7 +152,7 @@ def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> list[Table]:
 
 def _sidecars(root: Path, stream: Iterator[Record], columns: tuple[Column, ...]) -> Rows:
     """A row a caption file, its key the path in the source, without suffix."""
-    blocks = list(in_blocks(partial(_read_block, columns=columns), stream, _BLOCK, 8))
+    blocks = list(map_blocks(partial(_read_block, columns=columns), stream, _BLOCK, 8))
     keys = pa.concat_arrays([pa.array([], pa.string()), *(block.key for block in blocks)])
     texts = {
         column.name: pa.concat_arrays(

@@ -1,6 +1,6 @@
-"""The command lines' side: what the terminal shows and what is typed.
+"""The command line: checks what is typed, and prints help, results and the log.
 
-`terminal` prints and logs text safely, `libraries` silences other packages. `option_checks` checks
-options against their bounds, `suggestions` answers misspelt words, `aliases` knows the option names
-of other trainers.
+`suggestions` checks the words typed and suggests corrections, with `aliases` for the option names
+of other trainers. `option_checks` checks values against their bounds. `help` makes the help pages.
+`terminal` prints and logs text safely, `libraries` silences other packages.
 """

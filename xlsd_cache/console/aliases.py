@@ -1,6 +1,6 @@
-"""What kohya's and diffusers' scripts call what `xlsd-cache` does: an option of ours, or a word."""
+"""Option names of kohya's and diffusers' scripts -> the option of `xlsd-cache`, or a hint."""
 
-_IMAGES = "name the folders of images themselves, without an option"
+_IMAGES = "give the folders of images as plain arguments, without an option"
 _BUCKETS = "buckets follow from --resolution and --buckets, in steps of 64 pixels"
 
 NAMES = {
@@ -9,7 +9,7 @@ NAMES = {
     "dataset-name": _IMAGES,
     "images": _IMAGES,
     "input-dir": _IMAGES,
-    "in-json": "name the table itself, .json or .jsonl, beside the folders of images",
+    "in-json": "give the .json or .jsonl table as a plain argument, next to the folders of images",
     "output-dir": "--out",
     "output": "--out",
     "outdir": "--out",
@@ -29,9 +29,9 @@ NAMES = {
     "max-bucket-reso": _BUCKETS,
     "bucket-reso-steps": _BUCKETS,
     "bucket-no-upscale": "small images are rejected, not enlarged, unless --upscale is given",
-    "center-crop": "pictures are scaled to their bucket and cropped at the centre",
-    "flip-aug": "pictures are not flipped here: a store holds each latent once",
-    "random-flip": "pictures are not flipped here: a store holds each latent once",
+    "center-crop": "images are scaled to their bucket and cropped at the centre",
+    "flip-aug": "images are not flipped: a store holds each latent once",
+    "random-flip": "images are not flipped: a store holds each latent once",
     "caption": "--captions",
     "caption-extension": "--captions",
     "caption-extention": "--captions",
@@ -39,9 +39,9 @@ NAMES = {
     "mixed-precision": "--precision",
     "dtype": "--store-dtype",
     "full-path": "every image is found by its path in the source",
-    "recursive": "folders are searched at every depth",
-    "skip-existing": "a second build encodes only what is missing",
-    "overwrite": "a second build encodes only what changed; --rehash reads every image again",
+    "recursive": "folders are searched recursively",
+    "skip-existing": "re-running a build encodes only what is missing",
+    "overwrite": "re-running a build encodes only what changed; --rehash reads every image again",
     "num-workers": "--workers",
     "dataloader-num-workers": "--workers",
     "max-data-loader-n-workers": "--workers",

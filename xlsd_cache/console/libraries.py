@@ -1,4 +1,4 @@
-"""Libraries that print between our lines, quietened."""
+"""Silences the notices and progress bars of libraries."""
 
 import logging
 import os
@@ -7,19 +7,19 @@ import warnings
 
 
 def quiet() -> None:
-    """No notices of Pillow's between ours, where torch and diffusers are not wanted.
+    """Silence Pillow, without loading torch or diffusers.
 
-    In a log file our own bars are renewed every ten seconds instead of ten times a second.
+    If stderr is not a terminal, progress bars are redrawn every ten seconds.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # tqdm reads it when it is imported
-    # What Pillow stumbles over in files that it does not name: they get a reason where it matters.
+    # Pillow logs problems without a file name; our own log names the file and the reason.
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def quiet_libraries() -> None:
-    """The same, and no bars and notices of diffusers; their errors still raise. Takes seconds."""
+    """Also silence diffusers and transformers, which takes seconds to load them."""
     quiet()
     import diffusers.utils.logging
     import transformers.utils.logging

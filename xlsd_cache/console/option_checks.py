@@ -1,7 +1,6 @@
-"""What every option of both programs is checked for: bounds, empty texts, paths to be written.
+"""Checks the values of options: bounds, empty texts, output paths that cannot be written.
 
-The types below stand in the commands' dataclasses, and `check_options`, called as one is made,
-walks its fields.
+The options dataclasses use the types below, and call `check_options` when they are created.
 """
 
 import math
@@ -17,13 +16,13 @@ from tyro.conf import Positional
 
 from xlsd_cache.errors import UserError
 
-LONGEST = 200  # bytes of a name: file systems hold 255, and temporary files have longer ones
-POSITIONAL = get_args(Positional[int])[1]  # what it notes of a field
+LONGEST = 200  # bytes of a name: file systems allow 255, and temporary names are longer
+POSITIONAL = get_args(Positional[int])[1]  # the annotation that it adds to a field
 
 
 @dataclass(frozen=True)
 class Within:
-    """Bounds of a number, both allowed but for `least` where `above`."""
+    """Inclusive bounds of a number; with `above`, `least` itself is excluded."""
 
     least: float
     most: float
@@ -32,27 +31,27 @@ class Within:
 
 @dataclass(frozen=True)
 class Target:
-    """A path that a command writes: a `folder`, a `file`, or either."""
+    """Marks a path that a command writes: a `folder`, a `file`, or either."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class MayBeEmpty:
-    """A text that may be empty."""
+    """Marks a text that may be empty."""
 
 
 Count = Annotated[int, Within(1, 10**9)]
 Every = Annotated[int, Within(0, 10**9)]  # 0 turns it off
 Share = Annotated[float, Within(0, 1)]
-Factor = Annotated[float, Within(1e-3, 1e3)]  # a VAE's scaling factor; those in use: 0.13 to 1.6
+Factor = Annotated[float, Within(1e-3, 1e3)]  # a VAE's scaling factor; 0.13 to 1.6 in practice
 Threads = Annotated[int, Within(1, 1024)]
 Folder = Annotated[Path, Target("folder")]
 File = Annotated[Path, Target("file")]
 
 
 def check_options(config: Any) -> None:
-    """Raise UserError for the first value that no run of the command can use."""
+    """Raise UserError for the first field whose value is not allowed."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         hint, value = hints[field.name], getattr(config, field.name)
@@ -64,7 +63,7 @@ def check_options(config: Any) -> None:
 
 
 def leaves(hint: Any, notes: tuple[Any, ...] = ()) -> Iterator[tuple[type, tuple[Any, ...]]]:
-    """The number, text and path types within a field's type, each with what is noted of it."""
+    """The number, text and path types within a field's type, each with its annotations."""
     if get_origin(hint) is Annotated:
         inner, *more = get_args(hint)
         yield from leaves(inner, (*notes, *more))
@@ -76,12 +75,12 @@ def leaves(hint: Any, notes: tuple[Any, ...] = ()) -> Iterator[tuple[type, tuple
 
 
 def marks_of(hint: Any) -> tuple[Any, ...]:
-    """What is noted of a field as a whole."""
+    """The annotations of a field as a whole."""
     return get_args(hint)[1:] if get_origin(hint) is Annotated else ()
 
 
 def option_of(name: str, hint: Any) -> str:
-    """How the command line has a field: --its-name, or NAME for a positional one."""
+    """A field's name on the command line: --its-name, or NAME if it is positional."""
     marks = marks_of(hint)
     if POSITIONAL in marks:
         return next((it.metavar for it in marks if getattr(it, "metavar", None)), name.upper())
@@ -98,7 +97,7 @@ def _check(value: Any, notes: tuple[Any, ...], option: str) -> None:
                 refuse_outside(value, bounds, option)
         return
     if "\0" in str(value):
-        raise UserError(f"{option} {str(value)!r} holds a NUL character; leave that out")
+        raise UserError(f"{option} {str(value)!r} contains a NUL character; remove it")
     if value == "" and MayBeEmpty() not in notes:
         raise UserError(f"{option} '' is empty; give a value, or leave {option} out")
     for target in notes:
@@ -107,26 +106,26 @@ def _check(value: Any, notes: tuple[Any, ...], option: str) -> None:
 
 
 def refuse_outside(value: float, bounds: Within, option: str) -> None:
-    """Raises UserError for a number out of its bounds, or none at all."""
+    """Raise UserError for a number out of its bounds, or NaN."""
     least, most = f"{bounds.least:.10g}", f"{bounds.most:.10g}"
-    told = f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}"
+    given = f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}"
     if math.isnan(value):
-        raise UserError(f"{told} is not a number; give one from {least} to {most}")
+        raise UserError(f"{given} is not a number; give one from {least} to {most}")
     if bounds.above and value <= bounds.least:
-        raise UserError(f"{told} is not above {least}; raise it")
+        raise UserError(f"{given} is not above {least}; raise it")
     if value < bounds.least:
-        raise UserError(f"{told} is less than {least}; raise it")
+        raise UserError(f"{given} is less than {least}; raise it")
     if value > bounds.most:
-        raise UserError(f"{told} is more than {most}; lower it")
+        raise UserError(f"{given} is more than {most}; lower it")
 
 
 def refuse_empty(words: Sequence[str], kind: type[Any] | None = None) -> None:
-    """Raises UserError for an empty word: as a path it would mean the current folder.
+    """Raise UserError for an empty word, which as a path would mean the current folder.
 
-    But for options of `kind` that may be empty.
+    Options of the dataclass `kind` that are marked MayBeEmpty are exempt.
     """
     hints = get_type_hints(kind, include_extras=True) if kind else {}
-    may = {
+    may_be_empty = {
         option_of(name, hint)
         for name, hint in hints.items()
         if any(MayBeEmpty() in notes for _, notes in leaves(hint))
@@ -137,34 +136,34 @@ def refuse_empty(words: Sequence[str], kind: type[Any] | None = None) -> None:
             option, value = before, ""
         elif not (word.startswith("--") and word.endswith("=")):
             continue
-        if not value and option not in may:
-            told = option if option.startswith("--") else "an argument"
-            raise UserError(f"{told} '' is empty; give a value, or leave it out")
+        if not value and option not in may_be_empty:
+            where = option if option.startswith("--") else "an argument"
+            raise UserError(f"{where} '' is empty; give a value, or leave it out")
 
 
 def refuse_unwritable(path: Path, option: str, kind: str = "folder") -> None:
-    """Raises UserError where a folder, or file, of this name can be neither made nor written."""
-    told, path = f"{option} {path}", path.absolute()
-    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    missing = path.parts[len(there.parts) :]
-    if there.is_symlink() and not there.exists():
-        raise UserError(f"{told}: {there} is a link to nothing; name another {kind}")
-    if missing and not there.is_dir():
-        raise UserError(f"{told}: {there} is a file and no folder; name another {kind}")
-    if not missing and kind == "folder" and not there.is_dir():
-        raise UserError(f"{told} is a file and no folder; name another folder")
-    if not missing and kind == "file" and there.is_dir():
-        raise UserError(f"{told} is a folder; name a file")
+    """Raise UserError if a folder, or file, of this name can be neither created nor written."""
+    given, path = f"{option} {path}", path.absolute()
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    missing = path.parts[len(nearest.parts) :]
+    if nearest.is_symlink() and not nearest.exists():
+        raise UserError(f"{given}: {nearest} is a broken link; give another {kind}")
+    if missing and not nearest.is_dir():
+        raise UserError(f"{given}: {nearest} is a file, not a folder; give another {kind}")
+    if not missing and kind == "folder" and not nearest.is_dir():
+        raise UserError(f"{given} is a file, not a folder; give another folder")
+    if not missing and kind == "file" and nearest.is_dir():
+        raise UserError(f"{given} is a folder; give a file")
     if long := next((name for name in missing if len(os.fsencode(name)) > LONGEST), None):
         raise UserError(
-            f"{option} has a name of {len(os.fsencode(long))} bytes, {long[:20]}...; name a "
-            f"{kind} in at most {LONGEST}"
+            f"{option}: the name {long[:20]}... has {len(os.fsencode(long))} bytes; use at most "
+            f"{LONGEST}"
         )
-    folder = there if there.is_dir() else there.parent
+    folder = nearest if nearest.is_dir() else nearest.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f"{told} cannot be written: {folder}: {error.strerror}; name another {kind}"
+            f"{given} cannot be written: {folder}: {error.strerror}; give another {kind}"
         ) from error

@@ -1,8 +1,8 @@
-"""Text for the terminal: whatever names hold, whatever the terminal can show, and when it is gone.
+"""Prints and logs text safely: hostile names, limited encodings, closed terminals and pipes.
 
-A command never fails because of where its text goes. What an encoding lacks is written escaped.
-Once stdout cannot be written, a command that makes something goes on without it, and one that
-only prints ends by SIGPIPE, as `cat` does.
+A command never fails because of where its text goes. Characters that the encoding lacks are
+escaped. If stdout cannot be written, a command that makes something continues without it, and one
+that only prints ends by SIGPIPE, as `cat` does.
 """
 
 import errno
@@ -23,29 +23,29 @@ from typing import Any
 
 from xlsd_cache.errors import UserError
 
-# Control characters, what turns the direction of writing or is not seen, and lone surrogates. The
-# two joiners stay: words of several scripts and many emoji need them.
+# Control characters, bidirectional and invisible characters, lone surrogates. The two joiners are
+# allowed: several scripts and many emoji need them.
 _UNSAFE = re.compile(
     "[\\x00-\\x1f\\x7f-\\x9f\\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\\ud800-\\udfff\U000e0000-\U000e007f]"
 )
 
-# What else than _UNSAFE a program may write: line ends, tabs, and colours, as help and bars have.
+# Line ends, tabs, and the escape sequences of colours and progress bars are allowed.
 _RAW = re.compile(r"\x1b\[[0-9;]*[mAK]|(?![\t\n\r])" + _UNSAFE.pattern)
 
 
 def shown(text: object) -> str:
-    """The text with control characters, line ends among them, as escapes: one harmless line."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    """The text on one harmless line: control characters and line ends are escaped."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def say(text: object = "", end: str = "\n") -> None:
-    """Print a line that may hold names, captions or paths."""
+    """Print a line that may contain names, captions or paths."""
     print(shown(text), end=end)
 
 
 class LogHandler(logging.Handler):
-    """Writes log records to stderr, a line each, above the progress bars that are on the screen."""
+    """Writes log records to stderr, a line each, above any progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record; warnings and errors start with their level."""
@@ -59,7 +59,7 @@ class LogHandler(logging.Handler):
 
 @contextmanager
 def as_command_line() -> Iterator[None]:
-    """The library's log, from INFO on, goes to stderr, and errors name flags, not arguments."""
+    """Show the log on stderr, from level INFO; errors give flags instead of arguments."""
     named, UserError.names_flags = UserError.names_flags, True
     log, handler = logging.getLogger("xlsd"), LogHandler()
     level, propagates = log.level, log.propagate
@@ -76,77 +76,75 @@ def as_command_line() -> Iterator[None]:
 
 
 def _tell(text: object) -> None:
-    """Print a line to stderr: how the command ended."""
+    """Print to stderr how the command ended."""
     print(shown(text), file=sys.stderr)
 
 
 def say_json(value: Any) -> None:
-    """Print JSON that parses in every encoding of stdout: what cannot be shown is escaped in it."""
+    """Print JSON that parses in every encoding of stdout; unsafe characters are escaped."""
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False)
         text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
     except UnicodeEncodeError:
         text = json.dumps(value, indent=2)
-    # Line ends are JSON's own: those within a text are escaped already.
+    # Line ends here are JSON's own: those within texts are escaped already.
     print(_UNSAFE.sub(lambda it: it[0] if it[0] == "\n" else json.dumps(it[0])[1:-1], text))
 
 
 class _Text(io.TextIOWrapper):
-    """Text of whoever writes it, libraries too: nothing of it does more to a terminal than colour.
-
-    What of ours may hold names is escaped by `say` and the log handler already.
-    """
+    """A text stream that escapes what could harm a terminal, also if a library writes it."""
 
     def write(self, text: str) -> int:
-        """Write it; returns how much of it that is: all."""
-        super().write(_RAW.sub(_tamed, text))
+        """Write the text; returns its length."""
+        super().write(_RAW.sub(_harmless, text))
         return len(text)
 
 
-def _tamed(found: re.Match[str]) -> str:
-    if not found[0].startswith("\x1b["):
-        return shown(found[0])
-    return "" if found[0].endswith("m") and os.environ.get("NO_COLOR") else found[0]
+def _harmless(match: re.Match[str]) -> str:
+    if not match[0].startswith("\x1b["):
+        return shown(match[0])
+    return "" if match[0].endswith("m") and os.environ.get("NO_COLOR") else match[0]
 
 
 def bold(text: str) -> str:
-    """The text in bold where stdout is a terminal that can show it, and NO_COLOR is not set."""
+    """The text in bold if stdout is a terminal that can show it and NO_COLOR is not set."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in {None, "", "dumb"}
     return text if plain or not sys.stdout.isatty() else f"\x1b[1m{text}\x1b[0m"
 
 
 class _Stream(io.RawIOBase):
-    """A file descriptor to write to that is given up, not complained of, once it refuses."""
+    """A file descriptor to write to. After the first error, further text is dropped."""
 
-    def __init__(self, number: int, name: str, lasting: bool) -> None:
-        self.number, self.name, self.lasting = number, name, lasting
+    def __init__(self, number: int, name: str, ignores_closed_pipe: bool) -> None:
+        self.number, self.name = number, name
+        self.ignores_closed_pipe = ignores_closed_pipe
         self.refused: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write some of it. Raises BrokenPipeError once, where that is to end the command."""
+        """Write some of the data. Raises BrokenPipeError once, if that is to end the command."""
         if self.refused:
             return len(data)
         try:
             return os.write(self.number, data)
-        except BlockingIOError:  # another program shares the pipe and wants it so
+        except BlockingIOError:  # another program has made the shared pipe non-blocking
             select.select([], [self.number], [])
             return 0
         except OSError as error:
             self.refused = error
-            if isinstance(error, BrokenPipeError) and not self.lasting:
+            if isinstance(error, BrokenPipeError) and not self.ignores_closed_pipe:
                 raise
             return len(data)
 
     def writable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def fileno(self) -> int:
-        """The descriptor, for those that ask how wide the terminal is."""
+        """The descriptor, by which libraries ask for the terminal's width."""
         return self.number
 
     def isatty(self) -> bool:
-        """Whether a person looks on."""
+        """Whether it is a terminal."""
         return os.isatty(self.number)
 
 
@@ -154,22 +152,22 @@ _streams: list[_Stream] = []  # of a program: stdout, stderr
 
 
 def start() -> None:
-    """Prepare to be a program of its own: UTF-8 for names, and streams that outlive the terminal.
+    """Prepare the process of a command line: UTF-8 file names, streams that never raise.
 
-    Under a locale of another encoding the program begins again in Python's UTF-8 mode: names are
+    In a locale with another encoding, the process restarts in Python's UTF-8 mode: file names are
     bytes on POSIX, and the same files must give the same store in every locale.
     """
     if os.name == "posix" and sys.getfilesystemencoding() != "utf-8":
-        _begin_again()
+        _restart_in_utf8()
     for number in range(3):  # a file opened as number 1 or 2 would get what libraries print
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # children suffer from it too
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # for child processes too
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if os.name == "posix" and stream is getattr(sys, f"__{name}__"):
-            _streams.append(_Stream(number, f"<{name}>", lasting=number == 2))
+            _streams.append(_Stream(number, f"<{name}>", ignores_closed_pipe=number == 2))
             replaced = _Text(
                 io.BufferedWriter(_streams[-1]),
                 encoding=getattr(stream, "encoding", "utf-8"),
@@ -184,12 +182,12 @@ def start() -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
-def _begin_again() -> None:
-    """The same process under UTF-8 mode, as its children then are too; once is enough.
+def _restart_in_utf8() -> None:
+    """Restart this process, once, in UTF-8 mode, which its children inherit.
 
-    Text for the terminal stays in the encoding that the terminal expects.
+    The terminal's text stays in the terminal's encoding.
     """
-    if os.environ.get("PYTHONUTF8") == "1":  # Python was told not to listen
+    if os.environ.get("PYTHONUTF8") == "1":  # Python ignores the variable, e.g. with -E
         return
     os.environ["PYTHONUTF8"] = "1"
     encoding = getattr(sys.stdout, "encoding", None) or locale.getencoding()
@@ -197,17 +195,17 @@ def _begin_again() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - ourselves
 
 
-def go_on_alone() -> None:
-    """From here on a reader that leaves does not end the command: it makes more than text."""
+def ignore_closed_pipe() -> None:
+    """Let the command continue if stdout's reader exits: it makes more than text."""
     for stream in _streams:
-        stream.lasting = True
+        stream.ignores_closed_pipe = True
 
 
 def run(name: str, command: Callable[[], int], stopped: str = "stopped at once") -> int:
-    """Run a command of the program NAME; returns its exit code. A user's mistake is one sentence.
+    """Run a command of the program `name`; returns its exit code.
 
-    And so is what the system refuses of a path: a name too long, a folder that may not be read.
-    Where stdout cannot be written, for a full disk say, the code is not 0.
+    A user's mistake, and a path that the system refuses, is printed as one sentence. If stdout
+    cannot be written, e.g. on a full disk, the code is not 0.
     """
     try:
         try:
@@ -216,11 +214,11 @@ def run(name: str, command: Callable[[], int], stopped: str = "stopped at once")
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not _refused(errno.EPIPE):  # some other pipe's, and our own fault
+        if not _refused(errno.EPIPE):  # of another pipe: a bug
             raise
         _end_by_sigpipe()
         return 1
-    except SystemExit:  # after a help text, or for words that are no command line
+    except SystemExit:  # the parser's, for words that it does not take
         if not _say_refused(name):
             raise
         return 1
@@ -237,8 +235,7 @@ def _code_of(name: str, command: Callable[[], int], stopped: str) -> int:
     except OSError as error:
         if error.filename is None or isinstance(error, BrokenPipeError):
             raise
-        told = f"{error.strerror}; mend that, or name another path"
-        _tell(f"{name}: cannot go on: {error.filename}: {told}")
+        _tell(f"{name}: {error.filename}: {error.strerror}; fix that, or give another path")
         return 1
     except KeyboardInterrupt:
         _tell(f"{name}: {stopped}")
@@ -250,7 +247,7 @@ def _refused(*numbers: int) -> bool:
 
 
 def _say_refused(name: str) -> bool:
-    """Say that stdout could not be written, if so. A reader that has left knows it."""
+    """Print that stdout could not be written, if so and its reader has not just exited."""
     error = _streams[0].refused if _streams else None
     if error is None or error.errno == errno.EPIPE:
         return False
@@ -261,7 +258,7 @@ def _say_refused(name: str) -> bool:
 
 
 def _end_by_sigpipe() -> None:
-    """What a shell sees of any program whose reader has left."""
+    """End as any program does whose reader has exited."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGPIPE)

@@ -31,7 +31,7 @@ from xlsd_cache.outcomes import LIMITED, RETRIED, Rejected
 from xlsd_cache.runtime.arrow import Ints, lookup, merge_rows, take_or_null
 from xlsd_cache.runtime.bounded_files import parse_json
 from xlsd_cache.runtime.own_files import MARK, is_marked
-from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.runtime.threads import map_blocks
 
 HEADERS = pa.schema(
     [
@@ -140,7 +140,7 @@ def _read(
         parts = (todo[i : i + 4096] for i in range(0, len(todo), 4096))
         stream = (file for part in parts for file in _listed(files, part))
         # The journal is written block by block: a kill loses only what the threads hold.
-        for block in in_blocks(partial(_each, function), stream, _BLOCK, workers):
+        for block in map_blocks(partial(_each, function), stream, _BLOCK, workers):
             tables.append(_table([result for _, result in block], schema))
             journal.append(block)
             bar.update(len(block))

@@ -1,7 +1,7 @@
-"""What both programs stand on: files, signals, devices.
+"""Files, signals, threads and devices, for both programs.
 
-`atomic` writes files whole or not at all, `bounded_files` and `arrow_files` read files that
-strangers made, `own_files` recognises what these programs wrote, `disk` measures free space.
-`signals` turns SIGINT and its kind into a question, `threads` maps a function over a stream,
-`device` sets device and precision, `gpu_memory` recognises a full card.
+`atomic` writes files and folders atomically, `bounded_files` and `arrow_files` read untrusted files
+safely, `own_files` recognises files that these programs wrote, `disk` measures free space.
+`signals` handles SIGINT and SIGTERM, `threads` maps a function over a stream, `device` chooses
+device and precision, `gpu_memory` recognises out-of-memory errors.
 """

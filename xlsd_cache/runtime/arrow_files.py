@@ -1,6 +1,6 @@
-"""Arrow files mapped only once they cannot crash who reads them, or show what is not theirs.
+"""Memory-maps Arrow files of unknown origin safely.
 
-Arrow believes a file's offsets: those that lie beyond its texts would be read as memory of others.
+Arrow trusts the offsets in a file: wrong ones would read beyond the file's own memory.
 """
 
 from pathlib import Path
@@ -10,14 +10,14 @@ import pyarrow as pa
 
 from xlsd_cache.runtime.bounded_files import require_regular
 
-_WHOLE = 2**28  # bytes that are validated whole, texts too; of more the offsets alone
+_WHOLE = 2**28  # bytes; larger files have only their offsets validated, not their texts
 
 
 def map_table(path: Path, wanted: pa.Schema, others: pa.DataType | None = None) -> pa.Table:
-    """The table in a file of record batches, mapped, its offsets within its buffers.
+    """The memory-mapped table of a file of record batches, its offsets validated.
 
-    It has the `wanted` columns first, whose values are all there, and further ones of the type
-    `others`. Raises OSError, ValueError and ArrowException for a file that is anything else.
+    Its first columns are `wanted`, without nulls unless nullable; any others have the type
+    `others`. Raises OSError, ValueError and ArrowException for any other file.
     """
     require_regular(path)
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -38,7 +38,7 @@ def map_table(path: Path, wanted: pa.Schema, others: pa.DataType | None = None) 
 
 
 def _check_offsets(array: pa.Array) -> None:
-    """Raises ValueError where texts or lists are not one after the other within their buffer."""
+    """Raise ValueError for offsets of texts or lists that decrease or leave their buffer."""
     kind, nested = array.type, None
     if pa.types.is_large_list(kind) or pa.types.is_list(kind):
         nested, most = array.values, len(array.values)
@@ -50,9 +50,9 @@ def _check_offsets(array: pa.Array) -> None:
     wide = pa.types.is_large_list(kind) or pa.types.is_large_string(kind)
     offsets = array.buffers()[1]
     if len(array):
-        told = np.frombuffer(offsets, np.int64 if wide else np.int32)
-        told = told[array.offset : array.offset + len(array) + 1]
-        if len(told) <= len(array) or told[0] < 0 or told[-1] > most or (np.diff(told) < 0).any():
+        ends = np.frombuffer(offsets, np.int64 if wide else np.int32)
+        ends = ends[array.offset : array.offset + len(array) + 1]
+        if len(ends) <= len(array) or ends[0] < 0 or ends[-1] > most or (np.diff(ends) < 0).any():
             raise ValueError("its offsets are beyond what it holds")
     if nested is not None:
         _check_offsets(nested)

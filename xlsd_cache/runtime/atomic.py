@@ -1,7 +1,7 @@
-"""Nothing is written in place: a temporary file, fsync, rename, and the folder synced too.
+"""Atomic, durable writes: a temporary file, fsync, rename, fsync of the folder.
 
-After a kill at any moment a path holds either its old content or its new, whole. After a power
-loss as well: a rename that was not synced may survive with an empty file behind it.
+After a kill or a power loss at any moment, a path has either its old content or its new content,
+complete. Without the fsync, a power loss may leave an empty file under the new name.
 """
 
 import errno
@@ -26,13 +26,13 @@ import pyarrow.parquet as pq
 
 from xlsd_cache.runtime.bounded_files import open_regular
 
-TEMPORARY = ".tmp"  # the suffix by which a later run knows what a killed one left
+TEMPORARY = ".tmp"  # suffix of temporary files, by which a later run finds leftovers
 _SUM, _UNKNOWN = b"crc32c=", b"________"
 HOST = socket.gethostname().partition(".")[0] or "host"
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Windows has no such call, and needs none."""
+    """Make the names in a folder durable. Windows has no such call and needs none."""
     if os.name == "nt":
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -43,23 +43,23 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Force a file's content to the disk."""
+    """Flush a file's content to the disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def temporary_path(folder: Path, name: str) -> Path:
-    """A path that no other process uses, and that `sweep` knows."""
-    mine = f"{uuid.uuid4().hex[:8]}.{HOST}.{os.getpid()}"
-    return folder / f"{name}.{mine}{TEMPORARY}"
+    """A path that no other process uses, and that `sweep` recognises."""
+    owner = f"{uuid.uuid4().hex[:8]}.{HOST}.{os.getpid()}"
+    return folder / f"{name}.{owner}{TEMPORARY}"
 
 
 @contextmanager
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path to write; when the block ends well, it becomes `path`, durably.
+    """Yield a temporary path to write, which replaces `path` when the block succeeds.
 
-    The temporary file lies in `staging` (same file system) or, by default, next to `path`. Raises
-    OSError for a `staging` that is a link, which would have it written somewhere else.
+    The temporary file is in `staging` (on the same file system) or, by default, next to `path`.
+    Raises OSError if `staging` is a link, which would redirect the write.
     """
     if staging is not None and staging.is_symlink():
         raise OSError(errno.ELOOP, "a link", os.fspath(staging))
@@ -75,12 +75,12 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a path to make a folder at, or a file; when the block ends well, it becomes `path`.
+    """Yield a path at which to create a folder, or a file. It becomes `path` on success.
 
-    Everything in it is synced before. An empty folder at `path` is replaced, another one raises
-    OSError. What killed processes left of the same folder is removed first.
+    All files are synced before the rename. An empty folder at `path` is replaced; another one
+    raises OSError. Leftovers of killed processes for the same `path` are removed first.
     """
-    if path.is_symlink() and path.is_dir():  # made by the user: the folder appears where it leads
+    if path.is_symlink() and path.is_dir():  # made by the user: write to the folder it points to
         path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{escape(path.name)}.*{TEMPORARY}"):
@@ -108,7 +108,7 @@ def _remove(path: Path) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """The same content under a second name, taking no space where the file system can."""
+    """Hard-link `source` as `target`, or copy it where the file system cannot link."""
     try:
         os.link(source, target)
     except OSError:
@@ -117,26 +117,26 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes, staging: Path | None = None) -> None:
-    """`path` holds `data`, or what it held before."""
+    """Write `data` to `path` atomically."""
     with replacing(path, staging) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any, staging: Path | None = None) -> None:
-    """`path` holds `value` as JSON for people: indented, paths as strings."""
+    """Write `value` to `path` atomically as indented JSON, with paths as strings."""
     options: dict[str, Any] = {"indent": 2, "allow_nan": False, "default": os.fspath}
     try:
         data = json.dumps(value, ensure_ascii=False, **options).encode()
-    except UnicodeEncodeError:  # names that are no text, as POSIX allows
+    except UnicodeEncodeError:  # file names that are not valid text, which POSIX allows
         data = json.dumps(value, **options).encode()
     write_bytes(path, data + b"\n", staging)
 
 
 def write_parquet(path: Path, table: pa.Table, staging: Path | None = None) -> None:
-    """`path` holds `table`, zstd-compressed parquet that pandas, polars and duckdb read.
+    """Write `table` to `path` atomically as zstd-compressed parquet.
 
-    Its metadata holds a crc32c of the whole file, so that `is_whole` finds any flipped bit:
-    parquet's own checksums say nothing of headers and footers.
+    Its metadata has a crc32c of the whole file, so that `is_whole` detects any flipped bit:
+    parquet's own checksums do not cover headers and footers.
     """
     with replacing(path, staging) as temporary:
         with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
@@ -147,17 +147,17 @@ def write_parquet(path: Path, table: pa.Table, staging: Path | None = None) -> N
 
 
 def fill_in(path: Path, at: int, digest: bytes) -> None:
-    """Write a file's digest over the placeholder of the same length that stands at byte `at`."""
+    """Write a file's digest over a placeholder of the same length at the byte offset `at`."""
     with path.open("r+b") as file:
         file.seek(at)
         file.write(digest)
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file holds the bytes that `write_parquet` wrote, every one. Raises OSError."""
+    """Whether a file has exactly the bytes that `write_parquet` wrote. Raises OSError."""
     try:
         crc, at = _checksum(path)
-    except ValueError:  # empty, or the checksum itself is gone
+    except ValueError:  # empty, or without a checksum
         return False
     with open_regular(path) as file:
         file.seek(at)
@@ -165,9 +165,9 @@ def is_whole(path: Path) -> bool:
 
 
 def _checksum(path: Path) -> tuple[int, int]:
-    """The crc32c of a parquet file but for its checksum, and where in it that stands.
+    """The crc32c of a parquet file without its checksum, and the checksum's byte offset.
 
-    Raises ValueError where it stands nowhere.
+    Raises ValueError for a file without a checksum.
     """
     with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = data.rfind(_SUM) + len(_SUM)
@@ -181,14 +181,14 @@ def _checksum(path: Path) -> tuple[int, int]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files of processes that no longer run; other machines' after a day."""
+    """Remove temporary files of dead processes, and those of other machines after a day."""
     for path in folder.glob(f"*{TEMPORARY}"):
-        named = re.search(r"\.[0-9a-f]{8}\.([^.]+)\.([0-9]{1,9})\.tmp$", path.name)
-        if not named or path.is_dir():  # somebody else's
+        owner = re.search(r"\.[0-9a-f]{8}\.([^.]+)\.([0-9]{1,9})\.tmp$", path.name)
+        if not owner or path.is_dir():  # another program's
             continue
-        dead = named[1] == HOST and not psutil.pid_exists(int(named[2]))
+        dead = owner[1] == HOST and not psutil.pid_exists(int(owner[2]))
         try:
             if dead or time.time() - path.stat().st_mtime > 86400:
                 path.unlink()
-        except FileNotFoundError:  # another process swept it
+        except FileNotFoundError:  # another process removed it
             continue

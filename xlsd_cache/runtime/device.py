@@ -1,4 +1,4 @@
-"""Device and precision as decisions that are made once, and printed with their reason."""
+"""Chooses the device, and sets torch's fp32 precision everywhere at once."""
 
 import os
 import sys
@@ -10,16 +10,16 @@ import torch
 from xlsd_cache.errors import UserError
 from xlsd_cache.vocabulary import Precision
 
-ENGINES = "cudnn_engines.json"  # which of cuDNN's are left out
+ENGINES = "cudnn_engines.json"  # the engines of cuDNN that are left out
 
 
 def device_of(name: str) -> torch.device:
-    """The device called auto, cuda or cpu; of several cards the one that a launcher gave us.
+    """The device for auto, cuda or cpu; with several GPUs, the one that the launcher assigned.
 
-    Raises UserError for a card that is not there.
+    Raises UserError for cuda without a GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA card; leave it out or use cpu")
+        raise UserError("--device cuda, but torch finds no CUDA GPU; leave it out or use cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     _configure_allocator()
@@ -27,38 +27,38 @@ def device_of(name: str) -> torch.device:
 
 
 def _configure_allocator() -> None:
-    """Have torch grow its pieces of a card's memory where that is known, unless the user has a say.
+    """Use expandable segments of GPU memory on Linux, unless the user configures the allocator.
 
-    Buckets have many shapes; in pieces of fixed sizes the memory of one is of little use to the
-    next, so it is given back and asked for again, for which the card waits. Read when CUDA starts.
+    Buckets have many shapes. With segments of fixed size the memory of one shape rarely fits the
+    next, and is freed and allocated again, which stalls the GPU. Read when CUDA starts.
     """
-    known = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    if sys.platform == "linux" and not any(name in os.environ for name in known):
-        os.environ[known[0]] = "expandable_segments:True"
+    variables = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in variables):
+        os.environ[variables[0]] = "expandable_segments:True"
 
 
 def _leave_out_engines() -> None:
-    """Have cuDNN pass over the engines that want gigabytes, unless the user has a list of his own.
+    """Exclude cuDNN's engines that need gigabytes of workspace, unless the user has a list.
 
-    Where a workspace finds no room PyTorch takes cuDNN's next engine, in silence, and that one
-    rounds otherwise: on an H200 a first step under 24 and under 100 GiB gave other momentum. Of
-    SD1.5's convolutions at 512x512, 16 images, these three wanted 52, 7.0 and 6.5 GiB. The file is
-    of PyTorch's own form, and is read at the first convolution.
+    If a workspace does not fit, PyTorch silently takes cuDNN's next engine, which rounds
+    differently: on an H200, a first step with 24 and with 100 GiB gave different momentum. For
+    SD1.5's convolutions at 512x512 with 16 images, these three needed 52, 7.0 and 6.5 GiB. The file
+    has PyTorch's own format and is read at the first convolution.
     """
     os.environ.setdefault("CUDNN_ERRATA_JSON_FILE", str(Path(__file__).parent / ENGINES))
 
 
 def set_precision(precision: Precision) -> str:
-    """Set every fp32 switch that torch has, and return the line that says so.
+    """Set every fp32 switch of torch, and return a line that describes the precision.
 
-    PyTorch leaves cuDNN's convolutions at TF32 by default, which rounds inputs to 10 bits of
-    mantissa in more than half of a UNet's FLOPs. `fp32` turns TF32 off for every kind of kernel;
-    `tf32` turns it on for all; `bf16` computes under autocast and keeps what is left in fp32.
-    Only the `fp32_precision` switches are touched: torch refuses to mix them with `allow_tf32`.
+    By default PyTorch uses TF32 for cuDNN's convolutions, more than half of a UNet's FLOPs, which
+    rounds inputs to 10 bits of mantissa. `fp32` turns TF32 off for every kind of kernel, `tf32`
+    turns it on for all, `bf16` uses autocast and keeps the rest in fp32. Only the `fp32_precision`
+    switches are set: torch refuses to mix them with `allow_tf32`.
     """
     _leave_out_engines()
     mode = "tf32" if precision == "tf32" else "ieee"
-    backends: Any = torch.backends  # its type stubs do not know the new switches
+    backends: Any = torch.backends  # its type stubs lack the new switches
     for backend in (
         backends,
         backends.cuda.matmul,
@@ -71,7 +71,7 @@ def set_precision(precision: Precision) -> str:
         backends.mkldnn.rnn,
     ):
         backend.fp32_precision = mode
-    return {
+    return {  # runs and benchmarks record this text
         "fp32": "fp32: IEEE single precision in every convolution and matmul, no TF32 anywhere"
         " (CUDA's fp32 memory-efficient attention splits each product into three TF32 ones)",
         "tf32": "tf32: convolutions and matmuls round their inputs to 10 bits of mantissa; on a"

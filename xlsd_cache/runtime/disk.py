@@ -1,18 +1,18 @@
-"""How much room there is on a disk, and sizes in words."""
+"""Free disk space, the size of folders, and sizes as text."""
 
 import shutil
 from pathlib import Path
 
 
 def free_bytes(path: Path) -> int | None:
-    """What is free where `path` is, or will be made; None where the file system does not know."""
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    usage = shutil.disk_usage(there)
-    return usage.free if usage.total else None  # some say 0 of 0
+    """Free bytes on the disk where `path` is or will be; None if the file system does not tell."""
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    usage = shutil.disk_usage(nearest)
+    return usage.free if usage.total else None  # some report 0 of 0
 
 
 def size(nbytes: int) -> str:
-    """For people, and exact enough to see which of two is more."""
+    """A number of bytes as text, with two decimals to compare close ones."""
     for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20)):
         if nbytes >= 1 << power:
             return f"{nbytes / (1 << power):.2f} {unit}"
@@ -20,6 +20,6 @@ def size(nbytes: int) -> str:
 
 
 def held_bytes(folder: Path) -> int:
-    """What removing a folder would free: files with another name elsewhere stay."""
-    found = (path.lstat() for path in folder.rglob("*") if path.is_file())
-    return sum(told.st_size for told in found if told.st_nlink == 1)
+    """Bytes that deleting a folder would free: files with another hard link do not count."""
+    files = (path.lstat() for path in folder.rglob("*") if path.is_file())
+    return sum(status.st_size for status in files if status.st_nlink == 1)

@@ -1,14 +1,13 @@
-"""When a card's memory is full, in all the words that CUDA and its libraries have for it."""
+"""Recognises out-of-memory errors of CUDA and its libraries, and frees cached memory."""
 
 import gc
 
 import torch
 
-# Only torch's own allocator raises OutOfMemoryError. cuDNN's engines find no room for a workspace
-# one after another, until none is left; cuBLAS has none for a handle's; a kernel that is loaded at
-# its first use needs memory of the driver (and so do expandable segments); on a CPU the C library
-# has the last word.
-_WORDS = (
+# Only torch's own allocator raises OutOfMemoryError. cuDNN finds no engine whose workspace fits,
+# cuBLAS cannot allocate a handle's workspace, a kernel loaded at its first use needs memory of the
+# driver (as do expandable segments), and on a CPU the C library reports it.
+_MESSAGES = (
     "out of memory",
     "unable to find an engine to execute",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -23,17 +22,18 @@ _WORDS = (
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that memory is full, whoever raised it."""
+    """Whether an error, of torch or another library, reports that memory is full."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    told = str(error)
-    return isinstance(error, RuntimeError) and any(word in told for word in _WORDS)
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(message in text for message in _MESSAGES)
 
 
 def give_back(device: torch.device) -> None:
-    """Return what nobody uses to a card, so that what comes next finds it in one piece.
+    """Free the GPU memory that torch has cached, so that large allocations fit again.
 
-    After an error this must be outside its `except`: within it, the failed try is still held.
+    After an error, call this outside the `except` block: within it, the traceback still holds the
+    failed attempt's tensors.
     """
     if device.type == "cuda":
         gc.collect()
@@ -41,7 +41,7 @@ def give_back(device: torch.device) -> None:
 
 
 def most_on(device: torch.device) -> float:
-    """Bytes that this process may take of a card, whoever else is on it: the same in every run."""
+    """Bytes of a GPU that this process may use, whatever others use: the same in every run."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    share: float = torch.cuda.get_per_process_memory_fraction(index)
-    return share * torch.cuda.get_device_properties(index).total_memory
+    fraction: float = torch.cuda.get_per_process_memory_fraction(index)
+    return fraction * torch.cuda.get_device_properties(index).total_memory

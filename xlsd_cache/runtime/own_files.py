@@ -1,7 +1,7 @@
-"""What these programs have written themselves, told by its content and not by its name.
+"""Recognises files that these programs wrote, by content rather than by name.
 
-A command replaces a file only where that is of the kind that it writes; and what a command wrote
-among images is no image to be trained on.
+A command overwrites only files of the kind that it writes, and images that a command has drawn are
+not trained on.
 """
 
 from collections.abc import Callable
@@ -16,28 +16,28 @@ from PIL.PngImagePlugin import PngInfo
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.bounded_files import open_regular, read_json, require_regular
 
-MARK = "xlsd"  # the name of a PNG's text and of a parquet file's metadata; in EXIF, a first word
+MARK = "xlsd"  # key of a PNG's text and of parquet metadata; first word of the EXIF software tag
 GENERATOR = '<meta name="generator" content="xlsd-train report">'
 _FIRST_PAGES = """content="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline';"""
 SOFTWARE = 0x0131  # the EXIF tag
-# What is ours in a folder that is a store, or a run: nothing in it is an image or a caption.
+# The parts of a store, and of a run: nothing in them is an image or a caption.
 STORE = frozenset("latents.zarr manifest captions staging stray rejected.parquet".split())
 RUN = frozenset("samples checkpoints base ema validation tensorboard".split())
 
 
 def refuse_foreign(path: Path, suffixes: tuple[str, ...], is_ours: Callable[[Path], bool]) -> None:
-    """Raises UserError where `path` has another suffix, or is there and not what `is_ours` knows.
+    """Raise UserError if `path` has another suffix, or is an existing file that is not ours.
 
-    To be asked before any work.
+    To be called before any work.
     """
     if path.suffix.lower() not in suffixes:
-        raise UserError(f"{path} does not end in {' or '.join(suffixes)}, as what it is to hold")
+        raise UserError(f"{path} must end in {' or '.join(suffixes)}")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file")
+        raise UserError(f"{path} is a folder; give a file")
     if path.exists() and not is_ours(path):
         raise UserError(
-            f"{path} exists, is not what this command writes, and is not overwritten; name another "
-            f"file, or remove it"
+            f"{path} exists and was not written by this command, so it is not overwritten; give "
+            f"another file, or remove it"
         )
 
 
@@ -51,7 +51,7 @@ def is_index(path: Path) -> bool:
 
 
 def is_page(path: Path) -> bool:
-    """Whether `xlsd-train report` or a run wrote this page, of whatever version."""
+    """Whether `xlsd-train report` or a run wrote this page, in any version."""
     try:
         with open_regular(path) as file:
             head = file.read(1024)
@@ -70,7 +70,7 @@ def is_picture(path: Path) -> bool:
 
 
 def marking(about: str) -> dict[str, Any]:
-    """Options of Pillow's `save` for a PNG, JPEG or WebP that `is_marked` is to know."""
+    """Options of Pillow's `save` that mark a PNG, JPEG or WebP for `is_marked`."""
     info = PngInfo()
     info.add_text(MARK, about)
     exif = Image.Exif()
@@ -79,21 +79,21 @@ def marking(about: str) -> dict[str, Any]:
 
 
 def is_marked(file: IO[bytes]) -> bool:
-    """Whether a file holds a picture of ours; reads its header alone, and raises for no content."""
+    """Whether a file is an image that we drew. Reads only the header, and never raises."""
     try:
         with Image.open(file) as image:
             # PNG's own getexif would decode the whole file to look for a late eXIf chunk.
             software = Image.Image.getexif(image).get(SOFTWARE, "")
             return MARK in image.info or str(software).startswith(f"{MARK} ")
-    except Exception:  # Pillow raises whatever a malformed header makes it stumble over
+    except Exception:  # Pillow raises errors of all kinds for a malformed header
         return False
 
 
 def own_names(folder: str, names: set[str]) -> frozenset[str]:
-    """Which names in a folder are a store's parts or a run's; anything else there is the user's."""
+    """The names in a folder that are parts of a store or a run; the others are the user's."""
     if "latents.zarr" in names:
-        told = _read(Path(folder, "latents.zarr", "zarr.json")).get("attributes")
-        if isinstance(told, dict) and told.get("format") == "xlsd-latents":
+        attributes = _read(Path(folder, "latents.zarr", "zarr.json")).get("attributes")
+        if isinstance(attributes, dict) and attributes.get("format") == "xlsd-latents":
             return STORE.intersection(names)
     if "config.json" in names and is_run(_read(Path(folder, "config.json"))):
         return RUN.intersection(names)
@@ -101,12 +101,12 @@ def own_names(folder: str, names: set[str]) -> frozenset[str]:
 
 
 def is_run(record: Any) -> bool:
-    """Whether this is what a run's config.json holds: programs of all kinds have such a file."""
+    """Whether this is the content of a run's config.json, a name that many programs use."""
     return isinstance(record, dict) and isinstance(record.get("settings"), dict)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is none."""
+    """The JSON object in a file; an empty one if there is none."""
     try:
         value = read_json(path)
     except (OSError, ValueError):

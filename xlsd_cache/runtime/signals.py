@@ -1,9 +1,8 @@
-"""Signals that ask a program to end, as a question to the work at hand and not as an exception.
+"""Graceful stop on SIGINT, SIGTERM and SIGHUP: a flag to poll instead of an exception.
 
-Ctrl-C (SIGINT); `kill`, systemd, SLURM, `docker stop` (SIGTERM); a terminal that closes (SIGHUP).
-The first is noted, and the work ends where it loses nothing. They come to one process or to all,
-once or again and again: a supervisor repeats what a launcher hands on. Only a person who types
-Ctrl-C twice wants the end at once.
+They come from Ctrl-C (SIGINT); from `kill`, systemd, SLURM or `docker stop` (SIGTERM); from a
+closed terminal (SIGHUP). The first is recorded, and the work stops where nothing is lost. A
+supervisor may signal one process or all, and repeatedly, so only a second Ctrl-C stops at once.
 """
 
 import os
@@ -12,33 +11,33 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-STOPPING = "xlsd-cache: stopping after the batch at hand; a second Ctrl-C stops at once, without it"
+STOPPING = "xlsd-cache: stopping after this batch; press Ctrl-C again to stop at once"
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 
 
 class StopSignal:
-    """Within the block the first signal is only noted in `asked`; a second Ctrl-C ends the program.
+    """Records the first stop signal in a `with` block; a second Ctrl-C raises KeyboardInterrupt.
 
-    With `answer`, the first is answered on stderr at once and the second Ctrl-C ends the process
-    where it is, whatever its threads are doing: for work that may be killed at any moment.
+    With `answer`, a text printed to stderr at the first signal, a second Ctrl-C ends the process at
+    once instead, whatever its threads are doing: for work that may be killed at any moment.
     """
 
     def __init__(self, answer: str = "") -> None:
-        self.asked = 0  # the first signal's number, 0 while there was none
+        self.asked = 0  # the first signal's number; 0: none yet
         self._typed = False  # Ctrl-C
         self._answer = answer
         self._before: dict[int, Any] = {}
 
     @property
     def hurries(self) -> bool:
-        """Whether a supervisor waits, or nobody is left to read: nothing slow is to be begun."""
+        """Whether a supervisor waits or the terminal is gone: start nothing slow."""
         return self.asked not in {0, signal.SIGINT}
 
     def __enter__(self) -> "StopSignal":
         for number in SIGNALS:
-            # nohup has SIGHUP ignored, and so it stays.
+            # Under nohup SIGHUP is ignored, and stays so.
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._ask)
         return self
@@ -62,6 +61,6 @@ class StopSignal:
 
 
 def _tell(text: str) -> None:
-    """A line of its own below a progress bar; not by print, whose buffer may be in use here."""
+    """Write a line below a progress bar. Not by print, whose buffer may be in use here."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

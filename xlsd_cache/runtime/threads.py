@@ -1,4 +1,4 @@
-"""A long stream through threads, a block at a time: in order, and never far ahead of its reader."""
+"""Maps a function over blocks of a long stream with threads: in order, with bounded look-ahead."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,13 +10,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_blocks(
+def map_blocks(
     function: Callable[[list[Item]], Result], items: Iterable[Item], size: int, workers: int
 ) -> Iterator[Result]:
-    """`function` of each block of `size` items, in the items' order.
+    """Yield `function(block)` for each block of `size` items, in order.
 
-    Disks answer several questions at once, so threads pay even where Python runs one at a time.
-    What is still waiting when the reader stops is cancelled.
+    Disks serve several requests at once, so threads help in spite of Python's lock. Blocks that
+    have not started when the caller stops are cancelled.
     """
     stream = iter(items)
     queue: deque[Future[Result]] = deque()

@@ -16,7 +16,7 @@ from xlsd_cache.files.captions import CAPTION_BYTES, Column, LeftOut, read_capti
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, is_image
 from xlsd_cache.runtime.arrow import lookup, take_or_null
 from xlsd_cache.runtime.bounded_files import read_regular
-from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.schema import CAPTIONS, IMAGES
 from xlsd_cache.sources.allowed_folders import AllowedFolders
 from xlsd_cache.sources.filters import select_images
@@ -231,7 +231,7 @@ def _take(
     tables = [IMAGES.empty_table()]
     read = partial(_read_block, columns=columns, urls=urls)
     with progress_bar(desc="scanning", unit="file", delay=2) as bar:  # seconds of silence
-        for images, captions, remarks in in_blocks(read, stream, _BLOCK, workers):
+        for images, captions, remarks in map_blocks(read, stream, _BLOCK, workers):
             tables.append(images)
             collected.captions.append(captions)
             collected.remarks.update(remarks)
@@ -286,7 +286,7 @@ def _url(data: bytes | LeftOut | None) -> str | None:
 
 def read_urls(sources: list[str]) -> pa.Array:
     """The urls of images that are files, from the .json next to each."""
-    blocks = in_blocks(_read_urls, sources, _BLOCK, 8)
+    blocks = map_blocks(_read_urls, sources, _BLOCK, 8)
     return pa.array([url for block in blocks for url in block], pa.string())
 
 

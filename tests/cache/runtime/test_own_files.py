@@ -21,16 +21,16 @@ Out = pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("command", "name", "told"),
     [
-        ("export-index", "photo.jpg", "does not end in .parquet"),
-        ("export-index", "table.csv", "does not end in .parquet"),
-        ("export-index", "none", "does not end in .parquet"),
-        ("export-index", "theirs.parquet", "is not what this command writes"),
-        ("export-index", "renamed.parquet", "is not what this command writes"),
-        ("preview", "photo.jpg", "is not what this command writes"),
-        ("preview", "photo.PNG", "is not what this command writes"),
-        ("preview", "photo.webp", "is not what this command writes"),
-        ("preview", "text.png", "is not what this command writes"),
-        ("preview", "link.png", "is not what this command writes"),
+        ("export-index", "photo.jpg", "must end in .parquet"),
+        ("export-index", "table.csv", "must end in .parquet"),
+        ("export-index", "none", "must end in .parquet"),
+        ("export-index", "theirs.parquet", "was not written by this command"),
+        ("export-index", "renamed.parquet", "was not written by this command"),
+        ("preview", "photo.jpg", "was not written by this command"),
+        ("preview", "photo.PNG", "was not written by this command"),
+        ("preview", "photo.webp", "was not written by this command"),
+        ("preview", "text.png", "was not written by this command"),
+        ("preview", "link.png", "was not written by this command"),
         ("preview", "folder.png", "is a folder"),
     ],
 )
@@ -98,7 +98,7 @@ def test_what_commands_wrote_among_the_images_is_not_trained(
     assert cache("build", *rest, "--captions", "parquet:txt,none-such") == 1  # a table of ours only
     capsys.readouterr()
     assert cache("build", *rest) == 0
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     assert "tables of export-index" in printed
     assert "parts of stores and runs" in printed
     told = sums(out, capsys)

@@ -51,7 +51,7 @@ def test_a_signal_is_answered_in_the_middle_of_a_batch(
     for number in numbers:  # as systemd does: to all
         for each in (process, *children):
             os.kill(each.pid, number)
-        wait_for(lambda: "\nxlsd-cache: stopping after the batch at hand" in log.read_text())
+        wait_for(lambda: "\nxlsd-cache: stopping after this batch" in log.read_text())
     if ends:
         process.join()
         assert process.exitcode == 128 + signal.SIGINT
