@@ -260,6 +260,12 @@ def test_the_architecture_page_has_every_room() -> None:
         assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == rooms
 
 
+def test_the_reference_has_every_public_name() -> None:
+    names = re.findall(r"^::: ([\w.]+)$", (DOCS / "reference" / "api.md").read_text(), re.MULTILINE)
+    public = [f"{it.__name__}.{name}" for it in (xlsd_cache, xlsd_train) for name in it.__all__]
+    assert sorted(names) == sorted(name for name in public if not name.endswith("__"))
+
+
 def test_the_reference_has_every_option_with_what_it_means() -> None:
     rows = [line for line in GENERATED["reference/cli.md"].splitlines() if line.startswith("| `")]
     assert len(rows) > 150
