@@ -27,7 +27,7 @@ REASONS: dict[Reason, str] = {  # what each means
     "bad_name": "the file's name is not UTF-8",
     "too_elongated": "its ratio is beyond --max-ratio",
     "too_small": "it does not fill its bucket, and --upscale is off",
-    "mask": "by its name, a mask or condition image of the image beside it",
+    "mask": "by its name, a mask or condition image of the image next to it",
     "made_here": "a picture that one of these programs drew",
     "duplicate": "the same bytes as another image",
     "non_finite": "the VAE gave NaN or infinity",

@@ -46,7 +46,7 @@ class Vae:
     name: str  # as the user gave it
     source: str  # hub repository or local path
     model: Any  # AutoencoderKL | AutoencoderTiny
-    sha256: str  # of the weights as fp32, whatever the file format
+    sha256: str  # of the weights as fp32, for any file format
     encoder_sha256: str  # of the encoder half's
     padding: Padding = "zeros"  # zeros | reflect
 

@@ -58,7 +58,7 @@ def repair(store: StoreView, problems: list[Problem]) -> Repaired:
         places = [(p.unit, p.rows) for p in problems if p.kind == "latents" and p.unit]
         lost: set[tuple[str, int]] = {(unit.bucket, row) for unit, rows in places for row in rows}
         for problem in problems:
-            lost |= _mend(store, problem, result)
+            lost |= _repair_one(store, problem, result)
         _plan_again(store, lost, result)
         if result.done or result.to_encode or result.gone:
             (manifest.root / "index.arrow").unlink(missing_ok=True)  # derived from the log before
@@ -66,7 +66,7 @@ def repair(store: StoreView, problems: list[Problem]) -> Repaired:
     return result
 
 
-def _mend(store: StoreView, problem: Problem, result: Repaired) -> set[tuple[str, int]]:
+def _repair_one(store: StoreView, problem: Problem, result: Repaired) -> set[tuple[str, int]]:
     """Repair one problem; returns the places whose latents are lost."""
     manifest, path = store.manifest, store.manifest.root / problem.where
     done, lost = "", set[tuple[str, int]]()
@@ -87,15 +87,15 @@ def _mend(store: StoreView, problem: Problem, result: Repaired) -> set[tuple[str
     elif problem.kind == "captions":
         done = f"renamed to {_set_aside(path)}: build, or import the captions, again"
     elif problem.kind == "commit" and problem.unit:
-        done, lost = _mend_commit(store, problem.unit)
+        done, lost = _rebuild_commit(store, problem.unit)
     elif problem.kind == "shard" and problem.unit:
-        done, lost = _mend_shard(store, problem.unit)
+        done, lost = _rebuild_shard(store, problem.unit)
     if done:
         result.done.append(f"{problem.where} {done}")
     return lost
 
 
-def _mend_commit(store: StoreView, unit: ShardId) -> tuple[str, set[tuple[str, int]]]:
+def _rebuild_commit(store: StoreView, unit: ShardId) -> tuple[str, set[tuple[str, int]]]:
     """Rebuild a lost commit record from the shard's rows whose checksums are right.
 
     Without the shard, nothing is committed and the next build writes both.
@@ -132,7 +132,7 @@ def _mend_commit(store: StoreView, unit: ShardId) -> tuple[str, set[tuple[str, i
     return f"rebuilt: {held} of {len(rows)} latents are in the shard and right", lost
 
 
-def _mend_shard(store: StoreView, unit: ShardId) -> tuple[str, set[tuple[str, int]]]:
+def _rebuild_shard(store: StoreView, unit: ShardId) -> tuple[str, set[tuple[str, int]]]:
     """Rebuild a shard file, with its index, from the records that are right.
 
     A record belongs to the row that was committed with its checksum.

@@ -88,7 +88,7 @@ def verify_places(store: StoreView) -> list[Problem]:
         journal = manifest.staging / f"{unit.name}.jnl"  # a running or killed build
         if manifest.shard(unit).exists() and not journal.exists():
             where = store.relative(manifest.commit(unit))
-            lost = Problem("commit", where, "is missing, its shard is there", unit=unit)
+            lost = Problem("commit", where, "is missing, but its shard exists", unit=unit)
             problems.append(_with_planned_images(store, lost))
     for unit in sorted(committed - planned):
         where = store.relative(manifest.commit(unit))

@@ -33,7 +33,7 @@ from xlsd_cache.store.view import StoreView
 BATCH = 1 << 20
 _BUCKET = 1 << 40  # step from one bucket's places to the next's
 
-_OWN = SAMPLES.names[:-2]  # the columns that are the plan's
+_OWN = SAMPLES.names[:-2]  # the columns from PLAN
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ def _captions(
     """
     keys_of_lines = manifest.caption_lines(generation, column, "key")
     last = last_per_key(pa.table({"key": keys_of_lines}), ["key"])
-    found = pc.index_in(keys, value_set=keys_of_lines.take(last)).fill_null(len(last)).to_numpy()
-    at = np.append(last, -1)[found]
-    del keys_of_lines, found
+    key_of = pc.index_in(keys, value_set=keys_of_lines.take(last)).fill_null(len(last)).to_numpy()
+    at = np.append(last, -1)[key_of]
+    del keys_of_lines, key_of
     _give_back()
     texts = manifest.caption_lines(generation, column, "text")
     length = pc.binary_length(texts).to_numpy()

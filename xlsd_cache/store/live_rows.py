@@ -74,11 +74,11 @@ def live_faults(manifest: Manifest, snapshot: Snapshot) -> dict[str, str]:
     faults = {}
     for bucket, mask in live_masks(manifest, snapshot).items():
         try:
-            there = zarr.open_array(manifest.array(FOLDER) / bucket, mode="r")[:]
+            stored = zarr.open_array(manifest.array(FOLDER) / bucket, mode="r")[:]
         except Exception:  # zarr raises anything for damaged files
-            there = None
-        if there is None or not np.array_equal(np.flatnonzero(there), np.flatnonzero(mask)):
-            what = "is missing or not readable" if there is None else "is not what the log says"
+            stored = None
+        if stored is None or not np.array_equal(np.flatnonzero(stored), np.flatnonzero(mask)):
+            what = "is missing or not readable" if stored is None else "is not what the log says"
             faults[f"latents.zarr/{FOLDER}/{bucket}"] = what
     return faults
 

@@ -97,8 +97,10 @@ class Manifest:
         """The shards that have a commit record."""
         folder = self.root / "manifest" / "commit"
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        found = (re.fullmatch(r"(\d+x\d+)\.(\d{1,10})\.parquet", name, re.ASCII) for name in names)
-        return {ShardId(it[1], int(it[2])) for it in found if it and is_bucket(it[1])}
+        matches = (
+            re.fullmatch(r"(\d+x\d+)\.(\d{1,10})\.parquet", name, re.ASCII) for name in names
+        )
+        return {ShardId(it[1], int(it[2])) for it in matches if it and is_bucket(it[1])}
 
     def write_plan(
         self,
@@ -187,9 +189,9 @@ class Manifest:
             with _readable(path):
                 require_regular(path)
                 batches = pq.ParquetFile(path).iter_batches(1 << 17, columns=["column", field])
-                found = [b[field].filter(pc.equal(b["column"], column)) for b in batches]
-                pa.chunked_array(found, pa.string()).validate(full=True)
-                chunks += found
+                values = [b[field].filter(pc.equal(b["column"], column)) for b in batches]
+                pa.chunked_array(values, pa.string()).validate(full=True)
+                chunks += values
         return pa.chunked_array(chunks, pa.string())
 
     def files(self, generation: int) -> list[Path]:
@@ -285,5 +287,5 @@ def _link_error(path: Path, what: str) -> UserError:
 def _numbers(folder: Path, pattern: str) -> list[int]:
     if not folder.is_dir():
         return []
-    found = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)

@@ -159,7 +159,7 @@ def _journal_lines(rows: Iterable[ShardRow]) -> bytes:
 
 
 def read_journal(path: Path) -> dict[int, ShardRow]:
-    """The rows that a journal names; what follows a torn or damaged line is not believed."""
+    """The rows that a journal lists, up to the first incomplete or damaged line."""
     rows: dict[int, ShardRow] = {}
     if not path.exists():
         return rows

@@ -47,17 +47,17 @@ def array_rows(path: Path) -> int | None:
 def array_fault(store: StoreView, bucket: str, rows: int) -> str:
     """What is wrong with the zarr.json of a bucket with `rows` planned rows; empty if nothing."""
     try:
-        there = zarr.open_array(store.manifest.array(bucket), mode="r").metadata
+        existing = zarr.open_array(store.manifest.array(bucket), mode="r").metadata
     except FileNotFoundError:
         return "is missing"
     except Exception as error:  # zarr raises anything for damaged JSON
         return f"is not readable: {one_line(error)}"
-    if not isinstance(there, ArrayV3Metadata):
+    if not isinstance(existing, ArrayV3Metadata):
         return "is of another zarr format"
     ours = zarr.open_array(_in_memory(store, bucket, rows), path=bucket).metadata
-    if there.shape[1:] == ours.shape[1:] and there.shape[0] < ours.shape[0]:
-        return f"is too short: {there.shape[0]} rows, where {ours.shape[0]} are planned"
-    return "" if replace(ours, shape=there.shape) == there else "is not as xlsd-cache writes it"
+    if existing.shape[1:] == ours.shape[1:] and existing.shape[0] < ours.shape[0]:
+        return f"is too short: {existing.shape[0]} rows, where {ours.shape[0]} are planned"
+    return "" if replace(ours, shape=existing.shape) == existing else "has another layout"
 
 
 def write_array(store: StoreView, bucket: str, rows: int) -> None:

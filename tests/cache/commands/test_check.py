@@ -77,7 +77,7 @@ def test_a_missing_commit_names_its_images(copy: Path, capsys: Out) -> None:
     keys = pq.read_table(record)["key"].to_pylist()
     record.unlink()
     missing, unfinished, stale = wrong(copy, capsys)
-    assert "192x64.0.parquet is missing, its shard is there; 3 images: " in missing
+    assert "192x64.0.parquet is missing, but its shard exists; 3 images: " in missing
     assert all(key in missing for key in keys)
     assert "3 images are not encoded yet" in unfinished
     assert "index.arrow is stale" in stale
