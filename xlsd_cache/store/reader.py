@@ -53,7 +53,9 @@ class LatentStore:
         }
         # The least recently used are dropped, and close with their last reader. The cache has no
         # lock: a process forked while another thread reads can read too.
-        self._shard = lru_cache(_raise_file_limit())(view.open_shard)
+        self._shard = lru_cache(_raise_file_limit())(  # by the cheapest key: asked for every row
+            lambda bucket, number: view.open_shard(ShardId(bucket, number))
+        )
 
     @classmethod
     def open(cls, path: str | Path, generation: int | None = None) -> "LatentStore":
@@ -125,7 +127,7 @@ class LatentStore:
         flat = out.reshape(len(rows), int(np.prod(shape[1:]))).view(np.uint8)
         for number, slot, place in self._in_order(rows):
             try:
-                self._shard(ShardId(bucket, number)).read_into(slot, flat[place])
+                self._shard(bucket, number).read_into(slot, flat[place])
             except (CorruptShard, OSError) as error:
                 row = number * self.rows_per_shard + slot
                 raise UserError(
@@ -139,7 +141,7 @@ class LatentStore:
         """Start reading these rows into the page cache, without waiting."""
         for number, slot, _ in self._in_order(rows):
             try:
-                self._shard(ShardId(bucket, number)).will_need(slot)
+                self._shard(bucket, number).will_need(slot)
             except (CorruptShard, OSError):
                 return  # only a hint; `read` reports it
 
