@@ -1,7 +1,7 @@
 """Lists the members of tars and zips, each with the source URI that reads it in place later.
 
-The last member of a name counts, as it does when the archive is unpacked. What is said here of an
-image that is rejected goes to the log as its detail, so these texts must not change.
+The last member of a name counts, as it does when the archive is unpacked. The
+`detail` of a rejected image goes to the log, so these texts must not change.
 """
 
 import zlib

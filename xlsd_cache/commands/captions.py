@@ -24,7 +24,8 @@ from xlsd_cache.runtime.atomic import sweep
 from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.schema import PLAN
 from xlsd_cache.sources.records import Record, Search, Tally, given_table
-from xlsd_cache.sources.scan import named_roots, read_urls, records_of
+from xlsd_cache.sources.scan import named_roots, records_of
+from xlsd_cache.sources.sidecars import read_urls
 from xlsd_cache.store.index import make_snapshot, save_snapshot
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.tables.columns import Rows, is_table

@@ -60,25 +60,17 @@ def read_headers(
 
     Sizes are given whatever they are; `max_pixels` only limits the memory that parsing may take.
     """
-
-    def keep(row: Row) -> bool:
-        # A passing fault, and a verdict that depends on a limit, must not be found in the journal.
-        return row[2] not in RETRIED | LIMITED
-
-    header, results = partial(_header, workers, max_pixels), _Journal(journal, HEADERS, keep)
-    return _read(files, HEADERS, header, results, workers, "reading headers")
+    # A passing fault, and a verdict that depends on a limit, must not be found in the journal.
+    results = _Journal(journal, HEADERS, keep=lambda row: row[2] not in RETRIED | LIMITED)
+    return _read(files, partial(_header, workers, max_pixels), results, workers, "reading headers")
 
 
 def read_hashes(
     files: pa.Table, journal: Path | None, workers: int, doing: str = "finding duplicates"
 ) -> pa.Array:
     """sha256 of `files` (FILES), aligned; empty where one cannot be read: encoding will say why."""
-
-    def keep(row: Row) -> bool:
-        return bool(row[0])
-
-    table = _read(files, HASHES, _hash, _Journal(journal, HASHES, keep), workers, doing)
-    return table["content_hash"].combine_chunks()
+    results = _Journal(journal, HASHES, keep=lambda row: bool(row[0]))
+    return _read(files, _hash, results, workers, doing)["content_hash"].combine_chunks()
 
 
 def _header(workers: int, max_pixels: int, file: File) -> Row:
@@ -122,26 +114,19 @@ def _hash(file: File) -> Row:
 
 
 def _read(
-    files: pa.Table,
-    schema: pa.Schema,
-    function: Callable[[File], Row],
-    journal: "_Journal",
-    workers: int,
-    title: str,
+    files: pa.Table, function: Callable[[File], Row], journal: "_Journal", workers: int, title: str
 ) -> pa.Table:
     """`function` of each file as a table; files that the journal has are not read again."""
     journaled, rows = journal.read(files)
     todo = np.flatnonzero(rows < 0)
     tables: list[pa.Table] = [journaled.take(pa.array(rows[rows >= 0]))]
-    done, total = len(rows) - len(todo), len(rows)
-    with progress_bar(
-        desc=title, total=total, initial=done, unit="file", disable=len(todo) < 99
-    ) as bar:
+    done, few = len(rows) - len(todo), len(todo) < 99
+    with progress_bar(desc=title, total=len(rows), initial=done, unit="file", disable=few) as bar:
         parts = (todo[i : i + 4096] for i in range(0, len(todo), 4096))
         stream = (file for part in parts for file in _listed(files, part))
         # The journal is written block by block: a kill loses only what the threads hold.
         for block in map_blocks(partial(_each, function), stream, _BLOCK, workers):
-            tables.append(_table([result for _, result in block], schema))
+            tables.append(_table([result for _, result in block], journal.schema))
             journal.append(block)
             bar.update(len(block))
     order = np.concatenate([np.flatnonzero(rows >= 0), todo])

@@ -12,10 +12,9 @@ import pyarrow.compute as pc
 
 from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.errors import UserError
-from xlsd_cache.files.captions import CAPTION_BYTES, Column, LeftOut, read_captions, read_object
+from xlsd_cache.files.captions import Column, read_captions
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, is_image
 from xlsd_cache.runtime.arrow import lookup, take_or_null
-from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.schema import CAPTIONS, IMAGES
 from xlsd_cache.sources.allowed_folders import AllowedFolders
@@ -31,7 +30,8 @@ from xlsd_cache.sources.records import (
     given_table,
     row_records,
 )
-from xlsd_cache.tables.columns import TABLE_SUFFIXES, URLS, is_table
+from xlsd_cache.sources.sidecars import url_of
+from xlsd_cache.tables.columns import TABLE_SUFFIXES, is_table
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
 from xlsd_cache.tables.row_outcomes import Matches
 
@@ -262,7 +262,7 @@ def _read_block(
         pa.array([record.source for record in records], pa.string()),
         *(pa.array(values, pa.int64()) for values in stats),
         pa.array(
-            [_url(record.sidecar("json")) if urls else None for record in records], pa.string()
+            [url_of(record.sidecar("json")) if urls else None for record in records], pa.string()
         ),
         pa.array([record.reason for record in records], pa.string()),
         pa.array([record.detail for record in records], pa.string()),
@@ -274,30 +274,6 @@ def _read_block(
         ),
         remarks,
     )
-
-
-def _url(data: bytes | LeftOut | None) -> str | None:
-    """The url of an image, from the .json next to it."""
-    value, _ = read_object(data)
-    if not isinstance(value, dict):
-        return None
-    return next((url for name in URLS if isinstance(url := value.get(name), str)), None)
-
-
-def read_urls(sources: list[str]) -> pa.Array:
-    """The urls of images that are files, from the .json next to each."""
-    blocks = map_blocks(_read_urls, sources, _BLOCK, 8)
-    return pa.array([url for block in blocks for url in block], pa.string())
-
-
-def _read_urls(sources: list[str]) -> list[str | None]:
-    urls: list[str | None] = []
-    for source in sources:
-        try:
-            urls.append(_url(read_regular(Path(source).with_suffix(".json"), CAPTION_BYTES)))
-        except (OSError, ValueError):
-            urls.append(None)
-    return urls
 
 
 def _each_once(images: pa.Table, tally: Tally) -> pa.Table:

@@ -4,10 +4,17 @@ import errno
 import os
 import unicodedata
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pyarrow as pa
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.files.captions import CAPTION_BYTES, TOO_LARGE, LeftOut
-from xlsd_cache.runtime.bounded_files import open_regular
+from xlsd_cache.files.captions import CAPTION_BYTES, TOO_LARGE, LeftOut, read_object
+from xlsd_cache.runtime.bounded_files import open_regular, read_regular
+from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.tables.columns import URLS
+
+_BLOCK = 256  # files per task of a thread
 
 
 class Names:
@@ -87,3 +94,27 @@ def no_sidecar(suffix: str) -> bytes | None:
     """None: an image in a table's cell has no files next to it."""
     del suffix
     return None
+
+
+def url_of(data: bytes | LeftOut | None) -> str | None:
+    """The url of an image, from the .json next to it."""
+    value, _ = read_object(data)
+    if not isinstance(value, dict):
+        return None
+    return next((url for name in URLS if isinstance(url := value.get(name), str)), None)
+
+
+def read_urls(sources: list[str]) -> pa.Array:
+    """The urls of images that are files, from the .json next to each."""
+    blocks = in_blocks(_read_urls, sources, _BLOCK, 8)
+    return pa.array([url for block in blocks for url in block], pa.string())
+
+
+def _read_urls(sources: list[str]) -> list[str | None]:
+    urls: list[str | None] = []
+    for source in sources:
+        try:
+            urls.append(url_of(read_regular(Path(source).with_suffix(".json"), CAPTION_BYTES)))
+        except (OSError, ValueError):
+            urls.append(None)
+    return urls
