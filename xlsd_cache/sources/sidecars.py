@@ -11,7 +11,7 @@ import pyarrow as pa
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import CAPTION_BYTES, TOO_LARGE, LeftOut, read_object
 from xlsd_cache.runtime.bounded_files import open_regular, read_regular
-from xlsd_cache.runtime.threads import in_blocks
+from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.tables.columns import URLS
 
 _BLOCK = 256  # files per task of a thread
@@ -106,7 +106,7 @@ def url_of(data: bytes | LeftOut | None) -> str | None:
 
 def read_urls(sources: list[str]) -> pa.Array:
     """The urls of images that are files, from the .json next to each."""
-    blocks = in_blocks(_read_urls, sources, _BLOCK, 8)
+    blocks = map_blocks(_read_urls, sources, _BLOCK, 8)
     return pa.array([url for block in blocks for url in block], pa.string())
 
 
