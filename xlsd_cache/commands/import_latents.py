@@ -1,4 +1,4 @@
-"""`xlsd-cache import`: other programs' cached latents into a store, compared before they are."""
+"""`xlsd-cache import`: check other trainers' cached latents and copy them into a store."""
 
 import json
 import logging
@@ -14,12 +14,12 @@ from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.accounting import Accounting
-from xlsd_cache.interop.cache_files import KEEPS, find
+from xlsd_cache.interop.cache_files import KEEPS, list_caches
 from xlsd_cache.interop.crops import add_crops
-from xlsd_cache.interop.items import Item, Peeked, make_items, peek_all
-from xlsd_cache.interop.pairing import image_records
-from xlsd_cache.interop.plausibility import Verdict
-from xlsd_cache.interop.proving import Prover, settle
+from xlsd_cache.interop.items import ImportItem, Peeked, make_items, peek_all
+from xlsd_cache.interop.latent_check import LatentCheck, mark_rejected
+from xlsd_cache.interop.pairing import list_images
+from xlsd_cache.interop.plausibility import CacheVerdict
 from xlsd_cache.interop.transfer import DIVIDED, Transfer, order, plan_imports
 from xlsd_cache.options import ImportOptions
 from xlsd_cache.planning.caption_diff import caption_changes
@@ -43,35 +43,35 @@ log = logging.getLogger("xlsd.cache.commands")
 
 
 def import_caches(config: ImportOptions, began: float | None = None) -> Accounting | None:
-    """Add what the cache folders hold to the store; None after a dry run.
+    """Add the latents of the cache folders to the store; None after a dry run.
 
-    Nothing leaves a store by an import: folders may be given one after the other, and be gone
-    afterwards. Raises UserError before anything is written where the latents are not those of the
-    named VAE and of their images, or where that is not known and not forced.
+    An import removes nothing, so folders may be imported one after the other and deleted after.
+    Raises UserError before anything is written where the latents are not the VAE's latents of their
+    images, or where that is unknown and not forced.
     """
     began = began or time.time()
     for line in json.dumps(asdict(config), indent=2, default=str).splitlines():
         log.info(line)
     log.info(set_precision("fp32"))
     require_vae(config.vae)
-    found = find(config.cache)
-    told = peek_all(found, config.workers)
-    kind = _kind(config, told)
+    listing = list_caches(config.cache)
+    peeked = peek_all(listing, config.workers)
+    kind = _kind(config, peeked)
     if kind == "simpletuner":
-        told = add_crops(told, (*config.cache, *([config.images] if config.images else [])))
-    records = image_records(found, config.images, config.caption_columns)
+        peeked = add_crops(peeked, (*config.cache, *([config.images] if config.images else [])))
+    records = list_images(listing, config.images, config.caption_columns)
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
-    prover = Prover(config, vae, device_of(config.device), kind, _is_divided(config.out))
-    items, other = make_items(told, records, vae.channels, config.workers, prover.choose)
-    _say_found(items, kind, found.passed_over + other, config)
+    check = LatentCheck(config, vae, device_of(config.device), kind, _is_divided(config.out))
+    items, other = make_items(peeked, records, vae.channels, config.workers, check.choose)
+    _log_items(items, kind, listing.passed_over + other, config)
     manifest = Manifest(config.out)
     imports = plan_imports(manifest, items)
     fresh = _of(imports.fresh, items)
-    verdict = prover.prove(
+    verdict = check.run(
         [item for item in fresh if item.origin not in imports.again],
         [item for item in fresh if item.origin in imports.again],
     )
-    items = settle(items, prover.refused)
+    items = mark_rejected(items, check.rejected)
     imports = plan_imports(manifest, items)
     identity = _identity(config.out, vae, kind, verdict, _of(imports.fresh, items))
     stored = stored_identity(config.out, vae, config.dry_run)
@@ -94,40 +94,40 @@ def import_caches(config: ImportOptions, began: float | None = None) -> Accounti
     return counts
 
 
-def _of(entries: list[PlanEntry], items: list[Item]) -> list[Item]:
-    """The items that these entries are of."""
+def _of(entries: list[PlanEntry], items: list[ImportItem]) -> list[ImportItem]:
+    """The items of these entries."""
     origins = {entry["detail"] for entry in entries}
     return [item for item in items if item.origin in origins]
 
 
-def _kind(config: ImportOptions, told: list[Peeked]) -> str:
+def _kind(config: ImportOptions, peeked: list[Peeked]) -> str:
     """The program that made the caches. Raises UserError where several did."""
     files: dict[str, Path] = {}
-    for file, held in told:
-        if isinstance(held, list):
-            files.setdefault(held[0].kind, file.path)
+    for file, contents in peeked:
+        if isinstance(contents, list):
+            files.setdefault(contents[0].kind, file.path)
     if len(files) > 1:
         raise UserError(
-            f"{', '.join(map(str, config.cache))} hold caches of {' and '.join(sorted(files))}, "
-            f"which were made differently ({', '.join(str(files[kind]) for kind in sorted(files))} "
-            f"for example); import each kind into a store of its own"
+            f"{', '.join(map(str, config.cache))}: caches of {' and '.join(sorted(files))}, e.g. "
+            f"{', '.join(str(files[kind]) for kind in sorted(files))}. Import each kind into a "
+            f"store of its own."
         )
-    return next(iter(files), told[0][0].kind)
+    return next(iter(files), peeked[0][0].kind)
 
 
 def _is_divided(out: Path) -> bool:
-    """Whether the store's latents were scaled, and divided when they were imported."""
+    """Whether the store's latents were imported scaled, and divided."""
     if not (out / "latents.zarr" / "zarr.json").exists():
         return False
     return DIVIDED in str(read_attributes(out)[0].preprocessing)
 
 
 def _identity(
-    out: Path, vae: Vae, kind: str, verdict: Verdict | None, fresh: list[Item]
+    out: Path, vae: Vae, kind: str, verdict: CacheVerdict | None, fresh: list[ImportItem]
 ) -> Identity:
-    """What imported latents are valid for: never what ours are, so that no build mixes them.
+    """The identity of imported latents, which differs from a build's, so that the two never mix.
 
-    Where nothing new tells, the store's own word stands.
+    Where nothing new was measured, the store's identity stays.
     """
     stored = None
     if (out / "latents.zarr" / "zarr.json").exists():
@@ -135,7 +135,7 @@ def _identity(
     made = f"{kind} {KEEPS[kind]}"
     divided = f"{made}{DIVIDED}{vae.scaling_factor:g}"
     scaled = verdict.scaled if verdict else stored is not None and stored.preprocessing == divided
-    half = not scaled and all(item.held.half for item in fresh)
+    half = not scaled and all(item.latent.half for item in fresh)
     if stored is not None and (stored.dtype == "float32" or not fresh):
         half = stored.dtype == "float16"
     return identity_of(
@@ -143,25 +143,25 @@ def _identity(
         dtype="float16" if half else "float32",
         precision="unknown",
         preprocessing=divided if scaled else made,
-        resolution=0,  # of each image its own
+        resolution=0,  # differs by image
         buckets="imported",
         max_ratio=0.0,
         upscale=False,
     )
 
 
-def _write_plan(config: ImportOptions, store: StoreView, items: list[Item]) -> int:
+def _write_plan(config: ImportOptions, store: StoreView, items: list[ImportItem]) -> int:
     """Create the store if there is none and log the next generation; returns the newest."""
     manifest, identity = store.manifest, store.identity
     with plan_lock(manifest):
-        imports = plan_imports(manifest, items)  # again: another process may have planned
+        imports = plan_imports(manifest, items)  # again, since another process may have planned
         generations = manifest.generations()
         captions = _caption_changes(manifest, items, config.caption_columns)
         if generations and not (imports.entries or imports.removed or captions.num_rows):
             return generations[-1]
         newest = max(generations, default=-1)
         next_rows = next_free_rows(manifest.planned(newest), store.rows_per_shard)
-        # An order that looks random and depends on the keys alone, as a build's.
+        # A pseudo-random order that depends on the keys alone, as in a build.
         for entry in sorted(imports.fresh, key=lambda e: order(e["key"])):
             entry["row"] = next_rows.get(entry["bucket"], 0)
             next_rows[entry["bucket"]] = entry["row"] + 1
@@ -178,8 +178,10 @@ def _write_plan(config: ImportOptions, store: StoreView, items: list[Item]) -> i
         return generation
 
 
-def _caption_changes(manifest: Manifest, items: list[Item], columns: tuple[str, ...]) -> pa.Table:
-    """Captions of the images that are there, where they differ from the log's."""
+def _caption_changes(
+    manifest: Manifest, items: list[ImportItem], columns: tuple[str, ...]
+) -> pa.Table:
+    """The captions that differ from the journal's."""
     images = [(item.key, item.image) for item in items if item.image and not item.rejected]
     texts = [
         {"key": key, "column": column, "text": text}
@@ -191,17 +193,17 @@ def _caption_changes(manifest: Manifest, items: list[Item], columns: tuple[str, 
     return caption_changes(keys, pa.Table.from_pylist(texts, CAPTIONS), columns, known)
 
 
-def _say_found(items: list[Item], kind: str, passed_over: int, config: ImportOptions) -> None:
+def _log_items(items: list[ImportItem], kind: str, passed_over: int, config: ImportOptions) -> None:
     with_image = sum(item.image is not None for item in items)
     log.info(
         f"found {len(items)} latents of {kind} ({KEEPS[kind]} of the posterior), {with_image} "
-        f"with their image" + (f"; passed over {passed_over} other files" if passed_over else "")
+        f"with their image" + (f"; ignored {passed_over} other files" if passed_over else "")
     )
-    beside = Counter(name for item in items for name in item.held.beside)
+    ignored = Counter(name for item in items for name in item.latent.ignored)
     for name, what in (("latents_flipped", "flipped latents"), ("alpha_mask", "alpha masks")):
-        if beside[name]:
-            log.warning(f"passed over {beside[name]} {what} ({name})")
+        if ignored[name]:
+            log.warning(f"ignored {ignored[name]} {what} ({name})")
     for column in config.caption_columns:
         texts = sum(column in item.image.captions for item in items if item.image)
         if texts < len(items):
-            log.warning(f"no {column!r} caption: {len(items) - texts} of {len(items)} latents")
+            log.warning(f"{len(items) - texts} of {len(items)} latents have no {column!r} caption")

@@ -1,13 +1,13 @@
-"""Other programs' latent caches: which files there are, and by which names each may be an image's.
+"""Find the latent caches of other trainers, and the image names that each file may belong to.
 
-What each writes, read in its public source; no code of theirs is here:
+What each trainer writes, as its public source says (no code of theirs is here):
 
-kohya-ss/sd-scripts, one `.npz` an image, beside it or in the same place below another folder
+kohya-ss/sd-scripts, one `.npz` an image, next to it or at the same path in another folder
     library/strategy_sd.py `SdSdxlLatentsCachingStrategy.cache_batch_latents` keeps one draw,
     `latent_dist.sample()`, unscaled. library/strategy_base.py `save_latents_to_disk` writes it as
     float32 [C,h,w] under `latents` (`NAME.npz`) or, since 2025, under `latents_{h}x{w}`
     (`NAME_{W}x{H}_sd.npz`, several sizes in one file), with `original_size` (width, height).
-    `latents_flipped` (`--flip_aug`) and `alpha_mask` may lie beside it and are not taken.
+    `latents_flipped` (`--flip_aug`) and `alpha_mask` may be in the file too and are ignored.
 Nerogar/OneTrainer, a folder of `.pt`
     `StableDiffusion(XL)BaseDataLoader._preparation_modules` keeps the mean
     (`SampleVAEDistribution(mode='mean')`), unscaled. mgds DiskCache writes
@@ -18,7 +18,7 @@ Nerogar/OneTrainer, a folder of `.pt`
 ppbrown/ai-training (SD1.5 with the SDXL VAE), one safetensors file an image
     trainer/cache-utils/create_imgcache_sdxl.py keeps `latent_dist.mean`, "raw latent, no scaling",
     [C,h,w] under `latent`, in `NAME.img_sdxl` or another suffix.
-ostris/ai-toolkit, one safetensors file an image in `_latent_cache` beside it
+ostris/ai-toolkit, one safetensors file an image in a folder `_latent_cache` next to it
     toolkit/stable_diffusion_model.py `encode_images` keeps one draw, `latent_dist.sample()`, less
     the shift and times the scaling factor. toolkit/dataloader_mixins.py `_cache_one_latent` writes
     it as [C,h,w] under `latent`, in the model's dtype. `get_latent_path` names the file
@@ -49,7 +49,7 @@ from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, walk
 from xlsd_cache.runtime.bounded_files import read_json, read_regular
 
-# What each keeps of the posterior, by its source.
+# What each trainer stores of the posterior.
 KEEPS = {
     "kohya": "sample",
     "onetrainer": "mean",
@@ -62,76 +62,79 @@ _HASHED = re.compile(r"(.+)_[A-Za-z0-9_-]{22}")  # ai-toolkit's name
 _NO_LATENTS = ("_t_e_cache", "_clip_vision_cache")  # ai-toolkit's other folders
 _KOHYA_TEXT = ("_te.npz", "_te_outputs.npz")
 _INDEXES = ("aggregate.pt", "cache.json")
-_INDEX_BYTES = 2**29  # of one
+_INDEX_BYTES = 2**29  # the largest index that is read
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """One file of a peer's cache, not opened yet."""
+    """One file of another trainer's cache, not opened yet."""
 
-    kind: str  # a key of KEEPS, by the file's name; `Held.kind` is by its content
+    kind: str  # a key of KEEPS, by the file's name; `CachedLatent.kind` is by its content
     path: Path
     key: str  # CACHE_FOLDER_NAME/path/in/it
-    image: str  # where an index says that the image is; empty without one
+    image: str  # the image's path as an index gives it; empty without an index
     size: int  # bytes
     mtime_ns: int
-    variation: int = 0  # OneTrainer caches an image several times, each augmented anew
+    variation: int = 0  # OneTrainer caches an image several times, each augmented differently
 
 
 @dataclass
-class Found:
-    """What lies in the cache folders."""
+class CacheListing:
+    """The files of the cache folders."""
 
     files: list[CacheFile] = field(default_factory=list)
-    images: list[Path] = field(default_factory=list)  # the cache folders that hold images as well
+    image_folders: list[Path] = field(default_factory=list)  # cache folders that also hold images
     passed_over: int = 0
 
 
-def find(folders: tuple[Path, ...]) -> Found:
-    """All cache files below the folders. Raises UserError for a folder or an index not readable."""
-    found = Found()
+def list_caches(folders: tuple[Path, ...]) -> CacheListing:
+    """List all cache files below the folders.
+
+    Raises UserError for a folder without latents, and for an index that cannot be read.
+    """
+    listing = CacheListing()
     for folder in folders:
         root = folder.expanduser().absolute()
         if not root.is_dir():
-            raise UserError(f"no folder {folder}; name a folder of cached latents")
-        before, passed_over = len(found.files), Counter[str]()
+            raise UserError(f"{folder}: no such directory")
+        before, passed_over = len(listing.files), Counter[str]()
         for place, names in walk(root, passed_over):  # each linked folder once
-            _find_in(found, root, Path(place), names)
-        found.passed_over += sum(passed_over.values())
-        if len(found.files) == before:
+            _list_folder(listing, root, Path(place), names)
+        listing.passed_over += sum(passed_over.values())
+        if len(listing.files) == before:
             raise UserError(
-                f"no cached latents in {folder}: none of its files is an .npz of kohya's, a .pt of "
-                f"OneTrainer's or SimpleTuner's, or a .safetensors; name the folder that holds them"
+                f"{folder}: no cached latents (kohya's .npz, OneTrainer's or SimpleTuner's .pt, or "
+                f".safetensors); give the folder that holds them"
             )
-    return found
+    return listing
 
 
-def _find_in(found: Found, root: Path, folder: Path, names: list[str]) -> None:
+def _list_folder(listing: CacheListing, root: Path, folder: Path, names: list[str]) -> None:
     images = _index(folder, names) if set(names) & set(_INDEXES) else {}
     for name in names:
         path = folder / name
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            if root not in found.images:
-                found.images.append(root)
+            if root not in listing.image_folders:
+                listing.image_folders.append(root)
             continue
-        kind, image, variation = _told_by_name(path, images)
+        kind, image, variation = _kind_by_name(path, images)
         if not kind:
-            found.passed_over += 1
+            listing.passed_over += 1
             continue
         try:
             status = path.stat()
-        except FileNotFoundError:  # a broken link, or deleted while we were looking
-            found.passed_over += 1
+        except FileNotFoundError:  # a broken link, or deleted since it was listed
+            listing.passed_over += 1
             continue
         key = f"{root.name}/{path.relative_to(root).as_posix()}"
         key = key.encode("utf-8", "backslashreplace").decode()
-        found.files.append(
+        listing.files.append(
             CacheFile(kind, path, key, image, status.st_size, status.st_mtime_ns, variation)
         )
 
 
-def _told_by_name(path: Path, images: dict[str, str]) -> tuple[str, str, int]:
-    """(kind, image, variation); no kind for files that are no latents."""
+def _kind_by_name(path: Path, images: dict[str, str]) -> tuple[str, str, int]:
+    """(kind, image, variation) of a file; the kind is empty for files without latents."""
     name = path.name
     if name in _INDEXES or name.endswith(_KOHYA_TEXT) or path.parent.name in _NO_LATENTS:
         return "", "", 0
@@ -149,14 +152,14 @@ def _told_by_name(path: Path, images: dict[str, str]) -> tuple[str, str, int]:
 
 
 def is_ai_toolkits(path: Path) -> bool:
-    """Whether ai-toolkit puts files there; they say it themselves, if they were not stripped."""
+    """Whether the path is one of ai-toolkit's. Its metadata says so too, unless it was stripped."""
     return path.parent.name == LATENT_CACHE
 
 
-def image_names(file: CacheFile, kind: str, told: str) -> list[str]:
-    """Where the latent's image may lie, the surest first: paths, most without a suffix.
+def image_names(file: CacheFile, kind: str, name: str) -> list[str]:
+    """Paths, most without suffix, at which the latent's image may be, the likeliest first.
 
-    `kind` and `told`, the image's name where the file says it, are `Held`'s.
+    `kind` and `name` are those of the CachedLatent.
     """
     stem, folder = file.path.stem, file.path.parent
     if kind == "onetrainer":
@@ -164,12 +167,12 @@ def image_names(file: CacheFile, kind: str, told: str) -> list[str]:
     if kind == "ai-toolkit":
         folder = folder.parent if folder.name == LATENT_CACHE else folder
         hashed = _HASHED.fullmatch(stem)
-        return [str(folder / (told or (hashed[1] if hashed else stem)))]
+        return [str(folder / (name or (hashed[1] if hashed else stem)))]
     return [str(folder / name) for name in (_kohya_names(stem) if kind == "kohya" else [stem])]
 
 
 def _kohya_names(stem: str) -> list[str]:
-    """With what kohya may have added to an image's name, and without: `_512x768_sd`."""
+    """The stem as it is, and without what kohya may have appended, e.g. `_512x768_sd`."""
     names = [stem]
     if cut := re.fullmatch(r"(.+_\d+x\d+)_[a-z][a-z0-9_]*|(.+)_sdxl?", stem):
         names.append(cut[1] or cut[2])
@@ -179,7 +182,7 @@ def _kohya_names(stem: str) -> list[str]:
 
 
 def _index(folder: Path, names: list[str]) -> dict[str, str]:
-    """Name of a `.pt` file -> its image, of a folder of OneTrainer's."""
+    """Map the `.pt` files of a OneTrainer folder to their images, by its index."""
     try:
         if "cache.json" in names:
             entries = read_json(folder / "cache.json", _INDEX_BYTES)["entries"]
@@ -189,16 +192,16 @@ def _index(folder: Path, names: list[str]) -> dict[str, str]:
                 images |= {v["cache_file"]: image for v in variants.values() if "cache_file" in v}
             return images
         data = io.BytesIO(read_regular(folder / "aggregate.pt", _INDEX_BYTES))
-        told = torch.load(data, map_location="cpu", weights_only=True)
-        items = dict(enumerate(told)) if isinstance(told, list) else told
+        index = torch.load(data, map_location="cpu", weights_only=True)
+        items = dict(enumerate(index)) if isinstance(index, list) else index
         return {
             str(number): str(item["image_path"])
             for number, item in items.items()
             if isinstance(item, dict) and "image_path" in item
         }
-    except Exception as error:  # whatever a malformed file makes the libraries stumble over
+    except Exception as error:  # a malformed file may raise anything
         name = "cache.json" if "cache.json" in names else "aggregate.pt"
         raise UserError(
-            f"cannot read {folder / name}, which alone says whose latents lie beside it: "
-            f"{one_line(error)}; restore it, or leave that folder out"
+            f"cannot read {folder / name}, the only index of the latents next to it: "
+            f"{one_line(error)}. Restore it, or leave that folder out."
         ) from error

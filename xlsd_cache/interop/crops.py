@@ -1,4 +1,4 @@
-"""Where SimpleTuner cropped each image: its latents do not say, a table among the images does."""
+"""Read SimpleTuner's crops from its metadata table, since its latent files do not hold them."""
 
 import hashlib
 from collections.abc import Iterable
@@ -20,8 +20,8 @@ class _Crop(NamedTuple):
     scaled: tuple[int, int]  # width, height
 
 
-def add_crops(told: list[Peeked], folders: Iterable[Path]) -> list[Peeked]:
-    """SimpleTuner's latents with their crops, of the tables directly in these folders.
+def add_crops(peeked: list[Peeked], folders: Iterable[Path]) -> list[Peeked]:
+    """Add the crops from tables directly in these folders to SimpleTuner's latents.
 
     Raises UserError for a table that cannot be read.
     """
@@ -29,22 +29,22 @@ def add_crops(told: list[Peeked], folders: Iterable[Path]) -> list[Peeked]:
     for folder in folders:
         for path in sorted(folder.expanduser().glob(TABLE)):
             _read(path, crops)
-    return [(file, _cropped(held, crops.get(file.path.stem))) for file, held in told]
+    return [(file, _cropped(latents, crops.get(file.path.stem))) for file, latents in peeked]
 
 
-def _cropped(held: Contents, crop: _Crop | None) -> Contents:
-    if crop is None or not isinstance(held, list):
-        return held
-    return [replace(one, offset=crop.offset, scaled=crop.scaled) for one in held]
+def _cropped(latents: Contents, crop: _Crop | None) -> Contents:
+    if crop is None or not isinstance(latents, list):
+        return latents
+    return [replace(latent, offset=crop.offset, scaled=crop.scaled) for latent in latents]
 
 
 def _read(path: Path, crops: dict[str, _Crop | None]) -> None:
-    """Add a table's crops, by both names that SimpleTuner gives a cache file; None: ambiguous."""
+    """Add a table's crops under both names that a cache file may have; None where ambiguous."""
     try:
         table = read_json(path, _TABLE_BYTES)
-        for image, told in table.items():
-            top, left = told["crop_coordinates"]
-            width, height = told["intermediary_size"]
+        for image, entry in table.items():
+            top, left = entry["crop_coordinates"]
+            width, height = entry["intermediary_size"]
             crop = _Crop((pixels(left), pixels(top)), (pixels(width), pixels(height)))
             if not all(crop.scaled):
                 raise ValueError(f"an intermediary_size of {width}x{height}")
@@ -53,6 +53,6 @@ def _read(path: Path, crops: dict[str, _Crop | None]) -> None:
                 crops[name] = crop if crops.get(name, crop) == crop else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"cannot read {path}, which says where SimpleTuner cropped the images: "
-            f"{type(error).__name__}: {error}; restore it, or move it away"
+            f"cannot read {path}, SimpleTuner's table of crops: "
+            f"{type(error).__name__}: {error}. Restore it, or move it away."
         ) from error

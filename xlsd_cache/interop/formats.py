@@ -1,4 +1,4 @@
-"""What a peer's cache file holds: its format and its program are told by its content alone."""
+"""Read the cache files of other trainers. Format and program are found by content alone."""
 
 import gzip
 import io
@@ -22,77 +22,79 @@ from xlsd_cache.interop.cache_files import CacheFile, is_ai_toolkits
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.bounded_files import require_regular
 
-_FILE_BYTES = 2**29  # of an .npz or .pt: their tables and pickles are read whole
-_GZIPPED = 2**28  # bytes that a gzipped file may inflate to: a latent has some hundred thousand
+_FILE_BYTES = 2**29  # the largest .npz or .pt: their tables and pickles are read whole
+_GZIPPED = 2**28  # the most bytes that a gzipped file may inflate to; a latent has some 10^5
 _TEXT = re.compile(r"tokens|text_enc|.*prompt|.*text_embed")  # keys of OneTrainer's, SimpleTuner's
 
 
 @dataclass(frozen=True)
-class Held:
-    """One latent that a cache file holds, told by the file's header."""
+class CachedLatent:
+    """One latent in a cache file, as the file's header describes it."""
 
-    kind: str  # a key of peers.KEEPS
-    name: str  # of the array in the file
+    kind: str  # a key of cache_files.KEEPS
+    name: str  # the array's name in the file
     shape: tuple[int, ...]
-    half: bool  # float16; all else is read as float32, exactly
+    half: bool  # float16; everything else is read exactly as float32
     original: tuple[int, int] | None = None  # width, height of the image when it was cached
     offset: tuple[int, int] | None = None  # left, top of the crop in pixels of the scaled image
-    scaled: tuple[int, int] | None = None  # width, height of that; where not told, it fills barely
-    upside_down: bool = False  # the latent is of the image flipped vertically
-    image: str = ""  # the image's name, where the file tells it
-    beside: tuple[str, ...] = ()  # what else the file holds of this latent and is not taken
+    scaled: tuple[int, int] | None = None  # its width, height; None: just covers the bucket
+    upside_down: bool = False  # the image was flipped vertically before it was encoded
+    image: str = ""  # the image's name, where the file records it
+    ignored: tuple[str, ...] = ()  # other arrays of this latent in the file
 
 
-# The latents in a file, by its header; None where it is a cache of something else.
-Contents = list[Held] | Rejected | None
+# The latents in a file; None where it caches something else, such as text embeddings.
+Contents = list[CachedLatent] | Rejected | None
 
 
 def peek(file: CacheFile) -> Contents:
-    """What a file holds."""
+    """Read a file's header."""
     try:
         require_regular(file.path)
         form = _format(file.path)
-        held = list(_PEEK[form](file.path))
-        if held:
-            return held
+        latents = list(_PEEK[form](file.path))
+        if latents:
+            return latents
         names = sorted(_names(form, file.path))
-    except Exception as error:  # whatever a malformed file makes the libraries stumble over
+    except Exception as error:  # a malformed file may raise anything
         return _reason(error)
     if form == "torch" and any(_TEXT.match(name) for name in names):
         return None
-    told = f"holds {', '.join(names[:5])}" + (", ..." if names[5:] else "") if names else "is empty"
-    return Rejected("foreign", f"{told}: no latent under the names that known programs use")
+    content = (
+        f"holds {', '.join(names[:5])}" + (", ..." if names[5:] else "") if names else "is empty"
+    )
+    return Rejected("foreign", f"{content}: no latent under a name that a known program uses")
 
 
-def read(file: CacheFile, held: Held) -> NDArray[Any] | Rejected:
-    """The latent, float16 or float32 [C,h,w], as the file holds it; or why it cannot be used."""
+def read(file: CacheFile, latent: CachedLatent) -> NDArray[Any] | Rejected:
+    """Read a latent, float16 or float32 [C, h, w], or say why it cannot be used."""
     try:
         require_regular(file.path)
         form = _format(file.path)
         if form == "npz":
             with np.load(file.path, allow_pickle=False) as arrays:
-                latent = arrays[held.name]
+                array = arrays[latent.name]
         elif form == "torch":
-            told = _load(file.path)
-            latent = _tensor(told if isinstance(told, torch.Tensor) else told[held.name])
+            loaded = _load(file.path)
+            array = _tensor(loaded if isinstance(loaded, torch.Tensor) else loaded[latent.name])
         else:
             with safe_open(file.path, "pt") as tensors:
-                latent = _tensor(tensors.get_tensor(held.name))
+                array = _tensor(tensors.get_tensor(latent.name))
     except Exception as error:  # see peek
         return _reason(error)
-    if latent.shape != held.shape:
-        return Rejected("changed", f"holds {latent.shape} now and not {held.shape}")
-    if not np.isfinite(latent).all():
-        return Rejected("non_finite", "holds NaN or infinity")
-    return np.ascontiguousarray(latent if held.half else latent.astype(np.float32))
+    if array.shape != latent.shape:
+        return Rejected("changed", f"has shape {array.shape} now, had {latent.shape}")
+    if not np.isfinite(array).all():
+        return Rejected("non_finite", "contains NaN or infinity")
+    return np.ascontiguousarray(array if latent.half else array.astype(np.float32))
 
 
 def _format(path: Path) -> str:
-    """`npz`, `torch` or `safetensors`, by the first bytes; by the name where they tell nothing."""
+    """`npz`, `torch` or `safetensors`, by the first bytes, else by the suffix."""
     with path.open("rb") as file:
         head = file.read(16)
         if head[8:9] != b"{" and os.fstat(file.fileno()).st_size > _FILE_BYTES:
-            raise ValueError(f"it has more than {_FILE_BYTES >> 20} MiB, as no latents have")
+            raise ValueError(f"larger than {_FILE_BYTES >> 20} MiB, too large for a latent")
     if head.startswith(b"PK\3\4"):
         with zipfile.ZipFile(path) as members:
             names = members.namelist()
@@ -104,7 +106,7 @@ def _format(path: Path) -> str:
     return {".npz": "npz", ".pt": "torch"}.get(path.suffix, "safetensors")
 
 
-def _peek_npz(path: Path) -> Iterator[Held]:
+def _peek_npz(path: Path) -> Iterator[CachedLatent]:
     with zipfile.ZipFile(path) as arrays:
         names = arrays.namelist()
         for name in sorted(names):
@@ -119,49 +121,49 @@ def _peek_npz(path: Path) -> Iterator[Held]:
                 with arrays.open(f"original_size{size[1]}.npy") as file:
                     original = _two_numbers(file)
             others = ("latents_flipped", "alpha_mask")
-            yield Held(
+            yield CachedLatent(
                 "kohya",
                 name.removesuffix(".npy"),
                 _floats(shape, dtype),
                 dtype == "f2",
                 original,
-                beside=tuple(other for other in others if f"{other}{size[1]}.npy" in names),
+                ignored=tuple(other for other in others if f"{other}{size[1]}.npy" in names),
             )
 
 
 def _two_numbers(file: IO[bytes]) -> tuple[int, int]:
-    """The two numbers in an .npy; its header may claim any number of them."""
+    """Read the two numbers of an .npy, whatever size its header claims."""
     data = file.read(4096)
     npy.read_magic(begun := io.BytesIO(data))
     if npy.read_array_header_1_0(begun)[0] != (2,):
-        raise ValueError("its original_size is not two numbers")
+        raise ValueError("original_size is not two numbers")
     width, height = npy.read_array(io.BytesIO(data), allow_pickle=False).tolist()
     return pixels(width), pixels(height)
 
 
-def pixels(told: Any) -> int:
-    """A side or a place in pixels as a file tells it. Raises ValueError for what is neither."""
-    number = int(told)
+def pixels(value: Any) -> int:
+    """A number of pixels from a file. Raises ValueError for anything else."""
+    number = int(value)
     if not 0 <= number < 2**31:
-        raise ValueError(f"{str(told)[:40]} are no pixels of an image")
+        raise ValueError(f"{str(value)[:40]} is not a number of pixels")
     return number
 
 
-def _peek_torch(path: Path) -> Iterator[Held]:
-    told = _load(path)
-    if isinstance(told, torch.Tensor):
-        told = {"latents": told}
-    if not isinstance(told, dict):
+def _peek_torch(path: Path) -> Iterator[CachedLatent]:
+    loaded = _load(path)
+    if isinstance(loaded, torch.Tensor):
+        loaded = {"latents": loaded}
+    if not isinstance(loaded, dict):
         return
     kind, name = "onetrainer", "latent_image"
-    if name not in told:
+    if name not in loaded:
         kind, name = "simpletuner", "latents"
-    latent = told.get(name)
+    latent = loaded.get(name)
     if not isinstance(latent, torch.Tensor):
         return
-    height, width = told.get("original_resolution") or (0, 0)
-    offset = told.get("crop_offset")  # (y, x)
-    yield Held(
+    height, width = loaded.get("original_resolution") or (0, 0)
+    offset = loaded.get("crop_offset")  # (y, x)
+    yield CachedLatent(
         kind,
         name,
         _floats(tuple(latent.shape), latent.dtype),
@@ -171,29 +173,31 @@ def _peek_torch(path: Path) -> Iterator[Held]:
     )
 
 
-def _peek_safetensors(path: Path) -> Iterator[Held]:
+def _peek_safetensors(path: Path) -> Iterator[CachedLatent]:
     with safe_open(path, "pt") as tensors:
-        if "latent" not in tensors.keys():  # noqa: SIM118 - it is no dictionary
+        if "latent" not in tensors.keys():  # noqa: SIM118 - not a dictionary
             return
-        part, told = tensors.get_slice("latent"), tensors.metadata() or {}
+        part, metadata = tensors.get_slice("latent"), tensors.metadata() or {}
         dtype = part.get_dtype()
     shape, half = _floats(tuple(part.get_shape()), dtype), dtype == "F16"
-    if "latent_space_version" not in told:
-        yield Held("ai-toolkit" if is_ai_toolkits(path) else "safetensors", "latent", shape, half)
+    if "latent_space_version" not in metadata:
+        yield CachedLatent(
+            "ai-toolkit" if is_ai_toolkits(path) else "safetensors", "latent", shape, half
+        )
         return
     numbers = [
-        pixels(json.loads(told.get(name, "0")) or 0)
+        pixels(json.loads(metadata.get(name, "0")) or 0)
         for name in ("crop_x", "crop_y", "scale_to_width", "scale_to_height")
     ]
-    yield Held(
+    yield CachedLatent(
         "ai-toolkit",
         "latent",
         shape,
         half,
         offset=(numbers[0], numbers[1]) if all(numbers[2:]) else None,
         scaled=(numbers[2], numbers[3]) if all(numbers[2:]) else None,
-        upside_down=told.get("flip_y") == "true",
-        image=Path(told.get("filename", "")).name,
+        upside_down=metadata.get("flip_y") == "true",
+        image=Path(metadata.get("filename", "")).name,
     )
 
 
@@ -201,22 +205,22 @@ _PEEK = {"npz": _peek_npz, "torch": _peek_torch, "safetensors": _peek_safetensor
 
 
 def _names(form: str, path: Path) -> list[str]:
-    """What the file holds, by name."""
+    """The names of the arrays in the file."""
     if form == "npz":
         with zipfile.ZipFile(path) as arrays:
             return [name.removesuffix(".npy") for name in arrays.namelist()]
     if form == "torch":
-        told = _load(path)
-        return (
-            [str(key) for key in told] if isinstance(told, dict) else [f"a {type(told).__name__}"]
-        )
+        loaded = _load(path)
+        if isinstance(loaded, dict):
+            return [str(key) for key in loaded]
+        return [f"a {type(loaded).__name__}"]
     with safe_open(path, "pt") as tensors:
         return list(tensors.keys())
 
 
 def _load(path: Path) -> Any:
-    """A torch file's content, mapped; only tensors and plain values, never code."""
-    # By that name torch would take it for what it is not.
+    """Load a torch file, memory-mapped: tensors and plain values only, never code."""
+    # torch.load takes any file of that suffix for a safetensors file.
     if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     data = path.read_bytes()
@@ -231,23 +235,23 @@ def _tensor(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def _floats(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
-    """The shape, of an array that fp32 holds exactly. Raises ValueError for another."""
+    """The shape, if float32 holds the dtype exactly. Raises ValueError otherwise."""
     if str(dtype).removeprefix("torch.") not in {
         "float32", "float16", "bfloat16", "F32", "F16", "BF16",
     }:  # fmt: skip
-        raise ValueError(f"its latent is of {dtype}, neither float32 nor float16 nor bfloat16")
+        raise ValueError(f"the latent is {dtype}, neither float32 nor float16 nor bfloat16")
     return shape
 
 
 def _reason(error: Exception) -> Rejected:
     if isinstance(error, FileNotFoundError):
-        return Rejected("vanished", "gone between the scan and its reading")
-    if "weights_only" in str(error) and "operand" not in str(error):  # that is a damaged pickle
-        return Rejected("unsafe", "its pickle asks to run code; it was not run")
+        return Rejected("vanished", "deleted after the scan")
+    if "weights_only" in str(error) and "operand" not in str(error):  # a damaged pickle
+        return Rejected("unsafe", "the pickle would run code; it was not loaded")
     if isinstance(error, OSError) and error.errno:
-        return Rejected("unreadable", _told(error))
-    return Rejected("corrupt", _told(error))
+        return Rejected("unreadable", _summary(error))
+    return Rejected("corrupt", _summary(error))
 
 
-def _told(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Which images each cached latent may be of, by name."""
+"""Match cached latents with images by name."""
 
 import hashlib
 from collections import defaultdict
@@ -8,23 +8,23 @@ from pathlib import Path, PurePosixPath
 
 from xlsd_cache.files.folders import IMAGE_SUFFIXES
 from xlsd_cache.files.uri import BETWEEN, read_source
-from xlsd_cache.interop.cache_files import LATENT_CACHE, CacheFile, Found, image_names
-from xlsd_cache.interop.formats import Held
+from xlsd_cache.interop.cache_files import LATENT_CACHE, CacheFile, CacheListing, image_names
+from xlsd_cache.interop.formats import CachedLatent
 from xlsd_cache.sources.scan import scan
 
 
 @dataclass(frozen=True)
-class Record:
-    """An image that latents may be of."""
+class SourceImage:
+    """An image that a cached latent may belong to."""
 
     key: str
-    source: str  # see locate.py
+    source: str  # see files/uri.py
     size: int  # bytes
     captions: dict[str, str] = field(default_factory=dict)  # column -> text
 
     @property
     def path(self) -> Path:
-        """For its name and folders only: of an archive's member, they end in the archive."""
+        """Its name and folders; for a member of an archive, folders inside the archive."""
         return Path(self.source.replace(BETWEEN, "/"))
 
     def read(self) -> bytes:
@@ -32,14 +32,16 @@ class Record:
         return read_source(self.source)
 
 
-def image_records(found: Found, images: Path | None, columns: tuple[str, ...]) -> list[Record]:
-    """The images that the latents may be of, with captions: in `images`, else where they lay.
+def list_images(
+    listing: CacheListing, images: Path | None, columns: tuple[str, ...]
+) -> list[SourceImage]:
+    """List the images of a cache with their captions, in `images` or where the cache expects them.
 
-    kohya and the safetensors caches lie beside them, ai-toolkit's in a folder beside them;
-    OneTrainer's say where they were. SimpleTuner's lie anywhere else.
+    kohya's and safetensors caches are next to the images, ai-toolkit's in a subfolder. OneTrainer's
+    record the image paths. SimpleTuner's may be anywhere, so they need `images`.
     """
-    roots = {images.expanduser().absolute()} if images else set(found.images)
-    for file in () if images else found.files:
+    roots = {images.expanduser().absolute()} if images else set(listing.image_folders)
+    for file in () if images else listing.files:
         if file.path.parent.name == LATENT_CACHE:
             roots.add(file.path.parent.parent)
         elif file.kind == "onetrainer" and Path(file.image).is_file():
@@ -47,56 +49,55 @@ def image_records(found: Found, images: Path | None, columns: tuple[str, ...]) -
     outer = sorted(str(root) for root in roots if not roots & set(root.parents))
     if not outer:
         return []
-    seen = scan(tuple(outer), columns)
+    scanned = scan(tuple(outer), columns)
     captions: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in seen.captions.to_pylist():
+    for row in scanned.captions.to_pylist():
         captions[row["key"]][row["column"]] = row["text"]
-    rows = seen.images.select(["key", "source", "size"]).to_pylist()
-    return [Record(**row, captions=captions.get(row["key"], {})) for row in rows]
+    rows = scanned.images.select(["key", "source", "size"]).to_pylist()
+    return [SourceImage(**row, captions=captions.get(row["key"], {})) for row in rows]
 
 
 @dataclass(frozen=True)
-class _Named:
-    """An image of one of a latent's possible names, with the most folders in common."""
+class _Candidate:
+    """The image that best fits one of a latent's possible names."""
 
     name: str
-    score: float  # see _in_common
-    record: Record
+    score: float  # see _common_folders
+    record: SourceImage
 
 
 def pair(
-    files: Iterable[tuple[CacheFile, Held]], records: list[Record]
-) -> dict[CacheFile, list[Record]]:
-    """The images that each cache file may be of by name, the surest first; most often one.
+    files: Iterable[tuple[CacheFile, CachedLatent]], records: list[SourceImage]
+) -> dict[CacheFile, list[SourceImage]]:
+    """Find the images that each cache file may belong to by name, the best first; usually one.
 
-    Not where two images fit a name equally well, nor where another cache file fits the image
-    better: nothing is better than the wrong caption. What may be part of the name or kohya's own,
-    as `_512x768`, is both where images of both names exist.
+    An image is left out where two fit a name equally well, or where another cache file fits it
+    better: no caption is better than a wrong one. A suffix such as `_512x768` may be kohya's or
+    part of the name, so both readings count where images of both names exist.
     """
     files = list(files)
-    named = _by_stem(records, any(held.kind == "simpletuner" for _, held in files))
-    found: dict[CacheFile, list[_Named]] = {}
-    best: dict[str, dict[str, float]] = defaultdict(dict)  # image -> name in the cache -> score
-    for file, held in files:
-        found[file] = _fitting(image_names(file, held.kind, held.image), named)
-        for first in found[file][:1]:
+    named = _by_stem(records, any(latent.kind == "simpletuner" for _, latent in files))
+    candidates: dict[CacheFile, list[_Candidate]] = {}
+    best: dict[str, dict[str, float]] = defaultdict(dict)  # image key -> name in cache -> score
+    for file, latent in files:
+        candidates[file] = _candidates(image_names(file, latent.kind, latent.image), named)
+        for first in candidates[file][:1]:
             best[first.record.key][first.name] = first.score
     images = {
         file: [
-            one.record
-            for one in fitting
+            it.record
+            for it in of_file
             if not any(
-                name != one.name and other >= one.score
-                for name, other in best[one.record.key].items()
+                name != it.name and other >= it.score for name, other in best[it.record.key].items()
             )
         ]
-        for file, fitting in found.items()
+        for file, of_file in candidates.items()
     }
     return {file: of for file, of in images.items() if of}
 
 
-def _by_stem(records: list[Record], hashed: bool) -> dict[str, list[Record]]:
-    """The images by name without suffix, and if asked for by its hash as SimpleTuner makes it."""
+def _by_stem(records: list[SourceImage], hashed: bool) -> dict[str, list[SourceImage]]:
+    """Index images by stem and, where `hashed`, by the stem's hash as SimpleTuner computes it."""
     named = defaultdict(list)
     for record in records:
         named[record.path.stem].append(record)
@@ -105,15 +106,15 @@ def _by_stem(records: list[Record], hashed: bool) -> dict[str, list[Record]]:
     return named
 
 
-def _fitting(names: list[str], named: dict[str, list[Record]]) -> list[_Named]:
-    """The one image of each name that fits it best; the whole name's alone where it is as near."""
-    found: list[_Named] = []
+def _candidates(names: list[str], named: dict[str, list[SourceImage]]) -> list[_Candidate]:
+    """The best image for each name; only the full name's where no shorter name fits better."""
+    found: list[_Candidate] = []
     for name in names:
-        said = PurePosixPath(name.replace("\\", "/"))
-        stem = said.stem if said.suffix.lower() in IMAGE_SUFFIXES else said.name
-        scores = [(_in_common(said, record.path), record) for record in named.get(stem, ())]
+        path = PurePosixPath(name.replace("\\", "/"))
+        stem = path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+        scores = [(_common_folders(path, record.path), record) for record in named.get(stem, ())]
         top = max((score for score, _ in scores), default=0.0)
-        fitting = [_Named(name, top, record) for score, record in scores if score == top]
+        fitting = [_Candidate(name, top, record) for score, record in scores if score == top]
         whole = found and found[0].name == names[0] and found[0].score >= top
         if len(fitting) > 1 or (fitting and whole):
             break
@@ -121,10 +122,10 @@ def _fitting(names: list[str], named: dict[str, list[Record]]) -> list[_Named]:
     return found
 
 
-def _in_common(said: PurePosixPath, path: Path) -> float:
-    """How many folders, from the file up, have the same names; an equal suffix breaks ties."""
-    count = 0.5 * (said.name == path.name)
-    for mine, theirs in zip(reversed(said.parts[:-1]), reversed(path.parts[:-1]), strict=False):
+def _common_folders(wanted: PurePosixPath, path: Path) -> float:
+    """How many parent folders, from the file up, have equal names; an equal suffix breaks ties."""
+    count = 0.5 * (wanted.name == path.name)
+    for mine, theirs in zip(reversed(wanted.parts[:-1]), reversed(path.parts[:-1]), strict=False):
         if mine != theirs:
             break
         count += 1

@@ -1,4 +1,4 @@
-"""Latents out of peers' cache files into committed shards, by the same protocol as a build's."""
+"""Copy latents from other trainers' cache files into committed shards, as a build writes them."""
 
 import hashlib
 import time
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.interop.formats import read
-from xlsd_cache.interop.items import Item, content_hash
+from xlsd_cache.interop.items import ImportItem, content_hash
 from xlsd_cache.interop.plausibility import JUDGED
 from xlsd_cache.outcomes import RETRIED, Rejected
 from xlsd_cache.planning.log_state import by_shard, uncommitted
@@ -24,29 +24,29 @@ from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.shard import ShardRow
 from xlsd_cache.store.view import StoreView
 
-BATCH = 64  # latents read at once: what a kill costs
-DIVIDED = " divided by "  # in the identity's preprocessing: the latents were scaled
+BATCH = 64  # latents read at once: the work that a kill loses
+DIVIDED = " divided by "  # in identity.preprocessing: the cached latents were scaled
 
 
 @dataclass(frozen=True)
-class Imports:
-    """The next generation, not yet written."""
+class ImportPlan:
+    """The next generation, not written yet."""
 
-    entries: list[PlanEntry]  # new, changed, renamed or rejected; those without a row yet have -1
-    removed: list[str]  # keys that go by another name now
-    again: set[str]  # origins of latents that were compared and refused before
+    entries: list[PlanEntry]  # new, changed, renamed or rejected; row -1 where none is assigned yet
+    removed: list[str]  # keys that were renamed
+    again: set[str]  # origins of latents that an earlier import compared and rejected
 
     @property
     def fresh(self) -> list[PlanEntry]:
-        """The entries whose latents are to be imported."""
+        """The entries with latents to import."""
         return [entry for entry in self.entries if entry["row"] < 0 and not entry["reason"]]
 
 
-def plan_imports(manifest: Manifest, items: list[Item]) -> Imports:
-    """What the log does not say of these latents yet.
+def plan_imports(manifest: Manifest, items: list[ImportItem]) -> ImportPlan:
+    """Compare the latents with the journal.
 
-    A cache file of the size and mtime that the log has is not imported again, whatever its image is
-    called by now, and whether it is there or not.
+    A cache file with the size and mtime that the journal has is not imported again, even if its
+    image was renamed or deleted.
     """
     generation = max(manifest.generations(), default=-1)
     live = {entry["key"]: entry for entry in manifest.live(generation).to_pylist()}
@@ -68,28 +68,28 @@ def plan_imports(manifest: Manifest, items: list[Item]) -> Imports:
             entries.append(entry)
         elif item.image is None or all(old[n] == entry[n] for n in ("key", "source", "reason")):
             entry["key"] = old["key"]
-        else:  # its image has come, or moved
+        else:  # its image appeared or moved
             entries.append({**entry, "row": old["row"]})
         kept.add(entry["key"])
     names = {item.origin for item in items}
     removed = [e["key"] for origin, e in origins.items() if origin in names]
-    return Imports(entries, sorted(set(removed) - kept), again)
+    return ImportPlan(entries, sorted(set(removed) - kept), again)
 
 
 def order(key: str) -> bytes:
-    """Sorts keys as if at random, the same whenever and wherever."""
+    """A sort key in pseudo-random order, equal on every machine."""
     return hashlib.blake2b(key.encode()).digest()
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One process's part in importing what is planned."""
+    """Copies planned latents into shards, together with other processes."""
 
     store: StoreView
     workers: int
 
-    def run(self, items: list[Item]) -> bool:
-        """Copy every planned row that is not committed, shard by shard; False after a stop."""
+    def run(self, items: list[ImportItem]) -> bool:
+        """Copy every planned row that is not committed; False after a stop."""
         live = self.store.manifest.live(self.store.generation).to_pylist()
         copy = _Copy(
             {(entry["bucket"], entry["row"]): entry for entry in live},
@@ -110,7 +110,7 @@ class Transfer:
                     if taken is not None:
                         _fill(taken, copy, pool, bar, stop)
                 todo = self._todo()
-                if todo and not stop.asked:  # other processes hold these; one may yet be killed
+                if todo and not stop.asked:  # other processes hold these, and may be killed
                     time.sleep(0.2)
         return not todo
 
@@ -124,7 +124,7 @@ class Transfer:
 def _fill(
     taken: Claim, copy: "_Copy", pool: ThreadPoolExecutor, bar: Any, stop: StopSignal
 ) -> None:
-    """Write the claimed shard's remaining batches and commit it, unless stopped between two."""
+    """Write the remaining batches of a claimed shard and commit it, unless stopped in between."""
     try:
         for slots in taken.writer.remaining:
             if stop.asked:
@@ -142,12 +142,12 @@ def _fill(
 class _Copy:
     """Reads planned latents from the cache files."""
 
-    placed: Mapping[tuple[str, int], PlanEntry]  # the live entry of each row
-    by_origin: Mapping[str, Item]
+    live: Mapping[tuple[str, int], PlanEntry]  # (bucket, row) -> its live entry
+    by_origin: Mapping[str, ImportItem]
     identity: Identity
 
     def one(self, slot: int, entry: PlanEntry) -> tuple[ShardRow, NDArray[Any] | None]:
-        """The latent of one planned row in the store's dtype, or why there is none."""
+        """Read the latent of one planned row in the store's dtype, or say why there is none."""
         latent, content = self._read(entry)
         if isinstance(latent, Rejected):
             return ShardRow(slot, content, reason=latent.reason, detail=latent.detail), None
@@ -157,12 +157,12 @@ class _Copy:
         return ShardRow(slot, content), latent.astype(self.identity.dtype, copy=False)
 
     def _read(self, entry: PlanEntry) -> tuple[NDArray[Any] | Rejected, str]:
-        now = self.placed.get((entry["bucket"], entry["row"]))
+        now = self.live.get((entry["bucket"], entry["row"]))
         if now is None:
             return Rejected("removed", "removed or changed after it was planned"), ""
         item = self.by_origin.get(now["detail"])
         if item is None:
-            return Rejected("vanished", f"{now['detail']} is not among the caches any more"), ""
+            return Rejected("vanished", f"{now['detail']} is no longer in the caches"), ""
         if (item.file.size, item.file.mtime_ns) != (now["size"], now["mtime_ns"]):
             return Rejected("changed", "the cache file changed after it was planned"), ""
-        return read(item.file, item.held), content_hash(item.image)
+        return read(item.file, item.latent), content_hash(item.image)

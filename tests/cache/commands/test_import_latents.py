@@ -88,7 +88,7 @@ def test_kohyas_draws_are_refused_with_their_noise_and_taken_when_forced(
     asked = ("import", images, "--out", out, "--vae", vae)
     assert cache(*asked) == 1
     told = error(capsys)
-    assert "kohya freezes one random draw of the posterior instead of its mean, here noise" in told
+    assert "kohya stores a random sample of the posterior, not its mean, noise" in told
     assert "--force" in told
     assert not out.exists()
     assert cache(*asked, "--force") == 0
@@ -111,7 +111,7 @@ def test_onetrainers_caches_find_their_images_wherever_they_lie(
     images.rename(tmp_path / "moved")
     asked = ("import", tmp_path / "cache", "--vae", vae, "--out", tmp_path / "again")
     assert cache(*asked) == 1
-    assert "none of their images is there" in error(capsys)
+    assert "none of their images was found" in error(capsys)
     assert cache(*asked, "--images", tmp_path / "moved") == 0
     assert same(tmp_path / "again", written)
 
@@ -245,7 +245,7 @@ def spoil(images: Path, change: Any) -> None:
     ("wrong", "told"),
     [
         ("vae", "these are not latents of"),
-        ("shuffled", "are not of their images (correlation"),
+        ("shuffled", "do not match their images (correlation"),
         ("normalised", "neither 1 nor its scaling factor 0.13025"),
     ],
 )
@@ -279,7 +279,7 @@ def test_scaled_latents_are_told_and_divided_when_forced(
     asked = ["import", cached, "--out", tmp_path / "l", "--vae", vae]
     asked += ["--images", images] if with_images else []
     assert cache(*asked) == 1
-    assert "they are scaled already (0.13" in error(capsys)
+    assert "they are already scaled (0.13" in error(capsys)
     assert cache(*asked, "--force") == 0
     assert read_attributes(tmp_path / "l")[0].preprocessing == "safetensors mean divided by 0.13025"
     if with_images:
@@ -299,7 +299,7 @@ def test_a_changed_image_leaves_its_latent_behind(
     assert cache("import", tmp_path / "cache", "--out", tmp_path / "l", "--vae", vae) == 0
     assert "+ 1 rejected (changed_image 1)" in printed(capsys)
     (row,) = pq.read_table(tmp_path / "l/rejected.parquet").to_pylist()
-    assert row["detail"].startswith("cached from 600x400, upright the image is 640x427 now")
+    assert row["detail"].startswith("was cached at 600x400, the upright image is 640x427 now")
 
 
 def test_a_pickle_that_runs_code_is_not_run(
@@ -313,7 +313,7 @@ def test_a_pickle_that_runs_code_is_not_run(
     assert "rejected (unsafe 1)" in printed(capsys)
     torch.save(Bomb(mark), one.with_name("aggregate.pt"))
     assert cache("import", tmp_path / "cache", "--out", tmp_path / "m", "--vae", vae) == 1
-    assert "aggregate.pt, which alone says whose latents" in error(capsys)
+    assert "aggregate.pt, the only index of the latents" in error(capsys)
     assert not mark.exists()
 
 
@@ -333,19 +333,19 @@ def test_bad_requests_are_one_sentence_and_write_nothing(
 ) -> None:
     out = tmp_path / "l"
     asked: list[object] = ["import", images, "--out", out, "--vae", vae]
-    told = "none of its files is an .npz"
+    told = "no cached latents (kohya's .npz"
     if case == "missing":
-        asked[1], told = tmp_path / "no", "no folder"
+        asked[1], told = tmp_path / "no", "no such directory"
     elif case == "nothing":
         asked[1:2], told = [], "CACHE is missing"
     elif case != "empty":
         write_safetensors(images, image_files(images), vae)
     if case == "mixed":
         np.savez(images / "cat.npz", latents=np.zeros((4, 16, 16), "f4"))
-        told = "hold caches of kohya and safetensors"
+        told = "caches of kohya and safetensors"
     assert cache(*asked, *(["--dry-run"] if case == "dry" else [])) == (case != "dry")
     said = capsys.readouterr()
-    assert told in said.err if case != "dry" else "to import: 8 latents" in said.out
+    assert told in said.err if case != "dry" else "to import: 8 latents" in said.err
     assert not out.exists()
 
 
@@ -358,6 +358,6 @@ def test_another_crop_is_doubtful_and_kept_when_forced(
         save_file({"latent": encoded(vae, shifted)}, image.with_suffix(".safetensors"))
     asked = ("import", images, "--out", tmp_path / "l", "--vae", vae, "--compare", 8)
     assert cache(*asked) == 1
-    assert "compared are not quite their images' (correlation images/" in error(capsys)
+    assert "compared do not quite match their images (correlation images/" in error(capsys)
     assert cache(*asked, "--force") == 0
-    assert "are not quite their images'" in capsys.readouterr().err
+    assert "do not quite match their images" in capsys.readouterr().err

@@ -16,17 +16,17 @@ from tests.support.peer_caches import (
     write_safetensors,
 )
 from xlsd_cache.errors import UserError
-from xlsd_cache.interop.cache_files import CacheFile, find, image_names
-from xlsd_cache.interop.formats import Held, peek, read
+from xlsd_cache.interop.cache_files import CacheFile, image_names, list_caches
+from xlsd_cache.interop.formats import CachedLatent, peek, read
 from xlsd_cache.outcomes import Rejected
 
 
 def one(path: Path) -> CacheFile:
-    (file,) = [file for file in find((path.parent,)).files if file.path == path]
+    (file,) = [file for file in list_caches((path.parent,)).files if file.path == path]
     return file
 
 
-def only(file: CacheFile) -> Held:
+def only(file: CacheFile) -> CachedLatent:
     held = peek(file)
     assert isinstance(held, list)
     return held[0]
@@ -37,7 +37,7 @@ def test_kohyas_headers_tell_shape_and_size_without_reading_the_latent(
 ) -> None:
     (image, *_) = image_files(photos)
     written = write_kohya(tmp_path / "c", [image], vae, more=(192, 64))
-    (file,) = find((tmp_path / "c",)).files
+    (file,) = list_caches((tmp_path / "c",)).files
     held = peek(file)
     assert isinstance(held, list)
     assert [(one.name, one.shape) for one in held] == [
@@ -58,7 +58,7 @@ def test_onetrainers_index_gives_each_file_its_image(
     images = image_files(photos)[:3]
     for layout in ("list", "dict", "smart"):
         written = write_onetrainer(tmp_path / layout, images, vae, layout=layout)
-        found = find((tmp_path / layout,)).files
+        found = list_caches((tmp_path / layout,)).files
         latents = {file.image: file for file in found if peek(file) is not None}
         assert sorted(latents) == [str(image) for image in images]  # the texts are passed over
         assert len(found) == 4
@@ -73,7 +73,7 @@ def test_suffixes_of_the_safetensors_caches(photos: Path, vae: Path, tmp_path: P
     for suffix in (".safetensors", ".img_sdxl", ".img_cache"):
         folder = tmp_path / suffix
         write_safetensors(folder, image_files(photos)[:1], vae, suffix=suffix)
-        (file,) = find((folder,)).files
+        (file,) = list_caches((folder,)).files
         assert only(file).kind == "safetensors"
         assert image_names(file, "safetensors", "") == [str(folder / "astronaut_face")]
 
@@ -93,7 +93,7 @@ def test_only_what_float32_holds_exactly_is_taken(
         assert only(one(tmp_path / "a.img_x")).half is kept
 
 
-def latent_of(file: CacheFile, held: Held) -> NDArray[Any]:
+def latent_of(file: CacheFile, held: CachedLatent) -> NDArray[Any]:
     latent = read(file, held)
     assert not isinstance(latent, Rejected)
     return latent
@@ -136,7 +136,7 @@ def test_damaged_files_give_a_latent_or_a_reason(
 def test_object_arrays_and_vanished_files_are_reasons(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", latents=np.array([{}, None], dtype=object))
     write_one(tmp_path / "b.npz")
-    file, gone = find((tmp_path,)).files
+    file, gone = list_caches((tmp_path,)).files
     (tmp_path / "b.npz").unlink()
     for wrong, reason in ((file, "corrupt"), (gone, "vanished")):
         held = peek(wrong)
@@ -148,6 +148,6 @@ def test_an_unreadable_index_is_refused_by_name(tmp_path: Path) -> None:
     write_one(tmp_path / "0.pt")
     for name in ("aggregate.pt", "cache.json"):
         (tmp_path / name).write_bytes(b"half of it")
-        with pytest.raises(UserError, match=f"{name}, which alone says whose latents"):
-            find((tmp_path,))
+        with pytest.raises(UserError, match=f"{name}, the only index of the latents"):
+            list_caches((tmp_path,))
         (tmp_path / name).unlink()

@@ -4,18 +4,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlsd_cache.interop.cache_files import CacheFile
-from xlsd_cache.interop.formats import Held
+from xlsd_cache.interop.formats import CachedLatent
 from xlsd_cache.interop.items import crop_box
-from xlsd_cache.interop.pairing import Record, pair
+from xlsd_cache.interop.pairing import SourceImage, pair
 
 
-def cached(image: str) -> tuple[CacheFile, Held]:
-    held = Held("onetrainer", "latent_image", (4, 8, 8), False)
+def cached(image: str) -> tuple[CacheFile, CachedLatent]:
+    held = CachedLatent("onetrainer", "latent_image", (4, 8, 8), False)
     return CacheFile("onetrainer", Path(f"{image}.pt"), image, image, 1, 1), held
 
 
-def records(*paths: str) -> list[Record]:
-    return [Record(path, path, 1) for path in paths]
+def records(*paths: str) -> list[SourceImage]:
+    return [SourceImage(path, path, 1) for path in paths]
 
 
 def paired(images: list[str], *paths: str) -> list[str]:

@@ -9,17 +9,17 @@ from tests.support.vaes import tiny
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.images.decode import decode
-from xlsd_cache.interop.plausibility import Likeness, Sample, compare, judge
+from xlsd_cache.interop.plausibility import Compared, Likeness, compare, judge
 
 CPU = torch.device("cpu")
 
 
-def fresh(image: Path, vae: Path) -> Sample:
+def fresh(image: Path, vae: Path) -> Compared:
     size = 153, 215
     pixels = decode(image.read_bytes(), size, (0.0, 0.0, 153.0, 153.0), (128, 128))
     assert isinstance(pixels, np.ndarray)
     encoder = Encoder(load_vae(str(vae)), "fp32", CPU)
-    return Sample("a", encoder.encode(pixels[None].copy())[0], pixels)
+    return Compared("a", encoder.encode(pixels[None].copy())[0], pixels)
 
 
 def test_the_vaes_own_latents_are_exactly_alike_mirrored_or_not(photos: Path, vae: Path) -> None:
@@ -28,7 +28,7 @@ def test_the_vaes_own_latents_are_exactly_alike_mirrored_or_not(photos: Path, va
     assert sample.pixels is not None
     mirrored = fresh(image_files(photos)[0], vae).pixels
     assert mirrored is not None
-    samples = [sample, Sample("b", sample.latent, mirrored[:, ::-1])]
+    samples = [sample, Compared("b", sample.latent, mirrored[:, ::-1])]
     for likeness in compare(samples, loaded, CPU):
         assert likeness.alike == pytest.approx(1, abs=1e-5)
         assert likeness.scale == pytest.approx(1, abs=0.02)
@@ -63,7 +63,7 @@ def test_verdicts(vae: Path) -> None:
     assert "not latents of" in verdict(0.2, 1.0, 0.4)
     assert "not latents of" in verdict(None, 1.0, 0.4)
     assert "a 0.20, b 0.20" in verdict(0.2, 1.0, 0.9)
-    assert "not quite their images' (correlation a 0.80" in verdict(0.8, 1.0, 0.9)
-    assert "scaled already (0.13 times" in verdict(0.99, 0.13, 0.9)
+    assert "do not quite match their images (correlation a 0.80" in verdict(0.8, 1.0, 0.9)
+    assert "already scaled (0.13 times" in verdict(0.99, 0.13, 0.9)
     assert "neither 1 nor" in verdict(0.99, 0.5, 0.9)
-    assert verdict(None, 1.0, 0.9).startswith("none of their images is there")
+    assert verdict(None, 1.0, 0.9).startswith("none of their images was found")

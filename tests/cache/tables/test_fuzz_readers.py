@@ -29,9 +29,9 @@ from xlsd_cache.archives.reader import read_members
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, field_text, read_object, read_text
 from xlsd_cache.files.uri import read_source
-from xlsd_cache.interop.cache_files import CacheFile, find
+from xlsd_cache.interop.cache_files import CacheFile, list_caches
 from xlsd_cache.interop.crops import add_crops
-from xlsd_cache.interop.formats import Held, peek
+from xlsd_cache.interop.formats import CachedLatent, peek
 from xlsd_cache.interop.formats import read as read_latent
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN, REMOVED
@@ -253,7 +253,7 @@ def test_a_damaged_cache_file_gives_latents_or_a_reason(
     file = CacheFile("kohya", path, "s/a", "", path.stat().st_size, 0)
     told = peek(file)
     for held in told if isinstance(told, list) else []:
-        assert isinstance(held, Held)
+        assert isinstance(held, CachedLatent)
         if len(held.shape) == 3 and max(held.shape) < 4096:  # others are never read
             assert isinstance(read_latent(file, held), np.ndarray | Rejected)
 
@@ -264,7 +264,7 @@ def test_an_index_of_a_cache_gives_names_or_a_sentence(tmp_path: Path, value: An
     (tmp_path / "a.npz").write_bytes(b"")
     (tmp_path / "cache.json").write_text(json.dumps({"entries": value}))
     (tmp_path / "aspect_ratio_bucket_metadata_x.json").write_text(json.dumps(value))
-    for read_it in (lambda: find((tmp_path,)), lambda: add_crops([], [tmp_path])):
+    for read_it in (lambda: list_caches((tmp_path,)), lambda: add_crops([], [tmp_path])):
         try:
             read_it()
         except UserError:

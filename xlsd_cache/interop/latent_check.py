@@ -1,4 +1,4 @@
-"""Which of a cache's latents are what they are said to be: together, and each by itself."""
+"""Check a cache's latents against their images, all together and one by one."""
 
 import logging
 from collections import Counter
@@ -18,15 +18,15 @@ from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
 from xlsd_cache.images.sandbox import decoders
 from xlsd_cache.interop.cache_files import KEEPS
 from xlsd_cache.interop.formats import read
-from xlsd_cache.interop.items import Item
+from xlsd_cache.interop.items import ImportItem
 from xlsd_cache.interop.plausibility import (
     DISPROVED,
     NO_IMAGE,
     OTHER,
     PROVED_OTHER,
+    CacheVerdict,
+    Compared,
     Likeness,
-    Sample,
-    Verdict,
     compare,
     judge,
     refusal,
@@ -41,33 +41,33 @@ log = logging.getLogger("xlsd.cache.interop")
 
 
 @dataclass
-class Prover:
-    """Compares latents with their images, and says which are refused."""
+class LatentCheck:
+    """Compares latents with their images and rejects those that do not match."""
 
     config: ImportOptions
     vae: Vae
     device: torch.device
     kind: str
-    scaled: bool  # the store's own latents were; what is new says it by itself
-    refused: dict[str, Rejected] = field(default_factory=dict)  # by origin
-    forced: Counter[Reason] = field(default_factory=Counter)  # reason -> latents taken all the same
+    scaled: bool  # whether the store's latents were; new ones are measured
+    rejected: dict[str, Rejected] = field(default_factory=dict)  # by origin
+    forced: Counter[Reason] = field(default_factory=Counter)  # reason -> latents imported anyway
 
-    def choose(self, items: list[Item]) -> Item:
-        """Of one latent with each of its possible images, the one that it is most alike."""
-        latent = read(items[0].file, items[0].held)
+    def choose(self, items: list[ImportItem]) -> ImportItem:
+        """Of the possible images of one latent, choose the one that it is most alike."""
+        latent = read(items[0].file, items[0].latent)
         if items[0].rejected or isinstance(latent, Rejected):
             return items[0]
-        samples = (Sample(item.key, latent, self._pixels(item)) for item in items)
+        samples = (Compared(item.key, latent, self._pixels(item)) for item in items)
         found = compare(samples, self.vae, self.device, rounds=0)
         alike = [-1.0 if one.alike is None else one.alike for one in found]
         return items[alike.index(max(alike))]
 
-    def prove(self, new: list[Item], again: list[Item]) -> Verdict | None:
-        """Compare what is `new`, and `again` what was refused before; None where nothing is new.
+    def run(self, new: list[ImportItem], again: list[ImportItem]) -> CacheVerdict | None:
+        """Check new latents, and those that were rejected before; None where nothing is new.
 
-        Raises UserError for what is disproved of all, and for what is doubtful and not forced.
+        Raises UserError where the cache as a whole is disproved, or is doubtful and not forced.
         """
-        # Spread over all by their names' hashes; those with an image first.
+        # A pseudo-random order, those with an image first.
         spread = sorted(new, key=lambda i: (i.image is None, order(i.key)))
         samples = dict(islice(self._samples(spread), self.config.compare))
         verdict, limit, guess = None, PROVED_OTHER, None
@@ -81,19 +81,19 @@ class Prover:
             self._weigh(found, limit)
             guess = self._fit([i for i in spread if i.origin in samples], samples, found)
         rest = [item for item in (*spread, *again) if item.origin not in samples]
-        self._prove_rest(rest, guess, limit)
-        self._say()
+        self._check_rest(rest, guess, limit)
+        self._log_rejected()
         return verdict
 
-    def _samples(self, items: list[Item]) -> Iterator[tuple[str, Sample]]:
-        """Those of the items whose latents can be read."""
+    def _samples(self, items: list[ImportItem]) -> Iterator[tuple[str, Compared]]:
+        """The items whose latents can be read."""
         for item in items:
-            latent = read(item.file, item.held)
+            latent = read(item.file, item.latent)
             if not isinstance(latent, Rejected):
-                yield item.origin, Sample(item.key, latent, self._pixels(item))
+                yield item.origin, Compared(item.key, latent, self._pixels(item))
 
-    def _judge(self, found: list[Likeness], count: int) -> Verdict | None:
-        """Of all together; None where they are not their images' and others of the cache were."""
+    def _judge(self, found: list[Likeness], count: int) -> CacheVerdict | None:
+        """The conclusion from all; None where they match no image but earlier latents did."""
         log.info(f"compared {len(found)} of {count} latents with {self.vae.name}:")
         for likeness in found:
             log.info(f"  {likeness}")
@@ -105,35 +105,35 @@ class Prover:
             raise UserError(verdict.disproved)
         if verdict.doubtful and not self.config.force:
             raise UserError(
-                f"these latents cannot be trusted: {'; '.join(verdict.doubtful)}; build from the "
-                f"images, or add --force to import them all the same"
+                f"these latents are doubtful: {'; '.join(verdict.doubtful)}. Build from the "
+                f"images, or import them anyway with --force."
             )
         for doubt in verdict.doubtful:
             log.warning(f"forced: {doubt}")
         return verdict
 
     def _fit(
-        self, items: list[Item], samples: dict[str, Sample], found: dict[str, Likeness]
+        self, items: list[ImportItem], samples: dict[str, Compared], found: dict[str, Likeness]
     ) -> Thumbnails | None:
-        """The map from latents to thumbnails, of the samples that were not refused."""
+        """Fit the map from latents to thumbnails to the samples that were not rejected."""
         pairs = []
         for item in items:
             thumbnail = self._pixels(item, DOWNSCALE)
-            if thumbnail is not None and item.origin not in self.refused:
+            if thumbnail is not None and item.origin not in self.rejected:
                 mirrored = found[item.origin].mirrored
                 latent = samples[item.origin].latent.astype(np.float32)
                 pairs.append((latent, thumbnail[:, ::-1] if mirrored else thumbnail))
         return Thumbnails.fit(pairs) if pairs else None
 
-    def _prove_rest(self, items: list[Item], guess: Thumbnails | None, limit: float) -> None:
-        """Look at each thumbnail, and with the VAE at those that are not surely right."""
-        seen = [item for item in items if item.image]
-        lonely = [item.origin for item in items if not item.image]
+    def _check_rest(self, items: list[ImportItem], guess: Thumbnails | None, limit: float) -> None:
+        """Compare all thumbnails, and with the VAE where those are not conclusive."""
+        with_image = [item for item in items if item.image]
+        without = [item.origin for item in items if not item.image]
         if self.config.force:
-            self.forced[NO_IMAGE.reason] += len(lonely)
+            self.forced[NO_IMAGE.reason] += len(without)
         else:
-            self.refused |= dict.fromkeys(lonely, NO_IMAGE)
-        doubted = self._doubted(seen, guess) if guess else seen
+            self.rejected |= dict.fromkeys(without, NO_IMAGE)
+        doubted = self._doubted(with_image, guess) if guess else with_image
         few = len(doubted) < 99
         shown = progress_bar(
             self._samples(doubted), "comparing", len(doubted), unit="latent", disable=few
@@ -141,14 +141,14 @@ class Prover:
         for origin, sample in shown:
             (found,) = compare([sample], self.vae, self.device, rounds=0)
             self._weigh({origin: found}, limit)
-        if seen:
+        if with_image:
             log.info(
-                f"the thumbnails of {len(seen) - len(doubted)} of the other {len(seen)} are their "
-                f"images'; the other {len(doubted)} were compared as well"
+                f"checked the other {len(with_image)}: {len(with_image) - len(doubted)} by "
+                f"thumbnail, {len(doubted)} with the VAE"
             )
 
-    def _doubted(self, items: list[Item], guess: Thumbnails) -> list[Item]:
-        """Those of which the thumbnail does not show that they are right."""
+    def _doubted(self, items: list[ImportItem], guess: Thumbnails) -> list[ImportItem]:
+        """The items that their thumbnails do not confirm."""
         doubted = []
         few = len(items) < 999
         with (
@@ -162,32 +162,32 @@ class Prover:
                 bar.update(len(some))
         return doubted
 
-    def _is_sure(self, guess: Thumbnails, item: Item) -> bool:
-        latent, thumbnail = read(item.file, item.held), self._pixels(item, DOWNSCALE)
+    def _is_sure(self, guess: Thumbnails, item: ImportItem) -> bool:
+        latent, thumbnail = read(item.file, item.latent), self._pixels(item, DOWNSCALE)
         if isinstance(latent, Rejected):
-            return True  # and rejected when it is to be imported
+            return True  # rejected when it is copied
         return thumbnail is not None and guess.agree(latent.astype(np.float32), thumbnail)
 
     def _weigh(self, found: dict[str, Likeness], limit: float) -> None:
         for origin, likeness in found.items():
             why = refusal(likeness, self.vae, limit, self.scaled)
             if why and (why.reason in DISPROVED or not self.config.force):
-                self.refused[origin] = why
+                self.rejected[origin] = why
             elif why:
                 self.forced[why.reason] += 1
 
-    def _say(self) -> None:
-        """Name some of what is refused; all are in the table of the rejected."""
+    def _log_rejected(self) -> None:
+        """Log some of the rejected latents; all are in rejected.parquet."""
         for reason, count in sorted(self.forced.items()):
             if count:
                 log.warning(f"forced: {count} latents, {reason}: {REASONS[reason]}")
-        for origin, why in islice(self.refused.items(), 20):
-            log.warning(f"refused {origin}: {why.reason}: {why.detail}")
-        if len(self.refused) > 20:
-            log.warning(f"and {len(self.refused) - 20} more were refused")
+        for origin, why in islice(self.rejected.items(), 20):
+            log.warning(f"rejected {origin}: {why.reason}: {why.detail}")
+        if len(self.rejected) > 20:
+            log.warning(f"rejected {len(self.rejected) - 20} more")
 
-    def _pixels(self, item: Item, divisor: int = 1) -> Pixels | None:
-        """What should have gone into the VAE, or smaller, if the image is there and readable."""
+    def _pixels(self, item: ImportItem, divisor: int = 1) -> Pixels | None:
+        """The image's crop at the bucket's size over `divisor`; None where it cannot be read."""
         if item.image is None or not all(item.size):
             return None
         try:
@@ -199,11 +199,11 @@ class Prover:
         pixels = guard.call(decode, data, item.size, item.crop, (width, height), MOST_PIXELS)
         if isinstance(pixels, Rejected):
             return None
-        return pixels[::-1] if item.held.upside_down else pixels
+        return pixels[::-1] if item.latent.upside_down else pixels
 
 
-def settle(items: list[Item], refused: dict[str, Rejected]) -> list[Item]:
-    """The items, with those rejected that are refused."""
+def mark_rejected(items: list[ImportItem], rejected: dict[str, Rejected]) -> list[ImportItem]:
+    """The items, with those rejected that the check rejected."""
     return [
-        item.refused(refused[item.origin]) if item.origin in refused else item for item in items
+        item.reject(rejected[item.origin]) if item.origin in rejected else item for item in items
     ]

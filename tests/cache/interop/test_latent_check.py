@@ -84,7 +84,7 @@ def test_two_swapped_latents_are_rejected_by_name_and_the_others_imported(
     assert (
         "8 scanned = 6 encoded + 0 reused + 0 duplicate + 2 rejected (not_its_image 2)" in told.out
     )
-    assert f"refused images/{wrong[0]}.img_sdxl: not_its_image: correlates" in told.err
+    assert f"rejected images/{wrong[0]}.img_sdxl: not_its_image: correlation" in told.err
     assert same(tmp_path / "l", written(images, wrong))
     assert rejected(tmp_path / "l") == dict.fromkeys(wrong, "not_its_image")
     assert cache(*asked) == 0  # again, and nothing changes
@@ -177,7 +177,7 @@ def test_when_none_is_right_nothing_is_written(
     swap(*pair)
     asked = ("import", images, "--out", tmp_path / "l", "--vae", vae, "--force")
     assert cache(*asked) == 1
-    assert "2 of 2 latents compared are not of their images" in error(capsys)
+    assert "2 of 2 compared latents do not match their images" in error(capsys)
     assert not (tmp_path / "l").exists()
 
 
