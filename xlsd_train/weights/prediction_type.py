@@ -131,17 +131,18 @@ def file_scheduler(
 
     `own` is the one in its header, `nearby` that of its folder. Warns if two places disagree.
     """
-    said = [*_by_yaml(path.with_suffix(".yaml")), *_by_keys(tensors)]
-    said += [Declared("its own scheduler", prediction_type(own), has_zero_snr(own))] if own else []
-    said += _by_header(path, header)
+    declared = [*_by_yaml(path.with_suffix(".yaml")), *_by_keys(tensors)]
+    if own:
+        declared.append(Declared("its own scheduler", prediction_type(own), has_zero_snr(own)))
+    declared += _by_header(path, header)
     if nearby:
         kind, zero = prediction_type(nearby), has_zero_snr(nearby)
-        said.append(Declared("scheduler/ next to it", kind, zero))
+        declared.append(Declared("scheduler/ next to it", kind, zero))
     base = own or nearby
-    if not said:
+    if not declared:
         return base
-    prediction = _first(path, "prediction type", [(it.where, it.prediction) for it in said])
-    agreeing = [it for it in said if it.prediction in (None, prediction)]
+    prediction = _first(path, "prediction type", [(it.where, it.prediction) for it in declared])
+    agreeing = [it for it in declared if it.prediction in (None, prediction)]
     zero_snr = _first(path, "zero terminal SNR", [(it.where, it.zero_snr) for it in agreeing])
     if zero_snr is None:
         zero_snr = _ends_in_noise(tensors)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.demo.pipeline import make_pipeline, read_captions
 from tests.support import printed, train
-from tests.train.weights.test_ldm_keys import published
+from tests.support.ldm_keys import published
 from xlsd_train.config import sd15
 from xlsd_train.config.optimization import Kind
 from xlsd_train.export.export import fold_vae

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.demo.pipeline import make_pipeline
 from tests.support import train
-from tests.train.weights.test_ldm_keys import published
+from tests.support.ldm_keys import published
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import Identity, LatentStore
 from xlsd_train.model.loading import load_bundle
