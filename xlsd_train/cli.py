@@ -1,19 +1,20 @@
-"""The command line `xlsd-train`, generated from each command's dataclass."""
+"""The command line `xlsd-train`: its commands, their help pages, and what runs each."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
-from inspect import getdoc
+from importlib import import_module
 from typing import Any
 
 from xlsd_cache import __version__
+from xlsd_cache.console.help import Command, asks_for_help, help_page
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
 from xlsd_cache.console.suggestions import check_command, check_words
 from xlsd_cache.console.terminal import ignore_closed_pipe, run, say, start
 from xlsd_train.config.aliases import NAMES
 from xlsd_train.config.model_options import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
-from xlsd_train.config.recipes import parse, show
+from xlsd_train.config.recipes import options_in, parse
 from xlsd_train.config.run_options import (
     EmaConfig,
     PlanConfig,
@@ -24,9 +25,20 @@ from xlsd_train.config.run_options import (
 )
 from xlsd_train.config.train import TrainConfig
 
+Run = Callable[[Any, Sequence[str]], None]  # takes a command's options and its command line
 
-# One a command, each importing late: --help need not wait for torch and diffusers.
-def _run(config: TrainConfig, command: Sequence[str]) -> None:
+
+def calls(target: str) -> Run:
+    """A call of `module:function` with a command's options; imported when the command runs."""
+    module, _, function = target.partition(":")
+
+    def call(config: Any, _: Sequence[str]) -> None:
+        getattr(import_module(f"xlsd_train.{module}"), function)(config)
+
+    return call
+
+
+def _train(config: TrainConfig, command: Sequence[str]) -> None:
     from xlsd_train.checkpoints.complete import complete
 
     if told := complete(config):
@@ -39,84 +51,90 @@ def _run(config: TrainConfig, command: Sequence[str]) -> None:
     train(config, command)
 
 
-def _plan(config: PlanConfig, _: Sequence[str]) -> None:
-    from xlsd_train.commands.plan import show
-
-    show(config)
-
-
-def _recipes(config: RecipesConfig, _: Sequence[str]) -> None:
-    show(config.name)
-
-
-def _tags(config: TagsConfig, _: Sequence[str]) -> None:
-    from xlsd_train.commands.tags import tags
-
-    tags(config)
-
-
 def _sweep(config: SweepConfig, command: Sequence[str]) -> None:
     from xlsd_train.commands.sweep import sweep
 
     sweep(config, command[2:])
 
 
-def _report(config: ReportConfig, _: Sequence[str]) -> None:
-    from xlsd_train.report.page import report
-
-    report(config)
-
-
 def _export(config: ExportConfig, _: Sequence[str]) -> None:
     from xlsd_train.export.export import export_model
 
-    export_model(
-        config.checkpoint, config.out, format=config.format, dtype=config.dtype,
-        scaling_factor=config.scaling_factor, vae=config.vae, model_ema=config.model_ema,
-        tokenizer=config.tokenizer,
-    )  # fmt: skip
+    export_model(**vars(config))
 
 
-def _swap(config: SwapConfig, _: Sequence[str]) -> None:
-    from xlsd_train.export.swap import swap
-
-    swap(config)
-
-
-def _ema(config: EmaConfig, _: Sequence[str]) -> None:
-    from xlsd_train.commands.ema import reconstruct
-
-    reconstruct(config)
-
-
-def _sample(config: SampleConfig, _: Sequence[str]) -> None:
-    from xlsd_train.commands.sample import compare
-
-    compare(config)
-
-
-def _score(config: ScoreConfig, _: Sequence[str]) -> None:
-    from xlsd_train.commands.score import score
-
-    score(config)
-
-
-# command -> (its dataclass, what runs it given that and the words of the command line)
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any, Sequence[str]], None]]] = {
-    "run": (TrainConfig, _run),
-    "train": (TrainConfig, _run),
-    "plan": (PlanConfig, _plan),
-    "recipes": (RecipesConfig, _recipes),
-    "tags": (TagsConfig, _tags),
-    "ema": (EmaConfig, _ema),
-    "sweep": (SweepConfig, _sweep),
-    "report": (ReportConfig, _report),
-    "sample": (SampleConfig, _sample),
-    "score": (ScoreConfig, _score),
-    "export": (ExportConfig, _export),
-    "swap": (SwapConfig, _swap),
-}
-
+MOST_USED = (
+    "phase", "data", "model", "out", "batch", "steps", "epochs", "optimizer", "lr", "recipe",
+)  # fmt: skip
+TRAIN = Command(
+    TrainConfig, _train, first=MOST_USED,
+    examples=(
+        "xlsd-train train --phase unet --data latents --batch 32 --epochs 2 --out runs/a",
+        "xlsd-train train --recipe phase1-te --data latents --model runs/a --out runs/b",
+    ),
+)  # fmt: skip
+COMMANDS = {
+    "train": TRAIN,
+    "run": TRAIN,
+    "plan": Command(
+        PlanConfig, calls("commands.plan:show"), first=("phase", "vram", "size", "batch", "json"),
+        examples=(
+            "xlsd-train plan --phase unet --vram 24",
+            "xlsd-train plan --phase te --batch 64 --size 768x768 --json",
+        ),
+    ),
+    "recipes": Command(
+        RecipesConfig, calls("config.recipes:show"),
+        examples=("xlsd-train recipes", "xlsd-train recipes phase1-unet > mine.toml"),
+    ),
+    "tags": Command(
+        TagsConfig, calls("commands.tags:tags"),
+        examples=(
+            "xlsd-train tags latents",
+            "xlsd-train tags latents --require-tags solo --forbid-tags sketch --most 20",
+        ),
+    ),
+    "sweep": Command(
+        SweepConfig, _sweep, first=("rates", *MOST_USED, "stop_after"),
+        examples=(
+            "xlsd-train sweep --lr 5e-6,4e-6,3e-6 --phase te --data latents --stop-after 250",
+            "xlsd-train sweep --lr 2e-6,1e-6 --recipe phase2-unet --steps 500 --out runs/sweep",
+        ),
+    ),
+    "report": Command(
+        ReportConfig, calls("report.page:report"),
+        examples=("xlsd-train report runs/a", "xlsd-train report runs/a runs/b -o both.html"),
+    ),
+    "sample": Command(
+        SampleConfig, calls("commands.sample:compare"),
+        examples=(
+            "xlsd-train sample runs/a runs/b --prompts prompts.txt",
+            "xlsd-train sample before=swapped after=runs/a --prompts prompts.txt --out compared",
+        ),
+    ),
+    "score": Command(
+        ScoreConfig, calls("commands.score:score"),
+        examples=("xlsd-train score comparison", "xlsd-train score comparison --real photos"),
+    ),
+    "export": Command(
+        ExportConfig, _export,
+        examples=(
+            "xlsd-train export runs/a model",
+            "xlsd-train export runs/a model.safetensors --format single-file --dtype fp16",
+        ),
+    ),
+    "swap": Command(
+        SwapConfig, calls("export.swap:swap"),
+        examples=("xlsd-train swap start", "xlsd-train swap start --vae taesdxl --model runs/a"),
+    ),
+    "ema": Command(
+        EmaConfig, calls("commands.ema:reconstruct"),
+        examples=(
+            "xlsd-train ema runs/a averaged",
+            "xlsd-train ema runs/a averaged --sigma-rel 0.05 --step 5000",
+        ),
+    ),
+}  # fmt: skip
 PRINT = {PlanConfig, RecipesConfig, TagsConfig, ScoreConfig}  # commands that make nothing but text
 # Commands that need no torch; training finds out by itself whether it does.
 LIGHT = {RecipesConfig, TagsConfig, ReportConfig, SweepConfig, TrainConfig}
@@ -131,38 +149,35 @@ def main(args: Sequence[str] | None = None) -> int:
     if args is None:
         start()
     given = list(sys.argv[1:] if args is None else args)
+    training = COMMANDS.get(given[0] if given else "", TRAIN) is TRAIN
+    told = "; the last checkpoint stands" if training else ""
+    return run("xlsd-train", lambda: _main(given), f"stopped at once{told}")
+
+
+def _main(given: list[str]) -> int:
     named = given[:1] if given[:1] and given[0] in COMMANDS else []
-    kind, command = COMMANDS[named[0] if named else "run"]
-
-    def run_it() -> int:
-        words = given[len(named) :]
-        if words[:1] == ["--version"]:
-            print(f"xlsd-train {__version__}")
-            return 0
-        if not named:
-            check_command("xlsd-train", words, list(COMMANDS), THEIRS)
-        refuse_empty(words, kind)
-        check_words(words, kind, NAMES)
-        prog = " ".join(["xlsd-train", *named])
-        config = parse(kind, words, prog=prog, description=_describe(kind))
-        if kind not in PRINT:
-            ignore_closed_pipe()
-        quiet() if kind in LIGHT else quiet_libraries()
-        command(config, ["xlsd-train", *given])
+    command, words = COMMANDS[named[0] if named else "train"], given[len(named) :]
+    kind, prog = command.options, " ".join(["xlsd-train", *named])
+    if words[:1] == ["--version"]:
+        print(f"xlsd-train {__version__}")
         return 0
+    if not named:
+        check_command("xlsd-train", words, list(COMMANDS), THEIRS)
+    if asks_for_help(words):
+        print(_page(prog, command, words))
+        return 0
+    refuse_empty(words, kind)
+    check_words(words, kind, NAMES)
+    config = parse(kind, words, prog)
+    if kind not in PRINT:
+        ignore_closed_pipe()
+    quiet() if kind in LIGHT else quiet_libraries()
+    return command.run(config, ["xlsd-train", *given]) or 0
 
-    told = "; the last checkpoint stands" if kind is TrainConfig else ""
-    return run("xlsd-train", run_it, f"stopped at once{told}")
 
-
-def _describe(kind: type[Any]) -> str:
-    """A command's description; training's also lists the other commands."""
-    text = getdoc(kind) or ""
-    if kind is not TrainConfig or len(COMMANDS) == 1:
-        return text
-    lines = [
-        f"  xlsd-train {name:<8} {(getdoc(other) or '').partition(chr(10))[0]}"
-        for name, (other, _) in COMMANDS.items()
-        if other is not kind
-    ]
-    return "\n".join([text, "", "Other commands, each with its own --help:", *lines])
+def _page(prog: str, command: Command, words: Sequence[str]) -> str:
+    """The help of a command, with the defaults of a --recipe; training's lists all commands."""
+    recipe = options_in(words).get("recipe") if issubclass(command.options, TrainConfig) else None
+    default = parse(command.options, ["--recipe", recipe], prog) if recipe else None
+    others = {name: it for name, it in COMMANDS.items() if it is not TRAIN}
+    return help_page(prog, command, default, others if command is TRAIN else None)

@@ -46,8 +46,8 @@ def test_its_commands_are_settings_that_can_be(
         if "/xlsd-train " in line:
             _, *words = shlex.split(line)
             name = words[0] if words[0] in COMMANDS else "run"
-            kind = COMMANDS[name][0]
-            config = parse(kind, words[words[0] == name :], "xlsd-train", "")
+            kind = COMMANDS[name].options
+            config = parse(kind, words[words[0] == name :], "xlsd-train")
             seen.append(config.recipe if isinstance(config, TrainConfig) else name)
     phases = ["phase1-unet", "phase1-unet", "phase1-te", "phase1-te", "phase2-unet"]
     assert seen == [*phases, "export", "sample"]

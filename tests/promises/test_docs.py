@@ -122,7 +122,7 @@ def check_command(words: list[str]) -> None:
     elif program == "xlsd-train":
         name = rest[0] if rest[0] in xlsd_train.cli.COMMANDS else "train"
         kind = options_class(xlsd_train.cli.COMMANDS[name])
-        parse(kind, rest[rest[0] == name :], "xlsd-train", "")
+        parse(kind, rest[rest[0] == name :], "xlsd-train")
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":

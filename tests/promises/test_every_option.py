@@ -20,7 +20,7 @@ from xlsd_cache.console.option_checks import MayBeEmpty, Target, Within, leaves,
 from xlsd_cache.errors import UserError
 
 Out = pytest.CaptureFixture[str]
-KINDS: list[type[Any]] = list(dict.fromkeys(kind for kind, _ in xlsd_train.cli.COMMANDS.values()))
+KINDS: list[type[Any]] = list(dict.fromkeys(it.options for it in xlsd_train.cli.COMMANDS.values()))
 KINDS += [command.options for command in xlsd_cache.cli.COMMANDS.values()]
 # What must be given, where its type does not say it.
 GIVEN = {"columns": "txt", "phase": "unet", "vae": "sdxl"}
@@ -146,7 +146,7 @@ def test_paths_that_cannot_be_written_are_refused_at_once(
 def test_empty_words_are_refused_of_every_training_command(
     command: str, folder: Path, capsys: Out
 ) -> None:
-    kind, _ = xlsd_train.cli.COMMANDS[command]
+    kind = xlsd_train.cli.COMMANDS[command].options
     may = {
         option_of(name, hint)
         for name, hint in hints(kind).items()

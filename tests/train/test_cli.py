@@ -1,27 +1,25 @@
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support import cache, printed, train
 from xlsd_cache import __version__
-from xlsd_cache.console.suggestions import options_of
+from xlsd_cache.console.help import option_groups
+from xlsd_cache.console.suggestions import check_words, options_of
 from xlsd_train.cli import COMMANDS, main
 from xlsd_train.config.aliases import NAMES
+from xlsd_train.config.recipes import parse
 
-# and `rates`, which the command line calls --lr
-POSITIONAL = {"checkpoint", "out", "models", "store", "run", "runs", "rates", "name", "folders"}
 Out = pytest.CaptureFixture[str]
 
 
 def help_of(*words: str, capsys: Out) -> str:
-    with pytest.raises(SystemExit) as exit_code:
-        main([*words, "--help"])
-    assert exit_code.value.code == 0
+    assert main([*words, "--help"]) == 0
     return printed(capsys)
 
 
@@ -29,7 +27,9 @@ def test_without_a_command_it_trains(capsys: Out) -> None:
     plain = help_of(capsys=capsys)
     assert "Train the UNet, the text encoder, or both" in plain
     for name in ("train", "run"):
-        assert help_of(name, capsys=capsys).replace(f"xlsd-train {name}", "xlsd-train") == plain
+        usage, page = help_of(name, capsys=capsys).split("\n", 1)
+        assert usage == f"usage: xlsd-train {name} --phase {{unet,te,both}} [OPTION ...]"
+        assert page == plain.split("\n", 1)[1]
     for words in ((), ("train",), ("run",)):
         assert train(*words, "--phase", "te", "--batch", 0) == 1
         assert "--batch 0" in capsys.readouterr().err
@@ -38,7 +38,7 @@ def test_without_a_command_it_trains(capsys: Out) -> None:
 def test_help_lists_every_other_command(capsys: Out) -> None:
     listed = help_of(capsys=capsys)
     for name in COMMANDS:
-        assert f"xlsd-train {name} " in listed or name in {"run", "train"}
+        assert re.search(rf"^  {name} ", listed, re.MULTILINE) or name in {"run", "train"}
 
 
 @pytest.mark.parametrize("words", [["--version"], ["sample", "--version"]])
@@ -89,17 +89,46 @@ def test_words_that_it_does_not_take_are_one_sentence(
 
 
 def test_every_other_name_leads_to_an_option_that_is_there() -> None:
-    options = {name for kind, _ in COMMANDS.values() for name in options_of(kind)}
+    options = {name for command in COMMANDS.values() for name in options_of(command.options)}
     for name, meant in NAMES.items():
         assert not meant.startswith("--") or meant.split()[0] in options, name
 
 
-@pytest.mark.parametrize("kind", list(dict.fromkeys(kind for kind, _ in COMMANDS.values())))
-def test_every_option_that_a_help_shows_is_known(kind: type[Any], capsys: Out) -> None:
-    name = next(name for name, (found, _) in COMMANDS.items() if found is kind)
-    own = re.findall(r"^│ (--?[a-z].*)", help_of(name, capsys=capsys), re.MULTILINE)
-    shown = {option for line in own for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line)}
-    assert shown - {"-h", "--help"} <= options_of(kind).keys()
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "run"])
+def test_a_help_page_shows_every_option_and_no_other(name: str, capsys: Out) -> None:
+    kind = COMMANDS[name].options
+    entries = re.findall(r"^  (-.*?)(?:  |$)", help_of(name, capsys=capsys), re.MULTILINE)
+    shown = {flag for entry in entries for flag in re.findall(r"(?<![\w-])--?[a-z][\w-]*", entry)}
+    switches = {f"--no-{flag[2:]}" for flag, taken in options_of(kind).items() if not taken}
+    assert shown <= options_of(kind).keys()
+    assert options_of(kind).keys() - switches <= shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_a_command_are_possible(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(COMMANDS[name].examples) == 2
+    for example in COMMANDS[name].examples:
+        program, command, *words = shlex.split(example.partition(" > ")[0])
+        kind = COMMANDS[command].options
+        assert (program, kind) == ("xlsd-train", COMMANDS[name].options)
+        check_words(words, kind, {})
+        assert isinstance(parse(kind, words, ""), kind)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_a_page_shows_first_are_its_options(name: str) -> None:
+    command = COMMANDS[name]
+    assert {*command.first} <= {field.name for field in fields(command.options)}
+    assert option_groups(command).keys() >= {"Most used"} or not command.first
+
+
+def test_help_with_a_recipe_shows_its_defaults(capsys: Out) -> None:
+    shown = " ".join(help_of("train", "--recipe", "phase1-unet", capsys=capsys).split())
+    assert "(default: dlion)" in shown
+    assert "(default: 1000000)" in shown
 
 
 def test_a_name_with_spaces_that_is_not_quoted_is_found(
@@ -116,14 +145,6 @@ def test_a_name_with_spaces_that_is_not_quoted_is_found(
     (tmp_path / "My").mkdir()
     assert cache("build", "My", "new", "--captions", "key") == 1
     assert "quote" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in {"run", "train"}])
-def test_each_commands_help_teaches_every_option(name: str, capsys: Out) -> None:
-    shown = help_of(name, capsys=capsys)
-    for field in fields(COMMANDS[name][0]):
-        option = f"--{field.name.replace('_', '-')}"
-        assert option in shown or field.name in POSITIONAL
 
 
 # Everything that these commands load, in one process; the store and the run are real ones.

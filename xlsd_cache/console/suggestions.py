@@ -48,13 +48,15 @@ def check_words(words: Sequence[str], kind: type[Any], names: Mapping[str, str])
     _check_quoted(words)
     hints, options = _hints_of(kind), options_of(kind)
     free = most = _positionals(kind)
-    for word, following in _runs(words):
+    for word, following in option_runs(words):
         option, rest = "", following
         if word:
             name, is_, value = word.partition("=")
             option = name if not name.startswith("--") else "--" + name[2:].replace("_", "-")
             if option not in options:
                 raise UserError(_unknown(word, options, names))
+            if is_ and not options[option]:
+                raise UserError(f"{option} takes no value, and {value!r} is given")
             takes = 0 if is_ else options[option]
             if options[option]:
                 given = [value] if is_ else following[:takes]
@@ -72,7 +74,7 @@ def check_words(words: Sequence[str], kind: type[Any], names: Mapping[str, str])
         free -= len(rest)
 
 
-def _runs(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+def option_runs(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Each option and the words up to the next one; the first run is of no option."""
     runs: list[tuple[str, list[str]]] = [("", [])]
     for word in words:
@@ -162,7 +164,7 @@ def _unknown(word: str, options: Mapping[str, int], names: Mapping[str, str]) ->
 
 def _check_quoted(words: Sequence[str]) -> None:
     """Raise UserError where several words together are the name of an existing file or folder."""
-    for option, following in _runs(words):
+    for option, following in option_runs(words):
         row = [option.partition("=")[2], *following] if "=" in option else following
         for first, last in ((a, b) for a in range(len(row)) for b in range(a + 2, len(row) + 1)):
             if last - first > 8 or Path(row[first]).exists():

@@ -19,7 +19,8 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.own_files import is_page, refuse_foreign
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_train.checkpoints.resume import differing, told
-from xlsd_train.config.run_options import SweepConfig, without
+from xlsd_train.config.recipes import options_in, without
+from xlsd_train.config.run_options import SweepConfig
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.report.page import NAME, write_page
 from xlsd_train.report.ranking import Standing, rank, table
@@ -32,19 +33,18 @@ POLL_S = 0.2
 
 
 def sweep(config: SweepConfig, words: Sequence[str]) -> None:
-    """Run or go on with every rate; `words` are those of the command line behind `sweep`.
+    """Run or resume every rate; `words` are those after `sweep` on the command line.
 
-    Raises UserError before anything runs where a run cannot be as asked; and at the end, when the
-    others have run and are compared, where one failed.
+    Raises UserError before anything runs if a run cannot be as asked, and at the end, after the
+    comparison, if a run failed.
     """
-    runs = config.runs(without(words, "validate-every") != list(words))
+    runs = config.runs("validate_every" in options_in(words))
     _check(runs)
     out, each = next((folder.parent, run.validate_every) for folder, run in runs.items())
     refuse_foreign(out / NAME, (".html",), is_page)
     if each and not config.validate_every:
         print(f"validating every {each} steps, to compare by; --validate-every chooses, 0 for none")
-    given = without(words, "lr", "out", "validate-every")
-    failed = []
+    given, failed = without(words, "lr", "out", "validate_every"), []
     with StopSignal() as stop:
         for number, (folder, asked) in enumerate(runs.items(), start=1):
             if _finished(folder, asked):

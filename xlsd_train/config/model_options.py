@@ -1,4 +1,4 @@
-"""One frozen dataclass for each command that is about models; their command lines are generated."""
+"""Options of the commands about models: one frozen dataclass per command."""
 
 import re
 from dataclasses import dataclass
@@ -27,34 +27,35 @@ ExportDtype = Literal["fp32", "fp16", "bf16"]
 class ExportConfig:
     """Write a model for other programs.
 
-    As a folder of diffusers, or as one file with the names of SD1.5's own, which ComfyUI, A1111,
-    Forge and diffusers' from_single_file load as an ordinary SD1.5: its VAE's scaling factor is
-    folded into the weights. What was written is read back and compared before it has its name.
+    Either a diffusers folder, or a single file with SD1.5's original keys, which ComfyUI, A1111,
+    Forge and diffusers' from_single_file load as an ordinary SD1.5: the VAE's scaling factor is
+    folded into its weights. The result is read back and compared before it gets its name.
     """
 
     checkpoint: Positional[str]
     """A run (its newest checkpoint), a checkpoint, a pipeline folder, a single file or a hub id."""
 
     out: Positional[Annotated[Path, Target("folder or file")]]
-    """The folder to make, or the .safetensors file."""
+    """The folder to create, or the .safetensors file."""
 
     format: ExportFormat = "diffusers"
-    """diffusers: SD1.5's folders. single-file: one .safetensors under latent-diffusion's names."""
+    """diffusers: a folder. single-file: one .safetensors file with latent-diffusion's keys."""
 
     dtype: ExportDtype = "fp32"
-    """Of all weights."""
+    """Data type of all weights."""
 
     scaling_factor: Factor | None = None
-    """Fold the VAE to this factor. Default: 0.18215 for single-file; for diffusers its own."""
+    """Fold the VAE to this scaling factor. Default: 0.18215 for single-file, else its own."""
 
     vae: str | None = None
-    """Put this VAE in, say with a decoder trained further; its encoder must be the model's."""
+    """Use this VAE, e.g. with a fine-tuned decoder; its encoder must be the model's. Default: the
+    model's own."""
 
     model_ema: bool = False
-    """Of a single file that holds both, take the UNet's moving averages."""
+    """Load the moving averages of a single file that holds both."""
 
     tokenizer: str | None = None
-    """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
+    """Folder with vocab.json and merges.txt. Default: the model's; for a single file the hub's."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
@@ -64,31 +65,32 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class SwapConfig:
-    """Write SD1.5 with another VAE in it, untrained: where training with that VAE begins.
+    """Write SD1.5 with another VAE, untrained: the starting point for training with that VAE.
 
-    A folder of diffusers, whose VAE's config says its own scaling factor.
+    The result is a diffusers folder whose VAE config holds the VAE's own scaling factor.
     """
 
     out: Positional[Folder]
-    """The folder to make."""
+    """The folder to create."""
 
     model: str = HUB_ID
     """A hub id, pipeline folder, single file, checkpoint or run."""
 
     model_ema: bool = False
-    """Of a single file that holds both, take the UNet's moving averages."""
+    """Load the moving averages of a single file that holds both."""
 
     vae: str = "sdxl"
     """sdxl, sdxl-fp16-fix, sd, taesdxl, a hub id, a folder or a .safetensors file."""
 
     vae_scaling_factor: Factor | None = None
-    """Of a --vae in a single file, which does not say it: 0.13025 for SDXL's, 0.18215 for SD's."""
+    """Scaling factor of a --vae in a single file: 0.13025 for SDXL's, 0.18215 for SD's."""
 
     text_encoder: str | None = None
-    """Take the text encoder from here: a hub id, a folder, say of LongCLIP, a file or a run."""
+    """Load the text encoder from this hub id, folder (e.g. of LongCLIP), file or run. Default:
+    --model."""
 
     tokenizer: str | None = None
-    """A folder with vocab.json and merges.txt. Default: the model's; of a single file the hub's."""
+    """Folder with vocab.json and merges.txt. Default: the model's; for a single file the hub's."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
@@ -96,56 +98,57 @@ class SwapConfig:
         refuse_existing(self.out)
 
 
-MOST_PIXELS = 4096  # of a side of a picture
+MOST_PIXELS = 4096  # per side of an image
 Scheduler = Literal["dpm++", "dpm++-karras", "euler", "euler-a", "ddim", "unipc"]
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Draw the same prompts from the same seeds with one model or several, and compare them.
+    """Sample the same prompts with the same seeds from one model or several, and compare them.
 
-    Writes a PNG for each picture, whose metadata say how it was made, OUT/grid.png (models down,
-    prompts across) and OUT/index.html, one page that needs nothing else, with a slider between any
-    two models. Each model draws with its own VAE.
+    Writes a PNG per image with its settings in the metadata, OUT/grid.png (models down, prompts
+    across), and OUT/index.html, a self-contained page with a slider between any two models. Each
+    model uses its own VAE.
 
-    A line of --prompts may carry its own settings after the prompt, as in `a cat, solo --seed 5
-    --steps 30 --guidance 4 --size 512x768 --negative blurry, text`: these five, in any order, each
-    up to the next. kohya's --d --s --l --w --h --n mean the same.
+    A line of --prompts may have its own settings after the prompt, e.g. `a cat, solo --seed 5
+    --steps 30 --guidance 4 --size 512x768 --negative blurry, text`, in any order. kohya's --d --s
+    --l --w --h --n are understood too.
     """
 
     models: Positional[tuple[str, ...]]
-    """Runs, checkpoints, pipeline folders, single files or hub ids; NAME=... gives one a name."""
+    """Runs, checkpoints, pipeline folders, single files or hub ids; NAME=MODEL names one."""
 
     prompts: Path
-    """A text file of prompts, one a line; lines that begin with # are none."""
+    """Text file with one prompt per line; lines that start with # are comments."""
 
     out: Folder = Path("comparison")
-    """The folder to make."""
+    """The folder to create."""
 
     scheduler: Scheduler = "dpm++"
-    """DPM++ 2M, the same with Karras' noise levels, Euler, Euler ancestral, DDIM, or UniPC."""
+    """DPM++ 2M, the same with Karras' noise schedule, Euler, Euler ancestral, DDIM, or UniPC."""
 
     steps: Annotated[int, Within(1, 1000)] = 20
-    """Denoising steps a picture."""
+    """Denoising steps per image."""
 
     guidance: Annotated[float, Within(0, 1000)] = 7.5
-    """Classifier-free guidance."""
+    """Classifier-free guidance scale."""
 
     negative: Annotated[str, MayBeEmpty()] = ""
-    """What pictures should not show."""
+    """Negative prompt."""
 
     size: str | None = None
-    """Width and height in pixels, multiples of 8. Default: those of the run's own samples, of the
-    first run that is named; 512x512 without one."""
+    """Width and height in pixels, multiples of 8. Default: that of the first run's own samples, or
+    512x512 without a run."""
 
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
-    """Of the first prompt; each following one has the next."""
+    """Seed of the first prompt; each following prompt has the next."""
 
     tokenizer: str | None = None
-    """A folder with vocab.json and merges.txt, for single files. Default: the hub's SD1.5's."""
+    """Folder with vocab.json and merges.txt, for single files. Default: that of SD1.5, from the
+    hub."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the graphics card when there is one."""
+    """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is loaded."""
@@ -153,36 +156,36 @@ class SampleConfig:
         if self.size is not None:
             size_of(self.size, "--size")
         if not self.models:
-            raise UserError("no model is named; give one or several, and --prompts FILE")
+            raise UserError("no model is given; give one or several, and --prompts FILE")
         refuse_existing(self.out)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Score the pictures that `sample` drew: how well they fit their prompts, and real images.
+    """Score the images of `sample`: how well they fit their prompts, and real images.
 
-    CLIP score: 2.5 max(cos, 0) of a picture and its prompt, the mean over pictures; higher fits
-    better (torchmetrics' is 40 times it). CMMD, with --real: how far the pictures as a set are
-    from real images; lower is nearer, 0 is none. Both with 95% intervals; models that have drawn
-    the same prompts from the same seeds are compared picture by picture.
+    CLIP score: 2.5 max(cos, 0) of an image and its prompt, averaged over images; higher is better
+    (torchmetrics' is 40 times this). CMMD, with --real: the distance of all images, as a set, from
+    real images; lower is better. Both have 95% intervals. Models with the same prompts and seeds
+    are compared image by image.
 
-    CMMD wants hundreds of pictures of different prompts, and as many real images of the same kind.
+    CMMD needs hundreds of images of different prompts, and as many real images of the same kind.
     """
 
     folders: Positional[tuple[Path, ...]]
-    """What `sample` made, a model's folder in it, or a run's samples; one or several."""
+    """Output folders of `sample`, folders of one model in them, or samples of runs."""
 
     real: Path | None = None
-    """A folder of real images. Default: no CMMD."""
+    """Folder of real images. Default: no CMMD."""
 
     clip: str = "openai/clip-vit-large-patch14-336"
-    """Who judges: a hub id, or a folder with a CLIP. Only scores of the same CLIP compare."""
+    """Hub id or folder of the CLIP. Only scores of the same CLIP are comparable."""
 
     most: Every = 10_000
-    """Take so many of --real, drawn at random and always the same; 0: all."""
+    """Use at most this many images of --real, a fixed random subset. 0: all."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the graphics card when there is one."""
+    """auto: the GPU if there is one."""
 
     json: bool = False
     """Print JSON."""
@@ -191,16 +194,19 @@ class ScoreConfig:
         """Refuse what cannot work before anything is read."""
         check_options(self)
         if not self.folders:
-            raise UserError("no folder of pictures is named; give what `xlsd-train sample` made")
+            raise UserError(
+                "no folder of images is given; give the output folder of `xlsd-train sample`"
+            )
 
 
 def size_of(text: str, where: str) -> tuple[int, int]:
-    """(width, height) of 512x768. Raises UserError for what no picture can be."""
+    """(width, height) of 512x768. Raises UserError for a size that no image can have."""
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
     width, height = (int(match[1]), int(match[2])) if match else (0, 0)
     if not all(side % 8 == 0 and 0 < side <= MOST_PIXELS for side in (width, height)):
         raise UserError(
-            f"{where}: {text!r} is no size in multiples of 8, up to {MOST_PIXELS}; give say 512x768"
+            f"{where}: {text!r} is not WIDTHxHEIGHT in multiples of 8, up to {MOST_PIXELS}; give "
+            f"e.g. 512x768"
         )
     return width, height
 
@@ -225,7 +231,7 @@ def check_export_target(out: Path, export_format: ExportFormat) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises UserError where something that is not an empty folder has this name already."""
-    there = out.exists() or out.is_symlink()
-    if there and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already and is not overwritten; remove it or name another")
+    """Raises UserError for a path that exists, unless it is an empty folder."""
+    exists = out.exists() or out.is_symlink()
+    if exists and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already and is not overwritten; remove it or use another")

@@ -1,7 +1,6 @@
-"""One frozen dataclass for each command that is about runs; their command lines are generated."""
+"""Options of the commands about runs: one frozen dataclass per command."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -17,15 +16,14 @@ from xlsd_train.data.caption_edits import require_and_forbid
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """Show what a run would take, before it takes it: peak memory by item, and how fast it can be.
+    """Predict a run's peak memory by item and its speed, for every memory plan.
 
-    The flags are those of training. No card and no images are needed: every way of passing the
-    batch is run on tensors without data, which takes some seconds. Speeds are what a card does at
-    100% of its peaks; half of that is good.
+    Takes the options of training. Needs neither a GPU nor images: each plan is run on meta tensors,
+    which takes some seconds. Speeds are at 100% of a GPU's peak; half of that is good.
     """
 
     size: tuple[str, ...] = ()
-    """Pictures, say 512x512. Default: the buckets of --data; without a store 512x512."""
+    """Image sizes, e.g. 512x512. Default: the buckets of --data, or 512x512 without a store."""
 
     json: bool = False
     """Print JSON."""
@@ -33,14 +31,14 @@ class PlanConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class RecipesConfig:
-    """List the recipes that --recipe knows, or print one, say to begin one's own with.
+    """List the recipes for --recipe, or print one, e.g. as a start for your own.
 
-    A recipe is TOML, its keys the names of training's options. What the command line says beside it
-    counts, and --phase need not be said.
+    A recipe is a TOML file whose keys are the options of training. Options on the command line
+    override it, and --phase is not needed.
     """
 
     name: Positional[str | None] = None
-    """Print this one, whose name may be a .toml file's, as it is. Default: a line for each."""
+    """Print this recipe, or .toml file. Default: list all, a line each."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
@@ -49,25 +47,25 @@ class RecipesConfig:
 
 @dataclass(frozen=True)
 class TagsConfig:
-    """Count the tags of a store's captions, and what a selection by tags leaves."""
+    """Count the tags in a store's captions, and the samples that a selection by tags leaves."""
 
     store: Positional[Path]
-    """The latent store that `xlsd-cache build` made."""
+    """A latent store made by `xlsd-cache build`."""
 
     caption: str | None = None
-    """Caption columns as in training: txt, or txt=3,jsonl:wd=1. Default: the store's only one."""
+    """Caption columns as in training: txt, or txt=3,jsonl:wd=1. Default: the only column."""
 
     require_tags: str | None = None
-    """Count only samples that have all of these tags, A,B: each whole and as it is written."""
+    """Count only samples that have all of these tags, A,B. Exact match of whole tags."""
 
     forbid_tags: str | None = None
-    """Count no sample that has any of these tags, A,B: each whole and as it is written."""
+    """Skip samples that have any of these tags, A,B. Exact match of whole tags."""
 
     most: Every = 50
-    """Tell so many tags of each column, the most frequent first; 0: all."""
+    """Show this many tags per column, the most frequent first. 0: all."""
 
     json: bool = False
-    """For programs."""
+    """Print JSON."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before the store is opened."""
@@ -77,40 +75,40 @@ class TagsConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Make an average of a run's weights, of any length, from the snapshots that --ema kept.
+    """Derive an EMA of any length from the snapshots of a run trained with --ema.
 
-    The length is relative to the training so far: sigma_rel, the spread of the moments that count
-    (arXiv 2312.02696). What is written is as --model takes it.
+    The length is relative to the training so far: sigma_rel, the standard deviation of the EMA
+    profile (arXiv 2312.02696). The result can be given to --model.
     """
 
     run: Positional[Path]
     """The run's folder."""
 
     out: Positional[Folder]
-    """A new folder for the average."""
+    """The folder to create."""
 
     sigma_rel: Annotated[float, Within(0, 12**-0.5, above=True)] = 0.10
-    """Length of the average, above 0 and below 0.288, which is all of training alike."""
+    """Length of the average, above 0 and below 0.288, which weights all steps equally."""
 
     step: Every | None = None
-    """The average as of this step. Default: the newest snapshot's."""
+    """End of the average. Default: the step of the newest snapshot."""
 
     def __post_init__(self) -> None:
         """Refuse lengths that no power function has."""
         check_options(self)
         if self.sigma_rel == 12**-0.5:
             raise UserError(
-                f"--sigma-rel {self.sigma_rel:g} is not above 0 and below {12**-0.5:.3f}; give say "
-                f"0.1"
+                f"--sigma-rel {self.sigma_rel:g} is not above 0 and below {12**-0.5:.3f}; give "
+                f"e.g. 0.1"
             )
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write one HTML page about a run, or about several side by side; it needs nothing else.
+    """Write a self-contained HTML page about a run, or about several side by side.
 
-    Settings, loss, learning rate, validation, speed and samples, as far as a run has come: also of
-    one that is going on, or was killed.
+    Shows settings, loss, learning rate, validation, speed and samples so far, also of a run that is
+    still running or was killed.
     """
 
     runs: Positional[tuple[Path, ...]]
@@ -123,68 +121,61 @@ class ReportConfig:
         """Refuse what cannot work before a log is read."""
         check_options(self)
         if not self.runs:
-            raise UserError("no run is named; give the folder of one or several")
+            raise UserError("no run is given; give the folder of one run or several")
         if self.out is not None and (self.out.suffix != ".html" or self.out.is_dir()):
-            raise UserError(f"--out {self.out} is no name of a page; let it end in .html")
+            raise UserError(
+                f"--out {self.out} is a folder, or does not end in .html; give a file name"
+            )
 
 
 @dataclass(frozen=True)
 class SweepConfig(TrainConfig):
-    """Train the same at several learning rates, one after another, and say which to take.
+    """Train at several learning rates, one after another, and say which is best.
 
-    The flags are those of training, and each run is one: in OUT/lr-RATE, of the same seed, samples
-    and held-out images. The same command with the same --out goes on where it was. It ends with a
-    table, an answer, and OUT/report.html, where all runs lie side by side.
+    Takes the options of training. Each rate is an ordinary run in OUT/lr-RATE, with the same seed,
+    samples and held-out images. The same command with the same --out resumes. Prints a table and an
+    answer, and writes OUT/report.html, which compares all runs.
     """
 
     rates: Annotated[str, arg(name="lr"), MayBeEmpty()] = ""  # which is then no list of rates
-    """The rates, say 5e-6,4e-6,3e-6,2e-6."""
+    """Learning rates, e.g. 5e-6,4e-6,3e-6,2e-6."""
 
     lr: Annotated[Rate | None, Suppress] = None  # each run's own
 
     out: Folder | None = None
-    """The folder of the runs. Default: runs/sweep-PHASE-DATE-TIME."""
+    """Folder of the runs. Default: runs/sweep-PHASE-DATE-TIME."""
 
     validate_every: Every = 0
-    """Measure the loss on held-out images every so many steps, at step 0 and the end; 0 never.
-    Default: a tenth of --stop-after or --steps; 250 of a length in epochs."""
+    """Measure the loss on held-out images every this many steps, at step 0 and at the end. 0:
+    never. Default: a tenth of --stop-after or --steps, or 250 if the length is in epochs."""
+
+    def check_rate(self) -> None:
+        """Each run checks its own rate."""
+        if self.lr is not None:
+            super().check_rate()
 
     def runs(self, validate_every_given: bool) -> dict[Path, TrainConfig]:
-        """Folder -> the run in it, in the order of --lr.
+        """Folder -> options of its run, in the order of --lr.
 
-        Raises UserError for rates that are none or fewer than two, and for what no run could be.
+        Raises UserError for fewer than two rates, and for options that no run can have.
         """
         try:
             rates = [float(word) for word in self.rates.split(",")]
         except ValueError:
             raise UserError(
-                f"--lr {self.rates!r} is no list of rates; give say 4e-6,2e-6"
+                f"--lr {self.rates!r} is not a list of rates; give e.g. 4e-6,2e-6"
             ) from None
         if len(set(rates)) < 2 or len(set(rates)) < len(rates):
             raise UserError(
-                f"--lr {self.rates} names no two different rates, or one twice; give say 4e-6,2e-6"
+                f"--lr {self.rates} has fewer than two rates, or one twice; give e.g. 4e-6,2e-6"
             )
         given = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = self.out or Path("runs") / f"sweep-{self.phase}-{stamp}"
         if (out / "config.json").exists() or (out.exists() and not out.is_dir()):
-            raise UserError(f"--out {out} is a run or a file; name another folder for the sweep")
+            raise UserError(f"--out {out} is a run or a file; use another folder for the sweep")
         if not self.validate_every and not validate_every_given:
             length = self.stop_after or self.steps
             given["validate_every"] = max(1, length // 10) if length else 250
         runs = {out / f"lr-{rate}": TrainConfig(**{**given, "lr": rate}) for rate in rates}
         return {folder: replace(run.resolved(), out=folder) for folder, run in runs.items()}
-
-
-def without(words: Sequence[str], *options: str) -> list[str]:
-    """The words of a command line less these options, each of one value."""
-    kept, words = [], list(words)
-    while words:
-        word = words.pop(0)
-        name, equals, _ = word.partition("=")
-        if name.startswith("--") and name[2:].replace("_", "-") in options:
-            if not equals and words:
-                words.pop(0)
-        else:
-            kept.append(word)
-    return kept

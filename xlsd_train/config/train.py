@@ -146,28 +146,22 @@ class TrainConfig(
         """Raise UserError for values that do not go together, within a group or across groups."""
         for group in cast("tuple[type[Options], ...]", TrainConfig.__bases__):
             group.check(self)
-        if not self.force:
-            self._check_lr()
+        self.check_rate()
+
+    def check_rate(self) -> None:
+        """Raise UserError for a rate that trains nothing, or breaks the weights in one step."""
+        dlion = self.optimizer == "dlion"
+        least, most = RATES[dlion]
+        if not (self.force or least <= self.rate <= most):
+            factor = "a factor of the learning rate that --optimizer dlion finds, not a rate"
+            what = factor if dlion else f"no learning rate for --optimizer {self.optimizer}"
+            raise UserError(
+                f"--lr {self.rate:g} is {what}; leave it out, or give {least:g} to {most:g}"
+            )
         if self.lr_floor is not None and self.lr_floor >= self.rate:
             raise UserError(
                 f"--lr-floor {self.lr_floor:g} is not below --lr {self.rate:g}; lower it"
             )
-
-    def _check_lr(self) -> None:
-        """Refuse a rate that trains nothing, or that breaks the weights in one step."""
-        finds = self.optimizer == "dlion"
-        least, most = RATES[finds]
-        if least <= self.rate <= most:
-            return
-        if finds:
-            raise UserError(
-                f"--lr {self.rate:g} is a factor of the learning rate that --optimizer "
-                f"{self.optimizer} finds, not a rate; leave --lr out, or give {least:g} to {most:g}"
-            )
-        raise UserError(
-            f"--lr {self.rate:g} is no learning rate for --optimizer {self.optimizer}; leave it "
-            f"out, or give {least:g} to {most:g}"
-        )
 
     @property
     def rate(self) -> float:

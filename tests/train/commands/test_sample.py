@@ -196,7 +196,7 @@ def test_values_that_would_end_early_are_quoted() -> None:
     ("words", "told"),
     [
         (("nowhere",), "no model nowhere"),
-        ((), "no model is named"),
+        ((), "no model is given"),
         (("nowhere", "--device", "cuda"), "--device cuda"),
     ],
 )

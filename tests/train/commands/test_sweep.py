@@ -20,8 +20,8 @@ from tests.support import files, metrics, printed, spawn, train, wait_for
 from tests.train.report.test_page import Page
 from tests.train.training.test_loop import slow_train
 from xlsd_cache.errors import UserError
-from xlsd_train.config.recipes import parse
-from xlsd_train.config.run_options import SweepConfig, without
+from xlsd_train.config.recipes import options_in, parse, without
+from xlsd_train.config.run_options import SweepConfig
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.report.ranking import HEADER, rank
 from xlsd_train.runs.bootstrap import intervals, overall
@@ -36,7 +36,7 @@ class Forked:
     """A run in a process forked from one that has loaded the libraries: seconds earlier there."""
 
     def __init__(self, run: Callable[..., int], words: list[str]) -> None:
-        folder = Path(words[words.index("--out") + 1])
+        folder = Path(options_in(words)["out"])
         self.process = spawn(run, "run", *words, log=folder.parent.with_suffix(".log"))
         folder.parent.with_suffix(".pid").write_text(str(self.process.pid))
 
@@ -238,10 +238,10 @@ def test_another_sweep_is_not_gone_on_with(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--lr", "1e-3"), "--lr 1e-3 names no two different rates"),
-        (("--lr", "1e-3,0.001"), "names no two different rates, or one twice"),
-        (("--lr", "slow,fast"), "--lr 'slow,fast' is no list of rates"),
-        ((), "--lr '' is no list of rates"),
+        (("--lr", "1e-3"), "--lr 1e-3 has fewer than two rates"),
+        (("--lr", "1e-3,0.001"), "has fewer than two rates, or one twice"),
+        (("--lr", "slow,fast"), "--lr 'slow,fast' is not a list of rates"),
+        ((), "--lr '' is not a list of rates"),
         (("--lr", "1e-3,-1"), "--lr -1 is not above 0"),
         (("--lr", "4e-3,1e-5", "--scheduler", "linear", "--lr-floor", "1e-4"), "--lr-floor 0.0001"),
         (("--lr", "4e-3,1e-5", "--batch", 0), "--batch 0"),
@@ -272,7 +272,7 @@ def test_a_run_is_no_folder_for_a_sweep_and_a_launcher_does_not_start_it(
     monkeypatch.setattr(xlsd_train.commands.sweep, "start", refuse)
     given = ("sweep", "--phase", "te", "--lr", "2e-3,1e-3")
     assert train(*given, "--out", swept.out / "lr-0.001") == 1
-    assert "lr-0.001 is a run or a file; name another folder" in capsys.readouterr().err
+    assert "lr-0.001 is a run or a file; use another folder" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train(*given) == 1
     assert "start it without a launcher" in capsys.readouterr().err
@@ -315,18 +315,18 @@ def test_folders_and_validation_have_defaults_of_their_own() -> None:
 def test_a_recipe_passes_through(tmp_path: Path) -> None:
     """Its own rate does not count; the rest of it does, in the sweep and in the runs' words."""
     words = "--recipe phase1-te --lr 5e-6,4e-6 --stop-after 500".split()
-    config = parse(SweepConfig, [*words, "--out", str(tmp_path / "out")], "", "")
+    config = parse(SweepConfig, [*words, "--out", str(tmp_path / "out")], "")
     first, second = config.runs(False).values()
     assert (first.lr, second.lr, first.validate_every) == (5e-6, 4e-6, 50)
     alone = [*without(words, "lr"), "--lr", "5e-6", "--validate-every", "50"]
-    assert replace(parse(TrainConfig, alone, "", "").resolved(), out=first.out) == first
-    with pytest.raises(UserError, match="no list of rates"):
-        parse(SweepConfig, words[:2], "", "").runs(False)
+    assert replace(parse(TrainConfig, alone, "").resolved(), out=first.out) == first
+    with pytest.raises(UserError, match="has fewer than two rates"):
+        parse(SweepConfig, words[:2], "").runs(False)
 
 
 def test_the_words_go_on_without_the_sweeps_own() -> None:
     words = "--lr 1,2 --phase te --out=x --lr_floor 0 --stop-after 5 --validate_every 3".split()
-    kept = without(words, "lr", "out", "validate-every")
+    kept = without(words, "lr", "out", "validate_every")
     assert kept == "--phase te --lr_floor 0 --stop-after 5".split()
 
 

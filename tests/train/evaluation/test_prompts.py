@@ -76,10 +76,13 @@ def test_files_of_every_editor_are_read(tmp_path: Path, text: bytes) -> None:
         ("a cat --l 1e999", "--guidance inf cannot be drawn"),
         ("a cat --seed -1", "prompt 2: --seed -1 is not from 0 to"),
         (f"a cat --seed {2**63}", "prompt 2: --seed 9223372036854775808 is not from 0 to"),
-        ("a cat --size 100x100", "prompt 2: '100x100' is no size in multiples of 8"),
-        ("a cat --w 500", "prompt 2: '500x512' is no size in multiples of 8"),
-        ("a cat --h 80000", "prompt 2: '512x80000' is no size in multiples of 8, up to 4096"),
-        ("a cat --h -64", "prompt 2: '512x-64' is no size"),
+        ("a cat --size 100x100", "prompt 2: '100x100' is not WIDTHxHEIGHT in multiples of 8"),
+        ("a cat --w 500", "prompt 2: '500x512' is not WIDTHxHEIGHT in multiples of 8"),
+        (
+            "a cat --h 80000",
+            "prompt 2: '512x80000' is not WIDTHxHEIGHT in multiples of 8, up to 4096",
+        ),
+        ("a cat --h -64", "prompt 2: '512x-64' is not WIDTHxHEIGHT"),
     ],
 )
 def test_a_line_that_cannot_be_drawn_is_named(tmp_path: Path, line: str, told: str) -> None:
@@ -88,7 +91,7 @@ def test_a_line_that_cannot_be_drawn_is_named(tmp_path: Path, line: str, told: s
 
 
 def test_impossible_flags_and_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--size: 'big' is no size"):
+    with pytest.raises(UserError, match="--size: 'big' is not WIDTHxHEIGHT"):
         size_of("big", "--size")
     for text in ("\n", "# none\n"):
         with pytest.raises(UserError, match="--prompts .* is empty"):
@@ -99,7 +102,7 @@ def test_impossible_flags_and_files_are_refused(tmp_path: Path) -> None:
         read_pictures(tmp_path / "gone", "--prompts", DEFAULT)
     with pytest.raises(UserError, match="write the prompts to a text file"):  # kohya takes them
         read_pictures(tmp_path / "prompts.json", "--prompts", DEFAULT)
-    with pytest.raises(UserError, match="no model is named"):
+    with pytest.raises(UserError, match="no model is given"):
         SampleConfig((), tmp_path / "gone", tmp_path / "out")
 
 

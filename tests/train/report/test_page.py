@@ -279,7 +279,7 @@ def test_what_is_no_run_is_refused(runs: list[Path], tmp_path: Path, capsys: Out
         ((runs[0], tmp_path / "nowhere"), "is not a run"),
         ((tmp_path / "broken",), "cannot read"),
         ((runs[0], f"{runs[0]}/../{runs[0].name}"), "is named more than once"),
-        ((), "no run is named"),
+        ((), "no run is given"),
         ((runs[0], "-o", tmp_path / "page.txt"), "let it end in .html"),
     ):
         assert train("report", *words) == 1
