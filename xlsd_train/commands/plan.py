@@ -1,12 +1,12 @@
 """`xlsd-train plan`: what each way of passing a batch takes, and the largest batch of each."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from xlsd_cache.console.terminal import say, say_json
 from xlsd_cache.errors import UserError
+from xlsd_cache.vocabulary import Bucket
 from xlsd_train.config import sd15
 from xlsd_train.config.adapt import adapt, chosen
 from xlsd_train.config.inputs import DEFAULT_DATA
@@ -67,9 +67,11 @@ def show(config: PlanConfig) -> None:
 def _buckets(config: PlanConfig) -> dict[str, int]:
     """Names and images of the buckets to plan for."""
     for name in config.size:
-        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", name) or any(
-            int(side) % 64 for side in name.split("x")
-        ):
+        try:
+            usable = not any(side % 64 for side in Bucket.parse(name))
+        except ValueError:
+            usable = False
+        if not usable:
             raise UserError(f"--size {name} is not WIDTHxHEIGHT in multiples of 64, as 512x768 is")
     if config.size:
         return dict.fromkeys(config.size, 1)
