@@ -50,9 +50,7 @@ def on_files(files: Any, config: Any) -> Any:
 def commands() -> dict[str, Command]:
     """Program and command -> the command."""
     return {
-        f"{program} {name}": (
-            command if isinstance(command, Command) else Command(command[0], command[1], ())
-        )
+        f"{program} {name}": command
         for program in ("xlsd-cache", "xlsd-train")
         for name, command in import_module(f"{program.replace('-', '_')}.cli").COMMANDS.items()
         if name != "run"  # another name of train
@@ -73,8 +71,7 @@ def command_line() -> str:
         for title, group in option_groups(command).items():
             if rows := [_row(option) for option in group if option.name not in known]:
                 lines += [f"### {title}\n", "| option | meaning |", "|---|---|", *rows, ""]
-        if command.examples:
-            lines += ["```bash", *command.examples, "```", ""]
+        lines += ["```bash", *command.examples, "```", ""]
     return "\n".join(lines)
 
 

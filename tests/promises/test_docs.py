@@ -116,12 +116,12 @@ def check_command(words: list[str]) -> None:
         program, *rest = rest[rest.index("-m") + 1 :]
         program = program.replace("_", "-")
     if program == "xlsd-cache":
-        kind = options_class(xlsd_cache.cli.COMMANDS[rest[0]])
+        kind = xlsd_cache.cli.COMMANDS[rest[0]].options
         check_words(rest[1:], kind, {})
         tyro.cli(kind, args=rest[1:])
     elif program == "xlsd-train":
         name = rest[0] if rest[0] in xlsd_train.cli.COMMANDS else "train"
-        kind = options_class(xlsd_train.cli.COMMANDS[name])
+        kind = xlsd_train.cli.COMMANDS[name].options
         parse(kind, rest[rest[0] == name :], "xlsd-train")
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -129,11 +129,6 @@ def check_command(words: list[str]) -> None:
         assert rest == "install -c constraints.txt .".split()
     else:
         assert program in {"touch", ".venv/bin/pre-commit"}, f"{program} is not checked"
-
-
-def options_class(entry: Any) -> type[Any]:
-    kind: type[Any] = entry[0] if isinstance(entry, tuple) else entry.options
-    return kind
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
