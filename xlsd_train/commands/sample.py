@@ -21,7 +21,7 @@ from xlsd_train.config.model_options import SampleConfig, size_of
 from xlsd_train.evaluation.images import Picture, draw_picture, pipeline_of, save_picture, sheet
 from xlsd_train.evaluation.prompts import read_pictures, remarks
 from xlsd_train.evaluation.sample_files import own_size
-from xlsd_train.export.export import fold_vae, vae_in
+from xlsd_train.export.conversions import fold_vae, vae_in
 from xlsd_train.model.loading import assemble, model_vae
 from xlsd_train.runs.layout import GRID
 from xlsd_train.weights.lazy_tensors import sha256_of

@@ -12,30 +12,28 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 
-from xlsd_cache.encoding.vae import Vae, load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import fsync_file, replacing_folder, write_bytes, write_json
 from xlsd_train.config import sd15
 from xlsd_train.config.model_options import ExportDtype, ExportFormat, check_export_target
+from xlsd_train.export.conversions import bake_clip_skip, fold_vae, vae_in, with_decoder
 from xlsd_train.export.ldm_config import ldm_config
 from xlsd_train.export.model_card import ModelCard
 from xlsd_train.export.other_programs import usage_notes, vae_notes
 from xlsd_train.export.sidecars import missing_config, withdrawing, write_sidecars
-from xlsd_train.model.loading import model_vae
 from xlsd_train.model.text_encoder import copy_tokenizer
 from xlsd_train.runs.history import checkpoint_history
 from xlsd_train.runs.json_files import load_object
 from xlsd_train.weights.lazy_tensors import (
     LazyTensor,
     compare_tensors,
-    in_memory,
     sha256_of,
     write_tensors,
 )
 from xlsd_train.weights.ldm_file import single_file
 from xlsd_train.weights.locate import CONFIGS, ModelParts, fetch_missing, locate_model
-from xlsd_train.weights.network import POSITIONS, PREFIX, Network, empty_network, with_finite_check
-from xlsd_train.weights.vae_fold import SD15_FACTOR, ChannelNormalisation, fold
+from xlsd_train.weights.network import POSITIONS, Network, empty_network, with_finite_check
+from xlsd_train.weights.vae_fold import SD15_FACTOR
 
 log = logging.getLogger("xlsd.train.export")
 
@@ -185,97 +183,6 @@ def _with_finite_check(parts: ModelParts) -> ModelParts:
     assert parts.text_encoder is not None
     encoder, vae = with_finite_check(parts.text_encoder), with_finite_check(vae_in(parts))
     return replace(parts, unet=with_finite_check(parts.unet), text_encoder=encoder, vae=vae)
-
-
-def with_decoder(parts: ModelParts, spec: str) -> ModelParts:
-    """Replace the VAE by one with the same encoder. Raises UserError for another encoder."""
-    own = vae_in(parts)
-    vae = load_vae(spec, float(empty_network("vae", own.config).config["scaling_factor"]))
-    new = vae_part(vae)
-    factors = [
-        ChannelNormalisation.of(empty_network("vae", part.config).config) for part in (own, new)
-    ]
-    if not has_encoder(parts, vae) or factors[0] != factors[1]:
-        raise UserError(
-            f"the VAE {spec} has another encoder half (encoder and quant_conv) or scaling factor "
-            f"than the one that {parts.source} was trained with; give one with another decoder "
-            f"only, or swap it in with `xlsd-train swap` and train"
-        )
-    return replace(parts, vae=new)
-
-
-def vae_part(vae: Vae) -> Network:
-    """A loaded VAE as a network of a model."""
-    config = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
-    tensors = {name: in_memory(value) for name, value in vae.model.state_dict().items()}
-    return Network("vae", {"_class_name": vae.class_name, **config}, tensors, vae.source)
-
-
-def has_encoder(parts: ModelParts, vae: Vae) -> bool:
-    """Whether the model's own VAE has the same encoder as this one."""
-    return model_vae(parts.source, vae_in(parts)).encoder_sha256 == vae.encoder_sha256
-
-
-def vae_in(parts: ModelParts) -> Network:
-    """The model's VAE. Raises UserError if it has none."""
-    if parts.vae is None:
-        raise UserError(
-            f"{parts.source} holds no VAE; add one with `xlsd-train swap NEW --model "
-            f"{parts.source} --vae sd`, or sdxl if it was trained with that"
-        )
-    return parts.vae
-
-
-def bake_clip_skip(parts: ModelParts) -> ModelParts:
-    """Bake clip skip into the text encoder: zero its last layers' output projections.
-
-    A layer only adds its attention's and its feed-forward's projections to its input. Without them
-    it is the identity, so programs without clip skip get the states used in training.
-    """
-    encoder = parts.text_encoder
-    assert encoder is not None
-    layers = int(encoder.config["num_hidden_layers"])
-    last = range(layers - parts.clip_skip, layers)
-    ends = (
-        "self_attn.out_proj.weight",
-        "self_attn.out_proj.bias",
-        "mlp.fc2.weight",
-        "mlp.fc2.bias",
-    )
-    names = [f"{PREFIX}encoder.layers.{layer}.{end}" for layer in last for end in ends]
-    zeros = {name: in_memory(torch.zeros(encoder.tensors[name].shape)) for name in names}
-    tensors = {**encoder.tensors, **zeros}
-    return replace(parts, text_encoder=replace(encoder, tensors=tensors))
-
-
-def fold_vae(
-    vae: Network, factor: float | None = None, trained: ChannelNormalisation | None = None
-) -> tuple[Network, str]:
-    """The VAE for programs that only scale by `factor`, and a sentence on what was folded.
-
-    By default `factor` is the VAE's own, and it was `trained` with that. Raises UserError for a VAE
-    that cannot be folded.
-    """
-    config = empty_network("vae", vae.config).config  # with the defaults that older files rely on
-    own = float(config["scaling_factor"])
-    what = "normalisation of each channel" if trained else f"scaling factor {own:g}"
-    trained = trained or ChannelNormalisation.of(config)
-    factor = own if factor is None else factor
-    if trained.is_factor(factor):
-        return vae, f"The VAE is unchanged: its scaling factor is {factor:g}."
-    if vae.config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise UserError(
-            f"{vae.source} is an {vae.config['_class_name']}, into which no scaling factor can be "
-            f"folded; export with --format diffusers and without --scaling-factor"
-        )
-    weights = {name: vae.tensors[name].read() for name in vae.tensors if "quant_conv" in name}
-    folded = {name: in_memory(value) for name, value in fold(weights, trained, factor).items()}
-    sentence = (
-        f"The VAE's {what} is folded into its quant_conv and post_quant_conv, so that the factor "
-        f"{factor:g} is right for it."
-    )
-    changed = {**vae.config, "scaling_factor": factor, "shift_factor": None}
-    return replace(vae, config=changed, tensors={**vae.tensors, **folded}), sentence
 
 
 def _grid(path: Path) -> bytes:

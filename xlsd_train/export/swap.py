@@ -8,7 +8,8 @@ from xlsd_cache.encoding.compatibility import padding_warning
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_train.config.model_options import SwapConfig
-from xlsd_train.export.export import has_encoder, vae_part, write_model
+from xlsd_train.export.conversions import has_encoder, vae_part
+from xlsd_train.export.export import write_model
 from xlsd_train.weights.locate import fetch_missing, locate_model
 
 log = logging.getLogger("xlsd.train.export")

@@ -7,8 +7,6 @@ safetensors': eight bytes of length, a JSON header, then the tensors without gap
 import hashlib
 import json
 import os
-import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +24,7 @@ from xlsd_cache.encoding.finite import bad_values, is_finite
 from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.runtime.atomic import fill_in
 from xlsd_cache.runtime.bounded_files import parse_json
+from xlsd_train.weights.pickles import is_pickle, read_pickle
 
 DTYPES = {
     "F64": torch.float64,
@@ -42,7 +41,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MOST_OLD = 2**34  # bytes of a pickle in the older format, which is read at once
 MOST_HEADER = 2**25  # bytes; SD1.5's has 130,000, and files with much metadata have millions
 HASH, UNKNOWN = "modelspec.hash_sha256", "0x" + "_" * 64
 
@@ -99,8 +97,9 @@ def open_tensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     try:
         if not path.is_file():
             raise UserError(f"cannot read {path}: no such file; give a file of weights")
-        if _is_pickle(path):
-            return _open_pickle(path), {}
+        if is_pickle(path):
+            held = read_pickle(path, CODES).items()
+            return {name: replace(in_memory(value), name=name) for name, value in held}, {}
         check_length(path)
         with safe_open(path, "pt") as checked, path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -237,61 +236,6 @@ def _other_format(head: bytes) -> str:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page"
     return ""
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether torch.save wrote the file, in its zip format or the older one."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    # A safetensors header begins with { after its length, and no pickle has one there.
-    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:] != b"{")
-
-
-def _open_pickle(path: Path) -> dict[str, LazyTensor]:
-    try:
-        state = _unpickled(path)
-    except Exception as error:  # an untrusted file can make the unpickler raise anything
-        names = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it holds {names[1]}, so loading it" if names else "it is damaged, or loading it"
-        raise UserError(
-            f"{path} is a pickle of more than weights: {why} could run code; use the model's "
-            f".safetensors file"
-        ) from error
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    items = state.items() if isinstance(state, dict) else ()
-    tensors = {str(name): value for name, value in items if isinstance(value, Tensor)}
-    for name, value in tensors.items():
-        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in CODES:
-            raise UserError(
-                f"{path}: {name} is not a plain tensor but {value.layout} of {value.dtype} on "
-                f"{value.device}; use the model's .safetensors file"
-            )
-    return {name: replace(in_memory(value), name=name) for name, value in tensors.items()}
-
-
-def _unpickled(path: Path) -> Any:
-    """What torch.save wrote, loaded by an unpickler of tensors and plain values only.
-
-    Tensors of the zip format are memory-mapped. Raises errors of any kind for a damaged file.
-    """
-    with path.open("rb") as file:
-        if file.read(1) == b"\x80":  # the older format
-            if path.stat().st_size > MOST_OLD:
-                raise ValueError(f"it is larger than {MOST_OLD} bytes")
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    total = sum(member.file_size for member in members)
-    pickled = max((m.file_size for m in members if m.filename.endswith(".pkl")), default=0)
-    compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if compressed or total > path.stat().st_size or pickled > MOST_HEADER:  # torch only stores
-        raise ValueError("it claims more than it holds")
-    if path.suffix == ".safetensors":  # torch.load goes by the suffix
-        with path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _why(path: Path, error: Exception) -> str:

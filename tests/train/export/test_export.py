@@ -18,7 +18,7 @@ from tests.support import printed, train
 from tests.support.ldm_keys import published
 from xlsd_train.config import sd15
 from xlsd_train.config.optimization import Kind
-from xlsd_train.export.export import fold_vae
+from xlsd_train.export.conversions import fold_vae
 from xlsd_train.weights.lazy_tensors import LazyTensor
 from xlsd_train.weights.ldm_file import single_file
 from xlsd_train.weights.ldm_keys import UNET as PREFIX

@@ -119,7 +119,7 @@ def test_all_of_a_parts_bad_tensors_are_counted(model: Path, tmp_path: Path) -> 
     [
         (float("nan"), "fp32", "unet's conv_in.weight has 1 of 576 values that are nan"),
         (float("inf"), "fp16", "unet's conv_in.weight has 1 of 576 values that are nan"),
-        (-70000.0, "fp16", "conv_in.weight, 1 of 576 values, the largest 70000; give --dtype bf16"),
+        (-70000.0, "fp16", "conv_in.weight, 1 of 576 values, the largest 70000; use --dtype bf16"),
     ],
 )  # fmt: skip
 def test_export_refuses_by_name_and_leaves_nothing(
