@@ -1,4 +1,4 @@
-"""`xlsd-cache build`: scan, plan under a lock, encode what is missing, account for all."""
+"""`xlsd-cache build`: scan the sources, plan under a lock, encode what is missing, account."""
 
 import json
 import logging
@@ -53,20 +53,24 @@ log = logging.getLogger("xlsd.cache.commands")
 
 
 def build(config: BuildOptions, began: float | None = None) -> Accounting | None:
-    """Bring the store up to date with the images; None after a dry run.
+    """Create the store, or update it to its sources. Returns the sums; None after a dry run.
 
-    `began` is when the command did, in seconds since the epoch. Raises UserError before anything
-    is written where the request cannot be met, and after a stop or a full disk, when everything
-    encoded so far is kept.
+    Args:
+        config: the options of `xlsd-cache build`, e.g. BuildOptions(("photos",), out=Path("l")).
+        began: when the command began, in seconds since the epoch; now by default.
+
+    Raises UserError before anything is written if the request cannot be met, and after a stop or on
+    a full disk, when everything encoded so far is kept. Several processes may build one store.
+
     """
     began = began or time.time()
     for line in json.dumps(asdict(config), indent=2, default=str).splitlines():
         log.info(line)
     log.info(set_precision(config.precision))
-    _say_memory(config)
+    _check_memory(config)
     device = device_of(config.device)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
-    require_vae(config.vae)  # a scan may take long
+    require_vae(config.vae)  # before the scan, which may take long
     found = scan(
         config.source,
         config.caption_columns,
@@ -76,7 +80,7 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
         config.image_suffixes,
         allow_outside=config.allow_outside,
     )
-    _say_found(found, config)
+    _log_scan(found, config)
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     identity = _identity(config, vae)
     stored = stored_identity(config.out, vae, config.dry_run)
@@ -99,8 +103,8 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
             counts = conclude(store, before)
     if gone := counts.rejected.get("vanished"):
         log.warning(
-            f"{gone} images were gone when their turn came; bring back what holds them "
-            f"and run the same command again, which takes them up"
+            f"{gone} images were deleted before they were encoded; restore them and run the same "
+            f"command again"
         )
     return counts
 
@@ -108,14 +112,14 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
 def _write_plan(
     config: BuildOptions, store: StoreView, found: Scan, buckets: Buckets, began: float
 ) -> int:
-    """Create the store if there is none and log the next generation; returns the newest.
+    """Create the store if there is none and write the next generation; returns the newest.
 
-    Of several processes that build with --rehash only the first to come here reads every image.
+    Of several processes that build with --rehash, only the first reads every image.
     """
     manifest = store.manifest
     with plan_lock(manifest):
         state = read_log_state(manifest, store.rows_per_shard)
-        rehashed = manifest.root / "manifest" / "rehashed"  # written when it was last done
+        rehashed = manifest.root / "manifest" / "rehashed"  # touched by the last --rehash
         rehash = config.rehash and not (rehashed.exists() and rehashed.stat().st_mtime >= began)
         plan = _plan(config, store, state, found, buckets, rehash, manifest.staging)
         _say_plan(plan)
@@ -132,7 +136,7 @@ def _write_plan(
 
 
 def _forget_journals(manifest: Manifest, rehash: bool) -> None:
-    """What was read of files is in the log now."""
+    """Delete the journals of planning: their content is in the generation now."""
     for name in JOURNALS:
         (manifest.staging / name).unlink(missing_ok=True)
     if rehash:
@@ -148,7 +152,7 @@ def _plan(
     rehash: bool,
     staging: Path | None = None,
 ) -> GenerationPlan:
-    """The next generation. Raises UserError where a source of before is missing."""
+    """Plan the next generation. Raises UserError where an earlier source is missing."""
     plan = make_plan(
         found.images,
         found.captions,
@@ -196,8 +200,8 @@ def _encode(config: BuildOptions, store: StoreView, encoder: Encoder) -> None:
         work.run(todo, order, stop)
     if stop.asked:
         raise UserError(
-            f"stopped; every batch encoded so far is kept in {config.out}: run the same command "
-            f"again to go on"
+            f"stopped; every batch encoded so far is kept in {config.out}. Run the same command "
+            f"again to resume."
         )
     log.info(f"time: {work.seconds:.2f} s: {work.shares()}")
     if work.rounding:
@@ -218,8 +222,8 @@ def _identity(config: BuildOptions, vae: Vae) -> Identity:
     )
 
 
-def _say_memory(config: BuildOptions) -> None:
-    """What decoding may take, where more was asked for. Raises UserError where it cannot fit."""
+def _check_memory(config: BuildOptions) -> None:
+    """Log the memory for decoding above the default limit. Raises UserError if it cannot fit."""
     if config.max_pixels <= MAX_PIXELS:
         return
     one, workers = decode_nbytes(config.max_pixels) / 2**30, config.workers
@@ -227,23 +231,23 @@ def _say_memory(config: BuildOptions) -> None:
     fitting = int(there / one)
     if not fitting:
         raise UserError(
-            f"--max-megapixels {config.max_megapixels:g}: decoding such an image may take "
-            f"{one:.1f} GiB, and this machine has {there:.1f} GiB of memory; lower it"
+            f"--max-megapixels {config.max_megapixels:g}: decoding one such image may take "
+            f"{one:.1f} GiB, and this machine has {there:.1f} GiB; lower it"
         )
     log.info(
         f"images of up to {config.max_megapixels:g} megapixels: decoding one may take {one:.1f} "
         f"GiB, {workers} at once {workers * one:.1f} GiB of this machine's {there:.1f} GiB"
     )
     if workers > fitting:
-        log.warning(f"many such images at once do not fit in memory; --workers {fitting} is safe")
+        log.warning(f"{workers} such images do not fit in memory; --workers {fitting} is safe")
 
 
-def _say_found(found: Scan, config: BuildOptions) -> None:
+def _log_scan(found: Scan, config: BuildOptions) -> None:
     images = found.images.num_rows
     over = ", ".join(f"{count} {kind}" for kind, count in sorted(found.passed_over.items()))
     log.info(
         f"found {images} images in {', '.join(config.source)}"
-        + (f"; passed over {over}" if over else "")
+        + (f"; ignored {over}" if over else "")
     )
     for sentence in found.notes:
         log.info(sentence)
@@ -266,10 +270,10 @@ def _refuse_no_captions(found: Scan, config: BuildOptions) -> None:
     if found.columns and not found.captions.num_rows:
         where = ", ".join(found.columns)
         if config.caption_columns is None:
-            where = "a .txt beside it, nor in the text or caption field of a table"
+            where = "a .txt next to it, or in the text or caption column of a table"
         raise UserError(
-            f"no captions: none of the {found.images.num_rows} images has one in {where}; put them "
-            f"beside the images, name other columns with --captions, or say --captions none"
+            f"none of the {found.images.num_rows} images has a caption in {where}. Put captions "
+            f"next to the images, give other columns with --captions, or use --captions none."
         )
 
 
@@ -284,16 +288,16 @@ def _say_plan(plan: GenerationPlan) -> None:
     }
     if removed := counts.pop("", 0):
         log.info(
-            f"{removed} images are no longer among the sources and leave training; their latents "
-            f"stay, for when they come back"
+            f"{removed} images are no longer in the sources and are dropped from training; their "
+            f"latents are kept in case they return"
         )
     if counts:
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
-        log.info(f"{sum(counts.values())} images are rejected now and leave training ({why})")
+        log.info(f"{sum(counts.values())} images are newly rejected and dropped ({why})")
 
 
 def _check_space(store: StoreView, plan: GenerationPlan, state: LogState) -> None:
-    """Log what encoding will write, if anything. Raises UserError where the disk is too full."""
+    """Log how much encoding will write. Raises UserError if the disk is too full."""
     changed = pa.concat_arrays([pa.array(plan.removed, pa.string()), *plan.entries["key"].chunks])
     live = state.live.filter(pc.invert(pc.is_in(state.live["key"], value_set=changed)))
     check_disk_space(store, pa.concat_tables([live, plan.entries]))

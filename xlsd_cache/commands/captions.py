@@ -1,4 +1,4 @@
-"""`xlsd-cache captions`: caption columns added or replaced, matched by name, no latent touched."""
+"""`xlsd-cache captions`: add or replace caption columns by image name, without re-encoding."""
 
 import hashlib
 import logging
@@ -39,16 +39,16 @@ _BLOCK = 256  # files a thread takes at once
 
 @dataclass(frozen=True)
 class Changes:
-    """What one column's captions would become."""
+    """What changes in one caption column."""
 
     column: str
     delta: pa.Table  # schema.CAPTIONS
     added: int
     changed: int
     cleared: int
-    kept: int  # the same as before
-    bare: int  # images that the sources have no caption for
-    unmatched: int  # captions that belong to no image
+    kept: int  # unchanged
+    bare: int  # images without a caption in the sources
+    unmatched: int  # captions without an image
 
     def __str__(self) -> str:
         cleared = f", {self.cleared} cleared" if self.cleared else ""
@@ -59,25 +59,25 @@ class Changes:
 
 
 def recaption(config: CaptionsOptions) -> list[Changes]:
-    """Log the captions as a generation of their own; returns what changed, a column each.
+    """Write the captions as a generation; returns the changes of each column.
 
-    Raises UserError, nothing being written, where no caption belongs to any image or the store
-    cannot be written.
+    Raises UserError, with nothing written, if no caption belongs to an image or the store cannot be
+    written.
     """
     root = config.store.expanduser()
     store = StoreView.open(root)
     columns = tuple(map(Column.parse, config.caption_columns))
     tables = _read(config.source, columns)
     try:
-        return _log(config, store, columns, tables)
+        return _write(config, store, columns, tables)
     except OSError as error:
         raise UserError(
-            f"cannot write {config.store}: {error.strerror or error}; its captions are as they "
-            f"were, so mend that and run the same command again"
+            f"cannot write {config.store}: {error.strerror or error}. Its captions are unchanged. "
+            f"Fix that and run the same command again."
         ) from error
 
 
-def _log(
+def _write(
     config: CaptionsOptions,
     store: StoreView,
     columns: tuple[Column, ...],
@@ -90,7 +90,7 @@ def _log(
         images = _images(manifest.live(newest))
         found = _match(tables, images)
         missing = pc.any(found.missing()).as_py()
-        if missing or len(found.moved()):  # only then is the whole log read
+        if missing or len(found.moved()):  # only then is the whole journal read
             images = _images(read_live(manifest, newest))
             _refuse_others(found, images)
         if missing:
@@ -106,8 +106,8 @@ def _log(
             log.info(change)
         if not any(change.added + change.changed + change.kept for change in changes):
             raise UserError(
-                f"no caption in {', '.join(config.source)} belongs to an image of {root}; name "
-                f"--columns that are there, and files or rows by the images' keys, paths or stems"
+                f"no caption in {', '.join(config.source)} belongs to an image of {root}. Give "
+                f"--columns that exist; files or rows match by an image's key, path or stem."
             )
         delta = pa.concat_tables([change.delta for change in changes])
         if config.dry_run or not delta.num_rows:
@@ -116,7 +116,7 @@ def _log(
         sweep(manifest.staging)
         counts = saved_accounting(root, newest)
         manifest.write_plan(newest + 1, PLAN.empty_table(), [], delta)
-        if counts is not None:  # no image changed: the last build's sums still hold
+        if counts is not None:  # no image changed, so the last build's sums hold
             save_accounting(manifest, newest + 1, counts)
     snapshot = make_snapshot(replace(store, generation=newest + 1))
     if not snapshot.pending:
@@ -125,7 +125,7 @@ def _log(
 
 
 def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> list[Table]:
-    """The tables of rows, and the files that hold captions as tables of their own."""
+    """Read the sources: tables as they are, caption files as one table a source."""
     tally = Tally()
     suffixes = frozenset(column.suffix for column in columns if column.suffix)
     rows = tuple(column for column in columns if column.suffix is None)
@@ -152,7 +152,7 @@ def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> list[Table]:
 
 
 def _sidecars(root: Path, stream: Iterator[Record], columns: tuple[Column, ...]) -> Rows:
-    """A row a caption file, its key the path in the source, without suffix."""
+    """One row a caption file; its key is the path in the source without suffix."""
     blocks = list(map_blocks(partial(_read_block, columns=columns), stream, _BLOCK, 8))
     keys = pa.concat_arrays([pa.array([], pa.string()), *(block.key for block in blocks)])
     texts = {
@@ -167,7 +167,7 @@ def _sidecars(root: Path, stream: Iterator[Record], columns: tuple[Column, ...])
 
 
 def _read_block(records: list[Record], columns: tuple[Column, ...]) -> Rows:
-    """Here a record is a file that holds captions, of the columns that its suffix says."""
+    """Read a block of caption files; the suffix says which columns a file has."""
     remarks = Counter[tuple[str, str]]()
     keys: list[str] = []
     texts: dict[str, list[str | None]] = {column.name: [] for column in columns}
@@ -185,7 +185,7 @@ def _read_block(records: list[Record], columns: tuple[Column, ...]) -> Rows:
 
 
 def _images(live: pa.Table) -> pa.Table:
-    """What match.match needs of all images that the log knows, and whether they have a place."""
+    """The columns that tables.matching.match needs, and whether an image has a row."""
     url = pa.nulls(live.num_rows, pa.string())
     placed = pc.greater_equal(live["row"], 0)
     return pa.table([live["key"], live["source"], url, live["size"], live["content_hash"], placed],
@@ -195,7 +195,7 @@ def _images(live: pa.Table) -> pa.Table:
 def _changes(
     column: Column, images: pa.Table, known: pa.Table, found: Matches, *, clear: bool
 ) -> Changes:
-    """What one column's captions would become, as against the log's."""
+    """Compare one column's captions with the journal's."""
     keys = images["key"].combine_chunks()
     told = captions_of(found, keys, (column.name,))
     has = pc.is_in(keys, value_set=told["key"])
@@ -217,10 +217,10 @@ def _changes(
 
 
 def _refuse_others(found: Matches, images: pa.Table) -> None:
-    """Leave out captions of images that were matched by key alone, and are others.
+    """Drop captions that matched by key alone but belong to other images.
 
-    The source lay elsewhere when the store was built. Where its images lie beside these captions,
-    they must be the store's own.
+    The source was elsewhere when the store was built. If it has images next to these captions, they
+    must be identical to the store's.
     """
     told = [images[name].combine_chunks() for name in ("key", "size", "content_hash")]
     for row in found.moved().tolist():
@@ -231,10 +231,10 @@ def _refuse_others(found: Matches, images: pa.Table) -> None:
 
 
 def _match(tables: list[Table], images: pa.Table) -> Matches:
-    """Each row with its image.
+    """Match each row with its image.
 
-    Where an image is from is read beside it only when no row names it otherwise: a million such
-    files take longer than all the rest.
+    The URL files next to the images are read only for images that no row matches otherwise: a
+    million of them take longer than everything else.
     """
     found = match(tables, images)
     open_ = np.ones(images.num_rows, bool)

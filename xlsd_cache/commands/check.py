@@ -1,4 +1,4 @@
-"""`xlsd-cache check`: read everything back, and decode some of it beside its image."""
+"""`xlsd-cache check`: read the whole store back, and compare some decoded latents with images."""
 
 import hashlib
 from collections import Counter
@@ -39,7 +39,7 @@ TOLERATED_DB = 0.5  # below the VAE's own round trip: float16 and other kernels 
 
 
 def check(config: CheckOptions) -> bool:
-    """Print every problem found, with the images it concerns; True when there is none (left)."""
+    """Print every problem with the images it concerns; True if none is left."""
     store = StoreView.open(config.store.expanduser())
     say = _silent if config.json else terminal.say
     found, live = _find(store, config, say)
@@ -48,14 +48,14 @@ def check(config: CheckOptions) -> bool:
     say(f"{len(found)} problems" if found else f"all {live} latents are right")
     value: dict[str, Any] = {"right": not found, "live": live, "problems": list(map(asdict, found))}
     right = not found
-    broken = [problem for problem in found if problem.kind != "image"]  # those no repair can mend
+    broken = [problem for problem in found if problem.kind != "image"]  # repair can fix these
     if config.repair and broken:
         try:
             repaired = repair(store, broken)
         except OSError as error:
             raise UserError(
-                f"cannot repair {config.store}: {error.strerror or error}; nothing good is lost, "
-                f"so mend that and run the same command again"
+                f"cannot repair {config.store}: {error.strerror or error}. Nothing valid is lost. "
+                f"Fix that and run the same command again."
             ) from error
         lost_captions = any(problem.kind == "captions" for problem in found)
         right = (
@@ -68,13 +68,13 @@ def check(config: CheckOptions) -> bool:
 
 
 def _find(store: StoreView, config: CheckOptions, say: Say) -> tuple[list[Problem], int | None]:
-    """All problems, and the number of live images where the log can be read."""
+    """All problems, and the number of live images if the journal is readable."""
     problems = verify(store)
     if not _log_is_readable(store, problems):
-        say("the log is damaged: its sums, and index.arrow, were not checked")
+        say("the journal is damaged: its sums and index.arrow were not checked")
         return problems, None
     counts, _ = account(store)
-    say(counts)  # refuses to print sums that are wrong
+    say(counts)  # raises if the sums do not add up
     if counts.pending:
         told = f"holds {counts.live} images; {counts.pending} images are not encoded yet"
         problems.append(Problem("pending", "the store", f"{told}, run the build again"))
@@ -91,7 +91,7 @@ def _find(store: StoreView, config: CheckOptions, say: Say) -> tuple[list[Proble
 
 
 def _log_is_readable(store: StoreView, problems: list[Problem]) -> bool:
-    """Whether the log can be folded: a missing commit record is no hindrance, a damaged one is."""
+    """Whether the journal can be folded: commit records may be missing, but not damaged."""
     return not any(
         problem.kind in ("plan", "captions")
         or (problem.kind == "commit" and (store.manifest.root / problem.where).exists())
@@ -100,7 +100,7 @@ def _log_is_readable(store: StoreView, problems: list[Problem]) -> bool:
 
 
 def _with_live_names(problem: Problem, snapshot: Snapshot) -> Problem:
-    """The names that images have now; a commit record holds those they were encoded under."""
+    """The problem with the images' current names; commit records have those at encoding."""
     if problem.unit is None or not problem.rows or problem.unit.bucket not in snapshot.ranges:
         return problem
     start, stop = snapshot.ranges[problem.unit.bucket]
@@ -115,29 +115,29 @@ def _with_live_names(problem: Problem, snapshot: Snapshot) -> Problem:
 
 
 def _say_repaired(store: StoreView, repaired: Repaired, say: Say) -> bool:
-    """Tell what was done; True when the store is right again without another build."""
+    """Print what was done; True if the store is valid again without another build."""
     for problem in repaired.left:
-        say(f"cannot mend {problem.where}: bring it back from a copy, or build the store anew")
+        say(f"cannot repair {problem.where}: restore it from a copy, or rebuild the store")
     if repaired.left:
         return False
     for done in repaired.done:
-        say(f"mended: {done}")
+        say(f"repaired: {done}")
     if repaired.gone:
         named = ", ".join(repaired.gone[:LISTED])
-        say(f"{len(repaired.gone)} images leave training, their files are gone: {named}")
+        say(f"{len(repaired.gone)} images dropped, their files are gone: {named}")
     counts, _ = account(store)
     if counts.pending:
-        say(f"{counts.pending} images are to be encoded: run the same `xlsd-cache build` again")
+        say(f"{counts.pending} images to re-encode: run the same `xlsd-cache build` again")
     else:
-        say(f"all {counts.live} latents are right now")
+        say(f"all {counts.live} latents are valid now")
     return not counts.pending
 
 
 def _check_decoded(store: LatentStore, vae: Vae, config: CheckOptions, say: Say) -> list[Problem]:
-    """Compare decoded latents with their images, and with what diffusers makes of those itself.
+    """Compare decoded latents with their images, against the VAE's own round trip.
 
-    diffusers' own image processor scales the pixels here, so a latent made from pixels in another
-    range than the VAE's [-1, 1] cannot pass.
+    Pixels are scaled by diffusers' image processor here, so latents encoded from pixels in another
+    range than the VAE's [-1, 1] fail.
     """
     device = device_of(config.device)
     vae.model.to(device)
@@ -186,15 +186,15 @@ def _check_decoded(store: LatentStore, vae: Vae, config: CheckOptions, say: Say)
 
 
 def _pixels(sample: dict[str, Any]) -> Pixels | Rejected:
-    """The sample's image as it went into the VAE, or why not; `changed` where it is another now."""
-    if not sample["content_hash"]:  # as where it was imported without its image
-        return Rejected("vanished", "no hash of them is known")
+    """The sample's image as it went into the VAE, or why it is not available."""
+    if not sample["content_hash"]:  # imported without its image
+        return Rejected("vanished", "imported without their images")
     try:
         data = read_source(sample["source"])
     except FileNotFoundError:
         return Rejected("vanished", "gone")
     except OSError as error:
-        # The system's errors have a number. Others say that the archive is not what it was.
+        # Errors of the system have a number. Others mean that the archive has changed.
         return Rejected("unreadable" if error.errno else "changed")
     if hashlib.sha256(data).hexdigest() != sample["content_hash"]:
         return Rejected("changed")
@@ -203,7 +203,7 @@ def _pixels(sample: dict[str, Any]) -> Pixels | Rejected:
 
 
 def _silent(*_: object) -> None:
-    """Say nothing: programs read JSON."""
+    """Print nothing, since programs read JSON."""
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:

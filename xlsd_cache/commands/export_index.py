@@ -1,4 +1,4 @@
-"""`xlsd-cache export-index`: the samples and where their latents' bytes lie, for other tools."""
+"""`xlsd-cache export-index`: a table of samples with the byte offsets of their latents."""
 
 import contextlib
 import json
@@ -21,10 +21,10 @@ log = logging.getLogger("xlsd.cache.commands")
 
 
 def export_index(config: ExportIndexOptions) -> None:
-    """Write the newest complete generation's samples, sorted by (bucket, row).
+    """Write the samples of the newest complete generation, sorted by (bucket, row).
 
-    Raises UserError where the store has none, a shard's index is damaged, or `out` is something
-    else or cannot be written.
+    Raises UserError if the store has none, a shard's index is damaged, or `out` is not an exported
+    index or cannot be written.
     """
     refuse_foreign(config.out, (".parquet",), is_index)
     with LatentStore.open(config.store) as store:
@@ -35,16 +35,16 @@ def export_index(config: ExportIndexOptions) -> None:
         write_parquet(config.out, table)
     except OSError as error:
         raise UserError(
-            f"cannot write {config.out}: {error.strerror or error}; name a place with room for it"
+            f"cannot write {config.out}: {error.strerror or error}; give a path with room for it"
         ) from error
     log.info(f"{config.out}: {table.num_rows} samples, {config.out.stat().st_size / 2**20:.1f} MiB")
 
 
 def with_places(store: LatentStore) -> pa.Table:
-    """The samples and, of each latent: shard (file in the store), offset and nbytes, dtype, shape.
+    """The samples with each latent's shard (file in the store), offset, nbytes, dtype and shape.
 
-    `offset` is where the latent's bytes begin in the file, little-endian and C-contiguous; their
-    crc32c, which the table holds too, follows them there.
+    `offset` is where the latent's bytes begin in the file, little-endian and C-contiguous. Their
+    crc32c follows them, and is a column of the table too.
     """
     count = len(store)
     names: list[str] = []
@@ -70,10 +70,10 @@ def with_places(store: LatentStore) -> pa.Table:
     }
     table = store.samples
     for name, values in columns.items():
-        if name in table.column_names:  # a caption column; it keeps its name
+        if name in table.column_names:  # a caption column, which keeps its name
             raise UserError(
-                f"the caption column {name!r} of {store.root} has the name of a column that "
-                f"export-index adds; give the captions another name"
+                f"{store.root}: caption column {name!r} has the name of a column that export-index "
+                f"adds; give the captions another name"
             )
         table = table.append_column(name, values)
     return table

@@ -1,4 +1,4 @@
-"""The end of a build or an import: the sums, the index, what was left out and why."""
+"""Finish a build or an import: sums, snapshot, table of rejected images."""
 
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from xlsd_cache.store.view import StoreView
 
 
 def conclude(store: StoreView, before: Set[ShardId]) -> Accounting:
-    """Write what is derived from the log; `before` are the shards committed at the beginning."""
+    """Write what is derived from the journal; `before` are the shards committed before."""
     manifest = store.manifest
     counts, left_out = account(store, before)
     snapshot = make_snapshot(store)
@@ -40,17 +40,17 @@ def say_sums(out: Path, counts: Accounting, done: str) -> None:
         say(f"listed in {out / 'rejected.parquet'}")
     if not counts.live:
         raise UserError(
-            f"none of the {counts.scanned} {done}; {out / 'rejected.parquet'} says why of each"
+            f"none of the {counts.scanned} {done}; {out / 'rejected.parquet'} lists the reasons"
         )
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """What the disk refuses within becomes a UserError."""
+    """Turn an OSError from writing the store into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot go on writing {out}: {error.strerror or error}; what is committed is safe, "
-            f"so mend that and run the same command again"
+            f"cannot write {out}: {error.strerror or error}. What is committed is safe. Fix that "
+            f"and run the same command again."
         ) from error

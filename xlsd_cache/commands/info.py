@@ -1,4 +1,4 @@
-"""`xlsd-cache info`: what is in a store, for people and for programs."""
+"""`xlsd-cache info`: describe a store, as text or JSON."""
 
 import stat
 import textwrap
@@ -18,7 +18,7 @@ from xlsd_cache.store.view import StoreView
 
 
 def info(config: InfoOptions) -> dict[str, Any]:
-    """Print what is in the store, and return it. Reads an unfinished store as well."""
+    """Print and return what is in the store, which may be unfinished."""
     value = describe(config.store, config.tags)
     if config.json:
         say_json(value)
@@ -59,7 +59,7 @@ def _say_captions(value: dict[str, Any]) -> None:
 
 
 def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
-    """Everything that `info --json` prints."""
+    """The value that `info --json` prints."""
     root = path.expanduser()
     view = StoreView.open(root)
     identity, generation = view.identity, view.generation
@@ -111,7 +111,7 @@ def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
 
 
 def _disk_use(root: Path) -> dict[str, int]:
-    """Bytes of the store by part; a file that goes away meanwhile counts nothing."""
+    """Bytes of the store by part; files deleted meanwhile count nothing."""
     parts = {"latents": 0, "manifest": 0, "captions": 0, "other": 0}
     for path in root.rglob("*"):
         top = path.relative_to(root).parts[0].removesuffix(".zarr")
@@ -125,12 +125,12 @@ def _disk_use(root: Path) -> dict[str, int]:
 
 
 def _short(tag: str) -> str:
-    """A tag as a line shows it: a caption without a comma is one, too."""
+    """A tag, shortened: a caption without a comma counts as one tag."""
     return tag if len(tag) <= 96 else f"{tag[:93]}..."
 
 
 def _size(nbytes: int) -> str:
-    """For people."""
+    """A size for people."""
     return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
 
 

@@ -1,4 +1,4 @@
-"""`xlsd-cache preview`: a contact sheet of decoded latents: people see what training sees."""
+"""`xlsd-cache preview`: draw a contact sheet of decoded latents."""
 
 import logging
 from bisect import bisect_left
@@ -22,16 +22,16 @@ from xlsd_cache.store.reader import LatentStore
 log = logging.getLogger("xlsd.cache.commands")
 
 CAPTION_LINES = 5
-_READ = 4096  # characters of a caption that are measured: more than any cell holds
+_READ = 4096  # characters of a caption that are laid out: more than a cell holds
 INK, FAINT, PAPER, CROP = "#222222", "#999999", "#ffffff", "#4477aa"
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def preview(config: PreviewOptions) -> None:
-    """Draw the samples that were asked for and write the sheet, whole or not at all.
+    """Draw the chosen samples and write the sheet atomically.
 
-    Raises UserError where there are none, for another VAE than the store's, and for an `out` that
-    is something else or cannot be written.
+    Raises UserError if there are none, for a VAE that does not fit the store, and if `out` is not a
+    preview or cannot be written.
     """
     refuse_foreign(config.out, (".png", ".jpg", ".jpeg", ".webp"), is_picture)
     with LatentStore.open(config.store) as store:
@@ -50,12 +50,12 @@ def preview(config: PreviewOptions) -> None:
             sheet.draw(place, _picture(vae, raw, device), sample, caption or "(no caption)")
     try:
         with replacing(config.out) as temporary:
-            # by name: the temporary file's own has another ending
+            # given, because the temporary file has another suffix
             kind = Image.registered_extensions()[config.out.suffix.lower()]
             sheet.image.save(temporary, format=kind, **marking("preview"))
     except OSError as error:
         raise UserError(
-            f"cannot write {config.out}: {error.strerror or error}; name a place with room for it"
+            f"cannot write {config.out}: {error.strerror or error}; give a path with room for it"
         ) from error
     log.info(f"{config.out}: {len(chosen)} of {len(store)} samples, decoded with {vae.name}")
 
@@ -64,20 +64,20 @@ def _column(store: LatentStore, wanted: str | None) -> str | None:
     there = store.caption_columns
     if wanted is not None and wanted not in there:
         raise UserError(
-            f"{store.root} has no caption column {wanted!r}, but {', '.join(there) or 'none'}; "
-            f"name one with --caption"
+            f"{store.root} has no caption column {wanted!r} (it has {', '.join(there) or 'none'}); "
+            f"choose one with --caption"
         )
     return wanted or next(iter(there), None)
 
 
 def _chosen(store: LatentStore, config: PreviewOptions, column: str | None) -> NDArray[np.int64]:
-    """Rows of `store.samples` to draw, in their order; those of --rows in the order given."""
+    """Rows of `store.samples` to draw, in order; those of --rows in the order given."""
     if config.rows:
         return np.array([_place(store, row.strip()) for row in config.rows.split(",")])
     among = np.arange(len(store))
     if config.tags is not None:
         if column is None:
-            raise UserError(f"{config.store} has no captions to look for --tags in; leave it out")
+            raise UserError(f"--tags needs captions, and {config.store} has none; leave it out")
         having = [store.tagged(column, tag.strip()) for tag in config.tags.split(",")]
         among = np.flatnonzero(np.all(having, axis=0))
         if not len(among):
@@ -86,39 +86,39 @@ def _chosen(store: LatentStore, config: PreviewOptions, column: str | None) -> N
                 f"{column!r}; `xlsd-cache info {config.store}` lists the most frequent ones"
             )
     if not len(among):
-        raise UserError(f"{config.store} has no live samples to draw; build more images into it")
+        raise UserError(f"{config.store} has no live samples; run `xlsd-cache build` first")
     rng = np.random.default_rng(config.seed)
     return np.sort(rng.choice(among, min(config.count, len(among)), replace=False))
 
 
 def _place(store: LatentStore, name: str) -> int:
-    """The row of `store.samples` that BUCKET:ROW names."""
+    """The row of `store.samples` at BUCKET:ROW."""
     bucket, _, row = name.partition(":")
     if bucket not in store.buckets or not row.isdecimal():
         raise UserError(
             f"--rows {name!r} is not BUCKET:ROW with one of the buckets "
-            f"{', '.join(store.buckets)}; write say {next(iter(store.buckets), '512x512')}:0"
+            f"{', '.join(store.buckets)}, e.g. {next(iter(store.buckets), '512x512')}:0"
         )
     rows = store.buckets[bucket]
     at = int(np.searchsorted(rows, int(row)))
     if at == len(rows) or rows[at] != int(row):
         raise UserError(
-            f"--rows {name}: bucket {bucket} has no live sample in row {row}; its {len(rows)} are "
-            f"between {rows[0]} and {rows[-1]}"
+            f"--rows {name}: row {row} of bucket {bucket} is not live; its {len(rows)} live rows "
+            f"are between {rows[0]} and {rows[-1]}"
         )
     return int(store.sample_index(bucket, np.array([at]))[0])
 
 
 @torch.inference_mode()
 def _picture(vae: Vae, raw: NDArray[Any], device: torch.device) -> Image.Image:
-    """A latent [1, C, h, w] decoded."""
+    """Decode a latent [1, C, h, w]."""
     decoded = vae.decode(torch.from_numpy(raw).float().to(device))[0]
     pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 class _Sheet:
-    """A page of equal cells: a picture above, what is to be said of it below."""
+    """A page of equal cells, each a picture with text below it."""
 
     def __init__(self, columns: int, thumbnail: int, count: int) -> None:
         self.columns, self.thumbnail = min(columns, count), thumbnail
@@ -133,7 +133,7 @@ class _Sheet:
         self.pen = ImageDraw.Draw(self.image)
 
     def draw(self, place: int, picture: Image.Image, sample: dict[str, Any], caption: str) -> None:
-        """Draw one sample into the cell number `place`."""
+        """Draw one sample into cell number `place`."""
         row, across = divmod(place, self.columns)
         x, y = self.gap + across * self.cell, self.gap + row * self.tall
         scale = self.thumbnail / max(picture.size)
@@ -153,7 +153,7 @@ class _Sheet:
             self.pen.text((x, y + number * self.leading), line, INK, self.font)
 
     def _crop_box(self, x: int, y: int, sample: dict[str, Any]) -> None:
-        """The image as an outline, two lines tall, and what of it went into the latent."""
+        """Draw the image as an outline, two lines tall, and its crop."""
         room = 2 * self.leading - 6
         scale = room / max(1, sample["width"], sample["height"])
         whole = (x, y + 3, x + sample["width"] * scale, y + 3 + sample["height"] * scale)
@@ -162,7 +162,7 @@ class _Sheet:
         self.pen.rectangle(whole, outline=INK)
 
     def _wrapped(self, text: str) -> list[str]:
-        """The text in lines that fit the cell, the last ending in ... where there is more."""
+        """Wrap the text to the cell; the last line ends in ... if there is more."""
         lines = [""]
         for word in text[:_READ].split():
             longer = f"{lines[-1]} {word}".strip()
@@ -178,7 +178,7 @@ class _Sheet:
         return [self._cut(line, self.thumbnail) for line in lines]
 
     def _cut(self, line: str, room: int) -> str:
-        """The line, or as much of it as fits: a word may be wider than its cell."""
+        """Shorten the line to fit: a single word may be wider than the cell."""
         if self.font.getlength(line) <= room:
             return line
         fits = bisect_left(

@@ -153,7 +153,7 @@ def test_images_that_change_or_vanish_while_building_are_told_and_taken_up_later
         ("--store-dtype", "float16", "dtype float32 and not float16"),
         ("--buckets", "square", "buckets aspect and not square"),
         ("--max-ratio", 3.0, "max_ratio 4.0 and not 3.0"),
-        ("--rows-per-shard", 8, "4 rows a shard"),
+        ("--rows-per-shard", 8, "4 rows per shard"),
     ],
 )
 def test_another_identity_is_refused_naming_both_values(
@@ -165,7 +165,7 @@ def test_another_identity_is_refused_naming_both_values(
     assert build(option, value) == 1
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
     assert told in sentence
-    assert "another folder" in sentence
+    assert "another --out" in sentence
     assert files(tmp_path / "latents", "**/*") == before
 
 
@@ -183,7 +183,7 @@ def test_another_vae_is_refused(
     [
         ("foreign", "no latent store"),
         ("file", "is a file"),
-        ("captions", "no captions: none of the"),
+        ("captions", "none of the"),
         ("nothing", "no images in"),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_full_disk_is_said_and_loses_nothing(images: Path, vae: Path, tmp_path
     said = [line for line in log.read_text().splitlines() if line.startswith("xlsd-cache:")]
     assert process.exitcode == 1
     assert len(said) == 1
-    assert "File too large; what is committed is safe" in said[0]
+    assert "File too large. What is committed is safe" in said[0]
     assert "Traceback" not in log.read_text()
     assert cache("build", *arguments(images, out, vae)) == 0
     assert cache("check", out) == 0
@@ -360,7 +360,7 @@ def test_what_large_images_may_take_of_memory_is_said_before(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert build("--max-megapixels", 256, "--workers", 2, "--dry-run") == 0
     said = capsys.readouterr()
-    assert "decoding one may take 6.0 GiB, 2 at once 12.0 GiB" in said.out
+    assert "decoding one may take 6.0 GiB, 2 at once 12.0 GiB" in said.err
     assert "--workers 1 is safe" in said.err
     assert build("--max-megapixels", 500) == 1
     assert "may take 11.7 GiB, and this machine has 8.0 GiB" in capsys.readouterr().err
