@@ -22,7 +22,7 @@ def test_a_report_replaces_reports_alone(tmp_path: Path, capsys: Out) -> None:
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine")
     assert "is not overwritten" in refused(capsys, "report", tmp_path, "-o", mine)
-    assert "let it end in .html" in refused(capsys, "report", tmp_path, "-o", tmp_path / "a.txt")
+    assert "does not end in .html" in refused(capsys, "report", tmp_path, "-o", tmp_path / "a.txt")
     (tmp_path / "report.html").write_text("<p>mine")  # where a run's page is by default
     assert "is not overwritten" in refused(capsys, "report", tmp_path)
     assert mine.read_text() == (tmp_path / "report.html").read_text() == "<p>mine"

@@ -48,14 +48,15 @@ from xlsd_train.runs.layout import (
     CHECKPOINTS,
     CONFIG,
     LOCK,
-    METRICS,
+    METRICS_LOG,
     SAMPLES,
-    VALIDATION,
+    VALIDATION_LOG,
     checkpoints,
     partial_checkpoints,
     steps_in,
 )
 from xlsd_train.runs.links import refuse_links
+from xlsd_train.runs.metrics import METRICS
 from xlsd_train.runs.record import Changes, RunRecord, read_state, record_to_resume
 from xlsd_train.runs.validation_log import SETS, forget_after, save_losses, summaries
 
@@ -268,11 +269,11 @@ class Run:
             sweep(folder)
         step = self.state()["step"]
         last = step if self.checkpoint else -1  # without one even step 0 is measured again
-        for name in (METRICS, VALIDATION):
+        for name in (METRICS_LOG, VALIDATION_LOG):
             _cut(self.folder / name, last)
         forget_after(self.folder, last)
         forget_snapshots_after(self.folder, last)
-        self._metrics = (self.folder / METRICS).open("a", encoding="utf-8")
+        self._metrics = (self.folder / METRICS_LOG).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.folder / BOARD), purge_step=step + 1)
 
     def _save_base(self, model: ModelBundle, config: TrainConfig) -> None:
@@ -316,17 +317,18 @@ class Run:
         """Append one step's metrics, for programs and for TensorBoard."""
         assert self._metrics is not None
         assert self._board is not None
+        assert line.keys() <= METRICS.keys(), "a metric that runs/metrics.py does not list"
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name in ("loss", "loss_smoothed", "lr_effective", "d", "grad_norm", "images_per_s"):
-            if name in line:  # d is D-Lion's
+        for name, metric in METRICS.items():
+            if metric.board and name in line:
                 self._board.add_scalar(name, line[name], line["step"])
 
     def log_validation(self, step: int, images_seen: int, losses: dict[str, Losses]) -> None:
         """Keep what a validation measured, WEIGHTS/SET -> losses, and a line for each WEIGHTS."""
         assert self._board is not None
         save_losses(self.folder, step, losses)
-        with (self.folder / VALIDATION).open("a", encoding="utf-8") as file:
+        with (self.folder / VALIDATION_LOG).open("a", encoding="utf-8") as file:
             for of, found in summaries(losses).items():
                 at = {"step": step, "images_seen": images_seen, "weights": of, **found}
                 file.write(json.dumps(at) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 
 from xlsd_train.runs.downsample import Series, evenly
 from xlsd_train.runs.history import History
+from xlsd_train.runs.metrics import METRICS
 from xlsd_train.runs.validation_log import BANDS, HELD_OUT, SETS
 
 COLOURS = (
@@ -42,28 +43,17 @@ class Chart:
 def charts(runs: Sequence[History]) -> list[Chart]:
     """Those that there is anything to draw in, in the order of the page."""
     made = [
-        _chart(runs, "Training loss", _loss, "loss", log=True),
-        _chart(runs, "Learning rate", _rates, "learning rate", log=True, rangemode="tozero"),
-        _chart(runs, "d", partial(_mean, number="d"), "d", log=True),
+        _metric_chart(runs, "loss", _loss, log=True),
+        _metric_chart(runs, "lr", _rates, log=True, rangemode="tozero"),
+        _metric_chart(runs, "d", partial(_mean, number="d"), log=True),
         _chart(runs, "Validation loss", _validation, "unweighted loss"),
         _chart(runs, "Gap: held-out loss less training images' loss", _gap, "gap"),
         _bands(runs),
-        _chart(
-            runs,
-            "Images a second",
-            partial(_spread, number="images_per_s"),
-            "images/s",
-            rangemode="tozero",
+        *(
+            _metric_chart(runs, name, partial(traces, number=name), rangemode="tozero")
+            for name, traces in (("images_per_s", _spread), ("wait_s", _mean), ("peak_gib", _mean))
         ),
-        _chart(
-            runs,
-            "Waiting for data",
-            partial(_mean, number="wait_s"),
-            "seconds a step",
-            rangemode="tozero",
-        ),
-        _chart(runs, "Peak memory", partial(_mean, number="peak_gib"), "GiB", rangemode="tozero"),
-        _chart(runs, "Gradient norm", partial(_spread, number="grad_norm"), "norm", log=True),
+        _metric_chart(runs, "grad_norm", partial(_spread, number="grad_norm"), log=True),
     ]
     return [chart for chart in made if chart.figure["data"]]
 
@@ -75,6 +65,15 @@ def drawn(validation: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if validation:
         chosen.add(min(validation, key=lambda line: line[HELD_OUT]["mean"])["step"])
     return [line for line in validation if line["step"] in chosen]
+
+
+def _metric_chart(
+    runs: Sequence[History],
+    name: str,
+    traces: Callable[[History, str], list[Trace]],
+    **options: Any,
+) -> Chart:
+    return _chart(runs, METRICS[name].chart, traces, METRICS[name].unit, **options)
 
 
 def _chart(

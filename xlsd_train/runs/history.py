@@ -14,22 +14,18 @@ from xlsd_train.runs.downsample import Series, Thinner
 from xlsd_train.runs.json_files import misfit, objects_in, read_log
 from xlsd_train.runs.layout import (
     CONFIG,
-    METRICS,
+    METRICS_LOG,
     SAMPLES,
     STATE,
-    VALIDATION,
+    VALIDATION_LOG,
     grid_of,
     run_of,
     steps_in,
 )
+from xlsd_train.runs.metrics import CHARTED, METRICS
 from xlsd_train.runs.record import EMPTY, RunRecord, read_record, read_state
 from xlsd_train.runs.validation_log import BANDS, SETS
 
-NUMBERS = (
-    "loss", "loss_smoothed", "lr", "lr_effective", "d", "grad_norm", "images_per_s", "wait_s",
-    "peak_gib",
-)  # fmt: skip
-LAST = {*NUMBERS, "epoch", "images_seen"}  # what is told of the newest step
 _INTERVAL = {"mean!": float, "low!": float, "high!": float}
 _MEASURED = {
     "step!": int, "weights!": str, "gap!": _INTERVAL,
@@ -45,7 +41,7 @@ class History:
     folder: Path
     record: RunRecord
     last: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
-    series: dict[str, Series]  # of NUMBERS those that were logged
+    series: dict[str, Series]  # of CHARTED those that were logged
     validation: list[dict[str, Any]]  # the lines of validation.jsonl
     samples: dict[int, list[Path]]  # step -> its pictures by prompt
     unread: int  # lines of both logs that are no JSON
@@ -79,16 +75,16 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def _read(name: str, folder: Path, record: RunRecord) -> History:
-    thinner, last, unread = Thinner(NUMBERS), {}, 0
-    for lines in _lines(folder / METRICS):
+    thinner, last, unread = Thinner(CHARTED), {}, 0
+    for lines in _lines(folder / METRICS_LOG):
         told = [line for line in lines if line is not None and _is_step(line.get("step"))]
         unread += len(lines) - len(told)
         if told:
-            rows = [[_number(line.get(number)) for line in told] for number in NUMBERS]
+            rows = [[_number(line.get(number)) for line in told] for number in CHARTED]
             thinner.add(np.array([line["step"] for line in told]), np.array(rows, np.float64))
-            last = {k: v for k, v in told[-1].items() if k not in LAST or _is_number(v)}
-    series = {number: thinner.series(number) for number in NUMBERS}
-    validation = [line for lines in _lines(folder / VALIDATION) for line in lines]
+            last = {k: v for k, v in told[-1].items() if k not in METRICS or _is_number(v)}
+    series = {number: thinner.series(number) for number in CHARTED}
+    validation = [line for lines in _lines(folder / VALIDATION_LOG) for line in lines]
     measured = [line for line in validation if line is not None and _is_measured(line)]
     return History(
         name,
@@ -153,8 +149,8 @@ def checkpoint_history(checkpoint: Path | None) -> CheckpointHistory:
     return CheckpointHistory(
         read_record(run) if (run / CONFIG).is_file() else EMPTY,
         state,
-        _newest_line(run / METRICS, state["step"]),
-        _newest_line(run / VALIDATION, state["step"]),
+        _newest_line(run / METRICS_LOG, state["step"]),
+        _newest_line(run / VALIDATION_LOG, state["step"]),
         datetime.fromtimestamp(int(written), UTC).isoformat(),
         grid if grid.is_file() else None,
     )

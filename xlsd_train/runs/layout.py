@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-CONFIG, METRICS, VALIDATION = "config.json", "metrics.jsonl", "validation.jsonl"
+CONFIG, METRICS_LOG, VALIDATION_LOG = "config.json", "metrics.jsonl", "validation.jsonl"
 LOCK, REPORT = ".lock", "report.html"
 REQUESTS = SAVE, SAMPLE, STOP = "SAVE", "SAMPLE", "STOP"  # a user touches them
-FILES = (CONFIG, METRICS, VALIDATION, LOCK, *REQUESTS, REPORT)
+FILES = (CONFIG, METRICS_LOG, VALIDATION_LOG, LOCK, *REQUESTS, REPORT)
 CHECKPOINTS, SAMPLES, LOSSES, SNAPSHOTS = "checkpoints", "samples", "validation", "ema"
 BASE, BOARD = "base", "tensorboard"
 FOLDERS = (CHECKPOINTS, SAMPLES, LOSSES, SNAPSHOTS, BASE, f"{BASE}.tmp", BOARD)

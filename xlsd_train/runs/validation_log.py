@@ -17,7 +17,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_train.runs.bootstrap import Losses, Verdict, summary, verdict
 from xlsd_train.runs.json_files import objects_in
-from xlsd_train.runs.layout import LOSSES, TENSORS, VALIDATION, losses_of, steps_in
+from xlsd_train.runs.layout import LOSSES, TENSORS, VALIDATION_LOG, losses_of, steps_in
 
 HELD_OUT, TRAINING = SETS = ("held_out", "training")
 _LINE = {"step!": int, "weights!": str, f"{HELD_OUT}!": {"mean!": float}}
@@ -112,7 +112,7 @@ def tell(run: Path, saved: Sequence[int]) -> str | None:
 def _lost(run: Path, saved: set[int], loss: float) -> str | None:
     """The lowest loss below `loss` of a validated step that is not saved, in words."""
     lowest: dict[Candidate, float] = {}
-    for told in objects_in(run / VALIDATION, _LINE):
+    for told in objects_in(run / VALIDATION_LOG, _LINE):
         step, mean = told["step"], told[HELD_OUT]["mean"]
         if step not in saved and mean < min([loss, *lowest.values()]):
             lowest = {(step, told["weights"]): mean}

@@ -22,7 +22,7 @@ from xlsd_train.optim.lr_scheduler import learning_rate
 from xlsd_train.optim.plateau import PlateauWatch
 from xlsd_train.report.page import leave_report
 from xlsd_train.runs.layout import (
-    METRICS,
+    METRICS_LOG,
     REQUESTS,
     SAMPLE,
     SAVE,
@@ -91,7 +91,7 @@ def _train(session: Session, stop: StopSignal) -> None:
         session, stop, _missed(session, first - 1, last), first - 1, state["images_seen"]
     ):
         return
-    plateau = PlateauWatch.of_run(config, run.folder / METRICS)
+    plateau = PlateauWatch.of_run(config, run.folder / METRICS_LOG)
     watches = (plateau, Pace(last), FailureWatch())
     with (
         closing(

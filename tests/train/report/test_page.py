@@ -280,7 +280,7 @@ def test_what_is_no_run_is_refused(runs: list[Path], tmp_path: Path, capsys: Out
         ((tmp_path / "broken",), "cannot read"),
         ((runs[0], f"{runs[0]}/../{runs[0].name}"), "is named more than once"),
         ((), "no run is given"),
-        ((runs[0], "-o", tmp_path / "page.txt"), "let it end in .html"),
+        ((runs[0], "-o", tmp_path / "page.txt"), "does not end in .html"),
     ):
         assert train("report", *words) == 1
         assert told in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""Metrics of a training step: names in metrics.jsonl, units, and where each is shown."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a step."""
+
+    unit: str
+    chart: str = ""  # title of the report's chart that shows it; empty: none
+    board: bool = False  # whether TensorBoard shows it
+
+
+METRICS = {
+    "step": Metric("steps"),
+    "images_seen": Metric("images"),
+    "epoch": Metric("epochs"),
+    "loss": Metric("loss", "Training loss", board=True),
+    "loss_smoothed": Metric("loss", "Training loss", board=True),
+    "lr": Metric("learning rate", "Learning rate"),
+    "lr_effective": Metric("learning rate", "Learning rate", board=True),
+    "d": Metric("d", "d", board=True),  # D-Lion's alone
+    "grad_norm": Metric("norm", "Gradient norm", board=True),
+    "images_per_s": Metric("images/s", "Images a second", board=True),
+    "wait_s": Metric("seconds a step", "Waiting for data"),
+    "peak_gib": Metric("GiB", "Peak memory"),
+    "alloc_retries": Metric("times"),  # of the GPU's allocator, so far
+    "alloc_failures": Metric("times"),
+}
+CHARTED = [name for name, metric in METRICS.items() if metric.chart]
