@@ -1,14 +1,14 @@
-"""Which samples make batch number n: a pure function of (bucket sizes, batch size, seed, n).
+"""The samples of batch n, as a pure function of (bucket sizes, batch size, seed, n).
 
-Each bucket's samples form an endless stream, one random order after another, from which its batches
-take what comes next; an epoch's tail opens the first batch of the next. Batches of all buckets are
-merged by the time they are due: bucket b, holding n_b samples, owes n_b / B_b batches an epoch, and
-its j-th falls at a random moment of the j-th such interval. So at any time every bucket is within
-one batch of its share, and over K epochs each sample is used K times, give or take one.
+Each bucket's samples form an endless stream of random permutations, from which its batches take the
+next samples; the rest of an epoch opens the first batch of the next. The batches of all buckets are
+merged by due time: bucket b with n_b samples has n_b / B_b batches an epoch, and its j-th is due at
+a random moment of the j-th interval of that length. So every bucket is within one batch of its
+share at any time, and over K epochs each sample is used K times, plus or minus one.
 
-A bucket with fewer samples than the batch gives batches of all its samples. Where several stores
-are mixed, a bucket's stream merges theirs in the same way, so that at any time each store is within
-one sample of its share of what the bucket gave.
+A bucket with fewer samples than the batch size gives batches of all its samples. Where several
+stores are mixed, a bucket's stream merges theirs in the same way, so that each store is within one
+sample of its share of the bucket at any time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 
 from xlsd_cache.dataset import rng as draw
 
-_FRACTION = 1 << 16  # the moments within an interval, as integers so that every count is exact
+_FRACTION = 1 << 16  # moments in an interval, as integers so that every count is exact
 
 
 class Share(NamedTuple):
-    """What one store has in a bucket."""
+    """One store's share of a bucket."""
 
     samples: int
-    weight: Fraction  # how many times an epoch uses each
+    weight: Fraction  # uses of each sample per epoch
 
     @property
     def uses(self) -> int:
-        """How many samples of it an epoch takes; at least one where there is any."""
+        """Samples taken per epoch; at least one if the store has any."""
         return max(round(self.samples * self.weight), min(self.samples, 1))
 
 
@@ -43,7 +43,7 @@ class Slot(NamedTuple):
     bucket: str
     ordinals: NDArray[np.int64]  # of the bucket's live samples, in training order
     images_before: int  # samples of all earlier batches
-    epoch: float  # when this batch is due
+    epoch: float  # due time of this batch, in epochs
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class _Epoch:
 
 
 class BatchOrder:
-    """The endless sequence of batches over a store's buckets."""
+    """The endless sequence of batches over buckets."""
 
     def __init__(self, buckets: Mapping[str, int | Sequence[Share]], batch: int, seed: int) -> None:
-        """An order over buckets by name, in batches of at most `batch`.
+        """An order over buckets, in batches of at most `batch` samples.
 
-        Each bucket is its number of samples, or the stores' shares of them, where the first store's
-        samples are numbered first.
+        `buckets` maps a bucket's name to its number of samples, or to the stores' shares of it,
+        with the first store's samples numbered first.
         """
         shares = {
             name: [Share(found, Fraction(1))] if isinstance(found, int) else list(found)
@@ -81,25 +81,25 @@ class BatchOrder:
 
     @property
     def samples_an_epoch(self) -> int:
-        """How many it uses, a sample of a store of weight 2 twice."""
+        """Samples used per epoch, those of a store of weight 2 counted twice."""
         return int(np.sum(self._counts))
 
     @property
     def batches_an_epoch(self) -> float:
-        """On average."""
+        """Batches per epoch, on average."""
         return float(np.sum(self._counts / self._sizes))
 
     def small_buckets(self, batch: int) -> list[tuple[str, int]]:
-        """(name, size of its batches) of the buckets that cannot fill a batch."""
+        """(name, batch size) of the buckets with fewer samples than a batch."""
         sizes = zip(self.names, self._sizes.tolist(), strict=True)
         return [(name, size) for name, size in sizes if size < batch]
 
     def batches(self, epochs: int) -> int:
-        """How many batches are due within the first `epochs` epochs."""
+        """Batches due within the first `epochs` epochs."""
         return int(sum(self._due_before(epochs)))
 
     def images(self, epochs: int) -> int:
-        """How many samples those batches hold."""
+        """Samples in those batches."""
         return int(np.dot(self._due_before(epochs), self._sizes))
 
     def epoch_of(self, number: int) -> int:
@@ -112,7 +112,7 @@ class BatchOrder:
         return epoch
 
     def slot(self, number: int) -> Slot:
-        """Batch `number`; those that follow in the same epoch cost microseconds."""
+        """Batch `number`; further batches of the same epoch cost microseconds."""
         epoch = self._batches_of(number)
         at = number - epoch.first
         bucket = epoch.bucket.item(at)
@@ -125,13 +125,13 @@ class BatchOrder:
         )
 
     def _due(self, bucket: int, j: NDArray[np.int64]) -> NDArray[np.int64]:
-        """When batch j of a bucket is due, in epochs times (samples of the bucket * _FRACTION)."""
+        """Due time of a bucket's batch j, in epochs times (samples of the bucket * _FRACTION)."""
         moment = draw.words(self._seed, f"due/{self.names[bucket]}", j) % np.uint64(_FRACTION)
         due: NDArray[np.int64] = (j * _FRACTION + moment.astype(np.int64)) * self._sizes[bucket]
         return due
 
     def _due_before(self, epochs: int) -> list[int]:
-        """For each bucket, how many of its batches are due before the end of `epochs` epochs."""
+        """For each bucket, its batches due before the end of `epochs` epochs."""
         counts = []
         for bucket, samples in enumerate(self._counts.tolist()):
             whole = epochs * samples // int(self._sizes[bucket])  # intervals that have ended
@@ -153,7 +153,7 @@ class BatchOrder:
                 for bucket, span in enumerate(zip(starts, stops, strict=True))
             ]
         )
-        order = np.argsort(due, kind="stable")  # of those due at once, the first bucket's first
+        order = np.argsort(due, kind="stable")  # ties go to the first bucket
         due, which, within = due[order], which[order], within[order]
         sizes = self._sizes[which]
         images_before = self.images(epoch) + np.cumsum(sizes) - sizes
@@ -161,7 +161,7 @@ class BatchOrder:
         return self._epoch
 
     def _stream(self, bucket: int, start: int) -> NDArray[np.int64]:
-        """The samples of the batch that starts here in a bucket's endless stream."""
+        """The samples of the batch that starts at this position of a bucket's stream."""
         count, size = self._counts.item(bucket), self._sizes.item(bucket)
         turn, place = divmod(start, count)
         head = self._order(bucket, turn)[place : place + size]
@@ -170,23 +170,23 @@ class BatchOrder:
         return np.concatenate([head, self._order(bucket, turn + 1)[: size - len(head)]])
 
     def _order(self, bucket: int, turn: int) -> NDArray[np.int64]:
-        """The bucket's random order in one round; the last two rounds of each are kept."""
+        """The bucket's order in one round; the last two rounds of each bucket are cached."""
         order = self._orders.get((bucket, turn))
         if order is None:
             order = self._merged(bucket, turn)
-            order.setflags(write=False)  # batches are views of it
+            order.setflags(write=False)  # because batches are views of it
             self._orders.pop((bucket, turn - 2), None)
             self._orders[bucket, turn] = order
         return order
 
     def _merged(self, bucket: int, turn: int) -> NDArray[np.int64]:
-        """The stores' samples of one round, each at a random moment of its interval."""
+        """The stores' samples of one round, each placed at a random moment of its interval."""
         shares, first, orders, moments = self._shares[bucket], 0, [], []
         for store, share in enumerate(shares):
             name = self.names[bucket] if store == 0 else f"{self.names[bucket]}/{store}"
             uses = np.arange(turn * share.uses, (turn + 1) * share.uses)
             order = self._uses(name, share, uses)
-            if len(shares) == 1:  # the intervals follow each other, and so do the samples
+            if len(shares) == 1:  # a single store keeps its order
                 return order
             orders.append(first + order)
             moment = draw.unit(draw.words(self._seed, f"moment/{name}", uses))
@@ -196,7 +196,7 @@ class BatchOrder:
         return merged[np.argsort(np.concatenate(moments), kind="stable")]
 
     def _uses(self, name: str, share: Share, uses: NDArray[np.int64]) -> NDArray[np.int64]:
-        """These places, which follow each other, of one store's endless stream of random orders."""
+        """Consecutive positions `uses` of one store's endless stream of permutations."""
         if not len(uses):
             return uses
         turns = range(uses.item(0) // share.samples, uses.item(-1) // share.samples + 1)

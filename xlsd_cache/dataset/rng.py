@@ -1,7 +1,7 @@
-"""Everything random, as pure functions of (seed, what for, position). There is no RNG state.
+"""Random numbers as pure functions of (seed, purpose, position), without RNG state.
 
-So a resumed run draws what an uninterrupted one draws, whatever was sampled, validated or logged
-between, and two processes draw what one would.
+So a resumed run draws what an uninterrupted one would, whatever was sampled, validated or logged in
+between, and two processes together draw what one would.
 """
 
 import hashlib
@@ -13,19 +13,19 @@ Words = NDArray[np.uint64]
 
 
 def words(seed: int, purpose: str, positions: NDArray[np.int64]) -> Words:
-    """64 random bits for each position, from a stream that seed and purpose share with no other."""
+    """64 random bits uint64 [n] for each position, from the stream of this seed and purpose."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return splitmix64(int.from_bytes(digest, "little"), positions)
 
 
 def splitmix64(state: int, positions: NDArray[np.int64]) -> Words:
-    """What the generator started from `state` gives as its 1st, 2nd, ... number.
+    """The n-th numbers, n = 1, 2, ..., of the generator with initial state `state`.
 
     Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014), figure 16 with
     Vigna's constants.
     """
     z = positions.astype(np.uint64)
-    z *= np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64, as all of this
+    z *= np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64, as all operations here
     z += np.uint64(state)
     z ^= z >> np.uint64(30)
     z *= np.uint64(0xBF58476D1CE4E5B9)
@@ -36,24 +36,24 @@ def splitmix64(state: int, positions: NDArray[np.int64]) -> Words:
 
 
 def uniform(seed: int, purpose: str, positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), 53 bits each."""
+    """Uniform float64 [n] in [0, 1), 53 bits each."""
     return unit(words(seed, purpose, positions))
 
 
 def unit(drawn: Words) -> NDArray[np.float64]:
-    """Words as numbers in [0, 1), by their upper 53 bits."""
+    """Map words to numbers in [0, 1) by their upper 53 bits."""
     return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, purpose: str, count: int) -> NDArray[np.int64]:
-    """A random order of 0..count-1: the order of their words.
+    """A random permutation of 0..count-1, in the order of their words.
 
-    Sorted with the numbers themselves in the low bits, which is several times faster than an
-    argsort; words that are alike in all other bits (70 pairs of 12 million) leave theirs in order.
+    The numbers are sorted in the low bits of the words, which is several times faster than argsort.
+    Words that are equal in all other bits (70 pairs of 12 million) keep the order of their numbers.
     """
     low = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
     keys = np.empty(count, np.uint64)
-    for start in range(0, count, 1 << 16):  # blocks that stay in the processor's cache
+    for start in range(0, count, 1 << 16):  # blocks that stay in the CPU cache
         numbers = np.arange(start, min(start + (1 << 16), count))
         drawn = words(seed, purpose, numbers) & ~low
         keys[start : start + len(numbers)] = drawn | numbers.view(np.uint64)
