@@ -99,7 +99,7 @@ def test_another_vae_is_refused_unless_the_stores_is_swapped_in(
     """An SD1.5 with its own VAE, and a store of another: the article's starting point."""
     shutil.rmtree(copy / "vae")
     tiny(copy / "vae")
-    with pytest.raises(UserError, match="its encoder half .* and they were encoded with") as error:
+    with pytest.raises(UserError, match="its encoder half .* but they were encoded with") as error:
         load_bundle(str(copy), None, identity)
     assert "add --vae" in str(error.value)
     assert load_bundle(str(copy), str(model), identity).vae.sha256 == identity.vae_sha256
