@@ -1,4 +1,4 @@
-"""Images a second that `decode` gives: by format, by the JPEG's route, and through the guard.
+"""Images a second that `decode` gives: by format, by the JPEG's route, and through the sandbox.
 
     python benchmarks/cache/decode.py                    scikit-image's photos, enlarged
     python benchmarks/cache/decode.py PHOTOS             every JPEG of a folder
@@ -32,7 +32,7 @@ import xlsd_cache.images.decode
 from benchmarks.lib.machine import machine
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.decode import DRAFT_MARGIN, FORMATS, Pixels, decode, read_header
-from xlsd_cache.images.sandbox import Guard
+from xlsd_cache.images.sandbox import Sandbox
 from xlsd_cache.outcomes import Rejected
 
 LANCZOS = Image.Resampling.LANCZOS
@@ -55,7 +55,7 @@ class DecodeConfig:
     """Timed rounds after a warm-up; the median counts."""
 
     children: int = 2
-    """Processes that the guard decodes in."""
+    """Processes that the sandbox decodes in."""
 
 
 def main(config: DecodeConfig, args: Sequence[str]) -> None:
@@ -151,16 +151,16 @@ def through_guard(config: DecodeConfig, files: list[bytes]) -> None:
     files = files * 8
     shape = (config.resolution, config.resolution, 3)
     with (
-        Guard(60, 3 * 2**30, config.children) as guard,
+        Sandbox(60, 3 * 2**30, config.children) as sandbox,
         ThreadPoolExecutor(config.children) as threads,
     ):
 
         def guarded(data: bytes) -> Pixels | Rejected:
-            return guard.call(decode, data, *placed(data, config))
+            return sandbox.call(decode, data, *placed(data, config))
 
         def undecoded(data: bytes) -> object:  # the file goes there, and pixels come back
-            guard.call(len, data)
-            return guard.call(np.ones, shape, np.uint8)
+            sandbox.call(len, data)
+            return sandbox.call(np.ones, shape, np.uint8)
 
         seconds = in_turns(
             {

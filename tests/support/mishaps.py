@@ -1,4 +1,4 @@
-"""What a decoder may do to its process, for a guard's child to call: real, and never to be mocked.
+"""What a decoder may do to its process, for a sandbox's child to call: real, never to be mocked.
 
 Imports little, since every child that calls one imports this.
 """

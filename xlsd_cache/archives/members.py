@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from xlsd_cache.files.captions import CAPTION_BYTES, TOO_LARGE, LeftOut
+from xlsd_cache.files.captions import CAPTION_BYTES, TOO_LARGE, NotRead
 from xlsd_cache.files.folders import is_hidden
-from xlsd_cache.files.uri import no_place
+from xlsd_cache.files.uri import unreadable_member
 
 _TEXTS_BYTES = 2**28  # limit of all captions together, where the archive itself is smaller
 _SHOWN = 3
@@ -46,7 +46,7 @@ class ArchiveContents:
     """The selected members of an archive, in its order; `damage` says what could not be read."""
 
     members: list[Member] = field(default_factory=list)
-    texts: dict[str, bytes | LeftOut] = field(default_factory=dict)  # caption -> content
+    texts: dict[str, bytes | NotRead] = field(default_factory=dict)  # caption -> content
     passed_over: Counter[str] = field(default_factory=Counter)  # kind -> files that are not wanted
     damage: str = ""
     remarks: list[str] = field(default_factory=list)  # sentences
@@ -85,9 +85,9 @@ class Collector(Generic[Location]):
             self._repeated[name] = None
             self.contents.texts.pop(name, None)
 
-    def keep_text(self, name: str, nbytes: int, read: Callable[[], bytes | LeftOut]) -> None:
+    def keep_text(self, name: str, nbytes: int, read: Callable[[], bytes | NotRead]) -> None:
         """Keep what `read` gives of a caption, unless it is too large."""
-        text: bytes | LeftOut = TOO_LARGE
+        text: bytes | NotRead = TOO_LARGE
         if nbytes <= min(CAPTION_BYTES, self._budget):
             self._budget -= nbytes
             text = read()
@@ -99,7 +99,7 @@ class Collector(Generic[Location]):
 
     def reject(self, archive: Path, name: str, size: int, reason: str, detail: str) -> None:
         """Keep an image that cannot be read, with the reason."""
-        source = no_place(archive, reason, printable(name))
+        source = unreadable_member(archive, reason, printable(name))
         member = Member(name, source, min(size, _MOST_BYTES), reason, detail)
         self.contents.members.append(member)
 
@@ -111,7 +111,7 @@ class Collector(Generic[Location]):
         """The members, with remarks on what is odd; call it once, after the last member."""
         contents = self.contents
         for name, text in contents.texts.items():
-            if isinstance(text, LeftOut):
+            if isinstance(text, NotRead):
                 self.leave_out(name, text)
         for kind, names in self._left_out.items():
             verb = "is" if len(names) == 1 else "are"

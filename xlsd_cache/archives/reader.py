@@ -12,7 +12,7 @@ from xlsd_cache.archives.members import ArchiveContents, Collector, MemberFilter
 from xlsd_cache.archives.tar import TarEntry, TarReader
 from xlsd_cache.archives.zip import DEFLATED, STORED, NotAZip, ZipEntry, ZipReader
 from xlsd_cache.errors import UserError
-from xlsd_cache.files.captions import DAMAGED, ENCRYPTED, PACKED, LeftOut
+from xlsd_cache.files.captions import DAMAGED, ENCRYPTED, PACKED, NotRead
 from xlsd_cache.files.gzip_index import END, gzip_of
 from xlsd_cache.files.inflate import BadSource, ReadAt, inflate
 from xlsd_cache.files.uri import GZIPPED, span
@@ -103,7 +103,7 @@ def _walk(tar: TarReader, members: TarMembers, read_again: ReadAt) -> None:
 
 
 def _keep_text(name: str, entry: TarEntry, members: TarMembers, read_at: ReadAt) -> None:
-    def read() -> bytes | LeftOut:
+    def read() -> bytes | NotRead:
         try:
             data = read_at(entry.offset, entry.size)
         except BadSource:
@@ -195,7 +195,7 @@ def _settle_zip(
                 detail = "the archive ends within it"
                 left_out, reason = DAMAGED, "truncated"
     if members.wanted.is_caption(name):
-        _keep_zipped_text(name, entry, place, members, LeftOut(left_out), read_at)
+        _keep_zipped_text(name, entry, place, members, NotRead(left_out), read_at)
     if not members.wanted.is_image(name):
         return
     if left_out:
@@ -212,10 +212,10 @@ def _keep_zipped_text(
     entry: ZipEntry,
     place: int,
     members: ZipMembers,
-    left_out: LeftOut,
+    left_out: NotRead,
     read_at: ReadAt,
 ) -> None:
-    def read() -> bytes | LeftOut:
+    def read() -> bytes | NotRead:
         data = read_at(place, entry.packed)
         try:
             text = inflate(data, entry.size) if entry.method == DEFLATED else data

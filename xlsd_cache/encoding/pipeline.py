@@ -20,7 +20,7 @@ from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import Stat, read_source, stat_source
 from xlsd_cache.images.decode import MAX_PIXELS, Pixels, decode, max_bytes, too_large
-from xlsd_cache.images.sandbox import Guard, decoders
+from xlsd_cache.images.sandbox import Sandbox, decoders
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.schema import PlanEntry
@@ -113,8 +113,8 @@ class EncodePipeline:
     ) -> None:
         """Encode every unit that no other process holds; a few batches are decoded ahead."""
         calls, batch = self.encoder.calls, self.encoder.batch
-        guard = decoders(self.workers, self.max_pixels)
-        read = partial(_read_and_decode, guard, self.max_pixels)
+        sandbox = decoders(self.workers, self.max_pixels)
+        read = partial(_read_and_decode, sandbox, self.max_pixels)
         ahead = calls + max(1, 2 * self.workers // batch)
         held: list[Claim] = []
         queue: deque[tuple[Claim, list[Future[Decoded]], Future[Encoded], bool]] = deque()
@@ -230,7 +230,7 @@ class EncodePipeline:
         return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ranked)
 
 
-def _read_and_decode(guard: Guard, max_pixels: int, entry: PlanEntry, live: bool) -> Decoded:
+def _read_and_decode(sandbox: Sandbox, max_pixels: int, entry: PlanEntry, live: bool) -> Decoded:
     """Read and decode a planned image; Rejected if it changed since the scan."""
     if not live:
         return "", Rejected("removed", "removed or changed after it was planned")
@@ -255,7 +255,7 @@ def _read_and_decode(guard: Guard, max_pixels: int, entry: PlanEntry, live: bool
     content = hashlib.sha256(data).hexdigest()
     if len(data) != entry["size"] or entry["content_hash"] not in ("", content):
         return "", changed
-    pixels = guard.call(decode, data, upright, crop, Bucket.parse(entry["bucket"]), max_pixels)
+    pixels = sandbox.call(decode, data, upright, crop, Bucket.parse(entry["bucket"]), max_pixels)
     # A file that was replaced by one of equal size in bytes and pixels is encoded: its own hash is
     # recorded. If it fails to decode, that is not the scanned file's fault.
     if isinstance(pixels, Rejected) and not _is_scanned(entry, now):

@@ -1,7 +1,7 @@
-"""Caption columns: where each is found beside an image, and its text, whatever wrote it.
+"""Caption columns: parses their names, and reads captions from sidecar files and table fields.
 
-Each line of a sidecar is an alternative caption. A field of a JSON or parquet row is one caption:
-line ends in it are spaces, a list is joined as tags, and an object gives its keys.
+Each line of a text sidecar is an alternative caption. A field of JSON or a table's row is one
+caption: line ends become spaces, a list is joined as tags, and an object gives its keys.
 """
 
 import codecs
@@ -16,39 +16,39 @@ Kind = Literal["sidecar", "json", "jsonl", "csv", "parquet"]
 _KINDS: dict[str, Kind] = {
     "json": "json", "jsonl": "jsonl", "csv": "csv", "parquet": "parquet", "arrow": "parquet",
 }  # fmt: skip
-CAPTION_BYTES = 2**24  # of a file beside an image; a larger one holds no caption
-_BESIDE_BYTES = 2**26  # that its JSON may take when parsed: many threads parse at once
+CAPTION_BYTES = 2**24  # of a sidecar; larger files are not read
+_PARSED_BYTES = 2**26  # memory of one sidecar's parsed JSON: many threads parse at once
 
 
-class LeftOut(str):
-    """Why the file beside an image was not read: said as any remark."""
+class NotRead(str):
+    """A remark in place of a sidecar's content: why it was not read."""
 
     __slots__ = ()
 
 
-# suffix -> content of the file beside the image, if any
-Beside = Callable[[str], bytes | LeftOut | None]
+# suffix -> content of the image's sidecar, if there is one
+ReadSidecar = Callable[[str], bytes | NotRead | None]
 
-# What may be said of a caption; the first three leave it out.
+# Remarks on a caption; with the first three there is none.
 MISSING, EMPTY, NOT_TEXT = "missing", "empty or blank", "not text"
 BROKEN = "in a file that is not JSON"
-TOO_LARGE, DAMAGED, ENCRYPTED = map(LeftOut, ("too large", "damaged", "encrypted"))
-PACKED = LeftOut("compressed otherwise than by deflate")
+TOO_LARGE, DAMAGED, ENCRYPTED = map(NotRead, ("too large", "damaged", "encrypted"))
+PACKED = NotRead("compressed otherwise than by deflate")
 _PLAIN = (str, int, float)
 LATIN_1, NUL = "not UTF-8, read as Latin-1", "with NUL removed"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One caption column, under the name by which it is asked for."""
+    """A caption column, as named on the command line."""
 
     name: str  # txt | json:caption | jsonl:tags | csv:text | parquet:caption | arrow:text
     kind: Kind
-    field: str  # the sidecar's suffix, or the field's name, dotted where it lies deeper
+    field: str  # the sidecar's suffix, or the field's name, dotted if nested
 
     @classmethod
     def parse(cls, name: str) -> "Column":
-        """Raises ValueError for a name that says nothing findable."""
+        """Parse a name. Raises ValueError if it is invalid."""
         before, colon, field = name.partition(":")
         if not colon:
             if not name or "/" in name:
@@ -60,49 +60,49 @@ class Column:
 
     @property
     def suffix(self) -> str | None:
-        """Of the file beside the image that holds it; None for a row of the source's table."""
+        """Suffix of the sidecar with the caption; None for a column of a table."""
         return {"sidecar": self.field, "json": "json"}.get(self.kind)
 
 
 def read_captions(
-    columns: tuple[Column, ...], beside: Beside
+    columns: tuple[Column, ...], sidecar: ReadSidecar
 ) -> tuple[dict[str, str], Counter[Any]]:
-    """Texts by column name from the files beside an image, and (column, what) of each remark."""
+    """Column name -> text, from the sidecars of an image, and a count of (column, remark)."""
     texts: dict[str, str] = {}
     remarks: Counter[Any] = Counter()
     parsed: tuple[Any, list[str]] | None = None
     for column in columns:
         if column.kind == "sidecar":
-            data = beside(column.field)
-            text, said = ("", [MISSING]) if data is None else read_text(data)
+            data = sidecar(column.field)
+            text, noted = ("", [MISSING]) if data is None else read_text(data)
         elif column.kind == "json":
-            parsed = parsed or read_object(beside("json"))
-            text, said = field_text(parsed[0], column.field)
-            said = parsed[1] or said
+            parsed = parsed or read_object(sidecar("json"))
+            text, noted = field_text(parsed[0], column.field)
+            noted = parsed[1] or noted
         else:
             continue  # matched by name, all rows of a table at once
         if text:
             texts[column.name] = text
-        remarks.update((column.name, what) for what in said)
+        remarks.update((column.name, remark) for remark in noted)
     return texts, remarks
 
 
-def read_text(data: bytes | LeftOut) -> tuple[str, list[str]]:
-    """A sidecar's text, its lines stripped and blank ones dropped, and remarks."""
-    if isinstance(data, LeftOut):
+def read_text(data: bytes | NotRead) -> tuple[str, list[str]]:
+    """A sidecar's text, with lines stripped and blank ones dropped, and remarks."""
+    if isinstance(data, NotRead):
         return "", [data]
-    text, said = decode_text(data)
+    text, remarks = decode_text(data)
     lines = (line.strip() for line in text.splitlines())
     text = "\n".join(line for line in lines if line)
-    return text, said if text else [EMPTY]
+    return text, remarks if text else [EMPTY]
 
 
 def decode_text(data: bytes) -> tuple[str, list[str]]:
-    """UTF-8 with or without BOM, UTF-16 with one, else Latin-1, in which any byte is a character.
+    """Decode UTF-8 with or without BOM, UTF-16 with BOM, else Latin-1; and remarks.
 
-    NUL, which no caption means, is taken out.
+    NUL characters are removed.
     """
-    said = []
+    remarks = []
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         text = data.decode("utf-16", "replace")
     else:
@@ -110,30 +110,31 @@ def decode_text(data: bytes) -> tuple[str, list[str]]:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = data.decode("latin-1")
-            said.append(LATIN_1)
+            remarks.append(LATIN_1)
     if "\0" in text:
         text = text.replace("\0", "")
-        said.append(NUL)
-    return text, said
+        remarks.append(NUL)
+    return text, remarks
 
 
-def read_object(data: bytes | LeftOut | None) -> tuple[Any, list[str]]:
-    """What a JSON file holds, and a remark where it is missing or broken."""
+def read_object(data: bytes | NotRead | None) -> tuple[Any, list[str]]:
+    """The value in a JSON sidecar, and a remark if it is missing or broken."""
     if data is None:
         return None, [MISSING]
-    if isinstance(data, LeftOut):
+    if isinstance(data, NotRead):
         return None, [data]
     try:
-        return parse_json(decode_text(data)[0], _BESIDE_BYTES, strict=False), []
+        return parse_json(decode_text(data)[0], _PARSED_BYTES, strict=False), []
     except ValueError:
         return None, [BROKEN]
 
 
 def field_text(value: Any, field: str) -> tuple[str, list[str]]:
-    """The caption in a parsed object's field; a field named with its dots wins over a path.
+    """The caption in a field of a parsed object, and remarks.
 
-    A part of the path that is a number takes that item of a list; a name is looked for in each
-    item, and each text found is an alternative, a line of its own.
+    A dotted field is a path, unless the object has a field of that whole name. In a list, a number
+    in the path selects an item; a name is searched in all items, and each text is an alternative
+    caption on a line of its own.
     """
     if isinstance(value, dict) and field in value:
         return value_text(value[field])
@@ -158,8 +159,8 @@ def _descend(value: Any, path: list[str]) -> tuple[str, list[str]]:
 
 
 def value_text(value: Any) -> tuple[str, list[str]]:
-    """One caption of a field's value; lists are tags, and so are an object's keys."""
-    said: list[str] = []
+    """The caption in a field's value, and remarks. Lists, and an object's keys, are tags."""
+    remarks: list[str] = []
     if value is None:
         return "", [MISSING]
     if isinstance(value, dict):
@@ -173,9 +174,9 @@ def value_text(value: Any) -> tuple[str, list[str]]:
     text = str(value)
     if "\0" in text:
         text = text.replace("\0", "")
-        said.append(NUL)
-    # A lone surrogate, which JSON may spell, is in no encoding of the store's tables.
+        remarks.append(NUL)
+    # JSON may contain lone surrogates, which UTF-8 cannot encode.
     if not text.isascii():
         text = text.encode("utf-8", "replace").decode()
     text = " ".join(text.split())
-    return text, said if text else [EMPTY]
+    return text, remarks if text else [EMPTY]

@@ -1,4 +1,4 @@
-"""Everything below a folder, in one order on every machine, each linked folder entered once."""
+"""Walks a folder in the same order on every machine, entering each linked folder once."""
 
 import os
 from collections import Counter
@@ -8,25 +8,25 @@ from pathlib import Path
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.own_files import is_index, own_names
 
-# Decoded or not. Not raw camera files, PSD and the like: they lie beside the picture that was made
-# of them, and would share its name.
+# Including formats that are not decoded. Raw camera files, PSD etc. are left out: they are next to
+# the image that was made from them and share its name.
 IMAGE_SUFFIXES = frozenset(
     {".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe"}
     | {".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pgm", ".png", ".ppm", ".qoi", ".tif", ".tiff"}
     | {".webp"}
 )
-# The same for Arrow's regular expressions: what ends a file name that is an image's.
+# The same as a regular expression for Arrow.
 SUFFIX_PATTERN = rf"(?i)\.(?:{'|'.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))})$"
-_OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir"})  # of macOS in zips, of Synology's disks
+_SYSTEM_NAMES = frozenset({"__MACOSX", "@eaDir"})  # of macOS in zips, of Synology NAS
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is no content of anybody's: one part of a path."""
-    return name in _OF_SYSTEMS or (name.startswith(".") and name not in (".", ".."))
+    """Whether a file or folder of this name is hidden or the system's. `name` has no slashes."""
+    return name in _SYSTEM_NAMES or (name.startswith(".") and name not in (".", ".."))
 
 
 def is_image(name: str) -> bool:
-    """Whether the name ends like an image's."""
+    """Whether the name has an image suffix."""
     dot = name.rfind(".")
     return dot >= 0 and name[dot:].lower() in IMAGE_SUFFIXES
 
@@ -34,11 +34,11 @@ def is_image(name: str) -> bool:
 def walk(
     root: Path, passed_over: Counter[str], links: list[str] | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files, sorted) of every folder below `root`, `root` first.
+    """Yield (folder, sorted names of its files) for `root` and every folder below it.
 
-    Hidden names are left out and counted, as are broken links, folders linked twice, and what is a
-    store's or a run's of ours. Links that lead out of `root` are added to `links`. Raises UserError
-    for a folder that cannot be read: what is in it would silently be missing.
+    Hidden names, broken links, folders linked twice, and parts of our stores and runs are skipped
+    and counted in `passed_over`. Links that lead out of `root` are added to `links`. Raises
+    UserError for a folder that cannot be read, whose images would silently be missing.
     """
     seen: set[tuple[int, int]] = set()
     inside = os.path.realpath(root).rstrip(os.sep) + os.sep
@@ -69,8 +69,8 @@ def walk(
                         passed_over[kind] += 1
         except OSError as error:
             raise UserError(
-                f"cannot read the folder {folder}: {error.strerror}; make it readable or "
-                f"leave it out, for what is in it would silently be missing"
+                f"cannot read the folder {folder}: {error.strerror}; make it readable or leave it "
+                f"out"
             ) from error
         folders, names = _without_ours(folder, folders, names, passed_over)
         pending += sorted(folders, reverse=True)
@@ -80,9 +80,9 @@ def walk(
 def _without_ours(
     folder: str, folders: list[str], names: list[str], passed_over: Counter[str]
 ) -> tuple[list[str], list[str]]:
-    """The folders and names of files that no command of ours has written; the others are counted.
+    """Leave out what our own commands have written, and count it.
 
-    Pictures are told later, when their headers are read.
+    Images that we drew are recognised later, when their headers are read.
     """
     start = len(folder.rstrip(os.sep)) + 1
     own = own_names(folder, {*names, *(path[start:] for path in folders)})
@@ -102,12 +102,12 @@ def _kind(entry: os.DirEntry[str]) -> str:
             return "file"
         if entry.is_dir():
             return "folder"
-    except OSError:  # a link that leads back to itself
+    except OSError:  # a link to itself
         return "broken links"
     return "broken links" if entry.is_symlink() else "other files"  # a pipe, a socket, a device
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All images of a folder and those in it, by name, in order."""
-    found = walk(folder, Counter())
-    return sorted(Path(inside, name) for inside, names in found for name in names if is_image(name))
+    """All files with an image suffix in a folder and its subfolders, sorted."""
+    folders = walk(folder, Counter())
+    return sorted(Path(at, name) for at, names in folders for name in names if is_image(name))

@@ -1,7 +1,7 @@
-"""Random access to what a gzip file inflates to: places are kept from which to inflate on.
+"""Random access to the content of a gzip file, by access points from which to inflate.
 
-A copy of zlib's state (about 48 KB) every few MiB. Unlike indexed_gzip, which reads on in silence,
-this says where a stream is cut, where its own crc32 or length is wrong, and what lies behind it.
+An access point is a copy of zlib's state (about 48 KB), kept every few MiB. Unlike indexed_gzip,
+this reports where a stream is truncated, where its crc32 or length is wrong, and trailing bytes.
 """
 
 import zlib
@@ -15,40 +15,40 @@ from typing import IO, Any
 
 from xlsd_cache.files.inflate import BadSource
 
-_FED = 2**15  # bytes of the file that are inflated at once
-_PIECE = 2**18  # bytes that may come of it at once
-_SPACING = 2**22  # bytes, inflated, between two marks; doubled wherever there are too many marks
-_MARKS = 4096  # of all files together: 200 MB
-_RESTING = 64  # cursors of all files: as many threads read on where they stopped
-_ZEROS = 2**26  # bytes of padding behind a gzip member that are read
+_FED = 2**15  # bytes of the file to inflate at once
+_PIECE = 2**18  # the most inflated bytes at once
+_SPACING = 2**22  # inflated bytes between access points; doubled in a file with too many
+_MOST_POINTS = 4096  # access points of all files together: 200 MB
+_RESTING = 64  # idle cursors of all files: so many threads can continue where they stopped
+_ZEROS = 2**26  # bytes of padding after a gzip member to skip at most
 _MAGIC = b"\x1f\x8b\x08"
 END, CUT = "ended", "cut off"  # how a stream ends
 _FHCRC, _FEXTRA, _FNAME, _FCOMMENT = 2, 4, 8, 16
-_NAME_BYTES = 2**16  # of a name or comment in a header: more is no gzip
+_NAME_BYTES = 2**16  # of a name or comment in a header: with more it is not gzip
 
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
-    """A state of inflating: all that is needed to go on from there."""
+class _AccessPoint:
+    """A state of the inflater, from which to continue."""
 
-    out: int  # bytes inflated before it
-    at: int  # the byte of the file that is inflated next
+    out: int  # inflated bytes before it
+    at: int  # offset in the file of the next byte to inflate
     inflater: Any = None  # zlib.decompressobj; None between two members of the gzip file
-    begun: int = 0  # where this gzip member began, in inflated bytes
+    begun: int = 0  # where this gzip member starts, in inflated bytes
     crc: int = 0  # of this gzip member so far
 
 
 @dataclass
 class Gzip:
-    """One gzip file, and the marks that reading has left in it."""
+    """A gzip file and its access points, which reading creates."""
 
     path: Path
     spacing: int = _SPACING
-    marks: list[_Mark] = field(default_factory=lambda: [_Mark(0, 0)])
+    points: list[_AccessPoint] = field(default_factory=lambda: [_AccessPoint(0, 0)])
     lock: Lock = field(default_factory=Lock)
 
     def read_at(self, offset: int, count: int) -> bytes:
-        """Inflated bytes, fewer where the stream ends. Raises BadSource on damage, and OSError."""
+        """Inflated bytes, fewer at the end of the stream. Raises BadSource and OSError."""
         cursor = self._nearest(offset)
         with self.path.open("rb", buffering=0) as file:
             cursor.file = file
@@ -61,57 +61,57 @@ class Gzip:
         return data
 
     def cursor(self, file: IO[bytes]) -> "Cursor":
-        """One at the beginning, which reads the open file."""
-        return Cursor(self, _Mark(0, 0), file)
+        """A cursor at the start, which reads the open file."""
+        return Cursor(self, _AccessPoint(0, 0), file)
 
-    def mark(self, state: _Mark) -> None:
-        """Keep the state, if it is far enough behind the last one."""
+    def keep(self, state: _AccessPoint) -> None:
+        """Keep the state as an access point, if it is far enough after the last one."""
         with self.lock:
-            if state.out < self.marks[-1].out + self.spacing:
+            if state.out < self.points[-1].out + self.spacing:
                 return
-            self.marks.append(replace(state, inflater=state.inflater and state.inflater.copy()))
+            self.points.append(replace(state, inflater=state.inflater and state.inflater.copy()))
         _thin()
 
     def thin(self) -> None:
-        """Keep every second mark."""
+        """Keep every second access point."""
         with self.lock:
             self.spacing *= 2
-            self.marks = self.marks[::2]
+            self.points = self.points[::2]
 
     def _nearest(self, offset: int) -> "Cursor":
-        """One that is before `offset` and nearest to it: a resting one, or a new one at a mark."""
+        """The nearest cursor before `offset`: an idle one, or a new one at an access point."""
         with self.lock:
-            mark = self.marks[bisect_right(self.marks, offset, key=lambda mark: mark.out) - 1]
+            point = self.points[bisect_right(self.points, offset, key=lambda point: point.out) - 1]
         with _lock:
-            near = [c for c in _resting if c.gzip is self and mark.out <= c.start <= offset]
+            near = [c for c in _resting if c.gzip is self and point.out <= c.start <= offset]
             if near:
                 cursor = max(near, key=lambda c: c.start)
                 _resting.remove(cursor)
                 return cursor
-        return Cursor(self, mark)
+        return Cursor(self, point)
 
 
 class Cursor:
-    """Inflates forward from a mark; what it finds out about the file's health is kept.
+    """Inflates forward from an access point, and records damage.
 
-    `file` must be open while it is read. `ending` is empty until the end of the stream was seen.
+    `file` must be open while reading. `ending` is empty until the end of the stream is reached.
     """
 
-    def __init__(self, gzip: Gzip, mark: _Mark, file: IO[bytes] | None = None) -> None:
+    def __init__(self, gzip: Gzip, point: _AccessPoint, file: IO[bytes] | None = None) -> None:
         self.file = file
-        self.bad: list[tuple[int, int]] = []  # stretches, inflated, whose checksum is wrong
-        self.ending = ""  # END, CUT or what is wrong with it
-        self.behind = 0  # bytes behind the last gzip member that are no gzip
+        self.bad: list[tuple[int, int]] = []  # inflated ranges whose checksum is wrong
+        self.ending = ""  # END, CUT or a description of the damage
+        self.behind = 0  # bytes after the last gzip member that are not gzip
         self.gzip, self._piece = gzip, b""
-        self._state = replace(mark, inflater=mark.inflater and mark.inflater.copy())
+        self._state = replace(point, inflater=point.inflater and point.inflater.copy())
 
     @property
     def start(self) -> int:
-        """The first inflated byte that it can still give."""
+        """The first inflated byte that can still be read."""
         return self._state.out - len(self._piece)
 
     def read_at(self, offset: int, count: int) -> bytes:
-        """Bytes at or behind `start`, fewer where the stream ends."""
+        """Bytes from `offset`, at or after `start`; fewer at the end of the stream."""
         assert offset >= self.start
         parts, wanted = [], count
         while wanted > 0:
@@ -125,19 +125,19 @@ class Cursor:
         return b"".join(parts)
 
     def drain(self, most: int) -> int:
-        """Read on to the end, but no more than `most` bytes; returns how far that is, inflated."""
+        """Inflate to the end, or at most `most` bytes; returns the inflated offset reached."""
         end = self._state.out + most
         while self._state.out < end and self._advance():
             pass
         return self._state.out
 
     def _advance(self) -> bool:
-        """Inflate the next piece; False at the end of the stream, whatever ends it."""
+        """Inflate the next piece; False at the end of the stream."""
         while not self.ending:
             if self._state.inflater is None and not self._begin():
                 return False
             if self._inflate():
-                self.gzip.mark(self._state)
+                self.gzip.keep(self._state)
                 return True
         return False
 
@@ -161,11 +161,11 @@ class Cursor:
             self.ending = CUT
             return False
         out = self._state.out
-        self._state = _Mark(out, at + length, zlib.decompressobj(-zlib.MAX_WBITS), out, 0)
+        self._state = _AccessPoint(out, at + length, zlib.decompressobj(-zlib.MAX_WBITS), out, 0)
         return True
 
     def _inflate(self) -> bool:
-        """Feed the inflater once; False where nothing came of it."""
+        """Feed the inflater once; False if it returned nothing."""
         assert self.file is not None
         state, inflater = self._state, self._state.inflater
         self.file.seek(state.at)
@@ -182,7 +182,7 @@ class Cursor:
         left = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
         at = state.at + len(fed) - len(left)
         out, crc = state.out + len(piece), zlib.crc32(piece, state.crc)
-        self._piece, self._state = piece, _Mark(out, at, inflater, state.begun, crc)
+        self._piece, self._state = piece, _AccessPoint(out, at, inflater, state.begun, crc)
         if inflater.eof:
             self._end_member()
         return bool(piece)
@@ -193,7 +193,7 @@ class Cursor:
         self.bad.append((begun, end))
 
     def _end_member(self) -> None:
-        """Hold the gzip member's own crc32 and length against what was inflated."""
+        """Compare the gzip member's crc32 and length with the inflated bytes."""
         assert self.file is not None
         state = self._state
         self.file.seek(state.at)
@@ -203,11 +203,11 @@ class Cursor:
             self.ending = CUT
         elif told != (state.crc, (state.out - state.begun) % 2**32):
             self._spoil(state.begun, state.out)
-        self._state = _Mark(state.out, state.at + 8)
+        self._state = _AccessPoint(state.out, state.at + 8)
 
 
 def _header_length(file: IO[bytes], at: int) -> int:
-    """Bytes of the gzip header at `at`; 0 where there is none, -1 where the file ends within it."""
+    """Length of the gzip header at `at`; 0 if there is none, -1 if the file ends within it."""
     file.seek(at)
     head = file.read(3 * _NAME_BYTES)
     if head[:3] != _MAGIC:
@@ -233,21 +233,21 @@ _lock = Lock()
 
 
 def gzip_of(path: Path) -> Gzip:
-    """The file as it is now, with the marks that this process has left in it. Raises OSError."""
+    """The gzip file, with the access points that this process has kept. Raises OSError."""
     status = path.stat()
     key = str(path), status.st_size, status.st_mtime_ns
     with _lock:
-        found = _files.setdefault(key, Gzip(path))
+        gzip = _files.setdefault(key, Gzip(path))
         _files.move_to_end(key)
-        while len(_files) > _MARKS:
+        while len(_files) > _MOST_POINTS:
             _files.popitem(last=False)
-    return found
+    return gzip
 
 
 def _thin() -> None:
-    """Where all files together have too many marks, halve those of the most closely marked."""
+    """If all files together have too many access points, halve those of the densest file."""
     with _lock:
         files = list(_files.values())
-    if sum(len(file.marks) for file in files) > _MARKS:
-        with suppress(ValueError):  # another thread was faster
-            min((f for f in files if len(f.marks) > 1), key=lambda f: f.spacing).thin()
+    if sum(len(file.points) for file in files) > _MOST_POINTS:
+        with suppress(ValueError):  # another thread did it
+            min((f for f in files if len(f.points) > 1), key=lambda f: f.spacing).thin()

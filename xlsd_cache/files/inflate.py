@@ -1,4 +1,4 @@
-"""A stretch of a file, deflated or not, that reads like a file of its own."""
+"""A slice of a file, stored or deflated, as a file object."""
 
 import io
 import zlib
@@ -8,15 +8,15 @@ from typing import IO, Any
 from xlsd_cache.outcomes import Reason
 
 _FED = 2**15  # bytes that are inflated at once
-_RESTARTS = 8  # of inflating, where a reader goes back; from then on all of it is kept
+_RESTARTS = 8  # of inflating, when a reader seeks back; after that, all content is kept
 
 ReadAt = Callable[[int, int], bytes]  # offset, count -> bytes, fewer at the end
 
 
 class BadSource(OSError):
-    """What is there is no whole image, and will not be by waiting: `reason` is of outcomes.REASONS.
+    """A permanent fault of a source; `reason` is one of outcomes.REASONS.
 
-    The system's errors, which may pass, are other OSErrors.
+    The system's errors, which may be temporary, are other OSErrors.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -25,7 +25,7 @@ class BadSource(OSError):
 
 
 def inflate(data: bytes, size: int) -> bytes:
-    """The `size` bytes that were deflated to `data`. Raises BadSource where they are not that."""
+    """Inflate `data` to `size` bytes. Raises BadSource if it is damaged or of another size."""
     try:
         inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
     except zlib.error as error:
@@ -43,8 +43,11 @@ def _damaged(told: str) -> BadSource:
     return BadSource("corrupt", f"damaged in its archive: {told}")
 
 
-class Stretch(io.RawIOBase):
-    """`size` bytes at `offset` of an open file, which is closed with it."""
+class FileSlice(io.RawIOBase):
+    """`length` bytes at `offset` of an open file, inflated if `inflated` is their inflated size.
+
+    Closing it closes the file.
+    """
 
     def __init__(self, file: IO[bytes], offset: int, length: int, inflated: int | None) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
@@ -58,15 +61,15 @@ class Stretch(io.RawIOBase):
         return self._file.read(max(0, min(count, self._length - offset)))
 
     def readable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def seekable(self) -> bool:
-        """It is, at a price where it is deflated and the place lies behind."""
+        """True, but seeking back in deflated bytes inflates again from the start."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of a file that is read."""
+        """As in io.RawIOBase."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
             raise OSError("a place before the beginning")
@@ -74,7 +77,7 @@ class Stretch(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """As of a file; raises BadSource where what is deflated is damaged."""
+        """As in io.RawIOBase. Raises BadSource for damaged deflated bytes."""
         view = memoryview(buffer).cast("B")
         data = self._read(self._at, max(0, min(len(view), self._size - self._at)))
         view[: len(data)] = data
@@ -82,13 +85,13 @@ class Stretch(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        """Close the file as well."""
+        """Close it and the file."""
         self._file.close()
         super().close()
 
 
 class _Inflated:
-    """What deflated bytes inflate to, no more of it at once than is asked for."""
+    """Inflates deflated bytes on demand."""
 
     def __init__(self, read: ReadAt, size: int) -> None:
         self._read, self._size = read, size
@@ -97,10 +100,10 @@ class _Inflated:
 
     def _restart(self) -> None:
         self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        self._fed = self._out = 0  # bytes read, bytes that came of them
+        self._fed = self._out = 0  # bytes read, bytes inflated
 
     def read_at(self, offset: int, count: int) -> bytes:
-        """Raises BadSource where there is not what was told."""
+        """Inflated bytes from `offset`. Raises BadSource if they are damaged or missing."""
         if offset < self._out and not self._whole:
             self._restart()
             self._restarts += 1

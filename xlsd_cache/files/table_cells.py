@@ -1,4 +1,4 @@
-"""Columns of parquet and .arrow files, and the images in their cells."""
+"""Reads columns of parquet and .arrow files, and the images in their cells."""
 
 from bisect import bisect_right
 from collections import OrderedDict
@@ -18,37 +18,37 @@ from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.runtime.bounded_files import require_regular
 
 Version = tuple[int, int, int, int]  # size, mtime, inode, ctime of the file
-_TABLE_BYTES, _TIMES = 2**30, 32  # bytes, and times its own size, that columns may take
+_TABLE_BYTES, _TIMES = 2**30, 32  # columns may take so many bytes, or times the file's size
 _ROWS = 65536  # read at once
-_DECODED_BYTES = 2**28  # of texts in one piece, about: Arrow's hold 2 GiB
-_HELD_BYTES = 2**29  # of decoded parquet row groups: rows of one group are read in any order
+_DECODED_BYTES = 2**28  # of texts in one chunk, about: Arrow's limit is 2 GiB
+_CACHE_BYTES = 2**29  # of decoded row groups: the rows of one group are read in any order
 
 
 def table_schema(file: Path) -> pa.Schema:
     """The schema of a parquet or .arrow file. Raises OSError and ArrowException."""
     require_regular(file)
     schema = pq.read_schema(file) if _is_parquet(file) else _mapped(str(file)).schema
-    len("".join(schema.names))  # UnicodeDecodeError, a ValueError, where one is not UTF-8
+    len("".join(schema.names))  # raises UnicodeDecodeError, a ValueError, if one is not UTF-8
     return schema
 
 
 def read_columns(file: Path, columns: list[str]) -> pa.Table:
-    """Columns of the file, those named with dots pruned to that field of a struct.
+    """Columns of the file; a dotted name reads only that field of a struct.
 
     Raises OSError and ArrowException.
     """
     if _is_parquet(file):
         return _read_bounded(file, columns)
     table = _mapped(str(file)).select(list(dict.fromkeys(c.partition(".")[0] for c in columns)))
-    table.validate(full=True)  # a file that lies must not crash who reads it
+    table.validate(full=True)  # a forged file must not crash its reader
     return table
 
 
 def _read_bounded(file: Path, columns: list[str]) -> pa.Table:
-    """The columns, texts that are not UTF-8 read as Latin-1.
+    """The columns, with texts that are not UTF-8 decoded as Latin-1.
 
-    Raises ArrowInvalid for what a few bytes were made to stand for, as a text named a billion
-    times is.
+    Raises ArrowInvalid for a decompression bomb, e.g. a text that a dictionary repeats a billion
+    times.
     """
     nbytes = file.stat().st_size
     most, held = max(_TABLE_BYTES, _TIMES * nbytes), 0
@@ -58,14 +58,14 @@ def _read_bounded(file: Path, columns: list[str]) -> pa.Table:
             return opened.read(columns=columns)
         schema, leaves = opened.schema_arrow, list(_leaves(opened, columns))
         rows, named = _rows_at_once(leaves), set[str]()
-        if rows < _ROWS:  # so few at a time are slow
+        if rows < _ROWS:  # so few are slow: read repeated texts as dictionaries
             named = {leaf.path_in_schema for leaf in leaves if leaf.path_in_schema in schema.names}
-            named -= {leaf.path_in_schema for leaf in leaves if not _is_named(leaf)}
+            named -= {leaf.path_in_schema for leaf in leaves if not _can_be_dictionary(leaf)}
             rows = _rows_at_once([leaf for leaf in leaves if leaf.path_in_schema not in named])
     options = {"page_checksum_verification": True, "read_dictionary": sorted(named)}
     with pq.ParquetFile(file, **options) as opened:
         for batch in opened.iter_batches(rows, columns=columns):
-            decoded = sum(_named_nbytes(batch[name]) for name in named)
+            decoded = sum(_dictionary_nbytes(batch[name]) for name in named)
             rest = (batch[it.name].nbytes for it in batch.schema if it.name not in named)
             held += decoded + sum(rest)
             if held > most:
@@ -75,18 +75,18 @@ def _read_bounded(file: Path, columns: list[str]) -> pa.Table:
             plain = [schema.field(it.name) if it.name in named else it for it in batch.schema]
             step = max(1, batch.num_rows // (1 + decoded // _DECODED_BYTES))
             pieces = (batch.slice(first, step) for first in range(0, batch.num_rows, step))
-            batches += [_legible(piece.cast(pa.schema(plain))) for piece in pieces]
+            batches += [_as_utf8(piece.cast(pa.schema(plain))) for piece in pieces]
     return pa.Table.from_batches(batches)
 
 
 def _rows_at_once(leaves: list[Any]) -> int:
-    """Few enough that a page of one long text, named by each row, does not fill the memory."""
+    """Rows per batch, few enough that a long text repeated by every row fits into memory."""
     most: int = max((leaf.total_uncompressed_size for leaf in leaves), default=1)
     return max(16, min(_ROWS, _TABLE_BYTES // max(1, most)))
 
 
 def _leaves(file: pq.ParquetFile, columns: list[str]) -> Iterator[Any]:
-    """What the file says of each of the columns, in each row group."""
+    """The metadata of each of the columns in each row group."""
     for i in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(i)
         for leaf in map(group.column, range(group.num_columns)):
@@ -94,18 +94,18 @@ def _leaves(file: pq.ParquetFile, columns: list[str]) -> Iterator[Any]:
                 yield leaf
 
 
-def _is_named(leaf: Any) -> bool:
-    """Whether its texts can be read as what the rows name: no more than the file holds."""
+def _can_be_dictionary(leaf: Any) -> bool:
+    """Whether its texts can be read as a dictionary, which takes no more than the file."""
     return leaf.physical_type == "BYTE_ARRAY" and "DELTA_BYTE_ARRAY" not in leaf.encodings
 
 
-def _named_nbytes(texts: pa.DictionaryArray) -> int:
-    """Bytes of the texts, each as often as a row names it."""
+def _dictionary_nbytes(texts: pa.DictionaryArray) -> int:
+    """Bytes of the texts when repeated for each row."""
     return pc.sum(pc.binary_length(texts.dictionary).take(texts.indices)).as_py() or 0
 
 
-def _legible(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch with texts in UTF-8. Raises ArrowInvalid where one lies deeper and is not."""
+def _as_utf8(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Decode texts that are not UTF-8 as Latin-1. Raises ArrowInvalid for nested ones."""
     try:
         batch.validate(full=True)
         return batch
@@ -123,13 +123,13 @@ def _legible(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def cell_sizes(file: Path, column: str) -> Iterator[int | None]:
-    """Bytes of each image in a column, a piece at a time; None where a row holds none."""
+    """The size in bytes of each image in a column; None for a row without one."""
     for piece in _pieces(file, column):
         yield from pc.binary_length(piece).to_pylist()
 
 
-def embedded(file: Path, column: str) -> pa.Array:
-    """Which rows hold an image (bool), told by parquet's statistics where these do."""
+def rows_with_image(file: Path, column: str) -> pa.Array:
+    """Whether each row has an image (bool), by parquet's statistics where possible."""
     if not _is_parquet(file):
         return pa.concat_arrays([pa.array([], pa.bool_()), *_valid(_pieces(file, column))])
     parts = [pa.array([], pa.bool_())]
@@ -138,8 +138,10 @@ def embedded(file: Path, column: str) -> pa.Array:
             group = opened.metadata.row_group(number)
             leaves = [group.column(i) for i in range(group.num_columns)]
             leaf = next((leaf for leaf in leaves if leaf.path_in_schema == column), None)
-            told = leaf.statistics if leaf is not None else None
-            nulls = told.null_count if told is not None and told.has_null_count else -1
+            statistics = leaf.statistics if leaf is not None else None
+            nulls = -1
+            if statistics is not None and statistics.has_null_count:
+                nulls = statistics.null_count
             if nulls in (0, group.num_rows):
                 parts.append(pa.repeat(nulls == 0, group.num_rows))
             else:
@@ -149,17 +151,17 @@ def embedded(file: Path, column: str) -> pa.Array:
 
 
 def read_cell(path: str, column: str, row: int) -> bytes:
-    """One value, whose whole piece of the file is decoded and kept for the next. Raises OSError."""
+    """One cell's bytes. Its row group or batch is decoded and cached. Raises OSError."""
     require_regular(path)
     status = Path(path).stat()
     version = status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns
     try:
         starts = _starts(path, version)
         group = bisect_right(starts, row) - 1
-        values = _held(path, version, column, group)
+        values = _cached_group(path, version, column, group)
         value = values[row - starts[group]].as_py()
     except (pa.ArrowException, KeyError, IndexError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's; pyarrow's own have none
+        if isinstance(error, OSError) and error.errno:  # the system's; pyarrow's have no errno
             raise
         raise BadSource("corrupt", f"cannot read {column} of row {row}: {error}") from error
     if not isinstance(value, bytes):
@@ -167,10 +169,10 @@ def read_cell(path: str, column: str, row: int) -> bytes:
     return value
 
 
-def follow(table: pa.Table, field: str) -> tuple[pa.ChunkedArray, list[str]]:
-    """The column that a dotted field leads to through structs, and what is left of its parts.
+def resolve_field(table: pa.Table, field: str) -> tuple[pa.ChunkedArray, list[str]]:
+    """The column at a dotted path through structs, and the parts of the path beyond it.
 
-    A column named with its dots wins over a path.
+    A column of the whole dotted name takes precedence.
     """
     if field in table.column_names:
         return table[field], []
@@ -190,7 +192,7 @@ def _is_parquet(file: Path) -> bool:
 
 
 def _pieces(file: Path, column: str) -> Iterator[Any]:
-    """The column as binary, a row group or record batch at a time."""
+    """The column as binary, by row group or record batch."""
     if _is_parquet(file):
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
             for group in range(table.metadata.num_row_groups):
@@ -201,8 +203,8 @@ def _pieces(file: Path, column: str) -> Iterator[Any]:
 
 
 def _binary(table: pa.Table, column: str) -> pa.ChunkedArray:
-    """The column as one binary type; a view or a column of nothing becomes binary."""
-    values, rest = follow(table, column)
+    """The column as binary or large binary; views and null columns are cast."""
+    values, rest = resolve_field(table, column)
     if rest:
         raise KeyError(column)
     if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
@@ -215,7 +217,7 @@ _groups: OrderedDict[tuple[str, Version, str, int], Any] = OrderedDict()
 _lock = Lock()
 
 
-def _held(path: str, version: Version, column: str, group: int) -> Any:
+def _cached_group(path: str, version: Version, column: str, group: int) -> Any:
     named = (path, version, column, group)
     with _lock:
         if named not in _groups:
@@ -225,7 +227,7 @@ def _held(path: str, version: Version, column: str, group: int) -> Any:
             else:
                 table = pa.Table.from_batches([_mapped(path).to_batches()[group]])
             _groups[named] = _binary(table, column)
-            while len(_groups) > 1 and sum(g.nbytes for g in _groups.values()) > _HELD_BYTES:
+            while len(_groups) > 1 and sum(g.nbytes for g in _groups.values()) > _CACHE_BYTES:
                 _groups.popitem(last=False)
         _groups.move_to_end(named)
         return _groups[named]
@@ -233,17 +235,17 @@ def _held(path: str, version: Version, column: str, group: int) -> Any:
 
 @lru_cache(maxsize=4096)
 def _starts(path: str, version: Version) -> list[int]:
-    """The first row of each piece of that version of the file, and their end."""
-    del version  # only tells the versions of a file apart
+    """The first row of each row group or batch, and the number of rows."""
+    del version  # a key of the cache
     if not _is_parquet(Path(path)):
         return [0, *accumulate(batch.num_rows for batch in _mapped(path).to_batches())]
     with pq.ParquetFile(path) as file:
-        told = file.metadata
-        return [0, *accumulate(told.row_group(i).num_rows for i in range(told.num_row_groups))]
+        groups = range(file.metadata.num_row_groups)
+        return [0, *accumulate(file.metadata.row_group(i).num_rows for i in groups)]
 
 
 def _mapped(path: str) -> pa.Table:
-    """A whole .arrow file, nothing of it read yet: save_to_disk writes streams, Feather files."""
+    """A memory-mapped .arrow file: a stream, as save_to_disk writes, or a file, as Feather."""
     with pa.memory_map(path) as file:
         try:
             return pa.ipc.open_file(file).read_all()

@@ -1,15 +1,15 @@
-"""Source string -> bytes: an image file, or the stretch of an archive that holds one.
+"""Source URI -> bytes: of an image file, a member of an archive, or a cell of a table.
 
-A source is a path, or `ARCHIVE//PLACE/NAME`. No path of ours has an empty part, so the two cannot
-be mistaken. PLACE says all that reading needs: nothing is indexed first, a tar member costs one
-read, and any number of threads and processes may read at once.
+A source is a path, or `ARCHIVE//PLACE/NAME`, which differ because no path of ours has an empty
+part. PLACE has all that reading needs, so no index is built, a tar member takes one read, and any
+number of threads and processes may read at once.
 
     photos/a.jpg                                   a file
-    shards/00000.tar//1536+48211/0.jpg             the 48211 bytes at 1536
-    00000.tar.gz//1536+48211/0.jpg                 the same, of what the file inflates to
-    photos.zip//4096+3000=0badcafe/a.jpg           the 3000 bytes at 4096, whose crc32 is 0badcafe
-    photos.zip//4096+3000~5120=0badcafe/a.bmp      the same, which inflate to 5120
-    photos.zip//-corrupt/a.jpg                     none: why not, of outcomes.REASONS
+    shards/00000.tar//1536+48211/0.jpg             48211 bytes at offset 1536
+    00000.tar.gz//1536+48211/0.jpg                 the same, of the inflated content
+    photos.zip//4096+3000=0badcafe/a.jpg           3000 bytes at offset 4096 with crc32 0badcafe
+    photos.zip//4096+3000~5120=0badcafe/a.bmp      the same, which inflate to 5120 bytes
+    photos.zip//-corrupt/a.jpg                     an unreadable member, and the outcomes.REASONS
     photos.parquet//image@17+48211/a.jpg           column `image`, row 17, 48211 bytes
 """
 
@@ -22,22 +22,22 @@ from pathlib import Path
 from typing import IO, NamedTuple, cast
 
 from xlsd_cache.files.gzip_index import gzip_of
-from xlsd_cache.files.inflate import BadSource, Stretch, inflate
+from xlsd_cache.files.inflate import BadSource, FileSlice, inflate
 from xlsd_cache.files.table_cells import read_cell
 from xlsd_cache.outcomes import Reason
 from xlsd_cache.runtime.bounded_files import open_regular
 
-BETWEEN = "//"
-GZIPPED = (".tar.gz", ".tgz")  # tars whose places are in what they inflate to
-_NO_PLACE = re.compile(r"-([a-z_]+)/")
+SEPARATOR = "//"
+GZIPPED = (".tar.gz", ".tgz")  # archives whose offsets are in the inflated content
+_UNREADABLE = re.compile(r"-([a-z_]+)/")
 _SPAN = re.compile(r"(\d{1,19})\+(\d{1,19})(?:~(\d{1,19}))?(?:=([0-9a-f]{8}))?/", re.DOTALL)
 _CELL = re.compile(r"([^/]+)@(\d+)\+(\d+)/", re.DOTALL)
 
 
 class Stat(NamedTuple):
-    """What tells whether a file is still the one that was read, without reading it again.
+    """File metadata by which to detect a change without reading the file.
 
-    A program may keep size and mtime; only the system sets the other two.
+    Programs can preserve size and mtime; only the system sets the other two.
     """
 
     size: int  # bytes; of a member, inflated
@@ -47,7 +47,7 @@ class Stat(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Stat":
-        """As a table of int64 holds it: Windows has inodes beyond."""
+        """From os.stat, with the inode reduced to int64: Windows has larger ones."""
         return cls(
             status.st_size, status.st_mtime_ns, status.st_ino & 2**63 - 1, status.st_ctime_ns
         )
@@ -61,32 +61,32 @@ def span(
     inflated: int | None = None,
     crc: int | None = None,
 ) -> str:
-    """The source of an archive's member.
+    """The source URI of an archive's member.
 
-    `inflated` is its size where it is deflated, `crc` the crc32 of its content where that is known.
+    `inflated` is its inflated size if it is deflated, `crc` the crc32 of its content if known.
     """
     size = "" if inflated is None else f"~{inflated}"
     check = "" if crc is None else f"={crc:08x}"
-    return f"{archive}{BETWEEN}{offset}+{length}{size}{check}/{name}"
+    return f"{archive}{SEPARATOR}{offset}+{length}{size}{check}/{name}"
 
 
-def no_place(archive: Path, reason: str, name: str) -> str:
-    """The source of a member that cannot be read, for a reason of outcomes.REASONS."""
-    return f"{archive}{BETWEEN}-{reason}/{name}"
+def unreadable_member(archive: Path, reason: str, name: str) -> str:
+    """The source URI of a member that cannot be read, with a reason of outcomes.REASONS."""
+    return f"{archive}{SEPARATOR}-{reason}/{name}"
 
 
 def cell(table: Path, column: str, row: int, size: int, name: str) -> str:
-    """The source of the image in one cell of a parquet or .arrow file; `column` may be dotted."""
-    return f"{table}{BETWEEN}{column}@{row}+{size}/{name}"
+    """The source URI of an image in a cell of a parquet or .arrow file; `column` may be dotted."""
+    return f"{table}{SEPARATOR}{column}@{row}+{size}/{name}"
 
 
 def read_source(source: str, most: int = sys.maxsize) -> bytes:
     """All bytes of the image.
 
-    Raises FileNotFoundError where file or archive is gone, BadSource where they are not what their
-    container says or are more than `most`, and OSError.
+    Raises FileNotFoundError if the file or archive is gone, BadSource if the bytes contradict the
+    archive or are more than `most`, and OSError.
     """
-    archive, _, place = source.partition(BETWEEN)
+    archive, _, place = source.partition(SEPARATOR)
     if not place:
         return _read_file(Path(source), most)
     if at := _SPAN.match(place):
@@ -103,15 +103,15 @@ def read_source(source: str, most: int = sys.maxsize) -> bytes:
     if at := _CELL.match(place):
         _refuse_above(most, int(at[3]))
         return read_cell(archive, at[1], int(at[2]))
-    raise _no_source(source, place)
+    raise _unknown_source(source, place)
 
 
 def open_source(source: str, most: int = sys.maxsize) -> IO[bytes]:
-    """The image as a file to read from, without reading all of it where that can be helped.
+    """The image as a file object, without reading all of it where possible.
 
-    Raises OSError like `read_source`; so does reading.
+    Opening and reading raise OSError as `read_source` does.
     """
-    archive, _, place = source.partition(BETWEEN)
+    archive, _, place = source.partition(SEPARATOR)
     if not place:
         return open_regular(source)
     at = _SPAN.match(place)
@@ -120,15 +120,15 @@ def open_source(source: str, most: int = sys.maxsize) -> IO[bytes]:
     offset, length, size = int(at[1]), int(at[2]), int(at[3] or at[2])
     _refuse_above(most, max(length, size))
     file = open_regular(archive, buffered=False)
-    return io.BufferedReader(Stretch(file, offset, length, size if at[3] else None), 16384)
+    return io.BufferedReader(FileSlice(file, offset, length, size if at[3] else None), 16384)
 
 
 def stat_source(source: str) -> Stat:
-    """As the scan saw it, if nothing has changed. Raises OSError.
+    """The metadata of a source, equal to the scan's if nothing has changed. Raises OSError.
 
-    A member changes with its archive, whose times stand for it.
+    A member has the times of its archive.
     """
-    archive, _, place = source.partition(BETWEEN)
+    archive, _, place = source.partition(SEPARATOR)
     stat = Stat.of(Path(archive).stat())
     if not place:
         return stat
@@ -136,7 +136,7 @@ def stat_source(source: str) -> Stat:
         return stat._replace(size=int(at[3] or at[2]))
     if at := _CELL.match(place):
         return stat._replace(size=int(at[3]))
-    raise _no_source(source, place)
+    raise _unknown_source(source, place)
 
 
 def _refuse_above(most: int, nbytes: int) -> None:
@@ -144,8 +144,8 @@ def _refuse_above(most: int, nbytes: int) -> None:
         raise BadSource("too_many_bytes", f"{nbytes} bytes are more than {most}")
 
 
-def _no_source(source: str, place: str) -> OSError:
-    if at := _NO_PLACE.match(place):
+def _unknown_source(source: str, place: str) -> OSError:
+    if at := _UNREADABLE.match(place):
         return BadSource(cast("Reason", at[1]), "so its archive said when it was scanned")
     return OSError(f"{source!r} is no source that this version knows")
 
@@ -157,11 +157,11 @@ def _read_file(path: Path, most: int) -> bytes:
 
 
 def _read_span(archive: str, offset: int, length: int) -> bytes:
-    """A stretch of an archive, fewer bytes where it ends before."""
+    """Bytes of an archive, fewer if it ends before."""
     if archive.endswith(GZIPPED):
         return gzip_of(Path(archive)).read_at(offset, length)
     with open_regular(archive) as file:
-        if offset + length > os.fstat(file.fileno()).st_size:  # and a lie may be of any size
+        if offset + length > os.fstat(file.fileno()).st_size:  # a forged length may be of any size
             return b""
         file.seek(offset)
         return file.read(length)

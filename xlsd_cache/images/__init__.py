@@ -1,6 +1,6 @@
-"""Bytes of an image file -> upright sRGB pixels at a bucket's size, or a reason why not.
+"""Image file bytes -> upright sRGB pixels of the bucket's size, or the reason for rejecting it.
 
 `buckets` chooses the aspect-ratio bucket and the crop, `decode` reads, rotates, crops and resizes,
-`color` converts every colour space to sRGB. `sandbox` runs all that in child processes, so that a
-hostile file costs one call and never the run.
+`color` converts every colour space to sRGB. `sandbox` runs decoders in child processes, so that a
+hostile file fails one call and not the run.
 """

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets. Pure: the size of an image in, its bucket and crop box out, or a reason."""
+"""Aspect-ratio buckets: the size of an image -> its bucket and crop box, or a rejection."""
 
 import math
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ STEP = 64  # pixels: the VAE's 8 times the UNet's three halvings
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image goes: its bucket, and the box of it that fills the bucket.
+    """An image's bucket, and the crop that is resized to it.
 
-    `crop` is (left, top, right, bottom) in pixels of the upright image, fractions kept: resizing
-    just that box equals covering the bucket and cropping the rest away, without rounding first.
+    `crop` is (left, top, right, bottom) in pixels of the upright image, with fractions: resizing
+    this box equals covering the bucket and cropping the rest, without an intermediate rounding.
     """
 
     bucket: Bucket
@@ -32,19 +32,20 @@ class Buckets:
 
     @classmethod
     def make(cls, spec: str, resolution: int, max_ratio: float, upscale: bool) -> "Buckets":
-        """`spec` is `aspect`, `square`, or explicit sizes `512x512,512x768`."""
+        """Create the buckets of `spec`: aspect, square, or a list of sizes 512x512,512x768."""
         if spec == "square":
-            sizes = {_asked_for(f"{resolution}x{resolution}")}
+            sizes = {_given_size(f"{resolution}x{resolution}")}
         elif spec == "aspect":
             sizes = _aspect_sizes(resolution, max_ratio)
         else:
-            sizes = {_asked_for(name) for name in spec.split(",")}
+            sizes = {_given_size(name) for name in spec.split(",")}
         return cls(tuple(sorted(sizes)), max_ratio, upscale)
 
     def place(self, width: int, height: int) -> Placement | Rejected:
-        """The bucket nearest in log ratio to an upright image of this size, cropped at its centre.
+        """Choose the bucket with the nearest log aspect ratio, and a centred crop.
 
-        Of two equally near the larger wins. Rejects `too_elongated` and `too_small`.
+        The size is that of the upright image. Of two equally near buckets, the larger is taken.
+        Rejects `too_elongated` and `too_small`.
         """
         ratio = max(width, height) / min(width, height)
         if ratio > self.max_ratio:
@@ -68,23 +69,23 @@ class Buckets:
         return Placement(bucket, (left, top, width - left, height - top))
 
 
-def _asked_for(name: str) -> Bucket:
-    """One of the sizes of --buckets. Raises UserError where it is not usable."""
+def _given_size(name: str) -> Bucket:
+    """Parse a size in --buckets. Raises UserError if it is invalid."""
     try:
         bucket = Bucket.parse(name.strip())
     except ValueError:
-        message = f"--buckets {name!r} is no size; write WIDTHxHEIGHT, e.g. 512x768"
+        message = f"--buckets {name!r} is not a size WIDTHxHEIGHT, e.g. 512x768"
         raise UserError(message) from None
     if bucket.width % STEP or bucket.height % STEP:
         raise UserError(
-            f"--buckets {bucket.name} is not in steps of {STEP} pixels, which the UNet's "
-            f"three halvings of 8-pixel latents need; round it"
+            f"--buckets {bucket.name} is not in multiples of {STEP} pixels, which the UNet's three "
+            f"halvings of 8-pixel latents need; round it"
         )
     return bucket
 
 
 def _aspect_sizes(resolution: int, max_ratio: float) -> set[Bucket]:
-    """For each width the tallest bucket with area at most resolution², and the same turned."""
+    """For each width, the tallest bucket with at most resolution² pixels, and its transpose."""
     if resolution % STEP or resolution <= 0:
         raise UserError(f"--resolution {resolution} is not a positive multiple of {STEP}; round it")
     sizes = set()

@@ -1,7 +1,7 @@
-"""Samples of any kind -> sRGB, 8 bits, on white: what `convert("RGB")` gets silently wrong.
+"""Converts any colour space, bit depth and transparency to 8-bit sRGB on white.
 
-In two halves, since resizing comes between them: it is done on 8-bit samples, in the image's own
-colours and with its transparency.
+Pillow's `convert("RGB")` silently gets these wrong. Done in two steps, because the image is resized
+between them: as 8-bit samples, in its own colour space and with its transparency.
 """
 
 import io
@@ -13,13 +13,13 @@ _SRGB = ImageCms.createProfile("sRGB")
 
 
 class UnsupportedSamples(ValueError):
-    """Numbers of which nobody can tell how bright they are meant."""
+    """Samples whose range is unknown, so that black and white are."""
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """The same picture in a mode with 8 bits a sample that Pillow resizes well.
+    """Convert to a mode with 8 bits per sample, which Pillow resizes correctly.
 
-    Raises UnsupportedSamples for numbers outside 0..65535.
+    Raises UnsupportedSamples for values outside 0..65535.
     """
     mode = image.mode
     if mode.startswith("I;16") or mode in ("I", "F"):
@@ -27,13 +27,13 @@ def eight_bit(image: Image.Image) -> Image.Image:
         top = float(samples.max())
         if not (samples.min() >= 0 and top <= 65535):  # NaN is neither
             raise UnsupportedSamples(f"mode {mode} with values outside 0..65535")
-        # Integers are 16-bit; floats are 0..1 unless they say otherwise.
+        # Integers are 16-bit. Floats are 0..1 unless they exceed 1, then 0..255, or exceed 255.
         white = 65535 if mode != "F" or top > 255 else 255 if top > 1 else 1
         scaled = samples.astype(np.float32)  # exact, and half as large as numpy's default
         scaled *= 255 / white
         grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
         key = image.info.get("transparency")
-        if isinstance(key, int):  # one grey value is see-through
+        if isinstance(key, int):  # one grey value is transparent
             opaque = Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8))
             return Image.merge("LA", (grey, opaque))
         return grey
@@ -43,9 +43,9 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB, its colours as sRGB has them and alpha composited on white.
+    """Convert to sRGB and composite alpha on white.
 
-    A profile that is broken or does not fit the mode is ignored.
+    An ICC profile that is broken or does not fit the mode is ignored.
     """
     return _on_white(_to_srgb(image, profile))
 

@@ -1,8 +1,8 @@
-"""Bytes of an image file -> upright sRGB uint8 at its bucket's size, or the reason why not.
+"""Image file bytes -> upright sRGB uint8 pixels of the bucket's size, or the reason for rejection.
 
-What `Image.open(path).convert("RGB")` gets silently wrong is done right here: EXIF orientation, and
-files that are truncated, are bombs, or are no image at all. What it gets wrong of colours is done
-right in colours.py: transparency (hidden colours under alpha), ICC profiles, 16-bit and float.
+Handles what `Image.open(path).convert("RGB")` silently gets wrong: EXIF orientation, truncated
+files, decompression bombs, and files that are not images. Transparency (hidden colours under
+alpha), ICC profiles, 16-bit and float samples are handled in color.py.
 """
 
 import io
@@ -17,29 +17,29 @@ from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 from xlsd_cache.images.color import UnsupportedSamples, eight_bit, to_srgb
 from xlsd_cache.outcomes import Rejected
 
-PREPROCESSING = 2  # part of a store's identity: raise it whenever a pixel may come out different
-MAX_PIXELS = 128_000_000  # unless told otherwise; decoding that many takes 0.5 to 2.3 GiB
+PREPROCESSING = 2  # part of a store's identity: increment it whenever a pixel may change
+MAX_PIXELS = 128_000_000  # the default; decoding that many takes 0.5 to 2.3 GiB
 MOST_PIXELS = 2**31 - 1  # of any image: its sides must fit the log's int32
-# A JPEG is decoded DCT-scaled where that still leaves this many times the size wanted. The worst of
-# 113 photos is then 0.91 grey levels (RMS) from its full decode; at 3 it is 1.13.
+# A JPEG is decoded DCT-scaled if the result is still this many times the wanted size. The worst of
+# 113 photos then differs by 0.91 grey levels (RMS) from its full decode; with 3 it is 1.13.
 DRAFT_MARGIN = 3.5
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 LANCZOS = Image.Resampling.LANCZOS
 FORMATS = tuple("JPEG PNG WEBP GIF BMP DIB TIFF PPM AVIF JPEG2000 QOI".split())
-# Pillow's own limit only warns up to twice itself; ours is checked before anything is decoded.
+# Pillow only warns up to twice its own limit; ours is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded side by side already
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded in parallel already
 
-# How files begin that are images even where Pillow does not know them for one.
+# First bytes of files that are images even if Pillow does not recognise them.
 _MAGIC = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|BM|II[*+]\0|MM\0[*+]|RIFF....WEBP|....ftypavi[fs]"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|qoif",
     re.DOTALL,
 )
-# Whose header Pillow leaves to a C library, which it gives the whole file.
+# Formats whose header is parsed by a C library, which Pillow gives the whole file.
 PARSED_IN_C = re.compile(rb"RIFF....WEBP|....ftyp(avi[fs]|mif1|msf1)", re.DOTALL)
-# How files begin that are images in formats that Pillow does not decode here, and their names.
+# First bytes of image formats that Pillow does not decode here, and their names.
 _NOT_DECODED = {
     re.compile(magic, re.DOTALL): name
     for magic, name in (
@@ -54,13 +54,13 @@ _NOT_DECODED = {
         (rb"II(RO|RS|U\0)|MMOR|FUJIFILM|FOVb|\0MRM|....ftypcrx ", "raw camera data"),
     )
 }
-# Brands of ISO media files (ISO/IEC 23008-12, 23000-22) that hold pictures, AVIF's own apart.
+# Brands of ISO media files (ISO/IEC 23008-12, 23000-22) that contain images, except AVIF's.
 _HEIF = frozenset(
     b"heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1 miaf MiHA MiHB MiHE avci j2ki".split()
 )
 _AVIF = frozenset({b"avif", b"avis"})
 _DNG_VERSION, _NEW_SUBFILE_TYPE = 0xC612, 0x00FE  # TIFF tags
-# What turns a picture upright that is stored with this orientation.
+# EXIF orientation -> the transposition that makes the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -75,22 +75,22 @@ Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 
 def read_size(path: Path) -> tuple[int, int] | Rejected:
-    """Width and height of the upright image in the file `path`, from its header alone."""
+    """Width and height of the upright image in a file, from its header."""
     try:
         with path.open("rb") as file:
             return read_header(file, path.stat().st_size)
     except FileNotFoundError:
         return Rejected("vanished", "gone between the scan and its reading")
     except OSError as error:
-        return Rejected("unreadable", _told(error))
+        return Rejected("unreadable", _message(error))
 
 
 def read_header(
     file: IO[bytes], nbytes: int, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int] | Rejected:
-    """Width and height of the upright image in a seekable file of `nbytes` bytes, at its start.
+    """Width and height of the upright image in a seekable file of `nbytes` bytes, at position 0.
 
-    Reads the header alone, and never raises for what it holds.
+    Reads only the header. Invalid content is rejected and never raises.
     """
     try:
         image = _open(file, nbytes, max_pixels)
@@ -98,7 +98,7 @@ def read_header(
             return image
         with image:
             width, height = image.size
-            if image.format == "TIFF":  # Pillow gives a TIFF's size upright already
+            if image.format == "TIFF":  # Pillow reports the upright size of a TIFF
                 return width, height
             # PNG's own getexif would decode the whole file to look for a late eXIf chunk.
             orientation = Image.Image.getexif(image).get(ORIENTATION, 1)
@@ -107,8 +107,8 @@ def read_header(
         return Rejected("too_much_memory", "reading its header ran out of memory")
     except OSError as error:
         return _refused(error)
-    except Exception as error:  # Pillow raises whatever a malformed header makes it stumble over
-        return Rejected("corrupt", _told(error))
+    except Exception as error:  # Pillow raises errors of all kinds for a malformed header
+        return Rejected("corrupt", _message(error))
 
 
 def header_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | Rejected:
@@ -117,7 +117,7 @@ def header_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | Re
 
 
 def too_large(width: int, height: int, max_pixels: int) -> Rejected | None:
-    """Why an image of this size is not let in, if it is not."""
+    """The rejection of an image with more than `max_pixels`; None if it has fewer."""
     if width * height <= max_pixels:
         return None
     told = f"{width}x{height} is over {max_pixels / 1e6:g} megapixels; raise --max-megapixels"
@@ -125,7 +125,7 @@ def too_large(width: int, height: int, max_pixels: int) -> Rejected | None:
 
 
 def max_bytes(max_pixels: int) -> int:
-    """How large a file may be: what so many pixels take as 16-bit RGBA, and a head."""
+    """The largest allowed file size: `max_pixels` of 16-bit RGBA, plus room for headers."""
     return 8 * max(MAX_PIXELS, max_pixels) + 2**26
 
 
@@ -136,11 +136,11 @@ def decode(
     size: tuple[int, int],
     max_pixels: int = MAX_PIXELS,
 ) -> Pixels | Rejected:
-    """The crop box of the image in `data`, resized to `size` = (width, height).
+    """Decode `data` and resize its crop box to `size` = (width, height): uint8 [H, W, 3].
 
-    `crop` is in pixels of the upright image, whose size was `upright_size` when its place in the
-    store was planned. Lanczos over the box, in the image's own colours and as it is stored; sRGB
-    and upright after. Never raises for what `data` holds.
+    `crop` is in pixels of the upright image, whose size was `upright_size` when the store was
+    planned. Resizing is Lanczos over the box, in the stored orientation and colour space;
+    conversion to sRGB and rotation follow. Invalid content is rejected and never raises.
     """
     try:
         image = _open(io.BytesIO(data), len(data), max_pixels)
@@ -175,11 +175,11 @@ def decode(
     except OSError as error:
         return _refused(error, _cut_webp(data, len(data)))
     except Exception as error:  # see read_header
-        return Rejected("corrupt", _told(error))
+        return Rejected("corrupt", _message(error))
 
 
 def _open(file: IO[bytes], nbytes: int, max_pixels: int) -> Image.Image | Rejected:
-    """The image, its header parsed and its size within bounds, nothing decoded yet."""
+    """Parse the header and check the size, without decoding anything."""
     head = file.read(16)
     file.seek(0)
     if not nbytes:
@@ -204,7 +204,7 @@ def _open(file: IO[bytes], nbytes: int, max_pixels: int) -> Image.Image | Reject
 
 
 def _unidentified(file: IO[bytes], head: bytes) -> Rejected:
-    """Why Pillow knows no format for what begins with `head`."""
+    """The rejection of a file that begins with `head` and that Pillow does not recognise."""
     brands = _brands(head)
     for magic, name in _NOT_DECODED.items():
         if magic.match(head):
@@ -213,10 +213,10 @@ def _unidentified(file: IO[bytes], head: bytes) -> Rejected:
         return _not_decoded("HEIF")
     if head.startswith(b"\xff\xd8\xff"):
         file.seek(0)
-        try:  # as Image.open did, which keeps to itself what it stumbled over
+        try:  # Image.open hides the error
             JpegImagePlugin.JpegImageFile(file).close()
         except SyntaxError as error:
-            return Rejected("unsupported" if "-bit" in str(error) else "corrupt", _told(error))
+            return Rejected("unsupported" if "-bit" in str(error) else "corrupt", _message(error))
     if _MAGIC.match(head) or brands & _AVIF:
         return Rejected("corrupt", f"starts like an image but is not readable: {head[:16]!r}")
     return Rejected("not_an_image", f"starts with {head[:16]!r}")
@@ -227,7 +227,7 @@ def _not_decoded(name: str) -> Rejected:
 
 
 def _brands(head: bytes) -> set[bytes]:
-    """The brands of the ISO media file that begins so: what readers it is for."""
+    """The brands of an ISO media file that begins with `head`: the formats that it claims."""
     if head[4:8] != b"ftyp":
         return set()
     end = min(int.from_bytes(head[:4], "big"), len(head) - 3)
@@ -235,7 +235,7 @@ def _brands(head: bytes) -> set[bytes]:
 
 
 def _is_preview(image: Image.Image) -> bool:
-    """Whether a TIFF's first picture stands for another: raw camera files begin with such."""
+    """Whether a TIFF's first image is a preview of another, as in raw camera files."""
     tags = getattr(image, "tag_v2", {})
     return _DNG_VERSION in tags or bool(tags.get(_NEW_SUBFILE_TYPE, 0) & 1)
 
@@ -243,10 +243,10 @@ def _is_preview(image: Image.Image) -> bool:
 def _draft(
     image: Image.Image, crop: tuple[float, float, float, float], size: tuple[int, int]
 ) -> int:
-    """Have a JPEG decoded at 1/8, 1/4 or 1/2 where that shows nowhere, and return 8, 4, 2, or 1.
+    """Have a JPEG decoded at 1/8, 1/4 or 1/2 where it makes no visible difference.
 
-    Of an odd size the last pixel then lies partly beyond the edge; pixel x still begins at x times
-    the divisor.
+    Returns the divisor: 8, 4, 2, or 1. With an odd size, the last pixel lies partly beyond the
+    edge; pixel x still starts at x times the divisor.
     """
     if image.format not in ("JPEG", "MPO"):
         return 1
@@ -261,7 +261,7 @@ def _draft(
 def _stored_box(
     crop: tuple[float, float, float, float], upright_size: tuple[int, int], orientation: int
 ) -> tuple[float, float, float, float]:
-    """Where a box of the upright image lies in the stored one."""
+    """Convert a box of the upright image to the stored orientation."""
     (left, top, right, bottom), (width, height) = crop, upright_size
     if orientation in (2, 3, 6, 7):
         left, right = width - right, width - left
@@ -271,23 +271,23 @@ def _stored_box(
 
 
 def _refused(error: OSError, cut: bool = False) -> Rejected:
-    """What is behind an OSError: the system's have a number, Pillow's have not."""
+    """The rejection for an OSError: the system's have an errno, Pillow's do not."""
     if error.errno:
-        return Rejected("unreadable", _told(error))
+        return Rejected("unreadable", _message(error))
     cut = cut or "truncated" in str(error).lower()
-    return Rejected("truncated" if cut else "corrupt", _told(error))
+    return Rejected("truncated" if cut else "corrupt", _message(error))
 
 
 def _cut_webp(head: bytes, nbytes: int) -> bool:
-    """Whether a RIFF file of `nbytes` bytes is shorter than its own header says."""
+    """Whether a RIFF file of `nbytes` bytes is shorter than its header says."""
     return head[:4] == b"RIFF" and int.from_bytes(head[4:8], "little") + 8 > nbytes
 
 
 def _cut_jpeg2000(data: bytes) -> bool:
-    """Whether no end of codestream follows the last tile; Pillow leaves missing tiles black."""
+    """Whether the end of the codestream is missing; Pillow leaves missing tiles black."""
     last_tile = data.rfind(b"\xff\x90")  # within tiles, no byte above 8F follows an FF
     return last_tile < 0 or data.find(b"\xff\xd9", last_tile) < 0
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:200]

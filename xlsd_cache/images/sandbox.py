@@ -1,8 +1,8 @@
-"""Functions called in child processes: what kills, blocks or bloats one costs a call, not the run.
+"""Calls functions in child processes with limits of time and memory.
 
-Decoders are C code fed with files from anywhere. A child imports what the function needs, never
-torch; it takes the end of its pipe for the end of its parent; and the memory limit and the
-watchdog hit nobody but it.
+Decoders are C code that reads untrusted files: a crash, a hang or a memory bomb must fail one call
+and not the run. A child imports only what the function needs, never torch, and exits when its pipe
+closes, as it does when the parent dies.
 """
 
 import atexit
@@ -34,12 +34,12 @@ Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 
 
-class Guard:
-    """Calls module-level functions in `children` processes, which any number of threads share.
+class Sandbox:
+    """Calls module-level functions in `children` processes, shared by any number of threads.
 
-    A call may take `seconds` and, where the system knows such a limit (Linux), `nbytes` of memory.
-    A child starts with its first call. A call that fails in a child with a past is repeated in a
-    fresh one, so that no file is refused for what another did to the process before it.
+    A call may take `seconds` and, on Linux, `nbytes` of memory. A child starts with its first call.
+    A call that fails in a child that has served others is repeated in a fresh one, so that no file
+    is rejected for what an earlier one did to the process.
     """
 
     def __init__(self, seconds: float, nbytes: int, children: int = 1) -> None:
@@ -49,9 +49,9 @@ class Guard:
             self._idle.put(child)
 
     def call(self, function: Callable[[*Args], Result], *args: *Args) -> Result | Rejected:
-        """What `function(*args)` returns, or Rejected with one of FAILURES.
+        """Return `function(*args)`, or Rejected with a reason of outcomes.FAILURES.
 
-        Raises what the function raises. Waits while every child is busy.
+        Raises what the function raises. Blocks while every child is busy.
         """
         message = pickle.dumps((function, args), 5)
         child = self._idle.get()
@@ -64,12 +64,12 @@ class Guard:
         return value  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """End every child after the call it is at. A later call would start one again."""
+        """End every child after its current call. A later call starts one again."""
         for child in [self._idle.get() for _ in self._children]:
             child.stop()
             self._idle.put(child)
 
-    def __enter__(self) -> "Guard":
+    def __enter__(self) -> "Sandbox":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -77,7 +77,7 @@ class Guard:
 
 
 class _Child:
-    """One process, or none at the moment."""
+    """One child process, started when needed."""
 
     def __init__(self, seconds: float, nbytes: int) -> None:
         self._seconds, self._nbytes = seconds, nbytes
@@ -85,7 +85,7 @@ class _Child:
         self._answered = 0  # calls of this process
 
     def call(self, message: bytes) -> tuple[bool, Any]:
-        """(True, what the function returned or a Rejected), or (False, what it raised)."""
+        """(True, the return value or a Rejected), or (False, the exception raised)."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         answer = self._attempt(message)
@@ -94,11 +94,11 @@ class _Child:
             answer = self._attempt(message)
         self._answered += 1
         if _failed(answer):
-            self.stop()  # where memory ran out, who knows what else is broken
+            self.stop()  # after running out of memory, its state is unknown
         return answer
 
     def stop(self) -> None:
-        """End the process at once, if there is one."""
+        """Kill the process, if there is one."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -106,19 +106,19 @@ class _Child:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            with suppress(OSError):  # bytes that the dead process did not take
+            with suppress(OSError):  # bytes that the process did not read
                 pipe.close()
 
     def _start(self) -> None:
-        """Start a process that answers; a second time where the first dies, by no call's fault."""
+        """Start a process and check that it answers; tries twice."""
         for _ in range(2):
             self._spawn()
             if not _failed(self._attempt(pickle.dumps((os.getpid, ())))):
                 return
         self.stop()
         raise UserError(
-            f"no process to decode images in could be started with {sys.executable}; what it "
-            f"printed above says why: mend that"
+            f"cannot start a process to decode images with {sys.executable}; fix the error that it "
+            f"printed above"
         )
 
     def _spawn(self) -> None:
@@ -127,16 +127,16 @@ class _Child:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
-            "OPENBLAS_NUM_THREADS": "1",  # each thread of numpy's would reserve memory
+            "OPENBLAS_NUM_THREADS": "1",  # each thread of numpy reserves memory
         }
         with _blocked_signals():
             self._process = subprocess.Popen(  # noqa: S603 - ourselves
-                # -P: modules come from our own path, not from the folder that the user is in
+                # -P: import from our own path, not from the current folder
                 [sys.executable, "-P", "-c", code, str(self._seconds), str(self._nbytes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
-                # Ctrl-C goes to the terminal's whole group, and is for us to act on.
+                # Ctrl-C is sent to the terminal's process group; only the parent acts on it.
                 process_group=0 if os.name == "posix" else None,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
@@ -150,14 +150,14 @@ class _Child:
         try:
             _write(self._process.stdin, message)
             answer = _read(self._process.stdout)
-        except (EOFError, OSError):  # the process is gone
+        except (EOFError, OSError):  # the process has ended
             code = self._process.wait()
-        except BaseException:  # the answer, when it comes, would be taken for the next call's
+        except BaseException:  # a late answer would be taken for the next call's
             self.stop()
             raise
         else:
             return pickle.loads(answer)  # type: ignore[no-any-return]  # noqa: S301 - our child's
-        # The watchdog exits with 1; so do C libraries that give up, but not after that long.
+        # The watchdog exits with 1, as do C libraries that give up, but earlier.
         if code == 1 and time.monotonic() - begun >= self._seconds:
             return True, Rejected("decoder_hung", f"no end after {self._seconds:g} seconds")
         name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
@@ -165,17 +165,17 @@ class _Child:
 
 
 def decode_nbytes(max_pixels: int) -> int:
-    """What decoding one image of that many pixels may take of memory."""
+    """The memory limit for decoding one image of that many pixels."""
     return int(NBYTES * max(1.0, max_pixels / MAX_PIXELS))
 
 
 @functools.cache
-def decoders(children: int, max_pixels: int = MAX_PIXELS) -> Guard:
-    """The guard that decodes images: one for these arguments and process, until that ends."""
+def decoders(children: int, max_pixels: int = MAX_PIXELS) -> Sandbox:
+    """The sandbox that decodes images, one per process and arguments."""
     seconds = SECONDS * max(1.0, max_pixels / MAX_PIXELS)
-    guard = Guard(seconds, decode_nbytes(max_pixels), children)
-    atexit.register(guard.close)
-    return guard
+    sandbox = Sandbox(seconds, decode_nbytes(max_pixels), children)
+    atexit.register(sandbox.close)
+    return sandbox
 
 
 def _failed(answer: tuple[bool, Any]) -> bool:
@@ -184,9 +184,9 @@ def _failed(answer: tuple[bool, Any]) -> bool:
 
 @contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """A child begun here is deaf to what asks programs to end, before it can say so itself.
+    """Block stop signals, so that a child started here ignores them from its first moment.
 
-    systemd and SLURM signal all processes at once: an image is not refused for that.
+    systemd and SLURM signal all processes at once, and no image must be rejected for that.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -199,22 +199,22 @@ def _blocked_signals() -> Iterator[None]:
 
 
 def serve() -> None:
-    """Be a child: answer the calls that come from stdin, one by one, until it ends."""
-    for number in SIGNALS:  # its end is its parent's, which finishes the batch first
+    """The child's main loop: answer the calls that arrive on stdin until it closes."""
+    for number in SIGNALS:  # the parent finishes the batch, then ends its children
         signal.signal(number, signal.SIG_IGN)
     seconds, nbytes = float(sys.argv[1]), int(sys.argv[2])
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     _limit_memory(nbytes)
     with (
         Path(os.devnull).open("w") as nowhere,
-        suppress(EOFError, BrokenPipeError),  # the parent's end
+        suppress(EOFError, BrokenPipeError),  # the parent has ended
     ):
-        for stream in (1, 2):  # what libraries print is no part of an answer, and names no file
+        for stream in (1, 2):  # libraries must not print into the answers
             os.dup2(nowhere.fileno(), stream)
         while True:
             message = _read(calls)
-            # A C thread that exits the process: also where C code hangs and holds the GIL, and
-            # also when the parent was killed meanwhile and nobody waits.
+            # A C thread that exits the process even if C code hangs and holds the GIL, or the
+            # parent was killed meanwhile.
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
             answer = _answer(message)
             faulthandler.cancel_dump_traceback_later()
@@ -232,17 +232,17 @@ def _answer(message: bytes) -> bytes:
 
 
 def _limit_memory(nbytes: int) -> None:
-    """Let this process take no more than `nbytes` beyond what it has, where that can be told."""
+    """Limit this process to `nbytes` of memory beyond what it has, where the system can."""
     try:
         import resource
     except ImportError:  # Windows
         return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is counted, not dumped into a file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = psutil.Process().memory_info().vms + nbytes
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)
-    with suppress(OSError, ValueError):  # macOS knows the limit's name and little else
+    with suppress(OSError, ValueError):  # macOS has the limit but does not support it
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 

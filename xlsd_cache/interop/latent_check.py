@@ -195,8 +195,8 @@ class LatentCheck:
         except OSError:
             return None
         width, height = (side // divisor for side in Bucket.parse(item.bucket))
-        guard = decoders(self.config.workers)
-        pixels = guard.call(decode, data, item.size, item.crop, (width, height), MOST_PIXELS)
+        sandbox = decoders(self.config.workers)
+        pixels = sandbox.call(decode, data, item.size, item.crop, (width, height), MOST_PIXELS)
         if isinstance(pixels, Rejected):
             return None
         return pixels[::-1] if item.latent.upside_down else pixels

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from xlsd_cache.files.folders import IMAGE_SUFFIXES
-from xlsd_cache.files.uri import BETWEEN, read_source
+from xlsd_cache.files.uri import SEPARATOR, read_source
 from xlsd_cache.interop.cache_files import LATENT_CACHE, CacheFile, CacheListing, image_names
 from xlsd_cache.interop.formats import CachedLatent
 from xlsd_cache.sources.scan import scan
@@ -25,7 +25,7 @@ class SourceImage:
     @property
     def path(self) -> Path:
         """Its name and folders; for a member of an archive, folders inside the archive."""
-        return Path(self.source.replace(BETWEEN, "/"))
+        return Path(self.source.replace(SEPARATOR, "/"))
 
     def read(self) -> bytes:
         """The image file's bytes. Raises OSError."""

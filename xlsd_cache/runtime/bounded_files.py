@@ -59,13 +59,13 @@ def parse_json(text: str | bytes, most: int = _PARSED_BYTES, *, strict: bool = T
     than `most` bytes of memory.
     """
     if _OBJECT * len(text) > most and _parsed_bytes(text) > most:
-        raise ValueError(f"parsing it would take more than {most >> 20} MiB of memory")
+        raise ValueError(f"parsed it would take more than {most >> 20} MiB of memory")
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")  # as json.loads does it
     try:
         return _DECODERS[strict].decode(text)
     except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
+        raise ValueError("its JSON is nested too deep") from None
 
 
 def _parsed_bytes(text: str | bytes) -> int:

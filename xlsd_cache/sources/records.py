@@ -11,7 +11,7 @@ from stat import S_ISREG
 from xlsd_cache.archives.members import printable
 from xlsd_cache.archives.reader import read_members
 from xlsd_cache.errors import UserError
-from xlsd_cache.files.captions import Beside, Column
+from xlsd_cache.files.captions import Column, ReadSidecar
 from xlsd_cache.files.folders import walk
 from xlsd_cache.files.table_cells import cell_sizes
 from xlsd_cache.files.uri import GZIPPED, Stat, cell
@@ -40,7 +40,7 @@ class Record:
     key: str  # SOURCE_NAME/path/in/the/source.jpg: stays when the source moves
     source: str  # URI of its bytes, see files/uri.py; empty where its name is not UTF-8
     stat: Stat  # of a member: its own size, the archive's times
-    sidecar: Beside  # suffix -> content of the file next to it
+    sidecar: ReadSidecar  # suffix -> content of the file next to it
     reason: str = ""  # an outcomes.Reason where the scan rejects it
     detail: str = ""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.files.captions import CAPTION_BYTES, TOO_LARGE, LeftOut, read_object
+from xlsd_cache.files.captions import CAPTION_BYTES, TOO_LARGE, NotRead, read_object
 from xlsd_cache.runtime.bounded_files import open_regular, read_regular
 from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.tables.columns import URLS
@@ -44,7 +44,7 @@ def read_sidecar(
     stem: str,
     within: Callable[[str], bool],
     suffix: str,
-) -> bytes | LeftOut | None:
+) -> bytes | NotRead | None:
     """The file STEM.SUFFIX of a folder, None if missing or not `within` what may be read.
 
     `names` are the names in the folder, where they are known: most calls then need no disk.
@@ -66,7 +66,7 @@ def anywhere(path: str) -> bool:
     return True
 
 
-def _read_caption(path: str) -> bytes | LeftOut | None:
+def _read_caption(path: str) -> bytes | NotRead | None:
     """The content, or None where there is no regular file."""
     try:
         with open_regular(path, buffered=False) as file:
@@ -83,8 +83,8 @@ def _read_caption(path: str) -> bytes | LeftOut | None:
 
 
 def member_sidecar(
-    texts: dict[str, bytes | LeftOut], names: Names, stem: str, suffix: str
-) -> bytes | LeftOut | None:
+    texts: dict[str, bytes | NotRead], names: Names, stem: str, suffix: str
+) -> bytes | NotRead | None:
     """The text of STEM.SUFFIX among the members of an archive; None if missing."""
     name = names.find(f"{stem}.{suffix}")
     return None if name is None else texts[name]
@@ -96,7 +96,7 @@ def no_sidecar(suffix: str) -> bytes | None:
     return None
 
 
-def url_of(data: bytes | LeftOut | None) -> str | None:
+def url_of(data: bytes | NotRead | None) -> str | None:
     """The url of an image, from the .json next to it."""
     value, _ = read_object(data)
     if not isinstance(value, dict):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.files.captions import Column, field_text, value_text
-from xlsd_cache.files.table_cells import embedded, follow, read_columns, table_schema
+from xlsd_cache.files.table_cells import read_columns, resolve_field, rows_with_image, table_schema
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.tables.columns import IDS, KEYS, NAMES, NOTHING, Rows, numbered, of_kind
 
@@ -35,7 +35,7 @@ def read_arrow_table(file: Path, columns: tuple[Column, ...]) -> Rows:
     # Where a row embeds no image, the image column's path says where it is.
     names["path"] = pc.coalesce(*(_names(table, field) for field in stored), names["path"])
     if pixels:
-        is_embedded = embedded(file, pixels)
+        is_embedded = rows_with_image(file, pixels)
         labels = pc.if_else(is_embedded, _labels(paths, names["key"], names["id"]), NOTHING)
         names = {name: pc.if_else(is_embedded, NOTHING, values) for name, values in names.items()}
     captions, remarks = {}, Counter[tuple[str, str]]()
@@ -94,7 +94,7 @@ def column_texts(values: pa.Array) -> tuple[pa.Array, Counter[str]]:
 
 def _captions(table: pa.Table, field: str) -> tuple[pa.Array, Counter[str]]:
     """The texts of a column, or of a field nested in structs and lists."""
-    values, rest = follow(table, field)
+    values, rest = resolve_field(table, field)
     if not rest:
         return column_texts(values.combine_chunks())
     texts: list[str | None] = []
@@ -167,7 +167,7 @@ def _names(table: pa.Table, field: str | None) -> pa.Array:
     """The column as strings, empty ones null."""
     if field is None:
         return pa.nulls(table.num_rows, pa.string())
-    names = follow(table, field)[0].cast(pa.string()).combine_chunks()
+    names = resolve_field(table, field)[0].cast(pa.string()).combine_chunks()
     return pc.if_else(pc.equal(names, ""), NOTHING, names)
 
 

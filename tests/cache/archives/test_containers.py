@@ -23,7 +23,7 @@ from xlsd_cache.archives.members import ArchiveContents
 from xlsd_cache.archives.reader import read_members
 from xlsd_cache.errors import UserError
 from xlsd_cache.files import uri as locate
-from xlsd_cache.files.captions import DAMAGED, TOO_LARGE, LeftOut
+from xlsd_cache.files.captions import DAMAGED, TOO_LARGE, NotRead
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import cell, open_source, read_source
 from xlsd_cache.sources.records import Search, Tally, archive_records, folder_records
@@ -516,4 +516,4 @@ def test_a_damaged_archive_gives_its_members_or_a_reason(
         if kind == "a.zip" and not member.reason:  # the others have no checksum of each member
             assert got in {"corrupt", "truncated", "too_many_bytes", ONE[0][1], TWO[0][1]}
     for text in found.texts.values():
-        assert kind != "a.zip" or isinstance(text, LeftOut) or text in {b"of a", b"of b"}
+        assert kind != "a.zip" or isinstance(text, NotRead) or text in {b"of a", b"of b"}

@@ -20,13 +20,13 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "a.gz"
 
 
-def test_a_pass_through_checks_everything_and_leaves_marks(path: Path) -> None:
+def test_a_pass_through_checks_everything_and_leaves_access_points(path: Path) -> None:
     found = gzip_of(path)
     with path.open("rb") as file:
         cursor = found.cursor(file)
         assert cursor.drain(2**40) == len(DATA)
     assert (cursor.ending, cursor.bad, cursor.behind) == (END, [], 0)
-    assert [mark.out // 2**22 for mark in found.marks] == [0, 1]
+    assert [mark.out // 2**22 for mark in found.points] == [0, 1]
     assert gzip_of(path) is found
 
 
@@ -38,16 +38,16 @@ def test_any_stretch_is_read_by_many_threads(path: Path) -> None:
     assert got == [DATA[offset : offset + count] for offset, count in stretches]
 
 
-def test_marks_are_thinned_out_where_there_are_too_many(
+def test_access_points_are_thinned_out_where_there_are_too_many(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gzips, "_MARKS", 8)
+    monkeypatch.setattr(gzips, "_MOST_POINTS", 8)
     monkeypatch.setattr(gzips, "_files", type(gzips._files)())
     found = gzip_of(path)
     found.spacing = 2**16
     with path.open("rb") as file:
         found.cursor(file).drain(2**40)
-    assert 2 < len(found.marks) <= 8
+    assert 2 < len(found.points) <= 8
     assert found.spacing > 2**18
     for offset in range(0, len(DATA), 1_000_000):
         assert found.read_at(offset, 10) == DATA[offset : offset + 10]

@@ -45,7 +45,7 @@ def test_other_bytes_are_refused_with_their_place(
     tmp_path: Path, data: bytes, line: int, encoding: str
 ) -> None:
     (tmp_path / "t").write_bytes(data)
-    with pytest.raises(UserError, match=f"the list .*t, line {line}: not {encoding} text; save"):
+    with pytest.raises(UserError, match=f"the list .*t, line {line}: not valid {encoding}; save"):
         read_text(tmp_path / "t", "the list")
 
 
@@ -55,5 +55,5 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
             read_text(path, "the list")
     (tmp_path / "zero").symlink_to("/dev/zero")
     if Path("/dev/zero").exists():
-        with pytest.raises(UserError, match="longer than 64 MiB"):
+        with pytest.raises(UserError, match="larger than 64 MiB"):
             read_text(tmp_path / "zero", "the list")

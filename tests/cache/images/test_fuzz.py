@@ -1,6 +1,6 @@
 """Whatever a file holds: pixels or a known reason, in bounded memory and time.
 
-Everything runs in a guard's child: what kills or hangs it is a reason too, and kills no test.
+Everything runs in a sandbox's child: what kills or hangs it is a reason too, and kills no test.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.support import picture
 from xlsd_cache.images.decode import FORMATS, MAX_PIXELS, decode, read_header
-from xlsd_cache.images.sandbox import Guard
+from xlsd_cache.images.sandbox import Sandbox
 from xlsd_cache.outcomes import Reason, Rejected
 
 SIZE = (24, 16)  # of the pixels asked for
@@ -27,9 +27,9 @@ OF_BYTES: set[Reason] = {
 
 
 @pytest.fixture(scope="module")
-def guard() -> Iterator[Guard]:
-    with Guard(seconds=30, nbytes=3 * 2**30) as guard:
-        yield guard
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(seconds=30, nbytes=3 * 2**30) as sandbox:
+        yield sandbox
 
 
 def valid() -> list[bytes]:
@@ -100,8 +100,8 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-def check(guard: Guard, data: bytes) -> None:
-    size = guard.call(read_header, io.BytesIO(data), len(data))
+def check(sandbox: Sandbox, data: bytes) -> None:
+    size = sandbox.call(read_header, io.BytesIO(data), len(data))
     if isinstance(size, Rejected):
         assert size.reason in OF_BYTES, size
         size = (48, 40)  # decode must do without the plan's help
@@ -109,7 +109,7 @@ def check(guard: Guard, data: bytes) -> None:
         width, height = size
         assert 0 < width * height <= MAX_PIXELS
     crop = (0.0, 0.0, float(size[0]), float(size[1]))
-    pixels = guard.call(decode, data, size, crop, SIZE)
+    pixels = sandbox.call(decode, data, size, crop, SIZE)
     if isinstance(pixels, Rejected):
         assert pixels.reason in OF_BYTES, pixels
     else:
@@ -117,21 +117,21 @@ def check(guard: Guard, data: bytes) -> None:
         assert pixels.dtype == np.dtype(np.uint8)
 
 
-def test_undamaged_files_of_every_format_decode(guard: Guard) -> None:
+def test_undamaged_files_of_every_format_decode(sandbox: Sandbox) -> None:
     for data in VALID:
-        size = guard.call(read_header, io.BytesIO(data), len(data))
+        size = sandbox.call(read_header, io.BytesIO(data), len(data))
         assert not isinstance(size, Rejected)
         crop = (0.0, 0.0, float(size[0]), float(size[1]))
-        assert not isinstance(guard.call(decode, data, size, crop, SIZE), Rejected)
+        assert not isinstance(sandbox.call(decode, data, size, crop, SIZE), Rejected)
 
 
 @given(data=damaged())
 @settings(max_examples=600)
-def test_damaged_files_give_pixels_or_a_reason(guard: Guard, data: bytes) -> None:
-    check(guard, data)
+def test_damaged_files_give_pixels_or_a_reason(sandbox: Sandbox, data: bytes) -> None:
+    check(sandbox, data)
 
 
 @given(head=st.sampled_from(VALID), kept=st.integers(0, 32), rest=st.binary(max_size=300))
 @settings(max_examples=200)
-def test_noise_gives_a_reason(guard: Guard, head: bytes, kept: int, rest: bytes) -> None:
-    check(guard, head[:kept] + rest)
+def test_noise_gives_a_reason(sandbox: Sandbox, head: bytes, kept: int, rest: bytes) -> None:
+    check(sandbox, head[:kept] + rest)

@@ -210,7 +210,7 @@ def test_other_refusals(tmp_path: Path, capsys: Out) -> None:
         assert train(*words) == 1
         assert told in capsys.readouterr().err
     (tmp_path / "bytes.toml").write_bytes(b'phase = "te" # \xff')
-    with pytest.raises(UserError, match="line 1: not UTF-8 text"):
+    with pytest.raises(UserError, match="line 1: not valid UTF-8"):
         Recipe.read(str(tmp_path / "bytes.toml"))
 
 

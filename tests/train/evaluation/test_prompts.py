@@ -96,7 +96,7 @@ def test_impossible_flags_and_files_are_refused(tmp_path: Path) -> None:
     for text in ("\n", "# none\n"):
         with pytest.raises(UserError, match="--prompts .* is empty"):
             asked(tmp_path, text)
-    with pytest.raises(UserError, match="line 1: not UTF-8 text"):
+    with pytest.raises(UserError, match="line 1: not valid UTF-8"):
         asked(tmp_path, b"a caf\xe9\n")
     with pytest.raises(UserError, match="cannot read --prompts"):
         read_pictures(tmp_path / "gone", "--prompts", DEFAULT)
