@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.lib.plain_loop import checkpointing
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
-from xlsd_train.checkpoints.run_folder import peak_gib
+from xlsd_train.checkpoints.environment import peak_gib
 from xlsd_train.memory.tracker import FlopCounter
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.step.step import drop_gradients

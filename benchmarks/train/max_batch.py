@@ -37,7 +37,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_cache.vocabulary import Precision
-from xlsd_train.checkpoints.run_folder import peak_gib
+from xlsd_train.checkpoints.environment import peak_gib
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.meta_step import Size

@@ -1,6 +1,6 @@
-"""What a run writes so that it can continue to the bit.
+"""Checkpoints of a run, and how it resumes bit-exactly.
 
 `run_folder` opens and locks the folder and logs to it, `checkpoint` saves and loads weights and
-optimizer state, `resume` compares settings, `complete` says whether anything is left to do,
-`disk_space` whether it will fit.
+optimizer state, `disk_space` checks that they fit. `resume` and `comparison` compare settings with
+those of the run, `environment` records what else decides the bits, `complete` finds finished runs.
 """

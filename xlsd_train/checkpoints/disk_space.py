@@ -1,7 +1,7 @@
-"""What a run writes against what is free on its disk: before it begins, and when the disk is full.
+"""Disk space: what a run will write against what is free, and errors when the disk is full.
 
-A checkpoint holds the trained parts, the optimizer's state and, with --ema, both averages. While
-the next one is written, --keep older ones and the best are there too.
+A checkpoint holds the trained networks, the optimizer state and, with --ema, both averages. While
+the next one is written, --keep older ones and the best exist too.
 """
 
 import errno
@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
-from xlsd_train.checkpoints.run_folder import Run
+from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.layout import SAMPLES, SNAPSHOTS, checkpoints, partial_checkpoints
@@ -32,8 +32,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
-class Room:
-    """Bytes that a run is yet to write."""
+class DiskPlan:
+    """Bytes that a run has yet to write."""
 
     base: int  # once
     checkpoint: int  # each
@@ -44,31 +44,28 @@ class Room:
 
     @property
     def least(self) -> int:
-        """Until the first checkpoint is removed: without this the run cannot go on."""
+        """Until the first checkpoint is deleted: the run needs at least this."""
         return self.base + self.first * self.checkpoint
 
     @property
     def whole(self) -> int:
-        """At the most, up to the end."""
+        """Up to the end, at most."""
         return self.base + self.most * self.checkpoint + self.averages + self.others
 
 
 def needed(
     config: TrainConfig,
-    run: Run,
+    run: RunFolder,
     model: ModelBundle,
     named: Mapping[str, Parameter],
     planned: int,
     pictures_nbytes: int,
-) -> Room:
-    """What a resolved config writes from where the run is; `pictures_nbytes` is a step's samples.
-
-    `named` is what trains.
-    """
-    step, there = run.state()["step"], len(checkpoints(run.folder))
+) -> DiskPlan:
+    """What the run has yet to write; `named` trains, `pictures_nbytes` is for a step's samples."""
+    step, saved = run.state()["step"], len(checkpoints(run.folder))
     left = max(0, min(planned, config.stop_after or planned) - step)
     saves = math.ceil(left / config.save_every)
-    held = there + saves if config.keep == 0 else min(there + saves, config.keep + 1)
+    held = saved + saves if config.keep == 0 else min(saved + saves, config.keep + 1)
     best = 1 if config.validate_every and config.keep and saves > config.keep else 0
     trains = sum(parameter.nbytes for parameter in named.values())
     parts = {"unet": model.unet, "text_encoder": model.text_encoder}
@@ -76,86 +73,86 @@ def needed(
     trained = {name.partition(".")[0] for name in named}
     averages = 2 * trains if config.ema else 0
     checkpoint = sum(sizes[name] for name in trained) + _state_nbytes(config, named) + averages
-    beyond = min(config.ema_snapshots or 0, there + saves) - held
+    beyond = min(config.ema_snapshots or 0, saved + saves) - held
     drawn = left // config.sample_every + 1 if config.sample_every and left else 0
     frozen = sum(sizes[name] for name in sizes.keys() - trained)
-    return Room(
+    return DiskPlan(
         base=0 if run.checkpoint else _nbytes(model.vae.model) + frozen,
         checkpoint=checkpoint + SMALL_NBYTES,
-        first=min(saves, max(1, min(held, (config.keep or 1) + 1) - there)),
-        most=min(saves, max(1, held + best - there)),
+        first=min(saves, max(1, min(held, (config.keep or 1) + 1) - saved)),
+        most=min(saves, max(1, held + best - saved)),
         averages=max(0, beyond) * averages,
         others=drawn * pictures_nbytes + left * STEP_NBYTES,
     )
 
 
-def say_room(room: Room, run: Run, config: TrainConfig) -> None:
-    """Say what is to be written and what is free.
+def check_disk(plan: DiskPlan, run: RunFolder, config: TrainConfig) -> None:
+    """Log what will be written and what is free.
 
-    Raises UserError where the first checkpoints do not fit, unless forced.
+    Raises UserError if the first checkpoints do not fit, unless forced.
     """
     free = free_bytes(run.folder)
-    told = f"disk: a checkpoint takes {size(room.checkpoint)}, the run up to {size(room.whole)}"
-    if free is None or not room.first:
-        log.info(told)
+    space = f"disk: {size(plan.checkpoint)} per checkpoint, up to {size(plan.whole)} for the run"
+    if free is None or not plan.first:
+        log.info(space)
         return
-    # Those that a kill met are removed as the run begins.
+    # These are deleted when the run starts.
     free += sum(held_bytes(path) for path in partial_checkpoints(run.folder))
-    told += f", and {size(free)} are free on the disk of {run.folder}"
-    if room.least > free and not config.force:
+    space += f", {size(free)} free on the disk of {run.folder}"
+    if plan.least > free and not config.force:
         lower = f"lower --keep {config.keep}, " if config.keep > 1 else ""
         raise UserError(
-            f"too little room: {told}, less than its first {room.first} checkpoints; free "
-            f"{size(room.least - free)} more, {lower}give --out on a larger disk, or --force"
+            f"not enough disk space for the first {plan.first} checkpoints: {space}; free "
+            f"{size(plan.least - free)} more, {lower}put --out on a larger disk, or use --force"
         )
-    log.info(told)
-    if room.whole > free:
+    log.info(space)
+    if plan.whole > free:
         log.warning(
-            f"the disk of {run.folder} will be full before the run ends: free "
-            f"{size(room.whole - free)} more, or lower --keep or --ema-snapshots"
+            f"the disk of {run.folder} will be full before the run ends; free "
+            f"{size(plan.whole - free)} more, or lower --keep or --ema-snapshots"
         )
 
 
 @contextmanager
-def writing(run: Run) -> Iterator[None]:
-    """What the system refuses to write within the block becomes a UserError that says how to go on.
+def writing(run: RunFolder) -> Iterator[None]:
+    """Turn write errors within the block into a UserError that says how to resume.
 
-    A checkpoint is whole or not there: what was being written is removed.
+    Checkpoints are atomic: an incomplete one is removed.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(_stopped(run, error)) from error
+        raise UserError(_write_error(run, error)) from error
 
 
-def _stopped(run: Run, error: Exception) -> str:
+def _write_error(run: RunFolder, error: Exception) -> str:
     folder, newest = run.folder, run.checkpoint
-    stands = f"the newest complete checkpoint is {newest}" if newest else "no checkpoint is whole"
+    saved = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
     if _number(error) not in FULL:
         return (
-            f"cannot go on writing {folder}: {error}; {stands}: mend that and run the same command "
+            f"cannot write to {folder}: {error}; {saved}; fix the cause and run the same command "
             f"with --out {folder}"
         )
     return (
-        f"the disk of {folder} is full: {error}; {stands}: remove {_removable(run)}, then run the "
+        f"the disk of {folder} is full: {error}; {saved}; remove {_removable(run)}, then run the "
         f"same command with --out {folder}"
     )
 
 
-def _removable(run: Run) -> str:
-    """What of a run it can do without, the largest first."""
-    found = [(held_bytes(path), str(path)) for path in checkpoints(run.folder)[:-1]]
-    others = (run.folder / name for name in (SNAPSHOTS, SAMPLES))
-    found += [(held_bytes(path), str(path)) for path in others if path.is_dir()]
-    told = [f"{path} ({size(nbytes)})" for nbytes, path in sorted(found, reverse=True) if nbytes]
-    return " or ".join(told[:3]) if told else "other files from that disk"
+def _removable(run: RunFolder) -> str:
+    """Parts of a run that may be deleted, the largest first."""
+    folders = [run.folder / name for name in (SNAPSHOTS, SAMPLES)]
+    sizes = [(held_bytes(path), str(path)) for path in checkpoints(run.folder)[:-1]]
+    sizes += [(held_bytes(path), str(path)) for path in folders if path.is_dir()]
+    parts = [f"{path} ({size(nbytes)})" for nbytes, path in sorted(sizes, reverse=True) if nbytes]
+    return " or ".join(parts[:3]) if parts else "other files from that disk"
 
 
 def _number(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"os error (\d+)", str(error))  # as safetensors tells it
-    return int(found[1]) if found else None
+    match = re.search(r"os error (\d+)", str(error))  # in safetensors' message
+    return int(match[1]) if match else None
 
 
 def _nbytes(module: Any) -> int:

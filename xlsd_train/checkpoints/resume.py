@@ -1,7 +1,7 @@
-"""What a resume compares: what could change a weight, by what it means and not how it is written.
+"""Which options a resume compares, by their effect. Loads no torch.
 
-What only begins a run (START) is in its checkpoint; what says how long it is (LENGTH) matters by
-the rates that follow from it; and FREE changes no weight at all.
+Options that only start a run (START) are part of its checkpoint. Options of its length (LENGTH) are
+compared by the learning rates that follow. FREE options change no weight.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,46 +13,47 @@ from xlsd_cache.errors import UserError
 from xlsd_train.config.train import FREE, TrainConfig
 from xlsd_train.data.caption_edits import tag_list
 
-PLACES = ("model", "unet", "text_encoder", "tokenizer", "vae")  # options that name a place
+PLACES = ("model", "unet", "text_encoder", "tokenizer", "vae")  # paths or hub ids
 START = (*PLACES, "model_ema", "tokens", "reinit")
 LENGTH = ("steps", "epochs", "warmup")
-APART = {*FREE, *START, *LENGTH, "data"}  # not compared as they are
-# Without the one that a checkpoint was made with, its optimizer's state fits nothing.
+SPECIAL = {*FREE, *START, *LENGTH, "data"}  # not compared by value
+# A checkpoint's optimizer state fits no other value.
 FIXED = ("phase", "train", "optimizer")
 _IMPLY_TAGS = ("tags", "drop_tags", "underscores_to_spaces", "tag_dropout", "max_tags")
+_OPTIONS = {option.name for option in fields(TrainConfig)}
 _DEFAULTS = {x.name: x.default for x in fields(TrainConfig) if x.default is not MISSING}
 
-Read = Callable[[str | None], Any]  # --caption -> columns
+CaptionReader = Callable[[str | None], Any]  # --caption -> columns
 
 
 def differing(
-    old: Mapping[str, Any], new: Mapping[str, Any], caption: Read = lambda given: given
+    old: Mapping[str, Any], new: Mapping[str, Any], caption: CaptionReader = lambda given: given
 ) -> dict[str, Any]:
-    """Name -> the old value of each setting that could make another weight.
+    """Name -> old value of each differing setting that could change a weight.
 
-    `old` may be of an earlier version: an option that it lacks had the effect of its default, and
-    what else it lacks was not written down.
+    `old` may be of an earlier version: a missing option had the effect of its default, and other
+    missing settings were not recorded.
     """
-    found = {}
+    differ = {}
     old = {**{name: _DEFAULTS[name] for name in new if name in _DEFAULTS}, **old}
-    for name in sorted((old.keys() & new.keys()) - APART):
-        was, now = (_meaning(name, values, caption) for values in (old, new))
+    for name in sorted((old.keys() & new.keys()) - SPECIAL):
+        was, now = (_effect(name, values, caption) for values in (old, new))
         if was != now:
-            found[name] = old[name]
+            differ[name] = old[name]
     for name in _unneeded(old, new):
-        found.pop(name, None)
-    return found
+        differ.pop(name, None)
+    return differ
 
 
 def _unneeded(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Options that change no weight by the values of others."""
-    if old.get("ema") and not new.get("ema"):  # averages may end; they cannot begin in the middle
+    """Options that change no weight, given the values of others."""
+    if old.get("ema") and not new.get("ema"):  # averages may end, but not start later
         return ["ema", "ema_every"]
     return []
 
 
-def _meaning(name: str, values: Mapping[str, Any], caption: Read) -> Any:
-    """An option's value such that two which do the same are equal."""
+def _effect(name: str, values: Mapping[str, Any], caption: CaptionReader) -> Any:
+    """An option's value, normalised so that values of the same effect are equal."""
     value = values[name]
     if name in {"require_tags", "forbid_tags", "drop_tags"}:
         return frozenset(tag_list(name, value))
@@ -68,9 +69,9 @@ def _meaning(name: str, values: Mapping[str, Any], caption: Read) -> Any:
 
 
 def other_start(old: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """Name -> the old value of each option that is given and would begin the run otherwise.
+    """Name -> old value of each given option that would have started the run differently.
 
-    What is left out asks for nothing: the checkpoint holds it.
+    Options that are not given are not compared: the checkpoint has them.
     """
     new = {name: getattr(config, name) for name in START}
     return {
@@ -85,22 +86,26 @@ def _same_start(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bo
     now: Any = new[name]
     if name in PLACES:
         return was is not None and place(was) == place(now)
-    return name in old and _meaning(name, old, str) == _meaning(name, new, str)
+    return name in old and _effect(name, old, str) == _effect(name, new, str)
 
 
 def place(given: str) -> Path:
-    """A path however it is written; other names, as of the hub, come to no harm by it."""
+    """A path, normalised; hub ids stay comparable too."""
     return Path(given).expanduser().resolve()
 
 
-def told(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """For people: each option, what it was and what it is."""
-    return ", ".join(f"{name} {value} and not {now.get(name)}" for name, value in was.items())
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Each setting with its old and its new value, in words."""
+    return ", ".join(f"{_label(name)} {value} (now {now.get(name)})" for name, value in was.items())
 
 
-def refuse(folder: object, differ: str) -> UserError:
-    """The sentence for a run that would not go on as it began."""
+def refusal(folder: object, differ: str) -> UserError:
+    """The error for a run that cannot be resumed bit-exactly."""
     return UserError(
-        f"{folder} was begun with {differ}; give the same again, another --out, or --force to go "
-        f"on inexactly"
+        f"{folder} was started with {differ}; use the same, another --out, or --force (not "
+        f"bit-exact)"
     )
+
+
+def _label(name: str) -> str:
+    return f"--{name.replace('_', '-')}" if name in _OPTIONS else name

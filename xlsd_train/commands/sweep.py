@@ -18,7 +18,7 @@ from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.own_files import is_page, refuse_foreign
 from xlsd_cache.runtime.signals import StopSignal
-from xlsd_train.checkpoints.resume import differing, told
+from xlsd_train.checkpoints.resume import changes, differing
 from xlsd_train.config.recipes import options_in, without
 from xlsd_train.config.run_options import SweepConfig
 from xlsd_train.config.train import TrainConfig
@@ -106,13 +106,13 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
         refuse_link(folder)
         if not (folder / CONFIG).exists():
             continue
-        there = read_record(folder).asked()
+        before = read_record(folder).asked()
         wanted = json.loads(json.dumps(asked.to_json(), default=os.fspath))
         # What a run can tell only with its store and model open, it tells itself.
-        differ = differing(there, wanted)
+        differ = differing(before, wanted)
         if differ and not asked.force:
             raise UserError(
-                f"{folder} was begun with {told(differ, wanted)}; give the same again, or another "
+                f"{folder} was started with {changes(differ, wanted)}; use the same, or another "
                 f"--out"
             )
 

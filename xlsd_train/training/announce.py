@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from xlsd_cache.dataset.batch_order import BatchOrder
-from xlsd_train.checkpoints.run_folder import Run
+from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
 from xlsd_train.runs.record import RunRecord, StoreRecord
@@ -25,7 +25,7 @@ def announce(
     record: RunRecord,
     schedule: BatchOrder,
     named: dict[str, Parameter],
-    run: Run,
+    run: RunFolder,
 ) -> None:
     """Print it, from the record that config.json keeps."""
     for name, value in asdict(config).items():

@@ -13,7 +13,7 @@ from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_train.checkpoints.checkpoint import prune, save_checkpoint
 from xlsd_train.checkpoints.disk_space import writing
-from xlsd_train.checkpoints.run_folder import peak_gib
+from xlsd_train.checkpoints.environment import peak_gib
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch, Loader
 from xlsd_train.optim.ema import keep_snapshots
@@ -249,7 +249,7 @@ def _save(session: Session, state: dict[str, Any]) -> None:
 def _asked(session: Session, stop: StopSignal) -> set[str]:
     """What signals and trigger files ask of this step; all processes agree on it."""
     names = (*REQUESTS, "signal")
-    flags = [session.main and session.run.asked(name) for name in REQUESTS]
+    flags = [session.main and session.run.take_request(name) for name in REQUESTS]
     flags = session.processes.any(*flags, stop.asked > 0)
     return {name for name, flag in zip(names, flags, strict=True) if flag}
 

@@ -13,8 +13,15 @@ from xlsd_cache import __version__
 from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_cache.encoding.compatibility import decoder_notice
 from xlsd_train.checkpoints.checkpoint import load_optimizer
-from xlsd_train.checkpoints.disk_space import needed, say_room, writing
-from xlsd_train.checkpoints.run_folder import Run, machine, settings
+from xlsd_train.checkpoints.comparison import (
+    compare_length,
+    compare_model,
+    compare_settings,
+    inherit_held_out,
+)
+from xlsd_train.checkpoints.disk_space import check_disk, needed, writing
+from xlsd_train.checkpoints.environment import machine, resume_settings
+from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.adapt import adapt, chosen
 from xlsd_train.config.recipes import Recipe
 from xlsd_train.config.train import TrainConfig
@@ -51,7 +58,7 @@ class Session:
     config: TrainConfig
     accelerator: Accelerator
     processes: Processes
-    run: Run
+    run: RunFolder
     schedule: BatchOrder
     source: BatchSource
     model: ModelBundle
@@ -85,18 +92,18 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     accelerator, precision = start(config)
     processes = Processes.of(accelerator)
     # The default folder's name holds the time, which processes would read differently.
-    config = replace(config, out=broadcast_object_list([Run.open(config).folder])[0])
-    run, device = Run.open(config), accelerator.device
+    config = replace(config, out=broadcast_object_list([RunFolder.open(config).folder])[0])
+    run, device = RunFolder.open(config), accelerator.device
     with (
         open_mixture(config.data, run.generations) as store,
         closing(run),
         ExitStack() as stack,
     ):
         config, adapted = adapt(config, store, given, run.adapted)
-        config = run.inherited(config, fraction)
+        config = inherit_held_out(run, config, fraction)
         samples = choose_samples(config, store)
-        shared = settings(config, store, device)
-        run.compare(shared, config, partial(columns_of, store))
+        shared = resume_settings(config, store, device)
+        compare_settings(run, shared, config, partial(columns_of, store))
         pictures = read_prompts(config, store, samples.selection, samples.columns, run.before)
         resumed = run.checkpoint
         check_start(config, run, store)
@@ -113,8 +120,8 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         batch, plan, told, step_s = plan_batch(sure, run, samples.selection, model, accelerator)
         source = make_source(config, store, samples, batch, model, objective, accelerator)
         schedule = source.sampler.order
-        planned, warmup = run.compare_length(
-            config, *planned_steps(config, schedule, "warmup" in given)
+        planned, warmup = compare_length(
+            run, config, *planned_steps(config, schedule, "warmup" in given)
         )
         count = samples.measured
         validator = (
@@ -155,11 +162,11 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             processes=accelerator.num_processes,
             xlsd=__version__,
         )
-        run.compare_model(record, config.force)
+        compare_model(run, record, config.force)
         if accelerator.is_main_process:
             announce(config, record, schedule, named, run)
             drawn = sum(3 * picture.width * picture.height for picture in pictures)
-            say_room(needed(config, run, model, named, planned, drawn), run, config)
+            check_disk(needed(config, run, model, named, planned, drawn), run, config)
         processes.wait()  # all have looked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
             with writing(run):

@@ -18,8 +18,9 @@ from xlsd_cache.dataset.selection import Mask, Selection, select
 from xlsd_cache.encoding.hub import repository_of
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import device_of, set_precision
-from xlsd_train.checkpoints.resume import PLACES, START, other_start, told
-from xlsd_train.checkpoints.run_folder import Run
+from xlsd_train.checkpoints.comparison import compare_batch
+from xlsd_train.checkpoints.resume import PLACES, START, changes, other_start
+from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns, Captions
 from xlsd_train.data.loader import BatchSource
@@ -150,7 +151,7 @@ def open_model(config: TrainConfig, resumed: Path | None, store: Mixture) -> Mod
     return model
 
 
-def check_start(config: TrainConfig, run: Run, store: Mixture) -> None:
+def check_start(config: TrainConfig, run: RunFolder, store: Mixture) -> None:
     """Refuse a resume that asks to begin with other weights, though its checkpoint has them all.
 
     A model that lies elsewhere now is compared by its weights, and need not be there at all.
@@ -164,7 +165,7 @@ def check_start(config: TrainConfig, run: Run, store: Mixture) -> None:
     new = dict(asked)
     if config.force:
         log.info(
-            f"--force: {run.folder} was begun with {told(other, asked)}; its checkpoint is taken"
+            f"--force: {run.folder} was started with {changes(other, asked)}; its checkpoint counts"
         )
         return
     for name, value in list(new.items()):
@@ -176,8 +177,8 @@ def check_start(config: TrainConfig, run: Run, store: Mixture) -> None:
             new.pop(name)
     if new and not _begins_alike(config, run, store, new):
         raise UserError(
-            f"{run.folder} was begun with {told(other, asked)}; leave that out, as the checkpoint "
-            f"holds the whole model, or name another --out"
+            f"{run.folder} was started with {changes(other, asked)}; leave that out, as the "
+            f"checkpoint holds the whole model, or use another --out"
         )
 
 
@@ -188,7 +189,9 @@ def _is_gone(name: str, value: str) -> bool:
     return not names and not there.exists() and repository_of(value) is None
 
 
-def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[str, Any]) -> bool:
+def _begins_alike(
+    config: TrainConfig, run: RunFolder, store: Mixture, new: Mapping[str, Any]
+) -> bool:
     """Whether the run would begin with the weights and the tokenizer that it began with."""
     assert run.before is not None
     assert run.checkpoint is not None
@@ -212,7 +215,7 @@ def _begins_alike(config: TrainConfig, run: Run, store: Mixture, new: Mapping[st
 
 def plan_batch(
     config: TrainConfig,
-    run: Run,
+    run: RunFolder,
     selection: Selection,
     model: ModelBundle,
     accelerator: Accelerator,
@@ -241,7 +244,7 @@ def plan_batch(
         step_s = predicted(prediction.seconds, named) if prediction else None
         found = [(batch, plan, str(prediction or unknown), step_s)]
     batch, plan, how, step_s = broadcast_object_list(found)[0]
-    run.compare_batch(batch, plan, config.force)
+    compare_batch(run, batch, plan, config.force)
     return batch, plan, how, step_s
 
 

@@ -27,8 +27,8 @@ def begun(run: Path, config: TrainConfig, step: int, planned: int, **told: Any) 
 def test_a_run_that_is_where_it_was_to_end_is_complete(tmp_path: Path) -> None:
     asked = begun(tmp_path, TrainConfig("unet", steps=10), 10, 10)
     told = complete(asked) or ""
-    assert told.startswith(f"{tmp_path} is complete: step 10 of 10 planned, checkpoint {tmp_path}")
-    assert told.endswith("with a longer plan, --steps or --epochs, it goes on")
+    assert told.startswith(f"{tmp_path} is complete: step 10 of 10, checkpoint {tmp_path}")
+    assert told.endswith("to continue, raise --steps or --epochs")
     assert complete(replace(asked, sample_every=7, keep=1)), "neither changes a weight"
     shutil.rmtree(tmp_path / "samples")  # which a signal at the end left out
     assert complete(asked) is None
@@ -52,14 +52,14 @@ def test_with_other_settings_it_is_for_training_to_say(
 
 def test_one_that_was_stopped_early_says_how_it_goes_on(tmp_path: Path) -> None:
     asked = begun(tmp_path, TrainConfig("te", epochs=3.0, stop_after=5), 5, 30)
-    assert (complete(asked) or "").endswith("--stop-after, or with a higher one, it goes on")
+    assert (complete(asked) or "").endswith("to continue, leave out --stop-after or raise it")
     assert complete(replace(asked, stop_after=6)) is None
     assert complete(replace(asked, stop_after=None)) is None
 
 
 def test_a_rate_that_has_come_down_does_not_go_on(tmp_path: Path) -> None:
     asked = begun(tmp_path, TrainConfig("unet", steps=10, scheduler="linear"), 10, 10)
-    assert (complete(asked) or "").endswith(f"a new run may begin at --model {tmp_path}")
+    assert (complete(asked) or "").endswith(f"start a new run with --model {tmp_path}")
 
 
 def test_what_was_adapted_is_asked_for_as_before(tmp_path: Path) -> None:

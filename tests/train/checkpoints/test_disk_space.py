@@ -59,7 +59,7 @@ def test_too_little_room_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     assert train(*arguments) == 1
     told = capsys.readouterr().err
-    assert "too little room: disk: a checkpoint takes " in told
+    assert "not enough disk space for the first " in told
     assert "lower --keep 3" in told
     assert not (tmp_path / "run").exists()
     assert train(*arguments, "--force", "--dry-run") == 0
@@ -67,7 +67,7 @@ def test_too_little_room_is_refused_before_anything_is_written(
     full.free = 2**39
     assert train(*arguments, "--dry-run") == 0
     said = printed(capsys)
-    assert "512.00 GiB are free on the disk" in said
+    assert "512.00 GiB free on the disk" in said
     assert "warning" not in said
     full.total = 0  # a file system that does not know
     full.free = 0
@@ -94,7 +94,7 @@ def test_when_the_disk_fills_the_newest_checkpoint_stands(
     largest_file((newest / "unet.safetensors").stat().st_size // 2)
     assert train(*arguments) == 1
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("xlsd-train:")]
-    assert f"the newest complete checkpoint is {newest}: remove {old} (" in line
+    assert f"the newest checkpoint is {newest}; remove {old} (" in line
     assert line.endswith(f"then run the same command with --out {run}")
     assert sorted((run / "checkpoints").iterdir()) == [old, newest], "nothing partial is left"
     largest_file(resource.RLIM_INFINITY)
@@ -109,7 +109,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_half_of_a_run(
     assert train(*arguments) == 1
     told = capsys.readouterr().err
     assert "is full: " in told
-    assert "no checkpoint is whole: remove other files from that disk" in told
+    assert "there is no checkpoint; remove other files from that disk" in told
     assert not list((tmp_path / "run").glob("base*"))
     largest_file(resource.RLIM_INFINITY)
     assert train(*arguments) == 0

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import files, metrics, printed, train
 from xlsd_cache.errors import UserError
+from xlsd_train.checkpoints.comparison import compare_settings
 from xlsd_train.checkpoints.resume import differing
-from xlsd_train.checkpoints.run_folder import Run
+from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.optim.lr_scheduler import first_other_rate
 from xlsd_train.runs.record import EMPTY
@@ -99,7 +100,7 @@ def test_another_model_is_refused_also_where_it_is_not_read(
     other(changed)
     for more in (("--model", changed), ("--unet", changed / "unet")):
         assert train(*words, *STEPS, *WARMUP, *more, "--out", begun, "--dry-run") == 1
-        assert f"and not {more[1]}; leave that out" in capsys.readouterr().err
+        assert f"(now {more[1]}); leave that out" in capsys.readouterr().err
 
 
 def test_the_same_command_without_its_model_goes_on_to_the_bit(
@@ -122,7 +123,7 @@ def test_a_longer_plan_is_the_unbroken_longer_run_to_the_bit(
     assert train(*given, "--steps", 2, "--warmup", 1, "--out", out) == 0
     capsys.readouterr()
     assert train(*given, "--steps", 4, "--warmup", 1, "--out", out) == 0
-    assert "planned 4 steps, and 2 before" in printed(capsys)
+    assert "planned 4 steps (before: 2)" in printed(capsys)
     assert metrics(out) == metrics(tmp_path / "whole")
     last = "checkpoints/step-00000004/*"
     assert files(out, last) == files(tmp_path / "whole", last)
@@ -141,7 +142,7 @@ def test_a_plan_that_would_have_had_other_rates_is_refused(
         assert train(*words, *STEPS, *WARMUP, *more, "--out", run, "--dry-run") == 1
         told = capsys.readouterr().err
         assert "would have had another learning rate" in told
-        assert f"warmup 0 and not {more[-1]}" in told
+        assert f"--warmup 0 (now {more[-1]})" in told
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_what_was_forced_is_the_runs_from_then_on(
     capsys.readouterr()
     assert train(*given) == 0, "the same command again needs no --force"
     assert train(*words, *STEPS, *WARMUP, "--out", run) == 1
-    assert "lr 0.0005 and not 0.001" in capsys.readouterr().err
+    assert "--lr 0.0005 (now 0.001)" in capsys.readouterr().err
 
 
 def test_what_a_checkpoint_cannot_do_is_not_forced(
@@ -186,7 +187,7 @@ def test_what_a_checkpoint_cannot_do_is_not_forced(
 ) -> None:
     for more in (("--optimizer", "adamw"), ("--train", "unet.conv_in"), ("--ema",)):
         assert train(*words, *STEPS, *WARMUP, *more, "--out", run, "--force", "--dry-run") == 1
-        assert "which its checkpoint cannot do" in capsys.readouterr().err
+        assert "which its checkpoint cannot continue with" in capsys.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_goes_on(words: list[object], run: Path) -> None:
@@ -206,7 +207,7 @@ def test_validation_may_begin_and_end(
 ) -> None:
     given = (*words, *STEPS, *WARMUP)
     assert train(*given, "--validate-every", 2, "--out", begun, "--dry-run") == 1
-    assert "was begun without held-out images" in capsys.readouterr().err
+    assert "was started without held-out images" in capsys.readouterr().err
     out, held = tmp_path / "run", ("--validate-every", 2, "--validation-fraction", 0.4)
     model = json.loads((begun / "config.json").read_text())["config"]["model"]
     assert train(*given, *held, "--model", model, "--stop-after", 2, "--out", out) == 0
@@ -250,9 +251,9 @@ def test_another_card_is_another_rounding(tmp_path: Path, wrote: str) -> None:
     if wrote == "machine":
         del before.settings["card"]
     now = {**settings, "cudnn version": 92000}
-    Run(tmp_path, before).compare(now, config, str)
-    with pytest.raises(UserError, match="card NVIDIA A and not NVIDIA B"):
-        Run(tmp_path, before).compare({**now, "card": "NVIDIA B"}, config, str)
+    compare_settings(RunFolder(tmp_path, before), now, config, str)
+    with pytest.raises(UserError, match="card NVIDIA A .now NVIDIA B."):
+        compare_settings(RunFolder(tmp_path, before), {**now, "card": "NVIDIA B"}, config, str)
     before.settings["cudnn version"] = 91000
-    with pytest.raises(UserError, match="cudnn version 91000 and not 92000"):
-        Run(tmp_path, before).compare(now, config, str)
+    with pytest.raises(UserError, match="cudnn version 91000 .now 92000."):
+        compare_settings(RunFolder(tmp_path, before), now, config, str)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import cache, metrics, printed, train, write_images
 from xlsd_cache.errors import UserError
-from xlsd_train.checkpoints.run_folder import Run
+from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 
 Out = pytest.CaptureFixture[str]
@@ -47,23 +47,23 @@ def test_the_folder_tells_everything_about_the_run(
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("--batch", 5, "batch 4 and not 5"),
-        ("--lr", 2e-3, "lr 0.001 and not 0.002"),
-        ("--seed", 1, "seed 0 and not 1"),
-        ("--warmup", 2, "warmup 0 and not 2 (so step 1 would have had another learning rate)"),
-        ("--scheduler", "linear", "scheduler constant and not linear"),
-        ("--threads", 2, "threads 1 and not 2"),
-        ("--precision", "tf32", "precision fp32 and not tf32"),
-        ("--optimizer", "adamw", "optimizer lion and not adamw"),
-        ("--caption-dropout", 0.5, "caption_dropout 0.0 and not 0.5"),
-        ("--objective", "v", "objective None and not v"),
-        ("--tokens", 248, "tokens None and not 248"),
-        ("--reinit", "unet.conv_in", "reinit None and not unet.conv_in"),
-        ("--vae", "taesdxl", "vae None and not taesdxl"),
-        ("--model", "some/other", "and not some/other"),
-        ("--ema", None, "ema False and not True"),
-        ("--loss-weight", "debiased", "loss_weight none and not debiased"),
-        ("--timesteps", "stratified", "timesteps uniform and not stratified"),
+        ("--batch", 5, "--batch 4 (now 5)"),
+        ("--lr", 2e-3, "--lr 0.001 (now 0.002)"),
+        ("--seed", 1, "--seed 0 (now 1)"),
+        ("--warmup", 2, "--warmup 0 (now 2), so that step 1 would have had another learning rate"),
+        ("--scheduler", "linear", "--scheduler constant (now linear)"),
+        ("--threads", 2, "--threads 1 (now 2)"),
+        ("--precision", "tf32", "--precision fp32 (now tf32)"),
+        ("--optimizer", "adamw", "--optimizer lion (now adamw)"),
+        ("--caption-dropout", 0.5, "--caption-dropout 0.0 (now 0.5)"),
+        ("--objective", "v", "--objective None (now v)"),
+        ("--tokens", 248, "--tokens None (now 248)"),
+        ("--reinit", "unet.conv_in", "--reinit None (now unet.conv_in)"),
+        ("--vae", "taesdxl", "--vae None (now taesdxl)"),
+        ("--model", "some/other", "(now some/other)"),
+        ("--ema", None, "--ema False (now True)"),
+        ("--loss-weight", "debiased", "--loss-weight none (now debiased)"),
+        ("--timesteps", "stratified", "--timesteps uniform (now stratified)"),
     ],
 )
 def test_a_resume_with_other_settings_is_refused_naming_them(
@@ -84,7 +84,7 @@ def test_force_goes_on_and_says_what_differs(
 ) -> None:
     assert train(*arguments, "--stop-after", 3) == 0
     assert train(*changed(arguments, "--lr", 2e-3), "--force") == 0
-    assert "lr 0.001 and not 0.002" in printed(capsys)
+    assert "--lr 0.001 (now 0.002)" in printed(capsys)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -128,7 +128,7 @@ def test_folders_that_hold_something_else_are_refused(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     assert train(*arguments) == 1
-    assert "holds no run" in capsys.readouterr().err
+    assert "not a run" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
     (tmp_path / "run" / "config.json").write_text("{")
     assert train(*arguments) == 1
@@ -245,9 +245,9 @@ def test_default_folders_are_named_by_phase_and_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = Run.open(TrainConfig(phase="te"))
+    run = RunFolder.open(TrainConfig(phase="te"))
     assert run.folder.parent == Path("runs")
     assert run.folder.name.startswith("te-20")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="file"):
-        Run.open(TrainConfig(phase="te", out=tmp_path / "file"))
+        RunFolder.open(TrainConfig(phase="te", out=tmp_path / "file"))

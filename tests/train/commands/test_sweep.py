@@ -228,8 +228,8 @@ def test_another_sweep_is_not_gone_on_with(
     for option, value in (("--batch", 2), ("--seed", 1), ("--weight-decay", 0.1)):
         assert train(*given, option, value) == 1
         error = capsys.readouterr().err
-        assert f"lr-0.001 was begun with {option[2:].replace('-', '_')} " in error
-        assert f" and not {value}; give the same again" in error
+        assert f"lr-0.001 was started with {option} " in error
+        assert f" (now {value}); use the same" in error
     out = Path(shutil.copytree(swept.out, tmp_path / "copy"))
     assert train(*given[:-1], out, "--batch", 2, "--force") == 0  # all are finished
     assert "--lr 1e-05: " in printed(capsys)

@@ -139,8 +139,8 @@ def test_a_run_of_few_images_trains_says_so_and_goes_on(
     assert f"--validation-fraction {share:g} in place of 0.01" in printed(capsys)
     assert len(metrics(run)) == 4
     assert train(*words, "--seed", 1) == 1
-    assert "begun with seed 0" in capsys.readouterr().err
+    assert "started with --seed 0" in capsys.readouterr().err
     assert train(*words) == 0
     (line,) = printed(capsys).splitlines()
-    assert line.startswith(f"{run} is complete: step 4 of 4 planned, checkpoint {run}")
+    assert line.startswith(f"{run} is complete: step 4 of 4, checkpoint {run}")
     assert np.isfinite(record["warmup_steps"])

@@ -235,7 +235,7 @@ def test_a_resume_compares_settings_and_not_the_recipe(
     assert train(*given, "--stop-after", 1) == 0
     path.write_text(text.replace("1e-4", "2e-4"))
     assert train(*given) == 1
-    assert "was begun with lr 0.0001 and not 0.0002" in capsys.readouterr().err
+    assert "was started with --lr 0.0001 (now 0.0002)" in capsys.readouterr().err
     path.write_text("# only said otherwise\n" + text)
     assert train(*given, "--stop-after", 2) == 0
     plain = ["--phase", "unet", "--batch", 4, "--steps", 4, "--lr", 1e-4, "--sample-every", 0]

@@ -185,5 +185,5 @@ def test_a_resume_with_other_captions_is_refused(
     assert train(*given, "--stop-after", 1) == 0
     assert train(*given, option, *([] if value is None else [value])) == 1
     said = capsys.readouterr().err
-    assert "was begun with " in said
+    assert "was started with " in said
     assert f"{option[2:].replace('-', '_')} " in said

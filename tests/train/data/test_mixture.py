@@ -197,4 +197,4 @@ def test_a_run_on_two_stores_says_what_it_uses_and_resumes_as_the_stores_were(
     capsys.readouterr()
     for data in ([f"{store}:3", other], [store], [other, f"{store}:2"]):
         assert train(*common, "--data", *data, "--out", parts) == 1
-        assert "was begun with stores" in capsys.readouterr().err
+        assert "was started with stores" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_a_folder_that_is_no_checkpoint_is_neither_taken_nor_pruned(
     prune(run, 1)
     assert (mine / "thesis.txt").exists()
     assert train(*words, "--out", run) == 1
-    assert f"{mine} is no checkpoint, for it has no state.json" in capsys.readouterr().err
+    assert f"{mine} is not a checkpoint: it has no state.json" in capsys.readouterr().err
 
 
 def test_sweeping_knows_its_own_temporary_files(tmp_path: Path) -> None:

@@ -52,16 +52,18 @@ def test_a_loss_that_is_not_finite_is_found_before_anything_is_kept() -> None:
     ("optimizer", "saved", "step", "told"),
     [
         ("lion", False, 1, "no weight had moved yet, so --lr is not the cause"),
-        ("lion", False, 2, "begin again with a lower --lr and another --out"),
-        ("lion", True, 9, "step-00000004 stands: to go on from it, give the same command with"),
+        ("lion", False, 2, "start again with a lower --lr and another --out"),
+        ("lion", True, 9, "step-00000004, run the same command with"),
         ("adamw", True, 9, "a lower --lr and --force"),
-        ("dlion", True, 9, "a --d-max below what d came to and --force"),
+        ("dlion", True, 9, "a --d-max below the last d and --force"),
     ],
 )
 def test_what_is_advised_is_possible(
     tmp_path: Path, optimizer: str, saved: bool, step: int, told: str
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"optimizer": optimizer}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"config": {"optimizer": optimizer}, "settings": {}, "stores": []})
+    )
     if saved:
         state = tmp_path / "checkpoints/step-00000004/state.json"
         state.parent.mkdir(parents=True)

@@ -157,7 +157,7 @@ def test_no_checkpoint_holds_what_is_not_finite(open_run: Open, where: str) -> N
     with torch.no_grad():
         if where == "weight":
             parameter.view(-1)[3] = float("nan")
-            told = rf"{name} \(1 of {parameter.numel()} values\); nothing of it was kept"
+            told = rf"{name} \(1 of {parameter.numel()} values\); nothing was saved"
         elif where == "state":
             optimizer.state[parameter]["exp_avg"].view(-1)[0] = float("inf")
             told = rf"{name}/exp_avg \(1 of"
@@ -170,17 +170,17 @@ def test_no_checkpoint_holds_what_is_not_finite(open_run: Open, where: str) -> N
             told = "the optimizer's d"
     with pytest.raises(UserError, match=told) as caught:
         save(session, 2)
-    assert f"{first} stands" in str(caught.value)
-    assert "a --d-max below what d came to and --force" in str(caught.value)
+    assert f"to resume from {first}" in str(caught.value)
+    assert "a --d-max below the last d and --force" in str(caught.value)
     assert list((session.run.folder / "checkpoints").iterdir()) == [first]
 
 
 def test_without_a_checkpoint_none_is_spoken_of(open_run: Open) -> None:
     session = stepped(open_run)
     next(iter(session.named.values())).data.fill_(float("nan"))
-    with pytest.raises(UserError, match="begin again with a lower --lr and another --out") as found:
+    with pytest.raises(UserError, match="start again with a lower --lr and another --out") as found:
         save(session, 1)
-    assert "stands" not in str(found.value)
+    assert "resume" not in str(found.value)
     assert checkpoints(session.run.folder) == []
 
 
