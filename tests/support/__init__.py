@@ -154,3 +154,8 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
     """What a command printed since the last look: its results, then its log."""
     out, err = capsys.readouterr()
     return out + err
+
+
+def last_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line that a command wrote to stderr."""
+    return capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,11 +1,13 @@
-"""Training steps and sessions of small models, opened in this process."""
+"""Training steps and sessions of small models in this process, and a slow run."""
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tests.support import train
 from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.model.latent_scaling import LatentScaling
@@ -33,3 +35,15 @@ def bare_step(config: TrainConfig, plan: Plan, unet: Any, text_encoder: Any) -> 
     optimizer = make_optimizer(config, trained)
     objective = make_objective("eps", "none", 0, sd15.SCHEDULER)
     return Step(model, trained, optimizer, objective, alone, plan)
+
+
+def slow_train(*args: object) -> int:
+    """`xlsd-train` with a pause in each step, so that a signal can interrupt one."""
+    call = Step.__call__
+
+    def slowly(self: Step, *given: Any) -> Any:
+        time.sleep(0.05)
+        return call(self, *given)
+
+    Step.__call__ = slowly  # type: ignore[method-assign,assignment]
+    return train(*args)

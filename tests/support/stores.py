@@ -1,4 +1,4 @@
-"""Stores made without a build or changed after one, and a build slow enough to be interrupted."""
+"""Make a store without a build, change one, read its latents, and slow a build down."""
 
 import json
 import shutil
@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tests.support import cache
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.store.identity import Identity
 from xlsd_cache.store.manifest import Manifest
+from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.view import StoreView
 
 IDENTITY = Identity("v", "v", "AutoencoderKL", "0" * 64, 0.13025, 0.0, 4, "float32", "fp32",
@@ -48,3 +52,20 @@ def older(store: Path, target: Path, vae_source: Path | None = None) -> Path:
     path.write_text(json.dumps(header))
     (target / "index.arrow").unlink(missing_ok=True)  # it holds the other one's fingerprint
     return target
+
+
+def latents_by_name(out: Path) -> dict[str, NDArray[Any]]:
+    """Latent of every live sample by its key without the folder."""
+    with LatentStore.open(out) as store:
+        return {
+            row["key"].partition("/")[2]: store.read(row["bucket"], [row["row"]])[0]
+            for row in store.samples.to_pylist()
+        }
+
+
+def holds(out: Path, written: dict[str, Any]) -> bool:
+    """Whether the store has exactly these latents, byte for byte."""
+    got = latents_by_name(out)
+    return got.keys() == written.keys() and all(
+        np.asarray(written[key]).tobytes() == latent.tobytes() for key, latent in got.items()
+    )

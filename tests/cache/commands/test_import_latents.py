@@ -7,11 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.support import cache, files, metrics, printed, train
+from tests.support import cache, files, last_error, metrics, printed, train
 from tests.support.peer_caches import (
     bucket_of,
     covered,
@@ -21,6 +20,7 @@ from tests.support.peer_caches import (
     write_onetrainer,
     write_safetensors,
 )
+from tests.support.stores import holds, latents_by_name
 from xlsd_cache.images.decode import PREPROCESSING
 from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.reader import LatentStore
@@ -30,29 +30,8 @@ Out = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def images(photos: Path, tmp_path: Path) -> Path:
-    """A copy of the photos, whose caches may lie beside them."""
+    """A copy of the photos, whose caches may lie next to them."""
     return Path(shutil.copytree(photos, tmp_path / "images"))
-
-
-def stored(out: Path) -> dict[str, NDArray[Any]]:
-    """Key without its folder -> latent, of every live sample."""
-    with LatentStore.open(out) as store:
-        return {
-            row["key"].partition("/")[2]: store.read(row["bucket"], [row["row"]])[0]
-            for row in store.samples.to_pylist()
-        }
-
-
-def same(out: Path, written: dict[str, Any]) -> bool:
-    """Whether the store holds exactly these latents, to the byte."""
-    got = stored(out)
-    return got.keys() == written.keys() and all(
-        np.asarray(written[key]).tobytes() == latent.tobytes() for key, latent in got.items()
-    )
-
-
-def error(capsys: Out) -> str:
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_safetensors_come_over_byte_equal_and_train(
@@ -65,7 +44,7 @@ def test_safetensors_come_over_byte_equal_and_train(
     assert "found 8 latents of safetensors (mean of the posterior), 8 with their image" in told
     assert "compared 8 of 8 latents" in told
     assert "8 scanned = 8 encoded + 0 reused + 0 duplicate + 0 rejected" in told
-    assert same(out, written)
+    assert holds(out, written)
     with LatentStore.open(out) as store:
         assert store.caption_columns == ("txt",)
         sample = store.samples.to_pylist()[0]
@@ -87,12 +66,12 @@ def test_kohyas_draws_are_refused_with_their_noise_and_taken_when_forced(
     out = tmp_path / "latents"
     asked = ("import", images, "--out", out, "--vae", vae)
     assert cache(*asked) == 1
-    told = error(capsys)
+    told = last_error(capsys)
     assert "kohya stores a random sample of the posterior, not its mean, noise" in told
     assert "--force" in told
     assert not out.exists()
     assert cache(*asked, "--force") == 0
-    assert same(out, written)
+    assert holds(out, written)
     assert read_attributes(out)[0].preprocessing == "kohya sample"
     assert "imported: kohya sample" in (out / "latents.zarr/zarr.json").read_text()
 
@@ -107,13 +86,13 @@ def test_onetrainers_caches_find_their_images_wherever_they_lie(
     out = tmp_path / "latents"
     assert cache("import", tmp_path / "cache", "--out", out, "--vae", vae, "--compare", 8) == 0
     assert f"found {len(written)} latents of onetrainer" in printed(capsys)
-    assert same(out, written)
+    assert holds(out, written)
     images.rename(tmp_path / "moved")
     asked = ("import", tmp_path / "cache", "--vae", vae, "--out", tmp_path / "again")
     assert cache(*asked) == 1
-    assert "none of their images was found" in error(capsys)
+    assert "none of their images was found" in last_error(capsys)
     assert cache(*asked, "--images", tmp_path / "moved") == 0
-    assert same(tmp_path / "again", written)
+    assert holds(tmp_path / "again", written)
 
 
 def test_half_precision_stays_half_and_bfloat16_becomes_float32(
@@ -124,7 +103,7 @@ def test_half_precision_stays_half_and_bfloat16_becomes_float32(
         written = write_safetensors(cached, image_files(images), vae, dtype=dtype)
         out = tmp_path / f"{dtype}.store"
         assert cache("import", cached, "--images", images, "--vae", vae, "--out", out) == 0
-        got = stored(out)
+        got = latents_by_name(out)
         assert {latent.dtype for latent in got.values()} == {np.dtype(wanted)}
         for key, latent in got.items():
             assert np.array_equal(latent, written[key].float().numpy().astype(wanted))
@@ -162,11 +141,11 @@ def test_new_and_changed_files_are_imported_and_nothing_leaves(
     capsys.readouterr()
     assert cache("import", tmp_path / "b", *rest) == 0
     assert "8 scanned = 4 encoded + 4 reused" in printed(capsys)
-    assert same(tmp_path / "latents", written)
+    assert holds(tmp_path / "latents", written)
     os.utime(tmp_path / "b" / f"{some[7].stem}.img_sdxl", ns=(5, 5))
     assert cache("import", tmp_path / "b", *rest) == 0
     assert "8 scanned = 1 encoded + 7 reused" in printed(capsys)
-    assert same(tmp_path / "latents", written)
+    assert holds(tmp_path / "latents", written)
     assert cache("check", tmp_path / "latents") == 0
 
 
@@ -194,10 +173,10 @@ def test_build_never_adds_to_imported_latents(
     assert cache("import", images, "--out", out, "--vae", vae) == 0
     before = files(out, "**/*")
     assert cache("build", images, "--out", out, "--vae", vae, "--resolution", 128) == 1
-    assert f"preprocessing safetensors mean and not {PREPROCESSING}" in error(capsys)
+    assert f"preprocessing safetensors mean and not {PREPROCESSING}" in last_error(capsys)
     write_onetrainer(tmp_path / "cache", image_files(images), vae)
     assert cache("import", tmp_path / "cache", "--out", out, "--vae", vae) == 1
-    assert "preprocessing safetensors mean and not onetrainer mean" in error(capsys)
+    assert "preprocessing safetensors mean and not onetrainer mean" in last_error(capsys)
     assert files(out, "**/*") == before
 
 
@@ -224,7 +203,7 @@ def test_damaged_and_foreign_files_are_rejected_with_a_reason(
         "9 scanned = 2 encoded + 0 reused + 1 duplicate + 6 rejected (corrupt 2, foreign 1, "
         "non_finite 1, other_shape 1, other_size 1)"
     ) in printed(capsys)
-    kept = stored(out)
+    kept = latents_by_name(out)
     written["copy.jpg"] = written[some[6].name]
     assert len(kept) == 2
     assert all(written[key].numpy().tobytes() == latent.tobytes() for key, latent in kept.items())
@@ -265,7 +244,7 @@ def test_what_is_disproved_is_refused_even_when_forced(
         spoil(images, lambda latent: latent * 0.5)
     options = ["--force"] if forced else []
     assert cache("import", images, "--out", tmp_path / "l", "--vae", vae, *options) == 1
-    assert told in error(capsys)
+    assert told in last_error(capsys)
     assert not (tmp_path / "l").exists()
 
 
@@ -279,11 +258,11 @@ def test_scaled_latents_are_told_and_divided_when_forced(
     asked = ["import", cached, "--out", tmp_path / "l", "--vae", vae]
     asked += ["--images", images] if with_images else []
     assert cache(*asked) == 1
-    assert "they are already scaled (0.13" in error(capsys)
+    assert "they are already scaled (0.13" in last_error(capsys)
     assert cache(*asked, "--force") == 0
     assert read_attributes(tmp_path / "l")[0].preprocessing == "safetensors mean divided by 0.13025"
     if with_images:
-        got = stored(tmp_path / "l")
+        got = latents_by_name(tmp_path / "l")
         for key, latent in got.items():
             assert np.allclose(latent, raw[key], rtol=3e-7, atol=1e-6)
     capsys.readouterr()
@@ -313,7 +292,7 @@ def test_a_pickle_that_runs_code_is_not_run(
     assert "rejected (unsafe 1)" in printed(capsys)
     torch.save(Bomb(mark), one.with_name("aggregate.pt"))
     assert cache("import", tmp_path / "cache", "--out", tmp_path / "m", "--vae", vae) == 1
-    assert "aggregate.pt, the only index of the latents" in error(capsys)
+    assert "aggregate.pt, the only index of the latents" in last_error(capsys)
     assert not mark.exists()
 
 
@@ -358,6 +337,6 @@ def test_another_crop_is_doubtful_and_kept_when_forced(
         save_file({"latent": encoded(vae, shifted)}, image.with_suffix(".safetensors"))
     asked = ("import", images, "--out", tmp_path / "l", "--vae", vae, "--compare", 8)
     assert cache(*asked) == 1
-    assert "compared do not quite match their images (correlation images/" in error(capsys)
+    assert "compared do not quite match their images (correlation images/" in last_error(capsys)
     assert cache(*asked, "--force") == 0
     assert "do not quite match their images" in capsys.readouterr().err

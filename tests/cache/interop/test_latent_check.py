@@ -1,4 +1,4 @@
-"""Every latent is judged by its own image."""
+"""Each imported latent is compared with its own image."""
 
 import shutil
 from pathlib import Path
@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.cache.commands.test_import_latents import error, same, stored
-from tests.support import cache, printed
+from tests.support import cache, last_error, printed
 from tests.support.peer_caches import encoded, image_files, write_safetensors
+from tests.support.stores import holds, latents_by_name
 from xlsd_cache.encoding.encoder import to_input
 
 Out = pytest.CaptureFixture[str]
@@ -21,7 +21,7 @@ Out = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def cached(photos: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight images with latents beside them; not to be written to."""
+    """Eight images with latents next to them; not to be written to."""
     folder = Path(shutil.copytree(photos, tmp_path_factory.mktemp("cached") / "images"))
     write_safetensors(folder, image_files(folder), vae)
     return folder
@@ -85,14 +85,14 @@ def test_two_swapped_latents_are_rejected_by_name_and_the_others_imported(
         "8 scanned = 6 encoded + 0 reused + 0 duplicate + 2 rejected (not_its_image 2)" in told.out
     )
     assert f"rejected images/{wrong[0]}.img_sdxl: not_its_image: correlation" in told.err
-    assert same(tmp_path / "l", written(images, wrong))
+    assert holds(tmp_path / "l", written(images, wrong))
     assert rejected(tmp_path / "l") == dict.fromkeys(wrong, "not_its_image")
     assert cache(*asked) == 0  # again, and nothing changes
     assert "8 scanned = 0 encoded + 6 reused + 0 duplicate + 2 rejected" in printed(capsys)
     swap(*pair)  # mended
     assert cache(*asked) == 0
     assert "8 scanned = 2 encoded + 6 reused" in printed(capsys)
-    assert same(tmp_path / "l", written(images))
+    assert holds(tmp_path / "l", written(images))
     assert cache("check", tmp_path / "l") == 0
 
 
@@ -109,7 +109,7 @@ def test_what_has_no_image_among_others_takes_force(
     assert "0 encoded + 6 reused + 0 duplicate + 2 rejected" in printed(capsys)
     assert cache(*asked, "--force") == 0
     assert "8 scanned = 2 encoded + 6 reused + 0 duplicate + 0 rejected" in printed(capsys)
-    assert len(stored(tmp_path / "l")) == 8
+    assert len(latents_by_name(tmp_path / "l")) == 8
 
 
 @pytest.mark.parametrize("compare", [1, 8])
@@ -121,7 +121,7 @@ def test_one_latent_that_is_scaled_otherwise_is_rejected(
     asked = ("import", images, "--out", tmp_path / "l", "--vae", vae, "--compare", compare)
     assert cache(*asked, "--force") == 0
     assert rejected(tmp_path / "l") == {path.stem: "other_scale"}
-    assert same(tmp_path / "l", written(images, (path.stem,)))
+    assert holds(tmp_path / "l", written(images, (path.stem,)))
 
 
 def test_images_of_one_colour_are_proved_and_told_apart(
@@ -148,7 +148,7 @@ def test_mirrored_latents_are_their_images(images: Path, vae: Path, tmp_path: Pa
     for compare in (1, 2):
         out = tmp_path / str(compare)
         assert cache("import", images, "--out", out, "--vae", vae, "--compare", compare) == 0
-        assert same(out, written(images))
+        assert holds(out, written(images))
 
 
 def test_a_wrong_latent_added_to_a_store_is_rejected_and_nothing_else(
@@ -164,7 +164,7 @@ def test_a_wrong_latent_added_to_a_store_is_rejected_and_nothing_else(
     assert "8 scanned = 0 encoded + 7 reused + 0 duplicate + 1 rejected" in printed(capsys)
     pair[0].write_bytes(late)
     assert cache(*asked) == 0
-    assert same(tmp_path / "l", written(images))
+    assert holds(tmp_path / "l", written(images))
 
 
 def test_when_none_is_right_nothing_is_written(
@@ -177,7 +177,7 @@ def test_when_none_is_right_nothing_is_written(
     swap(*pair)
     asked = ("import", images, "--out", tmp_path / "l", "--vae", vae, "--force")
     assert cache(*asked) == 1
-    assert "2 of 2 compared latents do not match their images" in error(capsys)
+    assert "2 of 2 compared latents do not match their images" in last_error(capsys)
     assert not (tmp_path / "l").exists()
 
 

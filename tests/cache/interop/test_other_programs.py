@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.cache.commands.test_import_latents import error, stored
-from tests.support import cache, printed
+from tests.support import cache, last_error, printed
 from tests.support.peer_caches import (
     covered,
     encoded,
@@ -23,6 +22,7 @@ from tests.support.peer_caches import (
     write_safetensors,
     write_simpletuner,
 )
+from tests.support.stores import latents_by_name
 from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.reader import LatentStore
 
@@ -31,13 +31,13 @@ Out = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def images(photos: Path, tmp_path: Path) -> Path:
-    """A copy of the photos, whose caches may lie beside them."""
+    """A copy of the photos, whose caches may lie next to them."""
     return Path(shutil.copytree(photos, tmp_path / "images"))
 
 
 def divided(out: Path, written: dict[str, Any]) -> bool:
     """Whether the store holds these scaled latents, divided by the factor."""
-    got = stored(out)
+    got = latents_by_name(out)
     return got.keys() == written.keys() and all(
         np.array_equal(latent, written[key].float().numpy() / np.float32(0.13025))
         for key, latent in got.items()
@@ -87,7 +87,7 @@ def test_ai_toolkits_latents_without_metadata_are_paired_by_the_name_less_its_ha
     written.pop("coffee.jpg")
     asked = ("import", images / "_latent_cache", "--vae", vae, "--out", tmp_path / "l", "--force")
     assert cache(*asked) == 0
-    got = stored(tmp_path / "l")
+    got = latents_by_name(tmp_path / "l")
     (lonely,) = got.keys() - written.keys()
     assert lonely.startswith("coffee_")
     assert captions(tmp_path / "l")[lonely] is None
@@ -133,7 +133,7 @@ def test_simpletuners_latents_find_their_images_and_crops(
     table = images / "aspect_ratio_bucket_metadata_a.json"
     table.write_text("{")
     assert cache(*asked) == 1
-    assert f"cannot read {table}, SimpleTuner's table of crops" in error(capsys)
+    assert f"cannot read {table}, SimpleTuner's table of crops" in last_error(capsys)
 
 
 def kohya(images: Path, name: str, image: str, vae: Path, size: bool = False) -> None:
@@ -195,7 +195,7 @@ def test_of_two_possible_names_the_image_decides(photos: Path, vae: Path, tmp_pa
     for of in ("a", "a_0096x0096"):
         kohya(tmp_path, "a_0096x0096_sd", f"{of}.png", vae, size=True)
         assert cache(*asked, tmp_path.parent / f"{tmp_path.name}_{of}") == 0
-        assert stored(tmp_path.parent / f"{tmp_path.name}_{of}").keys() == {f"{of}.png"}
+        assert latents_by_name(tmp_path.parent / f"{tmp_path.name}_{of}").keys() == {f"{of}.png"}
 
 
 def test_flipped_latents_and_masks_are_passed_over_with_their_number(
@@ -241,4 +241,4 @@ def test_kinds_are_told_apart_by_content(
     write_onetrainer(tmp_path / "c", image_files(images)[:2], vae, layout="smart")
     torch.save(torch.zeros(4, 8, 8), tmp_path / "c" / "other.pt")
     assert cache("import", tmp_path / "c", "--vae", vae, "--out", tmp_path / "l") == 1
-    assert "caches of onetrainer and simpletuner, e.g." in error(capsys)
+    assert "caches of onetrainer and simpletuner, e.g." in last_error(capsys)

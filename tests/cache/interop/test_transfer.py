@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.cache.commands.test_import_latents import same
 from tests.support import cache, files, spawn, wait_for
 from tests.support.peer_caches import image_files, write_safetensors
+from tests.support.stores import holds
 from xlsd_cache.interop import transfer
 from xlsd_cache.store.shard import ShardWriter
 
 
 @pytest.fixture
 def images(photos: Path, tmp_path: Path) -> Path:
-    """A copy of the photos, to write beside."""
+    """A copy of the photos, to write next to."""
     return Path(shutil.copytree(photos, tmp_path / "images"))
 
 
@@ -52,7 +52,7 @@ def test_ctrl_c_leaves_a_store_that_goes_on(images: Path, vae: Path, tmp_path: P
     for image in image_files(images):
         image.unlink()  # what was planned was compared
     assert cache(*asked) == 0
-    assert same(out, written)
+    assert holds(out, written)
 
 
 def test_kill_9_eight_times(images: Path, vae: Path, tmp_path: Path) -> None:

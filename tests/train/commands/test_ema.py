@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import files, printed, train
-from tests.train.optim.test_ema import directly, trajectory
+from tests.support.averages import power_average, trajectory
 
 Out = pytest.CaptureFixture[str]
 
@@ -31,7 +31,7 @@ def test_any_length_is_made_afterwards(run: Path, tmp_path: Path, step: int, cap
     assert train("ema", run, out, "--sigma-rel", 0.15, "--step", step) == 0
     assert "its profile is met to" in printed(capsys)
     steps = trajectory(run)[:step]
-    expected = directly(steps, 0.15)
+    expected = power_average(steps, 0.15)
     got = load_file(out / f"checkpoints/step-{step:08d}/text_encoder.safetensors")
     worst, moved = 0.0, 0.0
     for file_name, value in got.items():

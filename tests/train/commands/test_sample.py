@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.support import printed, train
-from tests.train.export.test_export import assuming
+from tests.support.pipelines import with_factor
 from xlsd_train.evaluation.images import SCHEDULERS, Picture
 
 Out = pytest.CaptureFixture[str]
@@ -37,7 +37,7 @@ def made(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("compare")
     single, base, out = folder / "one.safetensors", folder / "base", folder / "out"
     assert train("export", model, single, "--format", "single-file") == 0
-    assuming(model, base)
+    with_factor(model, base)
     shutil.copytree(model, base, dirs_exist_ok=True)
     shutil.rmtree(base / "vae")
     config = AutoencoderKL.load_config(model / "vae")

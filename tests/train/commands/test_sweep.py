@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import xlsd_train.commands.sweep
 from tests.support import files, metrics, printed, spawn, train, wait_for
-from tests.train.report.test_page import Page
-from tests.train.training.test_loop import slow_train
+from tests.support.report_page import Page
+from tests.support.sessions import slow_train
 from xlsd_cache.errors import UserError
 from xlsd_train.config.recipes import options_in, parse, without
 from xlsd_train.config.run_options import SweepConfig

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.demo.pipeline import make_pipeline, read_captions
 from tests.support import printed, train
 from tests.support.ldm_keys import published
+from tests.support.pipelines import with_factor
 from xlsd_train.config import sd15
 from xlsd_train.config.optimization import Kind
 from xlsd_train.export.conversions import fold_vae
@@ -102,15 +103,6 @@ def draw(pipeline: Any) -> NDArray[np.float32]:
     return images
 
 
-def assuming(folder: Path, out: Path, factor: float = SD15_FACTOR) -> str:
-    """The configs of a folder, as a loader has them that knows only SD1.5's factor."""
-    ignored = shutil.ignore_patterns("*.safetensors", "README.md")
-    shutil.copytree(folder, out, ignore=ignored)
-    config = json.loads((out / "vae/config.json").read_text())
-    (out / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": factor}))
-    return str(out)
-
-
 def test_a_folder_through_a_single_file_is_equal_in_every_tensor(
     keys: Path, keys_file: Path, tmp_path: Path
 ) -> None:
@@ -156,7 +148,7 @@ def test_a_loader_that_knows_one_factor_draws_our_picture(
     model: Path, single: Path, ours: NDArray[np.float32], tmp_path: Path
 ) -> None:
     """diffusers' from_single_file, told that the VAE is SD1.5's; without the fold it fails."""
-    config = assuming(model, tmp_path / "sd15")
+    config = with_factor(model, tmp_path / "sd15")
     theirs = draw(StableDiffusionPipeline.from_single_file(str(single), config=config))
     assert np.abs(theirs - ours).max() <= 1 / 255
     naive = export(
@@ -345,7 +337,7 @@ def test_a_normalisation_of_each_channel_is_folded_too(run: Path, tmp_path: Path
     told = {"normalized": True, "shift": shift, "scale": scale}
     (copy / "base/latents.json").write_text(json.dumps(told))
     export(copy, out, "--format", "single-file")
-    config = assuming(export(copy, tmp_path / "folder"), tmp_path / "sd15")
+    config = with_factor(export(copy, tmp_path / "folder"), tmp_path / "sd15")
     theirs = AutoencoderKL.from_single_file(str(out), config=config, subfolder="vae")
     ours = AutoencoderKL.from_pretrained(copy / "base/vae")
     folder = AutoencoderKL.from_pretrained(tmp_path / "folder", subfolder="vae")
@@ -504,7 +496,7 @@ def test_a_v_file_says_so_to_every_program(model: Path, tmp_path: Path, capsys: 
     ]  # fmt: skip
     assert locate_model(str(out)).scheduler == locate_model(str(source)).scheduler
     # The marks are no weights, and disturb no loader.
-    config = assuming(model, tmp_path / "sd15")
+    config = with_factor(model, tmp_path / "sd15")
     pipeline = StableDiffusionPipeline.from_single_file(str(out), config=config)
     ours = build_network(locate_model(str(source)).unet).state_dict()
     assert equal(dict(pipeline.unet.state_dict()), dict(ours))

@@ -1,7 +1,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.demo.pipeline import make_networks
 from tests.support import files, train
+from tests.support.averages import power_average, trajectory
 from tests.support.sessions import Open
 from xlsd_cache.errors import UserError
 from xlsd_train.optim.ema import BLOCK, SIGMAS, Ema, keep_snapshots, packed, pinned, snapshots
@@ -29,27 +29,6 @@ def arguments(model: Path, store: Path) -> list[object]:
     ]  # fmt: skip
 
 
-def trajectory(run: Path) -> list[dict[str, torch.Tensor]]:
-    """The trained weights after each step, under the averages' names."""
-    return [
-        {
-            name.replace("text_model.", "text_encoder.", 1): value.double()
-            for name, value in load_file(path / "text_encoder.safetensors").items()
-        }
-        for path in checkpoints(run)
-    ]
-
-
-def directly(steps: list[dict[str, torch.Tensor]], sigma: float, every: int = 1) -> Any:
-    """The power-function average of a trajectory, from the formula."""
-    taken = steps[every - 1 :: every]
-    counts = np.diff((np.arange(len(taken) + 1) / len(taken)) ** (gamma_of(sigma) + 1))
-    return {
-        name: sum(count * step[name] for count, step in zip(counts, taken, strict=True))
-        for name in steps[0]
-    }
-
-
 @pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_averages_are_those_of_the_trajectory_through_a_resume(
     arguments: list[object], tmp_path: Path, every: int
@@ -64,7 +43,7 @@ def test_the_averages_are_those_of_the_trajectory_through_a_resume(
     kept = load_file(whole / "checkpoints/step-00000006/ema.safetensors")
     steps = trajectory(whole)
     for sigma in SIGMAS:
-        for name, expected in directly(steps, float(sigma), every).items():
+        for name, expected in power_average(steps, float(sigma), every).items():
             got = kept[f"{sigma}/{name}"].double()
             assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6), name
     assert list(snapshots(whole)) == [1, 2, 3, 4, 5, 6]
@@ -72,7 +51,7 @@ def test_the_averages_are_those_of_the_trajectory_through_a_resume(
 
 @pytest.mark.slow
 def test_keeping_averages_changes_no_weight(arguments: list[object], tmp_path: Path) -> None:
-    """Nor does measuring them; and both are validated beside the live weights."""
+    """Nor does measuring them; and both are validated along with the live weights."""
     common = (*arguments, "--validation-fraction", 0.4, "--seed", 3)
     common = (*common[: common.index("--steps") + 1], 2, *common[common.index("--steps") + 2 :])
     assert train(*common, "--out", tmp_path / "without") == 0

@@ -28,7 +28,7 @@ from tests.support import (
     wait_for,
     write_images,
 )
-from tests.support.sessions import Open
+from tests.support.sessions import Open, slow_train
 from xlsd_cache.console.terminal import start
 from xlsd_cache.dataset.batch_order import Slot
 from xlsd_train.data.loader import Batch, BatchSource
@@ -264,18 +264,6 @@ def test_kill_9_again_and_again(
 def steps(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def slow_train(*args: object) -> int:
-    """`xlsd-train` with a moment in each step, so that kills meet it everywhere."""
-    call = Step.__call__
-
-    def slowly(self: Step, *given: Any) -> Any:
-        time.sleep(0.05)
-        return call(self, *given)
-
-    Step.__call__ = slowly  # type: ignore[method-assign,assignment]
-    return train(*args)
 
 
 def test_sampling_saving_and_logging_change_no_weight(arguments: Arguments, tmp_path: Path) -> None:
