@@ -1,4 +1,4 @@
-"""No dead flags: each option of training changes what a run leaves, or a named test sees it act."""
+"""Each option of training has an effect, on what a run writes or in another test."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import files, metrics, train
+from tests.support import files, metrics, spawn, train
 from tests.support.sessions import Open
 from xlsd_train.config.train import TrainConfig
 
@@ -25,7 +25,7 @@ MEASURES: dict[str, object] = {"--validate-every": 1, "--validation-fraction": 0
 AVERAGES: dict[str, object] = {"--ema": True, "--steps": 4, "--save-every": 1}
 UNET: dict[str, object] = {"--phase": "unet"}
 
-# option -> (its value, what it needs beside it, what it changes)
+# option -> (its value, other options that it needs, what it changes)
 CHANGES: dict[str, tuple[object, dict[str, object], str]] = {
     "phase": ("unet", {}, "weights"),
     "train": ("text_encoder.embeddings", {}, "weights"),
@@ -79,35 +79,49 @@ CHANGES: dict[str, tuple[object, dict[str, object], str]] = {
 }
 
 # What needs other files, another machine or a second run: option -> the test that sees it act.
+_LOCATE, _CAPTIONS = "weights/test_locate.py", "data/test_captions.py"
+_ALL_OF_CAPTIONS = (
+    f"{_CAPTIONS}::test_a_run_with_everything_random_about_captions_resumes_to_the_bit"
+)
+_RATES = "training/test_loop.py::test_rate_options_act_and_a_stop_step_changes_no_rate"
+_AS_ASKED = "config/test_options.py::test_channels_last_and_determinism_are_as_asked"
 ELSEWHERE = {
-    "channels_last": ("test_options.py", "channels_last=True"),
-    "data": ("test_mixture.py", '"--data", f"{store}:2", other'),
-    "model": ("test_bundle.py", '"--model"'),
-    "model_ema": ("test_locate.py", "ema=True"),
-    "unet": ("test_locate.py", "unet="),
-    "text_encoder": ("test_locate.py", "text_encoder="),
-    "tokenizer": ("test_locate.py", '"--tokenizer"'),
-    "vae": ("test_bundle.py", "load_bundle(str(copy), str(model), identity)"),
-    "out": ("test_run_folder.py", '"--out"'),
-    "d_max": ("test_loop.py", '"--d-max"'),
-    "d_growth": ("test_loop.py", '"--d-growth"'),
-    "caption": ("test_captions.py", '"--caption"'),
-    "device": ("test_train.py", '"--device"'),
-    "threads": ("test_run_folder.py", '"--threads"'),
-    "tags": ("test_captions.py", '("--tags", None)'),
-    "underscores_to_spaces": ("test_captions.py", '("--underscores-to-spaces", None)'),
-    "recipe": ("test_recipes.py", '"--recipe"'),
-    "deterministic": ("test_options.py", "deterministic=False"),
-    "force": ("test_run_folder.py", '"--force"'),
+    "channels_last": _AS_ASKED,
+    "deterministic": _AS_ASKED,
+    "data": "data/test_mixture.py::"
+    "test_a_run_on_two_stores_says_what_it_uses_and_resumes_as_the_stores_were",
+    "model": "model/test_bundle.py::test_a_checkpoint_of_ours_is_a_model",
+    "model_ema": f"{_LOCATE}::test_moving_averages_are_taken_when_asked_for",
+    "unet": f"{_LOCATE}::test_a_unet_replaces_the_models",
+    "text_encoder": f"{_LOCATE}::test_a_text_encoder_replaces_the_models",
+    "tokenizer": f"{_LOCATE}::test_training_begins_from_a_single_file_and_resumes",
+    "vae": "model/test_bundle.py::test_another_vae_is_refused_unless_the_stores_is_swapped_in",
+    "out": "checkpoints/test_run_folder.py::test_the_folder_tells_everything_about_the_run",
+    "threads": "checkpoints/test_run_folder.py::test_the_folder_tells_everything_about_the_run",
+    "force": "checkpoints/test_run_folder.py::test_force_goes_on_and_says_what_differs",
+    "d_max": _RATES,
+    "d_growth": _RATES,
+    "caption": _ALL_OF_CAPTIONS,
+    "tags": _ALL_OF_CAPTIONS,
+    "underscores_to_spaces": _ALL_OF_CAPTIONS,
+    "device": "config/test_train.py::test_impossible_options_are_one_sentence",
+    "recipe": "config/test_recipes.py::test_each_trains",
 }
+COLLECT = ("--collect-only", "--assert=plain", "-m", "")
 
 
-def test_no_option_is_left_out() -> None:
+def test_every_option_is_covered() -> None:
     assert CHANGES.keys().isdisjoint(ELSEWHERE)
     assert CHANGES.keys() | ELSEWHERE.keys() == {field.name for field in fields(TrainConfig)}
-    for option, (file, words) in ELSEWHERE.items():
-        (path,) = (Path(__file__).parents[1]).rglob(file)
-        assert words in path.read_text(), option
+
+
+def test_the_tests_elsewhere_exist(tmp_path: Path) -> None:
+    """pytest collects each of them, in a process that has imported what they need."""
+    tests = Path(__file__).parents[1]
+    ids = [str(tests / test) for test in dict.fromkeys(ELSEWHERE.values())]
+    process = spawn(pytest.main, [*COLLECT, *ids], log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
 
 
 @pytest.fixture(scope="module")
