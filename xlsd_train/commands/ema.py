@@ -1,7 +1,7 @@
-"""`xlsd-train ema`: an average of a run's weights of any length, made after training.
+"""`xlsd-train ema`: reconstructs an EMA of any length after training (post-hoc EMA).
 
-Karras et al. 2024 (arXiv 2312.02696), section 3.2: least squares over the snapshots' profiles, then
-the same sum of their weights.
+Karras et al. 2024 (arXiv 2312.02696), section 3.2: fit the wanted profile by the snapshots'
+profiles, by least squares, then sum the snapshots' weights with the same coefficients.
 """
 
 import logging
@@ -34,25 +34,26 @@ log = logging.getLogger("xlsd.train.commands")
 
 
 def reconstruct(config: EmaConfig) -> None:
-    """Write the average into `config.out`, a folder that --model takes.
+    """Write the average to `config.out`, a folder that --model accepts.
 
-    Raises UserError where the run has no snapshots, or the folder exists.
+    Raises UserError if the run has no snapshots or the folder exists.
     """
     run, out = config.run, config.out
     refuse_links(run)
-    there = snapshots(run)
-    if not there or not checkpoints(run):
+    paths = snapshots(run)
+    if not paths or not checkpoints(run):
         raise UserError(f"{run} has no EMA snapshots; train it with --ema")
-    step = max(there) if config.step is None else config.step
-    if not 0 < step <= max(there):
+    newest = max(paths)
+    step = newest if config.step is None else config.step
+    if not 0 < step <= newest:
         raise UserError(
-            f"--step {step} is not within the {max(there)} steps of {run} that have snapshots"
+            f"--step {step} is not from 1 to {newest}, the newest snapshot of {run}; give another"
         )
     if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; name a new folder")
+        raise UserError(f"{out} exists already; give a new folder")
     wanted = Profile(gamma_of(config.sigma_rel), step)
     with ExitStack() as stack:
-        files = [stack.enter_context(_opened(path)) for path in there.values()]
+        files = [stack.enter_context(_opened(path)) for path in paths.values()]
         profiles = [
             Profile(gamma_of(float(sigma)), int(file.metadata()["step"]))
             for file in files
@@ -61,7 +62,7 @@ def reconstruct(config: EmaConfig) -> None:
         counts, error = coefficients(profiles, wanted)
         log.info(
             f"sigma_rel {config.sigma_rel:g} (gamma {wanted.gamma:.4g}) at step {step}, from "
-            f"{len(files)} snapshots of {run}: its profile is met to {error:.1%}"
+            f"{len(files)} snapshots of {run}: error of the fitted profile {error:.1%}"
         )
         terms = [(file, sigma) for file in files for sigma in SIGMAS]
         keys = _names(run, files)
@@ -70,42 +71,42 @@ def reconstruct(config: EmaConfig) -> None:
             name: _sum(run, terms, counts.tolist(), name)
             for name in progress_bar(names, unit="tensor", disable=None)
         }
-    said = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
-    _write(run, out, step, averaged, said)
-    log.info(f"{out}: as --model takes it")
+    origin = {"run": str(run), "sigma_rel": config.sigma_rel, "gamma": wanted.gamma, "error": error}
+    _write(run, out, step, averaged, origin)
+    log.info(f"wrote {out}; use it as --model")
 
 
 def _names(run: Path, files: list[Any]) -> list[str]:
-    """The tensors of the snapshots. Raises UserError where they are not all the same ones."""
-    every = [{name: file.get_slice(name).get_shape() for name in file.keys()} for file in files]  # noqa: SIM118
-    if not all(each == every[0] for each in every):
-        raise UserError(f"the snapshots in {run / 'ema'} are not of one model; train it anew")
-    return list(every[0])
+    """Names of the snapshots' tensors. Raises UserError if the snapshots differ in them."""
+    shapes = [{name: file.get_slice(name).get_shape() for name in file.keys()} for file in files]  # noqa: SIM118
+    if not all(each == shapes[0] for each in shapes):
+        raise UserError(f"the snapshots in {run / 'ema'} are of different models; train again")
+    return list(shapes[0])
 
 
 def _sum(run: Path, terms: list[tuple[Any, str]], counts: list[float], name: str) -> Tensor:
-    """One tensor, f32, summed in f64: counts of both signs nearly cancel."""
+    """One averaged tensor, f32, summed in f64: coefficients of both signs nearly cancel."""
     total: Tensor | None = None
     for (file, sigma), times in zip(terms, counts, strict=True):
         value = file.get_tensor(f"{sigma}/{name}").double() * times
         total = value if total is None else total.add_(value)
     assert total is not None
     if not is_finite(average := total.float()):
-        raise _unfit(run, terms, name)
+        raise _not_finite(run, terms, name)
     return average
 
 
-def _unfit(run: Path, terms: list[tuple[Any, str]], name: str) -> UserError:
-    """Which of the snapshots is the first that holds what no average can be made of."""
+def _not_finite(run: Path, terms: list[tuple[Any, str]], name: str) -> UserError:
+    """The error with the first snapshot that has nan or infinite values."""
     for file, sigma in terms:
         if not is_finite(value := file.get_tensor(f"{sigma}/{name}")):
             step = int(file.metadata()["step"])
             path = snapshots(run).get(step, run / SNAPSHOTS)
             return UserError(
                 f"{path}: {sigma}/{name} has {bad_values(value)} that are nan or infinite; remove "
-                f"it, and those after it"
+                f"this snapshot and the later ones"
             )
-    return UserError(f"the average of {name} is too large for fp32; give another --sigma-rel")
+    return UserError(f"the average of {name} overflows fp32; give another --sigma-rel")
 
 
 def _opened(path: Path) -> Any:
@@ -128,9 +129,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _write(
-    run: Path, out: Path, step: int, averaged: dict[str, Tensor], said: dict[str, Any]
+    run: Path, out: Path, step: int, averaged: dict[str, Tensor], origin: dict[str, Any]
 ) -> None:
-    """A run's folder with one checkpoint; its other parts are links, or copies elsewhere."""
+    """Write a run's folder with one checkpoint; its base is hard-linked if possible."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
     newest, checkpoint = checkpoints(run)[-1], checkpoint_at(temporary, step)
     try:
@@ -150,7 +151,7 @@ def _write(
                 )
             save_file(state, checkpoint / file, {"format": "pt"})
             fsync_file(checkpoint / file)
-        write_json(checkpoint / STATE, {"step": step, "ema": said})
+        write_json(checkpoint / STATE, {"step": step, "ema": origin})
         temporary.rename(out)
         fsync_folder(out.parent)
     except BaseException:

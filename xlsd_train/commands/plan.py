@@ -1,4 +1,4 @@
-"""`xlsd-train plan`: what each way of passing a batch takes, and the largest batch of each."""
+"""`xlsd-train plan`: memory and speed of each memory plan, and the largest batch of each."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +28,12 @@ from xlsd_train.step.step import Plan, Way
 from xlsd_train.training.setup import choose_samples
 from xlsd_train.weights.locate import locate_model, locate_network, locate_text_encoder
 
-VRAM = 24.0  # GB, where --vram is not given
+VRAM = 24.0  # GB, without --vram
 _ITEMS = ("weights", "gradients", "optimizer", "frozen weights", "activations", "workspaces")
 
 
 def show(config: PlanConfig) -> None:
-    """Print the table, or JSON. Raises UserError for a size or a model that cannot be."""
+    """Print a table, or JSON. Raises UserError for a bad size or model."""
     config = replace(config, vram=config.vram or VRAM)
     limit = limit_of(config, None) or 0.0
     unet, text_encoder = _configs(config)
@@ -42,9 +42,9 @@ def show(config: PlanConfig) -> None:
     most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in WAYS}
     way, part = asked(config)
     batch = max(1, most[way or WAYS[-1]]) if config.batch == "auto" else config.batch
-    rows = [_row(planner, x, batch, size, limit, part) for x in WAYS]
+    plans = [_best(planner, x, batch, size, limit, part) for x in WAYS]
     chosen = planner.fastest(batch, size, limit, way, part)
-    told = {
+    results = {
         "phase": config.phase,
         "optimizer": config.optimizer,
         "precision": config.precision,
@@ -53,19 +53,19 @@ def show(config: PlanConfig) -> None:
         "batch": batch,
         "vram_gb": config.vram,
         "limit_gib": limit / GIB,
-        "plans": [_told(row, limit, most) for row in rows],
-        "chosen": _told(chosen, limit, most) if chosen else None,
+        "plans": [_plan_json(plan, limit, most) for plan in plans],
+        "chosen": _plan_json(chosen, limit, most) if chosen else None,
         "largest_batch": max(most.values()),
     }
     if config.json:
-        say_json(told)
+        say_json(results)
     else:
-        for line in _table(told).splitlines():
+        for line in _table(results).splitlines():
             say(line)
 
 
 def _buckets(config: PlanConfig) -> dict[str, int]:
-    """Names and images of the buckets to plan for."""
+    """Bucket -> number of images, of the buckets to plan for."""
     for name in config.size:
         try:
             usable = not any(side % 64 for side in Bucket.parse(name))
@@ -85,7 +85,7 @@ def _buckets(config: PlanConfig) -> dict[str, int]:
 
 
 def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of UNet and text encoder; SD1.5's where no model is named, without fetching it."""
+    """Configs of UNet and text encoder; without --model SD1.5's, which need no download."""
     unet, text_encoder = {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER
     if config.model is not None:
         parts = locate_model(
@@ -104,40 +104,40 @@ def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return unet, text_encoder
 
 
-def _row(
+def _best(
     planner: Planner, way: Way, batch: int, size: Size, limit: float, part: int | None
 ) -> Prediction:
-    """The best plan of one way that fits, else the one that takes least."""
-    found = planner.fastest(batch, size, limit, way, part)
-    return found or planner.predict(Plan(way, part or 1), batch, size)
+    """The fastest plan of one way that fits, else the one with the lowest peak."""
+    fastest = planner.fastest(batch, size, limit, way, part)
+    return fastest or planner.predict(Plan(way, part or 1), batch, size)
 
 
-def _told(found: Prediction, limit: float, most: dict[Way, int]) -> dict[str, Any]:
+def _plan_json(it: Prediction, limit: float, most: dict[Way, int]) -> dict[str, Any]:
     return {
-        "way": found.plan.way,
-        "micro_batch": found.plan.micro_batch,
-        "passes": found.passes,
-        "peak_gib": found.peak / GIB,
-        "items_gib": {name: nbytes / GIB for name, nbytes in found.items.items()},
-        "fits": found.peak <= limit,
-        "tflop": found.tflop,
-        "flops_factor": found.factor,
-        "images_per_s": {name: found.batch / s for name, s in found.seconds.items()},
-        "largest_pass": most[found.plan.way],
+        "way": it.plan.way,
+        "micro_batch": it.plan.micro_batch,
+        "passes": it.passes,
+        "peak_gib": it.peak / GIB,
+        "items_gib": {name: nbytes / GIB for name, nbytes in it.items.items()},
+        "fits": it.peak <= limit,
+        "tflop": it.tflop,
+        "flops_factor": it.factor,
+        "images_per_s": {name: it.batch / s for name, s in it.seconds.items()},
+        "largest_pass": most[it.plan.way],
     }
 
 
-def _table(told: dict[str, Any]) -> str:
-    """For people: memory in GiB at its peak, images/s that cards reach at most."""
+def _table(results: dict[str, Any]) -> str:
+    """The results as text: items of the peak in GiB, images/s at each card's peak FLOP/s."""
     lines = [
-        "{phase}, {optimizer}, {precision}, {size}, {tokens} tokens, batch {batch}; of {vram_gb:g} "
-        "GB the run may take {limit_gib:.2f} GiB".format(**told),
-        "largest: the most samples that pass at once. images/s: at 100% of the card",
+        "{phase}, {optimizer}, {precision}, {size}, {tokens} tokens, batch {batch}; the run "
+        "may use {limit_gib:.2f} GiB of {vram_gb:g} GB".format(**results),
+        "Memory in GiB. largest: samples that fit in one pass. images/s: at 100% of each card",
         "",
         f"{'':24}{'peak':>7}" + "".join(f"{x.split()[0]:>12}" for x in _ITEMS)
         + f"{'FLOPs':>8}{'largest':>9}" + "".join(f"{x.split()[-1]:>7}" for x in CARDS),
     ]  # fmt: skip
-    for row in told["plans"]:
+    for row in results["plans"]:
         name = f"{row['way']} by {row['micro_batch']}"
         items = "".join(f"{row['items_gib'].get(x, 0):12.2f}" for x in _ITEMS)
         speeds = "".join(f"{x:7.1f}" for x in row["images_per_s"].values())
@@ -145,13 +145,13 @@ def _table(told: dict[str, Any]) -> str:
             f"{name:<24}{row['peak_gib']:7.2f}{items}{row['flops_factor']:8.3f}"
             f"{row['largest_pass']:9}{speeds}" + ("" if row["fits"] else "  does not fit")
         )
-    chosen = told["chosen"]
+    chosen = results["chosen"]
     if chosen is None:
-        lines.append(f"\nno plan fits; the largest batch that does is {told['largest_batch']}")
+        lines.append(f"\nno plan fits; the largest batch that fits is {results['largest_batch']}")
     else:
         lines.append(
-            f"\nthe run would take: {chosen['way']} by {chosen['micro_batch']}, "
+            f"\nthe run would use: {chosen['way']} by {chosen['micro_batch']}, "
             f"{chosen['passes']} passes, {chosen['peak_gib']:.2f} GiB; the largest batch in one "
-            f"pass is {told['largest_batch']}"
+            f"pass is {results['largest_batch']}"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`xlsd-train sample`: the same prompts and seeds drawn by several models, side by side."""
+"""`xlsd-train sample`: images of several models from the same prompts and seeds, side by side."""
 
 import gc
 import logging
@@ -18,7 +18,7 @@ from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_cache.runtime.own_files import marking
 from xlsd_train.commands.sample_page import page
 from xlsd_train.config.model_options import SampleConfig, size_of
-from xlsd_train.evaluation.images import Picture, draw_picture, pipeline_of, save_picture, sheet
+from xlsd_train.evaluation.images import Picture, draw_picture, make_grid, pipeline_of, save_picture
 from xlsd_train.evaluation.prompts import read_pictures, remarks
 from xlsd_train.evaluation.sample_files import own_size
 from xlsd_train.export.conversions import fold_vae, vae_in
@@ -29,9 +29,9 @@ from xlsd_train.weights.locate import ModelParts, locate_model
 
 log = logging.getLogger("xlsd.train.commands")
 
-SHOWN = 60  # prompts in grid and page, which some hundreds, as `score` wants, would make gigabytes
-# Of a model's scheduler what belongs to the model. Where steps fall and how they are taken is the
-# same for all models compared, whatever their files say.
+SHOWN = 60  # prompts in grid and page: hundreds, as `score` needs, would make gigabytes
+# The scheduler's settings that belong to the model. Step spacing and solver are the same for all
+# models compared, whatever their configs say.
 NOISE = (
     "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "
     "rescale_betas_zero_snr steps_offset set_alpha_to_one use_flow_sigmas flow_shift"
@@ -39,66 +39,68 @@ NOISE = (
 
 
 def compare(config: SampleConfig) -> Path:
-    """Draw everything, one model in memory at a time; returns OUT/index.html.
+    """Generate all images, one model in memory at a time; return OUT/index.html.
 
-    Raises UserError before the first picture where a prompt or a model cannot be drawn.
+    Raises UserError before the first image for a bad prompt or model.
     """
     device = device_of(config.device)
     log.info(set_precision("fp32"))
     names = _names(config.models)
-    asked = read_pictures(config.prompts, "--prompts", _default(config, names))
+    pictures = read_pictures(config.prompts, "--prompts", _default(config, names))
     models = [
         locate_model(source, tokenizer=_tokenizer(source, config)) for source in names.values()
     ]
     for parts in models:
         vae_in(parts)
     config.out.mkdir(parents=True, exist_ok=True)
-    files, said = [], set[str]()
-    with progress_bar(total=len(models) * len(asked), unit="image") as bar:
+    files, logged = [], set[str]()
+    with progress_bar(total=len(models) * len(pictures), unit="image") as bar:
         for number, (name, parts) in enumerate(zip(names, models, strict=True)):
             folder = config.out / f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
             folder.mkdir()
-            files.append(_draw(name, parts, asked, folder, device, config.scheduler, bar, said))
-    shown, files = asked[:SHOWN], [row[:SHOWN] for row in files]
+            files.append(
+                _generate(name, parts, pictures, folder, device, config.scheduler, bar, logged)
+            )
+    shown, files = pictures[:SHOWN], [row[:SHOWN] for row in files]
     with replacing(config.out / GRID) as temporary:
         _grid(list(names), shown, files).save(temporary, "PNG", **marking("grid"))
     html = config.out / "index.html"
     write_bytes(html, page(list(names), shown, files).encode())
-    log.info(f"pictures and grid {config.out / 'grid.png'}; to compare any two: {html}")
-    if len(asked) > SHOWN:
-        log.info(f"grid and page show the first {SHOWN} of {len(asked)} prompts")
+    log.info(f"grid: {config.out / 'grid.png'}; slider between any two models: {html}")
+    if len(pictures) > SHOWN:
+        log.info(f"grid and page show the first {SHOWN} of {len(pictures)} prompts")
     return html
 
 
-def _draw(
+def _generate(
     name: str,
     parts: ModelParts,
-    asked: list[Picture],
+    pictures: list[Picture],
     folder: Path,
     device: torch.device,
     scheduler: str,
     bar: Any,
-    said: set[str],
+    logged: set[str],
 ) -> list[Path]:
-    """One model's pictures."""
-    # Diffusers' pipeline knows one factor: whatever else a VAE's latents need is folded into it.
+    """Write one model's images; return their paths. `logged` has the remarks logged so far."""
+    # Diffusers' pipeline knows only a scaling factor: other latent scaling is folded into the VAE.
     vae, _ = fold_vae(vae_in(parts), trained=parts.trained)
     noise = {name: parts.scheduler[name] for name in NOISE if name in parts.scheduler}
     if noise.get("rescale_betas_zero_snr"):
-        noise["timestep_spacing"] = "trailing"  # the last timestep, all noise, must be among them
+        noise["timestep_spacing"] = "trailing"  # must include the last timestep, pure noise
     whole = replace(parts, scheduler={**noise, "clip_sample": False}, checkpoint=None)
     model = assemble(whole, model_vae(parts.source, vae, parts.vae_padding))
     model.text_encoder.requires_grad_(False)
     pipeline = pipeline_of(model, scheduler).to(device)
-    lines = dict.fromkeys(remarks(asked, model.tokenizer, model.tokens))
-    for line in lines.keys() - said:
+    lines = dict.fromkeys(remarks(pictures, model.tokenizer, model.tokens))
+    for line in lines.keys() - logged:
         log.info(line)
-    said |= lines.keys()
+    logged |= lines.keys()
     source = Path(parts.source)
     model_hash = sha256_of(source)[:10] if source.is_file() else None  # as A1111 writes it
-    digits = max(2, len(str(len(asked) - 1)))
+    digits = max(2, len(str(len(pictures) - 1)))
     paths = []
-    for i, picture in enumerate(asked):
+    for i, picture in enumerate(pictures):
         path = folder / f"{i:0{digits}d}.png"
         try:
             image = draw_picture(model, pipeline, picture)
@@ -106,25 +108,25 @@ def _draw(
             if not is_full(error):
                 raise
             raise UserError(
-                f"a picture of {picture.width}x{picture.height} needs more memory than the card "
-                f"has; give a smaller --size, or --device cpu"
+                f"an image of {picture.width}x{picture.height} needs more memory than the GPU has; "
+                f"give a smaller --size, or --device cpu"
             ) from error
-        save_picture(image, path, picture, name, model_hash, source=_last(parts))
+        save_picture(image, path, picture, name, model_hash, source=_source_name(parts))
         paths.append(path)
         bar.update()
     del pipeline, model
-    gc.collect()  # before the next one is loaded
+    gc.collect()  # before the next model is loaded
     return paths
 
 
 def _default(config: SampleConfig, names: dict[str, str]) -> Picture:
-    """What is drawn where a prompt's line does not say otherwise."""
+    """The settings of a prompt whose line has none."""
     sizes = {name: size for name, source in names.items() if (size := own_size(source))}
     run, size = next(iter(sizes.items()), ("", "512x512"))
     if config.size is None and sizes:
-        others = [f"{name}'s are {own}" for name, own in sizes.items() if own != size]
-        told = f"pictures of {size}, as the samples of {run} are"
-        log.info("; ".join([told, *others, "--size chooses"]))
+        others = [f"{name} has {own}" for name, own in sizes.items() if own != size]
+        sentence = ", ".join([f"images of {size}, as the samples of {run}", *others])
+        log.info(f"{sentence}; change it with --size")
     width, height = size_of(config.size or size, "--size")
     return Picture(
         "", config.negative, config.seed, config.steps, config.guidance, width, height,
@@ -132,17 +134,17 @@ def _default(config: SampleConfig, names: dict[str, str]) -> Picture:
     )  # fmt: skip
 
 
-def _grid(models: list[str], asked: list[Picture], files: list[list[Path]]) -> Image.Image:
-    """Models down, prompts across, each cell as large as the largest picture."""
+def _grid(models: list[str], pictures: list[Picture], files: list[list[Path]]) -> Image.Image:
+    """Models down, prompts across, each cell as large as the largest image."""
     rows = [
-        [(f"{model}: {picture.prompt}", path) for picture, path in zip(asked, row, strict=True)]
+        [(f"{model}: {picture.prompt}", path) for picture, path in zip(pictures, row, strict=True)]
         for model, row in zip(models, files, strict=True)
     ]
-    return sheet(rows, max(x.width for x in asked), max(x.height for x in asked))
+    return make_grid(rows, max(x.width for x in pictures), max(x.height for x in pictures))
 
 
 def _names(models: tuple[str, ...]) -> dict[str, str]:
-    """A name for each model, given as NAME=MODEL or the last part of where it lies -> the model."""
+    """Name -> model, for models given as NAME=MODEL, or as MODEL, named by its last path part."""
     names: dict[str, str] = {}
     for given in models:
         name, _, source = given.rpartition("=")
@@ -158,5 +160,5 @@ def _tokenizer(source: str, config: SampleConfig) -> str | None:
     return config.tokenizer if Path(source).is_file() else None
 
 
-def _last(parts: ModelParts) -> str:
+def _source_name(parts: ModelParts) -> str:
     return Path(parts.source).name + (f"/{parts.checkpoint.name}" if parts.checkpoint else "")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page with a slider between any two models' pictures."""
+"""One self-contained HTML page with a slider between any two models' images."""
 
 import base64
 from pathlib import Path
@@ -40,9 +40,9 @@ small { color: #aaa; }
 <figure>
 <div class="pair"><img alt="left"><img alt="right"></div>
 <input type="range" min="0" max="100" value="50" autocomplete="off"
- aria-label="how much of the left picture">
+ aria-label="share of the left image">
 <figcaption>{{ picture.prompt or "(no prompt)" }}<br><small>
-{%- if picture.negative %}without: {{ picture.negative }}; {% endif -%}
+{%- if picture.negative %}negative: {{ picture.negative }}; {% endif -%}
 seed {{ picture.seed }}, {{ picture.steps }} steps, guidance {{ picture.guidance }}</small>
 </figcaption>
 </figure>
@@ -74,7 +74,7 @@ choose();
 
 
 def page(models: list[str], pictures: list[Picture], files: list[list[Path]]) -> str:
-    """The page; `files` holds each model's PNGs in the pictures' order. All text is escaped."""
+    """The HTML; `files` has each model's PNGs in the pictures' order. All text is escaped."""
     environment = Environment(undefined=StrictUndefined, autoescape=True)
     images = [[_data(path) for path in row] for row in files]
     return environment.from_string(PAGE).render(models=models, pictures=pictures, images=images)

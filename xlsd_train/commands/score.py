@@ -1,4 +1,4 @@
-"""`xlsd-train score`: pictures that `sample` drew, against their prompts and real images."""
+"""`xlsd-train score`: CLIP score and CMMD of images that `sample` or a run wrote."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -13,142 +13,141 @@ from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_train.config.model_options import ScoreConfig
 from xlsd_train.evaluation.clip import Clip, Embeddings, load_clip
-from xlsd_train.evaluation.image_metrics import LEAST, Sample, clip_scores, cmmd
-from xlsd_train.evaluation.sample_files import Drawn, drawn_in
+from xlsd_train.evaluation.image_metrics import LEAST, ImageSet, clip_scores, cmmd
+from xlsd_train.evaluation.sample_files import SampleFile, samples_by_model
 from xlsd_train.runs.bootstrap import NARROW, Estimate, lowest, mean
 
-FEW = 300  # where CMMD's interval is about a quarter of 0.4 to either side
-NAMED = 20  # rejected images that are told by name
+FEW = 300  # images; CMMD's interval is then about 0.1 to either side at 0.4
+LISTED = 20  # rejected images that are listed by name
 TITLES = {"clip_score": "CLIP score", "cmmd": "CMMD"}
 
 
 @dataclass(frozen=True)
-class Real:
-    """The real images: how many were there, which were taken, and why some are not scored."""
+class RealImages:
+    """The images of --real."""
 
     folder: Path
-    found: int
-    taken: list[Path]
+    count: int  # of all in the folder
+    chosen: list[Path]
 
 
 def score(config: ScoreConfig) -> None:
-    """Print a table, or JSON. Raises UserError for what cannot be scored, before CLIP is loaded."""
+    """Print a table, or JSON. Raises UserError for unusable folders before CLIP is loaded."""
     device = device_of(config.device)
     precision = set_precision("fp32")
-    models = drawn_in(config.folders)
-    pictures = next(iter(models.values()))
-    _enough(len(pictures), f"pictures in {next(iter(models))}", 2)
-    real = _real(config.real, config.most, len(pictures)) if config.real else None
+    models = samples_by_model(config.folders)
+    samples = next(iter(models.values()))
+    _require(len(samples), f"images in {next(iter(models))}", 2)
+    real = _real_images(config.real, config.most, len(samples)) if config.real else None
     clip = load_clip(config.clip, device)
-    prompts = [picture.prompt for picture in pictures]
-    texts = clip.texts(prompts)
-    embedded = {name: _embedded(clip, name, drawn) for name, drawn in models.items()}
-    measured = {"clip_score": {name: mean(clip_scores(x, texts)) for name, x in embedded.items()}}
-    told: dict[str, Any] = {
+    prompts = [sample.prompt for sample in samples]
+    texts = clip.embed_texts(prompts)
+    images = {name: _embed(clip, name, files) for name, files in models.items()}
+    metrics = {"clip_score": {name: mean(clip_scores(x, texts)) for name, x in images.items()}}
+    results: dict[str, Any] = {
         "clip": config.clip,
         "precision": precision,
-        "pictures": len(pictures),
-        "prompts_cut": {"tokens": clip.tokens, "prompts": clip.too_long(prompts)},
+        "pictures": len(samples),
+        "prompts_cut": {"tokens": clip.max_tokens, "prompts": clip.count_truncated(prompts)},
     }
     if real:
-        images, rejected = clip.files(real.taken, "real images")
-        told["real"] = _accounts(real, rejected)
-        _enough(len(images), f"readable images in {real.folder}")
-        reference = Sample.of(images, "bootstrap real")
-        measured["cmmd"] = {name: cmmd(Sample.of(x), reference) for name, x in embedded.items()}
-    told["models"] = {
-        name: {kind: found[name].interval._asdict() for kind, found in measured.items()}
+        embedded, rejected = clip.embed_files(real.chosen, "real images")
+        results["real"] = _outcomes(real, rejected)
+        _require(len(embedded), f"readable images in {real.folder}")
+        reference = ImageSet.of(embedded, "bootstrap real")
+        metrics["cmmd"] = {name: cmmd(ImageSet.of(x), reference) for name, x in images.items()}
+    results["models"] = {
+        name: {metric: scores[name].interval._asdict() for metric, scores in metrics.items()}
         for name in models
     }
-    told["best"] = {kind: _best(kind, found) for kind, found in measured.items()}
+    results["best"] = {metric: _best(metric, scores) for metric, scores in metrics.items()}
     if config.json:
-        say_json(told)
+        say_json(results)
     else:
-        for line in _table(told):
+        for line in _table(results):
             say(line)
 
 
-def _best(kind: str, found: dict[str, Estimate]) -> dict[str, Any]:
-    """Of CLIP scores the highest, of CMMD the lowest; and which might as well be."""
-    signed = {name: -each if kind == "clip_score" else each for name, each in found.items()}
+def _best(metric: str, scores: dict[str, Estimate]) -> dict[str, Any]:
+    """The model with the highest CLIP score, or lowest CMMD, and those statistically tied."""
+    signed = {name: -score if metric == "clip_score" else score for name, score in scores.items()}
     verdict = lowest(signed)
-    return {"model": verdict.best, "not_told_apart": verdict.alike}
+    return {"model": verdict.best, "statistically_tied": verdict.alike}
 
 
-def _real(folder: Path, most: int, pictures: int) -> Real:
-    _enough(pictures, "pictures a model", LEAST, " with --real")
+def _real_images(folder: Path, most: int, samples: int) -> RealImages:
+    _require(samples, "images per model", LEAST, " with --real")
     if not folder.is_dir():
-        raise UserError(f"--real {folder} is no folder; name one of images")
-    there = image_files(folder)
-    _enough(len(there), f"images in {folder}")
-    order = draw.permutation(0, "real images", len(there))[: most or len(there)]
-    return Real(folder, len(there), [there[i] for i in sorted(order.tolist())])
+        raise UserError(f"--real {folder} is not a folder; give a folder of images")
+    files = image_files(folder)
+    _require(len(files), f"images in {folder}")
+    order = draw.permutation(0, "real images", len(files))[: most or len(files)]
+    return RealImages(folder, len(files), [files[i] for i in sorted(order.tolist())])
 
 
-def _enough(count: int, what: str, least: int = LEAST, how: str = "") -> None:
+def _require(count: int, what: str, least: int = LEAST, how: str = "") -> None:
     if count < least:
-        raise UserError(f"{count} {what} are too few to score{how}; give {least}, better hundreds")
+        raise UserError(
+            f"{count} {what} are too few to score{how}; give at least {least}, better hundreds"
+        )
 
 
-def _embedded(clip: Clip, name: str, pictures: list[Drawn]) -> Embeddings:
-    found, rejected = clip.files([picture.path for picture in pictures], name)
+def _embed(clip: Clip, name: str, samples: list[SampleFile]) -> Embeddings:
+    embeddings, rejected = clip.embed_files([sample.path for sample in samples], name)
     for path, why in rejected.items():
-        raise UserError(f"{path} is {why.reason} ({why.detail}); draw it again")
-    return found
+        raise UserError(f"{path} is {why.reason} ({why.detail}); sample it again")
+    return embeddings
 
 
-def _accounts(real: Real, rejected: dict[Path, Rejected]) -> dict[str, Any]:
+def _outcomes(real: RealImages, rejected: dict[Path, Rejected]) -> dict[str, Any]:
     return {
-        "found": real.found,
-        "not_taken": real.found - len(real.taken),
+        "found": real.count,
+        "not_taken": real.count - len(real.chosen),
         "rejected": dict(Counter(why.reason for why in rejected.values())),
-        "compared": len(real.taken) - len(rejected),
+        "compared": len(real.chosen) - len(rejected),
         "files": {
             path.relative_to(real.folder).as_posix(): asdict(why) for path, why in rejected.items()
         },
     }
 
 
-def _table(told: dict[str, Any]) -> list[str]:
-    """For people."""
-    lines = [f"{told['pictures']} pictures a model, judged by {told['clip']}"]
-    if cut := told["prompts_cut"]["prompts"]:
-        tokens = told["prompts_cut"]["tokens"]
-        lines.append(f"of {cut} prompts it reads the first {tokens} tokens and not the rest")
-    if real := told.get("real"):
-        lines += _of_real(real)
-    width = max(map(len, told["models"]))
-    kinds = list(told["best"])
-    heads = "".join(f"{TITLES[kind] + ' (95%)':<29}" for kind in kinds).rstrip()
+def _table(results: dict[str, Any]) -> list[str]:
+    """The results as lines of text."""
+    lines = [f"{results['pictures']} images per model, CLIP {results['clip']}"]
+    if truncated := results["prompts_cut"]["prompts"]:
+        tokens = results["prompts_cut"]["tokens"]
+        lines.append(f"{truncated} prompts are truncated to CLIP's {tokens} tokens")
+    if real := results.get("real"):
+        lines += _real_lines(real)
+    width = max(map(len, results["models"]))
+    metrics = list(results["best"])
+    heads = "".join(f"{TITLES[metric] + ' (95%)':<29}" for metric in metrics).rstrip()
     lines += ["", f"{'':<{width}}  {heads}"]
-    for name, found in told["models"].items():
-        cells = ["{mean:.4f} ({low:.4f} to {high:.4f})".format(**found[kind]) for kind in kinds]
+    for name, scores in results["models"].items():
+        cells = ["{mean:.4f} ({low:.4f} to {high:.4f})".format(**scores[x]) for x in metrics]
         lines.append(f"{name:<{width}}  " + "".join(f"{cell:<29}" for cell in cells).rstrip())
     lines.append("")
-    for kind, best in told["best"].items() if len(told["models"]) > 1 else ():
-        alike = ", ".join(best["not_told_apart"])
-        also = f"; not told apart from it: {alike}" if alike else ""
-        lines.append(f"best {TITLES[kind]}: {best['model']}{also}")
-    if told["pictures"] < NARROW:
+    for metric, best in results["best"].items() if len(results["models"]) > 1 else ():
+        tied = ", ".join(best["statistically_tied"])
+        others = f"; statistically tied: {tied}" if tied else ""
+        lines.append(f"best {TITLES[metric]}: {best['model']}{others}")
+    if (count := results["pictures"]) < NARROW:
+        lines.append(f"{count} images are few: 95% intervals of fewer than {NARROW} are too narrow")
+    if real and (few := min(results["pictures"], real["compared"])) < FEW:
         lines.append(
-            f"{told['pictures']} pictures are few: intervals of fewer than {NARROW} are narrower "
-            f"than 95%"
-        )
-    if real and (few := min(told["pictures"], real["compared"])) < FEW:
-        lines.append(
-            f"{few} images are few for CMMD, which wants {FEW} or more of either kind, of many "
-            f"subjects; its intervals hold for pictures of just these"
+            f"{few} images are few for CMMD, which needs {FEW} or more of either kind, of many "
+            f"subjects; its intervals are valid only for these subjects"
         )
     return lines
 
 
-def _of_real(real: dict[str, Any]) -> list[str]:
-    """Where every real image went."""
-    where = {"compared": real["compared"], **real["rejected"], "not taken": real["not_taken"]}
-    sums = " + ".join(f"{count} {what}" for what, count in where.items())
+def _real_lines(real: dict[str, Any]) -> list[str]:
+    """The outcome of every real image."""
+    outcomes = {"compared": real["compared"], **real["rejected"], "not used": real["not_taken"]}
+    sums = " + ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
     files = list(real["files"].items())
     lines = [f"{real['found']} real images = {sums}"]
-    lines += [f"  {name}: {why['reason']}: {why['detail']}" for name, why in files[:NAMED]]
-    if len(files) > NAMED:
-        lines.append(f"  and {len(files) - NAMED} more, which --json names")
+    lines += [f"  {name}: {why['reason']}: {why['detail']}" for name, why in files[:LISTED]]
+    if len(files) > LISTED:
+        lines.append(f"  and {len(files) - LISTED} more; --json lists all")
     return lines

@@ -1,11 +1,12 @@
-"""`xlsd-train sweep`: the same run at several rates, one after another, and which rate to take.
+"""`xlsd-train sweep`: trains at several learning rates, one after another, and compares them.
 
-Each run is a process of its own, `xlsd-train run` with the sweep's own words: its memory is free
-when it ends, and its crash is not the others'. DIR/lr-5e-06, one a rate, are ordinary runs; what
-goes on, and from where, follows from them alone.
+Each run is a process of its own, `xlsd-train run` with the sweep's command line: its memory is free
+when it ends, and a crash does not affect the others. OUT/lr-5e-06, one per rate, are ordinary runs;
+resuming depends on them alone.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,67 +30,68 @@ from xlsd_train.runs.layout import CONFIG, checkpoints, step_of
 from xlsd_train.runs.links import refuse_link
 from xlsd_train.runs.record import read_record
 
+log = logging.getLogger("xlsd.train.commands")
+
 POLL_S = 0.2
 
 
 def sweep(config: SweepConfig, words: Sequence[str]) -> None:
-    """Run or resume every rate; `words` are those after `sweep` on the command line.
+    """Run or resume every rate; `words` are the command line after `sweep`.
 
-    Raises UserError before anything runs if a run cannot be as asked, and at the end, after the
-    comparison, if a run failed.
+    Raises UserError before anything runs if the options do not fit a run that exists, and after
+    the comparison if a run failed.
     """
     runs = config.runs("validate_every" in options_in(words))
     _check(runs)
     out, each = next((folder.parent, run.validate_every) for folder, run in runs.items())
     refuse_foreign(out / NAME, (".html",), is_page)
     if each and not config.validate_every:
-        print(f"validating every {each} steps, to compare by; --validate-every chooses, 0 for none")
+        log.info(f"validating every {each} steps, to compare; change it with --validate-every")
     given, failed = without(words, "lr", "out", "validate_every"), []
     with StopSignal() as stop:
         for number, (folder, asked) in enumerate(runs.items(), start=1):
             if _finished(folder, asked):
-                say(f"--lr {asked.lr}: {folder} is finished")
+                log.info(f"--lr {asked.lr}: {folder} is finished")
                 continue
-            say(f"--lr {asked.lr}: run {number} of {len(runs)}, {folder}")
-            sys.stdout.flush()  # before the run's own text
+            log.info(f"--lr {asked.lr}: run {number} of {len(runs)}, {folder}")
             own = {"lr": asked.lr, "out": folder, "validate-every": asked.validate_every}
             options = [word for name, value in own.items() for word in (f"--{name}", str(value))]
             code = _wait(start([*given, *options]), stop)
             if stop.asked:
-                say(f"to go on from here, to the bit: the same command with --out {out}")
+                log.info(f"to resume bit-exactly, use the same command with --out {out}")
                 return
             if asked.dry_run:
-                print("the others are the same but for --lr")
+                log.info("the other runs differ only in --lr")
                 return
             if code:
-                print(f"--lr {asked.lr}: failed with exit code {code}; the others go on")
+                log.warning(f"--lr {asked.lr}: failed with exit code {code}; the others continue")
                 failed.append(folder)
     _conclude(runs, failed, out)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed, as said above: "
-            f"{', '.join(map(str, failed))}; the same command with --out {out} tries them again"
+            f"{len(failed)} of {len(runs)} runs failed, with the errors above: "
+            f"{', '.join(map(str, failed))}; use the same command with --out {out} to retry"
         )
 
 
 def start(words: list[str]) -> "subprocess.Popen[bytes]":
-    """A process of `xlsd-train run`, which writes to this one's terminal."""
+    """Start `xlsd-train run`; it writes to this process's terminal."""
     return subprocess.Popen([sys.executable, "-m", "xlsd_train", "run", *words])  # noqa: S603
 
 
 def _wait(process: "subprocess.Popen[bytes]", stop: StopSignal) -> int:
-    """Until the run ends, which a signal to this process makes it do at its next step.
+    """Wait until the run ends; after a signal to this process it ends at its next step.
 
-    Ctrl-C and a closed terminal reach both; `kill` this one alone, and so it is handed on.
+    Ctrl-C and a closed terminal reach both processes; `kill` only this one, which forwards it.
     """
-    handed_on = False
+    forwarded = False
     try:
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return process.wait(POLL_S)
-            if stop.asked and not handed_on and os.name == "posix":  # elsewhere it would kill
+            if stop.asked and not forwarded and os.name == "posix":  # elsewhere it would kill
                 process.terminate()
-                handed_on = True
+                forwarded = True
     except KeyboardInterrupt:  # the second Ctrl-C
         process.kill()
         process.wait()
@@ -97,10 +99,10 @@ def _wait(process: "subprocess.Popen[bytes]", stop: StopSignal) -> int:
 
 
 def _check(runs: dict[Path, TrainConfig]) -> None:
-    """Refuse what would fail late: each run that is there must be the one that is asked for."""
+    """Raises UserError if a folder's run has other options than are given now."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
-            "sweep starts processes of its own and is itself one; start it without a launcher"
+            "sweep starts one process per run; start it without a launcher such as torchrun"
         )
     for folder, asked in runs.items():
         refuse_link(folder)
@@ -108,7 +110,7 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
             continue
         before = read_record(folder).asked()
         wanted = json.loads(json.dumps(asked.to_json(), default=os.fspath))
-        # What a run can tell only with its store and model open, it tells itself.
+        # A run itself checks what needs its store and model.
         differ = differing(before, wanted)
         if differ and not asked.force:
             raise UserError(
@@ -118,24 +120,24 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
 
 
 def _finished(folder: Path, asked: TrainConfig) -> bool:
-    """Whether its newest checkpoint is where it was to end."""
-    found = checkpoints(folder)
-    if not found:
+    """Whether the newest checkpoint is of the run's last step."""
+    saved = checkpoints(folder)
+    if not saved:
         return False
     record = read_record(folder)
     planned = record.planned_steps or 2**62
     if any(record.config.get(x) != getattr(asked, x) for x in ("steps", "epochs")):
-        planned = asked.steps or 2**62  # longer or shorter than it was: the run knows
-    return step_of(found[-1]) >= min(planned, asked.stop_after or planned)
+        planned = asked.steps or 2**62  # the length is changed
+    return step_of(saved[-1]) >= min(planned, asked.stop_after or planned)
 
 
 def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> None:
-    """The table, the answer and the page, of all that began."""
-    begun = [folder for folder in runs if (folder / CONFIG).exists()]
-    if not begun:
+    """Print the table and the answer and write the page, of all runs that started."""
+    started = [folder for folder in runs if (folder / CONFIG).exists()]
+    if not started:
         return
     named = []
-    for run in histories(begun):
+    for run in histories(started):
         asked = runs[run.folder]
         state = "" if _finished(run.folder, asked) else ", unfinished"
         state = ", failed" if run.folder in failed else state
@@ -143,17 +145,17 @@ def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> N
     standings, answer = rank(named)
     for line in table(standings).splitlines():
         say(line)
-    say(answer + _beyond(standings))
-    say(f"report {write_page(named, out / NAME)}")
+    say(answer + rate_hint(standings))
+    log.info(f"report {write_page(named, out / NAME)}")
 
 
-def _beyond(standings: list[Standing]) -> str:
-    """Where the best rate is told apart from its only neighbour, the next one may be better yet."""
-    if any(it.loss is None or (it.beyond and it.beyond.low <= 0) for it in standings):
+def rate_hint(standings: list[Standing]) -> str:
+    """A remark if the best rate is the lowest or highest tried and no other is tied; else empty."""
+    if any(run.best is None or run.tied for run in standings):
         return ""
-    rates = {it.name: float(it.name.split()[1].rstrip(",")) for it in standings}
-    best = next(it for it in standings if it.beyond is None)
+    best = next(run for run in standings if run.excess is None)
+    rates = [run.rate for run in standings if run.rate is not None]
     for end, side in ((min, "lowest rate tried: a lower"), (max, "highest rate tried: a higher")):
-        if best.best and best.best[0] and end(rates, key=rates.__getitem__) == best.name:
-            return f"; it is the {side} one may do better"
+        if best.best and best.best[0] and best.rate == end(rates):
+            return f"; it is the {side} one may be better"
     return ""

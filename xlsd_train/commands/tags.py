@@ -1,4 +1,4 @@
-"""`xlsd-train tags STORE`: which tags captions have, and what a selection by tags leaves."""
+"""`xlsd-train tags`: counts the tags of a store's captions, or of the samples a filter selects."""
 
 from typing import Any
 
@@ -13,34 +13,34 @@ from xlsd_train.data.caption_edits import require_and_forbid
 from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.data.selection import filter_by_tags
 
-AT_ONCE = 1 << 24  # entries of the index that are counted together: bounds the memory
+AT_ONCE = 1 << 24  # entries of the index counted at once, to bound the memory
 
 
 def tags(config: TagsConfig) -> None:
-    """Print the counts. Raises UserError where no sample is left or a column is not there."""
+    """Print the counts. Raises UserError if no sample is left or a column does not exist."""
     with LatentStore.open(config.store) as store:
         columns = CaptionColumns.parse(config.caption, store.caption_columns, config.store)
         require, forbid = require_and_forbid(config.require_tags, config.forbid_tags)
-        tagged = filter_by_tags(store, columns.names, require, forbid)
-        selection = select(store, tagged.mask)
+        filtered = filter_by_tags(store, columns.names, require, forbid)
+        selection = select(store, filtered.mask)
         counts = {name: tag_counts(store, name, selection) for name in columns.names}
-    told = {
+    results = {
         "images": selection.of,
         "selected": len(selection),
         "buckets": selection.sizes,
-        "different": {name: len(found) for name, found in counts.items()},
+        "different": {name: len(tags) for name, tags in counts.items()},
         "tags": {
-            name: dict(list(found.items())[: config.most or None]) for name, found in counts.items()
+            name: dict(list(tags.items())[: config.most or None]) for name, tags in counts.items()
         },
     }
     if config.json:
-        say_json(told)
+        say_json(results)
     else:
-        _table(told, tagged.unknown)
+        _print_table(results, filtered.unknown)
 
 
 def tag_counts(store: LatentStore, column: str, selection: Selection) -> dict[str, int]:
-    """How many of the selected samples have each tag, the most frequent first; none is left out."""
+    """Tag -> number of selected samples that have it; all tags, the most frequent first."""
     tags = store.tags(column)
     if selection.chosen is None:
         return tags.counts()
@@ -55,7 +55,7 @@ def tag_counts(store: LatentStore, column: str, selection: Selection) -> dict[st
 def _counts(
     mask: NDArray[np.bool_], samples: NDArray[np.int32], offsets: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Of each list of samples, from one offset to the next, how many are in the mask."""
+    """For each list of samples, from one offset to the next, how many are in the mask."""
     before = np.zeros(len(offsets), np.int64)  # in the mask, up to each offset
     total = 0
     for start in range(int(offsets[0]), int(offsets[-1]), AT_ONCE):
@@ -66,16 +66,16 @@ def _counts(
     return np.diff(before)
 
 
-def _table(told: dict[str, Any], unknown: tuple[str, ...]) -> None:
-    print(f"{told['selected']} of {told['images']} images")
-    say("buckets: " + ", ".join(f"{name} {n}" for name, n in told["buckets"].items()))
+def _print_table(results: dict[str, Any], unknown: tuple[str, ...]) -> None:
+    say(f"{results['selected']} of {results['images']} images")
+    say("buckets: " + ", ".join(f"{name} {n}" for name, n in results["buckets"].items()))
     for tag in unknown:
-        say(f"no image has the tag {tag!r} that --forbid-tags names")
-    for name, found in told["tags"].items():
-        more = told["different"][name] - len(found)
-        print()
-        say(f"{told['different'][name]} tags in {name}", end="")
-        print(f", the most frequent {len(found)}:" if more else ":")
-        width = max((len(str(count)) for count in found.values()), default=0)
-        for tag, count in found.items():
-            say(f"  {count:>{width}}  {count / told['selected']:>6.1%}  {tag}")
+        say(f"--forbid-tags: no image has the tag {tag!r}")
+    for name, counts in results["tags"].items():
+        different = results["different"][name]
+        say()
+        shown = f", the most frequent {len(counts)}" if different > len(counts) else ""
+        say(f"{different} tags in {name}{shown}:")
+        width = max((len(str(count)) for count in counts.values()), default=0)
+        for tag, count in counts.items():
+            say(f"  {count:>{width}}  {count / results['selected']:>6.1%}  {tag}")

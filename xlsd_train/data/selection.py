@@ -74,13 +74,13 @@ def held_out_mask(store: SampleStore, fraction: float) -> Mask:
     return mask
 
 
-def evenly(mask: Mask, count: int) -> Mask:
+def spaced(mask: Mask, count: int) -> Mask:
     """At most `count` of a mask's samples, evenly spaced over all buckets and rows."""
     rows = np.flatnonzero(mask)
     count = min(count, len(rows))
-    spaced = np.zeros_like(mask)
-    spaced[rows[np.arange(count) * len(rows) // max(count, 1)]] = True
-    return spaced
+    chosen = np.zeros_like(mask)
+    chosen[rows[np.arange(count) * len(rows) // max(count, 1)]] = True
+    return chosen
 
 
 def _having(store: SampleStore, columns: Sequence[str], tag: str) -> Mask:

@@ -1,6 +1,6 @@
-"""What the model has learned: losses, samples, scores.
+"""Evaluation: validation losses, sample images, image scores.
 
-`validator` measures held-out losses, `sampler` draws samples during training from `prompts`,
-`images` draws and saves one picture, `sample_files` reads them back. `clip` and `image_metrics`
-give CLIP score and CMMD.
+`validator` measures held-out losses. `sampler` generates samples during training from `prompts`;
+`images` generates and saves one image, `sample_files` reads them back. `clip` and `image_metrics`
+compute CLIP score and CMMD.
 """

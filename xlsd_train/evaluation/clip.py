@@ -1,4 +1,4 @@
-"""CLIP as a judge of pictures: where images and texts lie on its unit sphere."""
+"""CLIP embeddings of images and texts, normalised, for CLIP score and CMMD."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,71 +24,76 @@ from xlsd_train.weights.hub import TOKENIZER_FILES, fetch_model
 from xlsd_train.weights.lazy_tensors import open_tensors
 from xlsd_train.weights.network import read_json
 
-Embeddings = NDArray[np.float64]  # [n, D], each of length 1
+Embeddings = NDArray[np.float64]  # [n, D], unit vectors
 FILES = ["config.json", "preprocessor_config.json", *TOKENIZER_FILES]
-BATCH, READERS = 32, 4  # images through CLIP at once; files decoded and prepared at once
+BATCH, READERS = 32, 4  # images per forward pass; threads that decode and preprocess
 PROCESSORS = (None, "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil",
               "CLIPFeatureExtractor")  # fmt: skip
-MOST_SIDE = 4096  # pixels; the largest CLIPs see 560
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # some of CLIP's repositories have no other
+MOST_SIDE = 4096  # pixels; the largest CLIPs use 560
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # some CLIP repositories have only the second
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Both halves of a CLIP, with its own way of preparing images and texts."""
+    """A CLIP model with its image processor and tokenizer."""
 
     model: Any
     processor: Any
     tokenizer: Any
 
     @property
-    def tokens(self) -> int:
-        """How much of a text it reads; 77."""
+    def max_tokens(self) -> int:
+        """Length of the longest text that it reads; 77 for OpenAI's."""
         return int(self.model.config.text_config.max_position_embeddings)
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Embeddings:
-        """Of each text; what is beyond `tokens` is cut."""
-        found = []
+    def embed_texts(self, texts: Sequence[str]) -> Embeddings:
+        """Embed each text, truncated to `max_tokens`."""
+        batches = []
         for start in range(0, len(texts), BATCH):
-            ready = self.tokenizer(
+            tokens = self.tokenizer(
                 [*texts[start : start + BATCH]],
-                padding=True, truncation=True, max_length=self.tokens, return_tensors="pt",
+                padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt",
             ).to(self.model.device)  # fmt: skip
-            pooled = self.model.text_model(ready.input_ids, attention_mask=ready.attention_mask)
-            found.append(_unit(self.model.text_projection(pooled.pooler_output)))
-        return np.concatenate(found)
+            pooled = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask)
+            batches.append(_normalised(self.model.text_projection(pooled.pooler_output)))
+        return np.concatenate(batches)
 
-    def files(self, paths: Sequence[Path], what: str) -> tuple[Embeddings, dict[Path, Rejected]]:
-        """Of each image file that can be decoded, in order; and why others cannot be."""
-        found = [np.empty((0, self.model.config.projection_dim))]
+    def embed_files(
+        self, paths: Sequence[Path], title: str
+    ) -> tuple[Embeddings, dict[Path, Rejected]]:
+        """Embed the image files that can be decoded, in order; return why the others cannot be.
+
+        `title` stands before the progress bar.
+        """
+        batches = [np.empty((0, self.model.config.projection_dim))]
         rejected: dict[Path, Rejected] = {}
         with (
             ThreadPoolExecutor(READERS) as pool,
-            progress_bar(total=len(paths), desc=what, unit="image") as bar,
+            progress_bar(total=len(paths), desc=title, unit="image") as bar,
         ):
             for start in range(0, len(paths), BATCH):
                 batch = paths[start : start + BATCH]
-                read = list(pool.map(self._read, batch))
+                results = list(pool.map(self._preprocess, batch))
                 rejected |= {
-                    path: it
-                    for path, it in zip(batch, read, strict=True)
-                    if isinstance(it, Rejected)
+                    path: result
+                    for path, result in zip(batch, results, strict=True)
+                    if isinstance(result, Rejected)
                 }
-                ready = [it for it in read if isinstance(it, Tensor)]
-                if ready:
-                    found.append(self.images(torch.stack(ready)))
+                pixels = [result for result in results if isinstance(result, Tensor)]
+                if pixels:
+                    batches.append(self.embed_images(torch.stack(pixels)))
                 bar.update(len(batch))
-        return np.concatenate(found), rejected
+        return np.concatenate(batches), rejected
 
     @torch.no_grad()
-    def images(self, prepared: Tensor) -> Embeddings:  # f32 [B, 3, S, S]
-        """Of one batch."""
-        pooled = self.model.vision_model(prepared.to(self.model.device)).pooler_output
-        return _unit(self.model.visual_projection(pooled))
+    def embed_images(self, pixels: Tensor) -> Embeddings:
+        """Embed one batch of preprocessed images, f32 [B, 3, S, S]."""
+        pooled = self.model.vision_model(pixels.to(self.model.device)).pooler_output
+        return _normalised(self.model.visual_projection(pooled))
 
-    def _read(self, path: Path) -> Tensor | Rejected:
-        """An image's central square as CLIP takes it, f32 [3, S, S]."""
+    def _preprocess(self, path: Path) -> Tensor | Rejected:
+        """Decode an image and make CLIP's input of its central square, f32 [3, S, S]."""
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -99,91 +104,96 @@ class Clip:
         pixels = decode(data, size, (0, 0, *size), size)
         if isinstance(pixels, Rejected):
             return pixels
-        ready: Tensor = self.processor(
+        values: Tensor = self.processor(
             pixels, return_tensors="pt", input_data_format="channels_last"
         )["pixel_values"][0]
-        return ready
+        return values
 
-    def too_long(self, texts: Sequence[str]) -> int:
-        """How many of the texts are cut."""
-        return sum(len(ids) > self.tokens for ids in self.tokenizer([*texts]).input_ids)
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """Number of texts that are longer than `max_tokens`."""
+        return sum(len(ids) > self.max_tokens for ids in self.tokenizer([*texts]).input_ids)
 
 
 def load_clip(source: str, device: torch.device) -> Clip:
-    """A CLIP of the hub's, or a folder with one, fp32. Raises UserError where there is none."""
-    folder = _folder(source)
-    told = read_json(folder / "config.json")
-    kind = told.get("model_type")
+    """Load a CLIP in fp32 from a hub id or a folder. Raises UserError if there is none."""
+    folder = _locate(source)
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
     if kind != "clip":
         raise UserError(
-            f"--clip {source} is a {kind} and no whole CLIP; give one with text and image encoder, "
-            f"such as openai/clip-vit-large-patch14-336"
+            f"--clip {source} is a {kind}, not a complete CLIP; give one with text and image "
+            f"encoder, e.g. openai/clip-vit-large-patch14-336"
         )
-    _refuse_other(folder, source)
+    _check_preprocessor(folder, source)
     try:
-        model, told = CLIPModel.from_pretrained(
-            folder, config=_config(told, source), dtype=torch.float32, local_files_only=True,
+        model, loading = CLIPModel.from_pretrained(
+            folder, config=_clip_config(config, source), dtype=torch.float32, local_files_only=True,
             trust_remote_code=False, weights_only=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,  # they are told, and refused
+            output_loading_info=True, ignore_mismatched_sizes=True,  # they are refused below
         )  # fmt: skip
-        # Without torchvision, so that scores are the same with it and without.
+        # The processor that needs no torchvision, so that scores do not depend on its presence.
         processor = CLIPImageProcessorPil.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         tokenizer = CLIPTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # what damaged files make the libraries stumble over, whatever it is
+    except Exception as error:  # damaged files may raise anything in the libraries
         raise UserError(
-            f"--clip {source} does not load: {one_line(error)}; give a folder "
+            f"--clip {source} cannot be loaded: {one_line(error)}; give a folder "
             f"with {', '.join(FILES[:2])}, vocab.json, merges.txt and {WEIGHTS[0]} of a CLIP"
         ) from error
-    # A key that does not fit comes with its two shapes.
-    lacking = sorted([*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])])
-    if lacking:
+    # A mismatched key comes with its two shapes.
+    mismatched = (key for key, *_ in loading["mismatched_keys"])
+    missing = sorted([*loading["missing_keys"], *mismatched])
+    if missing:
         raise UserError(
-            f"--clip {source} lacks {len(lacking)} of a CLIP's weights, {lacking[0]} among them; "
-            f"give one with text and image encoder"
+            f"--clip {source} lacks {len(missing)} of a CLIP's weights, e.g. {missing[0]}; give "
+            f"one with text and image encoder"
         )
     return Clip(model.to(device).eval(), processor, tokenizer)
 
 
-def _config(told: dict[str, Any], source: str) -> CLIPConfig:
-    """CLIP's own classes, whatever other code the config names."""
-    halves = {
-        name: plain_config(half, f"--clip {source} has a CLIP")
-        for name, half in told.items()
-        if name in {"text_config", "vision_config"} and isinstance(half, dict)
+def _clip_config(config: dict[str, Any], source: str) -> CLIPConfig:
+    """A config for CLIP's own classes, without other code that config.json may ask for."""
+    encoders = {
+        name: plain_config(value, f"--clip {source} has a CLIP")
+        for name, value in config.items()
+        if name in {"text_config", "vision_config"} and isinstance(value, dict)
     }
-    found: CLIPConfig = CLIPConfig.from_dict(
-        plain_config(told, f"--clip {source} has a CLIP") | halves
+    plain: CLIPConfig = CLIPConfig.from_dict(
+        plain_config(config, f"--clip {source} has a CLIP") | encoders
     )
-    return found
+    return plain
 
 
-def _refuse_other(folder: Path, source: str) -> None:
-    """Raises UserError for other ways to prepare images than CLIP's, and for what is no weights."""
+def _check_preprocessor(folder: Path, source: str) -> None:
+    """Raises UserError for another preprocessor than CLIP's, an adapter, or damaged weights."""
     path = folder / "preprocessor_config.json"
-    told = read_json(path) if path.is_file() else {}
-    named = told.get("image_processor_type") or told.get("feature_extractor_type")
-    sides = [told.get(name) for name in ("size", "crop_size")]
-    numbers = [x for it in sides for x in (it.values() if isinstance(it, dict) else [it])]
-    if named not in PROCESSORS:
+    config = read_json(path) if path.is_file() else {}
+    processor = config.get("image_processor_type") or config.get("feature_extractor_type")
+    sizes = [config.get(name) for name in ("size", "crop_size")]
+    sides = [x for size in sizes for x in (size.values() if isinstance(size, dict) else [size])]
+    if processor not in PROCESSORS:
         raise UserError(
-            f"--clip {source}: its preprocessor_config.json wants {named} to prepare images, and "
-            f"no code but CLIP's own is run; give a CLIP that wants {PROCESSORS[1]}"
+            f"--clip {source}: preprocessor_config.json asks for {processor}, and only CLIP's own "
+            f"image processor is run; give a CLIP with {PROCESSORS[1]}"
         )
-    if any(x is not None and (misfit(x, int) or not 0 < x <= MOST_SIDE) for x in numbers):
-        raise UserError(f"--clip {source}: {path} has a size that no CLIP has; give a whole CLIP")
+    if any(x is not None and (misfit(x, int) or not 0 < x <= MOST_SIDE) for x in sides):
+        raise UserError(
+            f"--clip {source}: {path} has a side that is not a number of pixels from 1 to "
+            f"{MOST_SIDE}; give a complete CLIP"
+        )
     if (folder / "adapter_config.json").exists():
-        raise UserError(f"--clip {source} holds an adapter, which is no CLIP; give a whole CLIP")
+        raise UserError(f"--clip {source} is an adapter; give a complete CLIP")
     for name in WEIGHTS:
         if (folder / name).is_file():
             open_tensors(folder / name)
             break
 
 
-def _folder(source: str) -> Path:
+def _locate(source: str) -> Path:
+    """The folder of a CLIP, downloaded if `source` is a hub id."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -198,6 +208,6 @@ def _folder(source: str) -> Path:
     return folder
 
 
-def _unit(embeddings: Tensor) -> Embeddings:
-    found: Embeddings = F.normalize(embeddings.double(), dim=1).cpu().numpy()
-    return found
+def _normalised(embeddings: Tensor) -> Embeddings:
+    unit: Embeddings = F.normalize(embeddings.double(), dim=1).cpu().numpy()
+    return unit

@@ -1,4 +1,4 @@
-"""A picture: what is drawn, diffusers' own pipeline that draws it, and what its file says of it."""
+"""Generates one image with diffusers' own pipeline, and saves it with its settings as metadata."""
 
 import json
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from xlsd_train.data.captions import tokenize
 from xlsd_train.model.bundle import ModelBundle
 
 LABEL_HEIGHT = 16
-# Name on the command line -> A1111's, diffusers' scheduler, its options.
+# Name on the command line -> A1111's name, diffusers' scheduler, its options.
 SCHEDULERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "dpm++": ("DPM++ 2M", DPMSolverMultistepScheduler, {}),
     "dpm++-karras": ("DPM++ 2M Karras", DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
@@ -37,7 +37,7 @@ SCHEDULERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn: with a model it gives the same pixels every time."""
+    """Prompt and settings of one image; the same model gives the same pixels every time."""
 
     prompt: str
     negative: str
@@ -49,8 +49,8 @@ class Picture:
     scheduler: str = "dpm++"
 
     def parameters(self, model: str | None = None, model_hash: str | None = None) -> str:
-        """As A1111 and programs after it read from a PNG's text chunk of that name."""
-        told = {
+        """The text of a PNG's `parameters` chunk, in A1111's format."""
+        settings = {
             "Steps": self.steps,
             "Sampler": SCHEDULERS[self.scheduler][0],
             "CFG scale": f"{self.guidance:g}",
@@ -61,7 +61,7 @@ class Picture:
         }
         quoted = {
             name: json.dumps(value) if set(',":\n') & set(str(value)) else value
-            for name, value in told.items()
+            for name, value in settings.items()
             if value is not None
         }
         lines = [self.prompt, ", ".join(f"{name}: {value}" for name, value in quoted.items())]
@@ -71,7 +71,7 @@ class Picture:
 
 
 def pipeline_of(model: ModelBundle, scheduler: str = "dpm++") -> Any:
-    """Diffusers' own pipeline of the model as it stands, with one of SCHEDULERS."""
+    """Diffusers' own pipeline with the model's current weights and one of SCHEDULERS."""
     _, kind, options = SCHEDULERS[scheduler]
     pipeline: Any = StableDiffusionPipeline(
         vae=model.vae.model,
@@ -89,9 +89,9 @@ def pipeline_of(model: ModelBundle, scheduler: str = "dpm++") -> Any:
 
 @torch.no_grad()
 def draw_picture(model: ModelBundle, pipeline: Any, asked: Picture) -> Image.Image:
-    """Draw it, of the same states as in training; all noise is drawn on the CPU, for it alone."""
+    """Generate one image, encoding prompts as training does; noise comes from its own CPU seed."""
     ids = tokenize(model.tokenizer, [asked.prompt, asked.negative], model.tokens)
-    # Each by itself, so that no prompt's states depend on another's.
+    # One by one, so that no prompt's hidden states depend on the other's.
     states, negative = (model.encode(one[None].to(model.unet.device)) for one in ids)
     latents = pipeline(
         prompt_embeds=states,
@@ -104,8 +104,8 @@ def draw_picture(model: ModelBundle, pipeline: Any, asked: Picture) -> Image.Ima
         output_type="latent",
     ).images
     decoded = model.vae.decode(model.scaling.to(latents.device).raw(latents))
-    drawn: Image.Image = pipeline.image_processor.postprocess(decoded)[0]
-    return drawn
+    image: Image.Image = pipeline.image_processor.postprocess(decoded)[0]
+    return image
 
 
 def save_picture(
@@ -114,46 +114,46 @@ def save_picture(
     asked: Picture,
     model: str | None = None,
     model_hash: str | None = None,
-    **about: Any,
+    **more: Any,
 ) -> None:
-    """Write a PNG that says how it was made: in A1111's words, and as JSON."""
-    told = {
+    """Write a PNG with its settings as metadata: in A1111's format, and as JSON."""
+    settings = {
         "prompt": asked.prompt,
         "negative": asked.negative,
         "seed": asked.seed,
         "steps": asked.steps,
         "guidance": asked.guidance,
         "scheduler": SCHEDULERS[asked.scheduler][0],
-        **about,
+        **more,
     }
     info = PngInfo()
     info.add_text("parameters", asked.parameters(model, model_hash))
-    info.add_text(MARK, json.dumps(told, ensure_ascii=False))
+    info.add_text(MARK, json.dumps(settings, ensure_ascii=False))
     with replacing(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
 
 
-def sheet(rows: list[list[tuple[str, Path]]], width: int, height: int) -> Image.Image:
-    """Rows of (label, PNG), each at most width x height pixels; a file not there leaves a gap."""
+def make_grid(rows: list[list[tuple[str, Path]]], width: int, height: int) -> Image.Image:
+    """Rows of (label, PNG) in cells of width x height pixels; a missing file leaves a gap."""
     height += LABEL_HEIGHT
-    made = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
-    write = ImageDraw.Draw(made)
-    for down, cells in enumerate(rows):
-        for across, (label, path) in enumerate(cells):
-            x, y = across * width, down * height
-            known = label[: width // 6].encode("latin-1", "replace").decode("latin-1")
-            write.text((x + 2, y + 2), known, fill="black")  # in Pillow's own font
-            if drawn := _drawn(path):
-                drawn.thumbnail((width, height - LABEL_HEIGHT))  # one of an earlier, larger size
-                made.paste(drawn, (x, y + LABEL_HEIGHT))
-    return made
+    grid = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+    canvas = ImageDraw.Draw(grid)
+    for row, cells in enumerate(rows):
+        for column, (label, path) in enumerate(cells):
+            x, y = column * width, row * height
+            text = label[: width // 6].encode("latin-1", "replace").decode("latin-1")
+            canvas.text((x + 2, y + 2), text, fill="black")  # Pillow's own font has only Latin-1
+            if image := _read_image(path):
+                image.thumbnail((width, height - LABEL_HEIGHT))  # an earlier sample may be larger
+                grid.paste(image, (x, y + LABEL_HEIGHT))
+    return grid
 
 
-def _drawn(path: Path) -> Image.Image | None:
-    """A picture of ours; None where there is none, or one larger than any that is drawn here."""
+def _read_image(path: Path) -> Image.Image | None:
+    """A PNG of at most MOST_PIXELS a side; None if there is none."""
     try:
         with Image.open(path) as image:
             fits = image.format == "PNG" and max(image.size) <= MOST_PIXELS
             return image.convert("RGB") if fits else None
-    except Exception:  # whatever a file that is none has Pillow stumble over
+    except Exception:  # a damaged file may raise anything in Pillow
         return None

@@ -1,4 +1,4 @@
-"""Pictures that `sample`, or a run, has drawn, read back: each model's, with what was asked for."""
+"""Finds the images that `sample` or a run wrote, and reads their prompts and seeds back."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,51 +14,50 @@ from xlsd_train.runs.record import read_record
 
 
 @dataclass(frozen=True, order=True)
-class Drawn:
-    """A picture's file, and what tells it from the others of its model."""
+class SampleFile:
+    """An image file with its prompt and seed."""
 
     prompt: str
     seed: int
     path: Path
 
 
-def drawn_in(folders: tuple[Path, ...]) -> dict[str, list[Drawn]]:
-    """Each model's pictures by the folder they lie in, all models' in the same order.
+def samples_by_model(folders: tuple[Path, ...]) -> dict[str, list[SampleFile]]:
+    """Folder of a model -> its images, in the same order for all models.
 
-    Raises UserError where there are none, or they are not of the same prompts and seeds.
+    Raises UserError if there are none, or if prompts and seeds differ between models.
     """
-    models: dict[str, list[Drawn]] = {}
+    models: dict[str, list[SampleFile]] = {}
     for given in folders:
         if not given.is_dir():
-            raise UserError(f"{given} is no folder; give what `xlsd-train sample` made")
+            raise UserError(f"{given} is not a folder; give what `xlsd-train sample` wrote")
         inner = sorted(path for path in given.iterdir() if path.is_dir())
         for path in inner:
             _refuse_link(path)
-        found = {str(folder): _pictures(folder) for folder in (given, *inner)}
-        models |= {name: pictures for name, pictures in found.items() if pictures}
-        if not any(found.values()):
+        samples = {str(folder): _samples_in(folder) for folder in (given, *inner)}
+        models |= {name: files for name, files in samples.items() if files}
+        if not any(samples.values()):
             raise UserError(
-                f"{given} holds no pictures, nor does a folder in it; give what `xlsd-train "
-                f"sample` made"
+                f"{given} and its subfolders have no images; give what `xlsd-train sample` wrote"
             )
     first, *others = models
     for other in others:
         for one, two in ((first, other), (other, first)):
-            lacking = _asked(models[one]) - _asked(models[two])
-            if lacking:
-                prompt, seed = min(lacking)
+            missing = _prompts_and_seeds(models[one]) - _prompts_and_seeds(models[two])
+            if missing:
+                prompt, seed = min(missing)
                 raise UserError(
-                    f"{one} has {prompt!r} of seed {seed} and {two} has not; score models on the "
-                    f"same prompts and seeds, or one by one"
+                    f"{one} has {prompt!r} with seed {seed} and {two} does not; score models on "
+                    f"the same prompts and seeds, or one by one"
                 )
     return models
 
 
 def own_size(source: str) -> str | None:
-    """WIDTHxHEIGHT of the samples of a run, given it or a checkpoint in it; None for another model.
+    """WIDTHxHEIGHT of a run's samples, given the run or a checkpoint in it; None for other models.
 
-    Where a prompt has a size of its own, it is that of the others. Of runs that older versions
-    began it is looked up in a sample.
+    Prompts with a size of their own do not count. Older runs do not record the size: it is that of
+    their first sample.
     """
     folder = Path(source).expanduser()
     for run in (folder, run_of(folder)):
@@ -77,41 +76,41 @@ def own_size(source: str) -> str | None:
     return None
 
 
-def _asked(pictures: list[Drawn]) -> Counter[tuple[str, int]]:
-    return Counter((picture.prompt, picture.seed) for picture in pictures)
+def _prompts_and_seeds(samples: list[SampleFile]) -> Counter[tuple[str, int]]:
+    return Counter((sample.prompt, sample.seed) for sample in samples)
 
 
 def _size(path: Path) -> str | None:
-    """WIDTHxHEIGHT of a picture, by its header; None for what is none."""
+    """WIDTHxHEIGHT by an image's header; None if it cannot be read."""
     try:
         with Image.open(path) as image:
             return f"{image.width}x{image.height}"
-    except Exception:  # whatever a file that is none has Pillow stumble over
+    except Exception:  # a damaged file may raise anything in Pillow
         return None
 
 
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise UserError(
-            f"{path} is a link, and only pictures that lie there themselves are scored; put what "
-            f"it points to in its place, or remove it"
+            f"{path} is a link, and links are not scored; replace it by the file it points to, or "
+            f"remove it"
         )
 
 
-def _pictures(folder: Path) -> list[Drawn]:
-    """Those in the folder itself. Raises UserError for one that does not say what was asked for."""
-    found = []
+def _samples_in(folder: Path) -> list[SampleFile]:
+    """The images directly in a folder, sorted. Raises UserError for one without our metadata."""
+    samples = []
     for path in sorted(folder.glob("*.png")):
-        if path.name == GRID:  # which `sample` and runs leave beside them
+        if path.name == GRID:  # written next to them by `sample` and runs
             continue
         _refuse_link(path)
         try:
             with Image.open(path) as image:
-                told = parse_json(image.info["xlsd"])
-            found.append(Drawn(str(told["prompt"]), int(told["seed"]), path))
-        except Exception as error:  # whatever a file that is none has Pillow stumble over
+                metadata = parse_json(image.info["xlsd"])
+            samples.append(SampleFile(str(metadata["prompt"]), int(metadata["seed"]), path))
+        except Exception as error:  # a damaged file may raise anything in Pillow
             raise UserError(
-                f"{path} does not say what was asked for ({type(error).__name__}: {error}); give "
-                f"only pictures that `xlsd-train sample` drew, as it wrote them"
+                f"{path} has no prompt and seed in its metadata ({type(error).__name__}: {error}); "
+                f"give only images that `xlsd-train sample` or a run wrote"
             ) from error
-    return sorted(found)
+    return sorted(samples)

@@ -1,4 +1,4 @@
-"""Samples of the live model, by diffusers' own pipeline, that leave training untouched."""
+"""Generates sample images during training, without changing anything that training depends on."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from xlsd_cache.runtime.own_files import marking
 from xlsd_cache.vocabulary import Bucket
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns
-from xlsd_train.evaluation.images import Picture, draw_picture, pipeline_of, save_picture, sheet
+from xlsd_train.evaluation.images import Picture, draw_picture, make_grid, pipeline_of, save_picture
 from xlsd_train.evaluation.prompts import read_lines, read_pictures
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.downsample import evenly
@@ -26,19 +26,19 @@ from xlsd_train.runs.layout import SAMPLES, grid_of, samples_of, steps_in
 from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.distributed import ALONE, Processes
 
-PROMPTS = 4  # taken from the store where no file is given
+PROMPTS = 4  # captions taken from the store without --sample-prompts
 GRID_ROWS = 10
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """What to draw, the same at any step."""
+    """Generates the same pictures at every sampled step."""
 
     pictures: list[Picture]
 
     @property
     def prompts(self) -> list[str]:
-        """Their prompts."""
+        """The prompts, in the pictures' order."""
         return [picture.prompt for picture in self.pictures]
 
     def __call__(
@@ -50,49 +50,48 @@ class Sampler:
         processes: Processes = ALONE,
         stopped: Callable[[], bool] = bool,
     ) -> Path | None:
-        """Draw every prompt into samples/step-N/ and renew samples/grid.png; returns the grid.
+        """Write an image per prompt to samples/step-N/, update samples/grid.png, return its path.
 
-        The processes of a run draw a prompt each, in turn, and the first one writes them all; None
-        where any was `stopped`, when nothing is written. The noise is drawn on the CPU from
-        generators of its own, and the modules are back in training mode and the VAE off the card
-        after.
+        The processes of a run share the prompts in turn, and the first process writes all images.
+        If any process was `stopped`, nothing is written and None returned. Noise comes from CPU
+        generators of its own. Afterwards modules are in training mode and the VAE is on the CPU.
         """
-        asked = self.pictures
-        with _drawing(model, accelerator.device):
+        pictures = self.pictures
+        with _sampling(model, accelerator.device):
             pipeline = pipeline_of(model)
 
             def work(i: int) -> Image.Image:
                 with accelerator.autocast():
-                    return draw_picture(model, pipeline, asked[i])
+                    return draw_picture(model, pipeline, pictures[i])
 
-            images = processes.deal(len(asked), work, stopped)
+            images = processes.deal(len(pictures), work, stopped)
         if images:
             target = samples_of(folder, step)
             target.mkdir(parents=True, exist_ok=True)
-            for i, (image, picture) in enumerate(zip(images, asked, strict=True)):
+            for i, (image, picture) in enumerate(zip(images, pictures, strict=True)):
                 save_picture(image, target / f"{i:02d}.png", picture, training_step=step)
             self._grid(folder)
         return None if images is None else grid_of(folder)
 
     def _grid(self, run: Path) -> None:
-        """Steps down, prompts across; of many steps some, the first and last among them."""
-        there = list(steps_in(run / SAMPLES).items())
+        """Steps down, prompts across; of more than GRID_ROWS steps, evenly spaced ones."""
+        steps = list(steps_in(run / SAMPLES).items())
         rows = [
             [
                 (f"step {step}: {prompt}", folder / f"{column:02d}.png")
                 for column, prompt in enumerate(self.prompts)
             ]
-            for step, folder in (there[i] for i in evenly(len(there), GRID_ROWS))
+            for step, folder in (steps[i] for i in evenly(len(steps), GRID_ROWS))
         ]
         width = max(picture.width for picture in self.pictures)
         height = max(picture.height for picture in self.pictures)
         with replacing(grid_of(run)) as temporary:
-            sheet(rows, width, height).save(temporary, "PNG", **marking("grid"))
+            make_grid(rows, width, height).save(temporary, "PNG", **marking("grid"))
 
 
 @contextmanager
-def _drawing(model: ModelBundle, device: torch.device) -> Iterator[None]:
-    """The VAE on the device and the others not in training mode; as they were after."""
+def _sampling(model: ModelBundle, device: torch.device) -> Iterator[None]:
+    """Put the VAE on the device and the other modules in eval mode; undo both afterwards."""
     model.vae.model.to(device)
     for part in (model.unet, model.text_encoder):
         part.eval()
@@ -112,11 +111,11 @@ def read_prompts(
     columns: CaptionColumns,
     before: RunRecord | None,
 ) -> list[Picture]:
-    """What a run draws: the prompts of --sample-prompts, or captions of the selected samples.
+    """The pictures of a run: from --sample-prompts, or from captions of the selected samples.
 
-    `before` is the record of a run that is resumed. Runs of older versions know no options in a
-    line: while the file is the same, they draw what they drew. Raises UserError for a file without
-    prompts, and for a prompt that cannot be drawn.
+    `before` is the record of the run that is resumed. Older versions knew no options in a line: a
+    run of theirs keeps its pictures while the file is unchanged. Raises UserError for a file
+    without prompts or with invalid settings.
     """
     width, height = sample_size(selection.sizes)
     default = Picture(
@@ -133,7 +132,7 @@ def read_prompts(
 
 
 def _literal(prompts: list[str], default: Picture) -> list[Picture]:
-    """Each prompt as it is written, from consecutive seeds."""
+    """A picture for each prompt, taken literally, with consecutive seeds."""
     return [
         replace(default, prompt=prompt, seed=default.seed + i) for i, prompt in enumerate(prompts)
     ]
@@ -142,8 +141,8 @@ def _literal(prompts: list[str], default: Picture) -> list[Picture]:
 def _captions(
     config: TrainConfig, store: SampleStore, selection: Selection, columns: CaptionColumns
 ) -> list[str]:
-    """Captions of selected samples, always the same."""
-    parts, seed = config.caption_edits(), config.seed
+    """Up to PROMPTS different captions of the selected samples, chosen by the run's seed."""
+    edits, seed = config.caption_edits(), config.seed
     texts = [store.samples[name] for name in columns.names]
     chosen: dict[str, None] = {}
     for number in draw.permutation(seed, "sample prompts", len(selection)):
@@ -152,7 +151,7 @@ def _captions(
         words = draw.words(seed, "sample prompt", at)
         (text,) = columns.mix([[column[row].as_py()] for column in texts], words)
         line = next(iter((text or "").splitlines()), "")
-        prompt = parts.deterministic.apply(line, 0, 0) if parts else line
+        prompt = edits.deterministic.apply(line, 0, 0) if edits else line
         if prompt:
             chosen[prompt] = None
         if len(chosen) == PROMPTS:
@@ -161,5 +160,5 @@ def _captions(
 
 
 def sample_size(sizes: Mapping[str, int]) -> tuple[int, int]:
-    """(width, height) of the bucket with the most samples."""
+    """(width, height) of the bucket with the most samples; of equal ones, the last by name."""
     return Bucket.parse(max(sizes, key=lambda name: (sizes[name], name)))

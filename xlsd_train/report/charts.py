@@ -1,7 +1,6 @@
-"""Runs as charts, several side by side in one: what plotly draws, as plain lists and numbers.
+"""Charts of runs as plotly figures, in plain lists and numbers; each chart shows all runs.
 
-All points are those of the logs. What plotly shows as text is its own small HTML, so that names are
-escaped for it here.
+Points come from the logs alone. Plotly reads a subset of HTML in its texts, so names are escaped.
 """
 
 import re
@@ -25,15 +24,15 @@ COLOURS = (
     "#e69f00",
     "#56b4e9",
     "#000000",
-)  # Okabe and Ito's, told apart by the colour-blind too
-MEASURED = 200  # validations of a run that are drawn
+)  # Okabe and Ito's palette for colour-blind readers
+MEASURED = 200  # validations of a run that are shown
 DASHES = ("solid", "dash", "dashdot")  # weights: live, then averages
 Trace = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of the page."""
+    """One chart of the page."""
 
     title: str
     note: str
@@ -41,7 +40,7 @@ class Chart:
 
 
 def charts(runs: Sequence[History]) -> list[Chart]:
-    """Those that there is anything to draw in, in the order of the page."""
+    """The charts that have data, in the order of the page."""
     made = [
         _metric_chart(runs, "loss", _loss, log=True),
         _metric_chart(runs, "lr", _rates, log=True, rangemode="tozero"),
@@ -58,8 +57,8 @@ def charts(runs: Sequence[History]) -> list[Chart]:
     return [chart for chart in made if chart.figure["data"]]
 
 
-def drawn(validation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of some steps where there are many: the first, the last and the best among them."""
+def shown_validations(validation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of at most MEASURED steps, with the first, the last and the best."""
     steps = list(dict.fromkeys(line["step"] for line in validation))
     chosen = {steps[i] for i in evenly(len(steps), MEASURED - 1)}
     if validation:
@@ -95,17 +94,17 @@ def _chart(
 
 
 def _note(runs: Sequence[History], data: list[Trace]) -> str:
-    """What was left out to draw it."""
+    """What the points and intervals are, and what is left out."""
     if any("error_y" in trace for trace in data):
         many = max(len({line["step"] for line in run.validation}) for run in runs)
-        some = f"; of {many} validations some are drawn, evenly, and the best" * (many > MEASURED)
-        return f"mean and 95% interval of it{some}"
+        some = f"; at most {MEASURED} of {many} validations, evenly spaced, and the best"
+        return "mean and its 95% interval" + some * (many > MEASURED)
     every = {run.series["loss"].every for run in runs if "loss" in run.series}
     if not every or max(every) == 1:
         return ""
     return (
-        f"a point is the mean of up to {max(every)} steps, at their middle; shaded: from the "
-        f"least to the most of them"
+        f"a point is the mean of up to {max(every)} steps, at their middle; shaded: from their "
+        f"minimum to their maximum"
     )
 
 
@@ -118,22 +117,22 @@ def _loss(run: History, colour: str) -> list[Trace]:
 
 
 def _rates(run: History, colour: str) -> list[Trace]:
-    """The rate asked for only where another one comes of it."""
+    """The effective rate; also --lr where the two differ."""
     if "lr" not in run.series:
         return []
-    asked, effective = run.series["lr"], run.series["lr_effective"]
+    lr, effective = run.series["lr"], run.series["lr_effective"]
     traces = [_line(run, effective, "effective", colour, width=2)]
-    return traces + [_line(run, asked, "lr", colour, dash="dot")] * (asked != effective)
+    return traces + [_line(run, lr, "lr", colour, dash="dot")] * (lr != effective)
 
 
 def _mean(run: History, colour: str, number: str) -> list[Trace]:
-    found = run.series.get(number)
-    return [_line(run, found, "", colour)] if found else []
+    series = run.series.get(number)
+    return [_line(run, series, "", colour)] if series else []
 
 
 def _spread(run: History, colour: str, number: str) -> list[Trace]:
-    found = run.series.get(number)
-    return [*_shade(found, colour), _line(run, found, "", colour)] if found else []
+    series = run.series.get(number)
+    return [*_shade(series, colour), _line(run, series, "", colour)] if series else []
 
 
 def _validation(run: History, colour: str) -> list[Trace]:
@@ -145,7 +144,7 @@ def _gap(run: History, colour: str) -> list[Trace]:
 
 
 def _bands(runs: Sequence[History]) -> Chart:
-    """A small chart for each band of timesteps; those of averages wait in the legend."""
+    """A small chart per band of timesteps; curves of averaged weights are hidden at first."""
     data, titles = [], []
     for band in range(BANDS):
         axis = str(band + 1) if band else ""
@@ -154,8 +153,9 @@ def _bands(runs: Sequence[History]) -> Chart:
                 for which in SETS:
                     trace = _intervals(run, weights, which, COLOURS[i % len(COLOURS)], band)
                     shown = True if weights == "live" else "legendonly"
-                    told = {"legendgroup": trace["name"], "showlegend": not band, "visible": shown}
-                    data.append({**trace, **told, "xaxis": f"x{axis}", "yaxis": f"y{axis}"})
+                    group = {"legendgroup": trace["name"], "showlegend": not band}
+                    axes = {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
+                    data.append({**trace, **group, "visible": shown, **axes})
         percent = 100 // BANDS
         titles.append({
             "text": f"timesteps {band * percent} to {(band + 1) * percent}%", "showarrow": False,
@@ -172,29 +172,29 @@ def _bands(runs: Sequence[History]) -> Chart:
 
 
 def _weights(run: History) -> list[str]:
-    """Live first."""
+    """The names of the weights that were validated, live first."""
     return list(dict.fromkeys(line["weights"] for line in run.validation))
 
 
 def _intervals(
     run: History, weights: str, which: str, colour: str, band: int | None = None
 ) -> Trace:
-    """Means over the steps with their intervals, whose ends are also in `customdata`."""
-    lines = [line for line in drawn(run.validation) if line["weights"] == weights]
-    told = [line[which] if band is None else line[which]["bands"][band] for line in lines]
+    """Means by step with error bars; the intervals' ends are also in `customdata`."""
+    lines = [line for line in shown_validations(run.validation) if line["weights"] == weights]
+    means = [line[which] if band is None else line[which]["bands"][band] for line in lines]
     dash = DASHES[min(_weights(run).index(weights), len(DASHES) - 1)]
-    of = which.replace("_", "-") + (f" {weights}" if weights != "live" else "")
+    label = which.replace("_", "-") + (f" {weights}" if weights != "live" else "")
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": escape(f"{run.name} {of}"),
+        "name": escape(f"{run.name} {label}"),
         "x": [line["step"] for line in lines],
-        "y": [it["mean"] for it in told],
-        "customdata": [[it["low"], it["high"]] for it in told],
+        "y": [it["mean"] for it in means],
+        "customdata": [[it["low"], it["high"]] for it in means],
         "error_y": {
             "type": "data", "symmetric": False, "thickness": 1, "width": 2,
-            "array": [it["high"] - it["mean"] for it in told],
-            "arrayminus": [it["mean"] - it["low"] for it in told],
+            "array": [it["high"] - it["mean"] for it in means],
+            "arrayminus": [it["mean"] - it["low"] for it in means],
         },
         "hovertemplate": "step %{x}: %{y:.5f} (%{customdata[0]:.5f} to %{customdata[1]:.5f})",
         "opacity": 1.0 if which != "training" else 0.5,
@@ -205,8 +205,8 @@ def _intervals(
 
 def _line(
     run: History,
-    found: Series,
-    which: str,
+    series: Series,
+    label: str,
     colour: str,
     width: float = 1.5,
     opacity: float = 1.0,
@@ -214,26 +214,26 @@ def _line(
 ) -> Trace:
     return {
         "type": "scatter",
-        "mode": "lines" if len(found.steps) > 1 else "markers",
-        "name": escape(f"{run.name} {which}".strip()),
-        "x": found.steps,
-        "y": found.mean,
+        "mode": "lines" if len(series.steps) > 1 else "markers",
+        "name": escape(f"{run.name} {label}".strip()),
+        "x": series.steps,
+        "y": series.mean,
         "opacity": opacity,
         "line": {"color": colour, "width": width, "dash": dash},
     }
 
 
-def _shade(found: Series, colour: str) -> list[Trace]:
-    """From the least to the most that each point stands for; nothing where that is one step."""
-    if found.every == 1:
+def _shade(series: Series, colour: str) -> list[Trace]:
+    """The area from each point's minimum to its maximum; nothing if a point is one step."""
+    if series.every == 1:
         return []
     rgb = ", ".join(str(int(part, 16)) for part in re.findall("[0-9a-f]{2}", colour))
     return [
         {
             "type": "scatter",
             "mode": "lines",
-            "x": [*found.steps, *reversed(found.steps)],
-            "y": [*found.low, *reversed(found.high)],
+            "x": [*series.steps, *reversed(series.steps)],
+            "y": [*series.low, *reversed(series.high)],
             "fill": "toself",
             "fillcolor": f"rgba({rgb}, 0.15)",
             "line": {"width": 0},

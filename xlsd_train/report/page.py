@@ -1,6 +1,6 @@
-"""`xlsd-train report`: what runs were and what came of them, as one HTML page that needs no other.
+"""`xlsd-train report`: one self-contained HTML page about one or several runs.
 
-Plotly's own JavaScript is inlined, once; the page says to the browser that it may fetch nothing.
+Plotly's JavaScript is inlined once; the page's content security policy forbids any download.
 """
 
 import base64
@@ -26,9 +26,9 @@ from xlsd_train.runs.history import History, histories
 log = logging.getLogger("xlsd.train.report")
 
 NAME = "report.html"
-STEPS, PROMPTS = 10, 8  # of samples, at most
-PICTURE = 64 << 20  # bytes of one, 4096 x 4096 pixels of noise; a larger one is left out
-PICTURES = 24 << 20  # bytes of all pictures, beyond which fewer steps are shown, but two
+STEPS, PROMPTS = 10, 8  # of samples shown, at most
+PICTURE = 64 << 20  # bytes of one image: 4096 x 4096 pixels of noise; larger ones are left out
+PICTURES = 24 << 20  # bytes of all images; beyond, fewer steps are shown, but at least two
 PAGE = (
     """\
 <!doctype html>
@@ -61,7 +61,7 @@ small, .note { color: #666; font-size: .85rem; }
 <body>
 <h1>{{ runs | map(attribute="name") | join(", ") }}</h1>
 {%- if standings %}
-<h2>Which did best</h2>
+<h2>Comparison</h2>
 <p class="answer" id="answer">{{ answer }}</p>
 <div class="scroll"><table id="standings">
 <thead><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr></thead>
@@ -70,7 +70,7 @@ small, .note { color: #666; font-size: .85rem; }
 {%- endfor %}
 </table></div>
 {%- endif %}
-<h2>What was run</h2>
+<h2>Settings</h2>
 {%- macro rows(table) %}
 {%- for row in table %}
 <tr{% if row.differs %} class="differs"{% endif %}><th>{{ row.name }}</th>
@@ -109,8 +109,8 @@ alt="step {{ step }}: {{ samples.columns[loop.index0][1] }}">{% endif %}</td>
 {%- endfor %}
 </table></div>
 {%- endif %}
-<p class="note">Made by xlsd-train report. Wheel or drag to zoom a chart, double-click to return;
-click a name in its legend to hide or show it.</p>
+<p class="note">Made by xlsd-train report. Use the wheel or drag to zoom a chart, double-click to
+reset it. Click a name in the legend to hide or show its curve.</p>
 <script>{{ plotly }}</script>
 <script>
 const charts = {{ charts | map(attribute="figure") | list | tojson }};
@@ -129,8 +129,8 @@ document.querySelectorAll(".chart").forEach((place, i) => {
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Pictures of some steps: steps down; prompts across, and within each the runs."""
+class SampleTable:
+    """Sample images: steps down, prompts across, the runs side by side within each prompt."""
 
     columns: list[tuple[str, str]]  # run, prompt
     rows: list[tuple[int, list[str | None]]]  # step, a data URI for each column
@@ -138,14 +138,14 @@ class Samples:
 
 
 def report(config: ReportConfig) -> Path:
-    """Write the page of `config.runs`; returns where. Raises UserError for what is no run."""
+    """Write the page of `config.runs` and return its path. Raises UserError for what is no run."""
     path = write_report(config.runs, config.out)
     log.info(f"report {path}")
     return path
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write one HTML page on one or several runs, which needs no other file.
+    """Write one self-contained HTML page about one or several runs.
 
     Args:
         runs: folders of runs, finished or still training.
@@ -165,25 +165,25 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
 
 
 def write_page(runs: list[History], path: Path) -> Path:
-    """The page of these runs, under the names that they have; returns where."""
+    """Write the page of these runs, under their names; return its path."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, page(runs).encode())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; name another file with -o") from error
+        raise UserError(f"cannot write {path}: {error}; give another file with --out") from error
     return path
 
 
 def leave_report(folder: Path) -> str:
-    """Write the page of a run that ends, and say where. Its training is saved: nothing fails it."""
+    """Write the page of a run that ends; return a log line. A failure does not fail the run."""
     try:
         return f"report {write_report([folder])}"
     except Exception as error:
-        return f"no report, for {error!r}; all else is saved. xlsd-train report {folder} writes it"
+        return f"no report: {error!r}; all else is saved. `xlsd-train report {folder}` writes it"
 
 
 def page(runs: list[History]) -> str:
-    """The page; all text is escaped. The same runs give the same page."""
+    """The HTML; all text is escaped. The same runs give the same page."""
     environment = Environment(undefined=StrictUndefined, autoescape=True)
     standings, answer = rank(runs) if len(runs) > 1 else ([], "")
     return environment.from_string(PAGE).render(
@@ -199,22 +199,22 @@ def page(runs: list[History]) -> str:
     )
 
 
-def choose_samples(runs: list[History]) -> Samples:
-    """Of many steps some, evenly: the first and last among them; of many prompts the first."""
+def choose_samples(runs: list[History]) -> SampleTable:
+    """The first PROMPTS prompts at up to STEPS evenly spaced steps, with the first and the last."""
     steps = sorted({step for run in runs for step in run.samples})
     prompts = max((len(paths) for run in runs for paths in run.samples.values()), default=0)
     columns = [(run, i) for i in range(min(prompts, PROMPTS)) for run in runs if run.samples]
-    found = {step: [_picture(run, step, i) for run, i in columns] for step in steps}
-    size = sum(_nbytes(path) for paths in found.values() for path in paths if path)
+    files = {step: [_picture(run, step, i) for run, i in columns] for step in steps}
+    size = sum(_nbytes(path) for paths in files.values() for path in paths if path)
     most = max(2, min(STEPS, PICTURES * len(steps) // max(1, size)))
     chosen = [steps[i] for i in evenly(len(steps), most)]
     notes = [
-        f"{len(chosen)} of {len(steps)} steps, evenly" if len(chosen) < len(steps) else "",
+        f"{len(chosen)} of {len(steps)} steps, evenly spaced" if len(chosen) < len(steps) else "",
         f"the first {PROMPTS} of {prompts} prompts" if prompts > PROMPTS else "",
     ]
-    return Samples(
+    return SampleTable(
         [(run.name, _prompt(run, i)) for run, i in columns],
-        [(step, [_data(path) if path else None for path in found[step]]) for step in chosen],
+        [(step, [_data(path) if path else None for path in files[step]]) for step in chosen],
         "; ".join(note for note in notes if note),
     )
 

@@ -1,10 +1,12 @@
-"""Which of several runs did best on images that none of them trained on, and how sure that is.
+"""Ranks runs by held-out loss, with 95% intervals of their differences.
 
-Each run stands with its lowest held-out loss, whichever step and weights gave it; runs are compared
-image by image on those that all of them held out (verdict.py).
+A run's loss is the lowest of all its steps and weights. Runs are compared image by image on the
+images that all of them held out (runs/bootstrap.py).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,94 +21,101 @@ from xlsd_train.runs.validation_log import HELD_OUT, Candidate, named, read_loss
 
 @dataclass(frozen=True)
 class Standing:
-    """One run among the others."""
+    """One run's place in the comparison."""
 
     name: str
-    step: int  # the last it took
-    smoothed: float | None  # its training loss there
-    best: Candidate | None = None  # where its held-out loss was lowest; None: not compared
-    loss: Interval | None = None  # there
-    beyond: Interval | None = None  # of that above the best run's; None: it is the best
-    saved: bool = True  # whether a checkpoint holds the weights of `best`
+    rate: float | None  # its --lr
+    step: int  # its last
+    smoothed: float | None  # training loss at that step
+    best: Candidate | None = None  # with the lowest held-out loss; None: not compared
+    loss: Interval | None = None  # held-out, of `best`
+    excess: Interval | None = None  # `loss` minus the best run's; None: this is the best run
+    saved: bool = True  # whether a checkpoint has the weights of `best`
+
+    @property
+    def tied(self) -> bool:
+        """Whether its loss exceeds the best run's by an amount whose 95% interval holds 0."""
+        return self.excess is not None and self.excess.low <= 0
 
     @property
     def verdict(self) -> str:
-        """Beside the best run."""
+        """The comparison with the best run, in words."""
         if self.loss is None:
             return "not validated"
-        if self.beyond is None:
+        if self.excess is None:
             return "best"
-        if self.beyond.low <= 0:
-            return f"not told apart: {self.beyond.mean:+.5f}"
-        return f"worse by {self.beyond}"
+        if self.tied:
+            return f"statistically tied: {self.excess.mean:+.5f}"
+        return f"worse by {self.excess}"
 
     @property
-    def at(self) -> str:
-        """Where its held-out loss was lowest, in words."""
+    def best_at(self) -> str:
+        """Step and weights of the lowest held-out loss, in words."""
         if self.best is None:
             return ""
-        return named(self.best) + ("" if self.saved else " (no checkpoint holds it)")
+        return named(self.best) + ("" if self.saved else " (not saved)")
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """For a table, under HEADER."""
+        """Cells of a table's row under HEADER."""
         return (
             self.name,
             str(self.step),
             f"{self.smoothed:.5f}" if self.smoothed is not None else "",
             str(self.loss) if self.loss else "",
-            self.at,
+            self.best_at,
             self.verdict,
         )
 
 
-HEADER = ("run", "steps", "smoothed loss", "best held-out loss", "at", "beside the best")
+HEADER = ("run", "steps", "smoothed loss", "best held-out loss", "at", "vs best")
 
 
 def rank(runs: list[History]) -> tuple[list[Standing], str]:
-    """Every run's standing, in the runs' order, and what they come to in one sentence."""
+    """Every run's standing, in the runs' order, and the conclusion in one sentence."""
     standings = [
-        Standing(run.name, run.last.get("step", 0), run.last.get("loss_smoothed")) for run in runs
+        Standing(
+            run.name, run.config.get("lr"), run.last.get("step", 0), run.last.get("loss_smoothed")
+        )
+        for run in runs
     ]
-    # The model that a run began from says nothing of the run.
+    # Losses of step 0 alone are the starting model's, not the run's.
     measured = {run.name: run for run in runs if any(line["step"] for line in run.validation)}
     lowest = {name: _lowest(run) for name, run in measured.items()}
-    validated = {name: found for name, found in lowest.items() if found is not None}
+    validated = {name: best for name, best in lowest.items() if best is not None}
     if not validated:
         return standings, _by_training(standings)
-    if why := _unlike([measured[name] for name in validated]):
-        return standings, f"the runs' losses do not compare: {why}"
+    if why := _incomparable([measured[name] for name in validated]):
+        return standings, f"the runs' losses are not comparable: {why}"
     keys = {name: measured[name].record.validation[HELD_OUT] for name in validated}
     common = set.intersection(*map(set, keys.values()))
     if len(common) < 2:
-        return standings, "the runs' losses do not compare: they held out different images"
+        return standings, "the runs' losses are not comparable: they held out different images"
     losses = {
-        name: found[1][[key in common for key in keys[name]]] for name, found in validated.items()
+        name: rows[[key in common for key in keys[name]]] for name, (_, rows) in validated.items()
     }
     order = {name: np.argsort([key for key in keys[name] if key in common]) for name in keys}
-    losses = {name: found[order[name]] for name, found in losses.items()}  # rows: the same images
-    figures = {name: overall(found) for name, found in losses.items()}
-    best = lowest_of(figures).best
+    losses = {name: rows[order[name]] for name, rows in losses.items()}  # rows: the same images
+    estimates = {name: overall(rows) for name, rows in losses.items()}
+    best = lowest_of(estimates).best
     standings = [
-        Standing(
-            it.name,
-            it.step,
-            it.smoothed,
-            validated[it.name][0],
-            figures[it.name].interval,
-            (figures[it.name] - figures[best]).interval if it.name != best else None,
-            _is_saved(measured[it.name], validated[it.name][0]),
+        replace(
+            run,
+            best=validated[run.name][0],
+            loss=estimates[run.name].interval,
+            excess=(estimates[run.name] - estimates[best]).interval if run.name != best else None,
+            saved=_is_saved(measured[run.name], validated[run.name][0]),
         )
-        if it.name in validated
-        else it
-        for it in standings
+        if run.name in validated
+        else run
+        for run in standings
     ]
-    few = f" ({len(common)} are few: intervals of so few hold less often than 95%)"
+    few = f" ({len(common)} images are few: 95% intervals of fewer than {NARROW} are too narrow)"
     return standings, _answer(standings, len(common)) + (few if len(common) < NARROW else "")
 
 
 def table(standings: list[Standing]) -> str:
-    """For a terminal."""
+    """The standings as lines of text."""
     rows = [HEADER, *(standing.cells for standing in standings)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     return "\n".join(
@@ -119,30 +128,33 @@ def table(standings: list[Standing]) -> str:
 
 
 def _lowest(run: History) -> tuple[Candidate, Losses] | None:
-    """Where the held-out loss was lowest, the first of equal ones; None without any."""
-    found: dict[Candidate, Losses] = {}
+    """The candidate with the lowest held-out loss, the first of equal ones; None without any."""
+    lowest = min(_means(run), key=itemgetter(0), default=None)
+    return lowest[1:] if lowest else None
+
+
+def _means(run: History) -> Iterator[tuple[float, Candidate, Losses]]:
+    """Each candidate's held-out losses and their mean, if all are known and finite."""
+    images = len(run.record.validation.get(HELD_OUT, ()))
     for step in dict.fromkeys(line["step"] for line in run.validation):
         for name, losses in read_losses(run.folder, step).items():
             weights, _, which = name.rpartition("/")
-            mean = losses.mean(dtype=np.float64)
-            lower = all(mean < x.mean(dtype=np.float64) for x in found.values())
-            known = len(losses) == len(run.record.validation.get(HELD_OUT, ()))
-            if known and which == HELD_OUT and np.isfinite(mean) and lower:
-                found = {(step, weights): losses}
-    return next(iter(found.items()), None)
+            mean = float(losses.mean(dtype=np.float64))
+            if which == HELD_OUT and len(losses) == images and np.isfinite(mean):
+                yield mean, (step, weights), losses
 
 
 def _is_saved(run: History, candidate: Candidate) -> bool:
     return candidate[0] in {0, *map(step_of, checkpoints(run.folder))}
 
 
-def _unlike(runs: list[History]) -> str | None:
-    """Why losses of these runs are of different things; None where they are of one."""
-    for name, told in (("objective", _objective), ("scaling of latents", _scaling)):
-        values = {str(told(run.record)): run.name for run in runs}
+def _incomparable(runs: list[History]) -> str | None:
+    """Why these runs' losses measure different things; None if they measure the same."""
+    for name, value_of in (("objective", _objective), ("latent scaling", _scaling)):
+        values = {str(value_of(run.record)): run.name for run in runs}
         if len(values) > 1:
-            each = " and ".join(f"{value} ({run})" for value, run in list(values.items())[:2])
-            return f"their {name} differs, {each}"
+            two = " and ".join(f"{value} ({run})" for value, run in list(values.items())[:2])
+            return f"their {name} differs, {two}"
     return None
 
 
@@ -155,35 +167,30 @@ def _scaling(record: RunRecord) -> dict[str, Any]:
 
 
 def _answer(standings: list[Standing], images: int) -> str:
-    compared = [it for it in standings if it.loss]
-    (best,) = (it for it in compared if it.beyond is None)
+    compared = [run for run in standings if run.loss]
+    (best,) = (run for run in compared if run.excess is None)
     assert best.best is not None
-    alike = [it.name for it in compared if it.beyond and it.beyond.low <= 0]
+    tied = [run.name for run in compared if run.tied]
+    loss = f"{best.loss} at {best.best_at}"
     if best.best[0] == 0:
-        return (
-            f"none of them: on {images} held-out images no run was ever better than the model it "
-            f"began from"
-        )
+        return f"use none: on {images} held-out images no run improved on the model it started from"
     if len(compared) == 1:
-        return f"{best.name} alone was validated: {best.loss} at {best.at}"
-    lowest = f"its held-out loss is lowest, {best.loss} at {best.at}"
-    if not alike:
-        return f"take {best.name}: {lowest}, and {images} images tell it apart from every other"
-    if len(alike) == len(compared) - 1:
+        return f"only {best.name} was validated: {loss}"
+    if len(tied) == len(compared) - 1:
         return (
-            f"{images} held-out images tell none of them apart: {best.name} has the lowest loss, "
-            f"{best.loss} at {best.at}, and with other images another might have"
+            f"all are statistically tied on {images} held-out images; {best.name} has the lowest "
+            f"loss, {loss}, but other images might rank the runs differently"
         )
-    return f"take {best.name}, or {', or '.join(alike)}, not told apart from it: {lowest}"
+    others = f"statistically tied: {', '.join(tied)}" if tied else "all others are worse"
+    return f"use {best.name}: lowest loss on {images} held-out images, {loss}; {others}"
 
 
 def _by_training(standings: list[Standing]) -> str:
-    begun = [it for it in standings if it.smoothed is not None]
-    if not begun:
-        return "nothing compares yet: no run has taken a step"
-    best = min(begun, key=lambda it: it.smoothed or 0.0)
+    trained = [run for run in standings if run.smoothed is not None]
+    if not trained:
+        return "nothing to compare yet: no run has taken a step"
+    best = min(trained, key=lambda run: run.smoothed or 0.0)
     return (
-        f"no run was validated after its first step (--validate-every), so training loss alone "
-        f"compares, which says little of other images: it is lowest for {best.name}, "
-        f"{best.smoothed:.5f}"
+        f"no run was validated after its first step (--validate-every); training loss, which says "
+        f"little about other images, is lowest for {best.name}: {best.smoothed:.5f}"
     )

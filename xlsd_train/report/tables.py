@@ -1,4 +1,4 @@
-"""What runs were, in words, side by side: their settings, and all else that config.json tells."""
+"""Tables of the report: runs side by side, with their settings and the facts of config.json."""
 
 import os
 import shlex
@@ -20,23 +20,23 @@ MATTER = (
 
 @dataclass(frozen=True)
 class Row:
-    """One thing told of every run."""
+    """One setting or fact, with its value for every run."""
 
     name: str
     values: list[str]
 
     @property
     def differs(self) -> bool:
-        """Between the runs."""
+        """Whether the runs have different values."""
         return len(set(self.values)) > 1
 
 
 def settings_table(runs: Sequence[History]) -> tuple[list[Row], list[Row]]:
-    """Those that differ, then those that matter or are not the default; and all others."""
+    """(settings that differ, matter or are not the default, in this order; all others)."""
     defaults = {field.name: _words(field.default) for field in fields(TrainConfig)}
     names = dict.fromkeys(name for run in runs for name in (*MATTER, *run.config))
     rows = [Row(name, [_words(run.config.get(name)) for run in runs]) for name in names]
-    # Where a run lies is told beside it.
+    # `out` is among the facts, as the folder.
     chosen = [row for row in rows if row.differs and row.name != "out"]
     chosen += [row for row in rows if not row.differs and row.name in MATTER and any(row.values)]
     chosen += [
@@ -50,9 +50,9 @@ def settings_table(runs: Sequence[History]) -> tuple[list[Row], list[Row]]:
 
 
 def facts(runs: Sequence[History]) -> list[Row]:
-    """All but settings; what no run tells is left out."""
-    asked: dict[str, Callable[[History], Any]] = {
-        "stands at": _state,
+    """Everything but settings; facts that no run has are left out."""
+    facts: dict[str, Callable[[History], Any]] = {
+        "progress": _progress,
         "verdict": _verdict,
         "precision": lambda run: run.record.precision,
         "model": _model,
@@ -61,24 +61,23 @@ def facts(runs: Sequence[History]) -> list[Row]:
             describe_truncation(run.record.captions) if run.record.captions else None
         ),
         "objective": _objective,
-        "how a batch passes": lambda run: run.record.memory,
+        "memory plan": lambda run: run.record.memory,
         "versions": _versions,
         "machine": _machine,
         "command line": lambda run: shlex.join(run.record.command),
         "folder": lambda run: run.folder.absolute(),
-        "logs": lambda run: f"{run.unread} lines are no JSON, left out" if run.unread else None,
+        "logs": lambda run: f"{run.unread} lines skipped: no valid JSON" if run.unread else None,
     }
-    rows = [Row(name, [_words(tell(run)) for run in runs]) for name, tell in asked.items()]
+    rows = [Row(name, [_words(value(run)) for run in runs]) for name, value in facts.items()]
     return [row for row in rows if any(row.values)]
 
 
-def _state(run: History) -> str:
-    planned = run.record.planned_steps or "unknown"
-    if not run.last:
-        return f"no step of {planned} planned yet"
-    last = run.last
-    done = f"step {last['step']} of {planned} planned"
-    return f"{done}: {last.get('images_seen')} images, epoch {last.get('epoch', 0):.2f}"
+def _progress(run: History) -> str:
+    last, planned = run.last, run.record.planned_steps or "unknown"
+    if not last:
+        return f"step 0 of {planned}"
+    images, epoch = last.get("images_seen"), last.get("epoch", 0)
+    return f"step {last['step']} of {planned}: {images} images, epoch {epoch:.2f}"
 
 
 def _verdict(run: History) -> str | None:
@@ -93,33 +92,32 @@ def _model(run: History) -> str | None:
 
 def _stores(run: History) -> str:
     return "; ".join(
-        f"{store['path']}: {store['selected']} of {store['images']} images train, generation "
+        f"{store['path']}: trains on {store['selected']} of {store['images']} images, generation "
         f"{store['generation']}, fingerprint {store['fingerprint'][:16]}"
         for store in run.record.stores
     )
 
 
 def _objective(run: History) -> str | None:
-    found = run.record.objective
-    return (
-        f"{found['kind']} (the model predicted {found['before']} before)" if found["kind"] else None
-    )
+    kind, before = run.record.objective["kind"], run.record.objective["before"]
+    return f"{kind} (the starting model predicted {before})" if kind else None
 
 
 def _versions(run: History) -> str:
     settings = run.record.settings
     suffix = " version"
-    of = {k.removesuffix(suffix): v for k, v in settings.items() if k.endswith(suffix)}
-    return ", ".join(f"{k} {v}" for k, v in {"xlsd": run.record.xlsd or None, **of}.items())
+    libraries = {k.removesuffix(suffix): v for k, v in settings.items() if k.endswith(suffix)}
+    versions = {"xlsd": run.record.xlsd or None, **libraries}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _machine(run: History) -> str:
     machine, settings = run.record.machine, run.record.settings
     card = machine.get("card") or f"CPU, {settings.get('threads')} threads"
     processes = run.record.processes
-    each = f"{processes} x " if processes > 1 else ""
-    about = ", ".join(f"{k} {v}" for k, v in machine.items() if v and k != "card")
-    return f"{each}{card}; {about}"
+    times = f"{processes} x " if processes > 1 else ""
+    rest = ", ".join(f"{k} {v}" for k, v in machine.items() if v and k != "card")
+    return f"{times}{card}; {rest}"
 
 
 def _words(value: Any) -> str:

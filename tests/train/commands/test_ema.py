@@ -29,7 +29,7 @@ def test_any_length_is_made_afterwards(run: Path, tmp_path: Path, step: int, cap
     """Against the average of the same trajectory, computed directly."""
     out = tmp_path / "average"
     assert train("ema", run, out, "--sigma-rel", 0.15, "--step", step) == 0
-    assert "its profile is met to" in printed(capsys)
+    assert "error of the fitted profile" in printed(capsys)
     steps = trajectory(run)[:step]
     expected = power_average(steps, 0.15)
     got = load_file(out / f"checkpoints/step-{step:08d}/text_encoder.safetensors")
@@ -72,8 +72,8 @@ def test_the_average_is_a_model(run: Path, store: Path, tmp_path: Path) -> None:
     [
         (("--sigma-rel", 0.3), "--sigma-rel 0.3 is more than 0.288"),
         (("--sigma-rel", 0), "--sigma-rel 0 is not above 0"),
-        (("--step", 13), "--step 13 is not within the 12 steps"),
-        (("--step", 0), "--step 0 is not within"),
+        (("--step", 13), "--step 13 is not from 1 to 12"),
+        (("--step", 0), "--step 0 is not from 1 to 12"),
     ],
 )
 def test_what_cannot_be_made_is_refused(

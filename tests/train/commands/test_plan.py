@@ -17,8 +17,8 @@ def test_a_table_of_all_ways_and_the_one_that_the_run_would_take(
 ) -> None:
     given = ("--model", model, "--data", store, "--batch", 6)
     lines = plan(capsys, *given).splitlines()
-    assert "batch 6; of 24 GB the run may take 22.00 GiB" in lines[0]
-    assert "the run would take: plain by 6, 1 passes" in lines[-1]
+    assert "batch 6; the run may use 22.00 GiB of 24 GB" in lines[0]
+    assert "the run would use: plain by 6, 1 passes" in lines[-1]
     told = json.loads(plan(capsys, *given, "--json", "--memory", "sliced", "--micro-batch", 2))
     assert [row["way"] for row in told["plans"]] == ["plain", "cheap", "feed-forward", "sliced"]
     for row in (*told["plans"], told["chosen"]):

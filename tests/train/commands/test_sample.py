@@ -161,7 +161,7 @@ def test_a_slider_uncovers_its_own_picture_and_loads_none(made: Path) -> None:
 def test_of_many_prompts_grid_and_page_show_the_first(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
-    """Hundreds of pictures, as scores want, would be a page of gigabytes."""
+    """A page of hundreds of images, as scores need, would have gigabytes."""
     monkeypatch.setattr("xlsd_train.commands.sample.SHOWN", 1)
     out = tmp_path / "out"
     assert train("sample", model, "--prompts", prompts, "--out", out, *FLAGS) == 0
@@ -172,9 +172,7 @@ def test_of_many_prompts_grid_and_page_show_the_first(
     assert (html.count("<figure>"), html.count("data:image/png")) == (1, 1)
 
 
-def test_each_scheduler_draws_a_picture_of_its_own(
-    model: Path, prompts: Path, tmp_path: Path
-) -> None:
+def test_each_scheduler_gives_a_different_image(model: Path, prompts: Path, tmp_path: Path) -> None:
     short = tmp_path / "one.txt"
     short.write_text(f"{PROMPTS.splitlines()[0]} --steps 3")
     drawn = {}
@@ -200,7 +198,7 @@ def test_values_that_would_end_early_are_quoted() -> None:
         (("nowhere", "--device", "cuda"), "--device cuda"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_before_anything_is_written(
+def test_bad_models_are_refused_before_anything_is_written(
     prompts: Path, tmp_path: Path, capsys: Out, words: tuple[str, ...], told: str
 ) -> None:
     if "--device" in words and torch.cuda.is_available():

@@ -77,20 +77,20 @@ def scores(capsys: Out, *words: object) -> dict[str, Any]:
     return told
 
 
-def test_a_table_of_all_models_says_which_are_not_told_apart(
+def test_a_table_of_all_models_says_which_are_tied(
     drawn: Path, real: Path, clip: Path, capsys: Out
 ) -> None:
     assert train("score", drawn, "--real", real, "--clip", clip) == 0
     shown = printed(capsys)
-    assert f"12 pictures a model, judged by {clip}" in shown
-    assert "17 real images = 14 compared + 1 truncated + 2 not_an_image + 0 not taken" in shown
+    assert f"12 images per model, CLIP {clip}" in shown
+    assert "17 real images = 14 compared + 1 truncated + 2 not_an_image + 0 not used" in shown
     assert "  cut.jpg: truncated: " in shown
     assert "  empty.png: not_an_image: the file is empty" in shown
     for name in ("0-one", "1-same", "2-pale"):
         assert f"\n{drawn / name}" in shown
-    assert "not told apart from it: " in shown
+    assert "; statistically tied: " in shown
     assert "12 images are few for CMMD" in shown
-    assert "12 pictures are few: intervals of fewer than 30 are narrower than 95%" in shown
+    assert "12 images are few: 95% intervals of fewer than 30 are too narrow" in shown
 
 
 def test_the_same_pictures_score_the_same_and_paler_ones_do_not(
@@ -104,14 +104,14 @@ def test_the_same_pictures_score_the_same_and_paler_ones_do_not(
             assert found["low"] <= found["mean"] <= found["high"]
         best = told["best"][kind]
         if best["model"] == str(drawn / "0-one"):
-            assert str(drawn / "1-same") in best["not_told_apart"]
+            assert str(drawn / "1-same") in best["statistically_tied"]
     assert told["real"]["files"]["more/not.png"]["reason"] == "not_an_image"
     again = scores(capsys, drawn, "--real", real, "--clip", clip)
     assert again == told
 
 
 def test_clip_scores_are_those_of_transformers(drawn: Path, clip: Path, capsys: Out) -> None:
-    """And one model's folder alone gives what it gives beside others."""
+    """One model's folder alone scores the same as together with others."""
     folder = drawn / "2-pale"
     told = scores(capsys, folder, "--clip", clip)
     assert list(told["models"]) == [str(folder)]
@@ -144,11 +144,11 @@ def test_images_of_any_shape_are_seen_as_transformers_prepares_them(
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     Image.fromarray(np.rot90(wide)).save(tmp_path / "lying.png", exif=exif)
     paths = [tmp_path / f"{name}.png" for name in ("wide", "tall", "lying")] * 15
-    found, rejected = judge.files(paths, "images")
+    found, rejected = judge.embed_files(paths, "images")
     assert found.shape == (45, 16)
     assert not rejected
     ready = CLIPImageProcessorPil.from_pretrained(clip)([wide, tall], return_tensors="pt")
-    expected = judge.images(ready["pixel_values"])
+    expected = judge.embed_images(ready["pixel_values"])
     assert np.allclose(found[:2], expected, atol=1e-6)
     assert np.allclose(found[2], expected[0], atol=1e-6)
     assert np.allclose(np.linalg.norm(found, axis=1), 1)
@@ -170,7 +170,7 @@ def test_prompts_longer_than_clip_reads_are_told(clip: Path, tmp_path: Path, cap
         asked = Picture("a cat, " * 30 if i else "a cat", "", i, 2, 7.5, 64, 64)
         save_picture(Image.fromarray(picture(i, 64, 64)), tmp_path / f"{i}.png", asked)
     assert train("score", tmp_path, "--clip", clip) == 0
-    assert "of 1 prompts it reads the first 16 tokens and not the rest" in printed(capsys)
+    assert "1 prompts are truncated to CLIP's 16 tokens" in printed(capsys)
 
 
 def test_of_many_real_images_always_the_same_are_taken(
@@ -208,15 +208,18 @@ def test_what_cannot_be_scored_is_refused_by_name(
     (unread / "model.safetensors").write_bytes(b"nothing")
     judge, all_real = ("--clip", clip), ("--real", real)
     for words, told in [
-        ((tmp_path / "nowhere", *judge), "is no folder; give what `xlsd-train sample` made"),
-        ((bare, *judge), "holds no pictures"),
-        ((plain, *judge), "0.png does not say what was asked for (KeyError: 'xlsd')"),
-        ((few, *judge, *all_real), "3 pictures a model are too few to score with --real; give 10"),
-        ((few, drawn / "0-one", *judge), "0-one has 'a astronaut' of seed 1 and"),
-        ((drawn / "0-one", other, *judge), "has 'a cat' of seed 1 and"),
-        ((drawn, *judge, "--real", tmp_path / "no"), "no folder; name one of images"),
+        ((tmp_path / "nowhere", *judge), "is not a folder; give what `xlsd-train sample` wrote"),
+        ((bare, *judge), "and its subfolders have no images"),
+        ((plain, *judge), "0.png has no prompt and seed in its metadata (KeyError: 'xlsd')"),
+        (
+            (few, *judge, *all_real),
+            "3 images per model are too few to score with --real; give at least 10",
+        ),
+        ((few, drawn / "0-one", *judge), "0-one has 'a astronaut' with seed 1 and"),
+        ((drawn / "0-one", other, *judge), "has 'a cat' with seed 1 and"),
+        ((drawn, *judge, "--real", tmp_path / "no"), "is not a folder; give a folder of images"),
         ((drawn, *judge, "--real", photos), "2 images in"),
-        ((drawn, "--clip", model / "text_encoder"), "is a clip_text_model and no whole CLIP"),
+        ((drawn, "--clip", model / "text_encoder"), "is a clip_text_model, not a complete CLIP"),
         ((drawn, "--clip", tmp_path), "config.json is missing or damaged"),
         ((drawn, "--clip", lacking), "of a CLIP's weights"),
         ((drawn, "--clip", unread), "no .safetensors file"),
@@ -250,7 +253,7 @@ def test_no_code_of_a_clip_runs_and_none_asks_to(
         told |= {"attn_implementation": "some/kernel"} if name == "config.json" else {}
         (folder / name).write_text(json.dumps(told))
     load_clip(str(folder), torch.device("cpu"))
-    for named, told in (("Evil", "wants Evil"), ("CLIPImageProcessor", "a size that no CLIP has")):
+    for named, told in (("Evil", "asks for Evil"), ("CLIPImageProcessor", "from 1 to 4096")):
         wide = {"image_processor_type": named, "size": {"shortest_edge": 10**9}}
         (folder / "preprocessor_config.json").write_text(json.dumps(wide))
         with pytest.raises(UserError, match=told):

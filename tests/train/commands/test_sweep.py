@@ -20,6 +20,7 @@ from tests.support import files, metrics, printed, spawn, train, wait_for
 from tests.support.report_page import Page
 from tests.support.sessions import slow_train
 from xlsd_cache.errors import UserError
+from xlsd_train.commands.sweep import rate_hint
 from xlsd_train.config.recipes import options_in, parse, without
 from xlsd_train.config.run_options import SweepConfig
 from xlsd_train.config.train import TrainConfig
@@ -97,8 +98,8 @@ def test_a_failed_run_is_said_and_the_others_run(swept: Swept) -> None:
     names = {path.name for path in swept.out.iterdir()}
     assert names == {"lr-0.001", "lr-1e+30", "lr-1e-05", "report.html"}
     assert swept.code == 1
-    assert "--lr 1e+30: failed with exit code 1; the others go on" in swept.said
-    assert f"1 of 3 runs failed, as said above: {swept.out}/lr-1e+30;" in swept.error
+    assert "warning: --lr 1e+30: failed with exit code 1; the others continue\n" in swept.error
+    assert f"1 of 3 runs failed, with the errors above: {swept.out}/lr-1e+30;" in swept.error
     for name, rate in (("lr-0.001", 1e-3), ("lr-1e-05", 1e-5)):
         lines = metrics(swept.out / name)
         assert [line["step"] for line in lines] == list(range(1, 7))
@@ -108,7 +109,7 @@ def test_a_failed_run_is_said_and_the_others_run(swept: Swept) -> None:
 
 
 def test_runs_share_seed_samples_and_held_out_images(swept: Swept) -> None:
-    assert swept.said[0].startswith("validating every 1 steps, to compare by; --validate-every")
+    assert swept.error.startswith("validating every 1 steps, to compare; change it with ")
     records = [json.loads(path.read_text()) for path in swept.out.glob("*/config.json")]
     assert len(records) == 3
     for name in ("validation", "prompts", "stores", "model"):
@@ -143,12 +144,12 @@ def test_the_table_and_the_answer_are_right(swept: Swept) -> None:
         ]  # fmt: skip
         assert row[5] == ("best" if name == "lr-0.001" else f"worse by {beyond}")
     answer = swept.said[at + 4]
-    assert answer.startswith("take --lr 0.001: its held-out loss is lowest, ")
-    assert "3 images tell it apart from every other (3 are few: intervals" in answer
+    assert answer.startswith("use --lr 0.001: lowest loss on 3 held-out images, ")
+    assert "; all others are worse (3 images are few: 95% intervals" in answer
 
 
 def test_its_report_has_the_runs_side_by_side(swept: Swept) -> None:
-    assert swept.said[-1] == f"report {swept.out / 'report.html'}"
+    assert f"report {swept.out / 'report.html'}\n" in swept.error
     page = Page(swept.out / "report.html")
     names = ["--lr 0.001", "--lr 1e+30, failed", "--lr 1e-05"]
     assert page.tables["settings"][0][1:] == names
@@ -174,7 +175,7 @@ def test_stopped_and_killed_it_goes_on_to_the_bit(
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 0, log.read_text()
-    assert f"to go on from here, to the bit: the same command with --out {out}" in log.read_text()
+    assert f"to resume bit-exactly, use the same command with --out {out}" in log.read_text()
     assert 2 <= lines(first) < 6
     assert int(checkpoints(first)[-1].name[5:]) == lines(first)
     assert not second.exists()
@@ -285,10 +286,10 @@ def test_a_dry_run_asks_one_real_run_and_writes_nothing(
     out = tmp_path / "out"
     given = ("--lr", "1e-3,1e-5", "--out", out, "--dry-run", "--validate-every", 0)
     assert train("sweep", *arguments, *given) == 0
-    said = capfd.readouterr().out
+    said = "".join(capfd.readouterr())
     assert f"run {out}/lr-0.001" in said
     assert re.search(r"validate_every +0\n", said)
-    assert "the others are the same but for --lr" in said
+    assert "the other runs differ only in --lr" in said
     assert not out.exists()
 
 
@@ -342,10 +343,11 @@ def told_of(folders: list[Path]) -> str:
 
 def test_what_compares_is_said_and_what_does_not(swept: Swept, tmp_path: Path) -> None:
     good, same, bad = copied(swept, tmp_path, "lr-0.001", "lr-0.001", "lr-1e-05")
-    assert told_of([good, bad]).startswith("take 0: its held-out loss is lowest")
-    assert told_of([bad, good]).startswith("take 0: its held-out loss is lowest")
-    assert told_of([good, same]).startswith("3 held-out images tell none of them apart: 0 has")
-    assert told_of([good, same, bad]).startswith("take 0, or 1, not told apart from it: ")
+    for runs in ([good, bad], [bad, good]):
+        assert told_of(runs).startswith("use 0: lowest loss on 3 held-out images, ")
+    tied = "all are statistically tied on 3 held-out images; 0 has the lowest loss"
+    assert told_of([good, same]).startswith(tied)
+    assert "; statistically tied: 1 (3 images are few" in told_of([good, same, bad])
 
     # The same images in another order are the same images.
     expected = told_of([good, bad])
@@ -362,7 +364,7 @@ def test_what_compares_is_said_and_what_does_not(swept: Swept, tmp_path: Path) -
 
     record["validation"]["held_out"] = ["other", *keys[1:]]
     path.write_text(json.dumps(record))
-    assert "and 2 images tell it apart" in told_of([good, bad])
+    assert "lowest loss on 2 held-out images" in told_of([good, bad])
     record["validation"]["held_out"] = ["a", "b", "c"]
     path.write_text(json.dumps(record))
     assert told_of([good, bad]).endswith("they held out different images")
@@ -372,20 +374,25 @@ def test_what_compares_is_said_and_what_does_not(swept: Swept, tmp_path: Path) -
 
     for run in (good, bad):
         (run / "validation.jsonl").unlink()
-    assert "training loss alone compares, which says little" in told_of([good, bad])
-    assert "lowest for 0" in told_of([good, bad])
+    assert "training loss, which says little about other images, is lowest for 0: " in told_of(
+        [good, bad]
+    )
 
 
 def test_a_run_that_never_bettered_its_start_is_not_taken(swept: Swept, tmp_path: Path) -> None:
     runs = copied(swept, tmp_path, "lr-1e+30", "lr-1e+30")
-    assert told_of(runs).startswith("none of them: on 3 held-out images no run was ever better")
+    assert told_of(runs).startswith("use none: on 3 held-out images no run improved on the model")
 
 
 def test_the_answer_says_where_the_rates_end(swept: Swept, tmp_path: Path) -> None:
     runs = histories(copied(swept, tmp_path, "lr-0.001", "lr-1e-05"))
-    for rate, told in (("0.001", "highest rate tried"), ("1e-06", "lowest rate tried")):
-        named = [replace(runs[0], name=f"--lr {rate}"), replace(runs[1], name="--lr 1e-05")]
-        assert told in xlsd_train.commands.sweep._beyond(rank(named)[0])
-    (run,) = histories(copied(swept, tmp_path / "again", "lr-0.001"))
-    alike = [replace(run, name="--lr 1e-02"), named[0]]
-    assert xlsd_train.commands.sweep._beyond(rank(alike)[0]) == ""
+    standings = rank(runs)[0]
+    assert [run.rate for run in standings] == [1e-3, 1e-5]
+    for rate, hint in ((1e-3, "highest rate tried"), (1e-6, "lowest rate tried")):
+        assert hint in rate_hint([replace(standings[0], rate=rate), standings[1]])
+    between = [replace(standings[1], name="2", rate=1e-2), *standings]
+    assert rate_hint(between) == ""
+    (again,) = histories(copied(swept, tmp_path / "again", "lr-0.001"))
+    tied = rank([runs[0], replace(again, name="again")])[0]
+    assert tied[0].loss is not None
+    assert rate_hint(tied) == ""

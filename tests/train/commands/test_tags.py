@@ -58,7 +58,7 @@ def test_the_table_is_for_people(store: Path, capsys: Out) -> None:
     assert printed(capsys) == (
         "3 of 8 images\n"
         "buckets: 128x128 3\n"
-        "no image has the tag 'typo' that --forbid-tags names\n"
+        "--forbid-tags: no image has the tag 'typo'\n"
         "\n"
         "11 tags in txt, the most frequent 2:\n"
         "  3  100.0%  solo\n"

@@ -12,7 +12,7 @@ from tests.support.sessions import Open
 from xlsd_cache.dataset.selection import Selection, select
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
-from xlsd_train.data.selection import evenly, filter_by_tags, held_out_mask
+from xlsd_train.data.selection import filter_by_tags, held_out_mask, spaced
 
 
 def tagged_selection(
@@ -161,7 +161,7 @@ def test_selected_samples_are_those_of_the_mask(store: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 3, 7, 99])
 def test_a_part_is_spread_evenly(count: int) -> None:
     mask = np.arange(100) % 5 == 0
-    some = evenly(mask, count)
+    some = spaced(mask, count)
     assert some.sum() == min(count, 20)
     assert not (some & ~mask).any()
     if count == 3:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlsd_train.evaluation.clip import Embeddings
-from xlsd_train.evaluation.image_metrics import Sample, clip_scores, cmmd
+from xlsd_train.evaluation.image_metrics import ImageSet, clip_scores, cmmd
 from xlsd_train.runs.bootstrap import mean
 
 
@@ -29,34 +29,34 @@ def as_written(x: Embeddings, y: Embeddings) -> float:
 
 def test_cmmd_is_the_formula_written_out() -> None:
     x, y = on_sphere(0, 12, 0.3), on_sphere(1, 17)
-    assert cmmd(Sample.of(x), Sample.of(y)).value == pytest.approx(as_written(x, y), abs=1e-9)
+    assert cmmd(ImageSet.of(x), ImageSet.of(y)).value == pytest.approx(as_written(x, y), abs=1e-9)
 
 
 def test_cmmd_of_two_points_is_known() -> None:
     """All pictures alike, all real images alike, at right angles: 2 - 2 exp(-2 / 200)."""
     x, y = np.eye(2)[[0] * 11], np.eye(2)[[1] * 13]
-    found = cmmd(Sample.of(x), Sample.of(y, "real"))
+    found = cmmd(ImageSet.of(x), ImageSet.of(y, "real"))
     assert found.value == pytest.approx(2000 * (1 - np.exp(-0.01)), abs=1e-9)
     assert np.ptp(found.resampled) < 1e-9
-    assert cmmd(Sample.of(x), Sample.of(x)).value == pytest.approx(0, abs=1e-9)
+    assert cmmd(ImageSet.of(x), ImageSet.of(x)).value == pytest.approx(0, abs=1e-9)
 
 
 def test_the_papers_own_code_gives_as_much_more_as_is_said() -> None:
     x, y = on_sphere(0, 30, 0.3), on_sphere(1, 40)
-    ours, theirs = cmmd(Sample.of(x), Sample.of(y)).value, 0.0
+    ours, theirs = cmmd(ImageSet.of(x), ImageSet.of(y)).value, 0.0
     for a, b, sign in ((x, x, 1), (y, y, 1), (x, y, -2)):
         distances = np.square(a[:, None] - b[None]).sum(axis=2)
         theirs += sign * 1000 * float(np.exp(-distances / 200).mean())
-    bias = sum(1000 * (1 - Sample.of(a).within[0]) / len(a) for a in (x, y))
+    bias = sum(1000 * (1 - ImageSet.of(a).within[0]) / len(a) for a in (x, y))
     assert theirs == pytest.approx(ours + bias, abs=1e-9)
     assert bias > 0.1
 
 
 def test_more_rows_than_a_block_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = on_sphere(0, 33), on_sphere(1, 20)
-    whole = cmmd(Sample.of(x), Sample.of(y))
+    whole = cmmd(ImageSet.of(x), ImageSet.of(y))
     monkeypatch.setattr("xlsd_train.evaluation.image_metrics.BLOCK", 10)
-    parts = cmmd(Sample.of(x), Sample.of(y))
+    parts = cmmd(ImageSet.of(x), ImageSet.of(y))
     assert parts.value == pytest.approx(whole.value, abs=1e-9)
     assert np.allclose(parts.resampled, whole.resampled, atol=1e-9)
 
@@ -64,11 +64,11 @@ def test_more_rows_than_a_block_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 @given(st.integers(0, 1000), st.integers(10, 20), st.integers(10, 20))
 def test_order_and_sides_do_not_matter(seed: int, n: int, m: int) -> None:
     x, y = on_sphere(seed, n, 0.2), on_sphere(seed + 1, m)
-    found = cmmd(Sample.of(x), Sample.of(y)).value
+    found = cmmd(ImageSet.of(x), ImageSet.of(y)).value
     rng = np.random.default_rng(seed)
-    mixed = cmmd(Sample.of(rng.permutation(x)), Sample.of(rng.permutation(y))).value
+    mixed = cmmd(ImageSet.of(rng.permutation(x)), ImageSet.of(rng.permutation(y))).value
     assert mixed == pytest.approx(found, abs=1e-9)
-    assert cmmd(Sample.of(y), Sample.of(x)).value == pytest.approx(found, abs=1e-9)
+    assert cmmd(ImageSet.of(y), ImageSet.of(x)).value == pytest.approx(found, abs=1e-9)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
@@ -84,7 +84,7 @@ def test_it_has_no_bias_and_its_intervals_hold_the_truth(shift: float) -> None:
     values, hits = [], 0
     for seed in range(100):
         x, y = on_sphere(2 * seed + 10, 30, shift), on_sphere(2 * seed + 11, 40)
-        found = cmmd(Sample.of(x), Sample.of(y, "real"))
+        found = cmmd(ImageSet.of(x), ImageSet.of(y, "real"))
         low, high = found.interval.low, found.interval.high
         hits += low <= truth <= high
         assert low <= found.value <= high
@@ -95,8 +95,8 @@ def test_it_has_no_bias_and_its_intervals_hold_the_truth(shift: float) -> None:
 
 def test_models_of_the_same_prompts_are_told_apart_by_pairs() -> None:
     """Two models that differ less than their intervals are wide, always to the same side."""
-    real = Sample.of(on_sphere(1, 50), "real")
-    one, other = (cmmd(Sample.of(on_sphere(0, 60, shift)), real) for shift in (0.4, 0.5))
+    real = ImageSet.of(on_sphere(1, 50), "real")
+    one, other = (cmmd(ImageSet.of(on_sphere(0, 60, shift)), real) for shift in (0.4, 0.5))
     assert one.value < other.value < one.interval.high
     assert (other - one).interval.low > 0
 

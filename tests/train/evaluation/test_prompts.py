@@ -57,23 +57,23 @@ def test_files_of_every_editor_are_read(tmp_path: Path, text: bytes) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("a cat --ar 16:9", "prompt 2: --ar cannot be honoured; a line takes --seed"),
-        ("a cat --am 0.8", "prompt 2: --am cannot be honoured"),  # kohya's, but of networks
-        ("a cat --ctrl x.png", "prompt 2: --ctrl cannot be honoured"),
-        ("a cat --ss euler_a", "prompt 2: --ss cannot be honoured"),
-        ("a cat --w,512", "prompt 2: --w,512 cannot be honoured"),
+        ("a cat --ar 16:9", "prompt 2: --ar is not supported; a line takes --seed"),
+        ("a cat --am 0.8", "prompt 2: --am is not supported"),  # kohya's, but of networks
+        ("a cat --ctrl x.png", "prompt 2: --ctrl is not supported"),
+        ("a cat --ss euler_a", "prompt 2: --ss is not supported"),
+        ("a cat --w,512", "prompt 2: --w,512 is not supported"),
         ("a cat --seed x", "prompt 2: --seed 'x' is not a whole number"),
         ("a cat --s 20 steps", "prompt 2: --s '20 steps' is not a whole number"),
         ("a cat --w 512.5", "prompt 2: --w '512.5' is not a whole number"),
         ("a cat --l 7,5", "prompt 2: --l '7,5' is not a number"),
-        ("a cat --d 1 --seed 2", "prompt 2: --seed gives the seed twice"),
-        ("a cat --w 64 --size 64x64", "prompt 2: --size and --w or --h both give the size"),
+        ("a cat --d 1 --seed 2", "prompt 2: --seed sets the seed a second time"),
+        ("a cat --w 64 --size 64x64", "prompt 2: --size and --w or --h both set the size"),
         ("a cat --steps 0", "prompt 2: --steps 0"),
         ("a cat --s 5000", "prompt 2: --steps 5000 is not from 1 to 1000"),
-        ("a cat --guidance -1", "--guidance -1 cannot be drawn"),
-        ("a cat --guidance nan", "--guidance nan cannot be drawn"),
-        ("a cat --guidance inf", "--guidance inf cannot be drawn"),
-        ("a cat --l 1e999", "--guidance inf cannot be drawn"),
+        ("a cat --guidance -1", "--guidance -1 is not from 0 to 1000"),
+        ("a cat --guidance nan", "--guidance nan is not from 0 to 1000"),
+        ("a cat --guidance inf", "--guidance inf is not from 0 to 1000"),
+        ("a cat --l 1e999", "--guidance inf is not from 0 to 1000"),
         ("a cat --seed -1", "prompt 2: --seed -1 is not from 0 to"),
         (f"a cat --seed {2**63}", "prompt 2: --seed 9223372036854775808 is not from 0 to"),
         ("a cat --size 100x100", "prompt 2: '100x100' is not WIDTHxHEIGHT in multiples of 8"),
@@ -116,13 +116,13 @@ def test_what_is_cut_and_what_is_literal_is_told_once(model: Path) -> None:
 
     assert told("a cat", " ".join(["cat"] * 75), r"cat \(animal\), (a dog)") == []
     (cut,) = told("a cat", long)
-    assert cut.startswith("prompt 2 has 82 tokens and is cut to the 77 that the text encoder reads")
+    assert cut.startswith("prompt 2 has 82 tokens and is truncated to the text encoder's 77: ")
     assert told(long, tokens=248) == []
     (cut,) = told("a cat", "a dog", negative=long)  # every prompt has it
     assert cut.startswith("the negative prompt of prompt 1 has 82 tokens")
     for prompt in ("(cat:1.2)", "((cat))", "[cat:dog:0.5]", "a cat <lora:x:1>"):
         (literal,) = told("a cat", prompt, f"{prompt} again")
-        assert literal.startswith("prompt 2 has the syntax that A1111 reads as weights")
+        assert literal.startswith("prompt 2 has A1111's prompt syntax")
     many = told(*(f"{long} {i}" for i in range(20)))
     assert len(many) == 9
-    assert many[-1] == "12 more prompts are cut to 77 tokens"
+    assert many[-1] == "12 more prompts are truncated to 77 tokens"

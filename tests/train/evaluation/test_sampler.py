@@ -116,7 +116,7 @@ def test_a_run_draws_each_prompt_as_its_line_says(
     path.write_text(f"a (cat:1.2) --d 7 --s 2 --l 3 --w 64 --h 72 --n text\n{long} --size 192x64\n")
     draw(open_run, out, sample_prompts=path, keep=1)
     told = printed(capsys)
-    assert re.search(r"prompt 2 has \d{3} tokens and is cut to the 77 ", told)
+    assert re.search(r"prompt 2 has \d{3} tokens and is truncated to the text encoder's 77: ", told)
     assert told.count("(word:1.2)") == 1
     with Image.open(out / "samples/step-00000007/00.png") as image:
         assert image.size == (64, 72)

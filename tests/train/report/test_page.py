@@ -52,7 +52,7 @@ def test_a_run_leaves_its_report(runs: list[Path]) -> None:
     page = Page(runs[0] / "report.html")
     assert page.text.split()[0] == "one"
     assert page.charts == len(page.figures) == 10
-    assert page.row("facts", "stands at")[0].startswith("step 4 of 4 planned")
+    assert page.row("facts", "progress")[0].startswith("step 4 of 4: ")
     assert "standings" not in page.tables
 
 
@@ -163,7 +163,7 @@ def test_a_torn_line_is_left_out_and_a_spoiled_one_is_said(
     page = Page(run / "report.html")
     (trace,) = page.traces("run raw")
     assert trace["x"] == [1, 2, 3, 4]
-    assert page.row("facts", "logs") == ["1 lines are no JSON, left out"]
+    assert page.row("facts", "logs") == ["1 lines skipped: no valid JSON"]
 
 
 def test_a_run_that_has_only_begun_has_a_page(runs: list[Path], tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_run_that_has_only_begun_has_a_page(runs: list[Path], tmp_path: Path) 
         assert train("report", tmp_path / "run") == 0
         page = Page(tmp_path / "run/report.html")
         assert (page.charts, page.figures, page.images) == (0, [], [])
-        assert page.row("facts", "stands at") == ["no step of 4 planned yet"]
+        assert page.row("facts", "progress") == ["step 0 of 4"]
         (tmp_path / "run/metrics.jsonl").touch()
     assert train("report", runs[0], tmp_path / "run", "-o", tmp_path / "both.html") == 0
     both = Page(tmp_path / "both.html")
@@ -208,8 +208,8 @@ def test_a_long_log_is_thinned_and_it_is_said(
     (gap,) = page.traces("run gap")
     assert len(gap["x"]) <= 201
     assert {0, 3330, 4990} <= set(gap["x"])
-    assert "of 500 validations some are drawn, evenly, and the best" in page.text
-    assert "10 of 30 steps, evenly" in page.text
+    assert "at most 200 of 500 validations, evenly spaced, and the best" in page.text
+    assert "10 of 30 steps, evenly spaced" in page.text
     steps = [row[0] for row in page.tables["samples"][1:]]
     assert (len(steps), steps[0], steps[-1]) == (10, "0", "58")
     monkeypatch.setattr(xlsd_train.report.page, "PICTURES", 1)
@@ -260,5 +260,5 @@ def test_a_report_that_fails_fails_no_training(
     monkeypatch.setattr(xlsd_train.report.page, "NAME", "no such folder\0/report.html")
     assert train(*given) == 0
     said = printed(capsys)
-    assert f"all else is saved. xlsd-train report {run} writes it" in said
+    assert f"all else is saved. `xlsd-train report {run}` writes it" in said
     assert len(checkpoints(run)) == 1
