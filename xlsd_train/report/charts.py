@@ -46,7 +46,7 @@ def charts(runs: Sequence[History]) -> list[Chart]:
         _metric_chart(runs, "lr", _rates, log=True, rangemode="tozero"),
         _metric_chart(runs, "d", partial(_mean, number="d"), log=True),
         _chart(runs, "Validation loss", _validation, "unweighted loss"),
-        _chart(runs, "Gap: held-out loss less training images' loss", _gap, "gap"),
+        _chart(runs, "Generalisation gap", _gap, "held-out minus training loss"),
         _bands(runs),
         *(
             _metric_chart(runs, name, partial(traces, number=name), rangemode="tozero")

@@ -56,7 +56,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Verdict(Generic[Name]):
-    """The best of the candidates, and those that it cannot be told apart from."""
+    """The best of the candidates, and those statistically tied with it."""
 
     best: Name
     loss: Interval
@@ -92,8 +92,8 @@ def verdict(candidates: Mapping[Name, Losses]) -> Verdict[Name]:
 def lowest(candidates: Mapping[Name, Estimate]) -> Verdict[Name]:
     """The lowest of figures that share their resamples; of equal ones the first.
 
-    A candidate that exceeds the best by an amount whose interval holds 0 is not told apart from
-    it: with other images it might have won.
+    A candidate is statistically tied if the interval of its excess over the best holds 0: with
+    other images it might have won.
     """
     best = min(candidates, key=lambda name: candidates[name].value)
     alike = [

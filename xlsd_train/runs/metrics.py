@@ -22,8 +22,8 @@ METRICS = {
     "lr_effective": Metric("learning rate", "Learning rate", board=True),
     "d": Metric("d", "d", board=True),  # D-Lion's alone
     "grad_norm": Metric("norm", "Gradient norm", board=True),
-    "images_per_s": Metric("images/s", "Images a second", board=True),
-    "wait_s": Metric("seconds a step", "Waiting for data"),
+    "images_per_s": Metric("images/s", "Throughput", board=True),
+    "wait_s": Metric("seconds per step", "Data wait"),
     "peak_gib": Metric("GiB", "Peak memory"),
     "alloc_retries": Metric("times"),  # of the GPU's allocator, so far
     "alloc_failures": Metric("times"),

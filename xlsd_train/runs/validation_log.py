@@ -123,9 +123,9 @@ def say(found: Verdict[Candidate]) -> str:
     """A verdict in words."""
     told = f"best on held-out images: {named(found.best)}, loss {found.loss}"
     if found.best[0] == 0:
-        told += "; that is the model it began from"
+        told += "; that is the model it started from"
     if found.alike:
-        told += "; not told apart from it: " + ", ".join(map(named, found.alike))
+        told += "; statistically tied: " + ", ".join(map(named, found.alike))
     return told
 
 

@@ -159,14 +159,14 @@ def test_the_best_checkpoint_and_those_like_it_are_named(tmp_path: Path) -> None
     assert found_best.best == (10, "live")
     alike: list[Candidate] = [(20, "live")]
     assert found_best.alike == alike
-    assert say(found_best).endswith("; not told apart from it: step 20")
+    assert say(found_best).endswith("; statistically tied: step 20")
     worse = best_of(tmp_path, (0, 30))
     assert worse
     assert worse.best == (30, "ema 0.10")
     assert say(worse).startswith("best on held-out images: step 30 ema 0.10, loss 1.4973")
     untrained = best_of(tmp_path, (0,))
     assert untrained
-    assert "that is the model it began from" in say(untrained)
+    assert "that is the model it started from" in say(untrained)
     assert best_of(tmp_path, (99,)) is None
 
 
