@@ -71,7 +71,7 @@ def main(config: SameConfig, command: Sequence[str]) -> int:
     shown = [name for name in known if any(fnmatch(name, pattern) for pattern in patterns)]
     if not shown:
         sys.exit(f"--only {' '.join(patterns)}: no such case; known are {', '.join(known)}")
-    print(f"{'case':26}{'files':>6}  {'before':18}{'after':18}equal", flush=True)
+    print(f"{'case':28}{'files':>6}  {'before':18}{'after':18}equal", flush=True)
     found, different = {}, []
     for name in shown:
         case = known[name]
@@ -83,7 +83,7 @@ def main(config: SameConfig, command: Sequence[str]) -> int:
         differ = [f"{name}: {line}" for line in differences(before, after)]
         different += differ
         sums = f"{one_hash(before):18}{one_hash(after):18}"
-        print(f"{name:26}{len(before):6}  {sums}{'NO' if differ else 'yes'}", flush=True)
+        print(f"{name:28}{len(before):6}  {sums}{'NO' if differ else 'yes'}", flush=True)
     for line in different:
         print(line)
     files = sum(len(case["before"]) for case in found.values())

@@ -23,8 +23,8 @@ OPTIONS = {
     " --loss-weight min-snr --normalize-latents --ema --ema-every 2 --memory cheap --micro-batch 1",
     "part": "--phase unet --caption txt --train unet.attn2,unet.conv_in --reinit unet.conv_in"
     " --lr 1e-3 --scheduler rex --lr-floor 1e-4 --tokens 248 --objective flow --noise-offset 0.05"
-    " --timesteps stratified --forbid-tags rocket --weight-decay 0.01 --memory plain"
-    " --micro-batch 2",
+    " --timesteps stratified --forbid-tags floodlight --weight-decay 0.01 --memory plain"
+    " --micro-batch 2 --validation-fraction 0.5",
 }
 READ_STORE = (
     "xlsd_cache info latents --json > info.json",
