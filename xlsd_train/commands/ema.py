@@ -5,7 +5,6 @@ profiles, by least squares, then sum the snapshots' weights with the same coeffi
 """
 
 import logging
-import os
 import re
 import shutil
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from torch import Tensor
 from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.finite import bad_values, is_finite, not_finite
 from xlsd_cache.errors import UserError
-from xlsd_cache.runtime.atomic import TEMPORARY, fsync_file, fsync_folder, link_or_copy, write_json
+from xlsd_cache.runtime.atomic import link_or_copy, replacing_folder, write_json
 from xlsd_train.config.run_options import EmaConfig
 from xlsd_train.optim.ema import SIGMAS, snapshots
 from xlsd_train.optim.ema_profiles import Profile, coefficients, gamma_of
@@ -132,9 +131,9 @@ def _write(
     run: Path, out: Path, step: int, averaged: dict[str, Tensor], origin: dict[str, Any]
 ) -> None:
     """Write a run's folder with one checkpoint; its base is hard-linked if possible."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}{TEMPORARY}")
-    newest, checkpoint = checkpoints(run)[-1], checkpoint_at(temporary, step)
-    try:
+    newest = checkpoints(run)[-1]
+    with replacing_folder(out) as temporary:
+        checkpoint = checkpoint_at(temporary, step)
         checkpoint.mkdir(parents=True)
         shutil.copytree(run / BASE, temporary / BASE, copy_function=link_or_copy)
         for file, part, prefix in (
@@ -150,10 +149,4 @@ def _write(
                     f"infinite; remove {newest}"
                 )
             save_file(state, checkpoint / file, {"format": "pt"})
-            fsync_file(checkpoint / file)
         write_json(checkpoint / STATE, {"step": step, "ema": origin})
-        temporary.rename(out)
-        fsync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
