@@ -1,8 +1,9 @@
-# make demo      from nothing to a trained small model with samples, in a few minutes on two CPU cores
-# make article   the article in miniature: two phases, a sweep, a choice by validation, comparison
-# make test      lint, types and tests
-# make docs      the documentation, in site/; needs no network once installed
-# Both make .venv when there is none. On a machine with a CUDA card torch comes with CUDA.
+# make demo         build a store, train a small model and sample it, in a few minutes on two CPU cores
+# make article      the article in miniature: two phases, a sweep, a choice by validation, comparison
+# make test         lint, types and tests
+# make docs         the documentation in site/; needs no network once installed
+# make bench-smoke  one step of the throughput benchmark
+# Each creates .venv if it is missing. On a machine with a CUDA GPU, pip installs torch with CUDA.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,12 +15,12 @@ INSTALLED := $(VENV)/.installed
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		(echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11" && false)
+		(echo "$(PYTHON) is older than Python 3.11. Use: make PYTHON=python3.11" && false)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# What a user with a 24 GB card types, with a smaller model, smaller pictures and fewer steps.
+# The commands for a 24 GB GPU, with a smaller model, smaller images and fewer steps.
 demo: $(INSTALLED)
 	rm -rf demo
 	$(BIN)/python -m benchmarks.demo.photos demo/images
@@ -36,12 +37,12 @@ demo: $(INSTALLED)
 		--sample-every 60 --sample-guidance 3 \
 		--sample-prompts benchmarks/demo/titles.txt
 	@echo
-	@echo "The UNet learns to draw from tags:         demo/unet/samples/grid.png"
-	@echo "Then the text encoder learns other words:  demo/te/samples/grid.png"
+	@echo "Samples of the UNet, trained on tags:            demo/unet/samples/grid.png"
+	@echo "Samples of the text encoder, trained on titles:  demo/te/samples/grid.png"
 
-# The recipes one after the other; flags are where some eighty crops on a processor need another number
-# than millions of photos on a card. D-Lion's d finds no plateau here (dlion's metrics.jsonl: 5.1e-4 at
-# its step 150, and it grows on), so Lion goes on at about that rate. The sweep chose 1e-4.
+# The recipes in order. Flags set the values that differ for about eighty crops on a CPU. D-Lion's d
+# reaches no plateau here (dlion's metrics.jsonl: 5.1e-4 at step 150, still growing), so Lion continues
+# at about that rate. The sweep chose 1e-4.
 HERE := --validation-fraction 0.15 --sample-steps 10 --sample-guidance 3
 XLSD := $(BIN)/xlsd-train
 article: $(INSTALLED)
@@ -67,11 +68,11 @@ article: $(INSTALLED)
 	$(XLSD) sample base=article/model phase1=article/phase1 te=article/te phase2=article/phase2 \
 		--prompts benchmarks/demo/subjects.txt --size 128x128 --guidance 3 --out article/comparison
 	@echo
-	@echo "The same prompts, base / phase 1 / text encoder / phase 2: article/comparison/grid.png"
-	@echo "  one page with a slider between any two:     article/comparison/index.html"
-	@echo "Which rate trains the text encoder:           article/sweep/report.html"
-	@echo "Its samples every 10 steps of the warm-up:    article/te/samples/grid.png"
-	@echo "A model for other programs:                   article/phase2.safetensors"
+	@echo "The same prompts with base, phase 1, text encoder and phase 2:  article/comparison/grid.png"
+	@echo "A page with a slider between any two of them:                   article/comparison/index.html"
+	@echo "The sweep over learning rates of the text encoder:              article/sweep/report.html"
+	@echo "Samples of the text encoder during training:                    article/te/samples/grid.png"
+	@echo "The model as a single file for other programs:                  article/phase2.safetensors"
 
 test: $(INSTALLED) lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal

@@ -1,1 +1,9 @@
-"""What can be measured, and the small real model that demo, tests and benchmarks run on."""
+"""What is measured, and the small real model that demo, tests and benchmarks run on.
+
+- `throughput.py`: the training step with and without the store; `card.py`: all questions to a GPU.
+- `same.py`: that two checkouts write the same bytes.
+- `cache/`: `build` (images/s), `decode` (formats, DCT scaling, sandbox), `store` (random reads
+  against other formats), `captions` (planning and captions), `scale` (12 million images).
+- `train/`: `equal` (gradients of the memory plans), `max_batch` (largest batch), `export` (memory),
+  `overtrain` (validation). Each takes `--json FILE`; outputs are kept in `results/`.
+"""

@@ -1,10 +1,10 @@
-"""Ten minutes on a card that answer what no CPU can tell of this project.
+"""Measure on a GPU, in ten minutes, what cannot be measured on a CPU.
 
     python benchmarks/card.py                               writes benchmarks/results/CARD.json
-    python benchmarks/card.py --tiny --out FOLDER/cpu.json  on a CPU: shows that it runs
+    python benchmarks/card.py --tiny --out FOLDER/cpu.json  on a CPU, to test the script
 
-Weights are random and nothing is fetched. Each part is written down when it is done; one that fails
-is recorded with its error, the others go on, and the exit code is 1.
+Weights are random and nothing is downloaded. Each part is written when it is done. If a part fails,
+its error is recorded, the other parts run, and the exit status is 1.
 """
 
 import json
@@ -19,14 +19,14 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a file
 
-import tyro
 
 from benchmarks.card_parts.bench import Bench, Found
 from benchmarks.card_parts.encode import encode
 from benchmarks.card_parts.exact import determinism, room, strict
 from benchmarks.card_parts.memory import largest, peaks
 from benchmarks.card_parts.speed import attention, free, kernels, speed, syncs
-from benchmarks.lib.real_step import machine
+from benchmarks.lib.real_step import machine_of
+from benchmarks.lib.report import run_script
 from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_bytes, write_json
@@ -40,7 +40,7 @@ Part = Literal[
 ]  # fmt: skip
 PARTS: dict[Part, Callable[[Bench], Found]] = {
     "strict": strict, "attention": attention,
-    "room": room,  # before the step is made, for others need the card's memory
+    "room": room,  # before the step is made: its processes need the GPU's memory
     "determinism": determinism, "peaks": peaks, "speed": speed, "kernels": kernels,
     "syncs": syncs, "encode": encode, "free": free, "largest": largest,
 }  # fmt: skip
@@ -48,30 +48,30 @@ PARTS: dict[Part, Callable[[Bench], Found]] = {
 
 @dataclass(frozen=True)
 class CardConfig:
-    """Measure this card."""
+    """Measure this GPU."""
 
     tiny: bool = False
-    """The smallest model on the CPU."""
+    """Measure the smallest model on the CPU."""
 
     out: Path | None = None
-    """A .json; the table is written beside it. Default: benchmarks/results/CARD.json."""
+    """A .json file; the table goes next to it. Default: benchmarks/results/CARD.json."""
 
     part: tuple[Part, ...] = tuple(PARTS)
-    """Parts to measure, in this order. Others that the file has of the same machine stay."""
+    """Parts to measure, in this order. Other parts in the file stay if the machine is the same."""
 
     vram: float = 24.0
-    """GB: the card gives no more."""
+    """Limit of the GPU memory in GB."""
 
     seconds: float = 600.0
-    """After so many, no part is begun."""
+    """No part is started after this time."""
 
 
 def main(config: CardConfig, command: Sequence[str]) -> int:
-    """Measure and write; 1 where a part failed."""
+    """Measure and write. Returns 1 if a part failed."""
     if config.tiny and config.out is None:
-        raise UserError("--tiny measures no card; say with --out where its figures go")
+        raise UserError("--tiny needs --out FILE, as it does not measure a GPU")
     if not config.tiny:
-        device_of("cuda")  # raises where there is none
+        device_of("cuda")  # raises if there is none
     quiet_libraries()
     bench = Bench(config.tiny, config.vram, config.seconds)
     folder = Path(__file__).parent / "results"
@@ -79,7 +79,7 @@ def main(config: CardConfig, command: Sequence[str]) -> int:
     out = config.out or folder / f"{slug}.json"
     deterministic(True)
     found: Found = {
-        "machine": machine(bench.device.type),
+        "machine": machine_of(bench.device.type),
         "command": shlex.join(("python", "benchmarks/card.py", *command)),
         "precision": set_precision("fp32"),
         "model": f"{bench.model}, {8 * bench.size[1]}x{8 * bench.size[0]}, batch {bench.batch}",
@@ -101,19 +101,19 @@ def main(config: CardConfig, command: Sequence[str]) -> int:
 
 
 def found_before(out: Path, here: str) -> Found:
-    """What the file has already, where it is of this machine and these versions."""
+    """The content of the file if it is from this machine with these versions."""
     before: Found = json.loads(out.read_text()) if out.exists() else {}
     return before if before.get("machine") == here else {}
 
 
 def measured(part: Callable[[Bench], Found], bench: Bench) -> Found:
-    """What a part found and how long it took, or why it failed."""
+    """The results and the duration of a part, or its error."""
     begun = time.perf_counter()
     if bench.left() < 0:
         return {"failed": "no time left"}
     try:
         found = part(bench)
-    except Exception as error:  # rented minutes: the other parts are wanted all the same
+    except Exception as error:  # GPU time is rented: the other parts still run
         found = {"failed": f"{type(error).__name__}: {error}"}
     deterministic(True)
     set_precision("fp32")
@@ -122,7 +122,7 @@ def measured(part: Callable[[Bench], Found], bench: Bench) -> Found:
 
 
 def table(found: Found) -> list[str]:
-    """Lines for people: a part's name, and a line for each thing that it measured."""
+    """The results as text: the name of each part, and a line per measurement."""
     lines = []
     for name, value in found.items():
         if not isinstance(value, dict):
@@ -131,21 +131,18 @@ def table(found: Found) -> list[str]:
         lines.append(name)
         for key, cell in value.items():
             rows = [(key, cell)] if not isinstance(cell, list) else [(key, x) for x in cell]
-            lines += [f"  {first!s:<28} {_told(second)}" for first, second in rows]
+            lines += [f"  {first!s:<28} {_text(second)}" for first, second in rows]
     return lines
 
 
-def _told(value: object) -> str:
+def _text(value: object) -> str:
     if isinstance(value, dict):
-        cells = [(key, cell, _told(cell)) for key, cell in value.items()]
+        cells = [(key, cell, _text(cell)) for key, cell in value.items()]
         return ", ".join(f"{k} ({t})" if isinstance(x, dict) else f"{k} {t}" for k, x, t in cells)
     if isinstance(value, list):
-        return "[" + ", ".join(map(_told, value)) + "]"
+        return "[" + ", ".join(map(_text, value)) + "]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(CardConfig, description=__doc__), sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"card: {error}")
+    run_script(main, CardConfig, __doc__)

@@ -1,17 +1,16 @@
-"""Steps per second of the real training step: fed from the store, and from one batch in memory.
+"""Steps per second of the training step, with batches from the store and with a batch in memory.
 
     python benchmarks/throughput.py                            a small model, any machine
-    python benchmarks/throughput.py --model sd15 --batch 32    SD1.5's shapes, random weights
-    python benchmarks/throughput.py --against diffusers        beside the loop that most people use
+    python benchmarks/throughput.py --model sd15 --batch 32    SD1.5's size, random weights
+    python benchmarks/throughput.py --against diffusers        also diffusers' loop
 
-All that is measured takes turns in one run, so ratios hold when the machine's speed drifts; what
-the store's feed costs more is the loader. FLOPs are counted on the steps themselves, recomputation
-included.
+Rows alternate step by step, so that ratios are valid when the machine's speed drifts. The
+difference between the two data sources is the cost of the loader. FLOPs are counted in the measured
+steps and include recomputation.
 """
 
 import itertools
 import multiprocessing
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,22 +24,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a file
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.demo.pipeline import VAE
+from benchmarks.lib.commands import run_command
 from benchmarks.lib.plain_loop import PlainLoop, optimizer_of, vae_of
 from benchmarks.lib.real_step import (
     CAPTIONS,
     captions_of,
     drawn_batch,
     here,
-    machine,
+    machine_of,
     model_of,
     peak_tflops,
     step_of,
 )
+from benchmarks.lib.report import JsonOption, Report, run_script
 from benchmarks.lib.turns import Contestant, Result, take_turns
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.console.libraries import quiet_libraries
@@ -63,26 +63,26 @@ from xlsd_train.training.setup import deterministic
 
 
 @dataclass(frozen=True)
-class ThroughputConfig:
-    """Measure the real training step."""
+class ThroughputConfig(JsonOption):
+    """Measure the training step."""
 
     phase: tuple[Phase, ...] = ("unet", "te", "both")
-    """Phases to measure, each in a process of its own."""
+    """Phases to measure, each in its own process."""
 
     model: Literal["demo", "sd15"] = "demo"
-    """demo: a small SD1.5. sd15: its real shapes with random weights, 12 GB and more."""
+    """demo: a small SD1.5. sd15: full size with random weights, needs 12 GB and more."""
 
     batch: int = 4
-    """Images a step."""
+    """Images per step."""
 
     resolution: int | None = None
-    """Pixels. Default: 512 for sd15, 256 for demo."""
+    """Side in pixels. Default: 512 for sd15, 256 for demo."""
 
     steps: int = 7
-    """Timed steps of each feed, after one warm-up; the median counts."""
+    """Timed steps per row, after one warm-up step; the median is reported."""
 
     fake_data: bool = False
-    """Only the batch in memory: no store, no loader."""
+    """Measure only the batch in memory: no store, no loader."""
 
     precision: Precision = "fp32"
     """As in xlsd-train."""
@@ -91,41 +91,41 @@ class ThroughputConfig:
     """As in xlsd-train."""
 
     against: Literal["diffusers"] | None = None
-    """Also a plain loop: UNet2DConditionModel with gradient checkpointing and the libraries'
-    optimizers, once with cached latents, once with the VAE's encoding in every step."""
+    """Also measure a plain loop with gradient checkpointing and the libraries' optimizers, once
+    with cached latents and once with the VAE in every step."""
 
     channels_last: bool = False
-    """Also our step on channels-last memory."""
+    """Also measure our step in channels-last memory format."""
 
     memory: Literal["fastest", "plain", "cheap", "feed-forward", "sliced"] = "plain"
-    """As in xlsd-train. fastest: what it would choose for --limit-gib or the whole card."""
+    """As in xlsd-train. fastest: the plan it would choose for --limit-gib or the whole GPU."""
 
     micro_batch: int | None = None
-    """As in xlsd-train. Default: the batch; 4 where it is sliced."""
+    """As in xlsd-train. Default: the batch; 4 with --memory sliced."""
 
     deterministic: bool = True
     """As in xlsd-train."""
 
     limit_gib: float | None = None
-    """Refuse the card more memory than this: 24 shows what a 24 GB card would do."""
+    """Limit the GPU memory: 24 shows what a 24 GB card does."""
 
     peak_tflops: float | None = None
-    """The machine's peak for this precision. Default: the data sheet's; measured on a CPU."""
+    """Peak of the device at this precision. Default: data sheet for a GPU, measured for a CPU."""
 
     threads: int | None = None
-    """CPU threads. Default: torch's own."""
+    """CPU threads. Default: torch's default."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one phase's process found."""
+class PhaseResult:
+    """The measurements of one phase."""
 
     machine: str
     precision: str
     peak: float  # TFLOP/s
     peak_source: str
     plan: str
-    results: dict[str, Result]  # by what was measured
+    results: dict[str, Result]  # by row
 
 
 COLUMNS = ("phase", "data", "steps/s", "images/s", "TFLOP/step", "TFLOP/s", "% of peak", "GiB")
@@ -134,63 +134,81 @@ MEMORY, STORE, LAST, CACHED, ENCODED = "memory", "store", "ch. last", "plain", "
 
 
 def main(config: ThroughputConfig, command: Sequence[str]) -> None:
-    """Measure each phase in a process of its own, whose memory's peak is its own; one table."""
-    side = side_of(config)
+    """Measure each phase in its own process, so that peak memory is per phase; one table."""
+    report: Report | None = None
     for phase in config.phase:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            found = process.submit(measure_phase, replace(config, phase=(phase,))).result()
-        if phase == config.phase[0]:
-            print(f"machine: {found.machine}")
-            print(f"command: {shlex.join(('python', 'benchmarks/throughput.py', *command))}")
-            print(f"precision: {found.precision}")
-            print(f"peak: {found.peak:.3g} TFLOP/s ({found.peak_source})")
-            print(
-                f"{config.model}, {side}x{side}, batch {config.batch}, {config.optimizer}, "
-                f"{found.plan}, median of {config.steps} steps"
-            )
-            if config.against:
-                print(f"{CACHED}: a loop as diffusers' example has it; {ENCODED}: it encodes, too")
-            print("".join(f"{name:>11}" for name in COLUMNS))
-        for name, result in found.results.items():
-            print("".join(f"{cell:>11}" for cell in row(phase, name, result, config, found.peak)))
-        for line in compared(found.results):
-            print(f"{'':>11}{line}")
+            result = process.submit(measure_phase, replace(config, phase=(phase,))).result()
+        report = report or print_head(config, command, result)
+        for name, measured in result.results.items():
+            row = row_of(measured, config, result.peak)
+            report.add("step", phase=phase, data=name, **row)
+            print("".join(f"{cell:>11}" for cell in (phase, name, *cells_of(row))))
+        print_ratios(phase, result.results, report)
         sys.stdout.flush()
+    if report:
+        report.write(config.json)
 
 
-def row(phase: str, name: str, result: Result, config: ThroughputConfig, peak: float) -> list[str]:
-    """Of the table."""
-    if result.seconds is None:
-        return [phase, name, "out of memory"]
-    rate = result.tflop / result.seconds
-    cells = [f"{1 / result.seconds:.4g}", f"{config.batch / result.seconds:.4g}"]
-    cells += [f"{result.tflop:.4g}", f"{rate:.4g}", f"{100 * rate / peak:.1f}"]
-    return [phase, name, *cells, f"{result.peak_gib:.2f}"]
+def print_head(config: ThroughputConfig, command: Sequence[str], result: PhaseResult) -> Report:
+    """Print what holds for all rows, and the names of the columns."""
+    side = side_of(config)
+    report = Report("benchmarks/throughput.py", command, result.machine)
+    report.fact("precision", result.precision)
+    report.fact("peak", f"{result.peak:.3g} TFLOP/s ({result.peak_source})")
+    print(
+        f"{config.model}, {side}x{side}, batch {config.batch}, {config.optimizer}, "
+        f"{result.plan}, median of {config.steps} steps"
+    )
+    if config.against:
+        print(f"{CACHED}: the loop of diffusers' example; {ENCODED}: also encodes the images")
+    print("".join(f"{name:>11}" for name in COLUMNS))
+    return report
 
 
-def compared(results: dict[str, Result]) -> list[str]:
-    """What the rows mean for each other."""
+def row_of(result: Result, config: ThroughputConfig, peak: float) -> dict[str, float | None]:
+    """The figures of a row; all but the memory are None if it ran out of memory."""
+    seconds = result.seconds
+    return {
+        "steps_per_s": 1 / seconds if seconds else None,
+        "images_per_s": config.batch / seconds if seconds else None,
+        "tflop_per_step": result.tflop if seconds else None,
+        "tflop_per_s": result.tflop / seconds if seconds else None,
+        "percent_of_peak": 100 * result.tflop / seconds / peak if seconds else None,
+        "peak_gib": result.peak_gib,
+    }
+
+
+def cells_of(row: dict[str, float | None]) -> list[str]:
+    """The figures as printed."""
+    if row["steps_per_s"] is None:
+        return ["out of memory"]
+    *rates, share, memory = row.values()
+    return [*(f"{rate:.4g}" for rate in rates), f"{share:.1f}", f"{memory:.2f}"]
+
+
+def print_ratios(phase: str, results: dict[str, Result], report: Report) -> None:
+    """Print and record the loader's share, and images/s of each row relative to others."""
     seconds = {name: result.seconds for name, result in results.items() if result.seconds}
-    lines = []
     if MEMORY in seconds and STORE in seconds:
         share = 100 * (seconds[STORE] - seconds[MEMORY]) / seconds[STORE]
-        lines.append(f"the loader's share of the step: {share:+.1f}%")
+        print(f"{'':>11}the loader's share of the step: {share:+.1f}%")
+        report.add("loader", phase=phase, percent_of_step=share)
     pairs = [(x, y) for x in (MEMORY, STORE, LAST) for y in (CACHED, ENCODED)]
-    lines += [
-        f"images/s, {x} / {y}: {seconds[y] / seconds[x]:.3f}"
-        for x, y in [*pairs, (LAST, MEMORY)]
-        if x in seconds and y in seconds
-    ]
-    return lines
+    for x, y in [*pairs, (LAST, MEMORY)]:
+        if x in seconds and y in seconds:
+            ratio = seconds[y] / seconds[x]
+            print(f"{'':>11}images/s, {x} / {y}: {ratio:.3f}")
+            report.add("ratio", phase=phase, of=x, to=y, images_per_s=ratio)
 
 
 def side_of(config: ThroughputConfig) -> int:
-    """Pixels of a side."""
+    """Side of the images in pixels."""
     return config.resolution or DEFAULT_RESOLUTION[config.model]
 
 
-def measure_phase(config: ThroughputConfig) -> Measured:
-    """Everything about `config.phase[0]`, in this process."""
+def measure_phase(config: ThroughputConfig) -> PhaseResult:
+    """Measure `config.phase[0]` in this process."""
     quiet_libraries()
     device = here()
     if config.threads:
@@ -206,11 +224,11 @@ def measure_phase(config: ThroughputConfig) -> Measured:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         contestants = contestants_of(config, settings, model, plan, device, Path(folder), stack)
         results = take_turns(model, contestants, config.steps, device)
-    return Measured(machine(device), precision, peak, source, str(plan), results)
+    return PhaseResult(machine_of(device), precision, peak, source, str(plan), results)
 
 
 def settings_of(config: ThroughputConfig) -> TrainConfig:
-    """As a run would have them."""
+    """The options of a run."""
     return TrainConfig(
         phase=config.phase[0], batch=config.batch, precision=config.precision,
         optimizer=config.optimizer,
@@ -221,35 +239,35 @@ def contestants_of(
     config: ThroughputConfig, settings: TrainConfig, model: ModelBundle, plan: Plan, device: str,
     folder: Path, stack: ExitStack,
 ) -> dict[str, Contestant]:  # fmt: skip
-    """All that is to be measured; the store's loader is closed with the stack."""
+    """The steps to measure by row; the store's loader is closed with the stack."""
     step = step_of(Step, model, settings, plan, device)
     side = side_of(config) // 8
     batch = drawn_batch(model, config.batch, (side, side), device)
-    found = {MEMORY: ours(step, itertools.repeat(batch))}
+    steps = {MEMORY: ours(step, itertools.repeat(batch))}
     if not config.fake_data:
-        found[STORE] = ours(step, open_feed(config, folder, step, stack))
+        steps[STORE] = ours(step, open_feed(config, folder, step, stack))
     if config.channels_last:
-        model.unet.to(memory_format=torch.channels_last)  # and so is the optimizer's state
+        model.unet.to(memory_format=torch.channels_last)  # the optimizer's state follows
         other = step_of(Step, model, settings, plan, device)
-        found[LAST] = ours(other, itertools.repeat(batch), torch.channels_last)
+        steps[LAST] = ours(other, itertools.repeat(batch), torch.channels_last)
     if config.against:
         optimizer, mixed = optimizer_of(settings, model), config.precision == "bf16"
         latents = batch.latents * model.vae.scaling_factor
         pixels = torch.rand(config.batch, 3, 8 * side, 8 * side, device=device) * 2 - 1
         cached = PlainLoop(model, optimizer, mixed, batch.input_ids, latents)
         encoding = replace(cached, pixels=pixels, vae=vae_of(config.model, device))
-        found[CACHED] = Contestant(cached, optimizer, checkpointing=True)
-        found[ENCODED] = Contestant(encoding, optimizer, checkpointing=True)
-    return found
+        steps[CACHED] = Contestant(cached, optimizer, checkpointing=True)
+        steps[ENCODED] = Contestant(encoding, optimizer, checkpointing=True)
+    return steps
 
 
 def ours(
     step: Step, feed: Iterator[Batch], layout: torch.memory_format = torch.contiguous_format
 ) -> Contestant:
-    """Our step with batches from a feed."""
+    """Our step with batches from an iterator."""
 
     def take() -> Tensor:
-        loss, _ = step([next(feed)], 1e-9)  # a rate at which no loss runs away over many steps
+        loss, _ = step([next(feed)], 1e-9)  # so small that no loss diverges over many steps
         return loss
 
     return Contestant(take, step.optimizer, layout=layout)
@@ -258,38 +276,38 @@ def ours(
 def open_feed(
     config: ThroughputConfig, folder: Path, step: Step, stack: ExitStack
 ) -> Iterator[Batch]:
-    """Batches of a store made here."""
+    """Batches from a store that is built here."""
     store = stack.enter_context(LatentStore.open(make_store(config, folder)))
     columns = CaptionColumns(("txt",), (1.0,))
     dataset = LatentDataset(store, "txt", scaled=False)
     sampler, captions = BucketBatchSampler(dataset, config.batch), captions_of(folder)
     noising = Noising(step.objective.first, step.objective.count)
     source = BatchSource(dataset, sampler, captions, columns, noising)
-    steps = 2 * config.steps + 1  # on a card each timed one follows another
+    steps = 2 * config.steps + 1  # on a GPU an untimed step precedes each timed one
     loader = Loader(source, 0, steps, step.accelerator.device)
     return iter(stack.enter_context(closing(loader)))
 
 
 def plan_of(config: ThroughputConfig, settings: TrainConfig, model: ModelBundle) -> Plan:
-    """How the batch passes."""
+    """The memory plan of the step. Raises UserError if no plan fits."""
     if config.memory == "fastest":
         device = torch.device(here())
         limit = limit_of(replace(settings, vram=config.limit_gib), device)
         if limit is None:
-            raise UserError("--memory fastest needs to know the memory; add --limit-gib")
+            raise UserError("--memory fastest needs a memory limit on this device; add --limit-gib")
         side = side_of(config) // 8
         planner = Planner(settings, model.unet.config, model.text_encoder.config.to_dict())
-        found = planner.fastest(config.batch, (side, side), limit, None, config.micro_batch)
-        if found is None:
+        choice = planner.fastest(config.batch, (side, side), limit, None, config.micro_batch)
+        if choice is None:
             raise UserError(f"no plan fits {limit / GIB:.2f} GiB; lower --batch")
-        return found.plan
+        return choice.plan
     default = SLICES[0] if config.memory == "sliced" else config.batch
     return Plan(config.memory, config.micro_batch or default)
 
 
 def make_store(config: ThroughputConfig, folder: Path) -> Path:
-    """A store of pictures made up here, through the real build."""
-    side = config.resolution or DEFAULT_RESOLUTION[config.model]
+    """Build a store of random images."""
+    side = side_of(config)
     images = folder / "images"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -298,18 +316,9 @@ def make_store(config: ThroughputConfig, folder: Path) -> Path:
         small.resize((side, side), Image.Resampling.BICUBIC).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(CAPTIONS[i % 2])
     options = ("--out", folder / "latents", "--vae", VAE, "--resolution", side)
-    printed = sys.stdout
-    sys.stdout = sys.stderr  # the table alone belongs on stdout
-    try:
-        if xlsd_cache(["build", str(images), *map(str, options)]):
-            raise UserError("the store could not be built; see above")
-    finally:
-        sys.stdout = printed
+    run_command(xlsd_cache, "build", images, *options)
     return folder / "latents"
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(ThroughputConfig, description=__doc__), sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"throughput: {error}")
+    run_script(main, ThroughputConfig, __doc__)

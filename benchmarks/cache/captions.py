@@ -1,24 +1,20 @@
-"""Planning and captions at scale: a million images in the log, and real files to scan.
+"""Time of planning and of captions with a million images in the log, and of scanning real files.
 
     python benchmarks/cache/captions.py
 
-The store's log is real, its shards are not there: neither planning nor captions read a latent.
+The store has a real log and no shards: neither planning nor captions read latents.
 """
 
 import gzip
 import io
 import json
-import os
-import platform
 import resource
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a file
@@ -26,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a file
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tyro
 from PIL import Image
 
+from benchmarks.lib.commands import run_command
+from benchmarks.lib.machine import machine
+from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.buckets import Buckets
@@ -53,67 +51,70 @@ IDENTITY = Identity(
 
 
 @dataclass(frozen=True)
-class CaptionsBenchmarkConfig:
+class CaptionsBenchmarkConfig(JsonOption):
     """Measure planning, captions and scanning."""
 
     rows: int = 1_000_000
-    """Images in the log."""
+    """Images in the store's log."""
 
     files: int = 20_000
-    """Real images, each with a .txt, to scan and to read the headers of."""
+    """Real images, each with a .txt, that are scanned and whose headers are read."""
 
     workers: int = 4
     """Threads, as in xlsd-cache build."""
 
 
 def main(config: CaptionsBenchmarkConfig, command: Sequence[str]) -> None:
-    """Print one table; the memory is this process's so far."""
-    print(f"machine: {machine()}")
-    print(f"command: {shlex.join(('python', 'benchmarks/cache/captions.py', *command))}")
+    """Print one table; the memory is the peak of this process so far."""
+    libraries = machine("pyarrow", "numpy", "pillow")
+    report = Report("benchmarks/cache/captions.py", command, libraries)
     print(f"{'':38}{'items':>12}{'s':>9}{'CPU s':>9}{'items/s':>12}{'peak GiB':>10}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        measure_log(config, folder)
-        measure_files(config, folder / "images")
+        measure_log(config, folder, report)
+        measure_files(config, folder / "images", report)
+    report.write(config.json)
 
 
 @contextmanager
-def timed(what: str, items: int) -> Iterator[None]:
-    """One row of the table."""
+def timed(report: Report, what: str, items: int) -> Iterator[None]:
+    """Time the block as one row of the table."""
     begun, cpu = time.perf_counter(), time.process_time()
     yield
     seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    row = {"what": what, "items": items, "seconds": seconds, "cpu_seconds": cpu, "peak_gib": peak}
+    report.add("work", **row)
     print(
         f"{what:38}{items:>12,}{seconds:>9.2f}{cpu:>9.2f}{items / seconds:>12,.0f}{peak:>10.2f}",
         flush=True,
     )
 
 
-def measure_log(config: CaptionsBenchmarkConfig, folder: Path) -> None:
-    """What a build and `captions` do with a log of a million rows."""
+def measure_log(config: CaptionsBenchmarkConfig, folder: Path, report: Report) -> None:
+    """Time what `build` and `captions` do with a log of `rows` images."""
     n, store = config.rows, folder / "latents"
     images, captions = make_images(n), make_captions(n)
     manifest = Manifest(store)
     manifest.make_folders()
     write_group(manifest, attributes_of(IDENTITY, ROWS_PER_SHARD))
     buckets = Buckets.make("square", 512, 4.0, upscale=False)
-    with timed("first plan, headers known", n):
+    with timed(report, "first plan, headers known", n):
         journal_headers(manifest.staging, images)
         plan = make_plan(images, captions, ("txt",), EMPTY_LOG, buckets, 1, manifest.staging)
     manifest.write_plan(0, plan.entries, plan.removed, plan.captions)
     (manifest.staging / "headers.planning").unlink()
     commit(manifest, plan.entries)
     del plan
-    with timed("no-change rebuild: reading the log", n):
+    with timed(report, "no-change rebuild: reading the log", n):
         known = read_log_state(manifest, ROWS_PER_SHARD)
-    with timed("no-change rebuild: planning", n):
+    with timed(report, "no-change rebuild: planning", n):
         plan = make_plan(images, captions, ("txt",), known, buckets, 1)
         refuse_lost_sources(plan, known, {"images"}, set())
     if not plan.is_empty:
         raise UserError("the plan of an unchanged source is not empty")
     del known, plan
-    with timed("no-change rebuild: accounting", n):
+    with timed(report, "no-change rebuild: accounting", n):
         account(StoreView(manifest, IDENTITY, ROWS_PER_SHARD, 0))
     keys = images["key"].to_pylist()
     bare = [key.removeprefix("images/").removesuffix(".jpg") for key in keys]
@@ -129,22 +130,13 @@ def measure_log(config: CaptionsBenchmarkConfig, folder: Path) -> None:
         ("captions unchanged, from parquet", "table.parquet", "parquet:caption"),
         ("captions added from .jsonl.gz", "table.jsonl.gz", "jsonl:wd"),
     ):
-        with timed(what, n):
-            quietly("captions", str(store), "--from", str(folder / source), "--columns", column)
-
-
-def quietly(*args: str) -> None:
-    """Run `xlsd-cache`, its words apart from the table."""
-    printed, sys.stdout = sys.stdout, sys.stderr
-    try:
-        if xlsd_cache(args):
-            raise UserError(f"xlsd-cache {shlex.join(args)} failed; see above")
-    finally:
-        sys.stdout = printed
+        with timed(report, what, n):
+            options = ("--from", folder / source, "--columns", column)
+            run_command(xlsd_cache, "captions", store, *options)
 
 
 def make_images(n: int) -> pa.Table:
-    """What a scan of n images in one img2dataset tree gives."""
+    """The table that a scan of n images in one img2dataset tree returns."""
     relative = [f"{i // 10000:05d}/{i:09d}" for i in range(n)]
     rng = np.random.default_rng(0)
     columns = [
@@ -159,7 +151,7 @@ def make_images(n: int) -> pa.Table:
 
 
 def make_captions(n: int) -> pa.Table:
-    """A caption of about 100 bytes for each of those."""
+    """A caption of about 100 bytes for each of these images."""
     keys = pa.array([f"images/{i // 10000:05d}/{i:09d}.jpg" for i in range(n)])
     tags = "woman, solo, smiling, outdoors, standing, looking at viewer, tree, brown hair, day"
     texts = pa.array([f"{tags}, {i}" for i in range(n)])
@@ -167,7 +159,7 @@ def make_captions(n: int) -> pa.Table:
 
 
 def journal_headers(staging: Path, images: pa.Table) -> None:
-    """As a planning that was killed after its last header would leave them."""
+    """Write the journal of headers that an interrupted planning leaves."""
     rows = images.select(["key", "size", "mtime_ns", "inode", "ctime_ns"]).to_pylist()
     with (staging / "headers.planning").open("w") as file:
         for i, row in enumerate(rows):
@@ -175,21 +167,21 @@ def journal_headers(staging: Path, images: pa.Table) -> None:
 
 
 def commit(manifest: Manifest, entries: pa.Table) -> None:
-    """A commit record a shard, as if all had been encoded."""
+    """Write a commit record per shard, as if all images had been encoded."""
     entries = entries.sort_by("row")
     for start in range(0, entries.num_rows, ROWS_PER_SHARD):
         part = entries.slice(start, ROWS_PER_SHARD)
         n = part.num_rows
         hashes = pa.array([f"{i:064x}" for i in range(start, start + n)])
-        empty, said = pa.repeat("", n), pa.repeat("encoded", n)
+        empty, status = pa.repeat("", n), pa.repeat("encoded", n)
         crc = pa.array(np.zeros(n, np.uint32))
-        columns = [part["row"], part["key"], hashes, said, empty, empty, crc]
+        columns = [part["row"], part["key"], hashes, status, empty, empty, crc]
         unit = ShardId(BUCKET, start // ROWS_PER_SHARD)
         pq.write_table(pa.table(columns, schema=COMMIT), manifest.commit(unit))
 
 
-def measure_files(config: CaptionsBenchmarkConfig, folder: Path) -> None:
-    """Scanning and header reading of real files, warm: more threads pay on disks that are not."""
+def measure_files(config: CaptionsBenchmarkConfig, folder: Path, report: Report) -> None:
+    """Time the scan and the headers of real files in the page cache, where threads help least."""
     rng = np.random.default_rng(0)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
@@ -199,23 +191,11 @@ def measure_files(config: CaptionsBenchmarkConfig, folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg + i.to_bytes(8, "little"))
         path.with_suffix(".txt").write_text(f"woman, solo, outdoors, {i}")
-    with timed("scan with .txt captions", config.files):
+    with timed(report, "scan with .txt captions", config.files):
         images = scan((str(folder),), ("txt",), workers=config.workers).images
-    with timed("headers", config.files):
+    with timed(report, "headers", config.files):
         read_headers(images, None, config.workers)
 
 
-def machine() -> str:
-    """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("pyarrow", "numpy", "pillow"))
-    cpu = names[0] if names else platform.processor()
-    return f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {libraries}"
-
-
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(CaptionsBenchmarkConfig, description=__doc__), sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"captions: {error}")
+    run_script(main, CaptionsBenchmarkConfig, __doc__)

@@ -1,15 +1,14 @@
-"""Images a second that `decode` gives: by format, by the JPEG's route, and through the sandbox.
+"""Decoding in images/s: by format, by JPEG route (full or DCT-scaled), and in sandbox processes.
 
     python benchmarks/cache/decode.py                    scikit-image's photos, enlarged
-    python benchmarks/cache/decode.py PHOTOS             every JPEG of a folder
+    python benchmarks/cache/decode.py PHOTOS             all JPEGs of a folder
 
-What is compared takes turns in one run, so that ratios hold when the machine's speed drifts. RMS is
-in grey levels over all samples, against the same file decoded fully; one is the most allowed.
+Alternatives run in turns, so that ratios are valid when the machine's speed drifts. RMS is in grey
+levels over all samples, against the same file decoded at full size. At most 1 is allowed.
 """
 
 import io
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from PIL import Image, features
 
 import xlsd_cache.images.decode
 from benchmarks.lib.machine import machine
+from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.decode import DRAFT_MARGIN, FORMATS, Pixels, decode, read_header
 from xlsd_cache.images.sandbox import Sandbox
@@ -39,44 +39,44 @@ LANCZOS = Image.Resampling.LANCZOS
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(JsonOption):
     """Measure decoding."""
 
     images: tyro.conf.Positional[Path | None] = None
-    """A folder of JPEGs to measure on. Default: four photos that scikit-image ships, enlarged."""
+    """A folder with JPEGs. Default: four photos that scikit-image ships, enlarged."""
 
     resolution: int = 512
-    """Pixels: the side of what comes out."""
+    """Side of the decoded squares in pixels."""
 
     megapixels: float = 24.0
-    """Of the enlarged photos, where the JPEG's routes are compared; a 24th of it elsewhere."""
+    """Size of the enlarged photos for the JPEG routes. The other tables use 1/24 of it."""
 
     repeats: int = 5
-    """Timed rounds after a warm-up; the median counts."""
+    """Timed rounds after a warm-up; the median is reported."""
 
     children: int = 2
-    """Processes that the sandbox decodes in."""
+    """Sandbox processes."""
 
 
 def main(config: DecodeConfig, args: Sequence[str]) -> None:
-    """Print what was measured, and how."""
-    turbo = features.version("libjpeg_turbo")
-    print(f"machine: {machine('pillow', 'numpy')}, libjpeg-turbo {turbo}")
-    print(f"command: {shlex.join(['python', 'benchmarks/cache/decode.py', *args])}")
+    """Print four tables."""
+    turbo = f"libjpeg-turbo {features.version('libjpeg_turbo')}"
+    report = Report("benchmarks/cache/decode.py", args, f"{machine('pillow', 'numpy')}, {turbo}")
     small, large = photos(config, config.megapixels / 24), photos(config, config.megapixels)
-    by_format(config, small)
-    by_route(config, large)
-    margins(large)
-    through_guard(config, small)
+    by_format(config, small, report)
+    by_route(config, large, report)
+    margins(large, report)
+    in_sandbox(config, small, report)
+    report.write(config.json)
 
 
 def photos(config: DecodeConfig, megapixels: float) -> list[bytes]:
-    """JPEGs: those given, or the four photos enlarged to this size, 4:2:0 at quality 90."""
+    """The JPEGs of the folder, or four photos enlarged to this size, 4:2:0 at quality 90."""
     if config.images:
         paths = sorted(path for path in config.images.rglob("*") if path.is_file())
         files = [data for data in (path.read_bytes() for path in paths) if data[:2] == b"\xff\xd8"]
         if not files:
-            raise UserError(f"no JPEG in {config.images}; name a folder that has some")
+            raise UserError(f"{config.images}: no JPEG in this folder; give a folder with JPEGs")
         return files
     files = []
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
@@ -88,52 +88,55 @@ def photos(config: DecodeConfig, megapixels: float) -> list[bytes]:
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The image as a file of this format."""
+    """Encode the image in this format."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-def by_format(config: DecodeConfig, files: list[bytes]) -> None:
-    """The same pictures in every format, decoded to the same size."""
+def by_format(config: DecodeConfig, files: list[bytes], report: Report) -> None:
+    """Decode the same pictures from every format to the same size."""
     images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
     inputs = {kind: [encoded(image, kind) for image in images] for kind in FORMATS}
     seconds = in_turns(
-        {kind: partial(everything, inputs[kind], config) for kind in FORMATS}, config.repeats
+        {kind: partial(decode_all, inputs[kind], config) for kind in FORMATS}, config.repeats
     )
     mega = sum(image.width * image.height for image in images) / 1e6
-    print(f"\nformat     images/s    MP/s  KB an image   ({mega / len(images):.1f} MP an image)")
+    print(f"\nformat     images/s    MP/s  KB/image   ({mega / len(images):.1f} MP per image)")
     for kind in FORMATS:
         rate, size = len(images) / seconds[kind], sum(map(len, inputs[kind])) / len(images) / 1e3
-        print(f"{kind:9s} {rate:9.1f} {mega / seconds[kind]:7.1f} {size:12.0f}")
+        print(f"{kind:9s} {rate:9.1f} {mega / seconds[kind]:7.1f} {size:10.0f}")
+        report.add("format", format=kind, images_per_s=rate, kb_per_image=size)
 
 
-def by_route(config: DecodeConfig, files: list[bytes]) -> None:
-    """A JPEG decoded fully, DCT-scaled where that is allowed, and by simplejpeg where installed."""
+def by_route(config: DecodeConfig, files: list[bytes], report: Report) -> None:
+    """Decode JPEGs at full size, as `build` does it, with bare Pillow, and with simplejpeg."""
     routes: dict[str, Callable[[], list[Pixels]]] = {
-        "full": lambda: fully(files, config),
-        "as built": lambda: everything(files, config),
+        "full": lambda: decode_all(files, config, math.inf),
+        "as built": lambda: decode_all(files, config),
         "pillow, bare": lambda: [bare_pillow(data, config) for data in files],
     }
     if find_spec("simplejpeg"):
         routes["simplejpeg, bare"] = lambda: [bare_simplejpeg(data, config) for data in files]
     pixels = {name: route() for name, route in routes.items()}
     seconds = in_turns(routes, config.repeats)
-    print("\nJPEG route          images/s   RMS, worst photo's")
+    print("\nJPEG route          images/s   RMS of the worst photo")
     for name in routes:
         against = pixels["pillow, bare" if name.endswith("bare") else "full"]
         worst = max(rms(a, b) for a, b in zip(pixels[name], against, strict=True))
-        print(f"{name:17s} {len(files) / seconds[name]:10.1f} {worst:10.3f}")
+        rate = len(files) / seconds[name]
+        print(f"{name:17s} {rate:10.1f} {worst:10.3f}")
+        report.add("route", route=name, images_per_s=rate, worst_rms=worst)
     if not find_spec("simplejpeg"):
-        print("simplejpeg is not installed, and not compared")
+        print("simplejpeg is not installed, so it is not compared")
 
 
-def margins(files: list[bytes]) -> None:
-    """DCT-scaled against full, each at the smallest shrinking at which it is allowed."""
-    print("\nDCT-scaled  shrinks by  photos  RMS: median  worst")
+def margins(files: list[bytes], report: Report) -> None:
+    """Compare DCT-scaled with full decoding at the smallest reduction that allows each scale."""
+    print("\nDCT scale   reduction   photos  RMS: median  worst")
     for divisor in (2, 4, 8):
         shrink = divisor * DRAFT_MARGIN
-        found = []
+        errors = []
         for data in files:
             size = upright(data)
             wanted = (int(size[0] / shrink), int(size[1] / shrink))
@@ -141,13 +144,16 @@ def margins(files: list[bytes]) -> None:
                 continue
             crop = (0.0, 0.0, wanted[0] * shrink, wanted[1] * shrink)
             full = with_margin(math.inf, data, size, crop, wanted)
-            found.append(rms(with_margin(DRAFT_MARGIN, data, size, crop, wanted), full))
-        told = f"{statistics.median(found):12.3f} {max(found):6.3f}" if found else f"{'-':>12s}"
-        print(f"1/{divisor} {shrink:18.1f} {len(found):7d} {told}")
+            errors.append(rms(with_margin(DRAFT_MARGIN, data, size, crop, wanted), full))
+        median, worst = (statistics.median(errors), max(errors)) if errors else (None, None)
+        cells = f"{median:12.3f} {worst:6.3f}" if errors else f"{'-':>12s}"
+        print(f"1/{divisor} {shrink:18.1f} {len(errors):7d} {cells}")
+        row = {"photos": len(errors), "median_rms": median, "worst_rms": worst}
+        report.add("margin", scale=f"1/{divisor}", reduction=shrink, **row)
 
 
-def through_guard(config: DecodeConfig, files: list[bytes]) -> None:
-    """What it costs to decode in another process, and what several give together."""
+def in_sandbox(config: DecodeConfig, files: list[bytes], report: Report) -> None:
+    """Decode in this process, in one sandbox process and in several."""
     files = files * 8
     shape = (config.resolution, config.resolution, 3)
     with (
@@ -155,35 +161,34 @@ def through_guard(config: DecodeConfig, files: list[bytes]) -> None:
         ThreadPoolExecutor(config.children) as threads,
     ):
 
-        def guarded(data: bytes) -> Pixels | Rejected:
+        def in_child(data: bytes) -> Pixels | Rejected:
             return sandbox.call(decode, data, *placed(data, config))
 
-        def undecoded(data: bytes) -> object:  # the file goes there, and pixels come back
+        def transferred(data: bytes) -> object:  # only the transfer: the file there, pixels back
             sandbox.call(len, data)
             return sandbox.call(np.ones, shape, np.uint8)
 
         seconds = in_turns(
             {
-                "in this process": lambda: everything(files, config),
-                "in one child": lambda: [guarded(data) for data in files],
-                f"in {config.children} children": lambda: list(threads.map(guarded, files)),
-                "the way alone": lambda: [undecoded(data) for data in files],
+                "in this process": lambda: decode_all(files, config),
+                "in one child": lambda: [in_child(data) for data in files],
+                f"in {config.children} children": lambda: list(threads.map(in_child, files)),
+                "transfer alone": lambda: [transferred(data) for data in files],
             },
             config.repeats,
         )
-    print("\nguard              images/s  ms an image")
+    print("\nsandbox            images/s     ms/image")
     for name, total in seconds.items():
-        print(f"{name:17s} {len(files) / total:9.1f} {total / len(files) * 1e3:12.2f}")
+        rate = len(files) / total
+        print(f"{name:17s} {rate:9.1f} {1e3 / rate:12.2f}")
+        report.add("sandbox", where=name, images_per_s=rate)
 
 
-def everything(files: list[bytes], config: DecodeConfig) -> list[Pixels]:
-    """Every file decoded, as a build does it."""
-    return [with_margin(DRAFT_MARGIN, data, *placed(data, config)) for data in files]
-
-
-def fully(files: list[bytes], config: DecodeConfig) -> list[Pixels]:
-    """Every file decoded, none of them DCT-scaled."""
-    return [with_margin(math.inf, data, *placed(data, config)) for data in files]
+def decode_all(
+    files: list[bytes], config: DecodeConfig, margin: float = DRAFT_MARGIN
+) -> list[Pixels]:
+    """Decode every file, with the default margin as a build does it."""
+    return [with_margin(margin, data, *placed(data, config)) for data in files]
 
 
 Crop = tuple[float, float, float, float]
@@ -192,19 +197,19 @@ Crop = tuple[float, float, float, float]
 def with_margin(
     margin: float, data: bytes, size: tuple[int, int], crop: Crop, wanted: tuple[int, int]
 ) -> Pixels:
-    """`decode` with another DRAFT_MARGIN than its own, which nobody else needs to set."""
+    """`decode` with this DRAFT_MARGIN; infinity never scales in the DCT."""
     xlsd_cache.images.decode.DRAFT_MARGIN = margin
     try:
         pixels = decode(data, size, crop, wanted)
     finally:
         xlsd_cache.images.decode.DRAFT_MARGIN = DRAFT_MARGIN
     if isinstance(pixels, Rejected):
-        raise UserError(f"an image does not decode ({pixels}); remove it")
+        raise UserError(f"an image cannot be decoded ({pixels}); remove it")
     return pixels
 
 
 def placed(data: bytes, config: DecodeConfig) -> tuple[tuple[int, int], Crop, tuple[int, int]]:
-    """Size, crop box, and what that is resized to."""
+    """The size, the crop box, and the size that the crop is resized to."""
     size = upright(data)
     return size, square(*size), (config.resolution, config.resolution)
 
@@ -217,15 +222,15 @@ def square(width: int, height: int) -> Crop:
 
 
 def upright(data: bytes) -> tuple[int, int]:
-    """Width and height by the header."""
+    """Width and height by the header, after the EXIF orientation."""
     size = read_header(io.BytesIO(data), len(data))
     if isinstance(size, Rejected):
-        raise UserError(f"an image does not decode ({size}); remove it")
+        raise UserError(f"an image cannot be decoded ({size}); remove it")
     return size
 
 
 def bare_pillow(data: bytes, config: DecodeConfig) -> Pixels:
-    """Decoded and resized, with no regard to anything else that may be in the file."""
+    """Decode and resize with Pillow alone: no orientation, no colour profile, no checks."""
     side = config.resolution
     with Image.open(io.BytesIO(data)) as image:
         picture = image.resize((side, side), LANCZOS, square(*image.size))
@@ -233,7 +238,7 @@ def bare_pillow(data: bytes, config: DecodeConfig) -> Pixels:
 
 
 def bare_simplejpeg(data: bytes, config: DecodeConfig) -> Pixels:
-    """The same with simplejpeg's decoder, into the image that Pillow resizes."""
+    """Decode with simplejpeg and resize with Pillow."""
     import simplejpeg  # type: ignore[import-not-found,unused-ignore]
 
     side = config.resolution
@@ -242,12 +247,12 @@ def bare_simplejpeg(data: bytes, config: DecodeConfig) -> Pixels:
 
 
 def rms(a: Pixels, b: Pixels) -> float:
-    """The root of the mean squared difference."""
+    """Root mean square difference."""
     return float(np.sqrt(np.square(a.astype(np.float64) - b).mean()))
 
 
 def in_turns(todo: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one warm-up round."""
+    """Median seconds of each function, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in todo}
     for i in range(rounds + 1):
         for name, work in todo.items():
@@ -259,7 +264,4 @@ def in_turns(todo: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(DecodeConfig, description=__doc__), sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"decode: {error}")
+    run_script(main, DecodeConfig, __doc__)

@@ -1,14 +1,13 @@
-"""Random batches from our store and from what others keep latents in, side by side in one run.
+"""Random reads of latents: our store against zarr-python, tensorstore, memmap and a file a latent.
 
     python benchmarks/cache/store.py
 
-Every reader holds the same latents and reads the same rows; they take turns in every round, so
-that ratios hold when the machine's speed drifts. Warm: all in the page cache. Cold: dropped from
-it before each turn, which only means something on a disk.
+Every reader has the same latents and reads the same rows. Readers alternate within each round, so
+that ratios are valid when the machine's speed drifts. Warm: files are in the page cache. Cold: they
+are dropped from the page cache before each turn, which matters only on a disk.
 """
 
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -24,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 import tensorstore
 import torch
-import tyro
 import zarr
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from benchmarks.lib.machine import machine
+from benchmarks.lib.report import JsonOption, Report, run_script
 from benchmarks.lib.synthetic import IDENTITY
 from xlsd_cache.errors import UserError
 from xlsd_cache.schema import CAPTIONS, PLAN
@@ -43,66 +42,66 @@ from xlsd_cache.store.zarr_metadata import grow_array, write_group
 
 BUCKET, SHAPE = "512x512", (4, 64, 64)
 LATENT_NBYTES = 2 * int(np.prod(SHAPE))
-AHEAD = 4  # batches that the kernel is told of before they are read, as in training
+AHEAD = 4  # batches announced to the kernel before they are read, as in training
 
 Rows = NDArray[np.int64]
 Latents = NDArray[np.float16]
 
 
 @dataclass(frozen=True)
-class StoreConfig:
+class StoreConfig(JsonOption):
     """Measure random reads."""
 
     samples: int = 8192
-    """Latents of 4x64x64 float16: 32 KiB each, in each of six kinds of files."""
+    """Latents of 4x64x64 float16: 32 KiB each, in each of six formats."""
 
     batch: int = 32
-    """Random rows read at once."""
+    """Random rows per batch."""
 
     batches: int = 8
-    """Batches a turn."""
+    """Batches per turn."""
 
     rounds: int = 15
-    """Turns of every reader with a warm page cache; medians count."""
+    """Turns of every reader with a warm page cache; the median is reported."""
 
     cold_rounds: int = 7
-    """Turns with a cold one."""
+    """Turns with a cold page cache."""
 
     rows_per_shard: int = 1024
-    """Of our store, which zarr-python and tensorstore read as well."""
+    """Rows per shard of our store, which zarr-python and tensorstore read as well."""
 
     folder: Path | None = None
-    """A disk to write to. Default: where temporary files go."""
+    """Folder for the files. Default: the system's temporary folder."""
 
     seed: int = 0
-    """Of the latents and of the choice of rows."""
+    """Seed of the latents and of the rows that are read."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One way to keep latents."""
+    """One format or program to read latents with."""
 
     name: str
     read: Callable[[Rows], Any]  # -> float16 [n, 4, 64, 64]
-    files: Callable[[Rows], Iterable[Path]]  # that hold these rows
-    hint: Callable[[Rows], None] | None = None  # of a batch to come
-    unmap: Callable[[], Any] | None = None  # mapped pages cannot leave the page cache
+    files: Callable[[Rows], Iterable[Path]]  # the files with these rows
+    hint: Callable[[Rows], None] | None = None  # announces a later batch
+    unmap: Callable[[], Any] | None = None  # mapped pages cannot be dropped from the page cache
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians, microseconds a latent."""
+    """Median microseconds per latent."""
 
     wall: float
-    cpu: float  # of all threads
+    cpu: float  # sum over all threads
 
 
-def main(config: StoreConfig, command: Sequence[str]) -> bool:
-    """Print both tables and what became of the targets; whether all were met."""
+def main(config: StoreConfig, command: Sequence[str]) -> None:
+    """Print both tables, then the targets."""
     if config.samples < config.batch:
         raise UserError(f"--samples {config.samples} is less than one --batch of {config.batch}")
-    print(f"machine: {machine('numpy', 'zarr', 'tensorstore', 'torch', 'safetensors')}")
-    print(f"command: {shlex.join(('python', 'benchmarks/cache/store.py', *command))}")
+    libraries = machine("numpy", "zarr", "tensorstore", "torch", "safetensors")
+    report = Report("benchmarks/cache/store.py", command, libraries)
     mib = config.samples * LATENT_NBYTES / 2**20
     print(f"{config.samples} latents of 4x64x64 float16 ({mib:.0f} MiB), batches of {config.batch}")
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
@@ -112,17 +111,21 @@ def main(config: StoreConfig, command: Sequence[str]) -> bool:
         with LatentStore.open(store) as opened:
             readers = [*ours(opened), *zarrs(store), memmap(Path(folder), latents)]
             readers += per_file(Path(folder), latents)
-            prove(readers, latents, config)
-            os.sync()  # a page that is not on the disk yet cannot be dropped
+            check_equal(readers, latents, config)
+            os.sync()  # only pages that are on the disk can be dropped
             warm = measure(readers, config, config.rounds, cold=False)
             cold = measure(readers, config, config.cold_rounds, cold=True)
-    table(f"warm, median of {config.rounds} turns of {config.batches} batches", warm)
-    table(f"cold, median of {config.cold_rounds} turns of {config.batches} batches", cold)
-    return targets(warm, cold)
+    for cache, costs, turns in (("warm", warm, config.rounds), ("cold", cold, config.cold_rounds)):
+        print_table(f"{cache}, median of {turns} turns of {config.batches} batches", costs)
+        for reader, cost in costs.items():
+            report.add(cache, reader=reader, us_per_latent=cost.wall, cpu_us_per_latent=cost.cpu)
+    print()
+    targets(warm, cold, report)
+    report.write(config.json)
 
 
 def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
-    """A store of these latents in their order, by the writer and the commits of a build."""
+    """Write these latents in order into a store, with the shard writer of a build."""
     manifest, rows = Manifest(root), config.rows_per_shard
     manifest.make_folders()
     write_group(manifest, attributes_of(IDENTITY, rows))
@@ -142,7 +145,7 @@ def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
         entries: dict[int, Any] = {slot: plan[start + slot] for slot in slots}
         unit = ShardId(BUCKET, start // rows)
         claimed = claim(store, unit, entries, 32)
-        assert claimed is not None  # nobody else builds here
+        assert claimed is not None  # no other process builds here
         for batch in claimed.writer.remaining:
             claimed.writer.append([ShardRow(slot, "") for slot in batch], slots)
         claimed.finish()
@@ -150,7 +153,7 @@ def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
 
 
 def ours(store: LatentStore) -> list[Reader]:
-    """The store's own reader, and what it would cost without its parts."""
+    """The store's reader, with read-ahead, with one buffer, and without the checksum."""
     rows_per_shard = store.rows_per_shard
     paths = shard_files(store.root)
     offsets = [ShardReader(path, rows_per_shard, LATENT_NBYTES).offsets for path in paths]
@@ -183,13 +186,13 @@ def ours(store: LatentStore) -> list[Reader]:
 
 
 def shard_files(store: Path) -> list[Path]:
-    """The shards of the one bucket, in order."""
+    """The shards of the bucket in order."""
     manifest = Manifest(store)
     return [manifest.shard(unit) for unit in sorted(manifest.committed())]
 
 
 def zarrs(store: Path) -> list[Reader]:
-    """Other programs' readers of the same shards."""
+    """zarr-python and tensorstore on the same shards."""
     path = Manifest(store).array(BUCKET)
     array: Any = zarr.open_array(path, mode="r")
     spec = {
@@ -208,20 +211,20 @@ def zarrs(store: Path) -> list[Reader]:
 
 
 def memmap(folder: Path, latents: Latents) -> Reader:
-    """The raw numbers in one file: what the memory itself allows."""
+    """All latents in one raw file, memory-mapped: the upper limit."""
     path = folder / "latents.raw"
     latents.tofile(path)
     mapped: Any = np.memmap(path, np.float16, "r", shape=latents.shape)
 
     def unmap() -> None:
         if hasattr(mapped.base, "madvise"):
-            mapped.base.madvise(4)  # MADV_DONTNEED: out of this process, so that it can be dropped
+            mapped.base.madvise(4)  # MADV_DONTNEED: unmapped pages can be dropped
 
     return Reader("np.memmap", lambda rows: mapped[rows], lambda _: [path], unmap=unmap)
 
 
 def per_file(folder: Path, latents: Latents) -> list[Reader]:
-    """One file a latent, as trainers keep them."""
+    """One file per latent, as other trainers store them."""
     size = np.array([512, 512])
     kohya = {"original_size_64x64": size, "crop_ltrb_64x64": np.array([0, 0, 512, 512])}
     for kind in ("npz", "pt", "safetensors"):
@@ -239,7 +242,7 @@ def per_file(folder: Path, latents: Latents) -> list[Reader]:
         return Reader(name, lambda rows: np.stack([load(path) for path in files(rows)]), files)
 
     def load_npz(path: Path) -> Any:
-        with np.load(path) as file:  # kohya looks at all three
+        with np.load(path) as file:  # kohya reads all three arrays
             latent, _, _ = (file[name] for name in ("latents_64x64", *kohya))
         return latent
 
@@ -251,21 +254,21 @@ def per_file(folder: Path, latents: Latents) -> list[Reader]:
     ]
 
 
-def prove(readers: list[Reader], latents: Latents, config: StoreConfig) -> None:
-    """Every reader gives the same rows, bit for bit."""
+def check_equal(readers: list[Reader], latents: Latents, config: StoreConfig) -> None:
+    """Assert that every reader returns the same rows, bit for bit."""
     (rows,) = draw(config, 1, -1)
     for reader in readers:
         assert np.array_equal(reader.read(rows), latents[rows]), reader.name
 
 
 def draw(config: StoreConfig, count: int, turn: int) -> list[Rows]:
-    """The rows of a turn's batches."""
+    """The rows of the batches of one turn."""
     rng = np.random.default_rng([config.seed, turn + 1])
     return [rng.choice(config.samples, config.batch, replace=False) for _ in range(count)]
 
 
 def measure(readers: list[Reader], config: StoreConfig, rounds: int, cold: bool) -> dict[str, Cost]:
-    """Every reader's cost. One more turn goes first and does not count."""
+    """The cost of every reader. One warm-up turn is not counted."""
     times: dict[str, list[tuple[float, float]]] = {reader.name: [] for reader in readers}
     for turn in range(-1, rounds):
         batches = draw(config, config.batches, turn)
@@ -285,7 +288,7 @@ def measure(readers: list[Reader], config: StoreConfig, rounds: int, cold: bool)
 
 
 def read_all(reader: Reader, batches: list[Rows]) -> None:
-    """The batches in order, the kernel told of those to come where the reader can."""
+    """Read the batches in order; readers with a hint announce the next ones to the kernel."""
     if reader.hint:
         for rows in batches[:AHEAD]:
             reader.hint(rows)
@@ -296,7 +299,7 @@ def read_all(reader: Reader, batches: list[Rows]) -> None:
 
 
 def forget(reader: Reader, batches: list[Rows]) -> None:
-    """Have the kernel drop what holds these rows from the page cache."""
+    """Drop the files with these rows from the page cache."""
     if reader.unmap:
         reader.unmap()
     for path in {path for rows in batches for path in reader.files(rows)}:
@@ -305,8 +308,8 @@ def forget(reader: Reader, batches: list[Rows]) -> None:
         os.close(fd)
 
 
-def table(title: str, costs: dict[str, Cost]) -> None:
-    """One line a reader: its cost, and how often it fits into np.memmap's and ours into its."""
+def print_table(title: str, costs: dict[str, Cost]) -> None:
+    """A row per reader: its cost, np.memmap's time over its time, its time over ours."""
     columns = ("us/latent", "CPU us", "x memmap", "xlsd is")
     print(f"\n{title:<42}" + "".join(f"{name:>12}" for name in columns))
     resident, own = costs["np.memmap"], costs["xlsd"]
@@ -316,30 +319,20 @@ def table(title: str, costs: dict[str, Cost]) -> None:
         print(f"{name:<42}" + "".join(f"{cell:>12}" for cell in cells))
 
 
-def targets(warm: dict[str, Cost], cold: dict[str, Cost]) -> bool:
-    """Hold the figures against what the store promises."""
+def targets(warm: dict[str, Cost], cold: dict[str, Cost], report: Report) -> None:
+    """The targets of the store's reader."""
 
     def times(name: str) -> float:
         return warm[name].wall / warm["xlsd"].wall
 
     ahead = cold["xlsd"].wall / cold["xlsd, read-ahead"].wall
-    met = [
-        ("of np.memmap's speed, crc on", times("np.memmap"), 0.20),
-        ("times zarr-python", times("zarr-python oindex"), 50.0),
-        ("times npz as kohya", times("npz as kohya"), 20.0),
-        ("times safetensors a file", times("safetensors a file"), 5.0),
-        ("latents a CPU second", 1e6 / warm["xlsd"].cpu, 1e6 / 25),
-        ("times plain reads with read-ahead, cold", ahead, 2.0),
-    ]
-    print()
-    for what, value, wanted in met:
-        verdict = "PASS" if value >= wanted else "FAIL"
-        print(f"{verdict}  {value:.3g} {what}, at least {wanted:.3g} wanted")
-    return all(value >= wanted for _, value, wanted in met)
+    report.target("speed relative to np.memmap, with crc", times("np.memmap"), least=0.20)
+    report.target("speed relative to zarr-python", times("zarr-python oindex"), least=50)
+    report.target("speed relative to npz as kohya", times("npz as kohya"), least=20)
+    report.target("speed relative to a safetensors file", times("safetensors a file"), least=5)
+    report.target("latents per CPU second", 1e6 / warm["xlsd"].cpu, least=1e6 / 25)
+    report.target("speed-up by read-ahead, cold", ahead, least=2)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(StoreConfig, description=__doc__), sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"store: {error}")
+    run_script(main, StoreConfig, __doc__)

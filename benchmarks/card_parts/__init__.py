@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/card.py`, the suite for a GPU."""
+"""The parts of `benchmarks/card.py`, the measurements on a GPU."""

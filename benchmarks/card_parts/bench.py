@@ -1,4 +1,4 @@
-"""What every part of `card.py` measures with: the device, one real step, and the clock."""
+"""What all parts of `card.py` share: the device, one training step, and the clock."""
 
 import time
 from collections.abc import Callable
@@ -19,31 +19,31 @@ from xlsd_train.memory.planner import Planner
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.step.step import Plan, drop_gradients
 
-# The fastest of each way on 24 GB at 512x512, and two more; `xlsd-train plan` has their reasons.
+# The fastest plan of each strategy on 24 GB at 512x512, and two more; see `xlsd-train plan`.
 PLANS = (
     Plan("plain", 6), Plan("cheap", 11), Plan("feed-forward", 16), Plan("sliced", 4),
     Plan("sliced", 1), Plan("cheap", 4),
 )  # fmt: skip
-Found = dict[str, Any]  # what a part found, as JSON
+Found = dict[str, Any]  # the results of a part, as JSON
 
 
 @dataclass
 class Bench:
-    """SD1.5's shapes on the card, or with `tiny` the smallest model on the CPU."""
+    """SD1.5 in full size on the GPU, or with `tiny` the smallest model on the CPU."""
 
     tiny: bool
     vram: float  # GB
-    seconds: float  # that all parts may take together
+    seconds: float  # limit for all parts together
     _begun: float = field(default_factory=time.perf_counter)
 
     @property
     def device(self) -> torch.device:
-        """Where all is measured."""
+        """The device of all measurements."""
         return torch.device("cpu") if self.tiny else torch.device("cuda", 0)
 
     @property
     def model(self) -> Size:
-        """Its shapes; weights are random."""
+        """The size of the model; its weights are random."""
         return "nano" if self.tiny else "sd15"
 
     @property
@@ -53,55 +53,55 @@ class Bench:
 
     @property
     def batch(self) -> int:
-        """Images a step."""
+        """Images per step."""
         return 4 if self.tiny else 32
 
     @property
     def plans(self) -> list[Plan]:
-        """Those to look at, the fastest of each way first."""
+        """The memory plans to measure, the fastest of each strategy first."""
         return [Plan("plain", 2), Plan("sliced", 2)] if self.tiny else list(PLANS)
 
     @property
     def name(self) -> str:
-        """The device's."""
+        """The name of the device."""
         return "cpu" if self.tiny else torch.cuda.get_device_name(self.device)
 
     @property
     def card(self) -> Card | None:
-        """Its peaks, where the project knows them."""
+        """The peak rates of the GPU if they are known."""
         return card_named(self.name)
 
     @cached_property
     def settings(self) -> TrainConfig:
-        """As a run would have them."""
+        """The options of a run."""
         return TrainConfig("unet", batch=self.batch).resolved()
 
     @cached_property
     def step(self) -> Strict:
-        """The one step that all parts share: making another takes longer than most parts."""
+        """The step that all parts share: creating it takes longer than most parts."""
         device = self.device.type
         return step_of(Strict, model_of(self.model), self.settings, self.plans[0], device)
 
     @cached_property
     def planner(self) -> Planner:
-        """What predicts memory."""
+        """The planner that predicts memory."""
         model = self.step.model
         text = model.text_encoder.config.to_dict()
         return Planner(self.settings, model.unet.config, text, workspaces=not self.tiny)
 
     def drawn(self, count: int) -> Batch:
-        """A batch of so many images."""
+        """A random batch of `count` images."""
         return drawn_batch(self.step.model, count, self.size, self.device.type)
 
     def with_optimizer(self, name: Any) -> None:
-        """Have the step use another optimizer, whose state is new."""
-        self.step.optimizer = torch.optim.SGD(self.step.parameters)  # the last one's state goes
+        """Give the step another optimizer with new state."""
+        self.step.optimizer = torch.optim.SGD(self.step.parameters)  # frees the old state
         self.free()
         settings = TrainConfig("unet", batch=self.batch, optimizer=name).resolved()
         self.step.optimizer = make_optimizer(settings, self.step.parameters)
 
     def free(self) -> None:
-        """Give back what nobody needs."""
+        """Free gradients and cached memory."""
         drop_gradients(self.step.parameters)
         give_back(self.device)
 
@@ -111,15 +111,15 @@ class Bench:
             torch.cuda.synchronize()
 
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the limit."""
         return self.seconds - (time.perf_counter() - self._begun)
 
     def clock(self, work: Callable[[], Any], times: int = 2) -> float:
-        """Seconds that it takes at best, after a first time."""
-        found = []
+        """The shortest of `times` calls in seconds, after a warm-up call."""
+        seconds = []
         for _ in range(times + 1):
             begun = time.perf_counter()
             work()
             self.sync()
-            found.append(time.perf_counter() - begun)
-        return min(found[1:])
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds[1:])

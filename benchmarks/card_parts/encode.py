@@ -1,8 +1,5 @@
-"""How fast the VAE encodes on a card, and how much of that `build` reaches."""
+"""images/s of the VAE on a GPU, and the share of it that `build` reaches."""
 
-import contextlib
-import io
-import re
 import tempfile
 from pathlib import Path
 
@@ -12,17 +9,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.lib.commands import build_time, run_command
 from benchmarks.lib.plain_loop import vae_of
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.vae import Vae, load_vae
-from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.vocabulary import Precision
 
 
 def encode(bench: Bench) -> Found:
-    """images/s of ready pixels in each precision, and of the whole build in fp32."""
+    """images/s of the VAE alone in each precision, and of the build in fp32."""
     torch.use_deterministic_algorithms(False)  # as `build` leaves it
     bench.free()
     side, count = (64, 4) if bench.tiny else (512, 64)
@@ -37,14 +34,14 @@ def encode(bench: Bench) -> Found:
             set_precision(precision)
             found[precision] = {"images_per_s": count / _bare(bench, vae, precision, images)}
         set_precision("fp32")
-        stations = _build(bench, folder, images)
-    rate = count / float(stations.split()[1])
+        seconds, stages = build_time(_build(bench, folder, images))
+    rate = count / seconds
     of_bare = rate / found["fp32"]["images_per_s"]
-    return {**found, "build": {"images_per_s": rate, "of_bare": of_bare, "stations": stations}}
+    return {**found, "build": {"images_per_s": rate, "of_bare": of_bare, "stations": stages}}
 
 
 def _bare(bench: Bench, vae: Vae, precision: Precision, images: NDArray[np.uint8]) -> float:
-    """Seconds for all of them, called as `build` calls it."""
+    """Seconds for all images, encoded in the calls that `build` makes."""
     side = images.shape[1]
     encoder = Encoder.fitted(vae, precision, bench.device, None, side**2)
     parts = [images[i : i + encoder.batch] for i in range(0, len(images), encoder.batch)]
@@ -52,8 +49,8 @@ def _bare(bench: Bench, vae: Vae, precision: Precision, images: NDArray[np.uint8
         return bench.clock(lambda: list(pool.map(encoder.encode, parts)), 1)
 
 
-def _build(bench: Bench, folder: Path, images: NDArray[np.uint8]) -> str:
-    """What the real command says of its stations, of pictures as smooth as photos are."""
+def _build(bench: Bench, folder: Path, images: NDArray[np.uint8]) -> list[str]:
+    """Run `xlsd-cache build` on pictures as smooth as photos. Returns its log."""
     (folder / "images").mkdir()
     side = images.shape[1]
     for number, image in enumerate(images):
@@ -64,9 +61,4 @@ def _build(bench: Bench, folder: Path, images: NDArray[np.uint8]) -> str:
     options = ["--out", folder / "latents", "--vae", folder / "vae", "--captions", "none"]
     options += ["--resolution", side, "--buckets", "square"]
     options += ["--device", "cpu"] if bench.tiny else []
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        if xlsd_cache(["build", str(folder / "images"), *map(str, options)]):
-            raise UserError("the build failed; see above")
-    (stations,) = re.findall(r"^time: .*$", said.getvalue(), re.MULTILINE)
-    return str(stations)
+    return run_command(xlsd_cache, "build", folder / "images", *options)

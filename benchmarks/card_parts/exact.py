@@ -1,4 +1,4 @@
-"""Whether fp32 is strict on a card, and two runs and a resumed one the same to the bit."""
+"""Whether fp32 is IEEE fp32 on a GPU, and whether runs and resumed runs are bit-equal."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def strict(bench: Bench) -> Found:
 
 
 def kernels(bench: Bench) -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
-    """What SD1.5 is made of, at its shapes."""
+    """SD1.5's kinds of operations, at its shapes."""
     wide, side, n = (32, 8, 1) if bench.tiny else (320, 64, 4)
 
     def drawn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -55,7 +55,7 @@ def _convolution(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def errors(kernel: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, float]:
-    """Of the output, and of the worst gradient."""
+    """Relative errors of the output and of the worst gradient."""
     single = [x.clone().requires_grad_() for x in inputs]
     double = [x.double().requires_grad_() for x in inputs]
     ours, exact = kernel(*single), kernel(*double)
@@ -73,7 +73,7 @@ def _far(a: Tensor, b: Tensor) -> float:
 
 
 def room(bench: Bench) -> Found:
-    """Whether the first step's bits depend on what memory is free, in fresh processes."""
+    """Whether the bits of the first step depend on free memory, in fresh processes."""
     bench.free()
     found: Found = {}
     for name, vram in ((f"{bench.vram:g} GB", bench.vram), ("the whole card", None)):
@@ -87,7 +87,7 @@ def room(bench: Bench) -> Found:
 
 
 def determinism(bench: Bench) -> Found:
-    """Two steps twice, and two with a new start between, the allocator having been in other use."""
+    """Two steps, run twice, and resumed after the first with other blocks in the allocator."""
     deterministic(True)
     step, found = bench.step, {}
     start = _state(step)
@@ -108,7 +108,7 @@ def determinism(bench: Bench) -> Found:
 
 
 def _steps(bench: Bench, state: State, first: int, last: int) -> tuple[list[float], State]:
-    """Losses of these steps, and what they left, from a state on."""
+    """Run these steps from a state. Returns their losses and the new state."""
     bench.free()
     _put(bench.step, state)
     batch, losses = bench.drawn(4), []

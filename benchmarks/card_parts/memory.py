@@ -1,4 +1,4 @@
-"""Whether a card takes what the plan predicts, and which batch is truly the largest."""
+"""Predicted against measured memory on a GPU, and the largest batch that fits."""
 
 import torch
 
@@ -15,7 +15,7 @@ TINY_LIMIT = 30 * 2**20  # bytes above the smallest step
 
 
 def peaks(bench: Bench) -> Found:
-    """Predicted and real peaks of each plan, in GiB, the card refusing all above the limit."""
+    """Predicted and measured peak of each plan in GiB, under the limit of GPU memory."""
     deterministic(True)
     found: Found = {}
     for plan in bench.plans:
@@ -34,7 +34,7 @@ def peaks(bench: Bench) -> Found:
 
 
 def _real(bench: Bench) -> Found:
-    """GiB that a step takes at its worst, of tensors and of all that torch asked the card for."""
+    """Peak GiB of a step: tensors, and all memory that torch reserved."""
     batch = bench.drawn(bench.batch)
     if bench.tiny:
         return {"peak": peak_of(bench.step, [batch]) / GIB}
@@ -50,7 +50,7 @@ def _real(bench: Bench) -> Found:
 
 
 def largest(bench: Bench) -> Found:
-    """The largest batch of each way that really passes, to a sixteenth of the predicted one."""
+    """The largest batch that fits for each strategy, to 1/16 of the predicted one."""
     deterministic(True)
     limit = limit_of(TrainConfig("unet", vram=bench.vram), None) or 0.0
     if bench.tiny:
@@ -64,7 +64,7 @@ def largest(bench: Bench) -> Found:
         def fits(count: int, plan: Plan = plan, tried: dict[int, str] = tried) -> bool:
             return _fits(bench, whole(plan, count), count, limit, tried)
 
-        stride = max(1, predicted // 16)  # a step of the largest takes most of a minute
+        stride = max(1, predicted // 16)  # a step with the largest batch takes most of a minute
         real = predicted
         while real > 0 and not fits(real):
             real -= stride
@@ -75,8 +75,8 @@ def largest(bench: Bench) -> Found:
 
 
 def _fits(bench: Bench, plan: Plan, count: int, limit: float, tried: dict[int, str]) -> bool:
-    """Whether a step of so many passes; what is not tried for want of time counts as full."""
-    if bench.tiny:  # nobody refuses memory here, so the prediction does
+    """Whether a step with this batch fits. False if no time is left to try it."""
+    if bench.tiny:  # a CPU has no limit, so the prediction decides
         tried[count] = "predicted"
         return bench.planner.predict(plan, count, bench.size).peak <= limit
     if bench.left() < 60:

@@ -1,8 +1,8 @@
-"""The first step of a fresh process under a limit of memory, as one line of JSON.
+"""Run the first step of a fresh process under a memory limit and print one line of JSON.
 
     python benchmarks/card_parts/room.py --vram 22
 
-`card.py` compares two of them: kernels that are chosen by what memory is free sum otherwise.
+`card.py` compares two such processes: a kernel that is chosen by free memory sums in another order.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ from xlsd_train.training.setup import deterministic
 
 @dataclass(frozen=True)
 class RoomConfig:
-    """Take one step of the plan for 24 GB."""
+    """Run one step of the plan for 24 GB."""
 
     tiny: bool = False
-    """The smallest model on the CPU."""
+    """Use the smallest model on the CPU."""
 
     vram: float | None = None
-    """GB: the card gives no more. Default: all that it has."""
+    """Limit of the GPU memory in GB. Default: all of it."""
 
 
 def main(config: RoomConfig) -> None:
-    """Print the hash of all momentum, how often memory was refused, and the peak in GiB."""
+    """Print the hash of the momentum, the number of failed allocations, and the peak in GiB."""
     quiet_libraries()
     set_precision("fp32")
     deterministic(True)

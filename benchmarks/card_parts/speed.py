@@ -1,4 +1,4 @@
-"""How fast each plan trains, what the host waits for, and which kernels take the time."""
+"""images/s of each memory plan, host-device synchronisations, and time per kernel."""
 
 import time
 import warnings
@@ -17,9 +17,9 @@ from xlsd_train.step.step import Plan
 from xlsd_train.training.meter import Meter
 from xlsd_train.training.setup import deterministic
 
-TIMED = 2  # steps of each
-LR = 1e-9  # at which no loss runs away
-# In the names of kernels that multiply; what is left moves memory.
+TIMED = 2  # steps per plan
+LR = 1e-9  # so small that no loss diverges
+# Parts of the names of kernels that multiply; all others only move memory.
 _MULTIPLY = (
     "gemm", "conv", "wgrad", "dgrad", "cutlass", "xmma", "winograd", "fft", "fmha", "attention",
     "mm", "cudnn", "nvjet",
@@ -28,12 +28,12 @@ _ATTENTION = ("fmha", "attention", "flash")
 
 
 def speed(bench: Bench) -> Found:
-    """images/s by plan and of diffusers' plain loop, turn by turn, all in one order of summing."""
+    """images/s of each plan and of diffusers' loop, alternating, with deterministic kernels."""
     return _compare(bench, bench.plans[:4], True)
 
 
 def free(bench: Bench) -> Found:
-    """The same of the plan for 24 GB and the plain loop, cuDNN and attention choosing freely."""
+    """images/s of the plan for 24 GB and of diffusers' loop, with any kernels."""
     return _compare(bench, bench.plans[:3][-1:], False)
 
 
@@ -47,7 +47,7 @@ def _compare(bench: Bench, plans: list[Plan], in_order: bool) -> Found:
     latents = batch.latents * step.model.vae.scaling_factor
     plain = PlainLoop(step.model, step.optimizer, False, batch.input_ids, latents)
     entered = {str(plan): Contestant(partial(take, plan), step.optimizer) for plan in plans}
-    # With our Lion, in its favour.
+    # It uses our Lion, which is in its favour.
     entered["diffusers, checkpointing"] = Contestant(plain, step.optimizer, checkpointing=True)
     deterministic(in_order)
     results = take_turns(step.model, entered, 1 if bench.tiny else TIMED, bench.device.type)
@@ -69,7 +69,7 @@ def _compare(bench: Bench, plans: list[Plan], in_order: bool) -> Found:
 
 
 def attention(bench: Bench) -> Found:
-    """Attention's backward in ms: in one order it has a block for each head of an image."""
+    """Backward pass of attention in ms: the deterministic one has a block per head of an image."""
     side = bench.size[0] ** 2
     found: Found = {}
     for count in (1,) if bench.tiny else (4, 6, 11, 16, 32):
@@ -87,7 +87,7 @@ def attention(bench: Bench) -> Found:
 
 
 def syncs(bench: Bench) -> Found:
-    """Where the host waits for the card in a step, and how long the meter waits for the newest."""
+    """Where the host waits for the GPU in a step, and how long the meter waits for the newest."""
     found: Found = {}
     batch = bench.drawn(4)
     for optimizer, way in (("dlion", "cheap"), ("lion", "cheap"), ("lion", "sliced")):
@@ -112,9 +112,9 @@ def _debug_syncs(bench: Bench, mode: str) -> None:
 
 
 def _meter(bench: Bench) -> Found:
-    """Seconds to launch a step and to log the one before, and what the card was at after the last.
+    """Seconds to launch a step and log the one before, and GPU time left after the last launch.
 
-    Where the host never waits for the newest step, the last is about a whole step.
+    If the host never waits for the newest step, the time left is about a whole step.
     """
     meter, batch, waits = Meter([0.0, 0.0]), bench.drawn(4), []
     meter.begin()
@@ -130,7 +130,7 @@ def _meter(bench: Bench) -> Found:
 
 
 def kernels(bench: Bench) -> Found:
-    """The ten kernels that take most of a step, and what attention and moving memory take."""
+    """The ten kernels that take most time, and the shares of attention and of memory moves."""
     deterministic(True)
     bench.step.plan, batch = bench.plans[1], bench.drawn(bench.batch)
     bench.step([batch], LR)

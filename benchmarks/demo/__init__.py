@@ -1,1 +1,1 @@
-"""A small SD1.5 and real photos: what `make demo` runs on, and the tests."""
+"""A small SD1.5 and real photos for `make demo`, `make article` and the tests."""

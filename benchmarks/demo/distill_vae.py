@@ -1,9 +1,9 @@
-"""Distil a VAE of a few hundred thousand weights from a teacher that speaks SDXL's latents.
+"""Distil a VAE of a few hundred thousand weights from a teacher with SDXL's latent space.
 
 `benchmarks/demo/vae` is such a VAE: an AutoencoderKL with SDXL's 8x, 4-channel layout and scaling
-factor, small enough to ship and to run on a laptop, whose latents a person recognises when decoded.
-Its teacher was TAESDXL (MIT, Ollin Boer Bohan), its images 121 free photos. It comes from a run
-before this script had its present form: run again, it gives a VAE like it, not the same bytes.
+factor, small enough to ship and to run on a laptop. Images decoded from its latents are
+recognisable. Its teacher was TAESDXL (MIT, Ollin Boer Bohan), its images 121 free photos. It was
+made by an earlier version of this script: a new run gives a similar VAE, not the same bytes.
 
     python -m benchmarks.demo.distill_vae PHOTOS TAESDXL_FOLDER OUT --steps 10000
 """
@@ -23,7 +23,7 @@ SCALING_FACTOR = 0.13025  # SDXL's: latents times this have a spread near 1
 
 
 def student() -> AutoencoderKL:
-    """SDXL's VAE in miniature: the same blocks, 317 k weights."""
+    """A VAE with SDXL's kinds of blocks and 317 k weights."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -55,7 +55,7 @@ def with_latents(teacher: AutoencoderTiny, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def losses(vae: AutoencoderKL, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """Latents as the teacher's, and pixels back from half one's own and half the teacher's."""
+    """Losses of the latents against the teacher's, and of pixels decoded from both halves."""
     mean = vae.encode(x).latent_dist.mean
     half = len(x) // 2
     y = vae.decode(torch.cat([mean[:half], z[half:]])).sample
@@ -63,7 +63,7 @@ def losses(vae: AutoencoderKL, x: Tensor, z: Tensor) -> dict[str, Tensor]:
     return {
         "latents": F.mse_loss(mean * SCALING_FACTOR, z * SCALING_FACTOR),
         "pixels": F.mse_loss(y, x) * 4,
-        "edges": (edges[0] + edges[1]) * 0.5,  # differences of neighbours: against blur
+        "edges": (edges[0] + edges[1]) * 0.5,  # differences of neighbouring pixels, against blur
     }
 
 

@@ -1,6 +1,6 @@
-"""Write the demo's photos: of four subjects that scikit-image ships, two crops each, captioned.
+"""Write the demo's photos with captions: two crops of each of four photos of scikit-image.
 
-Each photo gets tags in a .txt and a title in a .title, whose words the tags do not have.
+Each photo has tags in a .txt and a title in a .title. The words of the titles are not in the tags.
 
     python -m benchmarks.demo.photos OUT
 """
@@ -16,7 +16,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Photo:
-    """One file: of which picture, which part of it, and what is said of it."""
+    """One file: its picture, the crop, and the two captions."""
 
     picture: str  # a function of skimage.data
     crop: tuple[float, float, float, float]  # left, top, right, bottom as fractions

@@ -1,7 +1,7 @@
-"""Make a small pipeline folder in SD1.5's own layout, with its block types and random weights.
+"""Write a small pipeline folder in SD1.5's layout, with SD1.5's block types and random weights.
 
-Its VAE is real: the small one beside this file, distilled to SDXL's latent space. Its tokenizer is
-a CLIP tokenizer whose merges are learnt from the captions it will see.
+Its VAE is the small one next to this file, distilled to SDXL's latent space. Its CLIP tokenizer has
+merges that are learned from the given captions.
 
     python -m benchmarks.demo.pipeline OUT --captions IMAGES
 """
@@ -27,10 +27,10 @@ Size = Literal["nano", "demo", "keys", "sd15"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a size of the model differs in; all else is SD1.5's."""
+    """The parameters that differ between model sizes; all others are SD1.5's."""
 
     unet: tuple[int, int, int, int]  # block_out_channels
-    layers: int  # of the UNet, a block
+    layers: int  # per block of the UNet
     heads: int  # SD1.5's attention_head_dim, which is a number of heads
     groups: int  # of the norms
     text: int  # hidden size
@@ -42,7 +42,7 @@ SHAPES: dict[str, Shape] = {
     "nano": Shape((16, 32, 32, 32), 1, 2, 8, 32, 2, 2),  # tests
     "demo": Shape((32, 64, 96, 96), 1, 4, 16, 64, 2, 4),  # make demo
     "keys": Shape((32, 64, 96, 96), 2, 8, 32, 64, 12, 4),  # exactly SD1.5's state-dict keys
-    "sd15": Shape(sd15.UNET["block_out_channels"], 2, 8, 32, 768, 12, 12),  # itself: benchmarks
+    "sd15": Shape(sd15.UNET["block_out_channels"], 2, 8, 32, 768, 12, 12),  # full size: benchmarks
 }
 
 
@@ -91,7 +91,7 @@ def make_pipeline(out: Path, size: Size, captions: list[str], seed: int = 0) -> 
 
 
 def _write_tokenizer(folder: Path, captions: list[str]) -> int:
-    """A CLIP tokenizer, byte-level BPE learnt from captions; returns its vocabulary's size."""
+    """Write a CLIP tokenizer with BPE merges learned from captions. Returns the vocabulary size."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -116,7 +116,7 @@ def _write_tokenizer(folder: Path, captions: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    told = {
+    config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": 77,
         "bos_token": "<|startoftext|>",
@@ -124,12 +124,12 @@ def _write_tokenizer(folder: Path, captions: list[str]) -> int:
         "unk_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return len(vocabulary)
 
 
 def read_captions(folder: Path) -> list[str]:
-    """The texts that the demo's photos have beside them."""
+    """The captions next to the demo's photos."""
     paths = sorted([*folder.rglob("*.txt"), *folder.rglob("*.title")])
     return [path.read_text() for path in paths]
 

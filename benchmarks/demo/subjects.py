@@ -1,7 +1,7 @@
-"""Write `make article`'s photos: crops of what scikit-image ships, tagged with what is in them.
+"""Write the photos of `make article`: crops of scikit-image's photos with tags.
 
-Two folders: OUT/narrow of five subjects, OUT/broad of six others. Each crop is drawn by seed around
-its subject, and has those tags whose place in the photo it shows whole.
+Two folders: OUT/narrow with five subjects, OUT/broad with six others. Crops are random with a
+seed and contain their subject. A crop has the tags of all objects that it shows completely.
 
     python -m benchmarks.demo.subjects OUT
 """
@@ -15,16 +15,16 @@ import tyro
 from PIL import Image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom as fractions
-LEAST = 128  # pixels of a crop's shorter side: the size that they are trained at
+LEAST = 128  # pixels of a crop's shorter side: the training resolution
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A photo, what every crop of it shows, and what some do."""
+    """A photo, the part that every crop contains, and objects that some crops contain."""
 
     picture: str  # a function of skimage.data
-    core: Box  # is in every crop
-    tags: str  # of the core
+    core: Box  # contained in every crop
+    tags: str  # for the core
     more: tuple[tuple[str, Box], ...] = ()
 
 
@@ -92,29 +92,29 @@ BROAD = (
 
 
 def crop_around(core: Box, size: tuple[int, int], rng: np.random.Generator) -> Box:
-    """A random window that holds the core, of LEAST pixels a side or more, and near to a square."""
+    """A random window, nearly square, that contains the core and has sides of at least LEAST."""
     side = rng.uniform(LEAST, min(size))
     window = [0.0, 0.0, 1.0, 1.0]
     for i, length in enumerate(size):
         wide = max(side * rng.uniform(1.0, 1.15) / length, core[i + 2] - core[i])
         wide = min(wide, 1.0)
         first, last = max(0.0, core[i + 2] - wide), min(core[i], 1.0 - wide)
-        window[i] = first + (last - first) * rng.random()  # uniform() refuses rounding's order
+        window[i] = first + (last - first) * rng.random()  # uniform() may raise
         window[i + 2] = window[i] + wide
     return window[0], window[1], window[2], window[3]
 
 
 def inside(box: Box, crop: Box) -> bool:
-    """Whether a crop shows all of a box."""
+    """Whether a crop contains the whole box."""
     return all(crop[i] <= box[i] and box[i + 2] <= crop[i + 2] for i in (0, 1))
 
 
 def write_subjects(out: Path, subjects: tuple[Subject, ...], each: int, seed: int = 0) -> None:
-    """Write `each` crops of every subject, each with its tags beside it."""
+    """Write `each` crops of every subject, with the tags in a .txt next to each."""
     out.mkdir(parents=True, exist_ok=True)
     for i, subject in enumerate(subjects):
         loaded = getattr(skimage.data, subject.picture)()
-        pixels = np.asarray(loaded[0] if isinstance(loaded, tuple) else loaded)  # a stereo pair's
+        pixels = np.asarray(loaded[0] if isinstance(loaded, tuple) else loaded)  # a stereo pair
         photo = Image.fromarray(pixels).convert("RGB")
         rng = np.random.default_rng([seed, i])
         for n in range(each):

@@ -1,1 +1,1 @@
-"""What several benchmarks share: machine line, synthetic stores, real steps, turns."""
+"""What benchmarks share: reports, commands, synthetic stores, training steps, timing."""

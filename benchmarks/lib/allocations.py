@@ -1,4 +1,4 @@
-"""What torch's CPU allocator really hands out in a training step: beside it stands a prediction."""
+"""Measure the memory that torch's CPU allocator hands out in a training step."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,22 @@ from xlsd_train.step.step import Step
 
 
 def peak_of(step: Step, batches: Sequence[Batch]) -> int:
-    """Bytes that a step on the CPU holds at its worst; it takes one, at a learning rate of 0.
+    """The peak bytes of a step on the CPU; runs one step with a learning rate of 0.
 
-    The profiler counts from its start, so weights and optimizer state are added; the batches, the
-    VAE, and whatever else was there before are not. Libraries' workspaces count where they come
-    from torch's allocator, as oneDNN's do.
+    The profiler counts from its start, so weights and optimizer state are added. Batches, the VAE
+    and earlier allocations are not counted. Workspaces of libraries are counted if they come from
+    torch's allocator, as oneDNN's do.
     """
-    there = held(step)
+    resident = held(step)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step(batches, 0.0)
     kineto = profiled.profiler
     assert kineto is not None
     assert kineto.kineto_results is not None
-    waiting, events = list(kineto.kineto_results.experimental_event_tree()), []
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
+    pending, events = list(kineto.kineto_results.experimental_event_tree()), []
+    while pending:
+        event = pending.pop()
+        pending += event.children
         if event.tag == _EventType.Allocation:
             assert event.typed[0] == _EventType.Allocation
             fields = event.typed[1]
@@ -35,11 +35,11 @@ def peak_of(step: Step, batches: Sequence[Batch]) -> int:
     events.sort(key=lambda event: event[0])
     _, total, size = events[0]
     most: int = max(now for _, now, _ in events) - (total - size)
-    return there + most
+    return resident + most
 
 
 def held(step: Step) -> int:
-    """Bytes of weights, buffers and optimizer state, each storage once."""
+    """Bytes of weights, buffers and optimizer state, counting each storage once."""
     modules = step.model.unet, step.model.text_encoder
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
     tensors += [x for s in step.optimizer.state.values() for x in s.values() if _is_tensor(x)]

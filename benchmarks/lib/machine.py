@@ -1,4 +1,4 @@
-"""What a benchmark says of the machine that it ran on."""
+"""The description of the machine that a benchmark ran on."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def cpu_name() -> str:
-    """The processor as Linux tells it, else as Python does."""
+    """The name of the processor from /proc/cpuinfo, or from Python if that file is missing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -18,7 +18,7 @@ def cpu_name() -> str:
 
 
 def machine(*libraries: str) -> str:
-    """Processor, cores, how many processes wanted one before, and the versions that matter."""
+    """Processor, cores, load average, and the versions of Python and of these libraries."""
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
     python = platform.python_version()

@@ -1,9 +1,9 @@
-"""The loop to measure ours against: a training step as diffusers' own example has it.
+"""The baseline: the training step of diffusers' example script.
 
-Written afresh after examples/text_to_image/train_text_to_image.py of diffusers 0.42: the images are
-encoded by the VAE, the captions by the text encoder, noise and timesteps are drawn, the UNet
-predicts, its gradients are computed with gradient checkpointing, and the optimizer steps. What the
-example does besides (clipping, EMA, logging, reading files) is left out, in its favour.
+A reimplementation of examples/text_to_image/train_text_to_image.py of diffusers 0.42: the VAE
+encodes the images, the text encoder the captions, noise and timesteps are drawn, the UNet predicts,
+gradients are computed with gradient checkpointing, and the optimizer steps. Clipping, EMA, logging
+and reading files are left out, in favour of the baseline.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from xlsd_train.model.bundle import ModelBundle
 
 @dataclass
 class PlainLoop:
-    """One step a call, on the weights of `model`, which is prepared for its phase.
+    """A callable that trains one step. `model` has to be prepared for its phase.
 
-    With a `vae` the images `pixels` f32 [B, 3, H, W] are encoded in every step; without one
-    `latents` f32 [B, 4, h, w] are there, scaled.
+    With a `vae`, `pixels` f32 [B, 3, H, W] are encoded in every step. Without one, the scaled
+    `latents` f32 [B, 4, h, w] are used.
     """
 
     model: ModelBundle
@@ -41,7 +41,7 @@ class PlainLoop:
         self._scheduler = DDPMScheduler.from_config(self.model.scheduler_config)
 
     def __call__(self) -> Tensor:
-        """Update the weights; the loss, on the device."""
+        """Update the weights. Returns the loss, a scalar on the device."""
         unet, text_encoder = self.model.unet, self.model.text_encoder
         with torch.autocast(self.latents.device.type, torch.bfloat16, enabled=self.mixed):
             latents = self.latents if self.vae is None else self._encode()
@@ -58,13 +58,13 @@ class PlainLoop:
 
     @torch.no_grad()
     def _encode(self) -> Tensor:
-        """Image by image: SDXL's VAE would need 20 GiB for 32 at once."""
+        """Encode one image at a time: SDXL's VAE needs 20 GiB for 32 images at once."""
         latents: Tensor = self.vae.encode(self.pixels).latent_dist.sample()
         return latents * float(self.vae.config.scaling_factor)
 
 
 def checkpointing(model: ModelBundle, on: bool) -> None:
-    """Turn gradient checkpointing on in what trains, and in what is differentiated through."""
+    """Turn gradient checkpointing of the UNet and of the text encoder on or off."""
     if on:
         model.unet.enable_gradient_checkpointing()
         model.text_encoder.gradient_checkpointing_enable(
@@ -76,28 +76,34 @@ def checkpointing(model: ModelBundle, on: bool) -> None:
 
 
 def optimizer_of(config: TrainConfig, model: ModelBundle) -> torch.optim.Optimizer:
-    """The library's optimizer of a resolved config, at a rate at which no loss runs away."""
+    """The library's optimizer for these options, with a rate so small that no loss diverges."""
     import dadaptation
     import lion_pytorch
 
     parameters = [p for m in (model.unet, model.text_encoder) for p in m.parameters()]
     trained = [p for p in parameters if p.requires_grad]
-    given: dict[str, Any] = {"lr": 1e-9, "betas": config.betas, "weight_decay": config.weight_decay}
+    made: torch.optim.Optimizer
+    shared: dict[str, Any] = {
+        "lr": 1e-9,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+    }
     if config.optimizer == "lion":
-        made: torch.optim.Optimizer = lion_pytorch.Lion(trained, **given)
+        made = lion_pytorch.Lion(trained, **shared)
     elif config.optimizer == "dlion":
-        made = dadaptation.DAdaptLion(trained, **given)
+        made = dadaptation.DAdaptLion(trained, **shared)
     elif config.optimizer == "adamw":
-        made = torch.optim.AdamW(trained, **given)
+        made = torch.optim.AdamW(trained, **shared)
     else:
         raise UserError(
-            f"--against diffusers knows no --optimizer {config.optimizer}; take lion, dlion, adamw"
+            f"--against diffusers does not support --optimizer {config.optimizer}; "
+            "use lion, dlion or adamw"
         )
     return made
 
 
 def vae_of(model: str, device: str) -> Any:
-    """SDXL's VAE in shape beside SD1.5, with random weights; the demo's own beside the others."""
+    """For sd15 a VAE of SDXL's size with random weights, for other models the demo's VAE."""
     if model == "sd15":
         vae: Any = AutoencoderKL.from_config({**sd15.VAE, "scaling_factor": 0.13025})
     else:

@@ -1,4 +1,4 @@
-"""The real training step on random weights, which benchmarks measure; and what they ran on."""
+"""The training step on random weights that benchmarks measure, and the device it runs on."""
 
 import subprocess
 import time
@@ -28,21 +28,21 @@ from xlsd_train.step.objective import make_objective
 from xlsd_train.step.step import Plan, Step
 
 S = TypeVar("S", bound=Step)
-VOCABULARY = {"sd15": 49408}  # that of the others does not matter
+VOCABULARY = {"sd15": 49408}  # the size does not matter for the small models
 SMALL_VOCABULARY = 1000
 
 
 def networks(size: Size, tokens: int = 77) -> tuple[Any, Any]:
-    """UNet and text encoder with random weights, its length as asked."""
+    """UNet and text encoder with random weights, for captions of this many tokens."""
     unet, text_encoder = make_networks(size, VOCABULARY.get(size, SMALL_VOCABULARY))
     if tokens != text_encoder.config.max_position_embeddings:
-        told = {**text_encoder.config.to_dict(), "max_position_embeddings": tokens}
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(told))
+        config = {**text_encoder.config.to_dict(), "max_position_embeddings": tokens}
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(config))
     return unet, text_encoder
 
 
 def model_of(size: Size, tokens: int = 77) -> ModelBundle:
-    """A model without a tokenizer: its batches are drawn, not read."""
+    """A model without a tokenizer, for random batches."""
     scheduler = dict(DDPMScheduler.from_config(sd15.SCHEDULER).config)
     vae = load_vae(str(VAE))
     return ModelBundle(*networks(size, tokens), vae, None, scheduler, size, VAE, vae_scaling(vae))
@@ -52,14 +52,14 @@ CAPTIONS = ["woman, solo, smiling, outdoors", "a cup of coffee on a wooden table
 
 
 def captions_of(folder: Path) -> Captions:
-    """What reads captions for a model of any size here: the smallest model's tokenizer."""
+    """Captions read by the tokenizer of the smallest model, for a model of any size."""
     make_pipeline(folder / "demo", "nano", CAPTIONS)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "demo" / "tokenizer")
     return Captions(tokenizer, tokenizer.model_max_length, 0, 0.0)
 
 
 def step_of(kind: type[S], model: ModelBundle, config: TrainConfig, plan: Plan, device: str) -> S:
-    """The step of a resolved config, its weights and state on the device."""
+    """The step for resolved options, with weights and optimizer state on the device."""
     named = model.prepare(config.phase)
     model.unet.to(device)
     model.text_encoder.to(device)
@@ -72,7 +72,7 @@ def step_of(kind: type[S], model: ModelBundle, config: TrainConfig, plan: Plan, 
 
 
 def drawn_batch(model: ModelBundle, batch: int, size: tuple[int, int], device: str) -> Batch:
-    """A batch with latents of this height and width, drawn once."""
+    """A random batch with latents of this height and width; always the same."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn((2, batch, 4, *size), generator=generator)
     timesteps = torch.randint(0, 1000, (batch,), generator=generator)
@@ -85,12 +85,12 @@ def drawn_batch(model: ModelBundle, batch: int, size: tuple[int, int], device: s
 
 
 def here() -> str:
-    """The device that a benchmark takes."""
+    """The device of a benchmark: CUDA if there is a GPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def machine(device: str) -> str:
-    """What the figures were measured on."""
+def machine_of(device: str) -> str:
+    """CPU or GPU with driver and CUDA, and the libraries that compute."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "numpy"))
     if device == "cpu":
         return f"{cpu_name()}, {torch.get_num_threads()} threads; {libraries}"
@@ -101,14 +101,14 @@ def machine(device: str) -> str:
 
 
 def peak_tflops(precision: Precision, stated: float | None, device: str) -> tuple[float, str]:
-    """The peak to hold the step against, and where it is from."""
+    """The peak TFLOP/s of the device at this precision, and its source."""
     if stated:
         return stated, "as stated"
     if device == "cuda":
         name = torch.cuda.get_device_name(0)
         if card := card_named(name):
             return card.tflops(precision), f"data sheet of the {name}"
-        raise UserError(f"no peak is known of the {name}; state it with --peak-tflops")
+        raise UserError(f"the peak rate of {name} is unknown; give it with --peak-tflops")
     side, best = 2048, float("inf")
     a = torch.randn(side, side)
     for _ in range(20):

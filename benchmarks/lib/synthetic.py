@@ -1,7 +1,7 @@
-"""A store of any size with a real log and sparse shards: only what reading the log needs is true.
+"""Write a store of any size with a real log and sparse shards.
 
-Images are invented, their captions are tags by a steep popularity law, and of each shard only the
-first latent is there; the others are holes in the file, whose checksums are wrong.
+The images do not exist. Captions are tags whose frequencies fall steeply. Each shard contains only
+its first latent; the others are holes in a sparse file, with wrong checksums.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ IDENTITY = Identity(
     "none", "random numbers", "none", "0", 1.0, 0.0, 4, "float16", "fp32", 1, 512, "aspect", 2.5,
     False,
 )  # fmt: skip
-SHARES = {  # of the images, by bucket
+SHARES = {  # of the images per bucket
     "320x704": 0.04, "384x640": 0.08, "448x576": 0.15, "512x512": 0.30, "576x448": 0.20,
     "640x384": 0.15, "704x320": 0.08,
 }  # fmt: skip
@@ -42,13 +42,13 @@ TAGS = [*SUBJECTS, *QUALITIES] + [
     for subject in SUBJECTS
 ]
 TAGS_A_CAPTION = 15  # about 200 bytes
-_CHUNK = 1 << 20  # images made at a time
+_CHUNK = 1 << 20  # images generated at a time
 
 Ints = NDArray[np.int64]
 
 
 def make_store(root: Path, images: int, rows_per_shard: int, seed: int = 0) -> None:
-    """Write the store's first generation, complete, with one caption column `txt`."""
+    """Write a complete first generation with one caption column, `txt`."""
     rng = np.random.default_rng(seed)
     manifest = Manifest(root)
     manifest.make_folders()
@@ -76,14 +76,14 @@ def _write(manifest: Manifest, path: Path, schema: pa.Schema, tables: Iterator[p
 
 
 def _keys(images: Ints) -> pa.Array:
-    """As img2dataset names them: 10,000 a folder."""
+    """Keys as img2dataset makes them: 10,000 per folder."""
     folder = pc.utf8_lpad(pa.array(images // 10_000).cast(pa.string()), 5, "0")
     number = pc.utf8_lpad(pa.array(images).cast(pa.string()), 9, "0")
     return pc.binary_join_element_wise("cc12m/", folder, "/", number, ".jpg", "")
 
 
 def _hashes(count: int, rng: np.random.Generator) -> pa.Array:
-    """What looks like sha256."""
+    """Random sha256 digests."""
     text = pa.py_buffer(rng.bytes(32 * count).hex().encode())
     offsets = pa.py_buffer(np.arange(0, 64 * count + 1, 64, dtype=np.int32))
     return pa.Array.from_buffers(pa.string(), count, [None, offsets, text])
@@ -122,7 +122,7 @@ def _captions(images: int, rng: np.random.Generator) -> Iterator[pa.Table]:
     words = pa.array(TAGS)
     for start in range(0, images, _CHUNK):
         numbers = np.arange(start, min(start + _CHUNK, images))
-        # Half of all captions have the first tag, one in 80 the thousandth.
+        # Half of all captions have the first tag, and 1 in 80 the thousandth tag.
         chosen = (len(TAGS) * rng.random(len(numbers) * TAGS_A_CAPTION) ** 3).astype(np.int32)
         offsets = np.arange(0, len(chosen) + 1, TAGS_A_CAPTION, dtype=np.int32)
         lists = pa.ListArray.from_arrays(offsets, words.take(pa.array(chosen)))
@@ -138,7 +138,7 @@ def _captions(images: int, rng: np.random.Generator) -> Iterator[pa.Table]:
 def _write_bucket(
     manifest: Manifest, name: str, images: Ints, rows_per_shard: int, rng: np.random.Generator
 ) -> None:
-    """The bucket's array, shards and commit records; `images` are in the order of its rows."""
+    """Write array, shards and commit records of a bucket; `images` are in the order of rows."""
     if not len(images):
         return
     shape = IDENTITY.shape(name)
@@ -165,7 +165,7 @@ def _write_bucket(
 
 
 def _write_shard(path: Path, first: bytes, count: int, rows_per_shard: int) -> None:
-    """A shard of the right size with its index, and of its records only the first."""
+    """Write a shard of full size that contains only its first record and its index."""
     index = np.full((rows_per_shard, 2), MISSING, "<u8")
     index[:count, 0] = np.arange(count) * len(first)
     index[:count, 1] = len(first)

@@ -1,4 +1,4 @@
-"""Several ways to take a training step on the same weights, timed turn by turn."""
+"""Time several training steps on the same weights, alternating between them."""
 
 import statistics
 import time
@@ -18,35 +18,35 @@ from xlsd_train.step.step import drop_gradients
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to take a step."""
+    """One of the training steps to compare."""
 
-    take: Callable[[], Tensor]  # gives the loss, on the device
+    take: Callable[[], Tensor]  # runs a step; returns the loss on the device
     optimizer: torch.optim.Optimizer
-    checkpointing: bool = False  # as the libraries' modules have it
+    checkpointing: bool = False  # gradient checkpointing of the libraries' modules
     layout: torch.memory_format = torch.contiguous_format  # of the UNet's convolutions
 
 
 @dataclass
 class Result:
-    """What the turns of one of them gave."""
+    """The measurements of one contestant."""
 
-    tflop: float = 0.0  # a step, by every kernel that ran
+    tflop: float = 0.0  # per step, counted in every kernel
     times: list[float] = field(default_factory=list)
-    peak_gib: float = 0.0  # on the CPU of the whole process
-    full: bool = False  # its memory was full, and it was not asked again
+    peak_gib: float = 0.0  # on the CPU: of the whole process
+    full: bool = False  # it ran out of memory and was not run again
 
     @property
     def seconds(self) -> float | None:
-        """The median of a step; None where it does not fit."""
+        """The median time of a step, or None if it ran out of memory."""
         return None if self.full else statistics.median(self.times)
 
 
 def take_turns(
     model: ModelBundle, contestants: Mapping[str, Contestant], steps: int, device: str
 ) -> dict[str, Result]:
-    """Time `steps` steps of each after a first one, which makes state and counts FLOPs.
+    """Time `steps` steps of each contestant, after a first one that counts FLOPs.
 
-    Whoever has no turn keeps nothing on a card: optimizer states wait on the host.
+    The optimizer state of the other contestants is moved from the GPU to the host.
     """
     results = {name: Result() for name in contestants}
     for turn in range(steps + 1):
@@ -71,9 +71,9 @@ def take_turns(
 
 
 def _timed(one: Contestant, device: str) -> float:
-    """Seconds of a step, which ends with its loss on the host and the device idle."""
+    """Seconds of a step until its loss is on the host and the device is idle."""
     if device == "cuda":
-        one.take().item()  # memory is cached, and kernels are chosen, as in a long run
+        one.take().item()  # fills the allocator's cache and selects kernels, as in a long run
         torch.cuda.synchronize()
     begun = time.perf_counter()
     one.take().item()
@@ -85,7 +85,7 @@ def _timed(one: Contestant, device: str) -> float:
 def _make_room(
     model: ModelBundle, one: Contestant, contestants: Mapping[str, Contestant], device: str
 ) -> None:
-    """All that one of them needs in its place, and nothing else."""
+    """Prepare the model and the memory for this contestant alone."""
     drop_gradients([*model.unet.parameters(), *model.text_encoder.parameters()])
     checkpointing(model, one.checkpointing)
     model.unet.to(memory_format=one.layout)
@@ -100,7 +100,7 @@ def _make_room(
 
 
 def _move(optimizer: torch.optim.Optimizer, device: str) -> None:
-    """All state but the counts of steps, which AdamW wants where it made them."""
+    """Move all state except the step counts, which AdamW needs where it created them."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dim():

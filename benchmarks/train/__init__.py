@@ -1,1 +1,1 @@
-"""Benchmarks of xlsd_train: equality of the plans, largest batch, export, overtraining."""
+"""Benchmarks of xlsd_train: gradients of the memory plans, largest batch, export, overfitting."""

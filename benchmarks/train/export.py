@@ -1,4 +1,4 @@
-"""Peak memory and time of exporting a model of SD1.5's full size, with random weights.
+"""Peak memory and time of `xlsd-train export` for a model of SD1.5's full size, random weights.
 
 python benchmarks/train/export.py
 """
@@ -9,28 +9,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import tyro
+sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a file
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from anywhere, uninstalled
+import torch
 
 from benchmarks.demo.pipeline import make_pipeline
 from benchmarks.lib.machine import machine
+from benchmarks.lib.report import JsonOption, Report, run_script
+from xlsd_cache.errors import UserError
 from xlsd_train.config import sd15
 from xlsd_train.weights.lazy_tensors import LazyTensor, write_tensors
 from xlsd_train.weights.network import NetworkKind, empty_network, full_config, shapes_of
 
-# What the process says of itself, before and after: its own high-water mark, read from the kernel.
+# The child process prints its peak resident memory before and after, as the kernel counts it.
 CHILD = """
 import re, sys, time
 from pathlib import Path
 import xlsd_train.export.export
 from xlsd_train.cli import main
 
-def peak():  # of this program alone: ru_maxrss would begin at the parent's
+def peak():  # of this program alone: ru_maxrss starts at the parent's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 before, begun = peak(), time.perf_counter()
@@ -41,24 +43,24 @@ sys.exit(code)
 
 
 @dataclass(frozen=True)
-class ExportBenchmark:
-    """Export random weights of SD1.5's shapes, both ways and in two dtypes."""
+class ExportBenchmarkConfig(JsonOption):
+    """Export random weights of SD1.5 in two formats and two dtypes."""
 
     size: str = "sd15"
-    """sd15, or nano for a try."""
+    """sd15, or nano for a quick test."""
 
     formats: tuple[str, ...] = ("diffusers", "single-file")
-    """Of `xlsd-train export`."""
+    """Values of `xlsd-train export --format`."""
 
     dtypes: tuple[str, ...] = ("fp32", "fp16")
-    """Of `xlsd-train export`."""
+    """Values of `xlsd-train export --dtype`."""
 
     folder: Path | None = None
-    """Where to write; needs twice the model's size. Default: the system's temporary folder."""
+    """Folder for the models, with twice their size free. Default: the temporary folder."""
 
 
 def write_random(folder: Path) -> int:
-    """SD1.5 in full, a tensor at a time; returns the largest tensor's bytes."""
+    """Write SD1.5 in full size, one tensor at a time. Returns the bytes of the largest tensor."""
     configs: dict[NetworkKind, dict[str, object]] = {
         "unet": sd15.UNET,
         "text_encoder": sd15.TEXT_ENCODER,
@@ -86,23 +88,22 @@ def write_random(folder: Path) -> int:
 
 
 def measure(source: Path, out: Path, *options: str) -> tuple[float, float, float, float]:
-    """(GB written, GiB before, GiB at most, seconds) of one export in a process of its own."""
+    """Export in a process of its own. Returns GB written, GiB before, peak GiB, seconds."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, "export", str(source), str(out), *options],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(done.stderr)
+        raise UserError(done.stderr)
     before, after, seconds = map(float, done.stdout.splitlines()[-1].split()[1:])
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     written = sum(path.stat().st_size for path in files)
     return written / 1e9, before / 2**30, after / 2**30, seconds
 
 
-def main(config: ExportBenchmark) -> None:
+def main(config: ExportBenchmarkConfig, command: Sequence[str]) -> None:
     """Print one table."""
-    print("machine:", machine("torch", "safetensors"))
-    print("command: python benchmarks/train/export.py", *sys.argv[1:])
+    report = Report("benchmarks/train/export.py", command, machine("torch", "safetensors"))
     with tempfile.TemporaryDirectory(dir=config.folder) as name:
         folder = Path(name)
         source = folder / "model"
@@ -124,8 +125,12 @@ def main(config: ExportBenchmark) -> None:
                 rate = written * 1e3 / seconds
                 print(f"{form:<14}{dtype:<8}{written:>8.2f}{before:>12.3f}{peak:>10.3f}"
                       f"{peak - before:>10.3f}{seconds:>8.1f}{rate:>8.0f}")  # fmt: skip
+                memory = {"gib_before": before, "gib_peak": peak, "gib_more": peak - before}
+                row = {"format": form, "dtype": dtype, "gb": written, **memory}
+                report.add("export", **row, seconds=seconds, mb_per_s=rate)
                 shutil.rmtree(out) if out.is_dir() else out.unlink()
+    report.write(config.json)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ExportBenchmark))
+    run_script(main, ExportBenchmarkConfig, __doc__)

@@ -1,14 +1,13 @@
-"""The largest batch that each way of the memory plan passes at once: predicted, and measured.
+"""The largest batch in one pass for each strategy of the memory plan: predicted and measured.
 
-    python benchmarks/train/max_batch.py                  SD1.5 on a 24 GB card; no card is needed
-    python benchmarks/train/max_batch.py --model demo --check  against the CPU's allocator
+    python benchmarks/train/max_batch.py                  SD1.5 on a 24 GB GPU; no GPU is needed
+    python benchmarks/train/max_batch.py --model demo --check  against torch's CPU allocator
 
-Where there is a CUDA card, the largest batch is also searched for by real steps with random
-weights, the card refusing all beyond the limit: what runs out of memory does not fit. `--check`
-does without a card: it sets what torch's allocator really holds beside what the plan says.
+On a CUDA GPU the largest batch is also searched with real steps on random weights, under the limit
+of GPU memory. `--check` runs on the CPU: it compares the predictions with the memory that torch's
+allocator holds.
 """
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +20,18 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a file
 
 import psutil
 import torch
-import tyro
 
 from benchmarks.lib.allocations import peak_of
 from benchmarks.lib.real_step import (
     drawn_batch,
     here,
-    machine,
+    machine_of,
     model_of,
     networks,
     step_of,
 )
+from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_cache.console.libraries import quiet_libraries
-from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_cache.vocabulary import Precision
@@ -46,24 +44,29 @@ from xlsd_train.optim.lion import DLion
 from xlsd_train.step.step import Plan, Step, Way, drop_gradients
 from xlsd_train.training.setup import deterministic
 
-TOLERANCE = 3.0  # percent that a prediction may be off
+TOLERANCE = 3.0  # percent of error that a prediction may have
+COLUMNS = (
+    "phase", "optimizer", "tokens", "size", "way", "largest", "FLOPs",
+    "measured", "batch", "GiB", "allocated", "error %", "reserved",
+)  # fmt: skip
+PREDICTED = 7  # of these columns; the others are measured on a GPU
 
 
 @dataclass(frozen=True)
-class MaxBatchConfig:
-    """Find the largest batch that passes at once."""
+class MaxBatchConfig(JsonOption):
+    """Find the largest batch that fits in one pass."""
 
     phase: tuple[Phase, ...] = ("unet", "te", "both")
-    """Phases to look at."""
+    """Phases to measure."""
 
     model: Literal["nano", "demo", "sd15"] = "sd15"
-    """sd15: its real shapes. The others are small SD1.5s."""
+    """sd15: full size. The others are small SD1.5s."""
 
     size: tuple[str, ...] = ("512x512",)
-    """Pictures, WIDTHxHEIGHT."""
+    """Image sizes, WIDTHxHEIGHT."""
 
     tokens: tuple[int, ...] = (77,)
-    """Lengths of the text encoder's input."""
+    """Lengths of the text encoder's input in tokens."""
 
     optimizer: tuple[Literal["lion", "dlion", "adamw"], ...] = ("lion",)
     """As in xlsd-train."""
@@ -72,84 +75,82 @@ class MaxBatchConfig:
     """As in xlsd-train."""
 
     vram: float = 24.0
-    """GB of the card; the run gets what xlsd-train gives it of them."""
+    """GPU memory in GB. The run gets the share that xlsd-train uses."""
 
     way: tuple[Way, ...] = (*KEEPING, "sliced")
-    """Ways to look at."""
+    """Strategies to measure."""
 
     slices: tuple[int, ...] = (4, 1)
-    """Samples at once in the widest layers, where the batch is sliced."""
+    """Samples at once in the widest layers with the strategy sliced."""
 
     batch: int = 32
-    """Images whose memory is measured and predicted; fewer where they do not fit."""
+    """Batch whose memory is measured and predicted, or the largest that fits."""
 
     check: bool = False
-    """On the CPU: predictions beside what torch's allocator holds, at --batch."""
+    """Compare predictions with torch's CPU allocator at --batch."""
 
     parts: tuple[int, ...] = ()
-    """Micro-batches to check, where not sliced. Default: the whole batch, and half of it."""
+    """Micro-batches to check, except for sliced. Default: the batch and half of it."""
 
 
 class Strict(Step):
-    """The step, which does not go over to another plan when its memory is full."""
+    """A step that keeps its plan and raises when memory is full."""
 
     def _tighten(self, error: RuntimeError) -> None:
         raise error
 
 
 def main(config: MaxBatchConfig, command: Sequence[str]) -> None:
-    """Print the table."""
+    """Print one table: the largest batches, or the check of predictions."""
     quiet_libraries()
     device = "cpu" if config.check else here()
-    print(f"machine: {machine(device)}")
-    print(f"command: {shlex.join(('python', 'benchmarks/train/max_batch.py', *command))}")
-    print(f"precision: {set_precision(config.precision)}")
+    report = Report("benchmarks/train/max_batch.py", command, machine_of(device))
+    report.fact("precision", set_precision(config.precision))
     if config.check:
-        check(config)
-        return
+        check(config, report)
+    else:
+        search(config, device, report)
+    report.write(config.json)
+
+
+def search(config: MaxBatchConfig, device: str, report: Report) -> None:
+    """Print and record the largest batch of every case."""
     limit = limit_of(TrainConfig("unet", vram=config.vram), None)
     assert limit is not None
     print(f"{config.model}, {config.vram:g} GB, of which the run gets {limit / GIB:.2f} GiB")
     if device == "cpu":
-        print("predicted only: nothing is measured, for there is no CUDA card here")
+        print("predicted only: nothing is measured, as there is no CUDA GPU")
     else:
         limit_card(limit / GIB, torch.device(device))
         deterministic(True)
-    columns = ["phase", "optimizer", "tokens", "size", "way", "largest", "FLOPs"]
-    columns += ["measured", "batch", "GiB", "allocated", "error", "reserved"] * (device == "cuda")
-    print(row(columns))
+    report.fact("limit", f"{limit / GIB:.2f} GiB")
+    print(line(COLUMNS if device == "cuda" else COLUMNS[:PREDICTED]))
     for phase, optimizer, tokens in cases(config):
         settings = TrainConfig(phase, optimizer=optimizer, precision=config.precision).resolved()
         planner = planner_of(config, settings, tokens, workspaces=True)
-        trial: Trial | None = None  # the last one's model goes before the next is made
+        trial: Trial | None = None  # frees the last model before the next is created
         trial = Trial(config, settings, tokens) if device == "cuda" else None
         for name in config.size:
             size = latents(name)
             for plan in plans(config):
                 most = planner.largest_batch(plan, size, limit)
                 factor = planner.predict(whole(plan, max(1, most)), max(1, most), size).factor
-                cells: list[object] = [
-                    phase,
-                    optimizer,
-                    tokens,
-                    name,
-                    told(plan),
-                    most,
-                    f"{factor:.3f}",
-                ]
+                cells: list[object] = [phase, optimizer, tokens, name, shown(plan), most]
+                cells.append(round(factor, 3))
                 if trial:
                     cells += trial.measure(planner, plan, most, size, config.batch)
-                print(row(cells), flush=True)
+                print(line(cells), flush=True)
+                report.add("largest", **dict(zip(COLUMNS, cells, strict=False)))
 
 
-def row(cells: Sequence[object]) -> str:
+def line(cells: Sequence[object]) -> str:
     """One line of the table."""
     widths = (6, 10, 7, 9, 13, 8, 7, 9, 6, 8, 10, 7, 9)
     return "".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
 
 def cases(config: MaxBatchConfig) -> Iterator[tuple[Phase, Literal["lion", "dlion", "adamw"], int]]:
-    """What a planner is made for."""
+    """The cases that need a planner of their own."""
     for phase in config.phase:
         for optimizer in config.optimizer:
             for tokens in config.tokens:
@@ -157,37 +158,37 @@ def cases(config: MaxBatchConfig) -> Iterator[tuple[Phase, Literal["lion", "dlio
 
 
 def plans(config: MaxBatchConfig) -> list[Plan]:
-    """The ways; micro-batches are the whole batch but where it is sliced."""
+    """The plans of the strategies. Only sliced has several: one per number of slices."""
     slices = config.slices
     return [Plan(way, n) for way in config.way for n in (slices if way == "sliced" else (1,))]
 
 
-def told(plan: Plan) -> str:
-    """What the table calls it."""
+def shown(plan: Plan) -> str:
+    """The plan's name in the table: the micro-batch is the batch, except for sliced."""
     return str(plan) if plan.way == "sliced" else plan.way
 
 
 def whole(plan: Plan, batch: int) -> Plan:
-    """The plan that passes this batch at once."""
+    """The plan that runs this batch in one pass."""
     return plan if plan.way == "sliced" else Plan(plan.way, batch)
 
 
 def latents(name: str) -> Size:
-    """Height and width of the latents of pictures WIDTHxHEIGHT."""
+    """Height and width of the latents of images of WIDTHxHEIGHT pixels."""
     return largest({name: 1})
 
 
 def planner_of(
     config: MaxBatchConfig, settings: TrainConfig, tokens: int, workspaces: bool
 ) -> Planner:
-    """The planner of these networks, of which only the configurations are made."""
+    """The planner of these networks, made from their configurations without weights."""
     with torch.device("meta"):
         unet, text_encoder = networks(config.model, tokens)
     return Planner(settings, unet.config, text_encoder.config.to_dict(), workspaces)
 
 
 class Trial:
-    """Real steps on the card, one after another in this process."""
+    """Real steps on the GPU in this process."""
 
     def __init__(self, config: MaxBatchConfig, settings: TrainConfig, tokens: int) -> None:
         _free()
@@ -197,7 +198,7 @@ class Trial:
     def measure(
         self, planner: Planner, plan: Plan, predicted: int, size: Size, batch: int
     ) -> list[object]:
-        """The table's measured columns, found from the predicted largest batch on."""
+        """The measured columns of the table. The search starts at the predicted batch."""
         most = nearest(lambda count: self.fits(whole(plan, count), count, size), predicted)
         batch = min(batch, most)
         if not batch:
@@ -208,9 +209,9 @@ class Trial:
         allocated = torch.cuda.max_memory_allocated()
         reserved = torch.cuda.max_memory_reserved()
         peak = planner.predict(whole(plan, batch), batch, size).peak
-        memory = (f"{nbytes / GIB:.2f}" for nbytes in (peak, allocated, reserved))
-        said, was, kept = memory
-        return [most, batch, said, was, f"{100 * (peak / allocated - 1):+.1f}%", kept]
+        gib = [round(nbytes / GIB, 2) for nbytes in (peak, allocated, reserved)]
+        error = round(100 * (peak / allocated - 1), 1)
+        return [most, batch, *gib[:2], error, gib[2]]
 
     def fits(self, plan: Plan, batch: int, size: Size) -> bool:
         """Whether a step of this batch stays within the limit."""
@@ -232,12 +233,12 @@ class Trial:
 
 
 def _free() -> None:
-    """What the last trial held, fragments included."""
+    """Free the cached memory of the last step, with its fragments."""
     give_back(torch.device("cuda"))
 
 
 def nearest(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest number that fits, all below it fitting, looked for around a guess."""
+    """The largest number that fits, searched from a guess. All numbers below it must fit."""
     guess = max(1, guess)
     stride = ceil(guess / 32)
     if fits(guess):
@@ -256,9 +257,9 @@ def nearest(fits: Callable[[int], bool], guess: int) -> int:
     return low
 
 
-def check(config: MaxBatchConfig) -> None:
-    """Predicted and real peaks on the CPU: ways, whole and in parts."""
-    print(f"{config.model}, batch {config.batch}; real: what torch's CPU allocator held, in MiB")
+def check(config: MaxBatchConfig, report: Report) -> None:
+    """Print and record predicted and measured peaks on the CPU, for one pass and several."""
+    print(f"{config.model}, batch {config.batch}; real: the peak of torch's CPU allocator, in MiB")
     names = ("phase", "optimizer", "tokens", "size", "plan", "predicted", "real", "error", "s")
     form = "{:>6}{:>10}{:>7}{:>9}{:>20}{:>11}{:>11}{:>8}{:>7}"
     print(form.format(*names))
@@ -278,20 +279,16 @@ def check(config: MaxBatchConfig) -> None:
                 cells = [phase, optimizer, tokens, name, plan, f"{predicted / 2**20:.2f}"]
                 cells += [f"{real / 2**20:.2f}", f"{errors[-1]:+.2f}%", f"{seconds:.1f}"]
                 print(form.format(*map(str, cells)), flush=True)
-    good = sum(abs(error) <= TOLERANCE for error in errors)
-    word = "PASS" if good == len(errors) else "FAIL"
-    print(f"{word}  {good} of {len(errors)} predictions are within {TOLERANCE:g}%", end="")
-    print(f", the worst is {max(errors, key=abs):+.2f}%")
+                row = dict(zip(names[:5], map(str, cells), strict=False))
+                peaks = {"predicted_mib": predicted / 2**20, "real_mib": real / 2**20}
+                report.add("check", **row, **peaks, error=errors[-1], seconds=seconds)
+    report.target("largest error in percent", max(map(abs, errors)), most=TOLERANCE)
     most = peak_gib(torch.device("cpu"))
-    print(
-        f"this process's memory: {before:.2f} GiB before a model was made, {most:.2f} at its peak",
-        end="",
-    )
-    print(f", so {most - before:.2f} for all that the steps took")
+    print(f"memory of this process: {before:.2f} GiB without a model, {most:.2f} GiB at its peak")
 
 
 def check_plans(config: MaxBatchConfig) -> list[Plan]:
-    """Every way, with the whole batch and in parts."""
+    """Every strategy, with the batch in one pass and in several."""
     parts = config.parts or (config.batch, ceil(config.batch / 2))
     return [
         Plan(way, n) for way in config.way for n in (config.slices if way == "sliced" else parts)
@@ -299,7 +296,4 @@ def check_plans(config: MaxBatchConfig) -> list[Plan]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(MaxBatchConfig, description=__doc__), sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"max_batch: {error}")
+    run_script(main, MaxBatchConfig, __doc__)

@@ -1,9 +1,10 @@
-"""Benchmarks cannot rot: each runs here for one iteration, the longer ones with -m slow."""
+"""Every benchmark runs for one iteration; the longer ones only with -m slow."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,102 +14,129 @@ from benchmarks.train.max_batch import nearest
 from xlsd_cache.images.decode import FORMATS
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = [
+    "benchmarks/card.py", "benchmarks/card_parts/room.py", "benchmarks/same.py",
+    "benchmarks/throughput.py",
+    *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "scale", "store")),
+    *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "overtrain")),
+]  # fmt: skip
 
 
-def run(*args: str) -> list[str]:
+def run(*args: str, cwd: Path = ROOT) -> list[str]:
+    """The lines that a script prints."""
     done = subprocess.run(
-        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
 
+class Measured:
+    """What a benchmark printed, and the JSON that it wrote."""
+
+    def __init__(self, script: str, *options: str, out: Path) -> None:
+        given = (*options, "--json", str(out / "report.json"))
+        self.lines = run(f"benchmarks/{script}", *given)
+        self.report = json.loads((out / "report.json").read_text())
+        assert self.report["machine"]
+        assert self.report["versions"]["torch"] == torch.__version__
+        assert self.report["command"].startswith(f"python benchmarks/{script} {options[0]} ")
+        for line, fact in zip(self.lines, ("machine", "command"), strict=False):
+            assert line == f"{fact}: {self.report[fact]}"
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """The rows of one table."""
+        return [row for row in self.report["rows"] if row["table"] == table]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_run_from_any_folder(script: str, tmp_path: Path) -> None:
+    assert any("--" in line for line in run(str(ROOT / script), "--help", cwd=tmp_path))
+
+
 @pytest.mark.parametrize("phases", [("te",), pytest.param(("unet", "te"), marks=pytest.mark.slow)])
-def test_throughput_measures_phases_with_and_without_the_store(phases: tuple[str, ...]) -> None:
+def test_throughput_measures_phases_with_and_without_the_store(
+    phases: tuple[str, ...], tmp_path: Path
+) -> None:
     options = (
         "--phase", *phases, "--steps", "1", "--batch", "2", "--resolution", "64",
         "--threads", "1",
     )  # fmt: skip
-    lines = run("benchmarks/throughput.py", *options)
-    assert lines[0].startswith("machine: ")
-    assert lines[1] == "command: python benchmarks/throughput.py " + " ".join(options)
-    assert lines[2].startswith("precision: fp32")
-    assert "TFLOP/s" in lines[3]
-    table = [line.split() for line in lines if line.split()[1:2] in (["memory"], ["store"])]
-    assert [row[:2] for row in table] == [
-        [phase, data] for phase in phases for data in ("memory", "store")
+    measured = Measured("throughput.py", *options, out=tmp_path)
+    assert measured.report["precision"].startswith("fp32")
+    assert "TFLOP/s" in measured.report["peak"]
+    rows = measured.rows("step")
+    assert [(row["phase"], row["data"]) for row in rows] == [
+        (phase, data) for phase in phases for data in ("memory", "store")
     ]
-    for _, _, steps, images, tflop, rate, share, gib in table:
-        assert float(images) == 2 * float(steps) or abs(float(images) / float(steps) - 2) < 0.01
-        assert abs(float(tflop) * float(steps) / float(rate) - 1) < 0.01
-        assert 0 < float(share) < 100
-        assert 0.1 < float(gib) < 8
-    assert sum("the loader's share" in line for line in lines) == len(phases)
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(2 * row["steps_per_s"])
+        assert row["tflop_per_step"] * row["steps_per_s"] == pytest.approx(row["tflop_per_s"])
+        assert 0 < row["percent_of_peak"] < 100
+        assert 0.1 < row["peak_gib"] < 8
+    assert [row["phase"] for row in measured.rows("loader")] == [*phases]
 
 
 @pytest.mark.slow
-def test_export_measures_memory_and_time() -> None:
+def test_export_measures_memory_and_time(tmp_path: Path) -> None:
     options = ("--size", "nano", "--formats", "single-file", "--dtypes", "fp16")
-    lines = run("benchmarks/train/export.py", *options)
-    assert lines[0].startswith("machine: ")
-    assert lines[1] == "command: python benchmarks/train/export.py " + " ".join(options)
-    ((form, dtype, _, before, peak, more, seconds, _),) = (line.split() for line in lines[4:])
-    assert (form, dtype) == ("single-file", "fp16")
-    assert abs(float(before) + float(more) - float(peak)) < 0.002
-    assert 0 <= float(more) < 0.2
-    assert float(seconds) > 0
+    (row,) = Measured("train/export.py", *options, out=tmp_path).rows("export")
+    assert (row["format"], row["dtype"]) == ("single-file", "fp16")
+    assert row["gib_before"] + row["gib_more"] == pytest.approx(row["gib_peak"])
+    assert 0 <= row["gib_more"] < 0.2
+    assert row["seconds"] > 0
 
 
-def test_captions_measures_planning_captions_and_scanning() -> None:
+def test_captions_measures_planning_captions_and_scanning(tmp_path: Path) -> None:
     options = ("--rows", "5000", "--files", "120", "--workers", "2")
-    lines = run("benchmarks/cache/captions.py", *options)
-    assert lines[0].startswith("machine: ")
-    assert lines[1] == "command: python benchmarks/cache/captions.py " + " ".join(options)
-    items = [line.split()[-5] for line in lines[3:]]
-    assert items == ["5,000"] * 7 + ["120"] * 2
+    rows = Measured("cache/captions.py", *options, out=tmp_path).rows("work")
+    assert [row["items"] for row in rows] == [5000] * 7 + [120] * 2
 
 
 @pytest.mark.slow
-def test_throughput_against_a_plain_loop_needs_no_store() -> None:
-    lines = run(
-        "benchmarks/throughput.py", "--phase", "te", "--steps", "1", "--batch", "1",
+def test_throughput_against_a_plain_loop_needs_no_store(tmp_path: Path) -> None:
+    measured = Measured(
+        "throughput.py", "--phase", "te", "--steps", "1", "--batch", "1",
         "--resolution", "64", "--fake-data", "--precision", "bf16", "--memory", "cheap",
-        "--against", "diffusers", "--channels-last",
+        "--against", "diffusers", "--channels-last", out=tmp_path,
     )  # fmt: skip
-    table = {line[11:22].strip(): line.split() for line in lines if line.split()[0] == "te"}
-    assert [*table] == ["memory", "ch. last", "plain", "plain+VAE"]
-    images = {name: float(cells[-5]) for name, cells in table.items()}
-    tflop = {name: float(cells[-4]) for name, cells in table.items()}
-    # Checkpointing computes what is kept here, and the VAE comes on top of that.
+    rows = {row["data"]: row for row in measured.rows("step")}
+    assert [*rows] == ["memory", "ch. last", "plain", "plain+VAE"]
+    tflop = {name: row["tflop_per_step"] for name, row in rows.items()}
+    # Checkpointing recomputes what our step keeps; the VAE is added to that.
     assert tflop["memory"] == tflop["ch. last"] < tflop["plain"] < tflop["plain+VAE"]
-    said = [line.strip().removeprefix("images/s, ").split(": ") for line in lines[-5:]]
-    assert len(said) == 5
-    for names, ratio in said:
-        ours, theirs = names.split(" / ")
-        assert abs(float(ratio) / (images[ours] / images[theirs]) - 1) < 0.01
+    ratios = measured.rows("ratio")
+    assert len(ratios) == 5
+    for row in ratios:
+        ours, theirs = (rows[row[key]]["images_per_s"] for key in ("of", "to"))
+        assert row["images_per_s"] == pytest.approx(ours / theirs)
 
 
 @pytest.mark.slow
-def test_max_batch_predicts_what_the_allocator_holds() -> None:
-    lines = run(
-        "benchmarks/train/max_batch.py", "--model", "nano", "--check", "--phase", "te",
+def test_max_batch_predicts_what_the_allocator_holds(tmp_path: Path) -> None:
+    measured = Measured(
+        "train/max_batch.py", "--model", "nano", "--check", "--phase", "te",
         "--size", "256x192", "--batch", "6", "--slices", "2", "--way", "plain", "sliced",
+        out=tmp_path,
     )  # fmt: skip
-    errors = [float(line.split()[-2].rstrip("%")) for line in lines if line.split()[-2][-1] == "%"]
+    errors = [abs(row["error"]) for row in measured.rows("check")]
     assert len(errors) == 3
-    assert 0 < max(map(abs, errors)) <= 3
-    assert verdicts(lines)[0].startswith("PASS  3 of 3")
+    assert 0 < max(errors) <= 3
+    (target,) = measured.rows("target")
+    assert target["met"]
+    assert target["value"] == max(errors)
 
 
 @pytest.mark.slow
-def test_max_batch_finds_the_largest_batch() -> None:
+def test_max_batch_finds_the_largest_batch(tmp_path: Path) -> None:
     options = ("--model", "nano", "--phase", "te", "--size", "64x64", "--way", "plain", "cheap")
-    lines = run("benchmarks/train/max_batch.py", *options, "--vram", "2")
-    assert lines[3].endswith("of which the run gets 1.00 GiB")
-    if not torch.cuda.is_available():
-        assert lines[4].startswith("predicted only")
-    plain, cheap = (int(line.split()[5]) for line in lines[-2:])
-    assert 100 < plain < cheap < 10_000
+    measured = Measured("train/max_batch.py", *options, "--vram", "2", out=tmp_path)
+    assert measured.report["limit"] == "1.00 GiB"
+    plain, cheap = measured.rows("largest")
+    assert (plain["way"], cheap["way"]) == ("plain", "cheap")
+    assert 100 < plain["largest"] < cheap["largest"] < 10_000
+    assert ("measured" in plain) == torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("most", [0, 1, 7, 64, 65, 90, 300])
@@ -124,81 +152,85 @@ def test_the_search_finds_what_fits_from_any_guess(guess: int, most: int) -> Non
     assert 0 not in asked
 
 
-def test_decoding_is_measured_by_format_route_and_guard() -> None:
+@pytest.mark.slow
+def test_equal_compares_every_plan_with_the_plain_step(tmp_path: Path) -> None:
+    options = ("--model", "nano", "--phase", "te", "--resolution", "64", "--float64")
+    rows = Measured("train/equal.py", *options, out=tmp_path).rows("plan")
+    assert len(rows) == 7
+    assert rows[0]["plan"] == "plain by 2"
+    assert rows[0]["error_of_plain"] == 0
+    assert rows[0]["bit_equal"] == rows[0]["parameters"] > 0
+    for row in rows:
+        assert row["error_of_plain"] < 1e-5
+        assert 0 < row["error_of_float64"] < 1e-5
+
+
+def test_decoding_is_measured_by_format_route_and_sandbox(tmp_path: Path) -> None:
     options = ("--megapixels", "0.8", "--repeats", "1", "--resolution", "64", "--children", "1")
-    lines = run("benchmarks/cache/decode.py", *options)
-    assert lines[0].startswith("machine: ")
-    assert lines[1] == "command: python benchmarks/cache/decode.py " + " ".join(options)
-    rows = {line[:17].strip(): line[17:].split() for line in lines}
-    assert {line.split()[0] for line in lines if line} >= set(FORMATS)
-    assert float(rows["full"][1]) == float(rows["pillow, bare"][1]) == 0
-    assert 0 < float(rows["as built"][1]) <= 1  # an 894x894 picture shrinks fourteenfold to 64x64
-    assert all(float(rows[name][0]) > 0 for name in ("in this process", "in one child"))
+    measured = Measured("cache/decode.py", *options, out=tmp_path)
+    assert [row["format"] for row in measured.rows("format")] == [*FORMATS]
+    worst = {row["route"]: row["worst_rms"] for row in measured.rows("route")}
+    assert worst["full"] == worst["pillow, bare"] == 0
+    assert 0 < worst["as built"] <= 1  # an 894x894 picture is reduced 14 times to 64x64
+    assert [row["scale"] for row in measured.rows("margin")] == ["1/2", "1/4", "1/8"]
+    rates = {row["where"]: row["images_per_s"] for row in measured.rows("sandbox")}
+    assert all(rates[name] > 0 for name in ("in this process", "in one child"))
 
 
 @pytest.mark.slow
-def test_cache_compares_build_with_bare_loops_and_peers() -> None:
+def test_build_is_compared_with_bare_loops_and_peers(tmp_path: Path) -> None:
     vae = Path("benchmarks") / "demo" / "vae"
     options = ("--vae", str(vae), "--images", "3", "--rounds", "1", "--resolution", "64")
-    lines = run("benchmarks/cache/build.py", *options)
-    table = {line[:22].strip(): line[22:].split() for line in lines[5:11]}
-    assert [name.split(",")[0] for name in table] == [
+    measured = Measured("cache/build.py", *options, out=tmp_path)
+    rates = measured.rows("rate")
+    assert [row["loop"].split(",")[0] for row in rates] == [
         "bare", "bare", "xlsd-cache build", "as OneTrainer", "as a script", "as kohya"
     ]  # fmt: skip
-    assert max(float(table[name][1]) for name in table if name.startswith("bare")) == 1
-    assert lines[11].startswith("build's time: ")
-    errors = dict(line.split() for line in lines[13:])
-    assert 0 < float(errors["fp32"]) < 1e-4 < float(errors["bf16"]) < 0.1
+    assert max(row["of_best_bare"] for row in rates if row["bare"]) == 1
+    assert "encode" in measured.report["stages of build"]
+    errors = {row["precision"]: row["relative_rms"] for row in measured.rows("error")}
+    assert 0 < errors["fp32"] < 1e-4 < errors["bf16"] < 0.1
 
 
-def verdicts(lines: list[str]) -> list[str]:
-    return [line for line in lines if line.startswith(("PASS  ", "FAIL  "))]
-
-
-def test_store_reads_the_same_rows_by_every_reader() -> None:
-    """That they are the same rows the benchmark itself asserts, before it measures."""
+def test_store_reads_the_same_rows_by_every_reader(tmp_path: Path) -> None:
+    """The benchmark itself asserts that they are the same rows, before it measures."""
     options = (
         "--samples", "48", "--rows-per-shard", "16", "--rounds", "1", "--cold-rounds", "1",
         "--batches", "1", "--batch", "8",
     )  # fmt: skip
-    lines = run("benchmarks/cache/store.py", *options)
-    assert lines[0].startswith("machine: ")
-    assert lines[1] == "command: python benchmarks/cache/store.py " + " ".join(options)
-    table = [line.split() for line in lines if line.endswith("x")]
-    assert len(table) == 2 * 11  # warm and cold
-    for *_, wall, cpu, of_memmap, times in table:
-        assert min(float(wall), float(cpu), float(of_memmap), float(times[:-1])) >= 0
-    assert len(verdicts(lines)) == 6
+    measured = Measured("cache/store.py", *options, out=tmp_path)
+    warm, cold = measured.rows("warm"), measured.rows("cold")
+    assert [row["reader"] for row in warm] == [row["reader"] for row in cold]
+    assert len(warm) == 11
+    for row in (*warm, *cold):
+        assert row["us_per_latent"] > 0
+        assert row["cpu_us_per_latent"] >= 0
+    assert len(measured.rows("target")) == 6
 
 
 @pytest.mark.slow
-def test_scale_takes_every_step() -> None:
+def test_scale_takes_every_step(tmp_path: Path) -> None:
     """Its own assertions: tags are found where the captions have them."""
     options = ("--rows", "3000", "--rows-per-shard", "256", "--resume-at", "1000")
-    lines = run("benchmarks/cache/scale.py", *options)
-    assert lines[1] == "command: python benchmarks/cache/scale.py " + " ".join(options)
-    steps = [line for line in lines[3:] if line and line not in verdicts(lines)][1:]
+    measured = Measured("cache/scale.py", *options, out=tmp_path)
+    steps = [row["details"] for row in measured.rows("step")]
     assert len(steps) == 9
     assert "3000 images in" in steps[0]
     assert "3000 samples in 7 buckets" in steps[1]
     assert "3000 samples in 7 buckets" in steps[2]
-    assert len(verdicts(lines)) == 5
+    assert len(measured.rows("target")) == 5
 
 
 @pytest.mark.slow
-def test_overtrain_tells_every_checkpoint_and_the_best() -> None:
-    lines = run(
-        "benchmarks/train/overtrain.py", "--steps", "2", "--tiles", "20", "--held-out", "0.4"
-    )
-    assert lines[0].startswith("machine: ")
-    assert (
-        lines[1]
-        == "command: python benchmarks/train/overtrain.py --steps 2 --tiles 20 --held-out 0.4"
-    )
-    assert "held out are measured" in lines[2]
-    assert [line.split()[0] for line in lines[4:7]] == ["0", "1", "2"]
-    assert lines[7].startswith("best on held-out images: step ")
-    assert [line.split()[2] for line in lines[8:10]] == ["training", "held-out"]
+def test_overtrain_reports_every_checkpoint_and_the_best(tmp_path: Path) -> None:
+    options = ("--steps", "2", "--tiles", "20", "--held-out", "0.4")
+    measured = Measured("train/overtrain.py", *options, out=tmp_path)
+    checkpoints = measured.rows("checkpoint")
+    assert [row["step"] for row in checkpoints] == [0, 1, 2]
+    (best,) = measured.rows("best")
+    means = {row["step"]: row["held_out"]["mean"] for row in checkpoints}
+    assert best["held_out"]["mean"] == pytest.approx(means[best["step"]]) == min(means.values())
+    assert [row["images"] for row in measured.rows("last minus best")] == ["training", "held_out"]
 
 
 def test_card_runs_every_part_without_a_card(tmp_path: Path) -> None:
