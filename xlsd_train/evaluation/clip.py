@@ -60,17 +60,14 @@ class Clip:
         return np.concatenate(batches)
 
     def embed_files(
-        self, paths: Sequence[Path], title: str
+        self, paths: Sequence[Path], desc: str
     ) -> tuple[Embeddings, dict[Path, Rejected]]:
-        """Embed the image files that can be decoded, in order; return why the others cannot be.
-
-        `title` stands before the progress bar.
-        """
+        """Embed the images that can be decoded, in order; `desc` labels the progress bar."""
         batches = [np.empty((0, self.model.config.projection_dim))]
         rejected: dict[Path, Rejected] = {}
         with (
             ThreadPoolExecutor(READERS) as pool,
-            progress_bar(total=len(paths), desc=title, unit="image") as bar,
+            progress_bar(total=len(paths), desc=desc, unit="image") as bar,
         ):
             for start in range(0, len(paths), BATCH):
                 batch = paths[start : start + BATCH]
@@ -132,12 +129,9 @@ def load_clip(source: str, device: torch.device) -> Clip:
             output_loading_info=True, ignore_mismatched_sizes=True,  # they are refused below
         )  # fmt: skip
         # The processor that needs no torchvision, so that scores do not depend on its presence.
-        processor = CLIPImageProcessorPil.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        local = {"local_files_only": True, "trust_remote_code": False}
+        processor = CLIPImageProcessorPil.from_pretrained(folder, **local)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
     except Exception as error:  # damaged files may raise anything in the libraries
         raise UserError(
             f"--clip {source} cannot be loaded: {one_line(error)}; give a folder "
@@ -180,10 +174,8 @@ def _check_preprocessor(folder: Path, source: str) -> None:
             f"image processor is run; give a CLIP with {PROCESSORS[1]}"
         )
     if any(x is not None and (misfit(x, int) or not 0 < x <= MOST_SIDE) for x in sides):
-        raise UserError(
-            f"--clip {source}: {path} has a side that is not a number of pixels from 1 to "
-            f"{MOST_SIDE}; give a complete CLIP"
-        )
+        why = f"a size in {path} is not from 1 to {MOST_SIDE}"
+        raise UserError(f"--clip {source}: {why}; give a complete CLIP")
     if (folder / "adapter_config.json").exists():
         raise UserError(f"--clip {source} is an adapter; give a complete CLIP")
     for name in WEIGHTS:

@@ -99,15 +99,12 @@ def _picture(line: str, default: Picture, where: str) -> Picture:
             raise UserError(f"{where}: --{name} sets the {field} a second time; remove one")
         value = text.strip().removeprefix("=").strip()
         settings[field] = _value(field, value, f"{where}: --{name}")
-    width = settings.pop("width", default.width)
-    height = settings.pop("height", default.height)
     size = settings.pop("size", None)
-    if size is not None and {"w", "h"} & set(map(str.lower, rest[::2])):
+    if size is not None and settings.keys() & {"width", "height"}:
         raise UserError(f"{where}: --size and --w or --h both set the size; remove one")
-    width, height = size_of(size or f"{width}x{height}", where)
-    return _checked(
-        replace(default, prompt=prompt.strip(), width=width, height=height, **settings), where
-    )
+    picture = replace(default, prompt=prompt.strip(), **settings)
+    width, height = size_of(size or f"{picture.width}x{picture.height}", where)
+    return _checked(replace(picture, width=width, height=height), where)
 
 
 def _value(field: str, text: str, where: str) -> Any:

@@ -138,7 +138,7 @@ class SampleTable:
 
 
 def report(config: ReportConfig) -> Path:
-    """Write the page of `config.runs` and return its path. Raises UserError for what is no run."""
+    """Write the page of `config.runs`; return its path. Errors are those of `write_report`."""
     path = write_report(config.runs, config.out)
     log.info(f"report {path}")
     return path
@@ -214,7 +214,7 @@ def choose_samples(runs: list[History]) -> SampleTable:
     ]
     return SampleTable(
         [(run.name, _prompt(run, i)) for run, i in columns],
-        [(step, [_data(path) if path else None for path in files[step]]) for step in chosen],
+        [(step, [data_uri(path) if path else None for path in files[step]]) for step in chosen],
         "; ".join(note for note in notes if note),
     )
 
@@ -234,5 +234,6 @@ def _prompt(run: History, i: int) -> str:
     return str(prompts[i]) if i < len(prompts) else ""
 
 
-def _data(path: Path) -> str:
+def data_uri(path: Path) -> str:
+    """A PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

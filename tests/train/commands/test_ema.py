@@ -13,7 +13,7 @@ Out = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def run(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve steps of the text encoder, with a snapshot of each; not to be written to."""
+    """Twelve steps of the text encoder, with a snapshot of each. Read-only."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ema") / "run"
     assert train(
@@ -76,7 +76,7 @@ def test_the_average_is_a_model(run: Path, store: Path, tmp_path: Path) -> None:
         (("--step", 0), "--step 0 is not from 1 to 12"),
     ],
 )
-def test_what_cannot_be_made_is_refused(
+def test_bad_lengths_and_steps_are_refused(
     run: Path, tmp_path: Path, capsys: Out, options: tuple[object, ...], told: str
 ) -> None:
     assert train("ema", run, tmp_path / "average", *options) == 1

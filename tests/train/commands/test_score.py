@@ -41,7 +41,7 @@ def clip(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `sample` makes of two names for one model, and a third that differs."""
+    """The output of `sample` for one model under two names, and a third, paler folder."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("drawn")
     (folder / "prompts.txt").write_text(PROMPTS)
@@ -60,7 +60,7 @@ def drawn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen good images in two folders, and three files that are none."""
+    """Fourteen images in two folders, and three damaged files."""
     folder = tmp_path_factory.mktemp("real") / "photos"
     write_images(folder, [f"{i}.png" for i in range(7)])
     write_images(folder / "more", [f"{i}.jpg" for i in range(7)], first_seed=50)
@@ -135,7 +135,7 @@ def test_clip_scores_are_those_of_transformers(drawn: Path, clip: Path, capsys: 
 def test_images_of_any_shape_are_seen_as_transformers_prepares_them(
     clip: Path, tmp_path: Path
 ) -> None:
-    """A wide one, a tall one, one lying on its side by EXIF, more than a batch of them."""
+    """Wide, tall and EXIF-rotated images, in more than one batch."""
     judge = load_clip(str(clip), torch.device("cpu"))
     wide, tall = picture(1, 160, 90), picture(2, 70, 200)
     exif = Image.Exif()
@@ -165,7 +165,7 @@ def test_a_runs_samples_are_scored_step_by_step(model: Path, clip: Path, tmp_pat
     assert train("score", tmp_path / "samples", "--clip", clip) == 0
 
 
-def test_prompts_longer_than_clip_reads_are_told(clip: Path, tmp_path: Path, capsys: Out) -> None:
+def test_truncated_prompts_are_reported(clip: Path, tmp_path: Path, capsys: Out) -> None:
     for i in range(2):
         asked = Picture("a cat, " * 30 if i else "a cat", "", i, 2, 7.5, 64, 64)
         save_picture(Image.fromarray(picture(i, 64, 64)), tmp_path / f"{i}.png", asked)
@@ -184,7 +184,7 @@ def test_of_many_real_images_always_the_same_are_taken(
     assert (told[0]["real"]["not_taken"], told[2]["real"]["not_taken"]) == (3, 0)
 
 
-def test_what_cannot_be_scored_is_refused_by_name(
+def test_unusable_folders_and_clips_are_refused(
     drawn: Path, real: Path, clip: Path, model: Path, tmp_path: Path, capsys: Out
 ) -> None:
     few, other, plain, bare = (tmp_path / name for name in ("few", "other", "plain", "bare"))
@@ -240,7 +240,7 @@ def test_a_hub_that_is_not_reached_says_how_to_name_a_folder(
     assert "give a folder with a CLIP" in " ".join(told.split())
 
 
-def test_no_code_of_a_clip_runs_and_none_asks_to(
+def test_no_code_in_a_clips_folder_is_run(
     clip: Path, tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
@@ -253,7 +253,7 @@ def test_no_code_of_a_clip_runs_and_none_asks_to(
         told |= {"attn_implementation": "some/kernel"} if name == "config.json" else {}
         (folder / name).write_text(json.dumps(told))
     load_clip(str(folder), torch.device("cpu"))
-    for named, told in (("Evil", "asks for Evil"), ("CLIPImageProcessor", "from 1 to 4096")):
+    for named, told in (("Evil", "asks for Evil"), ("CLIPImageProcessor", "is not from 1 to 4096")):
         wide = {"image_processor_type": named, "size": {"shortest_edge": 10**9}}
         (folder / "preprocessor_config.json").write_text(json.dumps(wide))
         with pytest.raises(UserError, match=told):

@@ -24,7 +24,7 @@ from xlsd_train.commands.sweep import rate_hint
 from xlsd_train.config.recipes import options_in, parse, without
 from xlsd_train.config.run_options import SweepConfig
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.report.ranking import HEADER, rank
+from xlsd_train.report.ranking import rank, table
 from xlsd_train.runs.bootstrap import intervals, overall
 from xlsd_train.runs.history import histories
 from xlsd_train.runs.layout import checkpoints
@@ -34,7 +34,7 @@ Out = pytest.CaptureFixture[str]
 
 
 class Forked:
-    """A run in a process forked from one that has loaded the libraries: seconds earlier there."""
+    """A run in a forked process, which has the libraries already and starts seconds sooner."""
 
     def __init__(self, run: Callable[..., int], words: list[str]) -> None:
         folder = Path(options_in(words)["out"])
@@ -59,7 +59,7 @@ def fork(words: list[str]) -> Any:
 
 
 def forked_sweep(*args: object) -> int:
-    """`xlsd-train sweep`, whose runs are slow enough to meet them on their way."""
+    """`xlsd-train sweep` with runs slow enough to be interrupted."""
     xlsd_train.commands.sweep.start = lambda words: Forked(slow_train, words)  # type: ignore[assignment,return-value]
     return train("sweep", *args)
 
@@ -82,7 +82,7 @@ def arguments(model: Path, store: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def swept(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """Three rates in one go, one of which no model survives; not to be changed."""
+    """A sweep of three rates, one of which makes the weights nan. Read-only."""
     out, said, error = tmp_path_factory.mktemp("sweep") / "all", StringIO(), StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -94,7 +94,7 @@ def swept(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
     return Swept(out, code, said.getvalue().splitlines(), error.getvalue())
 
 
-def test_a_failed_run_is_said_and_the_others_run(swept: Swept) -> None:
+def test_a_failed_run_is_reported_and_the_others_run(swept: Swept) -> None:
     names = {path.name for path in swept.out.iterdir()}
     assert names == {"lr-0.001", "lr-1e+30", "lr-1e-05", "report.html"}
     assert swept.code == 1
@@ -120,10 +120,11 @@ def test_runs_share_seed_samples_and_held_out_images(swept: Swept) -> None:
 
 
 def test_the_table_and_the_answer_are_right(swept: Swept) -> None:
-    """Computed here from the runs' own files, another way."""
-    at = next(i for i, line in enumerate(swept.said) if line.startswith("run  "))
-    header, *rows = ([*re.split(r" {2,}", x)] for x in swept.said[at : at + 4])
-    assert tuple(header) == HEADER
+    """Computed from the runs' own files in another way."""
+    told = {"lr-0.001": "--lr 0.001", "lr-1e+30": "--lr 1e+30, failed", "lr-1e-05": "--lr 1e-05"}
+    runs = histories([swept.out / name for name in told])
+    standings, answer = rank([replace(run, name=told[run.folder.name]) for run in runs])
+    assert swept.said[-5:] == [*table(standings).splitlines(), answer + rate_hint(standings)]
     best = {}
     for folder in sorted(swept.out.glob("lr-*")):
         steps = range(7)
@@ -133,17 +134,14 @@ def test_the_table_and_the_answer_are_right(swept: Swept) -> None:
         best[folder.name] = step, found[step], metrics(folder)[-1]
     (_, first, _) = best["lr-0.001"]
     assert first is not None
-    told = {"lr-0.001": "--lr 0.001", "lr-1e+30": "--lr 1e+30, failed", "lr-1e-05": "--lr 1e-05"}
-    for row, name in zip(rows, ("lr-0.001", "lr-1e+30", "lr-1e-05"), strict=True):
+    for run, (name, title) in zip(standings, told.items(), strict=True):
         step, losses, last = best[name]
         assert losses is not None
         beyond = (overall(losses) - overall(first)).interval
-        assert row[:5] == [
-            told[name], str(last["step"]), f"{last['loss_smoothed']:.5f}",
-            str(intervals(losses)[0]), f"step {step}",
-        ]  # fmt: skip
-        assert row[5] == ("best" if name == "lr-0.001" else f"worse by {beyond}")
-    answer = swept.said[at + 4]
+        assert run.cells == (
+            title, str(last["step"]), f"{last['loss_smoothed']:.5f}", str(intervals(losses)[0]),
+            f"step {step}", "best" if name == "lr-0.001" else f"worse by {beyond}",
+        )  # fmt: skip
     assert answer.startswith("use --lr 0.001: lowest loss on 3 held-out images, ")
     assert "; all others are worse (3 images are few: 95% intervals" in answer
 
@@ -162,7 +160,7 @@ def test_its_report_has_the_runs_side_by_side(swept: Swept) -> None:
 
 
 @pytest.mark.slow
-def test_stopped_and_killed_it_goes_on_to_the_bit(
+def test_a_stopped_and_killed_sweep_resumes_bit_exactly(
     swept: Swept, arguments: list[object], tmp_path: Path
 ) -> None:
     """SIGTERM to the sweep alone in the first run, SIGKILL to it and its run in the second."""
@@ -219,11 +217,11 @@ def refuse(words: list[str]) -> Any:
     raise AssertionError(words)
 
 
-def test_another_sweep_is_not_gone_on_with(
+def test_a_sweep_with_other_settings_is_refused(
     swept: Swept, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: Out,
 ) -> None:  # fmt: skip
-    """Nor are finished runs passed over that were of other settings; nothing runs."""
+    """Runs with other settings are refused even if finished, and nothing starts."""
     monkeypatch.setattr(xlsd_train.commands.sweep, "start", refuse)
     given = ["sweep", *arguments, "--lr", "1e-3,1e-5", "--out", swept.out]
     for option, value in (("--batch", 2), ("--seed", 1), ("--weight-decay", 0.1)):
@@ -248,7 +246,7 @@ def test_another_sweep_is_not_gone_on_with(
         (("--lr", "4e-3,1e-5", "--batch", 0), "--batch 0"),
     ],
 )
-def test_what_no_sweep_could_be_is_refused_before_anything_runs(
+def test_bad_rates_are_refused_before_anything_runs(
     words: tuple[object, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: Out,
 ) -> None:  # fmt: skip
@@ -258,7 +256,7 @@ def test_what_no_sweep_could_be_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_factors_of_what_an_optimizer_finds_are_no_rates(tmp_path: Path, capsys: Out) -> None:
+def test_rates_are_refused_for_optimizers_that_find_their_own(tmp_path: Path, capsys: Out) -> None:
     words = ("--recipe", "phase1-unet", "--lr", "4e-6,2e-6", "--out", tmp_path / "out")
     assert train("sweep", *words) == 1
     assert "--lr 4e-06 is a factor of the learning rate that --optimizer dlion finds" in (
@@ -267,7 +265,7 @@ def test_factors_of_what_an_optimizer_finds_are_no_rates(tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_no_folder_for_a_sweep_and_a_launcher_does_not_start_it(
+def test_an_out_folder_that_is_a_run_and_a_launcher_are_refused(
     swept: Swept, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
     monkeypatch.setattr(xlsd_train.commands.sweep, "start", refuse)
@@ -280,7 +278,7 @@ def test_a_run_is_no_folder_for_a_sweep_and_a_launcher_does_not_start_it(
 
 
 @pytest.mark.slow
-def test_a_dry_run_asks_one_real_run_and_writes_nothing(
+def test_a_dry_run_checks_one_run_and_writes_nothing(
     arguments: list[object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -314,7 +312,7 @@ def test_folders_and_validation_have_defaults_of_their_own() -> None:
 
 
 def test_a_recipe_passes_through(tmp_path: Path) -> None:
-    """Its own rate does not count; the rest of it does, in the sweep and in the runs' words."""
+    """All options of a recipe apply but its rate, in the sweep and in its runs' command lines."""
     words = "--recipe phase1-te --lr 5e-6,4e-6 --stop-after 500".split()
     config = parse(SweepConfig, [*words, "--out", str(tmp_path / "out")], "")
     first, second = config.runs(False).values()
@@ -325,7 +323,7 @@ def test_a_recipe_passes_through(tmp_path: Path) -> None:
         parse(SweepConfig, words[:2], "").runs(False)
 
 
-def test_the_words_go_on_without_the_sweeps_own() -> None:
+def test_runs_get_the_command_line_without_the_sweeps_own_options() -> None:
     words = "--lr 1,2 --phase te --out=x --lr_floor 0 --stop-after 5 --validate_every 3".split()
     kept = without(words, "lr", "out", "validate_every")
     assert kept == "--phase te --lr_floor 0 --stop-after 5".split()
@@ -341,7 +339,7 @@ def told_of(folders: list[Path]) -> str:
     return rank(histories(folders))[1]
 
 
-def test_what_compares_is_said_and_what_does_not(swept: Swept, tmp_path: Path) -> None:
+def test_the_answer_says_what_is_comparable(swept: Swept, tmp_path: Path) -> None:
     good, same, bad = copied(swept, tmp_path, "lr-0.001", "lr-0.001", "lr-1e-05")
     for runs in ([good, bad], [bad, good]):
         assert told_of(runs).startswith("use 0: lowest loss on 3 held-out images, ")
@@ -379,12 +377,12 @@ def test_what_compares_is_said_and_what_does_not(swept: Swept, tmp_path: Path) -
     )
 
 
-def test_a_run_that_never_bettered_its_start_is_not_taken(swept: Swept, tmp_path: Path) -> None:
+def test_runs_that_never_improved_are_not_recommended(swept: Swept, tmp_path: Path) -> None:
     runs = copied(swept, tmp_path, "lr-1e+30", "lr-1e+30")
     assert told_of(runs).startswith("use none: on 3 held-out images no run improved on the model")
 
 
-def test_the_answer_says_where_the_rates_end(swept: Swept, tmp_path: Path) -> None:
+def test_a_best_rate_at_either_end_gives_a_hint(swept: Swept, tmp_path: Path) -> None:
     runs = histories(copied(swept, tmp_path, "lr-0.001", "lr-1e-05"))
     standings = rank(runs)[0]
     assert [run.rate for run in standings] == [1e-3, 1e-5]

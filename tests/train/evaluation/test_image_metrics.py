@@ -33,7 +33,7 @@ def test_cmmd_is_the_formula_written_out() -> None:
 
 
 def test_cmmd_of_two_points_is_known() -> None:
-    """All pictures alike, all real images alike, at right angles: 2 - 2 exp(-2 / 200)."""
+    """Two sets of identical images with orthogonal embeddings: 2 - 2 exp(-2 / 200)."""
     x, y = np.eye(2)[[0] * 11], np.eye(2)[[1] * 13]
     found = cmmd(ImageSet.of(x), ImageSet.of(y, "real"))
     assert found.value == pytest.approx(2000 * (1 - np.exp(-0.01)), abs=1e-9)
@@ -41,7 +41,7 @@ def test_cmmd_of_two_points_is_known() -> None:
     assert cmmd(ImageSet.of(x), ImageSet.of(x)).value == pytest.approx(0, abs=1e-9)
 
 
-def test_the_papers_own_code_gives_as_much_more_as_is_said() -> None:
+def test_the_papers_own_code_has_the_documented_bias() -> None:
     x, y = on_sphere(0, 30, 0.3), on_sphere(1, 40)
     ours, theirs = cmmd(ImageSet.of(x), ImageSet.of(y)).value, 0.0
     for a, b, sign in ((x, x, 1), (y, y, 1), (x, y, -2)):
@@ -72,8 +72,8 @@ def test_order_and_sides_do_not_matter(seed: int, n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
-def test_it_has_no_bias_and_its_intervals_hold_the_truth(shift: float) -> None:
-    """Also where both sets are of one kind, where intervals are wider than they need be."""
+def test_cmmd_is_unbiased_and_its_intervals_cover_the_truth(shift: float) -> None:
+    """Also for two sets of one distribution, where intervals are wider than necessary."""
     big = [on_sphere(seed, 5000, each) for seed, each in ((0, shift), (1, 0.0))]
     truth = 0.0
     for a, b, sign in ((0, 0, 1), (1, 1, 1), (0, 1, -2)):
@@ -93,8 +93,8 @@ def test_it_has_no_bias_and_its_intervals_hold_the_truth(shift: float) -> None:
     assert np.mean(values) == pytest.approx(truth, abs=0.4 * float(np.std(values)))
 
 
-def test_models_of_the_same_prompts_are_told_apart_by_pairs() -> None:
-    """Two models that differ less than their intervals are wide, always to the same side."""
+def test_models_of_the_same_prompts_are_compared_in_pairs() -> None:
+    """Two models that differ by less than the width of their intervals, in every pair alike."""
     real = ImageSet.of(on_sphere(1, 50), "real")
     one, other = (cmmd(ImageSet.of(on_sphere(0, 60, shift)), real) for shift in (0.4, 0.5))
     assert one.value < other.value < one.interval.high

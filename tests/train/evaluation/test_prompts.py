@@ -85,7 +85,7 @@ def test_files_of_every_editor_are_read(tmp_path: Path, text: bytes) -> None:
         ("a cat --h -64", "prompt 2: '512x-64' is not WIDTHxHEIGHT"),
     ],
 )
-def test_a_line_that_cannot_be_drawn_is_named(tmp_path: Path, line: str, told: str) -> None:
+def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, line: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         asked(tmp_path, f"fine\n# no prompt\n{line}\n")
 
@@ -106,7 +106,7 @@ def test_impossible_flags_and_files_are_refused(tmp_path: Path) -> None:
         SampleConfig((), tmp_path / "gone", tmp_path / "out")
 
 
-def test_what_is_cut_and_what_is_literal_is_told_once(model: Path) -> None:
+def test_truncated_and_weighted_prompts_are_reported_once(model: Path) -> None:
     tokenizer: Any = CLIPTokenizer.from_pretrained(model / "tokenizer")
     long = " ".join(["cat"] * 80)
 

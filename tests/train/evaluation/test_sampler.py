@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support import files, printed
+from tests.support import files
 from tests.support.sessions import Open
 from xlsd_cache.dataset.selection import select
 from xlsd_cache.errors import UserError
@@ -92,8 +92,8 @@ def test_prompts_come_from_the_file_or_from_the_store(store: Path, tmp_path: Pat
             read_prompts(given, ours, every, txt, None)
 
 
-def test_a_run_of_an_older_version_draws_what_it_drew(store: Path, tmp_path: Path) -> None:
-    """It took options and comments for words of the prompt; with another file it is told anew."""
+def test_a_run_of_an_older_version_keeps_its_samples(store: Path, tmp_path: Path) -> None:
+    """It read options and comments as part of the prompt; a changed file is read as today."""
     path, txt = tmp_path / "prompts.txt", CaptionColumns(("txt",), (1.0,))
     config = TrainConfig("unet", sample_prompts=path)
     path.write_text("# first\na cat --seed 5\n")
@@ -109,15 +109,16 @@ def test_a_run_of_an_older_version_draws_what_it_drew(store: Path, tmp_path: Pat
 
 
 def test_a_run_draws_each_prompt_as_its_line_says(
-    open_run: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    open_run: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "xlsd")
     path, out = tmp_path / "prompts.txt", tmp_path / "run"
     long = ", ".join(["a cat on a mat"] * 40)
     path.write_text(f"a (cat:1.2) --d 7 --s 2 --l 3 --w 64 --h 72 --n text\n{long} --size 192x64\n")
     draw(open_run, out, sample_prompts=path, keep=1)
-    told = printed(capsys)
-    assert re.search(r"prompt 2 has \d{3} tokens and is truncated to the text encoder's 77: ", told)
-    assert told.count("(word:1.2)") == 1
+    truncated = r"prompt 2 has \d{3} tokens and is truncated to the text encoder's 77: "
+    assert re.search(truncated, caplog.text)
+    assert caplog.text.count("(word:1.2)") == 1
     with Image.open(out / "samples/step-00000007/00.png") as image:
         assert image.size == (64, 72)
         assert image.text["parameters"] == (  # type: ignore[attr-defined]
@@ -135,7 +136,7 @@ def test_a_run_draws_each_prompt_as_its_line_says(
     assert own_size(str(out)) == own_size(str(out / "checkpoints/step-00000001")) == "128x128"
 
 
-def test_an_older_runs_size_is_seen_in_its_samples(tmp_path: Path) -> None:
+def test_an_older_runs_sample_size_is_read_from_its_samples(tmp_path: Path) -> None:
     record = {"command": [], "config": {}, "stores": [], "settings": {}, "planned_steps": 1}
     (tmp_path / "run/samples/step-00000000").mkdir(parents=True)
     Image.new("RGB", (192, 64)).save(tmp_path / "run/samples/step-00000000/00.png")

@@ -67,7 +67,9 @@ def test_validating_changes_no_weight_and_numbers_are_bit_equal_after_a_resume(
 
 
 @pytest.mark.slow
-def test_lines_that_outran_the_checkpoint_are_cut(arguments: list[object], tmp_path: Path) -> None:
+def test_lines_after_the_checkpoint_are_removed_on_resume(
+    arguments: list[object], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     given = (*arguments, "--validate-every", 2, "--out", run)
     assert train(*given) == 0
@@ -132,7 +134,7 @@ def test_losses_are_the_steps_own_unweighted(open_run: Open, weighting: Any) -> 
     assert np.array_equal(found["live/held_out"].ravel(), torch.cat(expected).numpy())
 
 
-def test_all_seeds_of_runs_are_measured_alike(open_run: Open, tmp_path: Path) -> None:
+def test_validation_does_not_depend_on_the_runs_seed(open_run: Open, tmp_path: Path) -> None:
     found = []
     for seed in (0, 1):
         session = open_run(
@@ -149,7 +151,7 @@ def losses(mean: float) -> Losses:
     return np.random.default_rng(0).normal(mean, 0.1, (50, BANDS)).astype(np.float32)
 
 
-def test_the_best_checkpoint_and_those_like_it_are_named(tmp_path: Path) -> None:
+def test_the_best_checkpoint_and_those_tied_with_it_are_named(tmp_path: Path) -> None:
     for step, mean in ((0, 2.0), (10, 1.0), (20, 1.0), (30, 3.0)):
         found = {"live/held_out": losses(mean), "live/training": losses(0)}
         save_losses(tmp_path, step, found | ({"ema 0.10/held_out": losses(1.5)} if step else {}))
@@ -225,7 +227,7 @@ def test_the_best_checkpoint_is_kept(arguments: list[object], tmp_path: Path, ca
         (("--validation-fraction", 0.8), "holds out every image that is selected"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_too_few_images_are_refused(
     arguments: list[object], tmp_path: Path, capsys: Out, options: tuple[object, ...], told: str
 ) -> None:
     at = arguments.index("--validation-fraction")

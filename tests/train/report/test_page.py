@@ -26,7 +26,7 @@ def logged(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def arguments(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """A run that logs everything, with prompts that mean harm."""
+    """A run that logs everything, with hostile prompts."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text(f"{HOSTILE}\na cat\n", encoding="utf-8")
     return [
@@ -39,7 +39,7 @@ def arguments(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def runs(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A whole run and one of another rate, stopped, whose name means harm; not to be changed."""
+    """A finished run, and a stopped one of another rate with a hostile name. Read-only."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     made = [folder / "one", folder / "<b onload=alert(3)>two"]
@@ -83,7 +83,7 @@ def test_what_is_drawn_is_what_was_logged(runs: list[Path]) -> None:
 
 
 def test_plotly_takes_every_figure(runs: list[Path]) -> None:
-    """Its own validation refuses names and values that it would pass over in a browser."""
+    """Plotly's validation in Python refuses names and values that its JavaScript ignores."""
     for figure in Page(runs[0] / "report.html").figures:
         go.Figure(figure)
 
@@ -108,7 +108,7 @@ def test_settings_that_differ_come_first_then_facts(runs: list[Path], tmp_path: 
     assert page.row("facts", "verdict")[0] == say(best)
 
 
-def test_samples_lie_side_by_side_byte_for_byte(runs: list[Path], tmp_path: Path) -> None:
+def test_samples_are_side_by_side_byte_for_byte(runs: list[Path], tmp_path: Path) -> None:
     assert train("report", *runs, "--out", tmp_path / "new" / "both.html") == 0
     page = Page(tmp_path / "new" / "both.html")
     head, *rows = page.tables["samples"]
@@ -153,9 +153,7 @@ def test_pages_of_the_same_runs_are_the_same(runs: list[Path], tmp_path: Path) -
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
-def test_a_torn_line_is_left_out_and_a_spoiled_one_is_said(
-    runs: list[Path], tmp_path: Path
-) -> None:
+def test_damaged_lines_are_skipped_and_counted(runs: list[Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "run"))
     log = run / "metrics.jsonl"
     log.write_bytes(b"\0\0\n" + log.read_bytes() + b'{"step": 5, "loss": 0.')
@@ -166,8 +164,8 @@ def test_a_torn_line_is_left_out_and_a_spoiled_one_is_said(
     assert page.row("facts", "logs") == ["1 lines skipped: no valid JSON"]
 
 
-def test_a_run_that_has_only_begun_has_a_page(runs: list[Path], tmp_path: Path) -> None:
-    """Without validation, samples, checkpoints or any step; a log may be there, still empty."""
+def test_a_run_that_has_just_started_has_a_page(runs: list[Path], tmp_path: Path) -> None:
+    """Without validation, samples, checkpoints or any step, and with an empty log or none."""
     (tmp_path / "run").mkdir()
     shutil.copy(runs[0] / "config.json", tmp_path / "run")
     for _ in range(2):
@@ -182,10 +180,10 @@ def test_a_run_that_has_only_begun_has_a_page(runs: list[Path], tmp_path: Path) 
     assert both.charts == 10
 
 
-def test_a_long_log_is_thinned_and_it_is_said(
+def test_a_long_log_is_downsampled_and_the_page_says_so(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Least and most of each stretch are drawn; many validations and samples are chosen evenly."""
+    """Minimum and maximum survive; validations and samples are evenly spaced."""
     run = Path(shutil.copytree(runs[0], tmp_path / "run"))
     (line, *_), (measured, *_) = logged(run), logged(run, "validation.jsonl")
     losses = [1 + (i * 7919 % 5000) / 5000 for i in range(5000)]
@@ -220,7 +218,7 @@ def test_a_long_log_is_thinned_and_it_is_said(
     assert "the first 1 of 2 prompts" in page.text
 
 
-def test_what_is_no_run_is_refused(runs: list[Path], tmp_path: Path, capsys: Out) -> None:
+def test_folders_without_a_run_are_refused(runs: list[Path], tmp_path: Path, capsys: Out) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
     for words, told in (
@@ -236,12 +234,12 @@ def test_what_is_no_run_is_refused(runs: list[Path], tmp_path: Path, capsys: Out
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_runs_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
+def test_runs_of_the_same_name_get_different_titles(runs: list[Path], tmp_path: Path) -> None:
     copies = [shutil.copytree(runs[0], tmp_path / x / "one") for x in ("a", "b")]
     assert [run.name for run in histories(copies)] == ["a/one", "b/one"]
 
 
-def test_the_report_of_several_lies_where_one_stands(
+def test_a_report_of_several_runs_is_written_to_the_working_directory(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -250,7 +248,7 @@ def test_the_report_of_several_lies_where_one_stands(
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_report_that_fails_fails_no_training(
+def test_a_failing_report_does_not_fail_the_run(
     arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
     run = tmp_path / "run"
