@@ -55,10 +55,12 @@ def cases() -> dict[str, Case]:
     build = "xlsd_cache build {inputs}/images --out latents --vae {inputs}/model/vae"
     build += " --resolution 128 --captions txt,title"
     store = f"{build} --rows-per-shard 2"
+    small = f"{build} --buckets square --store-dtype float16 --upscale"
     grown = store.replace("/images", "/images {inputs}/more")
     found = {
-        "store": Case((store,)),
-        "store-float16": Case((f"{build} --buckets square --store-dtype float16 --upscale",)),
+        # `info` writes what runs would: the index of tags.
+        "store": Case((store, READ_STORE[0])),
+        "store-float16": Case((small, READ_STORE[0])),
         "store-two": Case((f"2x {store}",)),
         "read-store": Case(READ_STORE, of="store"),
         "read-store-grown": Case((grown, *READ_STORE[:2]), of="store"),
