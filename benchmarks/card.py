@@ -20,7 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a file
 
 
-from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.card_parts.encode import encode
 from benchmarks.card_parts.exact import determinism, room, strict
 from benchmarks.card_parts.memory import largest, peaks
@@ -38,7 +38,7 @@ Part = Literal[
     "strict", "attention", "room", "determinism", "peaks", "speed", "kernels", "syncs", "encode",
     "free", "largest"
 ]  # fmt: skip
-PARTS: dict[Part, Callable[[Bench], Found]] = {
+PARTS: dict[Part, Callable[[Bench], Results]] = {
     "strict": strict, "attention": attention,
     "room": room,  # before the step is made: its processes need the GPU's memory
     "determinism": determinism, "peaks": peaks, "speed": speed, "kernels": kernels,
@@ -78,53 +78,53 @@ def main(config: CardConfig, command: Sequence[str]) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", bench.name.lower()).strip("-")
     out = config.out or folder / f"{slug}.json"
     deterministic(True)
-    found: Found = {
+    results: Results = {
         "machine": machine_of(bench.device.type),
         "command": shlex.join(("python", "benchmarks/card.py", *command)),
         "precision": set_precision("fp32"),
         "model": f"{bench.model}, {8 * bench.size[1]}x{8 * bench.size[0]}, batch {bench.batch}",
         "vram_gb": config.vram,
     }
-    for key, value in found.items():
+    for key, value in results.items():
         print(f"{key}: {value}", flush=True)
-    if before := found_before(out, found["machine"]):
-        found = {**before, **found, "command": f"{before['command']}; {found['command']}"}
+    if before := previous_results(out, results["machine"]):
+        results = {**before, **results, "command": f"{before['command']}; {results['command']}"}
     if not config.tiny:
         limit_card(config.vram, bench.device)
     for name in config.part:
-        found[name] = measured(PARTS[name], bench)
-        write_json(out, found)
-        print("\n".join(table({name: found[name]})), flush=True)
-    write_bytes(out.with_suffix(".txt"), ("\n".join(table(found)) + "\n").encode())
+        results[name] = measured(PARTS[name], bench)
+        write_json(out, results)
+        print("\n".join(table({name: results[name]})), flush=True)
+    write_bytes(out.with_suffix(".txt"), ("\n".join(table(results)) + "\n").encode())
     print(f"written: {out}")
-    return 1 if any("failed" in found[name] for name in config.part) else 0
+    return 1 if any("failed" in results[name] for name in config.part) else 0
 
 
-def found_before(out: Path, here: str) -> Found:
+def previous_results(out: Path, here: str) -> Results:
     """The content of the file if it is from this machine with these versions."""
-    before: Found = json.loads(out.read_text()) if out.exists() else {}
+    before: Results = json.loads(out.read_text()) if out.exists() else {}
     return before if before.get("machine") == here else {}
 
 
-def measured(part: Callable[[Bench], Found], bench: Bench) -> Found:
+def measured(part: Callable[[Bench], Results], bench: Bench) -> Results:
     """The results and the duration of a part, or its error."""
     begun = time.perf_counter()
     if bench.left() < 0:
         return {"failed": "no time left"}
     try:
-        found = part(bench)
+        results = part(bench)
     except Exception as error:  # GPU time is rented: the other parts still run
-        found = {"failed": f"{type(error).__name__}: {error}"}
+        results = {"failed": f"{type(error).__name__}: {error}"}
     deterministic(True)
     set_precision("fp32")
     bench.free()
-    return {**found, "took_s": time.perf_counter() - begun}
+    return {**results, "took_s": time.perf_counter() - begun}
 
 
-def table(found: Found) -> list[str]:
+def table(results: Results) -> list[str]:
     """The results as text: the name of each part, and a line per measurement."""
     lines = []
-    for name, value in found.items():
+    for name, value in results.items():
         if not isinstance(value, dict):
             lines.append(f"{name}: {value}")
             continue

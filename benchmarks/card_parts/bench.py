@@ -24,7 +24,7 @@ PLANS = (
     Plan("plain", 6), Plan("cheap", 11), Plan("feed-forward", 16), Plan("sliced", 4),
     Plan("sliced", 1), Plan("cheap", 4),
 )  # fmt: skip
-Found = dict[str, Any]  # the results of a part, as JSON
+Results = dict[str, Any]  # the results of a part, as JSON
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.commands import build_time, run_command
 from benchmarks.lib.plain_loop import vae_of
 from xlsd_cache.cli import main as xlsd_cache
@@ -18,12 +18,12 @@ from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.vocabulary import Precision
 
 
-def encode(bench: Bench) -> Found:
+def encode(bench: Bench) -> Results:
     """images/s of the VAE alone in each precision, and of the build in fp32."""
     torch.use_deterministic_algorithms(False)  # as `build` leaves it
     bench.free()
     side, count = (64, 4) if bench.tiny else (512, 64)
-    found: Found = {}
+    results: Results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vae_of(bench.model, "cpu").save_pretrained(folder / "vae")
@@ -32,12 +32,12 @@ def encode(bench: Bench) -> Found:
         precisions: tuple[Precision, ...] = ("fp32",) if bench.tiny else ("fp32", "bf16")
         for precision in precisions:
             set_precision(precision)
-            found[precision] = {"images_per_s": count / _bare(bench, vae, precision, images)}
+            results[precision] = {"images_per_s": count / _bare(bench, vae, precision, images)}
         set_precision("fp32")
         seconds, stages = build_time(_build(bench, folder, images))
     rate = count / seconds
-    of_bare = rate / found["fp32"]["images_per_s"]
-    return {**found, "build": {"images_per_s": rate, "of_bare": of_bare, "stations": stages}}
+    of_bare = rate / results["fp32"]["images_per_s"]
+    return {**results, "build": {"images_per_s": rate, "of_bare": of_bare, "stations": stages}}
 
 
 def _bare(bench: Bench, vae: Vae, precision: Precision, images: NDArray[np.uint8]) -> float:

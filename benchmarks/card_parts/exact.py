@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.card_parts.bench import Bench, Results
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.vocabulary import Precision
 from xlsd_train.step.step import Plan
@@ -22,16 +22,16 @@ STRICT = 1e-5  # relative; TF32 is off by about 1e-3
 State = list[tuple[Tensor, Tensor]]  # each weight and its momentum
 
 
-def strict(bench: Bench) -> Found:
+def strict(bench: Bench) -> Results:
     """Relative errors of outputs and gradients against float64 on the same device."""
-    found: Found = {}
+    results: Results = {}
     modes: tuple[Precision, ...] = ("fp32",) if bench.tiny else ("fp32", "tf32")
     for mode in modes:
         set_precision(mode)
-        found[mode] = {name: errors(f, inputs) for name, f, inputs in kernels(bench)}
+        results[mode] = {name: errors(f, inputs) for name, f, inputs in kernels(bench)}
     set_precision("fp32")
-    worst = max(max(each.values()) for each in found["fp32"].values())
-    return {**found, "strict": worst < STRICT}
+    worst = max(max(each.values()) for each in results["fp32"].values())
+    return {**results, "strict": worst < STRICT}
 
 
 def kernels(bench: Bench) -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
@@ -72,24 +72,24 @@ def _far(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b.detach()).norm() / b.detach().norm())
 
 
-def room(bench: Bench) -> Found:
+def room(bench: Bench) -> Results:
     """Whether the bits of the first step depend on free memory, in fresh processes."""
     bench.free()
-    found: Found = {}
+    results: Results = {}
     for name, vram in ((f"{bench.vram:g} GB", bench.vram), ("the whole card", None)):
         command = [sys.executable, str(Path(__file__).parent / "room.py")]
         command += ["--tiny"] if bench.tiny else []
         command += ["--vram", str(vram)] if vram else []
         took = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        found[name] = json.loads(took.stdout)
-    one, other = found.values()
-    return {**found, "same": one["momentum"] == other["momentum"]}
+        results[name] = json.loads(took.stdout)
+    one, other = results.values()
+    return {**results, "same": one["momentum"] == other["momentum"]}
 
 
-def determinism(bench: Bench) -> Found:
+def determinism(bench: Bench) -> Results:
     """Two steps, run twice, and resumed after the first with other blocks in the allocator."""
     deterministic(True)
-    step, found = bench.step, {}
+    step, results = bench.step, {}
     start = _state(step)
     for plan in (Plan("plain", 2), Plan("sliced", 2), Plan("cheap", 4))[: 2 if bench.tiny else 3]:
         step.plan = plan
@@ -99,12 +99,12 @@ def determinism(bench: Bench) -> Found:
         held = [torch.empty(int(n), device=bench.device) for n in (3e6, 5e5, 9e6)]
         _, resumed = _steps(bench, half, 1, 2)
         del held
-        found[str(plan)] = {
+        results[str(plan)] = {
             "twice": losses == again and _same(full, repeated),
             "resumed": _same(full, resumed),
         }
     _put(step, start)
-    return found
+    return results
 
 
 def _steps(bench: Bench, state: State, first: int, last: int) -> tuple[list[float], State]:

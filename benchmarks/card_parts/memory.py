@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.allocations import peak_of
 from benchmarks.train.max_batch import whole
 from xlsd_cache.runtime.gpu_memory import is_full
@@ -14,10 +14,10 @@ from xlsd_train.training.setup import deterministic
 TINY_LIMIT = 30 * 2**20  # bytes above the smallest step
 
 
-def peaks(bench: Bench) -> Found:
+def peaks(bench: Bench) -> Results:
     """Predicted and measured peak of each plan in GiB, under the limit of GPU memory."""
     deterministic(True)
-    found: Found = {}
+    results: Results = {}
     for plan in bench.plans:
         predicted = bench.planner.predict(plan, bench.batch, bench.size).peak
         bench.free()
@@ -29,11 +29,11 @@ def peaks(bench: Bench) -> Found:
                 raise
             real = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
         far = {"error": predicted / GIB / real["peak"] - 1} if "peak" in real else {}
-        found[str(plan)] = {"predicted": predicted / GIB, **real, **far}
-    return found
+        results[str(plan)] = {"predicted": predicted / GIB, **real, **far}
+    return results
 
 
-def _real(bench: Bench) -> Found:
+def _real(bench: Bench) -> Results:
     """Peak GiB of a step: tensors, and all memory that torch reserved."""
     batch = bench.drawn(bench.batch)
     if bench.tiny:
@@ -49,13 +49,13 @@ def _real(bench: Bench) -> Found:
     }
 
 
-def largest(bench: Bench) -> Found:
+def largest(bench: Bench) -> Results:
     """The largest batch that fits for each strategy, to 1/16 of the predicted one."""
     deterministic(True)
     limit = limit_of(TrainConfig("unet", vram=bench.vram), None) or 0.0
     if bench.tiny:
         limit = bench.planner.predict(Plan("sliced", 1), 1, bench.size).peak + TINY_LIMIT
-    found: Found = {}
+    results: Results = {}
     for way in KEEPING[:1] if bench.tiny else ("sliced", *KEEPING):
         plan = Plan(way, 4 if way == "sliced" else 1)
         predicted = bench.planner.largest_batch(plan, bench.size, limit)
@@ -70,8 +70,8 @@ def largest(bench: Bench) -> Found:
             real -= stride
         while real >= predicted and fits(real + stride):
             real += stride
-        found[way] = {"predicted": predicted, "largest": real, "tried": tried}
-    return found
+        results[way] = {"predicted": predicted, "largest": real, "tried": tried}
+    return results
 
 
 def _fits(bench: Bench, plan: Plan, count: int, limit: float, tried: dict[int, str]) -> bool:

@@ -49,12 +49,12 @@ def main(config: RoomConfig) -> None:
         momentum = step.optimizer.state[parameter]["exp_avg"]
         digest.update(momentum.cpu().numpy().tobytes())
     stats = {} if config.tiny else torch.cuda.memory_stats()
-    found = {
+    results = {
         "momentum": digest.hexdigest()[:16],
         "refused": stats.get("num_ooms", 0),
         "peak_gib": stats.get("allocated_bytes.all.peak", 0) / 2**30,
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

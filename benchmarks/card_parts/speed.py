@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.card_parts.bench import Bench, Found
+from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.plain_loop import PlainLoop
 from benchmarks.lib.turns import Contestant, take_turns
 from xlsd_train.step.step import Plan
@@ -27,17 +27,17 @@ _MULTIPLY = (
 _ATTENTION = ("fmha", "attention", "flash")
 
 
-def speed(bench: Bench) -> Found:
+def speed(bench: Bench) -> Results:
     """images/s of each plan and of diffusers' loop, alternating, with deterministic kernels."""
     return _compare(bench, bench.plans[:4], True)
 
 
-def free(bench: Bench) -> Found:
+def free(bench: Bench) -> Results:
     """images/s of the plan for 24 GB and of diffusers' loop, with any kernels."""
     return _compare(bench, bench.plans[:3][-1:], False)
 
 
-def _compare(bench: Bench, plans: list[Plan], in_order: bool) -> Found:
+def _compare(bench: Bench, plans: list[Plan], in_order: bool) -> Results:
     step, batch = bench.step, bench.drawn(bench.batch)
 
     def take(plan: Plan) -> Tensor:
@@ -50,28 +50,28 @@ def _compare(bench: Bench, plans: list[Plan], in_order: bool) -> Found:
     # It uses our Lion, which is in its favour.
     entered["diffusers, checkpointing"] = Contestant(plain, step.optimizer, checkpointing=True)
     deterministic(in_order)
-    results = take_turns(step.model, entered, 1 if bench.tiny else TIMED, bench.device.type)
+    timed = take_turns(step.model, entered, 1 if bench.tiny else TIMED, bench.device.type)
     deterministic(True)
     peak = bench.card.fp32 if bench.card else None
-    found: Found = {}
-    for name, result in results.items():
+    results: Results = {}
+    for name, result in timed.items():
         if result.seconds is None:
-            found[name] = {"failed": "out of memory"}
+            results[name] = {"failed": "out of memory"}
             continue
         rate = result.tflop / result.seconds
-        found[name] = {
+        results[name] = {
             "images_per_s": bench.batch / result.seconds,
             "tflop": result.tflop,
             "of_peak": rate / peak if peak else None,
             "peak_gib": result.peak_gib,
         }
-    return found
+    return results
 
 
-def attention(bench: Bench) -> Found:
+def attention(bench: Bench) -> Results:
     """Backward pass of attention in ms: the deterministic one has a block per head of an image."""
     side = bench.size[0] ** 2
-    found: Found = {}
+    results: Results = {}
     for count in (1,) if bench.tiny else (4, 6, 11, 16, 32):
         q, k, v = torch.randn(3, count, 8, side, 40, device=bench.device).requires_grad_().unbind()
         each = {}
@@ -81,14 +81,14 @@ def attention(bench: Bench) -> Found:
             ones = torch.ones_like(out)
             work = partial(torch.autograd.grad, out, (q, k, v), ones, retain_graph=True)
             each[name] = 1000 * bench.clock(work, 3)
-        found[f"{count} images"] = each
+        results[f"{count} images"] = each
     deterministic(True)
-    return found
+    return results
 
 
-def syncs(bench: Bench) -> Found:
+def syncs(bench: Bench) -> Results:
     """Where the host waits for the GPU in a step, and how long the meter waits for the newest."""
-    found: Found = {}
+    results: Results = {}
     batch = bench.drawn(4)
     for optimizer, way in (("dlion", "cheap"), ("lion", "cheap"), ("lion", "sliced")):
         bench.with_optimizer(optimizer)
@@ -102,8 +102,8 @@ def syncs(bench: Bench) -> Found:
             _debug_syncs(bench, "default")
         waits = [x for x in warned if "synchroniz" in str(x.message)]
         places = sorted({f"{Path(x.filename).name}:{x.lineno}" for x in waits})
-        found[f"{optimizer}, {way}"] = {"waits": len(waits), "where": places}
-    return {**found, "meter": _meter(bench)}
+        results[f"{optimizer}, {way}"] = {"waits": len(waits), "where": places}
+    return {**results, "meter": _meter(bench)}
 
 
 def _debug_syncs(bench: Bench, mode: str) -> None:
@@ -111,7 +111,7 @@ def _debug_syncs(bench: Bench, mode: str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def _meter(bench: Bench) -> Found:
+def _meter(bench: Bench) -> Results:
     """Seconds to launch a step and log the one before, and GPU time left after the last launch.
 
     If the host never waits for the newest step, the time left is about a whole step.
@@ -129,7 +129,7 @@ def _meter(bench: Bench) -> Found:
     return {"launch_and_log_s": waits, "then_busy_s": time.perf_counter() - begun}
 
 
-def kernels(bench: Bench) -> Found:
+def kernels(bench: Bench) -> Results:
     """The ten kernels that take most time, and the shares of attention and of memory moves."""
     deterministic(True)
     bench.step.plan, batch = bench.plans[1], bench.drawn(bench.batch)

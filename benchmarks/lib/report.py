@@ -60,13 +60,13 @@ class Report:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": python_version()}
+    versions = {"python": python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def run_script(main: Callable[[Any, Sequence[str]], Any], options: type, doc: str | None) -> None:

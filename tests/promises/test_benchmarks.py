@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.card import PARTS, found_before
+from benchmarks.card import PARTS, previous_results
 from benchmarks.train.max_batch import nearest
 from xlsd_cache.images.decode import FORMATS
 
@@ -252,8 +252,8 @@ def test_card_runs_every_part_without_a_card(tmp_path: Path) -> None:
     table = out.with_suffix(".txt").read_text().splitlines()
     assert [line for line in table if line in parts] == parts
     here = found["machine"]
-    assert found_before(out, here) == found  # of the same machine: a file may be made in parts
-    assert found_before(out, f"not {here}") == found_before(tmp_path / "none", here) == {}
+    assert previous_results(out, here) == found  # of the same machine: a file may be made in parts
+    assert previous_results(out, f"not {here}") == previous_results(tmp_path / "none", here) == {}
 
 
 @pytest.mark.slow
