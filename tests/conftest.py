@@ -1,4 +1,4 @@
-"""Real photos, a real small model and a store of them, made once a session; nothing is mocked."""
+"""Fixtures: real photos, a small real model and a store of both, made once a session."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack

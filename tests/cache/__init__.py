@@ -1,0 +1,1 @@
+"""Tests of `xlsd_cache`, in a folder for each of its rooms."""

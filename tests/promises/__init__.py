@@ -1,0 +1,1 @@
+"""Tests of what crosses rooms: promises that several modules keep together."""

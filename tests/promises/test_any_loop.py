@@ -1,4 +1,4 @@
-"""Anyone's loop trains from a store: one as in diffusers' train_text_to_image.py, with our data."""
+"""A loop like diffusers' train_text_to_image.py trains from a store, on our own batches."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`make article` in the small: its photos are what their tags say, its commands can be as given."""
+"""`make article` in small: photos match their tags, and the commands are valid."""
 
 import shlex
 import shutil

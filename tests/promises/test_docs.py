@@ -1,4 +1,4 @@
-"""README and docs: commands are parsed, snippets run, links and paths lead somewhere."""
+"""README and docs: commands parse, snippets run, links and paths exist."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""No value of any option of any command ends in a traceback, or is found out late.
+"""Every invalid value of any option of any command is one error, before any work starts.
 
 The commands' dataclasses are walked by the types of their fields: a new option is tried by itself.
 """
@@ -55,7 +55,7 @@ def make(kind: type[Any], **given: Any) -> Any:
 
 
 def put(kind: type[Any], name: str, value: object) -> Any:
-    """The dataclass with one field's value, or each element of it."""
+    """The dataclass with this value as one field, or as each element of that field."""
     hint = hints(kind)[name]
     while get_origin(hint) not in {None, tuple} and get_origin(hint) is not Literal:
         hint = next((x for x in get_args(hint) if x is not type(None)), None)

@@ -1,4 +1,4 @@
-"""kill -9 at any moment, several workers: nothing lost, nothing done twice but what was under way.
+"""After kill -9 at any moment, with several workers, only the batches in progress are done again.
 
 pytest -m slow tests/promises/test_kills.py      a hundred kills, minutes
 """

@@ -1,4 +1,4 @@
-"""A store that a stranger made: read with a sentence at worst, and never written through."""
+"""A hostile store gives one error at worst, and its links are never written through."""
 
 import json
 import os

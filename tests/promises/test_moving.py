@@ -1,4 +1,4 @@
-"""Sources that move, are renamed, mixed, unplugged or gone: what is encoded stays."""
+"""Latents are kept when sources move, are renamed, are mixed or become unavailable."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def raw(store: Path) -> dict[str, bytes]:
 def test_the_same_images_from_every_kind_of_source_have_the_same_latents(
     tmp_path: Path, rest: tuple[object, ...], encoded: list[int], capsys: Out
 ) -> None:
-    """Built from a folder, then taken over by a tar, a zip, a list and a parquet: nothing anew."""
+    """First a folder, then a tar, a zip, a list and a parquet file: no image is re-encoded."""
     names = [f"{i}.png" for i in range(6)]
     folder = tmp_path / "images"
     write_images(folder, names, **SIZE)

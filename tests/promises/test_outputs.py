@@ -1,4 +1,4 @@
-"""No command of training replaces a file or a folder that it has not written."""
+"""No `xlsd-train` command replaces a file or folder that it has not written."""
 
 import json
 from pathlib import Path

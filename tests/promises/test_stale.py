@@ -1,4 +1,4 @@
-"""Files that kept size and mtime and are others now: the store follows what is on the disk."""
+"""Files whose content changed at the same size and mtime are detected and re-encoded."""
 
 import hashlib
 import io
@@ -112,7 +112,7 @@ def test_another_file_of_the_same_size_and_mtime_is_noticed(
     OTHERS[other](images)
     assert build("--dry-run") == 0
     assert build() == 0
-    assert sum(encoded) == (1 if other == "touch -r" else 0)  # else all of it was encoded before
+    assert sum(encoded) == (1 if other == "touch -r" else 0)  # else all were encoded before
     follows(tmp_path / "latents")
     assert cache("check", tmp_path / "latents", "--decode", 9) == 0
     count = generations(tmp_path / "latents")

@@ -1,4 +1,7 @@
-"""Running the real commands, in this process or in ones that can be killed."""
+"""Helpers that several test modules share; here, to run the real commands and look at the result.
+
+Commands run in this process, or in processes that can be killed.
+"""
 
 import json
 import multiprocessing

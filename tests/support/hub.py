@@ -1,4 +1,4 @@
-"""A model hub on the loopback: what its client needs of the real one, from real folders."""
+"""A model hub on the loopback interface that serves real folders to the real client."""
 
 import hashlib
 import json

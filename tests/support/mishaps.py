@@ -1,4 +1,4 @@
-"""What a decoder may do to its process, for a sandbox's child to call: real, never to be mocked.
+"""Faults of a decoder (crash, hang, full memory) that tests cause in a sandbox's child.
 
 Imports little, since every child that calls one imports this.
 """
@@ -16,7 +16,7 @@ _state = {"poisoned": False}
 
 
 def same(value: object) -> object:
-    """What it is given."""
+    """Return the argument."""
     return value
 
 
@@ -26,7 +26,7 @@ def null_pointer() -> None:
 
 
 def give_up() -> None:
-    """End the process the way C libraries do, with nothing said."""
+    """End the process the way C libraries do, without a message."""
     os._exit(1)
 
 

@@ -1,6 +1,6 @@
-"""Caches exactly as other programs write them, made from the demo VAE's own encodings.
+"""Write caches as other programs do, from encodings of the demo VAE.
 
-Where each format is written is told, with file and function, in xlsd_cache/interop/cache_files.py.
+xlsd_cache/interop/cache_files.py names the file and function that writes each format.
 """
 
 import base64
@@ -174,7 +174,7 @@ def write_safetensors(
 def write_ai_toolkit(
     images: Sequence[Path], vae: Path, *, flip_y: bool = False, zoom: float = 1.0
 ) -> dict[str, Tensor]:
-    """`_latent_cache/{stem}_{hash}.safetensors` beside each image, scaled and bfloat16.
+    """`_latent_cache/{stem}_{hash}.safetensors` next to each image, scaled and bfloat16.
 
     With `zoom`, the image is scaled to more than cover the bucket, and cropped off its centre.
     """

@@ -1,4 +1,4 @@
-"""What the fork server imports once for all the processes of the tests."""
+"""Modules that the fork server imports once for all processes of the tests."""
 
 import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 import torch.utils.tensorboard

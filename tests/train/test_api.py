@@ -1,4 +1,4 @@
-"""The public names of xlsd_train, as a notebook uses them: they log, and print nothing."""
+"""The public API of xlsd_train logs and prints nothing."""
 
 import logging
 import subprocess

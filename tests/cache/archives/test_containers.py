@@ -1,4 +1,4 @@
-"""Archives that lie, are damaged, or hold a name twice: what is used of them is what they hold."""
+"""Damaged and hostile archives, and duplicate member names: only what is really there is used."""
 
 import gzip
 import io

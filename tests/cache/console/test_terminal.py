@@ -1,4 +1,4 @@
-"""Whatever the terminal can show, and when there is none: real processes, real pipes."""
+"""Output to terminals of every encoding, to closed pipes and to no terminal, in real processes."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_nobody_need_listen_to_an_error(module: str) -> None:
 
 
 def test_what_is_made_is_made_without_a_reader(store: Path, tmp_path: Path) -> None:
-    """Of a command that writes a file the outcome counts, and not who reads of it."""
+    """A command that writes a file succeeds although nobody reads its output."""
     out = tmp_path / "index.parquet"
     for closed in ("stdout", "stderr"):
         options: dict[str, Any] = {closed: closed_pipe()}

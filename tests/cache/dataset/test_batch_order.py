@@ -85,7 +85,7 @@ def test_batches_are_of_one_bucket_full_and_counted(
 def test_stores_are_mixed_by_weight_at_any_moment(
     given: list[tuple[int, Fraction]], batch: int, seed: int
 ) -> None:
-    """Each within one sample of its share of the bucket's stream; none of it in another order."""
+    """Each is within one sample of its share of the bucket's stream, in the stream's order."""
     shares = [Share(*each) for each in given]
     schedule = BatchOrder({"a": shares}, batch, seed)
     ends = np.cumsum([0, *(share.samples for share in shares)])

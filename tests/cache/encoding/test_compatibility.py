@@ -1,4 +1,4 @@
-"""A latent depends on the encoder's half of its VAE, and on how that pads; not on the decoder."""
+"""A latent depends on the VAE's encoder and its padding, not on the decoder."""
 
 import json
 import shutil
@@ -229,7 +229,7 @@ def test_reflection_is_what_diffusers_encodes_with_it(
         assert torch.equal(ours.encode(to_input(pixels)), expected)
         assert torch.equal(ours.decode(expected), theirs.decode(expected).sample)
         assert not torch.equal(zeros.encode(to_input(pixels)), expected)
-    assert ours.encoder_sha256 == zeros.encoder_sha256  # the weights tell nothing of it
+    assert ours.encoder_sha256 == zeros.encoder_sha256  # the weights do not show it
     # The store remembers it: checked, drawn and compared with it, and never mixed.
     assert read_attributes(out)[0].vae_padding == "reflect"
     assert cache("check", out, "--decode", 8) == 0

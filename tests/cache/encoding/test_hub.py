@@ -1,4 +1,4 @@
-"""Repositories of the hub: from the cache, from the network, or one true sentence in seconds."""
+"""Hub repositories come from the cache or the network; otherwise one error within seconds."""
 
 import shutil
 from collections.abc import Callable

@@ -28,7 +28,7 @@ def test_one_vae_is_the_same_in_whatever_it_comes(model: Path, vae: Path, tmp_pa
     save_file(state, half / WEIGHTS, {"format": "pt"})
     folder = load_vae(str(vae))
     assert load_vae(str(model)).sha256 == folder.sha256  # a pipeline's folder
-    assert load_vae(str(vae / WEIGHTS)).sha256 == folder.sha256  # a file beside its config.json
+    assert load_vae(str(vae / WEIGHTS)).sha256 == folder.sha256  # a file next to its config.json
     assert load_vae(str(half)).sha256 != folder.sha256
     assert (folder.scaling_factor, folder.shift_factor, folder.channels) == (0.13025, 0.0, 4)
     assert all(weight.dtype == torch.float32 for weight in folder.model.parameters())

@@ -1,4 +1,4 @@
-"""Text files in every encoding that an editor or a shell writes, and one sentence for all else."""
+"""Text files in every encoding that editors and shells write; one error for any other."""
 
 import codecs
 from pathlib import Path

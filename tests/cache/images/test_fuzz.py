@@ -1,6 +1,6 @@
-"""Whatever a file holds: pixels or a known reason, in bounded memory and time.
+"""Any file gives pixels or a known reason for rejection, in bounded memory and time.
 
-Everything runs in a sandbox's child: what kills or hangs it is a reason too, and kills no test.
+Everything runs in a sandbox's child, so that a crash or a hang is a reason too and ends no test.
 """
 
 import io

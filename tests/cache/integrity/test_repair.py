@@ -40,7 +40,7 @@ class Store:
         shutil.copy(self.images / "s3.png", self.images / "zcopy.png")
 
     def build(self) -> dict[str, Any]:
-        """Build; the sums of it."""
+        """Build, and return its sums."""
         assert cache("build", *self.arguments()) == 0
         self._capsys.readouterr()
         assert cache("info", self.out, "--json") == 0
@@ -88,7 +88,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def equal(a: dict[str, Any], b: dict[str, Any], again: Sequence[str] = ()) -> bool:
-    """Bit for bit, but those encoded `again` in a batch of another size: there sums round anew."""
+    """Bit for bit; those encoded `again` in a batch of another size differ by rounding."""
     exact = all(np.array_equal(a[key], b[key]) for key in a.keys() - set(again))
     near = all(np.abs(a[key] - b[key]).max() < 1e-4 * b[key].std() for key in again)
     return a.keys() == b.keys() and exact and near
@@ -288,7 +288,7 @@ def test_an_image_that_goes_after_the_repair_leaves_training(store: Store) -> No
 
 
 def test_a_latent_of_another_picture_is_encoded_again(store: Store) -> None:
-    """Its checksums are all right: only decoding it beside its image tells."""
+    """Its checksums are all right: only a comparison with its re-encoded image finds it."""
     before, key = store.latents(), store.key(1)
     wrong = store.latents()[store.key(2)].tobytes()
     crc = google_crc32c.value(wrong)

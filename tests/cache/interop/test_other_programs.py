@@ -1,4 +1,4 @@
-"""ai-toolkit's and SimpleTuner's caches, names with sizes, files that are not what they seem."""
+"""Caches of ai-toolkit and SimpleTuner, sizes in file names, and files of an unexpected format."""
 
 import shutil
 from pathlib import Path

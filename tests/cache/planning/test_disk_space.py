@@ -1,4 +1,4 @@
-"""The disk is asked before the first batch."""
+"""Free disk space is checked before the first batch."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Builders of one store print the same sums, whichever began first and whichever ended last."""
+"""Concurrent builders of one store print the same sums, in whatever order they start and end."""
 
 import os
 import re

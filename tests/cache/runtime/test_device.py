@@ -1,4 +1,4 @@
-"""What is set before CUDA starts."""
+"""Environment variables that are set before CUDA starts."""
 
 import json
 import os

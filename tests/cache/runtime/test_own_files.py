@@ -1,4 +1,4 @@
-"""No command replaces what it has not written, and none of what it writes is trained on."""
+"""No command replaces files it has not written, and none takes its own output as input images."""
 
 import json
 import shutil

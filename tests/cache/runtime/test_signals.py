@@ -1,4 +1,4 @@
-"""The first signal is answered at once, and only a second Ctrl-C ends the process where it is."""
+"""The first signal stops after the batch, and says so at once; a second Ctrl-C stops at once."""
 
 import os
 import signal

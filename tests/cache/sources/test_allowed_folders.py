@@ -1,4 +1,4 @@
-"""Rows name files in their table's folder and in the named sources; anywhere else only if asked."""
+"""Table rows may refer to files in the table's folder and the sources; others must be allowed."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from xlsd_cache.sources.scan import Scan, scan
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder of one image, and a private one beside it."""
+    """A folder with one image, and a private folder next to it."""
     write_images(tmp_path / "data", ["a.png"])
     write_images(tmp_path / "private", ["p.png"], first_seed=5)
     return tmp_path / "data"

@@ -1,4 +1,4 @@
-"""Plain zarr readers are told which rows are live, and never of one that is not committed."""
+"""The array of live rows that plain zarr readers use lists committed rows only."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
-"""Whatever a data set, a cache or a store of strangers holds: a value, or one sentence.
+"""Any dataset, cache or store from elsewhere is read, or refused with one error.
 
-A valid file of each format with bytes changed, cut and doubled, and JSON of any shape. Pictures are
-in test_fuzz.py, for their decoders are C and run in processes of their own.
+A valid file of each format with bytes changed, cut and doubled, and JSON of any shape. Images are
+in images/test_fuzz.py, since their decoders are C and run in processes of their own.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""A caption never reaches an image that it was not written for."""
+"""A caption is only matched to the image that it was written for."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""Every format of a table gives its rows, and a damaged one what is whole of it."""
+"""Every table format gives its rows; a damaged table gives its intact rows."""
 
 import json
 import tarfile

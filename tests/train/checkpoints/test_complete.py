@@ -11,7 +11,7 @@ from xlsd_train.config.train import TrainConfig
 
 
 def begun(run: Path, config: TrainConfig, step: int, planned: int, **told: Any) -> TrainConfig:
-    """A run's folder, as far as it is looked at; returns what is asked of it."""
+    """Write the files of a run that the check reads; return the run's options."""
     asked = replace(config, out=run)
     (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     (run / "checkpoints" / f"step-{step:08d}" / "state.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The disk is asked before a run, and says what to remove when it is full."""
+"""Free disk space is checked before a run; the error says what to remove."""
 
 import shutil
 from collections.abc import Iterator

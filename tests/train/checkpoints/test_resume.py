@@ -1,4 +1,4 @@
-"""A resume asks only what could change a weight; what goes on without --force is exact."""
+"""A resume compares only settings that could change a weight; without --force it is bit-exact."""
 
 import json
 import shutil
@@ -45,12 +45,12 @@ def begun(words: list[object], model: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def run(begun: Path, tmp_path: Path) -> Path:
-    """A copy of it to go on with."""
+    """A copy of the run, to resume."""
     return Path(shutil.copytree(begun, tmp_path / "run"))
 
 
 def copied(model: Path, to: Path, part: str = "") -> Path:
-    """A model, or a part of it, that lies elsewhere."""
+    """A model, or one of its networks, that was moved."""
     return Path(shutil.copytree(model / part, to))
 
 

@@ -48,7 +48,7 @@ def held(store: Mixture, share: float) -> int:
 
 
 def test_more_is_held_out_of_few_images(sixty: Mixture) -> None:
-    """And the same whenever it is asked: a run on a part of it, or of another seed, agrees."""
+    """The result is deterministic: the same for part of the store and for another seed."""
     asked = config(validate_every=5, batch=4)
     found, changes = adapt(asked, sixty, ALL, None)
     share = found.validation_fraction or 0.0

@@ -250,8 +250,10 @@ def test_a_resume_compares_settings_and_not_the_recipe(
 def test_recipes_are_listed_and_printed_as_they_are(tmp_path: Path, capsys: Out) -> None:
     assert train("recipes") == 0
     lines = printed(capsys).splitlines()
-    assert [line.split()[0] for line in lines] == list(NAMES)
-    assert all(len(line.split()) > 5 and len(line) <= 100 for line in lines)
+    for name, line in zip(NAMES, lines, strict=True):
+        assert line.startswith(f"{name} ")
+        assert line.endswith(f" {Recipe.read(name).summary}")
+        assert len(line) <= 100
     for name, path in shipped().items():
         assert train("recipes", name) == 0
         shown_text = capsys.readouterr().out

@@ -85,7 +85,7 @@ def test_selection_goes_through_all_stores(store: Path, other: Path) -> None:
         assert mixed.counts(mask) == [in_ours, 12]
         shares = mixed.shares(chosen.chosen)
         assert {name: sum(x.samples for x in of) for name, of in shares.items()} == chosen.sizes
-        # a column that one store has not: no sample of it has a tag there
+        # a column that one store lacks: none of its samples has a tag there
         assert mixed.tagged("title", "title 3").sum() == 1
         with pytest.raises(UserError, match="no caption column 'nothing'"):
             mixed.tagged("nothing", "woman")

@@ -1,4 +1,4 @@
-"""A VAE whose decoder was trained further, and one that pads by reflection, in training."""
+"""Training with a VAE whose decoder was fine-tuned, and with one that pads by reflection."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Our optimizers against the libraries': not one bit may differ."""
+"""Our optimizers equal those of the libraries bit for bit."""
 
 import itertools
 import math

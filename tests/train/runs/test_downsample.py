@@ -21,7 +21,7 @@ def test_least_and_most_are_kept_and_points_are_bounded(
     assert len(found.steps) <= thinner.points
     assert (min(found.low), max(found.high)) == (min(values), max(values))
     assert found.steps == sorted(found.steps)
-    for i, step in enumerate(found.steps):  # each point is of its own stretch, and of all of it
+    for i, step in enumerate(found.steps):  # each point is its whole interval's
         stretch = step // found.every
         those = [v for s, v in zip(steps, values, strict=True) if s // found.every == stretch]
         assert (found.low[i], found.high[i]) == (min(those), max(those))

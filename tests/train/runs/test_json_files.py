@@ -1,4 +1,4 @@
-"""What anybody may have written ends in a value or in one sentence, within bounds."""
+"""Any JSON file gives a value or one error, in bounded memory."""
 
 import json
 import os

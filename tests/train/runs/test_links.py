@@ -1,4 +1,4 @@
-"""A run may come from a stranger: nothing in it leads reading, writing or deleting elsewhere."""
+"""No link or path in a run folder leads reading, writing or deleting outside it."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""config.json as a type: what is read is written again, of every version."""
+"""RunRecord reads config.json of every version and writes it back equal."""
 
 import json
 from dataclasses import replace

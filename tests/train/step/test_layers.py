@@ -69,7 +69,7 @@ def test_every_parameter_belongs_to_exactly_one_layer() -> None:
 
 
 def saved_bytes(layers: Any, values: dict[str, Tensor], recompute: Recompute) -> tuple[int, int]:
-    """What a forward pass keeps beside weights, and the FLOPs of forward and backward."""
+    """Bytes that a forward pass keeps besides weights, and FLOPs of forward and backward."""
     weights = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters}
     kept: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Memory that is full, at any moment of a step: the gradients are right, or the run stops."""
+"""Out of memory at any point of a step: the gradients are right, or the run stops."""
 
 import gc
 import math

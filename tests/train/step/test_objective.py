@@ -70,7 +70,7 @@ def test_v_is_diffusers_with_zero_terminal_snr(
     noisy, target, _ = objective.corrupt(*drawn)
     assert torch.equal(noisy, scheduler.add_noise(*drawn))
     assert torch.equal(target, scheduler.get_velocity(*drawn))
-    # At the last timestep there is nothing but noise, and -x_0 is what to predict of it.
+    # At the last timestep there is nothing but noise, so the target is -x_0.
     assert torch.equal(noisy[0], drawn[1][0])
     assert torch.equal(target[0], -drawn[0][0])
 

@@ -92,7 +92,7 @@ def one_step(session: Session, parts: list[Batch], plan: Plan) -> tuple[Any, ...
     names = {parameter: name for name, parameter in session.named.items()}
 
     def look(*_: Any) -> None:
-        """Gradients as the optimizer sees them: of a part of the model, or of all of it."""
+        """Gradients as the optimizer sees them, for some or all parameters."""
         found = {names[p]: p.grad.clone() for p in names if p.grad is not None}
         assert not gradients.keys() & found.keys(), "stepped twice"
         gradients.update(found)

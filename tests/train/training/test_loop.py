@@ -80,7 +80,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_every_optimizer_resumes_to_the_bit(
     arguments: Arguments, tmp_path: Path, optimizer: str
 ) -> None:
-    """Also the numbers kept beside tensors, what is said of the rate, and a falling schedule."""
+    """Also the optimizer's numbers outside tensors, the logged rate, and a falling LR scheduler."""
     given = ["--phase", "te", *arguments, "--optimizer", optimizer, "--sample-every", 0]
     given += ["--scheduler", "cosine", "--train", "text_encoder.encoder.layers"]
     if optimizer == "dlion":
@@ -195,7 +195,7 @@ def test_a_plan_that_was_tightened_stays_so_after_a_resume(
 
 
 def all_at_once(images: Path, vae: Path, folder: Path) -> dict[str, object]:
-    """What has a state or is drawn anew each time; with a second store of six other pictures."""
+    """Every feature that has a state or is random, with a second store of six other pictures."""
     write_images(images, [f"{i}.png" for i in range(6)])
     build = ("--vae", vae, "--resolution", 128, "--batch", 4)
     assert cache("build", images, "--out", folder, *build) == 0

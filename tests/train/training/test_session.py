@@ -1,4 +1,4 @@
-"""All parts of a run together: what one of them does must not undo another."""
+"""All features of a run together: none undoes another."""
 
 import json
 from pathlib import Path

@@ -19,7 +19,7 @@ from xlsd_train.model.loading import load_bundle
 def long_clip(model: Path, tmp_path: Path) -> Path:
     """A small CLIP of 248 tokens as zer0int/LongCLIP-L-Diffusers lies on the hub.
 
-    A whole CLIP, its tokenizer beside it; and the configuration, as of some of its kin, says 77.
+    A whole CLIP with its tokenizer, whose configuration says 77 tokens, as some others' does.
     """
     folder = tmp_path / "longclip"
     shutil.copytree(model / "tokenizer", folder)

@@ -1,4 +1,4 @@
-"""A v file in programs built on k-diffusion: its formulas (v 0.1.1, external.py, sampling.py)."""
+"""A v-prediction file in k-diffusion, by its formulas (v 0.1.1: external.py, sampling.py)."""
 
 import json
 from collections.abc import Callable

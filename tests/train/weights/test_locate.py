@@ -291,7 +291,7 @@ def test_foreign_files_are_refused_by_what_they_are(
 
 def test_a_file_of_other_sizes_is_refused_naming_both(single: Path, tmp_path: Path) -> None:
     path = tmp_path / "theirs.safetensors"
-    save_file(load_file(single), path)  # no metadata, no configs beside it: SD1.5 is assumed
+    save_file(load_file(single), path)  # no metadata and no configs: SD1.5 is assumed
     with pytest.raises(UserError, match=r"lacks \d+ weights|has shape .*, not "):
         locate_model(str(path))
 

@@ -1,4 +1,4 @@
-"""A number that is nan or infinite is found where it is: by component, tensor and file."""
+"""NaN and infinite values are reported by component, tensor and file."""
 
 import re
 import shutil

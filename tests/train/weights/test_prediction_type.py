@@ -1,4 +1,4 @@
-"""What a model predicts is read by every convention in use, and said aloud where two disagree."""
+"""The prediction type is read by every convention in use; a warning where two disagree."""
 
 import json
 import shutil
