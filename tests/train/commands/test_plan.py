@@ -12,7 +12,7 @@ def plan(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return printed(capsys)
 
 
-def test_a_table_of_all_ways_and_the_one_that_the_run_would_take(
+def test_all_memory_plans_and_the_one_the_run_would_use(
     model: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ("--model", model, "--data", store, "--batch", 6)

@@ -20,7 +20,7 @@ def told(capsys: Out, *args: object) -> dict[str, object]:
     return value
 
 
-def test_counts_are_those_of_a_person(store: Path, capsys: Out) -> None:
+def test_counts_match_a_count_of_every_caption(store: Path, capsys: Out) -> None:
     with LatentStore.open(store) as ours:
         texts = ours.samples["txt"].to_pylist()
     gone = {"wide", "night"}
@@ -38,9 +38,7 @@ def test_counts_are_those_of_a_person(store: Path, capsys: Out) -> None:
         assert sum(value["buckets"].values()) == len(kept)  # type: ignore[attr-defined]
 
 
-def test_large_indexes_are_counted_piece_by_piece(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_indexes_are_counted_in_parts(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LatentStore.open(store) as ours:
         selection = select(ours, filter_by_tags(ours, ["txt"], ["solo"], []).mask)
         expected = tags.tag_counts(ours, "txt", selection)
