@@ -28,7 +28,7 @@ from xlsd_cache.cli import main as xlsd_cache
 from xlsd_train.cli import main as xlsd_train
 from xlsd_train.runs.bootstrap import intervals, overall
 from xlsd_train.runs.layout import checkpoints, step_of
-from xlsd_train.runs.validation_log import best_of, read_losses, say
+from xlsd_train.runs.validation_log import best_of, describe_best, read_losses
 
 PICTURES = ("astronaut", "coffee", "chelsea", "rocket", "retina", "immunohistochemistry")
 SIDE = 64  # pixels of a tile
@@ -125,7 +125,7 @@ def compare(run: Path, report: Report) -> None:
     best = best_of(run, (0, *steps))
     assert best
     report.add("best", step=best.best[0], held_out=best.loss._asdict())
-    print(say(best))
+    print(describe_best(best))
     last, first = losses[steps[-1]], losses[best.best[0]]
     for name in ("training", "held_out"):
         more = (overall(last[f"live/{name}"]) - overall(first[f"live/{name}"])).interval

@@ -72,7 +72,7 @@ def _best(metric: str, scores: dict[str, Estimate]) -> dict[str, Any]:
     """The model with the highest CLIP score, or lowest CMMD, and those statistically tied."""
     signed = {name: -score if metric == "clip_score" else score for name, score in scores.items()}
     verdict = lowest(signed)
-    return {"model": verdict.best, "statistically_tied": verdict.alike}
+    return {"model": verdict.best, "statistically_tied": verdict.tied}
 
 
 def _real_images(folder: Path, most: int, samples: int) -> RealImages:

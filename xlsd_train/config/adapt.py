@@ -1,8 +1,8 @@
-"""Settings that nobody chose, fitted to small data: a recipe is written for more images than these.
+"""Adapts defaults and recipe values to small data, which recipes are not written for.
 
-An option on the command line, or a value of a config that is not the default's, is never changed:
-where it cannot be, the run is refused. What is changed is kept in config.json, "adapted", and a run
-that goes on takes it from there, so that it always holds out what it held out.
+Options on the command line, and values in a config that differ from the default, are never changed:
+if they are impossible, the run is refused. Changes are recorded in config.json, "adapted", and a
+resumed run takes them from there, so that it holds out the same images.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,18 +16,18 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.mixture import Mixture
 from xlsd_train.data.selection import columns_of, filter_by_tags, held_out_mask
 
-# How many are to be held out -> the shares tried, few of them, so that a store that grows a little,
-# or runs on different parts of it, mostly hold out the same images.
+# Images to hold out -> fractions to try. They are few, so that a store that grows a little, or runs
+# on different parts of it, mostly hold out the same images.
 SHARES: dict[int, Sequence[float]] = {8: (0.01, 0.02, 0.05, 0.1), 4: (0.1, 0.2)}
 AT_ANY_RATE: dict[int, Sequence[float]] = {
     2: (0.2, 0.3, 0.5)
 }  # where the command line asks for validation
-PLENTY = 100  # where nothing has to be counted: stores of millions
-Changes = dict[str, dict[str, Any]]  # option -> from, to, why
+PLENTY = 100  # with so many nothing is counted, which takes a while in stores of millions
+Changes = dict[str, dict[str, Any]]  # option -> from, to, why; written to config.json
 
 
 def chosen(config: TrainConfig, command: Sequence[str]) -> frozenset[str]:
-    """The fields that somebody chose: on the command line, or in place of the default."""
+    """The fields that the user chose: on the command line, or other than the default."""
     default = Recipe.read(config.recipe).settings if config.recipe else {}
     adaptable = ("batch", "validation_fraction", "validate_every", "require_tags", "warmup")
     return frozenset(options_in(command)) | {
@@ -40,10 +40,10 @@ def chosen(config: TrainConfig, command: Sequence[str]) -> frozenset[str]:
 def adapt(
     config: TrainConfig, store: Mixture, given: frozenset[str], before: Changes | None
 ) -> tuple[TrainConfig, Changes]:
-    """The resolved settings as they fit the store, and what was changed of them.
+    """The resolved options, adapted to the store, and what was changed.
 
-    `before` are the changes of a run that is resumed. Raises UserError where validation is asked
-    for and there are too few images for any.
+    `before` are the changes of a run that is resumed. Raises UserError if validation is asked
+    for and there are too few images.
     """
     if before is not None:
         changes = {
@@ -52,10 +52,10 @@ def adapt(
             if name not in given and getattr(config, name) == each["from"]
         }
         return _changed(config, changes), changes
-    found: Changes = {}
-    for change in (_tags, _validation, _batch):
-        found |= change(_changed(config, found), store, given)
-    return _changed(config, found), found
+    changes = {}
+    for adaptation in (_tags, _validation, _batch):
+        changes |= adaptation(_changed(config, changes), store, given)
+    return _changed(config, changes), changes
 
 
 def _changed(config: TrainConfig, changes: Changes) -> TrainConfig:
@@ -95,8 +95,8 @@ def _validation(config: TrainConfig, store: Mixture, given: frozenset[str]) -> C
             return {"validation_fraction": {"from": old, "to": share, "why": why}}
     if asked:
         raise UserError(
-            f"--validate-every {config.validate_every} cannot be: of the {mask.sum()} images of "
-            f"{store.root} too few could be held out; leave it out, or give 0"
+            f"--validate-every {config.validate_every} is not possible: the {mask.sum()} images of "
+            f"{store.root} are too few to hold some out; leave it out, or use 0"
         )
     why = f"nothing is measured: {mask.sum()} images are too few to hold any out"
     return {
@@ -126,6 +126,6 @@ def _shares(old: float, wanted: Mapping[int, Sequence[float]]) -> Iterator[tuple
 
 
 def _selected(config: TrainConfig, store: Mixture) -> Mask:
-    """Rows that the tags leave."""
+    """Samples that the tags leave."""
     columns = columns_of(store, config.caption)
     return filter_by_tags(store, columns.names, *config.selected_tags()).mask

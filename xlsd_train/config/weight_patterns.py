@@ -1,7 +1,7 @@
-"""Which weights train, or begin anew: chosen by patterns of their names.
+"""Selects parameters by patterns of their names, for --train and --reinit.
 
-A pattern is a part, `unet` or `text_encoder`, and after it components of a weight's dotted name
-that must stand there in a row, anywhere: `unet.attn2` is every weight of the UNet with attn2 in its
+A pattern is a network, `unet` or `text_encoder`, followed by consecutive components of a dotted
+parameter name, anywhere in it: `unet.attn2` is every weight of the UNet with attn2 in its
 dotted name, `unet.conv_in` its first convolution, `unet.up_blocks.1.attentions.*.proj_in` those of
 one block. Within a component `*`, `?` and `[...]` are as a shell has them.
 """
@@ -12,36 +12,36 @@ from fnmatch import fnmatchcase
 
 from xlsd_cache.errors import UserError
 
-PARTS = {"unet": ("unet", "both"), "text_encoder": ("te", "both")}  # part -> phases that train it
+NETWORKS = {"unet": ("unet", "both"), "text_encoder": ("te", "both")}  # -> phases that train it
 
 
 def split(patterns: str, option: str, phase: str) -> list[str]:
     """The patterns of a comma-separated option.
 
-    Raises UserError for none, and for one that names no part, or one that the phase freezes.
+    Raises UserError for no pattern, and for one of no network, or of a frozen one.
     """
     found = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     if not found:
-        raise UserError(f"{option} {patterns!r} names nothing; give say unet.attn2,unet.conv_in")
+        raise UserError(f"{option} {patterns!r} is empty; give e.g. unet.attn2,unet.conv_in")
     for pattern in found:
         part = pattern.partition(".")[0]
-        if part not in PARTS:
+        if part not in NETWORKS:
             raise UserError(
-                f"{option} {pattern} begins with neither unet nor text_encoder; write say "
+                f"{option} {pattern} does not start with unet or text_encoder; give e.g. "
                 f"unet.{pattern}"
             )
-        if phase not in PARTS[part]:
+        if phase not in NETWORKS[part]:
             raise UserError(
-                f"{option} {pattern} is of a part that --phase {phase} does not train; leave it "
-                f"out, or choose --phase {PARTS[part][0]} or both"
+                f"{option} {pattern} is in a network that --phase {phase} does not train; leave it "
+                f"out, or use --phase {NETWORKS[part][0]} or both"
             )
     return found
 
 
 def choose(names: Iterable[str], patterns: list[str], option: str) -> list[str]:
-    """Those of the dotted names that any of the patterns matches, in their order.
+    """The dotted names that match any of the patterns, in order.
 
-    Raises UserError for a pattern that matches none, naming the nearest there are.
+    Raises UserError for a pattern without a match, with the nearest names.
     """
     dotted = {name: name.split(".") for name in names}
     chosen: set[str] = set()
@@ -49,7 +49,7 @@ def choose(names: Iterable[str], patterns: list[str], option: str) -> list[str]:
         wanted = pattern.split(".")
         found = [name for name, components in dotted.items() if _matches(components, wanted)]
         if not found:
-            raise UserError(f"{option} {pattern} matches no weight{_near(dotted, wanted)}")
+            raise UserError(f"{option} {pattern} matches no parameter{_near(dotted, wanted)}")
         chosen.update(found)
     return [name for name in dotted if name in chosen]
 
@@ -66,7 +66,7 @@ def _matches(components: list[str], wanted: list[str]) -> bool:
 
 
 def _near(dotted: dict[str, list[str]], wanted: list[str]) -> str:
-    """What a user may have meant: rows of as many components, most alike first."""
+    """Suggestions: as many consecutive components, the nearest first."""
     part, *row = wanted
     rows = {
         ".".join(components[start : start + len(row)])
@@ -76,4 +76,4 @@ def _near(dotted: dict[str, list[str]], wanted: list[str]) -> str:
     }
     near = get_close_matches(".".join(row), sorted(rows), 3, 0.5)
     told = ", ".join(f"{part}.{name}" for name in near)
-    return f"; did you mean {told}?" if near else "; look the names up in a checkpoint's weights"
+    return f"; did you mean {told}?" if near else "; see the names in a checkpoint's weights"

@@ -16,7 +16,7 @@ from xlsd_train.runs.bootstrap import lowest as lowest_of
 from xlsd_train.runs.history import History
 from xlsd_train.runs.layout import checkpoints, step_of
 from xlsd_train.runs.record import RunRecord
-from xlsd_train.runs.validation_log import HELD_OUT, Candidate, named, read_losses
+from xlsd_train.runs.validation_log import HELD_OUT, Candidate, candidate_name, read_losses
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Standing:
         """Step and weights of the lowest held-out loss, in words."""
         if self.best is None:
             return ""
-        return named(self.best) + ("" if self.saved else " (not saved)")
+        return candidate_name(self.best) + ("" if self.saved else " (not saved)")
 
     @property
     def cells(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
 from xlsd_train.runs.history import History
 from xlsd_train.runs.layout import checkpoints, step_of
-from xlsd_train.runs.validation_log import tell
+from xlsd_train.runs.validation_log import describe_checkpoints
 
 MATTER = (
     "phase", "model", "data", "batch", "accum", "optimizer", "lr", "scheduler", "warmup", "steps",
@@ -81,7 +81,7 @@ def _progress(run: History) -> str:
 
 
 def _verdict(run: History) -> str | None:
-    return tell(run.folder, list(map(step_of, checkpoints(run.folder))))
+    return describe_checkpoints(run.folder, list(map(step_of, checkpoints(run.folder))))
 
 
 def _model(run: History) -> str | None:

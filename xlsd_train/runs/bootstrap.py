@@ -1,7 +1,7 @@
-"""What losses and scores say, with how sure they are. Pure, and repeatable to the bit.
+"""Bootstrap confidence intervals of losses and scores, and paired comparisons. Deterministic.
 
-Intervals are percentile bootstraps over samples (Efron, Tibshirani: An introduction to the
-bootstrap, 1993, chapter 13): how much a mean would move, had other images been held out or drawn.
+Percentile bootstraps over images (Efron, Tibshirani: An introduction to the bootstrap, 1993,
+chapter 13): how much a mean would vary with other images.
 """
 
 from collections.abc import Mapping
@@ -33,10 +33,10 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and what it would be for each resample of its images.
+    """A figure, and its value for each resample of the images.
 
-    Estimates of as many images share their resamples: where image i of both is the same, their
-    difference is a paired bootstrap's.
+    Estimates of equally many images share their resamples: if image i of both is the same, their
+    difference is a paired bootstrap.
     """
 
     value: float
@@ -55,53 +55,53 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Verdict(Generic[Name]):
+class Comparison(Generic[Name]):
     """The best of the candidates, and those statistically tied with it."""
 
     best: Name
     loss: Interval
-    alike: list[Name]
+    tied: list[Name]
 
 
 def intervals(losses: Losses) -> list[Interval]:
-    """Of the mean over all bands, and then of each band."""
+    """The mean over all bands, then each band."""
     values = np.column_stack([losses.mean(axis=1, dtype=np.float64), losses.astype(np.float64)])
     return _intervals(values.mean(axis=0), _resampled(values, "bootstrap"))
 
 
 def summary(held_out: Losses, training: Losses) -> dict[str, Any]:
-    """For validation.jsonl: both sets, and the gap between them, which is what was memorised."""
+    """For validation.jsonl: both sets, and the generalisation gap between them."""
     sets = {"held_out": intervals(held_out), "training": intervals(training)}
-    told = {
-        name: {**found[0]._asdict(), "bands": [band._asdict() for band in found[1:]]}
-        for name, found in sets.items()
+    figures = {
+        name: {**overall._asdict(), "bands": [band._asdict() for band in bands]}
+        for name, (overall, *bands) in sets.items()
     }
-    return {**told, "gap": gap(held_out, training)._asdict()}
+    return {**figures, "gap": gap(held_out, training)._asdict()}
 
 
 def gap(held_out: Losses, training: Losses) -> Interval:
-    """Held-out loss minus training loss, the two sets' images resampled apart."""
+    """Held-out loss minus training loss; the two sets are resampled independently."""
     return (overall(held_out) - overall(training, "bootstrap training")).interval
 
 
-def verdict(candidates: Mapping[Name, Losses]) -> Verdict[Name]:
-    """The lowest held-out loss; of equal ones the first. Others are compared image by image."""
+def compare(candidates: Mapping[Name, Losses]) -> Comparison[Name]:
+    """The lowest held-out loss, the first of equal ones, compared image by image."""
     return lowest({name: overall(losses) for name, losses in candidates.items()})
 
 
-def lowest(candidates: Mapping[Name, Estimate]) -> Verdict[Name]:
+def lowest(candidates: Mapping[Name, Estimate]) -> Comparison[Name]:
     """The lowest of figures that share their resamples; of equal ones the first.
 
     A candidate is statistically tied if the interval of its excess over the best holds 0: with
     other images it might have won.
     """
     best = min(candidates, key=lambda name: candidates[name].value)
-    alike = [
+    tied = [
         name
-        for name, found in candidates.items()
-        if name != best and (found - candidates[best]).interval.low <= 0
+        for name, estimate in candidates.items()
+        if name != best and (estimate - candidates[best]).interval.low <= 0
     ]
-    return Verdict(best, candidates[best].interval, alike)
+    return Comparison(best, candidates[best].interval, tied)
 
 
 def overall(losses: Losses, purpose: str = "bootstrap") -> Estimate:
@@ -110,12 +110,12 @@ def overall(losses: Losses, purpose: str = "bootstrap") -> Estimate:
 
 
 def mean(values: NDArray[np.float64], purpose: str = "bootstrap") -> Estimate:
-    """Of one value an image."""
+    """The mean of one value per image."""
     return Estimate(float(values.mean()), _resampled(values, purpose))
 
 
 def _resampled(values: NDArray[np.float64], purpose: str) -> NDArray[np.float64]:
-    """The mean of each resample of the rows, as many resamples at once as memory is to hold."""
+    """The mean of each resample of the rows, some resamples at a time to bound memory."""
     count = len(values)
     some = max(1, min(RESAMPLES, AT_ONCE // count))
     starts = range(0, RESAMPLES, some)
@@ -126,7 +126,7 @@ def _resampled(values: NDArray[np.float64], purpose: str) -> NDArray[np.float64]
 def weights(
     count: int, purpose: str = "bootstrap", which: range = range(RESAMPLES)
 ) -> NDArray[np.float64]:
-    """What each of `count` images weighs in these resamples, f64 [resamples, count]."""
+    """The weight of each of `count` images in these resamples, f64 [resamples, count]."""
     n = len(which)
     drawn = draw.words(0, purpose, np.arange(which.start * count, which.stop * count))
     at = (drawn % np.uint64(count)).astype(np.int64).reshape(n, count)

@@ -1,4 +1,4 @@
-"""What a run's folder tells of it, for people: also of one that is going on, or was killed."""
+"""Reads a run's folder for reports and model cards, also while it is running or after a kill."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import numpy as np
 
 from xlsd_cache.errors import UserError
 from xlsd_train.config.optimization import MOST_STEPS
-from xlsd_train.runs.downsample import Series, Thinner
+from xlsd_train.runs.downsample import Downsampler, Series
 from xlsd_train.runs.json_files import misfit, objects_in, read_log
 from xlsd_train.runs.layout import (
     CONFIG,
@@ -35,38 +35,38 @@ _MEASURED = {
 
 @dataclass(frozen=True)
 class History:
-    """A run as its folder tells it now."""
+    """A run as it is now."""
 
     name: str
     folder: Path
     record: RunRecord
     last: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
-    series: dict[str, Series]  # of CHARTED those that were logged
+    series: dict[str, Series]  # of the CHARTED metrics that were logged
     validation: list[dict[str, Any]]  # the lines of validation.jsonl
-    samples: dict[int, list[Path]]  # step -> its pictures by prompt
-    unread: int  # lines of both logs that are no JSON
+    samples: dict[int, list[Path]]  # step -> images by prompt
+    unread: int  # invalid lines of both logs
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings, with all defaults."""
+        """The options, with all defaults."""
         return self.record.config
 
 
 def histories(folders: Sequence[Path]) -> list[History]:
-    """Each run by a name of its own. Raises UserError for a folder that is no run, or named twice.
+    """Read several runs, each with a unique name; the logs are streamed.
 
-    The logs are streamed, whatever their length.
+    Raises UserError for a folder that is not a run, or is given twice.
     """
     paths = [folder.resolve() for folder in folders]
     for folder, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
-            raise UserError(f"the run {folder} is named more than once; name each once")
+            raise UserError(f"the run {folder} is given more than once; give it once")
     records = [read_record(folder) for folder in folders]
     return [_read(*each) for each in zip(_names(paths), folders, records, strict=True)]
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """The last parts of the paths, as many as make them unique."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = [Path(*path.parts[-parts:]).as_posix() for path in paths]
         if len(set(names)) == len(names):
@@ -75,15 +75,15 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def _read(name: str, folder: Path, record: RunRecord) -> History:
-    thinner, last, unread = Thinner(CHARTED), {}, 0
+    sampler, last, unread = Downsampler(CHARTED), {}, 0
     for lines in _lines(folder / METRICS_LOG):
-        told = [line for line in lines if line is not None and _is_step(line.get("step"))]
-        unread += len(lines) - len(told)
-        if told:
-            rows = [[_number(line.get(number)) for line in told] for number in CHARTED]
-            thinner.add(np.array([line["step"] for line in told]), np.array(rows, np.float64))
-            last = {k: v for k, v in told[-1].items() if k not in METRICS or _is_number(v)}
-    series = {number: thinner.series(number) for number in CHARTED}
+        valid = [line for line in lines if line is not None and _is_step(line.get("step"))]
+        unread += len(lines) - len(valid)
+        if valid:
+            rows = [[_number(line.get(number)) for line in valid] for number in CHARTED]
+            sampler.add(np.array([line["step"] for line in valid]), np.array(rows, np.float64))
+            last = {k: v for k, v in valid[-1].items() if k not in METRICS or _is_number(v)}
+    series = {number: sampler.series(number) for number in CHARTED}
     validation = [line for lines in _lines(folder / VALIDATION_LOG) for line in lines]
     measured = [line for line in validation if line is not None and _is_measured(line)]
     return History(
@@ -91,7 +91,7 @@ def _read(name: str, folder: Path, record: RunRecord) -> History:
         folder,
         record,
         last,
-        {number: found for number, found in series.items() if found.steps},
+        {name: points for name, points in series.items() if points.steps},
         measured,
         {
             step: sorted(path.glob("[0-9]*.png"))
@@ -102,9 +102,9 @@ def _read(name: str, folder: Path, record: RunRecord) -> History:
 
 
 def _lines(log: Path) -> Iterator[list[dict[str, Any] | None]]:
-    """A log's objects, None for a line that is none."""
+    """A log's objects; None for an invalid line."""
     for lines in read_log(log):
-        yield [found for _, found in lines]
+        yield [value for _, value in lines]
 
 
 def _is_number(value: Any) -> bool:
@@ -116,7 +116,7 @@ def _is_step(value: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    """For a chart; nan, which is left out, where it is no number."""
+    """For a chart; nan, which is skipped, if it is not a number."""
     return float(value) if _is_number(value) else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: read within bounds, and of the shape that is wanted."""
+"""Reads JSON that may be untrusted: within size bounds, and checked against a shape."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,22 +8,22 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, 
 
 from xlsd_cache.runtime.bounded_files import parse_json, read_json
 
-LINE_NBYTES = 2**20  # of a log's line, which has some hundred bytes
+LINE_NBYTES = 2**20  # per line of a log, which usually has some hundred
 CHUNK = 1 << 20  # bytes of a log that are parsed at once
 
 
 def load_object(path: Path) -> dict[str, Any]:
-    """What a file holds that is a JSON object. Raises OSError, or ValueError for all else."""
+    """The JSON object in a file. Raises OSError, or ValueError for anything else."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError("it holds no JSON object")  # noqa: TRY004 - as of all that is none
+        raise ValueError("not a JSON object")  # noqa: TRY004 - as for all invalid content
     return value
 
 
 def read_log(path: Path) -> Iterator[list[tuple[bytes, dict[str, Any] | None]]]:
-    """A log's whole lines in order, some at a time, and the object of each, None without one.
+    """Some complete lines of a log at a time, in order, each with its object, or None.
 
-    A line too long to be of a log comes as b"".
+    A line that is too long comes as b"".
     """
     if not path.is_file():
         return
@@ -34,13 +34,13 @@ def read_log(path: Path) -> Iterator[list[tuple[bytes, dict[str, Any] | None]]]:
 
 
 def objects_in(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
-    """The objects of a log that are of a shape, see `misfit`; all other lines are passed over."""
+    """The objects of a log that match a shape, see `misfit`; other lines are skipped."""
     for lines in read_log(path):
         yield from (line for _, line in lines if line is not None and not misfit(line, shape))
 
 
 def _some(file: Any) -> list[bytes]:
-    """The next whole lines, b"" for one that is too long; without a last one that does not end."""
+    """The next complete lines, b"" for one that is too long, without an unfinished last line."""
     found: list[bytes] = []
     room = CHUNK
     while room > 0 and (line := file.readline(LINE_NBYTES)):
@@ -68,7 +68,7 @@ def _parse(lines: list[bytes]) -> list[dict[str, Any] | None]:
 
 
 def misfit(value: Any, shape: Any, where: str = "") -> str | None:
-    """Where a value is not of this shape, in words; None where it is.
+    """Where a value does not match a shape, in words; None if it matches.
 
     A shape is a type (float takes whole numbers too), [shape] for a list of any length, [one, two]
     for a list of two, a tuple of shapes for either, None, {str: shape} for any names, or a dict of
@@ -77,15 +77,15 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
     if isinstance(shape, tuple):
         found = [misfit(value, each, where) for each in shape]
         return None if None in found else found[-1]
-    told = f"{where or 'it'} is not what belongs there"
+    wrong = f"{where or 'it'} has the wrong type"
     if isinstance(shape, list):
         if not isinstance(value, list) or len(shape) not in {1, len(value)}:
-            return told
+            return wrong
         each = shape * len(value) if len(shape) == 1 else shape
         inner = ((x, each[i], f"{where}[{i}]") for i, x in enumerate(value))
     elif isinstance(shape, dict):
         if not isinstance(value, dict):
-            return told
+            return wrong
         names = {name.rstrip("!"): name for name in shape if isinstance(name, str)}
         for name in names.values():
             if name.endswith("!") and name[:-1] not in value:
@@ -100,7 +100,7 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
             if str in shape or name in names
         )
     else:
-        return None if _is(value, shape) else told
+        return None if _is(value, shape) else wrong
     return next(filter(None, (misfit(*each) for each in inner)), None)
 
 
@@ -133,7 +133,7 @@ def _is(value: Any, kind: type | None) -> bool:
     if kind is None:
         return value is None
     if kind in {int, float} and type(value) is int:
-        return abs(value) < 2**53  # what JSON's other readers can hold
+        return abs(value) < 2**53  # which all JSON readers can hold
     if kind is str and isinstance(value, str):
-        return "\0" not in value  # no path, option or line of text has it
+        return "\0" not in value  # no path, option or text has it
     return type(value) is kind or kind is object

@@ -1,8 +1,8 @@
-"""What lies in a run's folder must be the run's own: files and folders, and no link to another.
+"""Refuses symbolic links in a run's folder.
 
-A run may come from anywhere. A link in it would have training write, prune and sweep where it
-points to, and reports and exports show what lies there. The run's folder itself may be a link: that
-its user has made.
+A run may come from anywhere. Through a link in it, training would write and delete elsewhere, and
+reports and exports would publish files from there. The run's folder itself may be a link, which its
+user made.
 """
 
 import stat
@@ -13,10 +13,9 @@ from xlsd_train.runs.layout import BY_STEP, FILES, FOLDERS, STEP, TENSORS
 
 
 def refuse_links(run: Path) -> None:
-    """Raises UserError for the first link among what a run would use.
+    """Raises UserError for the first link in a run, special file, or mistaken file or folder.
 
-    And for what is neither file nor folder, or a file where a run has a folder, or the reverse. Of
-    other names nothing is asked, and where there is no folder neither.
+    Only names that a run uses are checked.
     """
     if not run.is_dir():
         return
@@ -29,14 +28,14 @@ def refuse_links(run: Path) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raises UserError for what is a link, or there and no folder: a run among those of a sweep."""
+    """Raises UserError for a run of a sweep that is a link or a file."""
     _refuse(path, folder=True)
 
 
 def refuse_leading_out(path: Path) -> None:
-    """Raises UserError for a model's file that is a link out of the model, and would be handed on.
+    """Raises UserError for a model's file that links out of the model, before it is copied.
 
-    The hub's cache is made of links, of a repository into itself.
+    The hub's cache consists of links within a repository.
     """
     if not path.is_symlink():
         return
@@ -44,28 +43,28 @@ def refuse_leading_out(path: Path) -> None:
     root = next(hub, path.absolute().parent.parent)
     if not path.resolve().is_relative_to(root.resolve()):
         raise UserError(
-            f"{path} is a link to {path.readlink()}, outside of its model, and is not copied; put "
-            f"the file itself there"
+            f"{path} is a link to {path.readlink()}, outside of its model, and is not copied; "
+            f"replace it by the file"
         )
 
 
 def _kind(path: Path) -> bool | None:
-    """Whether it is to be a folder by its name; None where that does not tell."""
+    """Whether its name is that of a folder; None if unknown."""
     step = STEP.fullmatch(path.name.removesuffix(TENSORS))
     return BY_STEP.get(path.parent.name) if step else None
 
 
 def _below(folder: Path) -> list[Path]:
-    """All that lies in a folder, in it and further down; nothing is followed."""
-    found, waiting = [], [folder]
+    """Everything in a folder, recursively; links are not followed."""
+    paths, waiting = [], [folder]
     while waiting:
-        at = waiting.pop()
-        if at.is_symlink() or not at.is_dir():
+        parent = waiting.pop()
+        if parent.is_symlink() or not parent.is_dir():
             continue
-        there = sorted(at.iterdir())
-        found += there
-        waiting += there
-    return found
+        children = sorted(parent.iterdir())
+        paths += children
+        waiting += children
+    return paths
 
 
 def _refuse(path: Path, folder: bool | None) -> None:
@@ -75,8 +74,8 @@ def _refuse(path: Path, folder: bool | None) -> None:
         return
     if stat.S_ISLNK(mode):
         raise UserError(
-            f"{path} is a link to {path.readlink()}, and a run holds no links, for they could have "
-            f"it read, write or delete elsewhere; put what is meant in its place, or remove it"
+            f"{path} is a link to {path.readlink()}; a run with links could read, write or delete "
+            f"elsewhere; replace the link by its target, or remove it"
         )
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path} is neither a file nor a folder; remove it from the run")

@@ -1,4 +1,4 @@
-"""What validation found of a run, in its folder, and the verdict on its checkpoints.
+"""Validation losses in a run's folder, and which checkpoint is best.
 
 RUN/validation/step-00000250.safetensors    WEIGHTS/SET: losses f32 [samples, BANDS]
 RUN/config.json, "validation"               the keys of each set's samples, in that order
@@ -15,20 +15,20 @@ from safetensors.numpy import load_file, save_file
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import replacing
-from xlsd_train.runs.bootstrap import Losses, Verdict, summary, verdict
+from xlsd_train.runs.bootstrap import Comparison, Losses, compare, summary
 from xlsd_train.runs.json_files import objects_in
 from xlsd_train.runs.layout import LOSSES, TENSORS, VALIDATION_LOG, losses_of, steps_in
 
 HELD_OUT, TRAINING = SETS = ("held_out", "training")
 _LINE = {"step!": int, "weights!": str, f"{HELD_OUT}!": {"mean!": float}}
 BANDS = 10  # of timesteps, from least noise to most
-MOST_NBYTES = 2**28  # of a step's losses: some 100,000 images, as often as there are averages
-LIVE = "live"  # WEIGHTS: those that train, beside averages of them
+MOST_NBYTES = 2**28  # per file: losses of about 100,000 images, live and averaged
+LIVE = "live"  # WEIGHTS: the trained ones; others are averages
 Candidate = tuple[int, str]  # step, WEIGHTS
 
 
 def save_losses(run: Path, step: int, losses: dict[str, Losses]) -> None:
-    """Write what a step's validation found, as WEIGHTS/SET."""
+    """Write the losses of a step, WEIGHTS/SET -> losses."""
     path = losses_of(run, step)
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
@@ -38,7 +38,7 @@ def save_losses(run: Path, step: int, losses: dict[str, Losses]) -> None:
 def read_losses(run: Path, step: int) -> dict[str, Losses]:
     """WEIGHTS/SET -> losses; empty for a step that was not validated.
 
-    Raises UserError for a file that holds no losses.
+    Raises UserError for a damaged file.
     """
     path = losses_of(run, step)
     if not path.exists():
@@ -46,90 +46,90 @@ def read_losses(run: Path, step: int) -> dict[str, Losses]:
     try:
         if path.stat().st_size > MOST_NBYTES:
             raise ValueError("it is too large")
-        found = load_file(path)
-        for name, losses in found.items():
+        stored = load_file(path)
+        for name, losses in stored.items():
             fits = losses.ndim == 2 and losses.dtype == np.float32 and 0 not in losses.shape
             if not fits or name.count("/") != 1:
                 raise ValueError(f"{name} is {losses.dtype} of shape {losses.shape}")
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path} holds no validation's losses: {error}; remove it") from error
-    return found
+        raise UserError(f"{path} has no validation losses: {error}; remove it") from error
+    return stored
 
 
 def is_validated(run: Path, step: int) -> bool:
-    """Whether there are losses of a step, which are not read."""
+    """Whether a step was validated."""
     return losses_of(run, step).exists()
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Remove what outran the checkpoint of `step`."""
-    for at, path in steps_in(run / LOSSES, TENSORS).items():
-        if at > step:
+    """Remove losses after the checkpoint of `step`."""
+    for number, path in steps_in(run / LOSSES, TENSORS).items():
+        if number > step:
             path.unlink()
 
 
 def summaries(losses: dict[str, Losses]) -> dict[str, dict[str, Any]]:
-    """WEIGHTS -> what validation.jsonl says of them."""
+    """WEIGHTS -> their summary for validation.jsonl."""
     names = [name.removesuffix(f"/{HELD_OUT}") for name in losses if name.endswith(HELD_OUT)]
     return {
         name: summary(losses[f"{name}/{HELD_OUT}"], losses[f"{name}/{TRAINING}"]) for name in names
     }
 
 
-def best_of(run: Path, steps: Iterable[int]) -> Verdict[Candidate] | None:
+def best_of(run: Path, steps: Iterable[int]) -> Comparison[Candidate] | None:
     """The best weights by held-out loss among those of validated steps; None without any."""
     candidates = {
-        (step, name.removesuffix(f"/{HELD_OUT}")): found
+        (step, name.removesuffix(f"/{HELD_OUT}")): losses
         for step in steps
-        for name, found in read_losses(run, step).items()
+        for name, losses in read_losses(run, step).items()
         if name.endswith(HELD_OUT)
     }
-    return verdict(candidates) if candidates else None
+    return compare(candidates) if candidates else None
 
 
-def tell(run: Path, saved: Sequence[int]) -> str | None:
-    """The verdict on a run's checkpoints in words, and what it does not cover; None without any.
+def describe_checkpoints(run: Path, saved: Sequence[int]) -> str | None:
+    """Which of a run's checkpoints is best, in words; None without validation.
 
     `saved`: the steps of the checkpoints, ascending.
     """
-    found = best_of(run, (0, *saved))
-    if found is None:
+    best = best_of(run, (0, *saved))
+    if best is None:
         return None
-    told = [say(found)]
+    parts = [describe_best(best)]
     if all(step == 0 or not is_validated(run, step) for step in saved):
-        told = [
-            f"held-out loss of the model it began from: {found.loss}",
-            "no checkpoint that trained was measured, so none can be called the best",
+        parts = [
+            f"held-out loss of the model it started from: {best.loss}",
+            "no trained checkpoint was validated, so there is no best one",
         ]
     elif not is_validated(run, saved[-1]):
-        told.append(f"step {saved[-1]}, the newest checkpoint, was not measured")
-    lost = _lost(run, {0, *saved}, found.loss.mean)
+        parts.append(f"step {saved[-1]}, the newest checkpoint, was not validated")
+    lost = _lost(run, {0, *saved}, best.loss.mean)
     if lost:
-        told.append(f"{lost} was lower, but no checkpoint holds it")
-    return "; ".join(told)
+        parts.append(f"{lost} was lower, but has no checkpoint")
+    return "; ".join(parts)
 
 
 def _lost(run: Path, saved: set[int], loss: float) -> str | None:
     """The lowest loss below `loss` of a validated step that is not saved, in words."""
     lowest: dict[Candidate, float] = {}
-    for told in objects_in(run / VALIDATION_LOG, _LINE):
-        step, mean = told["step"], told[HELD_OUT]["mean"]
+    for line in objects_in(run / VALIDATION_LOG, _LINE):
+        step, mean = line["step"], line[HELD_OUT]["mean"]
         if step not in saved and mean < min([loss, *lowest.values()]):
-            lowest = {(step, told["weights"]): mean}
-    return next((f"{named(one)}, loss {mean:.5f}," for one, mean in lowest.items()), None)
+            lowest = {(step, line["weights"]): mean}
+    return next((f"{candidate_name(one)}, loss {mean:.5f}," for one, mean in lowest.items()), None)
 
 
-def say(found: Verdict[Candidate]) -> str:
-    """A verdict in words."""
-    told = f"best on held-out images: {named(found.best)}, loss {found.loss}"
+def describe_best(found: Comparison[Candidate]) -> str:
+    """The best weights, and those tied with them, in words."""
+    text = f"best on held-out images: {candidate_name(found.best)}, loss {found.loss}"
     if found.best[0] == 0:
-        told += "; that is the model it started from"
-    if found.alike:
-        told += "; statistically tied: " + ", ".join(map(named, found.alike))
-    return told
+        text += "; that is the model it started from"
+    if found.tied:
+        text += "; statistically tied: " + ", ".join(map(candidate_name, found.tied))
+    return text
 
 
-def named(candidate: Candidate) -> str:
+def candidate_name(candidate: Candidate) -> str:
     """A candidate in words."""
     step, weights = candidate
     return f"step {step}" if weights == LIVE else f"step {step} {weights}"

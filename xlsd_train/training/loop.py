@@ -32,7 +32,7 @@ from xlsd_train.runs.layout import (
     has_samples,
     step_of,
 )
-from xlsd_train.runs.validation_log import LIVE, best_of, is_validated, tell
+from xlsd_train.runs.validation_log import LIVE, best_of, describe_checkpoints, is_validated
 from xlsd_train.step.distributed import Lost
 from xlsd_train.training.meter import FailureWatch, Meter
 from xlsd_train.training.pace import Pace
@@ -279,7 +279,7 @@ def _say_end(session: Session, stop: StopSignal) -> None:
     log.info(f"step {step} of {planned} planned; checkpoint {run.checkpoint}")
     if session.config.sample_every:
         log.info(f"samples {grid_of(run.folder)}")
-    told = tell(run.folder, list(map(step_of, checkpoints(run.folder))))
+    told = describe_checkpoints(run.folder, list(map(step_of, checkpoints(run.folder))))
     if told:
         log.info(told)
     if not stop.hurries:

@@ -59,7 +59,10 @@ def test_tags_choose_exactly(store: Path, tmp_path: Path, capsys: Out) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--rows", "128x128:99"), "row 99 of bucket 128x128 is not live; its 5 live rows are between 0 and 4"),
+        (
+            ("--rows", "128x128:99"),
+            "row 99 of bucket 128x128 is not live; its 5 live rows are between 0 and 4",
+        ),
         (("--rows", "64x64:0"), "is not BUCKET:ROW with one of the buckets 128x128, 192x64"),
         (("--rows", "128x128:0", "--tags", "cat"), "give one of them"),
         (("--caption", "moon"), "no caption column 'moon' (it has txt)"),

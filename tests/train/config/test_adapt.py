@@ -83,7 +83,7 @@ def test_too_few_are_not_measured_unless_that_was_asked_for(eight: Mixture) -> N
     assert 2 <= held(eight, found.validation_fraction or 0.0) <= 6
     tags = eight.samples["txt"][0].as_py().split(", ")
     one = config(validate_every=5, require_tags=",".join(tags))
-    with pytest.raises(UserError, match="--validate-every 5 cannot be: of the 1 images"):
+    with pytest.raises(UserError, match="--validate-every 5 is not possible: the 1 images"):
         adapt(one, eight, frozenset({"validate_every", "require_tags"}), None)
 
 

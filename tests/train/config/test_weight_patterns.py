@@ -45,12 +45,12 @@ def test_patterns_are_components_in_a_row(patterns: str, expected: list[int]) ->
 @pytest.mark.parametrize(
     ("patterns", "told"),
     [
-        ("unet.atn2", "--train unet.atn2 matches no weight; did you mean unet.attn2"),
+        ("unet.atn2", "--train unet.atn2 matches no parameter; did you mean unet.attn2"),
         ("unet.conv", "did you mean unet.conv1, unet.conv_in"),  # never a part of a component
         ("unet.upblocks.1", "did you mean unet.up_blocks.1"),
-        ("unet.attn2.1", "unet.attn2.1 matches no weight"),
-        ("unet.conv_in,unet.qqqqqq", "unet.qqqqqq matches no weight; look the names up"),
-        ("text_encoder.conv_in", "text_encoder.conv_in matches no weight"),
+        ("unet.attn2.1", "unet.attn2.1 matches no parameter"),
+        ("unet.conv_in,unet.qqqqqq", "unet.qqqqqq matches no parameter; see the names"),
+        ("text_encoder.conv_in", "text_encoder.conv_in matches no parameter"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest(
@@ -64,12 +64,12 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest(
 @pytest.mark.parametrize(
     ("patterns", "phase", "told"),
     [
-        ("", "unet", "names nothing"),
-        (" , ", "unet", "names nothing"),
-        ("attn2", "unet", "write say unet.attn2"),
-        ("vae.conv_in", "unet", "begins with neither unet nor text_encoder"),
-        ("text_encoder.layers", "unet", "choose --phase te or both"),
-        ("unet.attn2", "te", "choose --phase unet or both"),
+        ("", "unet", "is empty"),
+        (" , ", "unet", "is empty"),
+        ("attn2", "unet", "give e.g. unet.attn2"),
+        ("vae.conv_in", "unet", "does not start with unet or text_encoder"),
+        ("text_encoder.layers", "unet", "use --phase te or both"),
+        ("unet.attn2", "te", "use --phase unet or both"),
     ],
 )
 def test_a_part_that_cannot_be_meant_is_refused(patterns: str, phase: str, told: str) -> None:

@@ -186,4 +186,4 @@ def test_a_resume_with_other_captions_is_refused(
     assert train(*given, option, *([] if value is None else [value])) == 1
     said = capsys.readouterr().err
     assert "was started with " in said
-    assert f"{option[2:].replace('-', '_')} " in said
+    assert f"{option} " in said

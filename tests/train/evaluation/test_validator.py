@@ -17,10 +17,10 @@ from xlsd_train.runs.validation_log import (
     BANDS,
     Candidate,
     best_of,
+    describe_best,
+    describe_checkpoints,
     read_losses,
     save_losses,
-    say,
-    tell,
 )
 
 Out = pytest.CaptureFixture[str]
@@ -160,20 +160,20 @@ def test_the_best_checkpoint_and_those_tied_with_it_are_named(tmp_path: Path) ->
     assert found_best
     assert found_best.best == (10, "live")
     alike: list[Candidate] = [(20, "live")]
-    assert found_best.alike == alike
-    assert say(found_best).endswith("; statistically tied: step 20")
+    assert found_best.tied == alike
+    assert describe_best(found_best).endswith("; statistically tied: step 20")
     worse = best_of(tmp_path, (0, 30))
     assert worse
     assert worse.best == (30, "ema 0.10")
-    assert say(worse).startswith("best on held-out images: step 30 ema 0.10, loss 1.4973")
+    assert describe_best(worse).startswith("best on held-out images: step 30 ema 0.10, loss 1.4973")
     untrained = best_of(tmp_path, (0,))
     assert untrained
-    assert "that is the model it started from" in say(untrained)
+    assert "that is the model it started from" in describe_best(untrained)
     assert best_of(tmp_path, (99,)) is None
 
 
 def test_the_verdict_says_what_it_does_not_cover(tmp_path: Path) -> None:
-    """A newest checkpoint that was not measured, and a better step that was not saved."""
+    """A newest checkpoint that was not validated, and a better step that was not saved."""
     log = tmp_path / "validation.jsonl"
     for step, mean in ((0, 2.0), (10, 1.0), (20, 1.5)):
         found = {"live/held_out": losses(mean), "live/training": losses(mean)}
@@ -181,25 +181,25 @@ def test_the_verdict_says_what_it_does_not_cover(tmp_path: Path) -> None:
         line = {"step": step, "weights": "live", **summary(*found.values())}
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
-    assert tell(tmp_path / "none", [5]) is None
-    untrained = tell(tmp_path, [])
+    assert describe_checkpoints(tmp_path / "none", [5]) is None
+    untrained = describe_checkpoints(tmp_path, [])
     assert untrained
-    assert untrained.startswith("held-out loss of the model it began from: 1.99")
-    assert "none can be called the best" in untrained
-    assert "step 10, loss 0.99731, was lower, but no checkpoint holds it" in untrained
-    assert tell(tmp_path, [15]) == untrained
-    whole = tell(tmp_path, [10, 20])
+    assert untrained.startswith("held-out loss of the model it started from: 1.99")
+    assert "so there is no best one" in untrained
+    assert "step 10, loss 0.99731, was lower, but has no checkpoint" in untrained
+    assert describe_checkpoints(tmp_path, [15]) == untrained
+    whole = describe_checkpoints(tmp_path, [10, 20])
     assert whole
     assert whole.startswith("best on held-out images: step 10, loss 0.997")
     assert "measured" not in whole
     assert "lower" not in whole
-    later = tell(tmp_path, [10, 25])
+    later = describe_checkpoints(tmp_path, [10, 25])
     assert later
-    assert later.endswith("step 25, the newest checkpoint, was not measured")
-    lost = tell(tmp_path, [20])
+    assert later.endswith("step 25, the newest checkpoint, was not validated")
+    lost = describe_checkpoints(tmp_path, [20])
     assert lost
     assert lost.startswith("best on held-out images: step 20")
-    assert lost.endswith("; step 10, loss 0.99731, was lower, but no checkpoint holds it")
+    assert lost.endswith("; step 10, loss 0.99731, was lower, but has no checkpoint")
 
 
 def test_the_best_checkpoint_is_kept(arguments: list[object], tmp_path: Path, capsys: Out) -> None:

@@ -199,7 +199,7 @@ def test_patterns_choose_what_trains_and_freeze_the_rest(model: Path, identity: 
             assert parameter.requires_grad == (f"{part}.{name}" in wanted)
     te = loaded.prepare("te", "text_encoder.text_model.encoder.layers.0,text_encoder.layers.1")
     assert {name.split(".")[3] for name in te} == {"0", "1"}
-    with pytest.raises(UserError, match="--train unet.attn3 matches no weight; did you mean"):
+    with pytest.raises(UserError, match="--train unet.attn3 matches no parameter; did you mean"):
         loaded.prepare("unet", "unet.attn3")
 
 

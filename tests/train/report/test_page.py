@@ -14,7 +14,7 @@ from tests.support import printed, train
 from tests.support.report_page import Page
 from xlsd_train.runs.history import histories
 from xlsd_train.runs.layout import checkpoints, step_of
-from xlsd_train.runs.validation_log import best_of, say
+from xlsd_train.runs.validation_log import best_of, describe_best
 
 Out = pytest.CaptureFixture[str]
 HOSTILE = "</script><script>alert(1)</script> & \"<img src=x onerror='alert(2)'>"
@@ -105,7 +105,7 @@ def test_settings_that_differ_come_first_then_facts(runs: list[Path], tmp_path: 
     assert page.row("facts", "command line")[1].startswith("xlsd-train --phase te --batch 3 ")
     best = best_of(runs[0], (0, *map(step_of, checkpoints(runs[0]))))
     assert best is not None
-    assert page.row("facts", "verdict")[0] == say(best)
+    assert page.row("facts", "verdict")[0] == describe_best(best)
 
 
 def test_samples_are_side_by_side_byte_for_byte(runs: list[Path], tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_folders_without_a_run_are_refused(runs: list[Path], tmp_path: Path, cap
         ((tmp_path,), f"{tmp_path} is not a run: it has no config.json"),
         ((runs[0], tmp_path / "nowhere"), "is not a run"),
         ((tmp_path / "broken",), "cannot read"),
-        ((runs[0], f"{runs[0]}/../{runs[0].name}"), "is named more than once"),
+        ((runs[0], f"{runs[0]}/../{runs[0].name}"), "is given more than once"),
         ((), "no run is given"),
         ((runs[0], "-o", tmp_path / "page.txt"), "does not end in .html"),
     ):

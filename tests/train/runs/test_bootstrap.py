@@ -3,13 +3,13 @@ import pytest
 
 from xlsd_train.runs.bootstrap import (
     Losses,
+    compare,
     gap,
     intervals,
     lowest,
     mean,
     overall,
     summary,
-    verdict,
 )
 
 
@@ -57,9 +57,9 @@ def test_pairing_tells_apart_what_intervals_alone_do_not() -> None:
     worse = drawn(1, spread=0.05) + hard + 0.02
     same = drawn(2, spread=0.05) + hard
     assert intervals(good)[0].high > intervals(worse)[0].mean
-    found = verdict({"good": good, "worse": worse, "same": same})
+    found = compare({"good": good, "worse": worse, "same": same})
     assert found.best in {"good", "same"}
-    assert found.alike == ["same" if found.best == "good" else "good"]
+    assert found.tied == ["same" if found.best == "good" else "good"]
     one, other = overall(worse), overall(good)
     assert (one - other).interval.low > 0
     assert one.interval.low < other.value
@@ -68,10 +68,10 @@ def test_pairing_tells_apart_what_intervals_alone_do_not() -> None:
 def test_the_highest_is_the_lowest_of_negatives() -> None:
     scores = {name: mean(np.linspace(x, x + 1, 50)) for name, x in (("low", 0.0), ("high", 5.0))}
     found = lowest({name: -score for name, score in scores.items()})
-    assert (found.best, found.alike, found.loss.mean) == ("high", [], -scores["high"].value)
+    assert (found.best, found.tied, found.loss.mean) == ("high", [], -scores["high"].value)
 
 
 def test_alone_it_is_best() -> None:
-    found = verdict({1: drawn(0)})
-    assert (found.best, found.alike) == (1, [])
+    found = compare({1: drawn(0)})
+    assert (found.best, found.tied) == (1, [])
     assert str(found.loss).startswith(f"{drawn(0).mean():.5f} (")

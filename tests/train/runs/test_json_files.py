@@ -163,11 +163,11 @@ def test_shapes() -> None:
     assert misfit({"a": 1, "b": [1, 2.5], "c": ["x", 1], "d": {"x": None}, "e": []}, shape) is None
     for value, told in (
         ({}, "a is missing"),
-        ({"a": True}, "a is not"),
-        ({"a": 2**60}, "a is not"),
-        ({"a": 1, "b": ["x"]}, "b[0] is not"),
-        ({"a": 1, "c": ["x"]}, "c is not"),
-        ({"a": 1, "d": {"x": 1}}, "d.x is not"),
-        ([], "it is not"),
+        ({"a": True}, "a has the wrong type"),
+        ({"a": 2**60}, "a has the wrong type"),
+        ({"a": 1, "b": ["x"]}, "b[0] has the wrong type"),
+        ({"a": 1, "c": ["x"]}, "c has the wrong type"),
+        ({"a": 1, "d": {"x": 1}}, "d.x has the wrong type"),
+        ([], "it has the wrong type"),
     ):
         assert told in str(misfit(value, shape))

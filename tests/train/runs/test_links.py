@@ -216,14 +216,14 @@ def test_a_models_file_that_leads_out_of_it_is_not_handed_on(model: Path, tmp_pa
 
 BROKEN: list[tuple[str, Any, str]] = [
     ("stores", [{}], r"stores\[0\]\.path is missing"),
-    ("stores", "x", "stores is not what"),
-    ("config", [], "config is not what"),
+    ("stores", "x", "stores has the wrong type"),
+    ("config", [], "config has the wrong type"),
     ("validation", {"held_out": [1]}, r"held_out\[0\]"),
-    ("prompts", {"a": 1}, "prompts is not"),
-    ("planned_steps", 10**30, "planned_steps is not"),
+    ("prompts", {"a": 1}, "prompts has the wrong type"),
+    ("planned_steps", 10**30, "planned_steps has the wrong type"),
     ("adapted", {"batch": {"from": 1, "to": "x", "why": ""}}, r"adapted\.batch\.to"),
     ("command", ["a\0b"], r"command\[0\]"),
-    ("plan", ["plain", 4, 5], "plan is not"),
+    ("plan", ["plain", 4, 5], "plan has the wrong type"),
 ]
 
 
@@ -267,7 +267,7 @@ def test_logs_of_any_content_are_read_within_bounds(
         with (run / name).open("ab") as file:
             file.write(b"\n".join(odd) + b"\n" + b'{"step": 2, "loss": "x"}\n')
     assert train("report", run, "-o", tmp_path / "page.html") == 0
-    assert "lines are no JSON, left out" in (tmp_path / "page.html").read_text()
+    assert "lines skipped: no valid JSON" in (tmp_path / "page.html").read_text()
     assert train(*words, "--out", run) == 0
     assert (run / "metrics.jsonl").read_bytes().startswith(good)
     lines = (run / "metrics.jsonl").read_bytes().splitlines()

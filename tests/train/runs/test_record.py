@@ -38,7 +38,7 @@ def test_options_as_asked_for() -> None:
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ([], "it is not what"),
+        ([], "it has the wrong type"),
         ({**OLD, "stores": [{"path": "x"}]}, r"stores\[0\]\.\w+ is missing"),
         ({**OLD, "objective": {"kind": "eps"}}, r"objective\.before is missing"),
         ({**OLD, "captions": {"cut": 1}}, r"captions\.looked_at is missing"),
