@@ -31,8 +31,8 @@ from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_bytes, write_json
 from xlsd_cache.runtime.device import device_of, set_precision
-from xlsd_train.memory.planner import limit_card
-from xlsd_train.training.setup import deterministic
+from xlsd_train.memory.planner import cap_card
+from xlsd_train.training.setup_step import deterministic
 
 Part = Literal[
     "strict", "attention", "room", "determinism", "peaks", "speed", "kernels", "syncs", "encode",
@@ -90,7 +90,7 @@ def main(config: CardConfig, command: Sequence[str]) -> int:
     if before := previous_results(out, results["machine"]):
         results = {**before, **results, "command": f"{before['command']}; {results['command']}"}
     if not config.tiny:
-        limit_card(config.vram, bench.device)
+        cap_card(config.vram, bench.device)
     for name in config.part:
         results[name] = measured(PARTS[name], bench)
         write_json(out, results)

@@ -56,10 +56,11 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.data.loader import Batch, BatchSource, Loader
 from xlsd_train.data.noise import Noising
-from xlsd_train.memory.planner import GIB, SLICES, Planner, limit_card, limit_of
+from xlsd_train.memory.planner import GIB, SLICES, Planner, cap_card, memory_limit
 from xlsd_train.model.bundle import ModelBundle
-from xlsd_train.step.step import Plan, Step
-from xlsd_train.training.setup import deterministic
+from xlsd_train.step.backend import MemoryPlan
+from xlsd_train.step.step import Step
+from xlsd_train.training.setup_step import deterministic
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def measure_phase(config: ThroughputConfig) -> PhaseResult:
     precision = set_precision(config.precision)
     if device == "cuda":
         if config.limit_gib:
-            limit_card(config.limit_gib, torch.device(device))
+            cap_card(config.limit_gib, torch.device(device))
         deterministic(config.deterministic)
     peak, source = peak_tflops(config.precision, config.peak_tflops, device)
     model, settings = model_of(config.model), settings_of(config)
@@ -236,11 +237,16 @@ def settings_of(config: ThroughputConfig) -> TrainConfig:
 
 
 def contestants_of(
-    config: ThroughputConfig, settings: TrainConfig, model: ModelBundle, plan: Plan, device: str,
-    folder: Path, stack: ExitStack,
-) -> dict[str, Contestant]:  # fmt: skip
+    config: ThroughputConfig,
+    settings: TrainConfig,
+    model: ModelBundle,
+    plan: MemoryPlan,
+    device: str,
+    folder: Path,
+    stack: ExitStack,
+) -> dict[str, Contestant]:
     """The steps to measure by row; the store's loader is closed with the stack."""
-    step = step_of(Step, model, settings, plan, device)
+    step = step_of(model, settings, plan, device)
     side = side_of(config) // 8
     batch = drawn_batch(model, config.batch, (side, side), device)
     steps = {MEMORY: ours(step, itertools.repeat(batch))}
@@ -248,7 +254,7 @@ def contestants_of(
         steps[STORE] = ours(step, open_feed(config, folder, step, stack))
     if config.channels_last:
         model.unet.to(memory_format=torch.channels_last)  # the optimizer's state follows
-        other = step_of(Step, model, settings, plan, device)
+        other = step_of(model, settings, plan, device)
         steps[LAST] = ours(other, itertools.repeat(batch), torch.channels_last)
     if config.against:
         optimizer, mixed = optimizer_of(settings, model), config.precision == "bf16"
@@ -284,15 +290,15 @@ def open_feed(
     noising = Noising(step.objective.first, step.objective.count)
     source = BatchSource(dataset, sampler, captions, columns, noising)
     steps = 2 * config.steps + 1  # on a GPU an untimed step precedes each timed one
-    loader = Loader(source, 0, steps, step.accelerator.device)
+    loader = Loader(source, 0, steps, step.backend.device)
     return iter(stack.enter_context(closing(loader)))
 
 
-def plan_of(config: ThroughputConfig, settings: TrainConfig, model: ModelBundle) -> Plan:
+def plan_of(config: ThroughputConfig, settings: TrainConfig, model: ModelBundle) -> MemoryPlan:
     """The memory plan of the step. Raises UserError if no plan fits."""
     if config.memory == "fastest":
         device = torch.device(here())
-        limit = limit_of(replace(settings, vram=config.limit_gib), device)
+        limit = memory_limit(config.limit_gib, device)
         if limit is None:
             raise UserError("--memory fastest needs a memory limit on this device; add --limit-gib")
         side = side_of(config) // 8
@@ -302,7 +308,7 @@ def plan_of(config: ThroughputConfig, settings: TrainConfig, model: ModelBundle)
             raise UserError(f"no plan fits {limit / GIB:.2f} GiB; lower --batch")
         return choice.plan
     default = SLICES[0] if config.memory == "sliced" else config.batch
-    return Plan(config.memory, config.micro_batch or default)
+    return MemoryPlan(config.memory, config.micro_batch or default)
 
 
 def make_store(config: ThroughputConfig, folder: Path) -> Path:

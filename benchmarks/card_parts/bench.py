@@ -17,13 +17,18 @@ from xlsd_train.data.loader import Batch
 from xlsd_train.memory.gpus import Card, card_named
 from xlsd_train.memory.planner import Planner
 from xlsd_train.optim.factory import make_optimizer
-from xlsd_train.step.step import Plan, drop_gradients
+from xlsd_train.step.backend import MemoryPlan, drop_gradients
+from xlsd_train.step.step import Step
 
 # The fastest plan of each strategy on 24 GB at 512x512, and two more; see `xlsd-train plan`.
 PLANS = (
-    Plan("plain", 6), Plan("cheap", 11), Plan("feed-forward", 16), Plan("sliced", 4),
-    Plan("sliced", 1), Plan("cheap", 4),
-)  # fmt: skip
+    MemoryPlan("plain", 6),
+    MemoryPlan("cheap", 11),
+    MemoryPlan("feed-forward", 16),
+    MemoryPlan("sliced", 4),
+    MemoryPlan("sliced", 1),
+    MemoryPlan("cheap", 4),
+)
 Results = dict[str, Any]  # the results of a part, as JSON
 
 
@@ -57,9 +62,9 @@ class Bench:
         return 4 if self.tiny else 32
 
     @property
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[MemoryPlan]:
         """The memory plans to measure, the fastest of each strategy first."""
-        return [Plan("plain", 2), Plan("sliced", 2)] if self.tiny else list(PLANS)
+        return [MemoryPlan("plain", 2), MemoryPlan("sliced", 2)] if self.tiny else list(PLANS)
 
     @property
     def name(self) -> str:
@@ -77,10 +82,10 @@ class Bench:
         return TrainConfig("unet", batch=self.batch).resolved()
 
     @cached_property
-    def step(self) -> Strict:
+    def step(self) -> Step:
         """The step that all parts share: creating it takes longer than most parts."""
         device = self.device.type
-        return step_of(Strict, model_of(self.model), self.settings, self.plans[0], device)
+        return step_of(model_of(self.model), self.settings, self.plans[0], device, Strict)
 
     @cached_property
     def planner(self) -> Planner:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from benchmarks.card_parts.bench import Bench, Results
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.vocabulary import Precision
-from xlsd_train.step.step import Plan
-from xlsd_train.training.setup import deterministic
+from xlsd_train.step.backend import MemoryPlan
+from xlsd_train.training.setup_step import deterministic
 
 STRICT = 1e-5  # relative; TF32 is off by about 1e-3
 State = list[tuple[Tensor, Tensor]]  # each weight and its momentum
@@ -91,7 +91,9 @@ def determinism(bench: Bench) -> Results:
     deterministic(True)
     step, results = bench.step, {}
     start = _state(step)
-    for plan in (Plan("plain", 2), Plan("sliced", 2), Plan("cheap", 4))[: 2 if bench.tiny else 3]:
+    for plan in (MemoryPlan("plain", 2), MemoryPlan("sliced", 2), MemoryPlan("cheap", 4))[
+        : 2 if bench.tiny else 3
+    ]:
         step.plan = plan
         losses, full = _steps(bench, start, 0, 2)
         again, repeated = _steps(bench, start, 0, 2)

@@ -6,10 +6,9 @@ from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.allocations import peak_of
 from benchmarks.train.max_batch import whole
 from xlsd_cache.runtime.gpu_memory import is_full
-from xlsd_train.config.train import TrainConfig
-from xlsd_train.memory.planner import GIB, KEEPING, limit_of
-from xlsd_train.step.step import Plan
-from xlsd_train.training.setup import deterministic
+from xlsd_train.memory.planner import GIB, KEEPING, memory_limit
+from xlsd_train.step.backend import MemoryPlan
+from xlsd_train.training.setup_step import deterministic
 
 TINY_LIMIT = 30 * 2**20  # bytes above the smallest step
 
@@ -52,16 +51,16 @@ def _real(bench: Bench) -> Results:
 def largest(bench: Bench) -> Results:
     """The largest batch that fits for each strategy, to 1/16 of the predicted one."""
     deterministic(True)
-    limit = limit_of(TrainConfig("unet", vram=bench.vram), None) or 0.0
+    limit = memory_limit(bench.vram) or 0.0
     if bench.tiny:
-        limit = bench.planner.predict(Plan("sliced", 1), 1, bench.size).peak + TINY_LIMIT
+        limit = bench.planner.predict(MemoryPlan("sliced", 1), 1, bench.size).peak + TINY_LIMIT
     results: Results = {}
     for way in KEEPING[:1] if bench.tiny else ("sliced", *KEEPING):
-        plan = Plan(way, 4 if way == "sliced" else 1)
+        plan = MemoryPlan(way, 4 if way == "sliced" else 1)
         predicted = bench.planner.largest_batch(plan, bench.size, limit)
         tried: dict[int, str] = {}
 
-        def fits(count: int, plan: Plan = plan, tried: dict[int, str] = tried) -> bool:
+        def fits(count: int, plan: MemoryPlan = plan, tried: dict[int, str] = tried) -> bool:
             return _fits(bench, whole(plan, count), count, limit, tried)
 
         stride = max(1, predicted // 16)  # a step with the largest batch takes most of a minute
@@ -74,7 +73,7 @@ def largest(bench: Bench) -> Results:
     return results
 
 
-def _fits(bench: Bench, plan: Plan, count: int, limit: float, tried: dict[int, str]) -> bool:
+def _fits(bench: Bench, plan: MemoryPlan, count: int, limit: float, tried: dict[int, str]) -> bool:
     """Whether a step with this batch fits. False if no time is left to try it."""
     if bench.tiny:  # a CPU has no limit, so the prediction decides
         tried[count] = "predicted"

@@ -19,8 +19,8 @@ import tyro
 from benchmarks.card_parts.bench import Bench
 from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.runtime.device import device_of, set_precision
-from xlsd_train.memory.planner import limit_card
-from xlsd_train.training.setup import deterministic
+from xlsd_train.memory.planner import cap_card
+from xlsd_train.training.setup_step import deterministic
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def main(config: RoomConfig) -> None:
     deterministic(True)
     bench = Bench(config.tiny, config.vram or 24.0, 600.0)
     if config.vram and not config.tiny:
-        limit_card(config.vram, device_of("cuda"))
+        cap_card(config.vram, device_of("cuda"))
     step, digest = bench.step, hashlib.sha256()
     step.plan = bench.plans[:3][-1]
     step([bench.drawn(bench.batch)], 0.0)

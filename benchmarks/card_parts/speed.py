@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.plain_loop import PlainLoop
 from benchmarks.lib.turns import Contestant, take_turns
-from xlsd_train.step.step import Plan
+from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.training.meter import Meter
-from xlsd_train.training.setup import deterministic
+from xlsd_train.training.setup_step import deterministic
 
 TIMED = 2  # steps per plan
 LR = 1e-9  # so small that no loss diverges
@@ -37,10 +37,10 @@ def free(bench: Bench) -> Results:
     return _compare(bench, bench.plans[:3][-1:], False)
 
 
-def _compare(bench: Bench, plans: list[Plan], in_order: bool) -> Results:
+def _compare(bench: Bench, plans: list[MemoryPlan], in_order: bool) -> Results:
     step, batch = bench.step, bench.drawn(bench.batch)
 
-    def take(plan: Plan) -> Tensor:
+    def take(plan: MemoryPlan) -> Tensor:
         step.plan = plan
         return step([batch], LR)[0]
 
@@ -92,7 +92,7 @@ def syncs(bench: Bench) -> Results:
     batch = bench.drawn(4)
     for optimizer, way in (("dlion", "cheap"), ("lion", "cheap"), ("lion", "sliced")):
         bench.with_optimizer(optimizer)
-        bench.step.plan = Plan(way, 2)  # type: ignore[arg-type]
+        bench.step.plan = MemoryPlan(way, 2)  # type: ignore[arg-type]
         bench.step([batch], LR)
         bench.sync()
         with warnings.catch_warnings(record=True) as warned:

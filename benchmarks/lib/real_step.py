@@ -4,7 +4,7 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,10 +24,10 @@ from xlsd_train.memory.gpus import card_named
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.model.latent_scaling import vae_scaling
 from xlsd_train.optim.factory import make_optimizer
+from xlsd_train.step.backend import DeviceBackend, MemoryPlan
 from xlsd_train.step.objective import make_objective
-from xlsd_train.step.step import Plan, Step
+from xlsd_train.step.step import Step
 
-S = TypeVar("S", bound=Step)
 VOCABULARY = {"sd15": 49408}  # the size does not matter for the small models
 SMALL_VOCABULARY = 1000
 
@@ -58,7 +58,10 @@ def captions_of(folder: Path) -> Captions:
     return Captions(tokenizer, tokenizer.model_max_length, 0, 0.0)
 
 
-def step_of(kind: type[S], model: ModelBundle, config: TrainConfig, plan: Plan, device: str) -> S:
+def step_of(
+    model: ModelBundle, config: TrainConfig, plan: MemoryPlan, device: str,
+    backend: type[DeviceBackend] = DeviceBackend,
+) -> Step:  # fmt: skip
     """The step for resolved options, with weights and optimizer state on the device."""
     named = model.prepare(config.phase)
     model.unet.to(device)
@@ -68,7 +71,7 @@ def step_of(kind: type[S], model: ModelBundle, config: TrainConfig, plan: Plan, 
     optimizer = make_optimizer(config, named.values())
     objective = make_objective("eps", "none", 0, model.scheduler_config).to(torch.device(device))
     model.scaling = model.scaling.to(torch.device(device))
-    return kind(model, list(named.values()), optimizer, objective, accelerator, plan)
+    return Step(model, list(named.values()), optimizer, objective, backend(accelerator, plan))
 
 
 def drawn_batch(model: ModelBundle, batch: int, size: tuple[int, int], device: str) -> Batch:

@@ -13,7 +13,7 @@ from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.checkpoints.environment import peak_gib
 from xlsd_train.memory.tracker import FlopCounter
 from xlsd_train.model.bundle import ModelBundle
-from xlsd_train.step.step import drop_gradients
+from xlsd_train.step.backend import drop_gradients
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,8 @@ from xlsd_cache.runtime.device import set_precision
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.step.step import Plan, Step
+from xlsd_train.step.backend import DeviceBackend, MemoryPlan
+from xlsd_train.step.step import Step
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,22 @@ class EqualConfig(JsonOption):
     """Also compare with float64: twice the memory, several times the time."""
 
 
-class GradientStep(Step):
-    """A step that keeps its gradients and changes no weight."""
+@dataclass
+class GradientKeeper(DeviceBackend):
+    """Keeps the gradients of a step, and changes no weight."""
 
-    gradients: dict[int, Tensor]
+    gradients: dict[int, Tensor] = field(default_factory=dict)
 
-    def _update(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def apply(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]
+    ) -> Sequence[Tensor]:
+        """Take the gradients."""
+        del optimizer
         for parameter in parameters:
             if parameter.grad is not None:
                 self.gradients[id(parameter)] = parameter.grad
                 parameter.grad = None
-        self._norms.append(torch.zeros(()))
+        return [torch.zeros(())]
 
 
 def main(config: EqualConfig, command: Sequence[str]) -> None:
@@ -74,7 +80,7 @@ def main(config: EqualConfig, command: Sequence[str]) -> None:
             torch.nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()))
     settings = TrainConfig(phase=config.phase, batch=config.batch).resolved()
     n = config.batch
-    step = step_of(GradientStep, model, settings, Plan("plain", n), "cpu")
+    step = step_of(model, settings, MemoryPlan("plain", n), "cpu", GradientKeeper)
     side = config.resolution // 8
     batch = drawn_batch(model, n, (side, side), "cpu")
     report = Report("benchmarks/train/equal.py", command, machine_of("cpu"))
@@ -86,7 +92,7 @@ def main(config: EqualConfig, command: Sequence[str]) -> None:
         step.model.unet.double()
         step.model.text_encoder.double()
         wide = replace(batch, latents=batch.latents.double(), noise=batch.noise.double())
-        exact = gradients(step, wide, Plan("sliced", 1))[1]
+        exact = gradients(step, wide, MemoryPlan("sliced", 1))[1]
         step.model.unet.float()
         step.model.text_encoder.float()
     plain: list[Tensor] | None = None
@@ -110,18 +116,29 @@ def main(config: EqualConfig, command: Sequence[str]) -> None:
     report.write(config.json)
 
 
-def plans(batch: int) -> list[Plan]:
+def plans(batch: int) -> list[MemoryPlan]:
     """The plain step first, then the other plans in one pass and in several."""
-    first = [Plan("plain", batch), Plan("cheap", batch), Plan("feed-forward", batch)]
-    return [*first, Plan("plain", 1), Plan("cheap", 1), Plan("sliced", batch), Plan("sliced", 1)]
+    first = [
+        MemoryPlan("plain", batch),
+        MemoryPlan("cheap", batch),
+        MemoryPlan("feed-forward", batch),
+    ]
+    return [
+        *first,
+        MemoryPlan("plain", 1),
+        MemoryPlan("cheap", 1),
+        MemoryPlan("sliced", batch),
+        MemoryPlan("sliced", 1),
+    ]
 
 
-def gradients(step: GradientStep, batch: Batch, plan: Plan) -> tuple[float, list[Tensor]]:
+def gradients(step: Step, batch: Batch, plan: MemoryPlan) -> tuple[float, list[Tensor]]:
     """The loss and the gradients in the order of the parameters."""
-    step.plan, step.gradients = plan, {}
+    assert isinstance(step.backend, GradientKeeper)
+    step.plan, step.backend.gradients = plan, {}
     loss, _ = step([batch], 0.0)
-    computed = [step.gradients[id(p)] for p in step.parameters if id(p) in step.gradients]
-    return loss.item(), computed
+    kept = step.backend.gradients
+    return loss.item(), [kept[id(p)] for p in step.parameters if id(p) in kept]
 
 
 def distance(these: list[Tensor], those: list[Tensor]) -> float:

@@ -39,10 +39,10 @@ from xlsd_train.checkpoints.environment import peak_gib
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.meta_step import Size
-from xlsd_train.memory.planner import GIB, KEEPING, Planner, largest, limit_card, limit_of
+from xlsd_train.memory.planner import GIB, KEEPING, Planner, cap_card, largest, memory_limit
 from xlsd_train.optim.lion import DLion
-from xlsd_train.step.step import Plan, Step, Way, drop_gradients
-from xlsd_train.training.setup import deterministic
+from xlsd_train.step.backend import DeviceBackend, MemoryPlan, Way, drop_gradients
+from xlsd_train.training.setup_step import deterministic
 
 TOLERANCE = 3.0  # percent of error that a prediction may have
 COLUMNS = (
@@ -93,10 +93,11 @@ class MaxBatchConfig(JsonOption):
     """Micro-batches to check, except for sliced. Default: the batch and half of it."""
 
 
-class Strict(Step):
-    """A step that keeps its plan and raises when memory is full."""
+class Strict(DeviceBackend):
+    """Keeps its plan when memory is full."""
 
-    def _tighten(self, error: RuntimeError) -> None:
+    def tighten(self, error: RuntimeError) -> None:
+        """Raise it."""
         raise error
 
 
@@ -115,13 +116,13 @@ def main(config: MaxBatchConfig, command: Sequence[str]) -> None:
 
 def search(config: MaxBatchConfig, device: str, report: Report) -> None:
     """Print and record the largest batch of every case."""
-    limit = limit_of(TrainConfig("unet", vram=config.vram), None)
+    limit = memory_limit(config.vram)
     assert limit is not None
     print(f"{config.model}, {config.vram:g} GB, of which the run gets {limit / GIB:.2f} GiB")
     if device == "cpu":
         print("predicted only: nothing is measured, as there is no CUDA GPU")
     else:
-        limit_card(limit / GIB, torch.device(device))
+        cap_card(limit / GIB, torch.device(device))
         deterministic(True)
     report.fact("limit", f"{limit / GIB:.2f} GiB")
     print(line(COLUMNS if device == "cuda" else COLUMNS[:PREDICTED]))
@@ -157,20 +158,20 @@ def cases(config: MaxBatchConfig) -> Iterator[tuple[Phase, Literal["lion", "dlio
                 yield phase, optimizer, tokens
 
 
-def plans(config: MaxBatchConfig) -> list[Plan]:
+def plans(config: MaxBatchConfig) -> list[MemoryPlan]:
     """The plans of the strategies. Only sliced has several: one per number of slices."""
     slices = config.slices
-    return [Plan(way, n) for way in config.way for n in (slices if way == "sliced" else (1,))]
+    return [MemoryPlan(way, n) for way in config.way for n in (slices if way == "sliced" else (1,))]
 
 
-def shown(plan: Plan) -> str:
+def shown(plan: MemoryPlan) -> str:
     """The plan's name in the table: the micro-batch is the batch, except for sliced."""
     return str(plan) if plan.way == "sliced" else plan.way
 
 
-def whole(plan: Plan, batch: int) -> Plan:
+def whole(plan: MemoryPlan, batch: int) -> MemoryPlan:
     """The plan that runs this batch in one pass."""
-    return plan if plan.way == "sliced" else Plan(plan.way, batch)
+    return plan if plan.way == "sliced" else MemoryPlan(plan.way, batch)
 
 
 def latents(name: str) -> Size:
@@ -193,10 +194,10 @@ class Trial:
     def __init__(self, config: MaxBatchConfig, settings: TrainConfig, tokens: int) -> None:
         _free()
         model = model_of(config.model, tokens)
-        self._step = step_of(Strict, model, settings, Plan("plain", 1), "cuda")
+        self._step = step_of(model, settings, MemoryPlan("plain", 1), "cuda", Strict)
 
     def measure(
-        self, planner: Planner, plan: Plan, predicted: int, size: Size, batch: int
+        self, planner: Planner, plan: MemoryPlan, predicted: int, size: Size, batch: int
     ) -> list[object]:
         """The measured columns of the table. The search starts at the predicted batch."""
         most = nearest(lambda count: self.fits(whole(plan, count), count, size), predicted)
@@ -213,7 +214,7 @@ class Trial:
         error = round(100 * (peak / allocated - 1), 1)
         return [most, batch, *gib[:2], error, gib[2]]
 
-    def fits(self, plan: Plan, batch: int, size: Size) -> bool:
+    def fits(self, plan: MemoryPlan, batch: int, size: Size) -> bool:
         """Whether a step of this batch stays within the limit."""
         _free()
         step = self._step
@@ -267,7 +268,9 @@ def check(config: MaxBatchConfig, report: Report) -> None:
     for phase, optimizer, tokens in cases(config):
         settings = TrainConfig(phase, optimizer=optimizer, precision=config.precision).resolved()
         planner = planner_of(config, settings, tokens, workspaces=False)
-        step = step_of(Strict, model_of(config.model, tokens), settings, Plan("plain", 1), "cpu")
+        step = step_of(
+            model_of(config.model, tokens), settings, MemoryPlan("plain", 1), "cpu", Strict
+        )
         for name in config.size:
             size = latents(name)
             for plan in check_plans(config):
@@ -287,11 +290,13 @@ def check(config: MaxBatchConfig, report: Report) -> None:
     print(f"memory of this process: {before:.2f} GiB without a model, {most:.2f} GiB at its peak")
 
 
-def check_plans(config: MaxBatchConfig) -> list[Plan]:
+def check_plans(config: MaxBatchConfig) -> list[MemoryPlan]:
     """Every strategy, with the batch in one pass and in several."""
     parts = config.parts or (config.batch, ceil(config.batch / 2))
     return [
-        Plan(way, n) for way in config.way for n in (config.slices if way == "sliced" else parts)
+        MemoryPlan(way, n)
+        for way in config.way
+        for n in (config.slices if way == "sliced" else parts)
     ]
 
 

@@ -61,7 +61,7 @@ def test_the_batches_are_those_that_a_run_trains_on(
     number = 0
     for _ in range(2):
         for batch in DataLoader(dataset, batch_sampler=sampler, num_workers=workers):
-            ours = session.source.make(session.schedule.slot(number))
+            ours = session.source.make(session.batch_order.slot(number))
             assert torch.equal(batch["latents"], session.model.scaling(ours.latents))
             tokens = session.source.captions.tokenize(batch["caption"])
             assert torch.equal(tokens, ours.input_ids)

@@ -78,6 +78,16 @@ def test_throughput_measures_phases_with_and_without_the_store(
     assert [row["phase"] for row in measured.rows("loader")] == [*phases]
 
 
+def test_our_lion_equals_lion_pytorchs_in_fewer_calls_and_less_memory() -> None:
+    options = ("--size", "nano", "--steps", "1", "--threads", "1", "--json")
+    told = json.loads("\n".join(run("benchmarks/train/lion.py", *options)))
+    assert told["bit_equal"]
+    theirs, ours, parts = told["optimizers"]
+    assert 10 * ours["calls"] < theirs["calls"]
+    assert 5 * parts["gradients_mib"] < ours["gradients_mib"] == theirs["gradients_mib"]
+    assert parts["temporary_mib"] < ours["temporary_mib"]
+
+
 @pytest.mark.slow
 def test_export_measures_memory_and_time(tmp_path: Path) -> None:
     options = ("--size", "nano", "--formats", "single-file", "--dtypes", "fp16")

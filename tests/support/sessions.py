@@ -12,14 +12,15 @@ from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
+from xlsd_train.step.backend import DeviceBackend, MemoryPlan
 from xlsd_train.step.objective import make_objective
-from xlsd_train.step.step import Plan, Step
+from xlsd_train.step.step import Step
 from xlsd_train.training.session import Session
 
 Open = Callable[..., Session]
 
 
-def bare_step(config: TrainConfig, plan: Plan, unet: Any, text_encoder: Any) -> Step:
+def bare_step(config: TrainConfig, plan: MemoryPlan, unet: Any, text_encoder: Any) -> Step:
     """A step of these networks on the CPU, with neither store nor tokenizer."""
     unet.requires_grad_(config.phase != "te")
     text_encoder.requires_grad_(config.phase != "unet")
@@ -34,7 +35,7 @@ def bare_step(config: TrainConfig, plan: Plan, unet: Any, text_encoder: Any) -> 
     )  # fmt: skip
     optimizer = make_optimizer(config, trained)
     objective = make_objective("eps", "none", 0, sd15.SCHEDULER)
-    return Step(model, trained, optimizer, objective, alone, plan)
+    return Step(model, trained, optimizer, objective, DeviceBackend(alone, plan))
 
 
 def slow_train(*args: object) -> int:

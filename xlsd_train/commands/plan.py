@@ -22,10 +22,10 @@ from xlsd_train.memory.planner import (
     Prediction,
     asked,
     largest,
-    limit_of,
+    memory_limit,
 )
-from xlsd_train.step.step import Plan, Way
-from xlsd_train.training.setup import choose_samples
+from xlsd_train.step.backend import MemoryPlan, Way
+from xlsd_train.training.setup_data import choose_samples
 from xlsd_train.weights.locate import locate_model, locate_network, locate_text_encoder
 
 VRAM = 24.0  # GB, without --vram
@@ -35,11 +35,11 @@ _ITEMS = ("weights", "gradients", "optimizer", "frozen weights", "activations", 
 def show(config: PlanConfig) -> None:
     """Print a table, or JSON. Raises UserError for a bad size or model."""
     config = replace(config, vram=config.vram or VRAM)
-    limit = limit_of(config, None) or 0.0
+    limit = memory_limit(config.vram) or 0.0
     unet, text_encoder = _configs(config)
     size = largest(_buckets(config))
     planner = Planner(config.resolved(), unet, text_encoder)
-    most = {way: planner.largest_batch(Plan(way, SLICES[0]), size, limit) for way in WAYS}
+    most = {way: planner.largest_batch(MemoryPlan(way, SLICES[0]), size, limit) for way in WAYS}
     way, part = asked(config)
     batch = max(1, most[way or WAYS[-1]]) if config.batch == "auto" else config.batch
     plans = [_best(planner, x, batch, size, limit, part) for x in WAYS]
@@ -109,7 +109,7 @@ def _best(
 ) -> Prediction:
     """The fastest plan of one way that fits, else the one with the lowest peak."""
     fastest = planner.fastest(batch, size, limit, way, part)
-    return fastest or planner.predict(Plan(way, part or 1), batch, size)
+    return fastest or planner.predict(MemoryPlan(way, part or 1), batch, size)
 
 
 def _plan_json(it: Prediction, limit: float, most: dict[Way, int]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Validator:
                         return None
                     if losses:
                         results[f"{name}/{which}"] = np.concatenate(losses).reshape(-1, BANDS)
-        give_back(step.accelerator.device)  # its shapes are not training's
+        give_back(step.backend.device)  # its shapes are not training's
         return results
 
     def batches(self, name: str) -> Iterator[Batch]:
@@ -76,7 +76,7 @@ class Validator:
         return (self.source.fixed(*spec, SEED) for spec in self._batch_specs(name))
 
     def _measure(self, step: Step, specs: Sequence[BatchSpec], number: int) -> Losses:
-        batch = self.source.fixed(*specs[number], SEED).to(step.accelerator.device)
+        batch = self.source.fixed(*specs[number], SEED).to(step.backend.device)
         losses: Losses = step.loss(batch).cpu().numpy()
         return losses
 

@@ -1,5 +1,5 @@
 """The memory plan: how to run a batch so that it fits the card, and fast.
 
-`planner` chooses among the plans, `meta_step` runs the step on tensors without data, `tracker`
-counts its bytes, FLOPs and traffic, `gpus` lists what cards can do.
+`planner` chooses the memory plan, `meta_step` runs the step on meta tensors, `tracker` counts its
+bytes, FLOPs and memory traffic, `gpus` lists the peak throughput of GPUs.
 """

@@ -1,4 +1,4 @@
-"""What graphics cards can do at most, by NVIDIA's data sheets."""
+"""Peak throughput of GPUs, from NVIDIA's data sheets."""
 
 from dataclasses import dataclass, replace
 
@@ -19,15 +19,15 @@ class Card:
     processors: int
 
     def tflops(self, precision: Precision) -> float:
-        """The peak of convolutions and matmuls."""
+        """Peak of convolutions and matmuls."""
         return {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16}[precision]
 
     def attention_tflops(self, precision: Precision) -> float:
-        """The peak of attention, which splits every fp32 product into three TF32 ones."""
+        """Peak of attention, which splits every fp32 product into three TF32 ones."""
         return self.bf16 if precision == "bf16" else self.tf32 / 3
 
     def busy(self, blocks: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The share of the card that kernels of so many blocks keep at work, one a processor."""
+        """Share of the processors that kernels with these numbers of blocks use, one block each."""
         waves = blocks / self.processors
         return waves / np.ceil(waves)
 
@@ -39,7 +39,7 @@ CARDS = {
     "H100": Card(66.9, 494.7, 989.4, 3350, 132),  # SXM; PCIe and NVL are others
     "H200": Card(66.9, 494.7, 989.4, 4800, 132),
 }
-# As CUDA gives them, in full: a `4090 D`, a `Laptop GPU` or a `3090 Ti` is another card.
+# CUDA's full device names: a `4090 D`, a `Laptop GPU` or a `3090 Ti` is another card.
 _DEVICES = {
     "NVIDIA GeForce RTX 3090": "RTX 3090",
     "NVIDIA GeForce RTX 4090": "RTX 4090",
@@ -49,16 +49,16 @@ _DEVICES = {
     "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H200": "H200",
 }
-_BANDWIDTH = {"NVIDIA A100-SXM4-80GB": 2039}  # where it is not that of CARDS
+_BANDWIDTH = {"NVIDIA A100-SXM4-80GB": 2039}  # where it differs from CARDS
 
 
 def known_as(name: str) -> str | None:
-    """Which of CARDS a device of this name is, `NVIDIA GeForce RTX 4090`; None for another card."""
+    """The name in CARDS of a device such as `NVIDIA GeForce RTX 4090`; None if not in CARDS."""
     return _DEVICES.get(name)
 
 
 def card_named(name: str) -> Card | None:
-    """The card of a device's name; None where its peak is not known."""
+    """The card with this device name; None if its peak is not known."""
     known = known_as(name)
     if known is None:
         return None

@@ -1,10 +1,9 @@
-"""The training step on tensors without data: any batch, in seconds and without the memory."""
+"""Run the training step on meta tensors: any batch, in seconds and without its memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -24,17 +23,16 @@ from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.optim.lion import DLion, Lion
 from xlsd_train.step import layers
+from xlsd_train.step.backend import MemoryPlan, Work, drop_gradients, step_parameters
 from xlsd_train.step.layers import WHOLE, Layer
 from xlsd_train.step.objective import Objective
-from xlsd_train.step.sliced import Work
-from xlsd_train.step.step import Plan, Step, drop_gradients
+from xlsd_train.step.step import Step
 
 Size = tuple[int, int]  # height and width of latents
 META = torch.device("meta")  # its tensors have shapes and no data
 
-
-# What CUDA's autocast does with the functions that the networks call; a CPU's does otherwise, and
-# tensors without data get neither. The rest computes in what it is given.
+# What CUDA's autocast does with the functions that the networks call. A CPU's does otherwise, and
+# meta tensors get neither. Other functions compute in the dtype of their inputs.
 _IN_BF16 = {
     F.conv2d,
     F.linear,
@@ -46,16 +44,16 @@ _IN_BF16 = {
 _IN_FP32 = {F.group_norm, F.layer_norm, F.interpolate, F.softmax, torch.softmax, Tensor.softmax}
 
 
-class AsOnACard(TorchFunctionMode):
-    """Has tensors without data computed as a card does it.
+class CudaMode(TorchFunctionMode):
+    """Makes meta tensors call the kernels, in the dtypes, that CUDA tensors would.
 
-    Attention runs its kernel, of which else they get the formula; under autocast, which is the
-    CPU's in name and does nothing to them, each function computes in what CUDA's makes of it.
+    Attention calls the fused kernel, instead of the formula that meta tensors get otherwise. Under
+    autocast, which for them is the CPU's and does nothing, functions cast as CUDA's autocast does.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: dict[Parameter, Tensor] | None = None  # in bf16, kept until autocast ends
+        self.weights: dict[Parameter, Tensor] | None = None  # in bf16, until autocast ends
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {**(kwargs or {})}
@@ -75,68 +73,84 @@ class AsOnACard(TorchFunctionMode):
             return x
         if self.weights is None or not isinstance(x, Parameter) or not x.requires_grad:
             return x.to(dtype)
-        return self.weights.setdefault(x, x.to(dtype))  # nothing passes a weight twice
+        return self.weights.setdefault(x, x.to(dtype))  # nothing casts a weight twice
 
 
 @contextmanager
-def _rebuilding(card: AsOnACard) -> Iterator[None]:
-    """Also what is rebuilt in the backward pass, where torch has left all modes."""
-    layers.rebuilding = lambda: card
+def _recomputing(mode: CudaMode) -> Iterator[None]:
+    """Apply the mode to recomputation in the backward pass too, where torch leaves all modes."""
+    layers.recompute_context = lambda: mode
     try:
         yield
     finally:
-        layers.rebuilding = nullcontext
+        layers.recompute_context = nullcontext
 
 
-class DatalessStep(Step):
-    """The step; of a layer's slices it runs two, which stand for all of them."""
+class MetaBackend:
+    """Runs a step on meta tensors and tracks it. Two slices of a layer stand for all of them."""
 
-    tracker: Tracker
-    card: AsOnACard
+    device = META
+
+    def __init__(self, bf16: bool) -> None:
+        self.plan, self._bf16 = MemoryPlan("plain", 1), bf16
+        self.tracker, self.mode = Tracker(), CudaMode()
 
     @contextmanager
-    def _mixed(self) -> Iterator[None]:
-        """Autocast; what it made of trained weights lives as long."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.accelerator.mixed):
-            self.card.weights = {}
+    def autocast(self) -> Iterator[None]:
+        """Autocast; what it casts trained weights to lives as long."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            self.mode.weights = {}
             yield
-            self.card.weights = None
+            self.mode.weights = None
 
-    def _each(self, layer: Layer, count: int, work: Work) -> None:
+    def slices(self, layer: Layer, count: int, work: Work) -> None:
+        """The first two slices; each of their kernels counts for those of the others too."""
         size = self.plan.micro_batch * layer.room
         for a in range(0, min(count, 2 * size), size):
             self.tracker.times = count / min(count, 2 * size)
             work(a, min(count, a + size))
         self.tracker.times = 1.0
 
-    def _update(self, parameters: Sequence[Parameter]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self.tracker.hold(gradients, GRADIENTS)
+    def tighten(self, error: RuntimeError) -> None:
+        """Raise the error: no memory is used that could run out."""
+        raise error
+
+    def apply(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Parameter]
+    ) -> Sequence[Tensor]:
+        """Label the gradients, and step those optimizers that run on meta tensors.
+
+        AdamW has no kernel for them. It steps in place, after the peak.
+        """
+        self.tracker.hold([p.grad for p in parameters if p.grad is not None], GRADIENTS)
         if self.tracker.update is None:
             self.tracker.update = len(self.tracker.kernels)
-        del gradients
-        if isinstance(self.optimizer, (Lion, DLion)):
-            super()._update(parameters)
-        else:  # it reads values, or has no kernel here; it steps in place, after the peak
-            self._norms.append(torch.zeros(()))
-            drop_gradients(parameters)
+        if isinstance(optimizer, (Lion, DLion)):
+            return step_parameters(optimizer, parameters)
+        drop_gradients(parameters)
+        return [torch.zeros(())]
 
-    def _finish(self) -> None:
-        if isinstance(self.optimizer, DLion):
-            self.optimizer.forget()
+    def finish(self, optimizer: torch.optim.Optimizer) -> None:
+        """D-Lion's sums have no values here."""
+        if isinstance(optimizer, DLion):
+            optimizer.forget()
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """One process."""
+        return value
 
 
-class Rehearsal:
-    """Runs steps of one phase, model, optimizer and precision, and logs what they take.
+class MetaStep:
+    """Runs training steps of one config on meta tensors, and returns their footprints.
 
-    `workspaces` are counted for a CUDA card; the CPU's libraries take none from torch.
+    `workspaces` counts those of CUDA's libraries; the CPU's take none from torch.
     """
 
     def __init__(
         self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool
     ) -> None:
         self._workspaces, self._channels = workspaces, unet_config["in_channels"]
-        self._logs: dict[tuple[Plan, int, Size], Footprint] = {}
+        self._logs: dict[tuple[MemoryPlan, int, Size], Footprint] = {}
         with META:
             unet = UNet2DConditionModel.from_config(dict(unet_config))
             text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
@@ -147,55 +161,53 @@ class Rehearsal:
             )  # fmt: skip
             trained = list(model.prepare(config.phase, config.train).values())
             tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]
-            alone: Any = SimpleNamespace(
-                device=META, num_processes=1, mixed=config.precision == "bf16"
-            )
             optimizer, table = make_optimizer(config, trained), torch.ones(1000)
             objective = Objective(config.objective or "eps", table, table, table, 0, {})
-            self._step = DatalessStep(model, trained, optimizer, objective, alone, Plan("plain", 1))
+            self._backend = MetaBackend(config.precision == "bf16")
+            self._step = Step(model, trained, optimizer, objective, self._backend)
         self._frozen = [x for x in tensors if not x.requires_grad]
         self._tokens = text_encoder.config.max_position_embeddings
 
     @property
     def two_slices(self) -> int:
-        """From so many times a slice on, every layer has two whole ones, or takes all at once."""
+        """Batch, in micro-batches, from which on each layer has two whole slices or one for all."""
         return 2 * max(layer.room for layer in self._step.layers if layer.room < WHOLE)
 
     @property
     def gradients_nbytes(self) -> int:
-        """Of all trained weights."""
+        """Bytes of the gradients of all trained weights."""
         return sum(p.numel() * p.element_size() for p in self._step.parameters)
 
-    def __call__(self, plan: Plan, batch: int, size: Size) -> Footprint:
+    def __call__(self, plan: MemoryPlan, batch: int, size: Size) -> Footprint:
         """The footprint of one step of `batch` samples in one pass.
 
-        It is interpolated between two runs, where that is exact: where both do the same with
+        Interpolated between two runs where that is exact: where both run the same kernels on
         tensors of other sizes.
         """
         if plan.way == "sliced":
             slices = self.two_slices * plan.micro_batch
             runs = (plan, slices), (plan, slices + slices // 2)
         else:
-            runs = (Plan(plan.way, 2), 2), (Plan(plan.way, 3), 3)
+            runs = (MemoryPlan(plan.way, 2), 2), (MemoryPlan(plan.way, 3), 3)
         if batch < runs[0][1]:
             return self._log(plan, batch, size)
         first, second = (self._log(*run, size) for run in runs)
         return first.at(batch, runs[0][1], second, runs[1][1])
 
-    def _log(self, plan: Plan, batch: int, size: Size) -> Footprint:
+    def _log(self, plan: MemoryPlan, batch: int, size: Size) -> Footprint:
         key = plan, batch, size
         if key not in self._logs:
-            step, tracker = self._step, Tracker(self._workspaces)
-            step.plan, step.tracker, step.card = plan, tracker, AsOnACard()
-            with META, step.card, _rebuilding(step.card):
+            step, tracker, mode = self._step, Tracker(self._workspaces), CudaMode()
+            self._backend.plan, self._backend.tracker, self._backend.mode = plan, tracker, mode
+            with META, mode, _recomputing(mode):
                 tracker.hold(step.parameters, WEIGHTS)
                 tracker.hold(self._frozen, FROZEN)
                 tracker.hold(list(step.optimizer.state.values()), STATE)
                 latents = torch.empty(batch, self._channels, *size)
                 ids = torch.empty(batch, self._tokens, dtype=torch.int64)
-                given = latents, torch.empty_like(latents), ids[:, 0].clone(), ids
-                tracker.hold(given, "batch")
+                inputs = latents, torch.empty_like(latents), ids[:, 0].clone(), ids
+                tracker.hold(inputs, "batch")
                 with tracker:
-                    step([Batch(0, "", 0.0, 0, batch, *given)], 0.0)
+                    step([Batch(0, "", 0.0, 0, batch, *inputs)], 0.0)
             self._logs[key] = tracker.footprint()
         return self._logs[key]

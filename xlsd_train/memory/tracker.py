@@ -1,11 +1,11 @@
-"""What a training step takes: its memory, FLOPs and traffic, found on tensors without data.
+"""Track what a training step on meta tensors would allocate, compute and move.
 
-Meta tensors have shapes and no data. The very step that trains runs on them, and a tracker logs
-what PyTorch would allocate and free, and what each kernel would compute and move. Attention is the
-CPU's kernel, which keeps what CUDA's memory-efficient one keeps.
+Meta tensors have shapes and no data. The real training step runs on them, and the tracker logs what
+PyTorch would allocate and free, and the FLOPs and bytes of each kernel. Attention is the CPU's
+kernel, which stores what CUDA's memory-efficient one stores.
 
-Two runs with different batches log the same events, each of a size that is affine in the batch, so
-the peak of any batch follows without a further run.
+Two runs with different batches log the same events, and each size is affine in the batch. So the
+peak of any batch follows without another run.
 """
 
 import weakref
@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-ROUND = 512  # CUDA's caching allocator hands out multiples of it
-# Bytes of workspace, as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks, of two handles: autograd's thread has
-# its own.
+ROUND = 512  # CUDA's caching allocator rounds up to a multiple
+# Bytes of cuBLAS workspace with CUBLAS_WORKSPACE_CONFIG=:4096:8, of two handles: autograd's thread
+# has its own.
 CUBLAS = 2 * 32 * 2**20
 WEIGHTS, FROZEN, STATE, GRADIENTS = "weights", "frozen weights", "optimizer", "gradients"
 WORKSPACE, ACTIVATIONS = "workspaces", "activations"
@@ -32,26 +32,26 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
     _ATTENTION_BACKWARD: _aten._scaled_dot_product_flash_attention_backward,
 }
-# Workspaces of cuDNN, of all that a kernel reads and writes. Measured on an H200 for SD1.5's at 16
-# images: forward none; backward by Winograd up to 2.25 of input and output and 4 of the weight.
+# Workspaces of cuDNN, as a multiple of what a kernel reads and writes. Measured on an H200 for
+# SD1.5 at 16 images: forward none; backward by Winograd up to 2.25 of input and output and 4 of the
+# weight.
 _CONVOLUTIONS = {_aten.convolution: 1, _aten.convolution_backward: 2}
 _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
-
-# How torch counts every kernel, and the CPU's attention, which it leaves out.
+# Torch's formulas for each kernel's FLOPs, and for the CPU's attention, which torch leaves out.
 _FLOP = {**flop_registry, **{ours: flop_registry[known] for ours, known in _ATTENTION.items()}}
 
 
 def flop_of(packet: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
-    """Of a kernel that ran; 0 for what does not multiply."""
+    """FLOPs of a kernel that ran; 0 for one that does not multiply."""
     count = _FLOP.get(packet)
     return int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
-    """Counts what every kernel multiplies while it is entered.
+    """Counts the FLOPs of all kernels within the block.
 
-    Torch's FlopCounterMode also watches modules, by hooks that do not bear `autograd.grad`.
+    Torch's FlopCounterMode also hooks modules, which does not work with `autograd.grad`.
     """
 
     def __init__(self) -> None:
@@ -68,33 +68,33 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one run logged. Sizes are floats: of another batch they are interpolated."""
+    """The log of one run. Sizes are floats, since those of other batches are interpolated."""
 
-    sign: NDArray[np.int64]  # of each event: a storage was allocated (1) or freed (-1)
-    number: NDArray[np.int64]  # of each event: the storage
+    sign: NDArray[np.int64]  # of each event: storage allocated (1) or freed (-1)
+    number: NDArray[np.int64]  # of each event: which storage
     nbytes: NDArray[np.float64]  # of each storage
     labels: tuple[str, ...]  # of each storage
     kind: NDArray[np.int64]  # of each kernel: 0 moves memory, 1 multiplies, 2 is attention
     flop: NDArray[np.float64]
     moved: NDArray[np.float64]  # bytes
-    times: NDArray[np.float64]  # how many kernels it stands for
-    blocks: NDArray[np.float64]  # of attention's backward, if it sums in one order; else 0
+    times: NDArray[np.float64]  # how many kernels each stands for
+    blocks: NDArray[np.float64]  # of attention's backward kernel with a fixed order; else 0
     update: int  # the first kernel of the optimizer's step
 
     @property
     def tflop(self) -> float:
-        """Of all kernels."""
+        """FLOPs of all kernels, in units of 1e12."""
         return float(np.dot(self.flop, self.times)) / 1e12
 
     def at(self, batch: float, own: float, other: "Footprint", others: float) -> "Footprint":
-        """Of `batch` samples, when this one is of `own` and another of the same run of `others`.
+        """Interpolate to `batch` samples, from this run of `own` and another run of `others`.
 
-        Raises ValueError where the two runs did not do the same.
+        Raises ValueError if the two runs did not log the same events.
         """
         if not (
             np.array_equal(self.sign, other.sign) and np.array_equal(self.number, other.number)
         ):
-            raise ValueError("these are footprints of different runs")
+            raise ValueError("the footprints are of runs with different events")
         share = (batch - own) / (others - own)
 
         def line(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -110,9 +110,9 @@ class Footprint:
         )
 
     def peak(self, again: bool = False, unit: int = ROUND) -> dict[str, int]:
-        """Bytes by item at the moment when all of it is the most, every storage in whole units.
+        """Bytes by label at the moment of the highest sum, every storage rounded up to `unit`.
 
-        `again`: of a micro-batch that finds the gradients of those before it, and adds its own.
+        `again`: for a micro-batch after the first, which adds to gradients that exist already.
         """
         sizes = (np.ceil(self.nbytes / unit) * unit).astype(np.int64)
         labels = np.array(self.labels)[self.number]
@@ -125,12 +125,12 @@ class Footprint:
         return {str(name): int(curve[at]) for name, curve in items.items() if curve[at]}
 
 
-_OUTPUTS: dict[Any, Any] = {}  # what kernels give for tensors of some shapes, in `run`
+_OUTPUTS: dict[Any, Any] = {}  # cache of `run`: kernel and input shapes -> output shapes
 
 
-def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Any]) -> Any:
-    """What a kernel gives; without data the same shapes are worked out once, for torch is slow."""
-    tensors = [x for x in given if isinstance(x, Tensor)]
+def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Any]) -> Any:
+    """A kernel's output. On meta tensors shapes are cached, as torch infers them slowly."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
     schema = func._schema
     if not tensors or any(not x.is_meta for x in tensors):
         return func(*args, **kwargs)
@@ -138,52 +138,52 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[An
         return None
     if schema.is_mutable or any(x.alias_info is not None for x in schema.returns):
         return func(*args, **kwargs)
-    key = func, *kwargs, *map(_described, given)
-    found = _OUTPUTS.get(key)
-    if found is not None:
-        return tree_map(_made, found, is_leaf=lambda x: isinstance(x, _Shape))
+    key = func, *kwargs, *map(_shape_of, inputs)
+    cached = _OUTPUTS.get(key)
+    if cached is not None:
+        return tree_map(_empty, cached, is_leaf=lambda x: isinstance(x, _Shape))
     out = func(*args, **kwargs)
-    there = {x.untyped_storage()._cdata for x in tensors}
-    made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    if not any(x.untyped_storage()._cdata in there for x in made):  # some are views unannounced
-        _OUTPUTS[key] = tree_map(_described, out)
+    storages = {x.untyped_storage()._cdata for x in tensors}
+    outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    if not any(x.untyped_storage()._cdata in storages for x in outputs):  # no undeclared view
+        _OUTPUTS[key] = tree_map(_shape_of, out)
     return out
 
 
 class _Shape(NamedTuple):
-    """A tensor without data."""
+    """What a meta tensor consists of."""
 
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 
 
-def _described(x: Any) -> Any:
+def _shape_of(x: Any) -> Any:
     return _Shape(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
 
 
-def _made(x: Any) -> Any:
+def _empty(x: Any) -> Any:
     return torch.empty_strided(*x[:2], dtype=x.dtype, device="meta") if type(x) is _Shape else x
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
-    """Logs storages and kernels while it is entered; `hold` names what was there before."""
+    """Logs storages and kernels within the block; `hold` labels storages that existed before."""
 
     def __init__(self, workspaces: bool = False) -> None:
-        """With `workspaces` of what CUDA's libraries are known or assumed to take besides."""
+        """`workspaces` also counts what CUDA's libraries are known or assumed to allocate."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []  # (+1 or -1, storage number)
         self.nbytes: list[int] = []  # of storages
         self.label: dict[int, str] = {}  # of storages
         # Kind, FLOP, bytes moved, times, blocks.
         self.kernels: list[tuple[int, float, float, float, int]] = []
-        self.times = 1.0  # how many kernels the next ones stand for
+        self.times = 1.0  # how many kernels each of the next ones stands for
         self.update: int | None = None  # the first kernel of the optimizer's step
         self._workspaces = workspaces
         self._numbers: dict[int, int] = {}  # storage's address -> its number, while it lives
 
     def hold(self, tensors: Any, label: str) -> None:
-        """Name the storages of these tensors; those not seen so far are there from here on."""
+        """Label the storages of these tensors; unseen ones count as allocated now."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self.label[self._see(tensor)] = label
@@ -206,36 +206,36 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = tree_leaves((args, kwargs))
-        out = run(func, args, kwargs or {}, given)
+        leaves = tree_leaves((args, kwargs))
+        out = run(func, args, kwargs or {}, leaves)
         packet = func.overloadpacket
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        inputs = [x for x in given if isinstance(x, Tensor)]
-        there = {x.untyped_storage()._cdata for x in inputs}
-        new = [x for x in outputs if x.untyped_storage()._cdata not in there]
+        inputs = [x for x in leaves if isinstance(x, Tensor)]
+        storages = {x.untyped_storage()._cdata for x in inputs}
+        new = [x for x in outputs if x.untyped_storage()._cdata not in storages]
         for tensor in new:
             self._see(tensor)
         written = new if not func._schema.is_mutable else outputs
-        if written and packet.__name__ not in _FREE:  # what is left are views
+        if written and packet.__name__ not in _FREE:  # the rest are views
             moved = sum(x.numel() * x.element_size() for x in (*inputs, *written))
             flop = flop_of(packet, args, kwargs, out)
             kind = 0 if not flop else 2 if packet in _ATTENTION else 1
-            # Torch's kernel gives one block to each head of an image, where the order is fixed.
+            # With a fixed order of sums torch's kernel gives one block to each head of an image.
             blocks = args[0].shape[0] * args[0].shape[1] if packet is _ATTENTION_BACKWARD else 0
             self.kernels.append((kind, flop, moved, self.times, blocks))
             if self._workspaces and packet in _CONVOLUTIONS:
-                self._pass(moved * _CONVOLUTIONS[packet])
+                self._workspace(moved * _CONVOLUTIONS[packet])
         return out
 
-    def _pass(self, nbytes: int) -> None:
-        """A workspace, taken and given back within a kernel."""
+    def _workspace(self, nbytes: int) -> None:
+        """Log a workspace, allocated and freed within a kernel."""
         number = len(self.nbytes)
         self.nbytes.append(nbytes)
         self.label[number] = WORKSPACE
         self.events += [(1, number), (-1, number)]
 
     def footprint(self) -> Footprint:
-        """All that was logged so far."""
+        """The log so far."""
         sign, number = np.array(self.events).T
         kind, flop, moved, times, blocks = np.array(self.kernels).T
         labels = tuple(self.label.get(i, ACTIVATIONS) for i in range(len(self.nbytes)))

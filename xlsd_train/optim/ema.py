@@ -1,10 +1,10 @@
 """Two power-function averages of the weights, kept on the CPU while training goes on.
 
-checkpoints/step-00000250/ema.safetensors   SIGMA_REL/NAME, f32, exact, to go on from
-RUN/ema/step-00000250.safetensors           the same file, which outlives its checkpoint
+checkpoints/step-00000250/ema.safetensors   SIGMA_REL/NAME, f32, exact, to resume from
+RUN/ema/step-00000250.safetensors           the same file, kept after its checkpoint is pruned
 
-Their lengths are those of arXiv 2312.02696, section 3.2: sigma_rel 0.05 and 0.10. From snapshots of
-them `xlsd-train ema` makes an average of any length later.
+Their lengths are those of arXiv 2312.02696, section 3.2: sigma_rel 0.05 and 0.10. `xlsd-train ema`
+makes an average of any length from their snapshots.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,33 +32,33 @@ BLOCK = 2**26  # elements of pinned memory at once, 256 MiB
 
 
 class Ema:
-    """The averages. No memory of a card is used; on one, copying and averaging overlap the step."""
+    """The averages, in CPU memory. On a GPU, copying and averaging overlap the next step."""
 
     def __init__(self, named: Mapping[str, Parameter], every: int = 1) -> None:
-        """Of these parameters, updated after every so many steps."""
+        """Averages of these parameters, updated every `every` steps."""
         self.named, self.every = named, every
         self.step = 0  # of the last update
         self.averages = {
             sigma: {name: torch.zeros(p.shape) for name, p in named.items()} for sigma in SIGMAS
         }
-        self._cards = [p for p in named.values() if p.is_cuda]
-        self._stage = pinned(named) if self._cards else {}
+        self._on_gpu = [p for p in named.values() if p.is_cuda]
+        self._stage = pinned(named) if self._on_gpu else {}
         cuda: Any = torch.cuda
-        self._stream: Any = cuda.Stream() if self._cards else None
+        self._stream: Any = cuda.Stream() if self._on_gpu else None
         self._thread = ThreadPoolExecutor(1, "ema")
-        self._under_way: Future[None] | None = None
+        self._pending: Future[None] | None = None
 
     def update(self, step: int) -> None:
-        """Take in the weights as they are after a step, if it is one to be taken.
+        """Update with the weights after a step, if the step is due.
 
-        Between, the weights count as those of the interval's end. On a card it returns at once:
-        the copies to the host run beside the next step's forward and backward, on a stream of their
-        own, and a thread averages. `before_update` keeps the optimizer from overtaking them.
+        Weights between two updates count as those of the later one. On a GPU this returns at once:
+        the copies to the CPU run during the next step's forward and backward pass, on their own
+        stream, and a thread averages. `before_update` makes the optimizer wait for the copies.
         """
         if step % self.every:
             return
         self.finish()
-        if not self._cards:
+        if not self._on_gpu:
             self._average(step, self.named, None)
             return
         self._stream.wait_stream(torch.cuda.current_stream())  # the step that made these weights
@@ -66,30 +66,30 @@ class Ema:
             for name, parameter in self.named.items():
                 self._stage[name].copy_(parameter.detach(), non_blocking=True)
             copied = self._stream.record_event()
-        self._under_way = self._thread.submit(self._average, step, self._stage, copied)
+        self._pending = self._thread.submit(self._average, step, self._stage, copied)
 
     def before_update(self, *_: object) -> None:
-        """The card changes no weight before its copy has left; the host does not wait."""
-        if self._cards:
+        """Make the GPU wait for the copies before it changes weights; the CPU does not wait."""
+        if self._on_gpu:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def finish(self) -> None:
-        """Wait until the last update is in the averages."""
-        if self._under_way is not None:
-            self._under_way.result()
-            self._under_way = None
+        """Wait until the last update is done."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown()
 
     def contexts(self) -> dict[str, AbstractContextManager[None]]:
-        """Names for validation -> `applied`; none before the first update."""
+        """Name in validation -> `applied`; empty before the first update."""
         return {f"ema {sigma}": self.applied(sigma) for sigma in SIGMAS if self.step}
 
     @contextmanager
     def applied(self, sigma: str) -> Iterator[None]:
-        """An average in the weights' place within the block; then they are back, to the bit."""
+        """Within the block the weights are an average; then they are restored, bit for bit."""
         self.finish()
         live = {name: parameter.detach().cpu().clone() for name, parameter in self.named.items()}
         try:
@@ -100,11 +100,11 @@ class Ema:
 
     def save(self, folder: Path) -> None:
         """Write the snapshot into a checkpoint's folder."""
-        # One entry: safetensors writes several in random order, and files would differ by run.
+        # One entry: safetensors writes several in random order, so files would differ between runs.
         save_file(self.tensors(), folder / SNAPSHOT, {"step": str(self.step)})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averages under the snapshot's names, up to the last update."""
+        """The averages up to the last update, under the names in a snapshot."""
         self.finish()
         return {
             f"{sigma}/{name}": value
@@ -113,7 +113,7 @@ class Ema:
         }
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. Raises UserError where it has no snapshot of this model."""
+        """Resume from a checkpoint. Raises UserError if it has no snapshot of this model."""
         path = checkpoint / SNAPSHOT
         try:
             check_length(path)
@@ -129,7 +129,7 @@ class Ema:
         except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{path} does not fit this run ({error}); it is damaged or another run's: remove "
-                f"{checkpoint} to go on from the checkpoint before it"
+                f"{checkpoint} to resume from the checkpoint before it"
             ) from error
 
     def _average(self, step: int, weights: Mapping[str, Tensor], copied: Any) -> None:
@@ -155,7 +155,7 @@ def averaging(
     every: int | None,
     checkpoint: Path | None,
 ) -> Iterator[Ema]:
-    """The averages of what an optimizer moves, as the checkpoint has them where there is one."""
+    """The averages of an optimizer's parameters, loaded from the checkpoint if there is one."""
     ema = Ema(named, every or 1)
     if checkpoint:
         ema.load(checkpoint)
@@ -168,16 +168,16 @@ def averaging(
 
 
 def keep_snapshots(run: Path, checkpoints: list[Path], most: int) -> None:
-    """Keep the checkpoints' snapshots beyond them: at most so many, evenly over training."""
+    """Keep snapshots of pruned checkpoints too: at most `most`, evenly over training."""
     folder = run / SNAPSHOTS
     for checkpoint in checkpoints:
-        kept_one = folder / f"{checkpoint.name}{TENSORS}"
-        if not kept_one.exists() and (checkpoint / SNAPSHOT).exists():
+        snapshot = folder / f"{checkpoint.name}{TENSORS}"
+        if not snapshot.exists() and (checkpoint / SNAPSHOT).exists():
             folder.mkdir(exist_ok=True)
-            link_or_copy(checkpoint / SNAPSHOT, kept_one)
-    there = snapshots(run)
-    for step in superfluous(sorted(there), most):
-        there[step].unlink()
+            link_or_copy(checkpoint / SNAPSHOT, snapshot)
+    kept_snapshots = snapshots(run)
+    for step in superfluous(sorted(kept_snapshots), most):
+        kept_snapshots[step].unlink()
 
 
 def snapshots(run: Path) -> dict[int, Path]:
@@ -186,36 +186,36 @@ def snapshots(run: Path) -> dict[int, Path]:
 
 
 def forget_snapshots_after(run: Path, step: int) -> None:
-    """Remove what outran the checkpoint of `step`."""
-    for at, path in snapshots(run).items():
-        if at > step:
+    """Remove the snapshots of later steps than the checkpoint's `step`."""
+    for saved, path in snapshots(run).items():
+        if saved > step:
             path.unlink()
 
 
 def pinned(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Uninitialised f32 tensors of these shapes that a card copies to while the host goes on.
+    """Uninitialised f32 tensors of these shapes in pinned memory, for asynchronous copies.
 
-    Torch rounds what it pins up to a power of two, so they share blocks that are one.
+    Torch rounds pinned memory up to a power of two, so they share blocks of that size.
     """
     sizes = {name: tensor.numel() for name, tensor in named.items()}
-    found: dict[str, Tensor] = {}
+    views: dict[str, Tensor] = {}
     for block in packed(sizes, BLOCK):
         room = sum(sizes[name] for name in block)
         memory = torch.empty(room, dtype=torch.float32, pin_memory=True)
         parts = torch.split(memory, [sizes[name] for name in block])
-        found |= {name: x.view(named[name].shape) for name, x in zip(block, parts, strict=True)}
-    return {name: found[name] for name in named}
+        views |= {name: x.view(named[name].shape) for name, x in zip(block, parts, strict=True)}
+    return {name: views[name] for name in named}
 
 
 def packed(sizes: Mapping[str, int], room: int) -> list[list[str]]:
-    """Names in blocks of up to `room`, the largest first; a larger one is a block by itself."""
+    """Names in blocks of up to `room` elements, largest first; a larger one gets its own block."""
     blocks: list[list[str]] = []
     free: list[int] = []
     for name in sorted(sizes, key=lambda x: -sizes[x]):
-        at = next((i for i, left in enumerate(free) if sizes[name] <= left), len(free))
-        if at == len(free):
+        block = next((i for i, left in enumerate(free) if sizes[name] <= left), len(free))
+        if block == len(free):
             blocks.append([])
             free.append(room)
-        blocks[at].append(name)
-        free[at] -= sizes[name]
+        blocks[block].append(name)
+        free[block] -= sizes[name]
     return blocks

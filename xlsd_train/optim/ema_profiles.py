@@ -1,9 +1,9 @@
-"""Power-function averages of weights over training. Pure.
+"""Profiles of power-function averages of weights over training. Pure.
 
 Karras, Aittala, Lehtinen, Hellsten, Aila, Laine: Analyzing and improving the training dynamics of
 diffusion models (2024, arXiv 2312.02696), sections 3.1 and 3.2. At time t the weights of time s
-count p(s) = (gamma + 1) s^gamma / t^(gamma + 1) (eq. 1). Such averages, kept at several times with
-two exponents, span a space in which any other one is found by least squares (section 3.2).
+have the factor p(s) = (gamma + 1) s^gamma / t^(gamma + 1) (eq. 1). Averages with two exponents,
+saved at several times, span a space in which least squares finds any other one (section 3.2).
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WIDEST = 12**-0.5  # sigma_rel of gamma 0: all of training weighs the same
+WIDEST = 12**-0.5  # sigma_rel of gamma 0, a uniform average
 
 
 class Profile(NamedTuple):
-    """How much each moment of training counts."""
+    """How much each time of training contributes to an average."""
 
     gamma: float
     time: float  # in steps, from the start of the run
@@ -35,9 +35,9 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def kept(gamma: float, before: int, now: int) -> float:
-    """beta: what the average of time `before` still weighs at time `now` (eq. 2 for one step).
+    """beta: the factor of the average of time `before` in that of time `now` (eq. 2 for one step).
 
-    Over several steps at once the weights count as if they had been those of `now` throughout.
+    Over several steps at once, as if the weights had been those of `now` all the time.
     """
     return float((before / now) ** (gamma + 1))
 
@@ -52,26 +52,26 @@ def inner(a: Profile, b: Profile) -> float:
 def coefficients(
     kept_ones: Sequence[Profile], wanted: Profile
 ) -> tuple[NDArray[np.float64], float]:
-    """(what each kept average counts in the wanted one, relative error of the profile made so).
+    """(coefficient of each saved average in the wanted one, relative error of their profile).
 
-    Least squares over profiles, as in the paper, with one condition more: the counts sum to 1.
-    Without it a few kept averages leave a sum of say 0.99, which would shrink every weight by more
-    than all of a fine-tuning moves it. The error is that of the L2 norm, 0 for a perfect match.
+    Least squares over profiles, as in the paper, with one more condition: coefficients sum to 1.
+    Otherwise a few averages give a sum of e.g. 0.99, which would shrink every weight by more than
+    all of a fine-tuning changes it. The error is in the L2 norm, 0 for a perfect match.
     """
     gram = np.array([[inner(a, b) for b in kept_ones] for a in kept_ones])
     right = np.array([inner(a, wanted) for a in kept_ones])
-    # The stationary point of the squared error with a Lagrange multiplier for the sum. In units of
-    # the wanted profile's norm; profiles of close times are nearly alike, and what rounding alone
-    # would decide is left out.
+    # The stationary point of the squared error with a Lagrange multiplier for the sum, in units of
+    # the wanted profile's norm. Profiles of close times are nearly equal; rcond drops what rounding
+    # alone would decide.
     norm, ones = inner(wanted, wanted), np.ones((len(kept_ones), 1))
     system = np.block([[gram / norm, ones], [ones.T, np.zeros((1, 1))]])
-    found = np.linalg.lstsq(system, np.append(right / norm, 1.0), rcond=1e-12)[0][:-1]
-    left = 1 - 2 * (right @ found) / norm + found @ gram @ found / norm
-    return found, float(np.sqrt(max(left, 0.0)))
+    solution = np.linalg.lstsq(system, np.append(right / norm, 1.0), rcond=1e-12)[0][:-1]
+    squared = 1 - 2 * (right @ solution) / norm + solution @ gram @ solution / norm
+    return solution, float(np.sqrt(max(squared, 0.0)))
 
 
 def superfluous(times: Sequence[int], most: int) -> list[int]:
-    """Which of some times, ascending, to give up so that `most` are left, as evenly as may be."""
+    """Which of the ascending times to remove so that `most` are left, as even as possible."""
     left = list(times)
     while len(left) > max(most, 2):
         gaps = [after - before for before, after in zip(left, left[2:], strict=False)]

@@ -1,8 +1,10 @@
-"""Lion and D-Lion, made to be stepped in parts: any parameters at a time, whose gradients then go.
+"""Lion and D-Lion that can step any parameters at a time.
 
-The float operations and their order are those of lion-pytorch 0.2.5 and dadaptation 3.2, so that
-results are theirs to the last bit. What is added: many tensors a kernel launch, no temporary of the
-model's size, and no wait for the device within a step.
+Equal bit for bit to lion-pytorch 0.2.5 and dadaptation 3.2: the same float operations in the same
+order. These are used because they step in parts (the sliced memory plan frees each layer's
+gradients in the backward pass), launch one kernel for many tensors (foreach, in chunks, so that
+temporaries stay small), and do not sync with the device within a step.
+`benchmarks/train/lion.py` measures that.
 """
 
 import math
@@ -12,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-D0 = 1e-6  # where D-Lion's d begins
-CHUNK = 2**24  # elements that are updated at once, 64 MiB in f32; one larger tensor goes alone
+D0 = 1e-6  # D-Lion's first d
+CHUNK = 2**24  # elements updated at once, 64 MiB in f32; a larger tensor is a chunk by itself
 
 
 class Lion(torch.optim.Optimizer):
@@ -33,7 +35,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Update each parameter that has a gradient, and no other."""
+        """Update the parameters that have a gradient."""
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for chunk in chunks(group["params"]):
@@ -47,19 +49,19 @@ class Lion(torch.optim.Optimizer):
                 torch._foreach_add_(averages, gradients, alpha=1 - beta2)
 
     def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter's state; zeros where it has none yet."""
+        """A parameter's state; zeros if it has none yet."""
         return _zeros(self.state[parameter], parameter, "exp_avg")
 
 
 class DLion(torch.optim.Optimizer):
     """Lion that finds its learning rate: D-Adaptation (Defazio and Mishchenko, arXiv 2301.07733).
 
-    The algorithm is that of dadaptation 3.2's DAdaptLion, which no paper describes: `lr * d` is
-    Lion's rate, and d, which never falls, is estimated after each training step from the signs and
-    their weighted sum s. A training step is any number of `step()`, which together take each
-    parameter at most once, in any order, and a `finish()`. State of each parameter: `exp_avg` and
-    `s`, like it; of all: `d`, `k` and `numerator_weighted` in the one group, and `used_d`, by which
-    the step under way or ended last was made.
+    The algorithm is that of dadaptation 3.2's DAdaptLion, which no paper describes. `lr * d` is
+    Lion's learning rate. d never falls, and is estimated after each training step from the signs
+    and their weighted sum s. A training step is any number of `step()` and then `finish()`; it may
+    update each parameter once, in any order. State of each parameter: `exp_avg` and `s`, shaped
+    like it. State in the one group: `d`, `k`, `numerator_weighted`, and `used_d`, the d of the
+    current or last training step.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class DLion(torch.optim.Optimizer):
         d_max: float = math.inf,
         d_growth: float = math.inf,
     ) -> None:
-        """`d0` is the first d, `d_max` the largest, `d_growth` its largest factor in one step."""
+        """`d0` is the first d, `d_max` the largest, `d_growth` its largest growth in a step."""
         own = {"d": d0, "k": 0, "numerator_weighted": 0.0, "used_d": d0}
         given = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, given | own)
@@ -81,7 +83,7 @@ class DLion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Update each parameter that has a gradient, and no other, with the d of the last finish().
+        """Update the parameters that have a gradient, with the d of the last finish().
 
         Raises RuntimeError for a parameter that this training step has updated already.
         """
@@ -91,7 +93,7 @@ class DLion(torch.optim.Optimizer):
         root = beta2**0.5
         for chunk in chunks(group["params"]):
             if not self._sums.keys().isdisjoint(chunk):
-                raise RuntimeError("a parameter is stepped twice without finish() between")
+                raise RuntimeError("a parameter was stepped twice; call finish() between steps")
             gradients = [p.grad for p in chunk]
             states = [self.allocate(p) for p in chunk]
             averages, s = [x["exp_avg"] for x in states], [x["s"] for x in states]
@@ -108,13 +110,13 @@ class DLion(torch.optim.Optimizer):
             self._sums.update(zip(chunk, zip(products, norms, strict=True), strict=True))
 
     def finish(self) -> None:
-        """End the training step: d for the next, of sums over the parameters in their order."""
+        """End the training step: compute the next d, from sums in the parameters' order."""
         (group,) = self.param_groups
         taken = [self._sums[p] for p in group["params"] if p in self._sums]
         self._sums.clear()
         if not taken:
             return
-        # The only wait for the device in a step, and one transfer.
+        # The only device sync in a training step, and one transfer.
         products, norms = torch.stack([x for pair in taken for x in pair]).view(-1, 2).T.tolist()
         rate, root = group["d"] * group["lr"], group["betas"][1] ** 0.5
         numerator = norm = 0.0
@@ -126,21 +128,21 @@ class DLion(torch.optim.Optimizer):
         weighted = root * group["numerator_weighted"] + (1 - root) * numerator
         d = group["d"]
         if group["lr"] > 0:
-            found = max(d, weighted / ((1 - root) * norm))
-            d = min(found, d * self.d_growth, self.d_max)
+            estimate = max(d, weighted / ((1 - root) * norm))
+            d = min(estimate, d * self.d_growth, self.d_max)
         group.update(d=d, k=group["k"] + 1, numerator_weighted=weighted)
 
     def forget(self) -> None:
-        """End a training step on tensors without data, whose sums have no values."""
+        """End a training step on meta tensors, whose sums have no values."""
         self._sums.clear()
 
     def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter's state; zeros where it has none yet."""
+        """A parameter's state; zeros if it has none yet."""
         return _zeros(self.state[parameter], parameter, "exp_avg", "s")
 
 
 def chunks(parameters: Iterable[Tensor]) -> Iterator[list[Any]]:
-    """Those with a gradient in their order, in lists of up to CHUNK elements or one larger."""
+    """Parameters with a gradient, in order, in lists of up to CHUNK elements or one larger."""
     chunk: list[Tensor] = []
     elements = 0
     for parameter in parameters:

@@ -1,6 +1,6 @@
-"""The learning rate as a pure function of the step and the planned length.
+"""The LR scheduler: the learning rate as a pure function of the step and the planned length.
 
-A run that is stopped, early or for ever, had at every step the rate that it would have had.
+So stopping a run early changes no learning rate.
 """
 
 import math
@@ -13,25 +13,26 @@ from xlsd_train.config.train import TrainConfig
 
 
 def planned_steps(
-    config: TrainConfig, schedule: BatchOrder, warmup_given: bool = True
+    config: TrainConfig, order: BatchOrder, warmup_given: bool = True
 ) -> tuple[int, float]:
     """Planned length and warm-up, in steps.
 
-    A warm-up that nobody gave, but a recipe, is a tenth of a plan that is shorter than it is.
+    A recipe's warm-up that is longer than the planned length becomes a tenth of it, unless it was
+    given as an option too (`warmup_given`).
     """
     planned = config.steps
     if planned is None:
         assert config.epochs is not None
         whole, part = divmod(config.epochs, 1)
-        batches = schedule.batches(int(whole))
-        batches += math.ceil(part * (schedule.batches(int(whole) + 1) - batches))
+        batches = order.batches(int(whole))
+        batches += math.ceil(part * (order.batches(int(whole) + 1) - batches))
         planned = max(1, math.ceil(batches / config.accum))
         if planned > MOST_STEPS:
             raise UserError(
-                f"--epochs {config.epochs:g} is {planned} steps, and a run has at most "
-                f"{MOST_STEPS}; lower it"
+                f"--epochs {config.epochs:g} is {planned} steps, and a run can have {MOST_STEPS}; "
+                f"lower it"
             )
-    steps_an_epoch = schedule.batches_an_epoch / config.accum
+    steps_an_epoch = order.batches_an_epoch / config.accum
     if config.warmup is None and config.phase == "unet":
         return planned, min(200.0, planned / 10)
     try:
@@ -45,12 +46,12 @@ def planned_steps(
 def first_other_rate(
     config: TrainConfig, old: tuple[int, float], new: tuple[int, float], steps: int
 ) -> int | None:
-    """The first of the steps 1 to `steps` that two (planned length, warm-up) give other rates.
+    """The first of steps 1 to `steps` whose rate differs between two (planned length, warm-up).
 
-    None: the rates are all the same, and so is each of these steps, to the bit.
+    None if all rates are equal, and so all of these steps bit for bit.
     """
     last = steps
-    if config.scheduler == "constant":  # alike from the longer warm-up's end on
+    if config.scheduler == "constant":  # equal after the longer warm-up
         last = min(steps, math.ceil(max(old[1], new[1])))
 
     def rate(step: int, plan: tuple[int, float]) -> float:
@@ -65,13 +66,11 @@ def first_other_rate(
 def warmup_steps(warmup: str, planned_steps: int, steps_an_epoch: float) -> float:
     """`200`, `10%` of the planned length, or `0.5e` epochs, in steps; not rounded.
 
-    Raises UserError for anything else, and for a warm-up longer than the plan.
+    Raises UserError for anything else, and for a warm-up longer than the planned length.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|e?)", warmup.strip())
     if not match:
-        raise UserError(
-            f"--warmup {warmup!r} is neither steps (200), percent (10%) nor epochs (0.5e)"
-        )
+        raise UserError(f"--warmup {warmup!r} is not steps (200), percent (10%) or epochs (0.5e)")
     number, unit = float(match[1]), match[2]
     steps = {
         "": number,
@@ -80,8 +79,8 @@ def warmup_steps(warmup: str, planned_steps: int, steps_an_epoch: float) -> floa
     }[unit]
     if steps > planned_steps:
         raise UserError(
-            f"--warmup {warmup} is {steps:g} steps and the planned length only {planned_steps}; "
-            f"shorten the one or lengthen the other"
+            f"--warmup {warmup} is {steps:g} steps, longer than the planned {planned_steps}; lower "
+            f"it or raise --steps"
         )
     return steps
 
@@ -94,10 +93,10 @@ def learning_rate(
     planned: int = 0,
     floor: float = 0.0,
 ) -> float:
-    """The rate of step 1, 2, ..., `planned`.
+    """The learning rate of step 1, 2, ..., `planned`.
 
-    It rises in proportion to the step up to `warmup`, where it is `lr`, then falls as the scheduler
-    has it: with x from 0 there to 1 at the planned end, where it is `floor`.
+    It rises linearly to `lr` at step `warmup`, and then falls to `floor` at step `planned`, as the
+    scheduler says.
     """
     if step <= warmup:
         return lr * min(1.0, step / warmup)
@@ -108,7 +107,7 @@ def learning_rate(
 
 
 def left(scheduler: Scheduler, x: float) -> float:
-    """The part of the way from the floor to the full rate that is left at x, 0 to 1.
+    """The share of the way from the floor to the full rate at x, 0 after warm-up to 1 at the end.
 
     Cosine: Loshchilov and Hutter 2017 (arXiv 1608.03983, eq. 5, one cycle). REX: Chen, Wolfe and
     Kyrillidis 2021 (arXiv 2107.04197), changed at every step.

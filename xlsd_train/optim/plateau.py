@@ -1,4 +1,4 @@
-"""Where D-Lion's d stops growing for the first time: the rate with which plain Lion may go on."""
+"""Find where D-Lion's d first stops growing: a learning rate for continuing with plain Lion."""
 
 import logging
 import math
@@ -13,10 +13,10 @@ from xlsd_train.runs.json_files import objects_in
 
 log = logging.getLogger("xlsd.train.optim")
 
-WINDOW = 100  # steps over which d hardly grows on a plateau
-GROWTH = 1.02  # by a factor less than this over the window
+WINDOW = 100  # steps of a plateau
+GROWTH = 1.02  # d grows by less than this factor over the window
 LINE = {"step!": int, "d!": float, "lr_effective!": float}
-RISE = 10.0  # after it has grown by this factor since the first step
+RISE = 10.0  # and has grown by this factor since the first step
 
 
 @dataclass(frozen=True)
@@ -24,34 +24,34 @@ class Plateau:
     """The first plateau of a run."""
 
     step: int  # its first step
-    seen_at: int  # a window later
+    seen_at: int  # WINDOW steps later
     d: float
-    lr: float  # d times the learning rate: what to give Lion as --lr
+    lr: float  # d times the learning rate: Lion's --lr
 
     def __str__(self) -> str:
-        """One sentence, for the person at the run."""
+        """One sentence, with the options to continue with."""
         return (
-            f"d reached its first plateau at step {self.step}: from there to step {self.seen_at} "
-            f"it grew by less than {GROWTH - 1:.0%}, to {self.d:.3g}; --optimizer lion --lr "
-            f"{self.lr:.2g} goes on at this rate"
+            f"d reached its first plateau at step {self.step}: up to step {self.seen_at} it grew "
+            f"by less than {GROWTH - 1:.0%}, to {self.d:.3g}; the same rate with plain Lion is "
+            f"--optimizer lion --lr {self.lr:.2g}"
         )
 
 
 def first_plateau(lines: Iterable[Mapping[str, Any]], d_max: float | None = None) -> Plateau | None:
-    """The first plateau in the metrics of a run, a line for each step from the first.
+    """The first plateau in a run's metrics, one line per step from the first step.
 
     That is the first step s where d is at least RISE times its first value, and has grown by less
-    than the factor GROWTH at step s + WINDOW. It tells nothing where `d_max` has held d.
+    than the factor GROWTH at step s + WINDOW. None if `d_max` limited d there.
     """
     watch = PlateauWatch(d_max)
-    return next((found for line in lines if (found := watch.next(line))), None)
+    return next((plateau for line in lines if (plateau := watch.next(line))), None)
 
 
 class PlateauWatch:
-    """Watches a run's metrics, step after step, for the first plateau."""
+    """Watches a run's metrics for the first plateau."""
 
     def __init__(self, d_max: float | None = None) -> None:
-        """`d_max` is the limit that the run was given."""
+        """`d_max` is the run's --d-max."""
         self._d_max = math.inf if d_max is None else d_max
         self._first: float | None = None
         self._last: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)  # (step, d)
@@ -59,7 +59,7 @@ class PlateauWatch:
 
     @classmethod
     def of_run(cls, options: OptimizerOptions, metrics: Path) -> "PlateauWatch":
-        """As far as the run has got, by its metrics.jsonl; only for D-Lion it looks at all."""
+        """A watch that has seen the run's metrics.jsonl so far; for D-Lion only."""
         watch = cls(options.d_max)
         if options.optimizer != "dlion":
             watch._done = True
@@ -69,12 +69,12 @@ class PlateauWatch:
         return watch
 
     def see(self, line: Mapping[str, Any]) -> None:
-        """Say it, at the step where it is found."""
-        if found := self.next(line):
-            log.info(found)
+        """Log a plateau, at the step where it is found."""
+        if plateau := self.next(line):
+            log.info(plateau)
 
     def next(self, line: Mapping[str, Any]) -> Plateau | None:
-        """The plateau that this step's metrics end the search for; at later steps None again."""
+        """The first plateau, at the step where it is found; None at all others."""
         if self._done or "d" not in line:
             return None
         d = line["d"]

@@ -1,6 +1,6 @@
-"""The processes of one run: what they agree on, and work that is dealt out among them.
+"""The processes of one run: agreeing on flags, and sharing out work.
 
-They talk on the CPU (gloo): no card is waited for, and one that is gone is noticed at once.
+They communicate on the CPU (gloo): no GPU is waited for, and a lost process is noticed at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,8 @@ from torch import Tensor, distributed
 
 from xlsd_cache.errors import UserError
 
-PATIENCE = timedelta(days=1)  # for a process that writes a checkpoint while the others wait
-GONE = ("onnection closed", "onnection reset", "roken pipe", "ead peer", "NCCL", "gloo")
+TIMEOUT = timedelta(days=1)  # one process writes a checkpoint while the others wait
+LOST_WORDS = ("onnection closed", "onnection reset", "roken pipe", "ead peer", "NCCL", "gloo")
 Item = TypeVar("Item")
 
 
@@ -26,7 +26,7 @@ class Lost(UserError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its run; alone it agrees with itself at once."""
+    """This process and the others of its run; by default it is alone."""
 
     rank: int = 0
     count: int = 1
@@ -34,32 +34,32 @@ class Processes:
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> "Processes":
-        """Those that a launcher began together."""
+        """Those that a launcher started together."""
         if accelerator.num_processes == 1:
             return cls()
-        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
         return cls(accelerator.process_index, accelerator.num_processes, group)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag whether any process has it set. Waits for all of them."""
+        """For each flag, whether it is set in any process. Waits for all of them."""
         if self.count == 1:
             return list(flags)
-        told = torch.tensor(flags, dtype=torch.int32)
-        with self._heard():
-            distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self.group)
-        return [bool(flag) for flag in told.tolist()]
+        maxima = torch.tensor(flags, dtype=torch.int32)
+        with self._lost_raised():
+            distributed.all_reduce(maxima, op=distributed.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in maxima.tolist()]
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have called this."""
         self.any(False)
 
     def deal(
         self, count: int, work: Callable[[int], Item], stopped: Callable[[], bool]
     ) -> list[Item] | None:
-        """`work(i)` for each i below `count`, each done by one process, in turn.
+        """Call `work(i)` for each i below `count`, in one process each, in turn.
 
-        The first process gets all results in order, the others nothing; None for all of them, where
-        any was `stopped` before the end.
+        The first process gets all results in order, the others an empty list. All get None if any
+        was `stopped` before the end.
         """
         mine = {}
         for first in range(0, count, self.count):
@@ -67,14 +67,14 @@ class Processes:
                 return None
             if (number := first + self.rank) < count:
                 mine[number] = work(number)
-        found = self._gather(mine)
-        return [found[number] for number in sorted(found)]
+        results = self._gather(mine)
+        return [results[number] for number in sorted(results)]
 
     def _gather(self, mine: dict[int, Item]) -> dict[int, Item]:
         if self.count == 1:
             return mine
         every: list[Any] | None = [None] * self.count if self.rank == 0 else None
-        with self._heard():
+        with self._lost_raised():
             distributed.gather_object(mine, every, group=self.group)
         return {number: item for each in every or [] for number, item in each.items()}
 
@@ -82,7 +82,7 @@ class Processes:
     def together(
         self, tensors: Sequence[Tensor], context: AbstractContextManager[Any]
     ) -> Iterator[None]:
-        """Within the block all processes have the tensors as `context` sets them in the first."""
+        """Within the block all processes have the values that `context` sets in the first one."""
         if self.count == 1:
             with context:
                 yield
@@ -99,28 +99,28 @@ class Processes:
 
     def names(self, names: list[str]) -> list[str]:
         """The first process's names."""
-        told: list[Any] = [names]
+        shared: list[Any] = [names]
         if self.count > 1:
-            with self._heard():
-                distributed.broadcast_object_list(told, 0, group=self.group)
-        return list(told[0])
+            with self._lost_raised():
+                distributed.broadcast_object_list(shared, 0, group=self.group)
+        return list(shared[0])
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
-        """Raises Lost where another process is gone."""
+    def _lost_raised(self) -> Iterator[None]:
+        """Raises Lost if another process is gone."""
         try:
             yield
         except RuntimeError as error:
             raise Lost(str(error)) from error
 
     def lost(self, error: Exception) -> bool:
-        """Whether an error, of sums of gradients also, says that another process is gone."""
+        """Whether an error, also one of summing gradients, means that another process is gone."""
         return isinstance(error, Lost) or (
-            self.count > 1 and any(word in str(error) for word in GONE)
+            self.count > 1 and any(word in str(error) for word in LOST_WORDS)
         )
 
     def close(self) -> None:
-        """Leave the others; afterwards this process is no part of the run."""
+        """Leave the group; afterwards this process is not part of the run."""
         if self.count > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
 

@@ -1,10 +1,10 @@
-"""The networks as a list of layers, so that the memory plan can say how each is passed.
+"""Text encoder and UNet as a list of layers, each of which the memory plan can run in several ways.
 
-diffusers' and transformers' modules hold the weights; here their forward pass is written down again
-over those modules, bit for bit the same, with two more ways of running it: `cheap` and
-`feed-forward` do not keep what norms and activations (and the feed-forward's projection) give, but
-rebuild it in the backward pass. A rebuilt region ends with the convolution or matmul whose input it
-is; non-reentrant checkpointing stops before that last operation, which is thus done only once.
+The weights are in diffusers' and transformers' modules. Their forward pass is written again here,
+over those modules and equal bit for bit, with activation checkpointing: `cheap` recomputes the
+outputs of norms and activation functions in the backward pass, and `feed-forward` that of the
+feed-forward projection too. A recomputed region ends with the convolution or matmul that takes what
+it recomputes. Non-reentrant checkpointing stops before that last operation, so it runs only once.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from xlsd_cache.errors import UserError
 
 Recompute = Literal["nothing", "cheap", "feed-forward"]
-# The values that a batch starts with; none of them is differentiated.
+# The values that a batch starts with; none has a gradient.
 NOISY, TIMESTEPS, INPUT_IDS = "noisy latents", "timesteps", "input_ids"
-STATES, EPSILON = "encoder_hidden_states", "epsilon"
+STATES, PREDICTION = "encoder_hidden_states", "prediction"
 _TEMB = "time embedding"
-WHOLE = 4096  # the room of what is so small that any batch passes at once
-# What the forward pass below is written for: SD1.5's architecture, at any size.
+WHOLE = 4096  # the `room` of a layer so small that any batch passes at once
+# The architecture that the forward pass below implements: SD1.5's, at any size.
 _EXPECTED = {
     "act_fn": "silu", "attention_type": "default", "center_input_sample": False,
     "class_embed_type": None, "addition_embed_type": None, "encoder_hid_dim": None,
@@ -41,18 +41,18 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-# What regions are rebuilt under. A rehearsal stands in for a card in it.
-rebuilding: Callable[[], AbstractContextManager[Any]] = nullcontext
+# The context in which regions are recomputed; memory/meta_step.py sets another.
+recompute_context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A piece of the networks that is passed, and differentiated, as one."""
+    """Modules that run, and are differentiated, together."""
 
     inputs: tuple[str, ...]  # names of values
-    output: str  # the name of what it gives, and its own
+    output: str  # name of its output value; the layer's own name as well
     parameters: tuple[Parameter, ...]
-    room: int  # samples of it that need about the memory of one sample in the widest layers
+    room: int  # samples here that need about as much memory as one sample in the widest layers
     run: Callable[..., Tensor]  # (recompute, *inputs) -> output; no sample sees another
 
     @property
@@ -62,16 +62,16 @@ class Layer:
 
 
 def make_layers(unet: Any, text_encoder: Any, encode: Callable[[Tensor], Tensor]) -> list[Layer]:
-    """Text encoder, time embedding and UNet in the order of a forward pass.
+    """Layers of the text encoder, the time embedding and the UNet, in forward order.
 
-    `encode` gives encoder_hidden_states [B, tokens, width] of input_ids int64 [B, tokens]. Raises
-    UserError for a UNet that is not built as SD1.5's is.
+    `encode` maps input_ids int64 [B, tokens] to encoder_hidden_states [B, tokens, width]. Raises
+    UserError for a UNet whose architecture is not SD1.5's.
     """
-    for name, value in _EXPECTED.items():
-        if (there := unet.config.get(name, value)) != value:
+    for name, expected in _EXPECTED.items():
+        if (value := unet.config.get(name, expected)) != expected:
             raise UserError(
-                f"the UNet has {name} {there!r} where SD1.5 has {value!r}; it cannot be trained "
-                f"here: give an SD1.5-like --model"
+                f"cannot train this UNet: its config has {name} {value!r}, and SD1.5's "
+                f"{expected!r}; give an SD1.5-like --model"
             )
     layers: list[Layer] = []
 
@@ -98,14 +98,14 @@ def make_layers(unet: Any, text_encoder: Any, encode: Callable[[Tensor], Tensor]
             skips.append(h)
     for j, (res, att) in enumerate(_pairs(unet.mid_block)):
         h = add(f"mid {j}", (_TEMB, STATES, h), [res, att], rooms[-1], _pair(res, att))
-    up = None  # passed with the layer after it: what it gives is large, what it takes is small
+    up = None  # shares a layer with what follows, since its output is large and its input small
     for i, block in enumerate(unet.up_blocks):
         for j, (res, att) in enumerate(_pairs(block)):
             inputs = (_TEMB, STATES, h, skips.pop())
             h = add(f"up {i}.{j}", inputs, [up, res, att], rooms[-1 - i], _pair(res, att, up))
             up = None
         up = block.upsamplers[0] if block.upsamplers else None
-    add(EPSILON, (h,), [unet.conv_norm_out, unet.conv_out], 1, _out(unet))
+    add(PREDICTION, (h,), [unet.conv_norm_out, unet.conv_out], 1, _out(unet))
     return layers
 
 
@@ -114,7 +114,7 @@ def _pairs(block: Any) -> list[tuple[Any, Any]]:
 
 
 def _pair(res: Any, att: Any, up: Any = None) -> Callable[..., Tensor]:
-    """A resnet, what follows it, and what goes before: they share a layer."""
+    """An upsampler, a resnet and a transformer, in one layer; the first and last may be missing."""
 
     def run(recompute: Recompute, temb: Tensor, states: Tensor, x: Tensor, *skip: Tensor) -> Tensor:
         if up is not None:
@@ -140,44 +140,44 @@ def _downsample(m: Any, _: Recompute, x: Tensor) -> Tensor:
 
 
 def _upsample(m: Any, recompute: Recompute, x: Tensor, size: torch.Size) -> Tensor:
-    """Upsample2D, to the size of what is joined next: odd latents are rounded up when halved."""
-    return rebuild(recompute, lambda z: m.conv(F.interpolate(z, size, mode="nearest")), x)
+    """Upsample2D, to the size of the skip connection: downsampling rounds odd sizes up."""
+    return recomputed(recompute, lambda z: m.conv(F.interpolate(z, size, mode="nearest")), x)
 
 
 def _out(unet: Any) -> Callable[..., Tensor]:
     def run(recompute: Recompute, x: Tensor) -> Tensor:
-        return rebuild(recompute, lambda z: unet.conv_out(F.silu(unet.conv_norm_out(z))), x)
+        return recomputed(recompute, lambda z: unet.conv_out(F.silu(unet.conv_norm_out(z))), x)
 
     return run
 
 
-def rebuild(recompute: Recompute, region: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """The region's output; between its inputs and its last operation nothing is kept."""
+def recomputed(recompute: Recompute, region: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The region's output. Nothing between its inputs and its last operation is stored."""
     if recompute == "nothing" or not torch.is_grad_enabled():
         return region(*inputs)
-    # There is no dropout, so no random state to bring back.
+    # There is no dropout, so no random state to restore.
     out: Tensor = checkpoint(
         region, *inputs, use_reentrant=False, preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), rebuilding()),
+        context_fn=lambda: (nullcontext(), recompute_context()),
     )  # fmt: skip
     return out
 
 
 def _resnet(m: Any, recompute: Recompute, temb: Tensor, *parts: Tensor) -> Tensor:
-    """ResnetBlock2D on the joined channels of `parts`, which are joined again when rebuilt.
+    """ResnetBlock2D on `parts`, concatenated along channels.
 
-    Where nothing is rebuilt they are joined once, as two joins would both be kept.
-
-    diffusers divides the result by output_scale_factor, which is 1: a pass over memory for nothing.
+    A recomputed region concatenates them again. If nothing is recomputed they are concatenated
+    once, since both results would be stored. diffusers also divides by output_scale_factor, which
+    is 1: a pass over memory for nothing.
     """
     if recompute == "nothing":
         parts = (_join(parts),)
-    h = rebuild(recompute, lambda *z: m.conv1(F.silu(m.norm1(_join(z)))), *parts)
+    h = recomputed(recompute, lambda *z: m.conv1(F.silu(m.norm1(_join(z)))), *parts)
     h = h + m.time_emb_proj(F.silu(temb))[:, :, None, None]
-    h = rebuild(recompute, lambda z: m.conv2(F.silu(m.norm2(z))), h)
+    h = recomputed(recompute, lambda z: m.conv2(F.silu(m.norm2(z))), h)
     if m.conv_shortcut is None:
         return _join(parts) + h
-    return rebuild(recompute, lambda *z: m.conv_shortcut(_join(z)), *parts) + h
+    return recomputed(recompute, lambda *z: m.conv_shortcut(_join(z)), *parts) + h
 
 
 def _join(parts: tuple[Tensor, ...]) -> Tensor:
@@ -193,15 +193,15 @@ def _transformer(m: Any, recompute: Recompute, x: Tensor, states: Tensor) -> Ten
         projected: Tensor = m.proj_out(image)
         return projected
 
-    h = rebuild(recompute, lambda z: m.proj_in(m.norm(z)), x)
+    h = recomputed(recompute, lambda z: m.proj_in(m.norm(z)), x)
     h = h.permute(0, 2, 3, 1).reshape(batch, height * width, -1)
     for block in m.transformer_blocks:
         h = _block(block, recompute, h, states)
-    return rebuild(recompute, out, h) + x
+    return recomputed(recompute, out, h) + x
 
 
 def _block(m: Any, recompute: Recompute, h: Tensor, states: Tensor) -> Tensor:
-    """BasicTransformerBlock: attention to itself, to the text, and the feed-forward."""
+    """BasicTransformerBlock: self-attention, cross-attention to the text, feed-forward."""
     a = m.attn1
     if recompute == "nothing" or not torch.is_grad_enabled():
         z = m.norm1(h)
@@ -214,7 +214,7 @@ def _block(m: Any, recompute: Recompute, h: Tensor, states: Tensor) -> Tensor:
     h = _attention(a, q, k, v) + h
     del q, k, v
     a = m.attn2
-    q = rebuild(recompute, lambda z: a.to_q(m.norm2(z)), h)
+    q = recomputed(recompute, lambda z: a.to_q(m.norm2(z)), h)
     h = _attention(a, q, a.to_k(states), a.to_v(states)) + h
     del q
     project, last = m.ff.net[0].proj, m.ff.net[2]
@@ -225,12 +225,12 @@ def _block(m: Any, recompute: Recompute, h: Tensor, states: Tensor) -> Tensor:
         return ended
 
     if recompute == "feed-forward":
-        return rebuild(recompute, lambda z: gated(project(m.norm3(z))), h) + h
-    return rebuild(recompute, gated, rebuild(recompute, lambda z: project(m.norm3(z)), h)) + h
+        return recomputed(recompute, lambda z: gated(project(m.norm3(z))), h) + h
+    return recomputed(recompute, gated, recomputed(recompute, lambda z: project(m.norm3(z)), h)) + h
 
 
 def _attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Never holds the matrix of all pairs: the kernels of scaled_dot_product_attention do not."""
+    """Attention by scaled_dot_product_attention, which never stores the matrix of all pairs."""
     q, k, v = (z.view(z.shape[0], z.shape[1], m.heads, -1).transpose(1, 2) for z in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v)
     out: Tensor = m.to_out[0](mixed.transpose(1, 2).reshape(mixed.shape[0], mixed.shape[2], -1))
@@ -238,9 +238,9 @@ def _attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _NormedLinears(Function):
-    """LayerNorm and several linear layers without bias on it, of which only the input is kept.
+    """LayerNorm and several linear layers without bias on its output; only its input is stored.
 
-    Three layers share the norm's result, so a checkpointed region would do two of them again.
+    Three layers share the norm's output, so a checkpointed region would run two of them again.
     """
 
     @staticmethod

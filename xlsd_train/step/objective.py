@@ -1,7 +1,7 @@
-"""The diffusion itself. Pure: latents, noise and timesteps in, noisy latents and loss out.
+"""The diffusion objective: latents, noise and timesteps -> noisy latents, target, loss. Pure.
 
-Every objective mixes x_t = signal_t x_0 + sigma_t noise and has the network predict a mixture of
-both; they differ in the two factors, in what is predicted, and in what a timestep's error weighs.
+Every objective mixes x_t = signal_t x_0 + sigma_t noise, and the network predicts a mixture of
+both. Objectives differ in the two factors, in the prediction, and in the loss weight of timesteps.
 """
 
 from dataclasses import dataclass, replace
@@ -22,32 +22,32 @@ SNR_CAP = 1000.0
 
 @dataclass(frozen=True)
 class Objective:
-    """What is trained, as tables by timestep. Calls on any slice of a batch give the same values.
+    """An objective as tables by timestep. Any slice of a batch gets the values of the whole.
 
-    Timesteps are first..first + count - 1, and what the network is told.
+    The network's timesteps are first..first + count - 1.
     """
 
     kind: Kind
     signal: Tensor  # f32 [first + count], factor of the latents in x_t
     sigma: Tensor  # f32, factor of the noise
-    weight: Tensor  # f32, what a timestep's squared error weighs
+    weight: Tensor  # f32, loss weight
     first: int  # the first timestep: 0, but 1 for flow, whose timestep 0 has no noise to predict
-    scheduler_config: dict[str, Any]  # what samples this model rightly in diffusers
+    scheduler_config: dict[str, Any]  # with which diffusers samples this model
 
     @property
     def count(self) -> int:
-        """How many timesteps there are."""
+        """Number of timesteps."""
         return len(self.signal) - self.first
 
     def to(self, device: torch.device) -> "Objective":
-        """The same with its tables on a device."""
+        """A copy with its tables on a device."""
         signal, sigma, weight = (x.to(device) for x in (self.signal, self.sigma, self.weight))
         return replace(self, signal=signal, sigma=sigma, weight=weight)
 
     def record(self, before: dict[str, Any]) -> ObjectiveRecord:
-        """For config.json: what is predicted, and what the scheduler's config said before."""
-        said, says = map(_in_words, (before, self.scheduler_config))
-        return {"kind": self.kind, "before": said, "anew": said != says}
+        """For config.json: the prediction now, and that of the scheduler config before."""
+        was, now = map(_describe, (before, self.scheduler_config))
+        return {"kind": self.kind, "before": was, "anew": was != now}
 
     def corrupt(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor
@@ -75,9 +75,9 @@ class Objective:
 def make_objective(
     kind: Kind | None, weighting: Weighting, gamma: float, scheduler_config: dict[str, Any]
 ) -> Objective:
-    """The objective on a model's noise schedule; None is what the model predicts already.
+    """The objective with a model's noise scheduler. `kind` None: what the model predicts already.
 
-    Raises UserError where the model's scheduler or the weighting does not allow it.
+    Raises UserError if the model's noise scheduler or the weighting does not allow it.
     """
     kind = kind or predicts(scheduler_config)
     check_weighting(kind, weighting)
@@ -91,33 +91,33 @@ def make_objective(
     weight = loss_weights(kind, weighting, gamma, (signal / sigma).square())
     if not torch.isfinite(weight).all():
         raise UserError(
-            f"--loss-weight {weighting} is not finite where the model's scheduler leaves no signal "
-            f"(rescale_betas_zero_snr); take --objective v, or --loss-weight none"
+            f"--loss-weight {weighting} is infinite at the model's last timestep, which has no "
+            f"signal (rescale_betas_zero_snr); use --objective v, or --loss-weight none"
         )
     return Objective(kind, signal, sigma, weight, 0, config)
 
 
 def predicts(scheduler_config: dict[str, Any]) -> Kind:
-    """What a model was trained to predict. Raises UserError for what is not trained here."""
-    said = prediction_type(scheduler_config)
-    if said not in _PREDICTIONS:
+    """What a model was trained to predict. Raises UserError for an unsupported prediction."""
+    kind = prediction_type(scheduler_config)
+    if kind not in _PREDICTIONS:
         raise UserError(
-            f"the model's scheduler says prediction_type {said}, which is not trained here; say "
-            f"what it is to learn to predict with --objective"
+            f"the model's scheduler has prediction_type {kind}, which is not supported; add "
+            f"--objective for what the model should learn to predict"
         )
-    return _PREDICTIONS[said]
+    return _PREDICTIONS[kind]
 
 
-def _in_words(scheduler_config: dict[str, Any]) -> str:
-    said = prediction_type(scheduler_config)
-    ends = said == "v_prediction" and not has_zero_snr(scheduler_config)
-    return f"{said} without zero terminal SNR" if ends else said
+def _describe(scheduler_config: dict[str, Any]) -> str:
+    kind = prediction_type(scheduler_config)
+    ends = kind == "v_prediction" and not has_zero_snr(scheduler_config)
+    return f"{kind} without zero terminal SNR" if ends else kind
 
 
 def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
     """abar_t, f32 [T] (DDPM, eq. 4); SD1.5's betas are scaled_linear.
 
-    With rescale_betas_zero_snr those of arXiv 2305.08891, algorithm 1: abar_T is 0.
+    With rescale_betas_zero_snr that of arXiv 2305.08891, algorithm 1: abar_T is 0.
     """
     scheduler: Any = DDPMScheduler.from_config(scheduler_config)
     abar: Tensor = scheduler.alphas_cumprod
@@ -125,13 +125,13 @@ def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
 
 
 def loss_weights(kind: Kind, weighting: Weighting, gamma: float, snr: Tensor) -> Tensor:
-    """What each timestep's squared error weighs, f32 [T], by its signal-to-noise ratio.
+    """Each timestep's loss weight, f32 [T], from its signal-to-noise ratio.
 
     min-snr (arXiv 2303.09556, section 3.4): min(SNR, gamma) / SNR for eps and
-    min(SNR, gamma) / (SNR + 1) for v, both of them min(SNR, gamma) on the error of x_0. So a v
-    model's last timestep, all noise, weighs nothing.
-    debiased (arXiv 2310.08442): 1 / sqrt(SNR) for eps. SNR counts as at most 1000, as in kohya's
-    sd-scripts, with which XLLSD was trained; of SD1.5's timesteps that changes the first.
+    min(SNR, gamma) / (SNR + 1) for v, both equal to min(SNR, gamma) on the error of x_0. So the
+    last timestep of a v model, all noise, has weight 0.
+    debiased (arXiv 2310.08442): 1 / sqrt(SNR) for eps. SNR is capped at 1000, as in kohya's
+    sd-scripts, with which XLLSD was trained; that changes only SD1.5's first timestep.
     """
     if weighting == "none":
         return torch.ones_like(snr)

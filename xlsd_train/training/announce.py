@@ -1,9 +1,9 @@
-"""What a run is about to do, in full, before it does it."""
+"""Log what a run is about to do, before its first step, and each epoch's end."""
 
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,9 +13,10 @@ from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
+from xlsd_train.data.loader import Batch, BatchSource
 from xlsd_train.runs.record import RunRecord, StoreRecord
 from xlsd_train.runs.validation_log import HELD_OUT
-from xlsd_train.training.pace import epochs_told, hours_told
+from xlsd_train.training.pace import describe_epochs, describe_hours
 
 log = logging.getLogger("xlsd.train.training")
 
@@ -23,32 +24,32 @@ log = logging.getLogger("xlsd.train.training")
 def announce(
     config: TrainConfig,
     record: RunRecord,
-    schedule: BatchOrder,
+    order: BatchOrder,
     named: dict[str, Parameter],
     run: RunFolder,
 ) -> None:
-    """Print it, from the record that config.json keeps."""
+    """Log it, from the record that goes into config.json."""
     for name, value in asdict(config).items():
         log.info(f"  {name:<24}{value}")
     for line in _chosen(record):
         log.info(line)
     weights = sum(parameter.numel() for parameter in named.values())
     log.info(record.precision)
-    log.info(f"model {record.model['source']}: {weights / 1e6:.1f} M weights train")
+    log.info(f"model {record.model['source']}: {weights / 1e6:.1f} M weights to train")
     objective = record.objective
     weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
-    anew = f"; the model predicted {objective['before']} so far, and learns to anew"
+    changed = f"; the model was trained to predict {objective['before']} before"
     log.info(
         f"objective {objective['kind']}{weight}, {config.timesteps} timesteps"
-        + (anew if objective["anew"] else "")
+        + (changed if objective["anew"] else "")
     )
     if record.latents["normalized"]:
-        log.info("latents are normalised by channel, with " + json.dumps(record.latents))
+        log.info("latents are normalised per channel: " + json.dumps(record.latents))
     if record.vae["decoder"]:
         log.info(record.vae["decoder"])
     _stores(record.stores)
     for tag in record.unknown_tags:
-        log.info(f"  no image has the tag {tag!r} that --forbid-tags names")
+        log.info(f"  no image has the --forbid-tags tag {tag!r}")
     _measured(config, record)
     log.info(describe_truncation(record.captions))
     for line in record.remarks if config.sample_every else ():
@@ -56,84 +57,100 @@ def announce(
     log.info(record.memory)
     if config.ema:
         gib = 2 * 4 * weights / 2**30
-        held = gib * 1.5 if record.settings["device"] == "cuda" else gib  # a copy on its way
+        held = gib * 1.5 if record.settings["device"] == "cuda" else gib  # and a staging copy
         log.info(
-            f"EMA: two averages in {held:.1f} GiB of the CPU's memory, and at most "
+            f"EMA: two averages in {held:.1f} GiB of CPU memory, and at most "
             f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {run.folder / 'ema'}"
         )
-    for bucket, count in schedule.small_buckets(record.batch):
-        log.info(f"  bucket {bucket} holds {count} images, so its batches do, not {record.batch}")
+    for bucket, count in order.small_buckets(record.batch):
+        log.info(f"  bucket {bucket} has {count} images: using batch size {count}")
     falls = config.scheduler != "constant"
     then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
     steps = config.warmup or ""
     short = steps.isdecimal() and int(steps) > record.planned_steps
-    tenth = f"; a tenth of the plan, which is shorter than the recipe's {steps}" if short else ""
+    tenth = f" (a tenth of the run, which is shorter than the recipe's {steps})" if short else ""
     log.info(f"warm-up over {record.warmup_steps:g} steps to {config.lr:g}{then}{tenth}")
-    _length(config, record, schedule)
+    _length(config, record, order)
     log.info(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
 
 
 def _measured(config: TrainConfig, record: RunRecord) -> None:
-    """What validation measures, and whether its steps are those that are saved."""
+    """What validation measures, and whether validated steps are saved."""
     measured = len(record.validation.get(HELD_OUT, ()))
     if measured:
-        log.info(f"  {measured} held-out images are measured beside {measured} that train")
+        log.info(f"  validation: {measured} held-out images and {measured} training images")
         meet = math.lcm(config.validate_every, config.save_every)
         if meet > config.validate_every:
             log.info(
-                f"  one of {meet // config.validate_every} validated steps is saved: "
-                f"--validate-every {config.validate_every} and --save-every {config.save_every} "
-                f"meet every {meet} steps, and the best checkpoint is chosen from those"
+                f"  only every {meet} steps a step is both validated and saved (--validate-every "
+                f"{config.validate_every}, --save-every {config.save_every}); the best checkpoint "
+                f"is chosen from those"
             )
 
 
-def _length(config: TrainConfig, record: RunRecord, schedule: BatchOrder) -> None:
-    """How long the run is to be, in all units that there are, and whether that is absurd."""
-    planned, an_epoch = record.planned_steps, schedule.batches_an_epoch / config.accum
+def _length(config: TrainConfig, record: RunRecord, order: BatchOrder) -> None:
+    """The run's length in steps, epochs and hours, and whether that is absurd."""
+    planned, an_epoch = record.planned_steps, order.batches_an_epoch / config.accum
     last = min(planned, config.stop_after or planned)
     images = sum(store["selected"] for store in record.stores)
-    stops = f", of which it stops after {last}" if last < planned else ""
+    stops = f" (stopping after {last})" if last < planned else ""
     log.info(
-        f"planned {planned} steps{stops}, {an_epoch:.1f} an epoch: "
-        f"{epochs_told(last / an_epoch, images)}"
+        f"planned {planned} steps{stops}, {an_epoch:.1f} per epoch: "
+        f"{describe_epochs(last / an_epoch, images)}"
     )
     if record.step_s:
         card, step_s = record.step_s
-        log.info(hours_told(card, last * config.accum * step_s))
+        log.info(describe_hours(card, last * config.accum * step_s))
 
 
 def _chosen(record: RunRecord) -> Iterator[str]:
-    """Where settings come from that nobody gave."""
+    """Where settings come from that were not given."""
     if record.recipe:
         yield _recipe(record.recipe)
     yield from (change["why"] for change in record.adapted.values() if change["why"])
 
 
 def _recipe(record: dict[str, Any]) -> str:
-    """Which recipe, and what of it the command line has otherwise."""
-    told = f"recipe {record['name']} (sha256 {record['sha256'][:12]})"
-    other = ", ".join(
-        f"{name} {found['run']} for {found['recipe']}"
-        for name, found in record["overridden"].items()
+    """Which recipe, and what the command line overrides."""
+    recipe = f"recipe {record['name']} (sha256 {record['sha256'][:12]})"
+    overridden = ", ".join(
+        f"{name} {values['run']} (recipe: {values['recipe']})"
+        for name, values in record["overridden"].items()
     )
-    return f"{told}, with {other}" if other else told
+    return f"{recipe}, with {overridden}" if overridden else recipe
 
 
 def _stores(stores: list[StoreRecord]) -> None:
-    """What each holds, which of that trains, and its share of an epoch."""
+    """The images of each store, how many train, and its share of an epoch."""
     uses = [store["selected"] * store["weight"] for store in stores]
     for store, used in zip(stores, uses, strict=True):
         line = f"store {store['path']}: {store['images']} images, generation {store['generation']}"
         later = store["newest_generation"] - store["generation"]
         if later:
-            line += f", without the {later} later ones, unfinished or newer than the run"
+            line += f" ({later} later ones are unfinished or newer than the run)"
         log.info(line)
         if store["tagged"] < store["images"]:
-            log.info(f"  {store['tagged']} of {store['images']} images are selected by their tags")
+            log.info(f"  {store['tagged']} of {store['images']} images are selected by tags")
         if store["selected"] < store["tagged"]:
             log.info(f"  {store['tagged'] - store['selected']} of them are held out for validation")
         if store["weight"] != 1 or len(stores) > 1:
             log.info(
-                f"  an epoch uses each {store['weight']:g} times: {used / sum(uses):.1%} of what "
-                f"it uses"
+                f"  each is used {store['weight']:g} times per epoch: "
+                f"{used / sum(uses):.1%} of the epoch"
             )
+
+
+def log_epochs(source: BatchSource, batches: Sequence[Batch]) -> None:
+    """Log each epoch that ends with one of the batches; of short epochs only some.
+
+    Without store weights each image was used once per epoch so far, plus or minus one.
+    """
+    order = source.sampler.order
+    for batch in batches:
+        epoch = int(batch.epoch) + 1
+        ends = batch.number + 1 == order.batches(epoch)
+        if ends and (order.batches_an_epoch >= 20 or epoch.bit_count() == 1):
+            used = order.images(epoch) - order.images(epoch - 1)
+            total = order.samples_an_epoch
+            weighted = " (images times store weights)" if total != len(source.dataset) else ""
+            log.info(f"epoch {epoch} done: {used} of {total} images{weighted}")

@@ -1,8 +1,8 @@
-"""Metrics of each step, one step late: the host never waits for the newest step of a card.
+"""Log step metrics with a one-step delay, to avoid a device sync.
 
-A step's numbers leave the card as soon as it has them, behind that step alone. They are read when
-the next step is already under way, or when the run is about to keep something of it, a checkpoint
-or a sample. So a loss that is not finite is found one step late, and never by a checkpoint.
+A step's loss and norm are copied from the GPU behind that step. They are read when the next step is
+already running, or before a checkpoint or sample is made. So a loss that is not finite is found one
+step late, but before anything is saved.
 """
 
 import logging
@@ -23,8 +23,8 @@ log = logging.getLogger("xlsd.train.training")
 SMOOTHING = 0.99  # weight of the past in the smoothed loss, a step
 
 
-class _Ended:
-    """A step that ended on the CPU: its numbers are there."""
+class _CpuStep:
+    """A step on the CPU, which has ended."""
 
     def __init__(self, loss: Tensor, norm: Tensor) -> None:
         self.numbers = torch.stack([loss, norm])
@@ -32,39 +32,39 @@ class _Ended:
 
     def wait(self) -> list[float]:
         """Loss and norm."""
-        found: list[float] = self.numbers.tolist()
-        return found
+        numbers: list[float] = self.numbers.tolist()
+        return numbers
 
-    def seconds(self, begun: "_Begun") -> float:
-        """Since a moment before."""
+    def seconds(self, begun: "_Start") -> float:
+        """Since that moment."""
         return self.at - begun.at
 
-    def told(self) -> dict[str, int]:
-        """What else the line of the step says."""
+    def counters(self) -> dict[str, int]:
+        """More metrics: none."""
         return {}
 
 
-class _UnderWay:
-    """A step that a card is still at: its numbers are on their way, and the card notes the time."""
+class _GpuStep:
+    """A step that may still run on a GPU; events measure its time."""
 
     def __init__(self, loss: Tensor, norm: Tensor) -> None:
         self.device = loss.device
-        self.numbers = torch.empty(2, pin_memory=True)  # else the copy would wait for the card
+        self.numbers = torch.empty(2, pin_memory=True)  # else the copy would wait for the GPU
         self.numbers.copy_(torch.stack([loss, norm]), non_blocking=True)
         self.event = _mark()
 
     def wait(self) -> list[float]:
-        """Loss and norm, when this step is done, whatever the card was given after it."""
+        """Loss and norm; a device sync, for this step and not for later ones."""
         self.event.synchronize()
-        found: list[float] = self.numbers.tolist()
-        return found
+        numbers: list[float] = self.numbers.tolist()
+        return numbers
 
-    def seconds(self, begun: "_Begun") -> float:
-        """By the card's own clock; the one before is done where this one is."""
+    def seconds(self, begun: "_Start") -> float:
+        """By the GPU's clock; the event before is done when this one is."""
         return float(begun.event.elapsed_time(self.event)) / 1000
 
-    def told(self) -> dict[str, int]:
-        """How often the card had to stop and sort its memory, and had none even so, so far."""
+    def counters(self) -> dict[str, int]:
+        """How often so far the allocator freed its cache and retried, and failed even then."""
         stats = torch.cuda.memory_stats(self.device)
         return {
             "alloc_retries": stats.get("num_alloc_retries", 0),
@@ -72,8 +72,8 @@ class _UnderWay:
         }
 
 
-class _Begun:
-    """The moment when the first step begins, or goes on after a pause."""
+class _Start:
+    """The moment when the first step starts, or training continues after a pause."""
 
     def __init__(self) -> None:
         self.at = time.perf_counter()
@@ -82,7 +82,7 @@ class _Begun:
 
 
 def _mark() -> Any:
-    """The moment when a card comes here, with all that it was given before done."""
+    """An event on the GPU's stream, after all work so far."""
     cuda: Any = torch.cuda
     event = cuda.Event(enable_timing=True)
     event.record()
@@ -90,7 +90,7 @@ def _mark() -> Any:
 
 
 class FailureWatch:
-    """Says once that memory was refused to a step that went on all the same."""
+    """Logs once that an allocation failed in a step that continued nevertheless."""
 
     def __init__(self) -> None:
         self._said = False
@@ -100,47 +100,46 @@ class FailureWatch:
         if not self._said and (failures := line.get("alloc_failures", 0)):
             self._said = True
             log.info(
-                f"memory was refused {failures} times up to step {line['step']}, which went on: "
-                f"where a kernel finds no room cuDNN takes another, which rounds otherwise, so "
-                f"that a resume may differ in the last bits; a lower --vram plans for more room"
+                f"{failures} allocations failed up to step {line['step']}, which continued. cuDNN "
+                f"then uses another kernel, which rounds differently, so a resume may differ in "
+                f"the last bits. A lower --vram leaves more memory free"
             )
 
 
 @dataclass
 class Meter:
-    """Takes the steps in order; `flush` and `add` give the lines that are due for the metrics."""
+    """Takes steps in order; `add` and `flush` return the metrics lines that are due."""
 
-    smoothed: list[float]  # [sum, weight], whose ratio needs no start-up correction
-    run: Path | None = None  # whose checkpoints a loss that is not finite leaves
-    _pending: tuple[dict[str, Any], int, _Ended | _UnderWay] | None = None
-    _begun: Any = field(default_factory=_Begun)  # what the pending step came after
+    smoothed: list[float]  # [sum, weight]; their ratio needs no start-up correction
+    run: Path | None = None  # for the advice in errors
+    _pending: tuple[dict[str, Any], int, _CpuStep | _GpuStep] | None = None
+    _begun: Any = field(default_factory=_Start)  # what came before the pending step
 
     def begin(self) -> None:
-        """The first step begins, or goes on after something that is not training."""
-        self._begun = _Begun()
+        """Start timing, at the first step and after each pause."""
+        self._begun = _Start()
 
     def add(self, line: dict[str, Any], images: int, loss: Tensor, norm: Tensor) -> list[Any]:
-        """A step that is under way; gives the line of the one before it, if there is one."""
-        # A card is still at it; a CPU is done.
-        newest = (_UnderWay if loss.is_cuda else _Ended)(loss, norm)
+        """Take a step that was just launched; returns the line of the one before, if any."""
+        newest = (_GpuStep if loss.is_cuda else _CpuStep)(loss, norm)
         due = self.flush()
         self._pending = line, images, newest
         return due
 
     def flush(self) -> list[dict[str, Any]]:
-        """The line of the step that is pending, for which this waits, and for no later one.
+        """The line of the pending step; on a GPU a device sync, for that step alone.
 
-        Raises UserError for a loss or a gradient that is not finite.
+        Raises UserError for a loss or gradient norm that is not finite.
         """
         if self._pending is None:
             return []
         (line, images, step), self._pending = self._pending, None
         both = step.wait()
         seconds, self._begun = step.seconds(self._begun), step
-        for what, number in zip(("loss", "gradient's norm"), both, strict=True):
+        for what, number in zip(("loss", "gradient norm"), both, strict=True):
             if not math.isfinite(number):
                 raise UserError(
-                    f"the {what} of step {line['step']} is {number}; nothing of it was kept"
+                    f"the {what} of step {line['step']} is {number}; the step was not saved"
                     + (f": {_remedy(self.run, line['step'])}" if self.run else "")
                 )
         total, weight = (SMOOTHING * part for part in self.smoothed)
@@ -148,15 +147,15 @@ class Meter:
         line["loss"], line["grad_norm"] = both
         line["loss_smoothed"] = self.smoothed[0] / self.smoothed[1]
         line["images_per_s"] = images / seconds
-        line.update(step.told())
+        line.update(step.counters())
         return [line]
 
 
 def _remedy(run: Path, step: int) -> str:
-    """Before the first step no rate has moved a weight."""
+    """Before step 1 no weight has changed, so the learning rate cannot be the cause."""
     if step == 1:
         return (
-            "no weight had moved yet, so --lr is not the cause: look for wrong latents with "
-            "`xlsd-cache check`, or try another --model"
+            "no weight had changed yet, so --lr is not the cause; check the latents with "
+            "`xlsd-cache check`, or use another --model"
         )
     return remedy(run)

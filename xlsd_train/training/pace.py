@@ -1,4 +1,4 @@
-"""How long a run will take, and whether anybody can want that: said before it, or soon after."""
+"""How long a run will take, predicted before its first step and measured soon after."""
 
 import logging
 from collections.abc import Mapping
@@ -9,40 +9,40 @@ from xlsd_train.memory.gpus import known_as
 log = logging.getLogger("xlsd.train.training")
 
 ABSURD = 1000  # epochs
-FIRST, STEPS, ENOUGH_S = 2, 20, 30.0  # steps that are not measured, then as many or as long
-WORTH_SAYING_S = 1800.0
+FIRST, STEPS, ENOUGH_S = 2, 20, 30.0  # steps to skip; then measure so many steps, or so long
+WORTH_LOGGING_S = 1800.0
 
 
-def epochs_told(epochs: float, images: int) -> str:
-    """In words, with a remedy where it is absurd."""
+def describe_epochs(epochs: float, images: int) -> str:
+    """In words, with a remedy if that is absurd."""
     passes = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
     if epochs <= ABSURD:
         return f"{passes} epochs of {images:,} images"
     return (
-        f"{passes} epochs of {images:,} images: each would be trained on {passes} times. That is "
-        f"hardly wanted; give say --epochs 10, or --stop-after STEPS"
+        f"{passes} epochs of {images:,} images. That is probably too long; use e.g. --epochs 10, "
+        f"or --stop-after STEPS"
     )
 
 
 def predicted(seconds: Mapping[str, float], device: str) -> tuple[str, float] | None:
-    """(card, seconds a step at its peak) of a device by its name; None for a card not known."""
+    """(GPU, seconds per step at its peak) of a device by its name; None for an unknown GPU."""
     card = known_as(device)
     return (card, seconds[card]) if card is not None and card in seconds else None
 
 
-def hours_told(card: str, seconds: float) -> str:
-    """Of a whole run, predicted before it."""
+def describe_hours(card: str, seconds: float) -> str:
+    """The predicted time of a whole run."""
     return (
-        f"no less than {_long(seconds)} at an {card}'s peak; an H200 took 2.5 times its own, and "
-        f"samples and validation are not in it"
+        f"at least {_duration(seconds)} at an {card}'s peak (an H200 took 2.5 times as long as its "
+        f"peak), without samples and validation"
     )
 
 
 class Pace:
-    """Says once, as soon as some steps were measured, how long a long run will take."""
+    """Logs once how long a long run will take, after some steps were measured."""
 
     def __init__(self, last: int) -> None:
-        """`last` is the step that the run is to end at."""
+        """`last` is the step that the run will end at."""
         self._last = last
         self._seen = self._steps = 0
         self._took = 0.0
@@ -50,11 +50,11 @@ class Pace:
 
     def see(self, line: Mapping[str, Any]) -> None:
         """Take a step's metrics."""
-        if told := self.next(line):
-            log.info(told)
+        if text := self.next(line):
+            log.info(text)
 
     def next(self, line: Mapping[str, Any]) -> str | None:
-        """What there is to say at this step; None at most."""
+        """The text to log after this step; None for all steps but one at most."""
         before, self._images = self._images, line["images_seen"]
         self._seen += 1
         if self._seen <= FIRST or before is None or self._steps < 0:
@@ -64,16 +64,16 @@ class Pace:
         if self._steps < STEPS and self._took < ENOUGH_S:
             return None
         step_s, left = self._took / self._steps, self._last - line["step"]
-        self._steps = -1  # said, or not worth it
-        if step_s * left < WORTH_SAYING_S:
+        self._steps = -1  # logged, or too short to log
+        if step_s * left < WORTH_LOGGING_S:
             return None
         return (
-            f"measured {step_s:.3g} s a step: the {left:,} steps to come take "
-            f"{_long(step_s * left)}, with samples and validation more"
+            f"{step_s:.3g} s per step: the remaining {left:,} steps take "
+            f"{_duration(step_s * left)}, plus samples and validation"
         )
 
 
-def _long(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     hours = seconds / 3600
     if hours < 1:
         return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"

@@ -16,7 +16,7 @@ from xlsd_train.training.session import Session
 
 def stepped(open_run: Open, **settings: object) -> Session:
     session = open_run(**settings)
-    session.take_step([session.source.make(session.schedule.slot(0))], 1e-3)
+    session.take_step([session.source.make(session.batch_order.slot(0))], 1e-3)
     return session
 
 

@@ -171,7 +171,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_from_the_same_mod
     [
         ("--batch", 9, "--batch 9 is larger than the 8 images"),
         ("--caption", "tags", "no caption column 'tags' (it has txt)"),
-        ("--warmup", 7, "--warmup 7 is 7 steps and the planned length only 6"),
+        ("--warmup", 7, "--warmup 7 is 7 steps, longer than the planned 6"),
         ("--model", "nowhere", "no model nowhere"),
         ("--vae", "nowhere", "no VAE nowhere"),
     ],
@@ -201,7 +201,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(
     assert train(*arguments, "--dry-run") == 0
     said = printed(capsys)
     assert "planned 6 steps" in said
-    assert "bucket 192x64 holds 3 images" in said
+    assert "bucket 192x64 has 3 images" in said
     assert not (tmp_path / "run").exists()
 
 

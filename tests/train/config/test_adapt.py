@@ -126,7 +126,7 @@ def test_a_run_of_few_images_trains_says_so_and_goes_on(
     told = printed(capsys)
     assert " in place of 0.01, for so few images: " in told
     assert (
-        "warm-up over 0.4 steps to 1; a tenth of the plan, which is shorter than the recipe's 200"
+        "warm-up over 0.4 steps to 1 (a tenth of the run, which is shorter than the recipe's 200)"
         in told
     )
     record = json.loads((run / "config.json").read_bytes())

@@ -155,7 +155,7 @@ def test_a_run_with_everything_random_about_captions_resumes_to_the_bit(
         "--caption-dropout", 0.2, "--clip-skip", 1,
     ]  # fmt: skip
     assert train(*given, "--out", tmp_path / "whole") == 0
-    assert "3 of 8 images are selected by their tags" in printed(capsys)
+    assert "3 of 8 images are selected by tags" in printed(capsys)
     for stop in (1, 4, 8):
         assert train(*given, "--out", tmp_path / "parts", "--stop-after", stop) == 0
     last = "checkpoints/step-00000008/*"

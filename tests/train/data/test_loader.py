@@ -104,7 +104,7 @@ def test_half_precision_latents_stay_as_stored(
     args = ("--out", out, "--vae", vae, "--resolution", 128, "--store-dtype", "float16")
     assert cache("build", photos, *args) == 0
     session = open_run(data=out)
-    batch = session.source.make(session.schedule.slot(0))
+    batch = session.source.make(session.batch_order.slot(0))
     assert batch.latents.dtype == torch.float16
     assert torch.isfinite(session.take_step.loss(batch)).all()
 

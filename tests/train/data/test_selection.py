@@ -175,7 +175,7 @@ def test_no_held_out_image_is_ever_in_a_batch(open_run: Open) -> None:
     assert 0 < mask.sum() < len(mask)
     seen = set()
     for number in range(40):
-        slot = session.schedule.slot(number)
+        slot = session.batch_order.slot(number)
         ordinals = source.dataset.selection.ordinals(slot.bucket, slot.ordinals)
         batch = source.make(slot)
         rows = source.dataset.store.buckets[slot.bucket][ordinals]

@@ -63,7 +63,7 @@ def test_validating_changes_no_weight_and_numbers_are_bit_equal_after_a_resume(
     assert [line for line in theirs if line["step"] != 1] == ours
     assert kept.items() <= left(parts)[1].items()
     assert "best on held-out images: step " in said
-    assert "3 held-out images are measured beside 3 that train" in said
+    assert "validation: 3 held-out images and 3 training images" in said
 
 
 @pytest.mark.slow
@@ -224,7 +224,7 @@ def test_the_best_checkpoint_is_kept(arguments: list[object], tmp_path: Path, ca
         (("--validate-every", 1, "--validation-fraction", 0.001), "holds out 0 of the 8 images"),
         (("--validate-every", -1), "--validate-every -1 is less than 0"),
         (("--validate-every", 1, "--validation-images", 0), "--validation-images 0"),
-        (("--validation-fraction", 0.8), "holds out every image that is selected"),
+        (("--validation-fraction", 0.8), "holds out every selected image"),
     ],
 )
 def test_too_few_images_are_refused(

@@ -15,11 +15,20 @@ from xlsd_cache.errors import UserError
 from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.memory import meta_step as rehearsal
+from xlsd_train.memory import meta_step
 from xlsd_train.memory.gpus import CARDS, card_named
-from xlsd_train.memory.meta_step import AsOnACard, Rehearsal
-from xlsd_train.memory.planner import GIB, WAYS, Planner, choose, largest, last, limit_of
-from xlsd_train.step.step import Plan
+from xlsd_train.memory.meta_step import CudaMode, MetaStep
+from xlsd_train.memory.planner import (
+    GIB,
+    WAYS,
+    Planner,
+    cap_card,
+    choose,
+    largest,
+    last,
+    memory_limit,
+)
+from xlsd_train.step.backend import MemoryPlan
 
 UNET = TrainConfig(phase="unet").resolved()
 SIZE = (32, 32)
@@ -39,8 +48,10 @@ def planner(phase: str = "unet", optimizer: str = "lion") -> Planner:
 
 @pytest.mark.slow
 def test_less_is_kept_the_more_is_done_again() -> None:
-    found = [planner().predict(Plan(way, 8), 8, SIZE) for way in ("plain", "cheap", "feed-forward")]
-    sliced = planner().predict(Plan("sliced", 1), 8, SIZE)
+    found = [
+        planner().predict(MemoryPlan(way, 8), 8, SIZE) for way in ("plain", "cheap", "feed-forward")
+    ]
+    sliced = planner().predict(MemoryPlan("sliced", 1), 8, SIZE)
     peaks = [x.peak for x in (*found, sliced)]
     assert peaks == sorted(peaks, reverse=True)
     assert found[0].factor == found[1].factor == 1 < found[2].factor < 1.06
@@ -51,36 +62,36 @@ def test_less_is_kept_the_more_is_done_again() -> None:
 def test_items_add_up_and_are_what_they_say() -> None:
     unet, text_encoder = make_networks("nano", 600)
     nbytes, frozen = (sum(4 * p.numel() for p in m.parameters()) for m in (unet, text_encoder))
-    items = planner().predict(Plan("cheap", 2), 8, SIZE).items
+    items = planner().predict(MemoryPlan("cheap", 2), 8, SIZE).items
     for name, exact in (("weights", nbytes), ("gradients", nbytes), ("optimizer", nbytes)):
         assert exact <= items[name] < 1.1 * exact, name  # each tensor takes multiples of 512 bytes
     assert frozen <= items["frozen weights"] < 1.1 * frozen
-    assert planner("unet", "dlion").predict(Plan("cheap", 2), 8, SIZE).items["optimizer"] == (
+    assert planner("unet", "dlion").predict(MemoryPlan("cheap", 2), 8, SIZE).items["optimizer"] == (
         2 * items["optimizer"]
     )
-    sliced = planner().predict(Plan("sliced", 2), 8, SIZE).items
+    sliced = planner().predict(MemoryPlan("sliced", 2), 8, SIZE).items
     assert sliced.get("gradients", 0) < 0.5 * nbytes  # only one layer's, where the most is held
 
 
 def test_a_second_micro_batch_finds_the_gradients_of_the_first() -> None:
-    once = planner().predict(Plan("cheap", 4), 4, SIZE)
-    twice = planner().predict(Plan("cheap", 4), 8, SIZE)
+    once = planner().predict(MemoryPlan("cheap", 4), 4, SIZE)
+    twice = planner().predict(MemoryPlan("cheap", 4), 8, SIZE)
     assert twice.peak > once.peak
-    assert planner().predict(Plan("cheap", 4), 12, SIZE).peak == twice.peak
+    assert planner().predict(MemoryPlan("cheap", 4), 12, SIZE).peak == twice.peak
     assert twice.tflop == pytest.approx(2 * once.tflop)
 
 
 def test_the_fastest_plan_keeps_as_much_as_fits() -> None:
     plan, parts = planner(), []
-    peaks = {way: plan.predict(Plan(way, 16), 16, SIZE).peak for way in ("plain", "cheap")}
+    peaks = {way: plan.predict(MemoryPlan(way, 16), 16, SIZE).peak for way in ("plain", "cheap")}
     for limit in (peaks["plain"], peaks["cheap"], peaks["cheap"] - 1):
         found = plan.fastest(16, SIZE, limit, None, None)
         assert found is not None
         assert found.peak <= limit
         parts.append((found.plan, found.passes))
-    assert parts[:2] == [(Plan("plain", 16), 1), (Plan("cheap", 16), 1)]
-    assert parts[2][0] != Plan("cheap", 16)
-    least = min(plan.predict(Plan(way, 1), 16, SIZE).peak for way in WAYS)
+    assert parts[:2] == [(MemoryPlan("plain", 16), 1), (MemoryPlan("cheap", 16), 1)]
+    assert parts[2][0] != MemoryPlan("cheap", 16)
+    least = min(plan.predict(MemoryPlan(way, 1), 16, SIZE).peak for way in WAYS)
     assert plan.fastest(16, SIZE, least, None, None) is not None
     assert plan.fastest(16, SIZE, least - 1, None, None) is None
 
@@ -88,23 +99,28 @@ def test_the_fastest_plan_keeps_as_much_as_fits() -> None:
 @pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     for way in ("plain", "cheap", "feed-forward", "sliced"):
-        plan = Plan(way, 1)
+        plan = MemoryPlan(way, 1)
         limit = planner().predict(plan, 1, SIZE).peak + 20 * 2**20
         count = planner().largest_batch(plan, SIZE, limit)
         for batch, fits in ((count, True), (count + 1, False)):
-            passing = plan if way == "sliced" else Plan(way, batch)
+            passing = plan if way == "sliced" else MemoryPlan(way, batch)
             assert (planner().predict(passing, batch, SIZE).peak <= limit) == fits
 
 
 @pytest.mark.slow
 def test_interpolated_footprints_are_those_of_real_runs() -> None:
     """A batch that was never run is predicted to the byte."""
-    for plan in (Plan("plain", 7), Plan("cheap", 7), Plan("feed-forward", 7), Plan("sliced", 1)):
+    for plan in (
+        MemoryPlan("plain", 7),
+        MemoryPlan("cheap", 7),
+        MemoryPlan("feed-forward", 7),
+        MemoryPlan("sliced", 1),
+    ):
         batch = 7 if plan.way != "sliced" else 41
-        rehearse = planner()._rehearse
-        direct = rehearse._log(plan, batch, SIZE)
-        assert rehearse(plan, batch, SIZE).peak() == direct.peak()
-        assert rehearse(plan, batch, SIZE).tflop == pytest.approx(direct.tflop)
+        meta_step = planner()._meta_step
+        direct = meta_step._log(plan, batch, SIZE)
+        assert meta_step(plan, batch, SIZE).peak() == direct.peak()
+        assert meta_step(plan, batch, SIZE).tflop == pytest.approx(direct.tflop)
 
 
 @pytest.mark.parametrize("most", [None, 1, 7, 8, 100])
@@ -118,8 +134,8 @@ def test_last_is_the_last_that_fits(limit: int, most: int | None) -> None:
 def test_what_the_run_may_take_of_a_card() -> None:
     """22 GiB of 24, as measured in practice; 11 of 12; and 1 is always left."""
     for vram, usable in ((24, 22), (12, 11), (8, 7)):
-        assert limit_of(replace(UNET, vram=float(vram)), None) == usable * GIB
-    assert limit_of(UNET, torch.device("cpu")) is None
+        assert memory_limit(float(vram)) == usable * GIB
+    assert memory_limit(None, torch.device("cpu")) is None
 
 
 def test_the_largest_pictures_decide() -> None:
@@ -132,23 +148,23 @@ def test_without_a_limit_nothing_is_predicted() -> None:
         raise AssertionError
 
     for asked, plan in (
-        ({}, Plan("plain", 32)),
-        ({"memory": "cheap", "micro_batch": 8}, Plan("cheap", 8)),
-        ({"memory": "sliced"}, Plan("sliced", 4)),
-        ({"memory": "largest"}, Plan("sliced", 1)),
+        ({}, MemoryPlan("plain", 32)),
+        ({"memory": "cheap", "micro_batch": 8}, MemoryPlan("cheap", 8)),
+        ({"memory": "sliced"}, MemoryPlan("sliced", 4)),
+        ({"memory": "largest"}, MemoryPlan("sliced", 1)),
     ):
         config = replace(UNET, **asked)
         assert choose(config, never, {"512x512": 99}, 1, None) == (32, plan, None)
-    with pytest.raises(UserError, match="--batch auto needs to know the memory.*--vram"):
+    with pytest.raises(UserError, match="--batch auto needs a memory limit.*--vram"):
         choose(replace(UNET, batch="auto"), never, {"512x512": 99}, 1, None)
 
 
 @pytest.mark.slow
 def test_automatic_batches_are_as_many_as_pass_at_once() -> None:
-    limit = planner().predict(Plan("sliced", 4), 24, SIZE).peak
+    limit = planner().predict(MemoryPlan("sliced", 4), 24, SIZE).peak
     buckets = {"256x256": 1000}
     batch, plan, found = choose(replace(UNET, batch="auto"), planner, buckets, 1, limit)
-    assert batch == planner().largest_batch(Plan("sliced", 4), SIZE, limit) >= 24
+    assert batch == planner().largest_batch(MemoryPlan("sliced", 4), SIZE, limit) >= 24
     assert found is not None
     assert found.plan == plan
     assert found.peak <= limit
@@ -165,9 +181,9 @@ def test_sd15_on_24_gb() -> None:
     """512x512, fp32, Lion, 22.0 GiB: a single pass of 224; 32 within 12 GB, or at full speed."""
     planner = Planner(UNET, {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER)
     size = (64, 64)
-    assert planner.predict(Plan("sliced", 4), 224, size).peak <= 22 * GIB
-    assert planner.predict(Plan("sliced", 4), 32, size).peak <= 11 * GIB
-    full = planner.predict(Plan("cheap", 11), 32, size)
+    assert planner.predict(MemoryPlan("sliced", 4), 224, size).peak <= 22 * GIB
+    assert planner.predict(MemoryPlan("sliced", 4), 32, size).peak <= 11 * GIB
+    full = planner.predict(MemoryPlan("cheap", 11), 32, size)
     assert full.peak <= 22 * GIB
     assert full.factor == pytest.approx(1)
 
@@ -176,7 +192,7 @@ def test_sd15_on_24_gb() -> None:
 def test_sd15s_text_encoder_on_24_gb() -> None:
     config = TrainConfig(phase="te").resolved()
     planner = Planner(config, {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER)
-    assert planner.predict(Plan("sliced", 4), 256, (64, 64)).peak <= 22 * GIB
+    assert planner.predict(MemoryPlan("sliced", 4), 256, (64, 64)).peak <= 22 * GIB
 
 
 @pytest.fixture
@@ -202,14 +218,14 @@ def test_a_card_is_limited_whether_or_not_its_device_has_an_index(
     one_card: list[tuple[float, int]], device: torch.device, index: int
 ) -> None:
     """Accelerate's device of the only card has none, and torch wants one."""
-    assert limit_of(replace(UNET, vram=12.0), device) == 11 * GIB
-    assert limit_of(replace(UNET, vram=48.0), device) == 44 * GIB
+    cap_card(12.0, device)
+    cap_card(48.0, device)
     assert one_card == [(0.5, index), (1.0, index)]
 
 
 def test_the_reserve_is_the_same_without_vram(one_card: list[tuple[float, int]]) -> None:
-    free = limit_of(UNET, torch.device("cuda"))
-    assert free == limit_of(replace(UNET, vram=18.0), None) == 16.5 * GIB
+    free = memory_limit(None, torch.device("cuda"))
+    assert free == memory_limit(18.0) == 16.5 * GIB
     assert not one_card
 
 
@@ -233,12 +249,14 @@ def test_deterministic_attention_of_few_images_leaves_a_card_idle() -> None:
     for on in (True, False):
         config = TrainConfig(phase="unet", deterministic=on).resolved()
         made = Planner(config, *configs(), workspaces=False)
-        tables[on] = {n: made.predict(Plan("plain", n), 64, SIZE).seconds for n in (2, 64)}
+        tables[on] = {n: made.predict(MemoryPlan("plain", n), 64, SIZE).seconds for n in (2, 64)}
     for card in CARDS:
         slower = {n: tables[True][n][card] / tables[False][n][card] for n in (2, 64)}
         assert slower[2] >= slower[64] >= 1
     rough = TrainConfig(phase="unet", precision="bf16").resolved()
-    prints = Planner(rough, *configs(), workspaces=False)._rehearse(Plan("plain", 2), 6, SIZE)
+    prints = Planner(rough, *configs(), workspaces=False)._meta_step(
+        MemoryPlan("plain", 2), 6, SIZE
+    )
     counted = sorted({int(x) for x in prints.blocks if x})
     assert counted == [2 * 6]  # its kernel has others, so no time follows from them
 
@@ -258,10 +276,10 @@ ON_A_CARD: list[tuple[Any, tuple[tuple[int, ...], ...]]] = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bf16_is_rehearsed_as_cuda_casts(dtype: torch.dtype) -> None:
+def test_bf16_on_meta_tensors_casts_as_cuda_does(dtype: torch.dtype) -> None:
     """Each function gives, under CUDA's own autocast on fake tensors, what it gives here."""
     for function, shapes in ON_A_CARD:
-        with torch.autocast("cpu", torch.bfloat16), AsOnACard():
+        with torch.autocast("cpu", torch.bfloat16), CudaMode():
             ours = function(*(torch.empty(x, dtype=dtype, device="meta") for x in shapes))
         with FakeTensorMode(), torch.no_grad():
             given = [torch.empty(x, dtype=dtype, device="cuda") for x in shapes]
@@ -274,7 +292,7 @@ def test_bf16_is_rehearsed_as_cuda_casts(dtype: torch.dtype) -> None:
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), function
 
 
-def test_the_rehearsal_knows_all_that_cuda_casts() -> None:
+def test_all_that_cuda_casts_is_known() -> None:
     """Whatever a step calls and CUDA's autocast has a kernel for is among what is cast here."""
     called: set[str] = set()
 
@@ -285,9 +303,9 @@ def test_the_rehearsal_knows_all_that_cuda_casts() -> None:
             called.add(getattr(func, "__name__", ""))
             return func(*args, **(kwargs or {}))
 
-    step = Rehearsal(UNET, *configs(), workspaces=False)._step
-    step.card = AsOnACard()
-    with torch.device("meta"), step.card, Seen():
+    made = MetaStep(UNET, *configs(), workspaces=False)
+    step, made._backend.mode = made._step, CudaMode()
+    with torch.device("meta"), made._backend.mode, Seen():
         latents = torch.empty(2, 4, 8, 8)
         ids = torch.zeros(2, 77, dtype=torch.int64)
         step._loss(Batch(0, "", 0.0, 0, 2, latents, latents, ids[:, 0], ids), "cheap")
@@ -297,7 +315,7 @@ def test_the_rehearsal_knows_all_that_cuda_casts() -> None:
         for name in ops
         if torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutocastCUDA")
     }
-    known = {f.__name__ for f in rehearsal._IN_BF16 | rehearsal._IN_FP32}
+    known = {f.__name__ for f in meta_step._IN_BF16 | meta_step._IN_FP32}
     in_fp32_anyway = {"exp", "sum"}  # of timesteps, and of the loss
     assert {"conv2d", "linear", "group_norm", "layer_norm"} <= called & cast
     assert called & cast <= known | in_fp32_anyway
@@ -311,5 +329,5 @@ def test_bf16_keeps_half_of_most_and_rebuilds_in_it(way: Any) -> None:
     peaks = {}
     for config in (rough, exact):
         made = Planner(config, *configs(), workspaces=False)
-        peaks[config.precision] = made.predict(Plan(way, 4), 4, SIZE).items["activations"]
+        peaks[config.precision] = made.predict(MemoryPlan(way, 4), 4, SIZE).items["activations"]
     assert 0.4 < peaks["bf16"] / peaks["fp32"] < 0.95

@@ -13,12 +13,13 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.planner import Planner
 from xlsd_train.memory.tracker import FlopCounter, Tracker
-from xlsd_train.step.step import Plan, Step
+from xlsd_train.step.backend import MemoryPlan
+from xlsd_train.step.step import Step
 
 SIZE = (32, 24)
 
 
-def real_step(config: TrainConfig, plan: Plan) -> Step:
+def real_step(config: TrainConfig, plan: MemoryPlan) -> Step:
     """A step of the small model with real weights, on the CPU."""
     return bare_step(config, plan, *make_networks("nano", 600))
 
@@ -34,22 +35,22 @@ def real_batch(count: int) -> Batch:
 @pytest.mark.parametrize(
     ("phase", "optimizer", "plan"),
     [
-        pytest.param("unet", "lion", Plan("plain", 6), marks=pytest.mark.slow),
-        ("unet", "lion", Plan("plain", 3)),
-        pytest.param("unet", "dlion", Plan("cheap", 6), marks=pytest.mark.slow),
-        pytest.param("unet", "lion", Plan("cheap", 2), marks=pytest.mark.slow),
-        ("unet", "adamw", Plan("feed-forward", 3)),
-        pytest.param("unet", "lion", Plan("sliced", 1), marks=pytest.mark.slow),
-        pytest.param("unet", "dlion", Plan("sliced", 2), marks=pytest.mark.slow),
-        pytest.param("te", "lion", Plan("plain", 6), marks=pytest.mark.slow),
-        pytest.param("te", "lion", Plan("cheap", 3), marks=pytest.mark.slow),
-        ("te", "lion", Plan("sliced", 2)),
-        ("both", "lion", Plan("cheap", 3)),
-        ("both", "adamw", Plan("sliced", 1)),
+        pytest.param("unet", "lion", MemoryPlan("plain", 6), marks=pytest.mark.slow),
+        ("unet", "lion", MemoryPlan("plain", 3)),
+        pytest.param("unet", "dlion", MemoryPlan("cheap", 6), marks=pytest.mark.slow),
+        pytest.param("unet", "lion", MemoryPlan("cheap", 2), marks=pytest.mark.slow),
+        ("unet", "adamw", MemoryPlan("feed-forward", 3)),
+        pytest.param("unet", "lion", MemoryPlan("sliced", 1), marks=pytest.mark.slow),
+        pytest.param("unet", "dlion", MemoryPlan("sliced", 2), marks=pytest.mark.slow),
+        pytest.param("te", "lion", MemoryPlan("plain", 6), marks=pytest.mark.slow),
+        pytest.param("te", "lion", MemoryPlan("cheap", 3), marks=pytest.mark.slow),
+        ("te", "lion", MemoryPlan("sliced", 2)),
+        ("both", "lion", MemoryPlan("cheap", 3)),
+        ("both", "adamw", MemoryPlan("sliced", 1)),
     ],
 )
 def test_the_predicted_peak_is_the_allocators_within_three_percent(
-    phase: Any, optimizer: Any, plan: Plan
+    phase: Any, optimizer: Any, plan: MemoryPlan
 ) -> None:
     config = TrainConfig(phase=phase, optimizer=optimizer).resolved()
     step = real_step(config, plan)
@@ -94,7 +95,7 @@ def test_workspaces_are_counted_at_convolutions_where_asked() -> None:
 
 
 def test_kernels_have_the_flops_that_the_counter_counts() -> None:
-    step = real_step(TrainConfig(phase="both").resolved(), Plan("cheap", 2))
+    step = real_step(TrainConfig(phase="both").resolved(), MemoryPlan("cheap", 2))
     with FlopCounter() as counter:
         step([real_batch(2)], 0.0)
     tracker = Tracker()
@@ -120,7 +121,7 @@ def test_footprints_of_different_runs_are_not_mixed() -> None:
             for _ in range(count):
                 torch.ones(4) + 1
         prints.append(tracker.footprint())
-    with pytest.raises(ValueError, match="different runs"):
+    with pytest.raises(ValueError, match="runs with different events"):
         prints[0].at(3, 1, prints[1], 2)
     doubled = prints[0].at(3, 1, prints[0], 2)
     assert np.array_equal(doubled.nbytes, prints[0].nbytes)
@@ -128,9 +129,9 @@ def test_footprints_of_different_runs_are_not_mixed() -> None:
 
 def test_flops_of_a_sliced_step_are_counted() -> None:
     """It calls `autograd.grad`, at which the hooks of torch's own counter fail."""
-    step = real_step(TrainConfig(phase="both").resolved(), Plan("sliced", 1))
+    step = real_step(TrainConfig(phase="both").resolved(), MemoryPlan("sliced", 1))
     totals = []
-    for plan in (Plan("plain", 2), Plan("sliced", 1)):
+    for plan in (MemoryPlan("plain", 2), MemoryPlan("sliced", 1)):
         step.plan = plan
         with FlopCounter() as counter:
             step([real_batch(2)], 0.0)

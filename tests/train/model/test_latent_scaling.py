@@ -110,7 +110,7 @@ def test_samples_of_a_normalised_model_are_decoded_from_raw_latents(
 
 def test_normalised_latents_reach_the_network(open_run: Open, tmp_path: Path) -> None:
     plain = open_run()
-    batch = plain.source.make(plain.schedule.slot(0))
+    batch = plain.source.make(plain.batch_order.slot(0))
     other = open_run(normalize_latents=True, out=tmp_path / "other")
     assert not torch.equal(plain.take_step.loss(batch), other.take_step.loss(batch))
     mean = other.model.scaling(batch.latents).std()

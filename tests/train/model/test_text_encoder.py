@@ -50,7 +50,7 @@ def test_samples_see_the_states_that_training_sees(
 
     with unet.register_forward_pre_hook(keep, with_kwargs=True):
         session.sampler(session.model, tmp_path, 0, session.accelerator)
-    batch = session.source.make(session.schedule.slot(0))
+    batch = session.source.make(session.batch_order.slot(0))
     (layer,) = (layer for layer in step.layers if layer.output == STATES)
     of_samples, of_training = seen, layer.run("nothing", batch.input_ids)
     assert len(of_samples) == len(session.sampler.prompts) == 4
@@ -83,7 +83,7 @@ def test_what_is_skipped_does_not_train(open_run: Open, tmp_path: Path) -> None:
     session = open_run(phase="te", clip_skip=1)
     before = {key: v.clone() for key, v in session.model.text_encoder.state_dict().items()}
     assert not [name for name in session.named if "layers.1." in name]
-    session.take_step([session.source.make(session.schedule.slot(0))], 1e-3)
+    session.take_step([session.source.make(session.batch_order.slot(0))], 1e-3)
     changed = {
         key
         for key, value in session.model.text_encoder.state_dict().items()
@@ -99,7 +99,7 @@ def test_skipped_layers_train_under_every_plan(open_run: Open, tmp_path: Path) -
     results = []
     for memory in ("plain", "cheap", "sliced"):
         session = open_run(phase="te", clip_skip=1, memory=memory, out=tmp_path / memory)
-        batch = session.source.make(session.schedule.slot(0))
+        batch = session.source.make(session.batch_order.slot(0))
         loss, norm = session.take_step([batch], 1e-3)
         results.append((loss.item(), norm.item(), session.model.weights("text_encoder")))
     plain, cheap, sliced = results

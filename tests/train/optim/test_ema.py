@@ -73,7 +73,7 @@ def test_an_average_is_in_place_only_for_a_while(open_run: Open) -> None:
     session = open_run(ema=True, phase="te")
     assert session.ema
     for step in (1, 2, 3):
-        session.take_step([session.source.make(session.schedule.slot(step))], 1e-3)
+        session.take_step([session.source.make(session.batch_order.slot(step))], 1e-3)
         session.average(step)
     live = {name: value.detach().clone() for name, value in session.named.items()}
     with pytest.raises(RuntimeError, match="out of"), session.ema.applied("0.10"):

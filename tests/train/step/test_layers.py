@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.demo.pipeline import make_networks
 from xlsd_cache.errors import UserError
 from xlsd_train.memory.tracker import FlopCounter
-from xlsd_train.step.layers import EPSILON, INPUT_IDS, NOISY, TIMESTEPS, Recompute, make_layers
+from xlsd_train.step.layers import INPUT_IDS, NOISY, PREDICTION, TIMESTEPS, Recompute, make_layers
 
 
 def networks() -> tuple[Any, Any]:
@@ -36,7 +36,7 @@ def run(layers: Any, values: dict[str, Tensor], recompute: Recompute) -> Tensor:
     values = dict(values)
     for layer in layers:
         values[layer.output] = layer.run(recompute, *[values[name] for name in layer.inputs])
-    return values[EPSILON]
+    return values[PREDICTION]
 
 
 @pytest.mark.parametrize("size", [(16, 24), (12, 20), (9, 7)])
@@ -108,5 +108,5 @@ def test_other_architectures_are_refused_by_name(name: str, value: Any) -> None:
     unet, text_encoder = networks()
     config = {key: it for key, it in unet.config.items() if not key.startswith("_")} | {name: value}
     other = UNet2DConditionModel.from_config(config)
-    with pytest.raises(UserError, match=f"{name} .* where SD1.5 has"):
+    with pytest.raises(UserError, match=f"its config has {name} .* SD1.5's"):
         make_layers(other, text_encoder, encode(text_encoder))

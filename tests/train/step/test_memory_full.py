@@ -17,11 +17,16 @@ from tests.support.sessions import bare_step
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.step.sliced import PartlyDone
-from xlsd_train.step.step import Plan, Step
+from xlsd_train.step.backend import DeviceBackend, MemoryPlan, PartlyDone
 
-PLANS = [Plan("plain", 4), Plan("cheap", 4), Plan("feed-forward", 2), Plan("sliced", 4),
-         Plan("sliced", 2), Plan("sliced", 1)]  # fmt: skip
+PLANS = [
+    MemoryPlan("plain", 4),
+    MemoryPlan("cheap", 4),
+    MemoryPlan("feed-forward", 2),
+    MemoryPlan("sliced", 4),
+    MemoryPlan("sliced", 2),
+    MemoryPlan("sliced", 1),
+]
 PHASES = ["unet", "te", "both"]
 SAMPLED = 4  # moments of each plan, in the tests that always run
 # As torch's allocator, cuDNN, cuBLAS and CUDA's loader of kernels say it, in turn.
@@ -70,7 +75,7 @@ class World:
             if parameter.dim() > 1:  # the initial ones leave the skips alone
                 torch.nn.init.normal_(parameter, std=0.05)
         config = TrainConfig(phase=phase, optimizer=optimizer).resolved()
-        self.step = bare_step(config, Plan("plain", 4), unet, text_encoder)
+        self.step = bare_step(config, MemoryPlan("plain", 4), unet, text_encoder)
         self.step.optimizer.register_step_pre_hook(self._look)
         self._start = [p.detach().clone() for p in self.step.parameters]
         self.gradients: dict[Any, Tensor] = {}
@@ -81,7 +86,7 @@ class World:
         assert not self.gradients.keys() & there.keys(), "stepped twice"
         self.gradients.update(there)
 
-    def take(self, plan: Plan, mode: Any, accum: int = 1) -> float | RuntimeError:
+    def take(self, plan: MemoryPlan, mode: Any, accum: int = 1) -> float | RuntimeError:
         """The loss, or the error with which the run would stop; gradients are left."""
         self.step.plan = plan
         self.gradients.clear()
@@ -113,7 +118,9 @@ def far(these: dict[Any, Tensor], those: dict[Any, Tensor]) -> float:
     return math.sqrt(squares / sum(float(g.double().square().sum()) for g in those.values()))
 
 
-def try_all(phase: str, plan: Plan, most: int | None, *, all_: bool = False, accum: int = 1) -> int:
+def try_all(
+    phase: str, plan: MemoryPlan, most: int | None, *, all_: bool = False, accum: int = 1
+) -> int:
     """Be full at every moment of a step, or at so many; how often the step was right all the same.
 
     What was not right must have stopped.
@@ -140,26 +147,26 @@ def try_all(phase: str, plan: Plan, most: int | None, *, all_: bool = False, acc
 
 @pytest.mark.parametrize(("phase", "plan"), [*zip([*PHASES, *PHASES], PLANS, strict=True)])
 def test_memory_that_is_full_at_any_moment_never_gives_wrong_gradients(
-    phase: str, plan: Plan, caplog: pytest.LogCaptureFixture
+    phase: str, plan: MemoryPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "xlsd")
     right = try_all(phase, plan, SAMPLED)
-    assert right or plan == Plan("sliced", 1)  # for the tightest one nothing else is left
-    assert ("done again with" in caplog.text) == (right > 0)
+    assert right or plan == MemoryPlan("sliced", 1)  # for the tightest one nothing else is left
+    assert ("repeating with" in caplog.text) == (right > 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("phase", PHASES)
-def test_at_every_single_moment(phase: str, plan: Plan) -> None:
+def test_at_every_single_moment(phase: str, plan: MemoryPlan) -> None:
     """Also where a kernel that takes no memory cannot be loaded."""
-    assert try_all(phase, plan, None, all_=True) or plan == Plan("sliced", 1)
+    assert try_all(phase, plan, None, all_=True) or plan == MemoryPlan("sliced", 1)
 
 
-class Patient(Step):
-    """Does the same again with the same plan, so that the result is the same to the bit."""
+class Patient(DeviceBackend):
+    """Repeats with the same plan, so that the result is the same to the bit."""
 
-    def _tighten(self, error: RuntimeError) -> None:
+    def tighten(self, error: RuntimeError) -> None:
         if isinstance(error, PartlyDone) or not is_full(error):
             raise error
 
@@ -175,22 +182,28 @@ class Often(Refusing):  # type: ignore[no-untyped-call]  # torch's own base
             raise error
 
 
-@pytest.mark.parametrize(("plan", "accum"), [(Plan("sliced", 1), 1), (Plan("sliced", 3), 2)])
-def test_a_slice_that_is_done_again_is_the_same_to_the_bit(plan: Plan, accum: int) -> None:
+@pytest.mark.parametrize(
+    ("plan", "accum"), [(MemoryPlan("sliced", 1), 1), (MemoryPlan("sliced", 3), 2)]
+)
+def test_a_slice_that_is_done_again_is_the_same_to_the_bit(plan: MemoryPlan, accum: int) -> None:
     """No slice is added twice, whichever of its tensors found no room."""
     same_to_the_bit(plan, accum, 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("plan", "accum"), [(Plan("sliced", 1), 1), (Plan("sliced", 3), 2)])
-def test_every_slice_that_is_done_again_is_the_same_to_the_bit(plan: Plan, accum: int) -> None:
+@pytest.mark.parametrize(
+    ("plan", "accum"), [(MemoryPlan("sliced", 1), 1), (MemoryPlan("sliced", 3), 2)]
+)
+def test_every_slice_that_is_done_again_is_the_same_to_the_bit(
+    plan: MemoryPlan, accum: int
+) -> None:
     """Over all distances every moment of a step is met once."""
     same_to_the_bit(plan, accum, 1009)
 
 
-def same_to_the_bit(plan: Plan, accum: int, tries: int) -> None:
+def same_to_the_bit(plan: MemoryPlan, accum: int, tries: int) -> None:
     world = World("both")
-    world.step.__class__ = Patient
+    world.step.backend.__class__ = Patient
     loss = world.take(plan, Refusing(0), accum)
     expected, refused = dict(world.gradients), set()
     for at in range(11, 1009, 1009 // tries):
@@ -209,8 +222,8 @@ def same_to_the_bit(plan: Plan, accum: int, tries: int) -> None:
 def test_buffers_are_there_before_anything_is_written(moment: str) -> None:
     """Of a value's gradient for the whole batch, which is larger than all that a slice needs."""
     world = World("both")
-    plan = Plan("sliced", 4 if moment == "clone" else 1)
-    world.step.__class__ = Patient
+    plan = MemoryPlan("sliced", 4 if moment == "clone" else 1)
+    world.step.backend.__class__ = Patient
     world.take(plan, Refusing(0))
     expected = dict(world.gradients)
 
@@ -246,7 +259,7 @@ def test_a_card_that_is_full_in_the_update_stops_the_run(optimizer: str) -> None
             raise full
 
     world.step.optimizer.register_step_pre_hook(in_the_update)
-    assert world.take(Plan("sliced", 2), Refusing(0)) is full
+    assert world.take(MemoryPlan("sliced", 2), Refusing(0)) is full
     assert 0 < len(world.gradients) < len(world.step.parameters)
 
 
@@ -263,7 +276,7 @@ def test_another_error_is_not_taken_for_a_full_card() -> None:
             if self.count == 500:
                 raise RuntimeError("shapes cannot be multiplied")
 
-    for plan in (Plan("plain", 4), Plan("sliced", 4)):
+    for plan in (MemoryPlan("plain", 4), MemoryPlan("sliced", 4)):
         broken = Broken(0)
         got = world.take(plan, broken)
         assert isinstance(got, RuntimeError)
@@ -303,8 +316,9 @@ def test_the_failed_try_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch)
         gc.collect()  # as there is done on a card
         found.append(live[0])
 
-    monkeypatch.setattr("xlsd_train.step.step.give_back", look)
-    for plan in (Plan("plain", 4), Plan("sliced", 4)):
+    for module in ("step", "backend"):
+        monkeypatch.setattr(f"xlsd_train.step.{module}.give_back", look)
+    for plan in (MemoryPlan("plain", 4), MemoryPlan("sliced", 4)):
         whole = Refusing(0)
         world.take(plan, whole)
         live[0] = 0

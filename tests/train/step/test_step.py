@@ -15,14 +15,15 @@ from transformers import CLIPTextModel
 
 from tests.support.sessions import Open
 from xlsd_train.data.loader import Batch
-from xlsd_train.step.step import Plan, Step
+from xlsd_train.step.backend import DeviceBackend, MemoryPlan
+from xlsd_train.step.step import Step
 from xlsd_train.training.session import Session
 
 PHASES = ["unet", "te", pytest.param("both", marks=pytest.mark.slow)]
 
 
 def batches(session: Session, count: int, first: int = 0) -> list[Batch]:
-    return [session.source.make(session.schedule.slot(first + n)) for n in range(count)]
+    return [session.source.make(session.batch_order.slot(first + n)) for n in range(count)]
 
 
 def weights(session: Session) -> dict[str, torch.Tensor]:
@@ -79,13 +80,19 @@ def test_only_what_the_phase_says_trains(open_run: Open, phase: str) -> None:
 
 
 PLANS = [
-    Plan("plain", 2), Plan("cheap", 4), Plan("cheap", 3), Plan("feed-forward", 4),
-    Plan("feed-forward", 1), Plan("sliced", 4), Plan("sliced", 2), Plan("sliced", 1),
-]  # fmt: skip
-EXACT = [Plan("cheap", 4), Plan("feed-forward", 4)]  # the same sums in the same order
+    MemoryPlan("plain", 2),
+    MemoryPlan("cheap", 4),
+    MemoryPlan("cheap", 3),
+    MemoryPlan("feed-forward", 4),
+    MemoryPlan("feed-forward", 1),
+    MemoryPlan("sliced", 4),
+    MemoryPlan("sliced", 2),
+    MemoryPlan("sliced", 1),
+]
+EXACT = [MemoryPlan("cheap", 4), MemoryPlan("feed-forward", 4)]  # the same sums in the same order
 
 
-def one_step(session: Session, parts: list[Batch], plan: Plan) -> tuple[Any, ...]:
+def one_step(session: Session, parts: list[Batch], plan: MemoryPlan) -> tuple[Any, ...]:
     """Loss, gradients and updated weights of one step by a plan; the weights are put back."""
     step, before = session.take_step, weights(session)
     gradients: dict[str, torch.Tensor] = {}
@@ -132,7 +139,7 @@ def test_only_what_train_says_trains(open_run: Open) -> None:
 def test_every_plan_gives_the_plain_steps_gradients(open_run: Open, phase: str, accum: int) -> None:
     session = open_run(phase=phase, caption_dropout=0.2)
     parts = batches(session, accum, first=1)
-    loss, norm, gradients, after = one_step(session, parts, Plan("plain", 4))
+    loss, norm, gradients, after = one_step(session, parts, MemoryPlan("plain", 4))
     for plan in PLANS:
         got_loss, got_norm, got, got_after = one_step(session, parts, plan)
         assert got_loss == pytest.approx(loss, rel=1e-6)
@@ -149,7 +156,7 @@ def test_in_float64_every_plan_is_the_plain_step_to_rounding(open_run: Open, pha
     """So what differs in float32 is the order of sums: no worse than in the plain step itself."""
     session = open_run(phase=phase)
     parts = batches(session, 1, first=1)
-    single = {plan: one_step(session, parts, plan)[2] for plan in [Plan("plain", 4), *PLANS]}
+    single = {plan: one_step(session, parts, plan)[2] for plan in [MemoryPlan("plain", 4), *PLANS]}
     for module in (session.model.unet, session.model.text_encoder):
         module.double()
     for state in session.take_step.optimizer.state.values():
@@ -160,8 +167,8 @@ def test_in_float64_every_plan_is_the_plain_step_to_rounding(open_run: Open, pha
         for name in ("signal", "sigma", "weight")
     }
     session.take_step.objective = replace(session.take_step.objective, **tables)
-    _, _, exact, _ = one_step(session, twice, Plan("plain", 4))
-    own = distance(single.pop(Plan("plain", 4)), exact)
+    _, _, exact, _ = one_step(session, twice, MemoryPlan("plain", 4))
+    own = distance(single.pop(MemoryPlan("plain", 4)), exact)
     for plan, gradients in single.items():
         _, _, got, _ = one_step(session, twice, plan)
         assert distance(got, exact) < 1e-12, plan
@@ -179,7 +186,7 @@ def test_stepping_inside_backward_changes_no_bit(
     for inside in (True, False):
         session = open_run(phase="both", optimizer=optimizer, out=tmp_path / str(inside))
         step = session.take_step
-        step.plan = Plan("sliced", 2)
+        step.plan = MemoryPlan("sliced", 2)
         for n, batch in enumerate(batches(session, 3)):
             if inside:
                 step([batch], 1e-4 * (n + 1))
@@ -195,20 +202,23 @@ def step_at_the_end(step: Step, batch: Batch, lr: float) -> None:
     for group in step.optimizer.param_groups:
         group["lr"] = lr
     kept: dict[Any, torch.Tensor] = {}
-    update = step._update
+    backend = step.backend
 
-    def keep(parameters: Any) -> None:
-        for p in parameters:
-            if p.grad is not None:
-                kept[p], p.grad = p.grad, None
+    class Keeping(DeviceBackend):
+        def apply(self, optimizer: Any, parameters: Any) -> Any:
+            for p in parameters:
+                if p.grad is not None:
+                    kept[p], p.grad = p.grad, None
+            return []
 
-    step._update = keep  # type: ignore[method-assign]
+    assert isinstance(backend, DeviceBackend)
+    step.backend = Keeping(backend.accelerator, step.plan)
     step._sliced([batch], batch.images)
-    step._update = update  # type: ignore[method-assign]
+    step.backend = backend
     for p, gradient in kept.items():
         p.grad = gradient
-    step._update(list(kept))
-    step._finish()
+    backend.apply(step.optimizer, list(kept))
+    backend.finish(step.optimizer)
 
 
 class Full(TorchDispatchMode):
@@ -229,11 +239,14 @@ class Full(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("plan", "tighter"),
-    [(Plan("plain", 4), Plan("plain", 2)), (Plan("cheap", 4), Plan("cheap", 2)),
-     (Plan("sliced", 4), Plan("sliced", 2))],
-)  # fmt: skip
+    [
+        (MemoryPlan("plain", 4), MemoryPlan("plain", 2)),
+        (MemoryPlan("cheap", 4), MemoryPlan("cheap", 2)),
+        (MemoryPlan("sliced", 4), MemoryPlan("sliced", 2)),
+    ],
+)
 def test_out_of_memory_tightens_the_plan_and_repeats_the_same_data(
-    open_run: Open, plan: Plan, tighter: Plan, caplog: pytest.LogCaptureFixture
+    open_run: Open, plan: MemoryPlan, tighter: MemoryPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "xlsd")
     session = open_run(phase="both")
@@ -252,7 +265,7 @@ def test_out_of_memory_tightens_the_plan_and_repeats_the_same_data(
 def test_out_of_memory_in_the_tightest_plan_is_an_error(open_run: Open) -> None:
     session = open_run()
     with Full(100), pytest.raises(torch.OutOfMemoryError):
-        one_step(session, batches(session, 1), Plan("sliced", 1))
+        one_step(session, batches(session, 1), MemoryPlan("sliced", 1))
 
 
 def test_accumulating_is_one_larger_batch(open_run: Open) -> None:
@@ -278,12 +291,12 @@ def test_accumulating_is_one_larger_batch(open_run: Open) -> None:
 def test_channels_last_is_the_same_step_to_rounding(open_run: Open, tmp_path: Path) -> None:
     usual = open_run()
     parts = batches(usual, 1, first=1)
-    loss, _, expected, _ = one_step(usual, parts, Plan("plain", 4))
+    loss, _, expected, _ = one_step(usual, parts, MemoryPlan("plain", 4))
     AcceleratorState._reset_state(reset_partial_state=True)
     other = open_run(channels_last=True, out=tmp_path / "channels last")
     weight = other.model.unet.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    for plan in (Plan("plain", 4), Plan("cheap", 2), Plan("sliced", 1)):
+    for plan in (MemoryPlan("plain", 4), MemoryPlan("cheap", 2), MemoryPlan("sliced", 1)):
         got_loss, _, got, _ = one_step(other, parts, plan)
         assert got_loss == pytest.approx(loss, rel=1e-5)
         assert distance(got, expected) < 1e-5

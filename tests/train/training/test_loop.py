@@ -34,7 +34,8 @@ from xlsd_cache.dataset.batch_order import Slot
 from xlsd_train.data.loader import Batch, BatchSource
 from xlsd_train.runs.layout import checkpoints
 from xlsd_train.runs.validation_log import read_losses
-from xlsd_train.step.step import Plan, Step
+from xlsd_train.step.backend import MemoryPlan
+from xlsd_train.step.step import Step
 
 Arguments = list[object]
 
@@ -131,8 +132,8 @@ def test_the_first_plateau_is_said_once(
     for stop in (1, 3, 4):
         assert train(*given, "--out", tmp_path / "run", "--stop-after", stop) == 0
     (said,) = [x for x in printed(capsys).splitlines() if "first plateau" in x]
-    assert said.startswith("d reached its first plateau at step 1: from there to step 2 ")
-    assert said.endswith("--optimizer lion --lr 6.7e-07 goes on at this rate")
+    assert said.startswith("d reached its first plateau at step 1: up to step 2 ")
+    assert said.endswith("--optimizer lion --lr 6.7e-07")
 
 
 @pytest.mark.slow
@@ -179,7 +180,7 @@ def test_a_plan_that_was_tightened_stays_so_after_a_resume(
     start = Step._start
 
     def full_once(self: Step, batch: Batch) -> Any:
-        if batch.number == 2 and self.plan == Plan("plain", 4):
+        if batch.number == 2 and self.plan == MemoryPlan("plain", 4):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return start(self, batch)
 
@@ -301,7 +302,7 @@ def test_signals_save_and_say_how_to_go_on(
     assert process.exitcode == 0, log.read_text()
     said = log.read_text()
     assert "Traceback" not in said
-    assert f"to go on from here, to the bit: the same command with --out {run}" in said
+    assert f"to resume bit-exactly, use the same command with --out {run}" in said
     step = int(checkpoints(run)[-1].name[5:])
     assert step == len(metrics(run)) < 10
     if step < 3:
@@ -389,9 +390,8 @@ def test_an_epoch_is_as_long_as_its_stores_weights_make_it(
     last = metrics(tmp_path / "run")[-1]
     assert last["images_seen"] == pytest.approx(3 * 8, abs=8)  # eight photos
     assert last["epoch"] == last["images_seen"] / 24
-    (said,) = [x for x in printed(capsys).splitlines() if x.startswith("epoch 1 ended")]
-    assert "samples of 24" in said
-    assert "its store's weight x 1 times" in said
+    (said,) = [x for x in printed(capsys).splitlines() if x.startswith("epoch 1 done")]
+    assert said.endswith(" of 24 images (images times store weights)")
 
 
 def test_touched_files_act_at_the_next_step(arguments: Arguments, tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ def test_a_process_that_dies_is_said_by_the_others(
     assert other.exitcode == 1, text.read_text()
     (said,) = [x for x in text.read_text().splitlines() if x.startswith("xlsd-train: ")]
     assert "another process of this run has ended" in said
-    assert said.endswith(f"the same command with --out {run} goes on from it")
+    assert said.endswith(f"resume with the same command and --out {run}")
     assert checkpoints(run)
 
 
@@ -583,7 +583,9 @@ def test_a_full_card_is_one_sentence(
 
     monkeypatch.setattr(Step, "_start", full)
     assert train("--phase", "te", *arguments, "--out", tmp_path / "run") == 1
-    assert "memory is full with sliced by 1, and no plan takes less" in capsys.readouterr().err
+    assert (
+        "out of memory with sliced by 1, and no memory plan takes less" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -607,7 +609,7 @@ def test_a_fixed_noise_loss_falls_five_times_on_three_photos(
 
     def fixed_noise_loss(trained: Path) -> float:
         session = open_run(data=data, model=str(trained), batch=3, out=tmp_path / "measured")
-        fixed = [session.source.make(session.schedule.slot(10**6 + n)) for n in range(40)]
+        fixed = [session.source.make(session.batch_order.slot(10**6 + n)) for n in range(40)]
         with torch.no_grad():
             loss = torch.cat([session.take_step.loss(batch) for batch in fixed]).mean()
         session.run.close()

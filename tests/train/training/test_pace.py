@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from xlsd_train.training.pace import Pace, epochs_told, hours_told, predicted
+from xlsd_train.training.pace import Pace, describe_epochs, describe_hours, predicted
 
 
 @pytest.mark.parametrize(
@@ -14,13 +14,13 @@ from xlsd_train.training.pace import Pace, epochs_told, hours_told, predicted
     ],
 )
 def test_a_plan_is_told_in_epochs(epochs: float, told: str) -> None:
-    assert epochs_told(epochs, 121) == told
+    assert describe_epochs(epochs, 121) == told
 
 
 def test_an_absurd_plan_is_told_with_a_remedy() -> None:
     """A million steps on 121 photos."""
-    told = epochs_told(181_818.2, 121)
-    assert told.startswith("181,818 epochs of 121 images: each would be trained on 181,818 times")
+    told = describe_epochs(181_818.2, 121)
+    assert told.startswith("181,818 epochs of 121 images. That is probably too long")
     assert "--epochs 10" in told
 
 
@@ -30,10 +30,10 @@ def test_hours_are_predicted_for_known_cards_alone() -> None:
     assert predicted(seconds, "NVIDIA A100-SXM4-40GB") == ("A100", 0.5)
     assert predicted(seconds, "Quadro") is None
     assert predicted(seconds, "") is None
-    assert hours_told("RTX 4090", 1e6).startswith("no less than 278 hours (12 days) at an RTX 4090")
-    assert hours_told("A100", 3600).startswith("no less than 1.0 hours at an A100's peak")
-    assert hours_told("A100", 300).startswith("no less than 5 minutes at")
-    assert hours_told("A100", 7.2).startswith("no less than 7 seconds at")
+    assert describe_hours("RTX 4090", 1e6).startswith("at least 278 hours (12 days) at an RTX 4090")
+    assert describe_hours("A100", 3600).startswith("at least 1.0 hours at an A100's peak")
+    assert describe_hours("A100", 300).startswith("at least 5 minutes at")
+    assert describe_hours("A100", 7.2).startswith("at least 7 seconds at")
 
 
 def said(steps: int, last: int, step_s: float) -> list[str]:
@@ -51,9 +51,9 @@ def said(steps: int, last: int, step_s: float) -> list[str]:
 
 def test_hours_are_told_once_some_steps_were_measured() -> None:
     (told,) = said(100, 1_000_000, 0.5)
-    assert told.startswith("measured 0.5 s a step: the 999,978 steps to come take 139 hours (6 day")
+    assert told.startswith("0.5 s per step: the remaining 999,978 steps take 139 hours (6")
     (told,) = said(100, 10_000, 20.0)  # two slow ones are enough
-    assert told.startswith("measured 20 s a step: the 9,996 steps to come take 56 hours")
+    assert told.startswith("20 s per step: the remaining 9,996 steps take 56 hours")
 
 
 def test_of_a_short_run_nothing_is_told() -> None:

@@ -137,7 +137,7 @@ def test_export_refuses_by_name_and_leaves_nothing(
 
 def stepped(open_run: Open, **settings: Any) -> Session:
     session = open_run(**settings)
-    session.take_step([session.source.make(session.schedule.slot(0))], 1e-3)
+    session.take_step([session.source.make(session.batch_order.slot(0))], 1e-3)
     return session
 
 
@@ -188,7 +188,7 @@ def two_checkpoints(open_run: Open) -> Session:
     """A run as an older version may have left it: of two steps, with their snapshots."""
     session = open_run(ema=True)
     for step in (1, 2):
-        session.take_step([session.source.make(session.schedule.slot(step - 1))], 1e-3)
+        session.take_step([session.source.make(session.batch_order.slot(step - 1))], 1e-3)
         session.average(step)
         save(session, step)
     keep_snapshots(session.run.folder, checkpoints(session.run.folder), 9)

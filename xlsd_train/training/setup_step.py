@@ -1,0 +1,111 @@
+"""Build the training step of a run: device, memory plan, optimizer."""
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+
+from xlsd_cache.dataset.selection import Selection
+from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_train.checkpoints.checkpoint import load_optimizer
+from xlsd_train.checkpoints.comparison import compare_batch
+from xlsd_train.checkpoints.run_folder import RunFolder
+from xlsd_train.config.train import TrainConfig
+from xlsd_train.memory.planner import Planner, cap_card, choose, memory_limit
+from xlsd_train.optim.factory import make_optimizer
+from xlsd_train.step.backend import DeviceBackend, MemoryPlan
+from xlsd_train.step.distributed import TIMEOUT
+from xlsd_train.step.step import Step
+from xlsd_train.training.pace import predicted
+from xlsd_train.training.setup_model import RunModel
+
+log = logging.getLogger("xlsd.train.training")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """The batch size of a run, and how a batch passes."""
+
+    batch: int
+    plan: MemoryPlan  # of each process
+    text: str  # the plan's prediction, for people
+    step_s: tuple[str, float] | None  # (GPU, seconds per batch at its peak throughput), if known
+
+
+def start(config: TrainConfig) -> tuple[Accelerator, str]:
+    """Set precision, threads and determinism, and find the device and the other processes."""
+    device = device_of(config.device)
+    precision = set_precision(config.precision)
+    deterministic(config.deterministic)
+    mixed = "bf16" if config.precision == "bf16" else "no"
+    handler = InitProcessGroupKwargs(timeout=TIMEOUT)
+    accelerator = Accelerator(
+        mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[handler]
+    )
+    if config.threads:  # after accelerate, which sets its own number for several processes
+        torch.set_num_threads(config.threads)
+    return accelerator, precision
+
+
+def deterministic(on: bool) -> None:
+    """Use the same CUDA kernels in every run, and only those that sum in a fixed order.
+
+    Otherwise cuDNN times its kernels for every shape and uses the fastest.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not on  # it may choose another kernel in each run
+
+
+def plan_batch(
+    config: TrainConfig,
+    run: RunFolder,
+    selection: Selection,
+    model: RunModel,
+    accelerator: Accelerator,
+) -> Batching:
+    """Choose batch and memory plan; a resumed run keeps those that it was started with."""
+    device = accelerator.device
+    if config.vram is not None and device.type == "cuda":
+        cap_card(config.vram, device)
+    before = run.before
+    if before and not config.force:
+        plan = MemoryPlan(*run.state().get("plan", before.plan))
+        return Batching(before.batch, plan, before.memory, before.step_s)
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:  # GPUs differ in free memory, and sums must not differ
+        config = replace(config, objective=model.objective.kind)
+        networks = model.bundle.unet.config, model.bundle.text_encoder.config.to_dict()
+        batch, plan, prediction = choose(
+            config,
+            lambda: Planner(config, *networks),
+            selection.sizes,
+            accelerator.num_processes,
+            memory_limit(config.vram, device),
+        )
+        unknown = f"batch {batch}, {plan}: no memory limit is known here; --vram sets one"
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        step_s = predicted(prediction.seconds, card) if prediction else None
+        chosen = [Batching(batch, plan, str(prediction or unknown), step_s)]
+    batching: Batching = broadcast_object_list(chosen)[0]
+    compare_batch(run, batching.batch, batching.plan, config.force)
+    return batching
+
+
+def build_step(
+    config: TrainConfig, run: RunFolder, model: RunModel, plan: MemoryPlan, accelerator: Accelerator
+) -> Step:
+    """Move the model to the device, and make its optimizer, with the checkpoint's state if any."""
+    device = accelerator.device
+    model.bundle.to(device, config.channels_last)
+    optimizer = make_optimizer(config, model.named.values())
+    if run.checkpoint:
+        load_optimizer(run.checkpoint, model.named, optimizer)
+    parameters, objective = list(model.named.values()), model.objective.to(device)
+    return Step(model.bundle, parameters, optimizer, objective, DeviceBackend(accelerator, plan))
