@@ -16,6 +16,7 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.gpus import Card, card_named
 from xlsd_train.memory.planner import Planner
+from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.step.backend import MemoryPlan, drop_gradients
 from xlsd_train.step.step import Step
@@ -82,10 +83,14 @@ class Bench:
         return TrainConfig("unet", batch=self.batch).resolved()
 
     @cached_property
+    def bundle(self) -> ModelBundle:
+        """The model that all parts share: creating it takes longer than most parts."""
+        return model_of(self.model)
+
+    @cached_property
     def step(self) -> Step:
-        """The step that all parts share: creating it takes longer than most parts."""
-        device = self.device.type
-        return step_of(model_of(self.model), self.settings, self.plans[0], device, Strict)
+        """The step of that model, whose networks it moves to the device."""
+        return step_of(self.bundle, self.settings, self.plans[0], self.device.type, Strict)
 
     @cached_property
     def planner(self) -> Planner:
@@ -96,7 +101,7 @@ class Bench:
 
     def drawn(self, count: int) -> Batch:
         """A random batch of `count` images."""
-        return drawn_batch(self.step.model, count, self.size, self.device.type)
+        return drawn_batch(self.bundle, count, self.size, self.device.type)
 
     def with_optimizer(self, name: Any) -> None:
         """Give the step another optimizer with new state."""

@@ -44,13 +44,13 @@ def _compare(bench: Bench, plans: list[MemoryPlan], in_order: bool) -> Results:
         step.plan = plan
         return step([batch], LR)[0]
 
-    latents = batch.latents * step.model.vae.scaling_factor
-    plain = PlainLoop(step.model, step.optimizer, False, batch.input_ids, latents)
+    latents = batch.latents * bench.bundle.vae.scaling_factor
+    plain = PlainLoop(bench.bundle, step.optimizer, False, batch.input_ids, latents)
     entered = {str(plan): Contestant(partial(take, plan), step.optimizer) for plan in plans}
     # It uses our Lion, which is in its favour.
     entered["diffusers, checkpointing"] = Contestant(plain, step.optimizer, checkpointing=True)
     deterministic(in_order)
-    timed = take_turns(step.model, entered, 1 if bench.tiny else TIMED, bench.device.type)
+    timed = take_turns(bench.bundle, entered, 1 if bench.tiny else TIMED, bench.device.type)
     deterministic(True)
     peak = bench.card.fp32 if bench.card else None
     results: Results = {}

@@ -45,7 +45,11 @@ def model_of(size: Size, tokens: int = 77) -> ModelBundle:
     """A model without a tokenizer, for random batches."""
     scheduler = dict(DDPMScheduler.from_config(sd15.SCHEDULER).config)
     vae = load_vae(str(VAE))
-    return ModelBundle(*networks(size, tokens), vae, None, scheduler, size, VAE, vae_scaling(vae))
+    unet, text_encoder = networks(size, tokens)
+    return ModelBundle(
+        unet=unet, text_encoder=text_encoder, source=size, scaling=vae_scaling(vae), vae=vae,
+        tokenizer=None, scheduler_config=scheduler, tokenizer_folder=VAE,
+    )  # fmt: skip
 
 
 CAPTIONS = ["woman, solo, smiling, outdoors", "a cup of coffee on a wooden table. it is morning."]

@@ -193,8 +193,8 @@ class Trial:
 
     def __init__(self, config: MaxBatchConfig, settings: TrainConfig, tokens: int) -> None:
         _free()
-        model = model_of(config.model, tokens)
-        self._step = step_of(model, settings, MemoryPlan("plain", 1), "cuda", Strict)
+        self._model = model_of(config.model, tokens)
+        self._step = step_of(self._model, settings, MemoryPlan("plain", 1), "cuda", Strict)
 
     def measure(
         self, planner: Planner, plan: MemoryPlan, predicted: int, size: Size, batch: int
@@ -220,7 +220,7 @@ class Trial:
         step = self._step
         step.plan = plan
         try:
-            step([drawn_batch(step.model, batch, size, "cuda")], 0.0)
+            step([drawn_batch(self._model, batch, size, "cuda")], 0.0)
             torch.cuda.synchronize()
         except RuntimeError as error:
             if not is_full(error):
@@ -268,14 +268,13 @@ def check(config: MaxBatchConfig, report: Report) -> None:
     for phase, optimizer, tokens in cases(config):
         settings = TrainConfig(phase, optimizer=optimizer, precision=config.precision).resolved()
         planner = planner_of(config, settings, tokens, workspaces=False)
-        step = step_of(
-            model_of(config.model, tokens), settings, MemoryPlan("plain", 1), "cpu", Strict
-        )
+        model = model_of(config.model, tokens)
+        step = step_of(model, settings, MemoryPlan("plain", 1), "cpu", Strict)
         for name in config.size:
             size = latents(name)
             for plan in check_plans(config):
                 step.plan, begun = plan, time.perf_counter()
-                real = peak_of(step, [drawn_batch(step.model, config.batch, size, "cpu")])
+                real = peak_of(step, [drawn_batch(model, config.batch, size, "cpu")])
                 seconds = time.perf_counter() - begun
                 predicted = planner.predict(plan, config.batch, size).peak
                 errors.append(100 * (predicted / real - 1))

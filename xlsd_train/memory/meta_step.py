@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.tracker import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
-from xlsd_train.model.bundle import ModelBundle
+from xlsd_train.model.bundle import Networks
 from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.optim.lion import DLion, Lion
@@ -155,9 +154,10 @@ class MetaStep:
             unet = UNet2DConditionModel.from_config(dict(unet_config))
             text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
             channels = torch.ones(self._channels, 1, 1)
-            model = ModelBundle(
-                unet, text_encoder, cast("Any", None), None, {}, "the model", Path(),
-                LatentScaling(channels, channels, normalized=False), config.clip_skip,
+            model = Networks(
+                unet=unet, text_encoder=text_encoder, source="the model",
+                scaling=LatentScaling(channels, channels, normalized=False),
+                clip_skip=config.clip_skip,
             )  # fmt: skip
             trained = list(model.prepare(config.phase, config.train).values())
             tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]

@@ -21,17 +21,13 @@ from xlsd_train.weights.locate import TEXT_ENCODER, UNET
 from xlsd_train.weights.network import PREFIX
 
 
-@dataclass
-class ModelBundle:
-    """A model's networks in fp32, on the CPU until `to` moves them."""
+@dataclass(kw_only=True)
+class Networks:
+    """What a training step runs: UNet and text encoder."""
 
     unet: Any  # UNet2DConditionModel
     text_encoder: Any  # CLIPTextModel
-    vae: Vae  # its network is `vae.model`, an AutoencoderKL
-    tokenizer: Any  # CLIPTokenizer
-    scheduler_config: dict[str, Any]
     source: str  # as the user gave it
-    tokenizer_folder: Path
     scaling: LatentScaling  # between raw latents and the UNet's input
     clip_skip: int = 0  # the UNet is conditioned on the states this many layers before the last
 
@@ -74,6 +70,16 @@ class ModelBundle:
         """Reinitialise the parameters of `named` that the patterns `only` match."""
         names = choose(named, split(only, "--reinit", phase), "--reinit")
         reinitialise(self.unet, names, seed)
+
+
+@dataclass(kw_only=True)
+class ModelBundle(Networks):
+    """A model's networks in fp32, on the CPU until `to` moves them."""
+
+    vae: Vae  # its network is `vae.model`, an AutoencoderKL
+    tokenizer: Any  # CLIPTokenizer
+    scheduler_config: dict[str, Any]
+    tokenizer_folder: Path
 
     def sha256(self) -> dict[str, str]:
         """SHA-256 of each network's weights."""

@@ -140,8 +140,9 @@ def assemble(parts: ModelParts, vae: Vae, tokens: int | None = None) -> ModelBun
     # Diffusers' pipelines truncate prompts to the tokenizer's length: 77, whatever the encoder's.
     tokenizer.model_max_length = text_encoder.config.max_position_embeddings
     return ModelBundle(
-        unet, text_encoder, vae, tokenizer, parts.scheduler, parts.source, parts.tokenizer,
-        scaling, parts.clip_skip,
+        unet=unet, text_encoder=text_encoder, source=parts.source, scaling=scaling,
+        clip_skip=parts.clip_skip, vae=vae, tokenizer=tokenizer, scheduler_config=parts.scheduler,
+        tokenizer_folder=parts.tokenizer,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_train.data.loader import Batch
-from xlsd_train.model.bundle import ModelBundle
+from xlsd_train.model.bundle import Networks
 from xlsd_train.step.backend import MemoryPlan, StepBackend, drop_gradients
 from xlsd_train.step.layers import (
     INPUT_IDS,
@@ -39,7 +39,7 @@ from xlsd_train.step.sliced import SlicedPass
 class Step:
     """A training step; call it with the batches to accumulate and the learning rate."""
 
-    model: ModelBundle
+    model: Networks
     parameters: list[Parameter]
     optimizer: torch.optim.Optimizer
     objective: Objective  # on the device
