@@ -1,7 +1,7 @@
 """Options of every command of `xlsd-train`.
 
-`train` holds a run's options, `run_options` and `model_options` those of the other commands.
-`recipes` reads recipes (TOML, in `recipes/`), `adapt` fits defaults to small data,
-`weight_patterns` reads patterns of parameter names, `aliases` knows other trainers' names, `sd15`
-SD1.5's shapes.
+`train` composes a run's options of groups from `inputs` and `optimization`; `run_options` and
+`model_options` have those of the other commands. `recipes` reads recipes (TOML, in `recipes/`),
+`adapt` fits defaults to small data, `weight_patterns` selects parameters by name, `aliases` maps
+other trainers' option names, `sd15` has SD1.5's configs.
 """

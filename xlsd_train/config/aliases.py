@@ -1,12 +1,12 @@
-"""What kohya's sd-scripts and diffusers' training scripts call things, and what we call them.
+"""Option names of kohya's sd-scripts and diffusers' training scripts, and ours.
 
-Each is an option of ours, with a value where that is the point, or a sentence.
+Each maps to an option of ours, with a value if needed, or to a sentence.
 """
 
 _STORE = "that is settled when the store is built; see `xlsd-cache build --help`"
 _NETWORK = "networks such as LoRA are not trained here, only whole weights or parts (--train)"
 _IMAGES = "training reads a store: `xlsd-cache build IMAGES --out latents`, then --data latents"
-_RESUME = "nothing is needed: the same command with the --out of the run goes on with it"
+_RESUME = "not needed: the same command with the --out of the run resumes it"
 
 NAMES = {
     # what is trained on
@@ -71,12 +71,12 @@ NAMES = {
     "unet-lr": "--lr",
     "text-encoder-lr": "--lr",
     "learning-rate-te": "--lr",
-    "scale-lr": "the rate is the one you give, whatever the batch; scale --lr yourself",
+    "scale-lr": "--lr is not scaled by the batch size; scale it yourself",
     "lr-scheduler": "--scheduler",
     "lr-scheduler-type": "--scheduler",
     "lr-warmup-steps": "--warmup",
     "warmup-steps": "--warmup",
-    "lr-scheduler-num-cycles": "schedules here have one cycle; see --scheduler",
+    "lr-scheduler-num-cycles": "LR schedules have one cycle here; see --scheduler",
     "lr-scheduler-power": "there is no polynomial schedule here; see --scheduler",
     "lr-scheduler-min-lr-ratio": "--lr-floor",
     "optimizer-type": "--optimizer",
@@ -136,7 +136,7 @@ NAMES = {
     "save-last-n-steps": "--keep",
     "save-last-n-epochs": "--keep",
     "checkpoints-total-limit": "--keep",
-    "save-state": "a checkpoint always holds all that going on needs",
+    "save-state": "a checkpoint always has all that a resume needs",
     "save-model-as": "`xlsd-train export` writes a model for other programs",
     "resume": _RESUME,
     "resume-from-checkpoint": _RESUME,
@@ -165,6 +165,6 @@ NAMES = {
     "w": "--size 512x768",
     "h": "--size 512x768",
     "images-per-prompt": "a prompt is drawn once; write the line again with another --seed",
-    "ckpt": "name the model itself, without an option",
-    "save-to": "name the file or folder itself, without an option",
+    "ckpt": "give the model as it is, without an option",
+    "save-to": "give the file or folder as it is, without an option",
 }

@@ -1,6 +1,6 @@
-"""A run's folder as it lies on the disk, read without torch.
+"""A run's folder on the disk, read without torch.
 
-`layout` knows the file names, `record` reads config.json, `history` the step metrics (`downsample`
-thins them), `validation_log` the held-out losses, `bootstrap` their confidence intervals.
-`json_files` and `links` guard against files that somebody else made.
+`layout` has its paths, `record` its config.json, `metrics` the numbers of a step, `history` its
+logs (`downsample` thins them), `validation_log` the held-out losses, `bootstrap` their confidence
+intervals. `json_files` and `links` guard against files of strangers.
 """
