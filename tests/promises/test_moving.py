@@ -158,7 +158,7 @@ def test_a_source_unplugged_while_building_loses_nothing(
 
     monkeypatch.setattr(Encoder, "encode", unplug)
     assert cache("build", source, *rest, "--workers", 1) == 0
-    assert "were gone when their turn came; bring back what holds them" in capsys.readouterr().err
+    assert "were deleted before they were encoded; restore them" in capsys.readouterr().err
     told = sums(tmp_path / "latents", capsys)
     assert 0 < told["live"] < 30
     assert told["rejected"] == {"vanished": 30 - told["live"]}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -15,6 +16,7 @@ from benchmarks.same_parts.files import differences, hashes, one_hash
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_checkout_writes_the_same_store_twice_and_a_changed_byte_is_found(tmp_path: Path) -> None:
     out = tmp_path / "same.json"
     options = ("--before", ROOT, "--after", ROOT, "--work", tmp_path, "--only", "store")

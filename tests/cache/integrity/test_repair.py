@@ -228,7 +228,7 @@ def test_a_damaged_plan_is_said_and_nothing_is_touched(store: Store, capsys: Out
     assert (code, found["problems"][0]["kind"]) == (1, "plan")
     assert files(store.out, "**/*") == before
     assert cache("check", store.out, "--repair") == 1
-    assert "cannot mend manifest/plan/000000.parquet" in printed(capsys)
+    assert "cannot repair manifest/plan/000000.parquet" in printed(capsys)
 
 
 def test_a_damaged_latent_is_not_reused_when_its_image_comes_back(store: Store) -> None:
@@ -379,7 +379,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(store: Store, tmp_path: P
     assert process.exitcode == 1
     assert "Traceback" not in log.read_text()
     assert len(said) == 1
-    assert "nothing good is lost" in said[0]
+    assert "Nothing valid is lost" in said[0]
     store.check("--repair")
     assert store.build()["encoded"] == 1
     assert equal(store.latents(), before, [again])
