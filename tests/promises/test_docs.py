@@ -45,6 +45,7 @@ def load_hooks() -> Any:
     return module
 
 
+NAMES = {*xlsd_cache.cli.COMMANDS, *xlsd_train.cli.COMMANDS}
 GENERATED: dict[str, str] = load_hooks().pages()
 
 
@@ -110,7 +111,7 @@ def check_command(words: list[str]) -> None:
         if redirection in words:
             words = words[: words.index(redirection)]
     program, *rest = words
-    if len(rest) == 1 and rest[0] in {*xlsd_cache.cli.COMMANDS, *xlsd_train.cli.COMMANDS}:
+    if rest[1:] in ([], ["--json"]) and rest[0] in NAMES:
         return  # the command's name within a sentence
     if program in {"torchrun", "accelerate"}:
         program, *rest = rest[rest.index("-m") + 1 :]
