@@ -32,7 +32,7 @@ RowsPerShard = Annotated[int, Within(1, 2**20)]
 
 
 @dataclass(frozen=True)
-class Options:
+class CheckedOptions:
     """The options of a command, whose values are checked before anything is read."""
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class SourceOptions(Options):
+class SourceOptions(CheckedOptions):
     """Images."""
 
     source: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")] = ("images",)
@@ -84,7 +84,7 @@ class SourceOptions(Options):
 
 
 @dataclass(frozen=True)
-class CaptionOptions(Options):
+class CaptionColumnOptions(CheckedOptions):
     """Captions."""
 
     captions: Columns = "auto"
@@ -99,7 +99,7 @@ class CaptionOptions(Options):
 
 
 @dataclass(frozen=True)
-class VaeOptions(Options):
+class VaeOptions(CheckedOptions):
     """VAE."""
 
     vae: str = "sdxl"
@@ -118,7 +118,7 @@ class VaeOptions(Options):
 
 
 @dataclass(frozen=True)
-class SizeOptions(Options):
+class SizeOptions(CheckedOptions):
     """Sizes."""
 
     resolution: Annotated[int, Within(64, 2**14)] = 512
@@ -136,7 +136,7 @@ class SizeOptions(Options):
 
 
 @dataclass(frozen=True)
-class StoreOptions(Options):
+class StoreOptions(CheckedOptions):
     """Store."""
 
     out: Folder = Path("latents")
@@ -151,7 +151,7 @@ class StoreOptions(Options):
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
+class WorkOptions(CheckedOptions):
     """Running."""
 
     device: Device = "auto"
@@ -181,7 +181,7 @@ class RunOptions(Options):
 
 @dataclass(frozen=True)
 class BuildOptions(
-    RunOptions, StoreOptions, SizeOptions, VaeOptions, CaptionOptions, SourceOptions
+    WorkOptions, StoreOptions, SizeOptions, VaeOptions, CaptionColumnOptions, SourceOptions
 ):
     """Encode images once into a store of latents, or update an existing store.
 
@@ -201,7 +201,7 @@ class BuildOptions(
 
 
 @dataclass(frozen=True)
-class CaptionsOptions(Options):
+class CaptionsOptions(CheckedOptions):
     """Add caption columns to a store, or replace them. Latents are not touched.
 
     A caption file belongs to the image next to it, a table's row to the image that it names.
@@ -260,7 +260,7 @@ def check_columns(option: str, columns: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class InfoOptions(Options):
+class InfoOptions(CheckedOptions):
     """Show what is in a store: counts, buckets, size, VAE, latent statistics, rejected images."""
 
     store: Positional[Path] = Path("latents")
@@ -274,7 +274,7 @@ class InfoOptions(Options):
 
 
 @dataclass(frozen=True)
-class CheckOptions(Options):
+class CheckOptions(CheckedOptions):
     """Verify a store: all shards present, checksums correct, values finite, counts consistent.
 
     Lists the images whose latents are corrupt, and then exits with status 1. With --repair, the
@@ -302,7 +302,7 @@ class CheckOptions(Options):
 
 
 @dataclass(frozen=True)
-class ImportOptions(Options):
+class ImportOptions(CheckedOptions):
     """Import latents cached by other programs, so that nothing is encoded twice.
 
     Reads kohya's .npz, OneTrainer's and SimpleTuner's .pt, ai-toolkit's and single .safetensors.
@@ -369,7 +369,7 @@ class ImportOptions(Options):
 
 
 @dataclass(frozen=True)
-class PreviewOptions(Options):
+class PreviewOptions(CheckedOptions):
     """Draw a contact sheet of decoded latents, with caption, bucket and crop: what training sees.
 
     Needs the store and its VAE, not the images.
@@ -418,7 +418,7 @@ class PreviewOptions(Options):
 
 
 @dataclass(frozen=True)
-class ExportIndexOptions(Options):
+class ExportIndexOptions(CheckedOptions):
     """Write the table of samples as one parquet file for pandas, polars or duckdb.
 
     It has all captions and, for each latent, its shard file, byte offset and length, dtype and
