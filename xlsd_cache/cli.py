@@ -9,7 +9,7 @@ import tyro
 
 from xlsd_cache import __version__
 from xlsd_cache.console.aliases import NAMES
-from xlsd_cache.console.help import Command, asks_for_help, help_page, program_page
+from xlsd_cache.console.help import Command, asks_for_help, calls, help_page, program_page
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
 from xlsd_cache.console.suggestions import check_command, check_words
@@ -26,9 +26,8 @@ from xlsd_cache.options import (
 )
 
 
-# One a command, each importing late: a help page need not wait for torch and diffusers.
+# They import late: a help page need not wait for torch and diffusers.
 def _build(options: BuildOptions, began: float) -> None:
-    quiet_libraries()
     from xlsd_cache.commands.build import build
     from xlsd_cache.commands.finish import say_sums
 
@@ -37,7 +36,6 @@ def _build(options: BuildOptions, began: float) -> None:
 
 
 def _import(options: ImportOptions, began: float) -> None:
-    quiet_libraries()
     from xlsd_cache.commands.finish import say_sums
     from xlsd_cache.commands.import_latents import import_caches
 
@@ -45,38 +43,10 @@ def _import(options: ImportOptions, began: float) -> None:
         say_sums(options.out, counts, "latents could be imported")
 
 
-def _info(options: InfoOptions, _: float) -> None:
-    quiet()
-    from xlsd_cache.commands.info import info
-
-    info(options)
-
-
 def _check(options: CheckOptions, _: float) -> int:
-    quiet_libraries()
     from xlsd_cache.commands.check import check
 
     return 0 if check(options) else 1
-
-
-def _captions(options: CaptionsOptions, _: float) -> None:
-    from xlsd_cache.commands.captions import recaption
-
-    recaption(options)
-
-
-def _preview(options: PreviewOptions, _: float) -> None:
-    quiet_libraries()
-    from xlsd_cache.commands.preview import preview
-
-    preview(options)
-
-
-def _export_index(options: ExportIndexOptions, _: float) -> None:
-    quiet_libraries()
-    from xlsd_cache.commands.export_index import export_index
-
-    export_index(options)
 
 
 COMMANDS = {
@@ -94,7 +64,7 @@ COMMANDS = {
     ),
     "info": Command(
         InfoOptions,
-        _info,
+        calls("xlsd_cache.commands.info:info"),
         examples=("xlsd-cache info latents", "xlsd-cache info latents --json > latents.json"),
     ),
     "check": Command(
@@ -104,7 +74,7 @@ COMMANDS = {
     ),
     "captions": Command(
         CaptionsOptions,
-        _captions,
+        calls("xlsd_cache.commands.captions:recaption"),
         examples=(
             "xlsd-cache captions latents --from photos --columns json:tags",
             "xlsd-cache captions latents --from captions.parquet --columns parquet:text --dry-run",
@@ -112,7 +82,7 @@ COMMANDS = {
     ),
     "preview": Command(
         PreviewOptions,
-        _preview,
+        calls("xlsd_cache.commands.preview:preview"),
         examples=(
             "xlsd-cache preview latents sheet.png",
             "xlsd-cache preview latents cats.png --tags cat,solo --count 12 --columns 4",
@@ -120,7 +90,7 @@ COMMANDS = {
     ),
     "export-index": Command(
         ExportIndexOptions,
-        _export_index,
+        calls("xlsd_cache.commands.export_index:export_index"),
         examples=(
             "xlsd-cache export-index latents samples.parquet",
             "duckdb -c \"select key, bucket from 'samples.parquet' limit 5\"",
@@ -141,7 +111,7 @@ THEIRS = "train run plan recipes tags ema sweep report sample score export swap"
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one sentence, no traceback.
 
-    Without `args` it is a program of its own, and its words are the command line's.
+    Without `args` it takes those of the process, and prepares its streams.
     """
     if args is None:
         start()
@@ -170,6 +140,10 @@ def _main(words: Sequence[str]) -> int:
     )
     if not _only_prints(options):
         ignore_closed_pipe()
+    if command.options is InfoOptions:
+        quiet()
+    elif command.options is not CaptionsOptions:  # it loads nothing that prints
+        quiet_libraries()
     return command.run(options, began) or 0
 
 

@@ -1,4 +1,4 @@
-"""The exception that a user's mistake raises, and the words of other exceptions."""
+"""The exception that a user's mistake raises, and other exceptions' text on one line."""
 
 import re
 from typing import ClassVar
@@ -11,7 +11,7 @@ class UserError(Exception):
 
     The command lines catch it, print it and exit non-zero. Any other exception is a bug of ours.
     Messages are written with the command lines' flags. Elsewhere, as in a notebook, the text names
-    arguments: `max_ratio` for --max-ratio, but for what stands between backquotes.
+    arguments: `max_ratio` for --max-ratio, except between backquotes.
     """
 
     names_flags: ClassVar[bool] = False  # a command line sets it while it runs

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from xlsd_cache.console.option_checks import (
+    CheckedOptions,
     Count,
     Every,
     Factor,
@@ -19,7 +20,6 @@ from xlsd_cache.console.option_checks import (
     Folder,
     Threads,
     Within,
-    check_options,
 )
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column
@@ -29,15 +29,6 @@ from xlsd_cache.vocabulary import RESERVED, Padding, Precision
 Device = Literal["auto", "cuda", "cpu"]
 Columns = Annotated[str, arg(metavar="COLUMNS")]
 RowsPerShard = Annotated[int, Within(1, 2**20)]
-
-
-@dataclass(frozen=True)
-class CheckedOptions:
-    """The options of a command, whose values are checked before anything is read."""
-
-    def __post_init__(self) -> None:
-        """Raise UserError for the first value that no run of the command can use."""
-        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -190,9 +181,8 @@ class BuildOptions(
     the same command continues.
     """
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raise UserError for what no build can use."""
-        super().__post_init__()
         number, _, count = (self.shard or "0/1").partition("/")
         few = len(number) <= 6 and len(count) <= 6
         if not (few and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
@@ -224,9 +214,8 @@ class CaptionsOptions(CheckedOptions):
     dry_run: bool = False
     """Print what would change, and write nothing."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raise UserError for what cannot be a column."""
-        super().__post_init__()
         check_columns("--columns", self.caption_columns)
 
     @property
@@ -355,11 +344,10 @@ class ImportOptions(CheckedOptions):
     dry_run: bool = False
     """Search and compare, print what would be done, and write nothing."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raise UserError for what no import can use."""
         if not self.cache:
             raise UserError("CACHE is missing; give the folders of cached latents")
-        super().__post_init__()
         check_columns("--captions", self.caption_columns)
 
     @property
@@ -408,9 +396,8 @@ class PreviewOptions(CheckedOptions):
     device: Device = "auto"
     """auto: the GPU if there is one."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raise UserError for what cannot be drawn."""
-        super().__post_init__()
         if self.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise UserError(f"{self.out} is not an image name; end it in .png, .jpg or .webp")
         if self.rows and self.tags:

@@ -2,19 +2,17 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Sequence
 
 from xlsd_cache import __version__
-from xlsd_cache.console.help import Command, asks_for_help, help_page
+from xlsd_cache.console.help import Command, asks_for_help, calls, help_page
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
 from xlsd_cache.console.suggestions import check_command, check_words
 from xlsd_cache.console.terminal import ignore_closed_pipe, run, say, start
 from xlsd_train.config.aliases import NAMES
 from xlsd_train.config.model_options import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
-from xlsd_train.config.recipes import options_in, parse
+from xlsd_train.config.recipes import parse, recipe_in
 from xlsd_train.config.run_options import (
     EmaConfig,
     PlanConfig,
@@ -24,18 +22,6 @@ from xlsd_train.config.run_options import (
     TagsConfig,
 )
 from xlsd_train.config.train import TrainConfig
-
-Run = Callable[[Any, Sequence[str]], None]  # takes a command's options and its command line
-
-
-def calls(target: str) -> Run:
-    """A call of `module:function` with a command's options; imported when the command runs."""
-    module, _, function = target.partition(":")
-
-    def call(config: Any, _: Sequence[str]) -> None:
-        getattr(import_module(f"xlsd_train.{module}"), function)(config)
-
-    return call
 
 
 def _train(config: TrainConfig, command: Sequence[str]) -> None:
@@ -77,18 +63,19 @@ COMMANDS = {
     "train": TRAIN,
     "run": TRAIN,
     "plan": Command(
-        PlanConfig, calls("commands.plan:show"), first=("phase", "vram", "size", "batch", "json"),
+        PlanConfig, calls("xlsd_train.commands.plan:show"),
+        first=("phase", "vram", "size", "batch", "json"),
         examples=(
             "xlsd-train plan --phase unet --vram 24",
             "xlsd-train plan --phase te --batch 64 --size 768x768 --json",
         ),
     ),
     "recipes": Command(
-        RecipesConfig, calls("config.recipes:show"),
+        RecipesConfig, calls("xlsd_train.config.recipes:show"),
         examples=("xlsd-train recipes", "xlsd-train recipes phase1-unet > mine.toml"),
     ),
     "tags": Command(
-        TagsConfig, calls("commands.tags:tags"),
+        TagsConfig, calls("xlsd_train.commands.tags:tags"),
         examples=(
             "xlsd-train tags latents",
             "xlsd-train tags latents --require-tags solo --forbid-tags sketch --most 20",
@@ -102,18 +89,18 @@ COMMANDS = {
         ),
     ),
     "report": Command(
-        ReportConfig, calls("report.page:report"),
+        ReportConfig, calls("xlsd_train.report.page:report"),
         examples=("xlsd-train report runs/a", "xlsd-train report runs/a runs/b -o both.html"),
     ),
     "sample": Command(
-        SampleConfig, calls("commands.sample:compare"),
+        SampleConfig, calls("xlsd_train.commands.sample:compare"),
         examples=(
             "xlsd-train sample runs/a runs/b --prompts prompts.txt",
             "xlsd-train sample before=swapped after=runs/a --prompts prompts.txt --out compared",
         ),
     ),
     "score": Command(
-        ScoreConfig, calls("commands.score:score"),
+        ScoreConfig, calls("xlsd_train.commands.score:score"),
         examples=("xlsd-train score comparison", "xlsd-train score comparison --real photos"),
     ),
     "export": Command(
@@ -124,11 +111,11 @@ COMMANDS = {
         ),
     ),
     "swap": Command(
-        SwapConfig, calls("export.swap:swap"),
+        SwapConfig, calls("xlsd_train.export.swap:swap"),
         examples=("xlsd-train swap start", "xlsd-train swap start --vae taesdxl --model runs/a"),
     ),
     "ema": Command(
-        EmaConfig, calls("commands.ema:reconstruct"),
+        EmaConfig, calls("xlsd_train.commands.ema:reconstruct"),
         examples=(
             "xlsd-train ema runs/a averaged",
             "xlsd-train ema runs/a averaged --sigma-rel 0.05 --step 5000",
@@ -144,7 +131,8 @@ THEIRS = "build info check captions preview export-index import"  # commands of 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one sentence, no traceback.
 
-    Without a command's name it is `train`; without `args` it is a program of its own.
+    Without a command's name it is `train`. Without `args` it takes those of the process, and
+    prepares its streams.
     """
     if args is None:
         start()
@@ -177,7 +165,7 @@ def _main(given: list[str]) -> int:
 
 def _page(prog: str, command: Command, words: Sequence[str]) -> str:
     """The help of a command, with the defaults of a --recipe; training's lists all commands."""
-    recipe = options_in(words).get("recipe") if issubclass(command.options, TrainConfig) else None
+    recipe = recipe_in(command.options, words)
     default = parse(command.options, ["--recipe", recipe], prog) if recipe else None
     others = {name: it for name, it in COMMANDS.items() if it is not TRAIN}
     return help_page(prog, command, default, others if command is TRAIN else None)

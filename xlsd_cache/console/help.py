@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from textwrap import wrap
 from types import NoneType, UnionType
@@ -41,6 +42,16 @@ class Command:
     def summary(self) -> str:
         """The first line of its docstring."""
         return _paragraphs(self.options)[0]
+
+
+def calls(target: str) -> Callable[[Any, Any], None]:
+    """A call of `module:function` with a command's options; imported when the command runs."""
+    module, _, function = target.partition(":")
+
+    def call(options: Any, _: Any) -> None:
+        getattr(import_module(module), function)(options)
+
+    return call
 
 
 @dataclass(frozen=True)

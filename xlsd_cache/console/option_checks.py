@@ -50,6 +50,18 @@ Folder = Annotated[Path, Target("folder")]
 File = Annotated[Path, Target("file")]
 
 
+class CheckedOptions:
+    """Options that are checked when they are made: each value alone, then values together."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for what no run of the command can use, before anything is read."""
+        check_options(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError for values that do not go together."""
+
+
 def check_options(config: Any) -> None:
     """Raise UserError for the first field whose value is not allowed."""
     hints = get_type_hints(type(config), include_extras=True)
@@ -62,15 +74,20 @@ def check_options(config: Any) -> None:
                     _check(each, notes, option)
 
 
-def leaves(hint: Any, notes: tuple[Any, ...] = ()) -> Iterator[tuple[type, tuple[Any, ...]]]:
+def leaves(hint: Any) -> Iterator[tuple[type, tuple[Any, ...]]]:
     """The number, text and path types within a field's type, each with its annotations."""
+    return (leaf for leaf in all_leaves(hint) if leaf[0] in {int, float, str, Path})
+
+
+def all_leaves(hint: Any, notes: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The same with Literals and all other types."""
     if get_origin(hint) is Annotated:
         inner, *more = get_args(hint)
-        yield from leaves(inner, (*notes, *more))
+        yield from all_leaves(inner, (*notes, *more))
     elif get_origin(hint) in {Union, UnionType, tuple}:
         for inner in dict.fromkeys(get_args(hint)):
-            yield from leaves(inner, notes)
-    elif hint in {int, float, str, Path}:
+            yield from all_leaves(inner, notes)
+    elif hint is not Ellipsis:
         yield hint, notes
 
 

@@ -4,7 +4,7 @@ This runs before tyro's parser, whose own errors are long and report a missing o
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import Suppress
 
-from xlsd_cache.console.option_checks import POSITIONAL, marks_of, option_of
+from xlsd_cache.console.option_checks import POSITIONAL, all_leaves, marks_of, option_of
 from xlsd_cache.errors import UserError
 
 MANY = 1 << 30  # words that an option takes
@@ -41,10 +41,8 @@ def check_words(words: Sequence[str], kind: type[Any], names: Mapping[str, str])
     """Raise UserError for an unknown option, a value of the wrong type, or a word too many.
 
     `names` are the option names of other programs, without dashes -> our option, or a sentence
-    about it. A request for help is not checked.
+    about it.
     """
-    if {"-h", "--help"} & set(words):
-        return
     _check_quoted(words)
     hints, options = _hints_of(kind), options_of(kind)
     free = most = _positionals(kind)
@@ -108,7 +106,7 @@ def _hints_of(kind: type[Any]) -> dict[str, Any]:
 
 def _check_values(words: Sequence[str], option: str, hint: Any, takes: int) -> None:
     """Raise UserError for words that are no values of the option's type, or too few."""
-    kinds = list(_types(hint))
+    kinds = [kind for kind, _ in all_leaves(hint)]
     if takes < MANY and len(words) < takes and not (NoneType in kinds and words == ["None"]):
         raise UserError(f"{option} needs {f'{takes} values' if takes > 1 else 'a value'}")
     choices = [str(value) for kind in kinds for value in get_args(kind)]
@@ -128,16 +126,6 @@ def _parses(kind: type[float], word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _types(hint: Any) -> Iterator[Any]:
-    """The plain types that a value, or each word of it, may have."""
-    if get_origin(hint) in {Annotated, Union, UnionType, tuple}:
-        inner = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
-        for each in inner:
-            yield from _types(each) if each is not Ellipsis else ()
-    else:
-        yield hint
 
 
 def near(given: str, right: Sequence[str], least: float = 0.6) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from xlsd_cache.console.option_checks import Count, Every, Share, Within, check_options
+from xlsd_cache.console.option_checks import CheckedOptions, Count, Every, Share, Within
 from xlsd_cache.errors import UserError
 from xlsd_train.config.weight_patterns import split
 from xlsd_train.data.caption_edits import CaptionEdits, Shuffle, require_and_forbid, tag_list
@@ -12,20 +12,8 @@ Phase = Literal["unet", "te", "both"]
 DEFAULT_DATA = ("latents",)
 
 
-class Options:
-    """A group of options, checked when it is made: each value alone, then values together."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is loaded."""
-        check_options(self)
-        self.check()
-
-    def check(self) -> None:
-        """Raise UserError for values that do not go together."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainableOptions(Options):
+class TrainableOptions(CheckedOptions):
     """What trains."""
 
     phase: Phase = field(kw_only=False)
@@ -55,7 +43,7 @@ class TrainableOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
+class DataOptions(CheckedOptions):
     """Data."""
 
     data: tuple[str, ...] = DEFAULT_DATA
@@ -80,7 +68,7 @@ class DataOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionOptions(Options):
+class CaptionOptions(CheckedOptions):
     """Captions."""
 
     caption: str | None = None
@@ -145,7 +133,7 @@ class CaptionOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(Options):
+class ModelOptions(CheckedOptions):
     """Model."""
 
     model: str | None = None

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from xlsd_cache.console.option_checks import (
+    CheckedOptions,
     Every,
     Factor,
     Folder,
     MayBeEmpty,
     Target,
     Within,
-    check_options,
 )
 from xlsd_cache.errors import UserError
 from xlsd_train.config.sd15 import HUB_ID
@@ -24,7 +24,7 @@ ExportDtype = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(CheckedOptions):
     """Write a model for other programs.
 
     Either a diffusers folder, or a single file with SD1.5's original keys, which ComfyUI, A1111,
@@ -57,14 +57,13 @@ class ExportConfig:
     tokenizer: str | None = None
     """Folder with vocab.json and merges.txt. Default: the model's; for a single file the hub's."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        check_options(self)
         check_export_target(self.out, self.format)
 
 
 @dataclass(frozen=True)
-class SwapConfig:
+class SwapConfig(CheckedOptions):
     """Write SD1.5 with another VAE, untrained: the starting point for training with that VAE.
 
     The result is a diffusers folder whose VAE config holds the VAE's own scaling factor.
@@ -92,9 +91,8 @@ class SwapConfig:
     tokenizer: str | None = None
     """Folder with vocab.json and merges.txt. Default: the model's; for a single file the hub's."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        check_options(self)
         refuse_existing(self.out)
 
 
@@ -103,7 +101,7 @@ Scheduler = Literal["dpm++", "dpm++-karras", "euler", "euler-a", "ddim", "unipc"
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(CheckedOptions):
     """Sample the same prompts with the same seeds from one model or several, and compare them.
 
     Writes a PNG per image with its settings in the metadata, OUT/grid.png (models down, prompts
@@ -150,9 +148,8 @@ class SampleConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        check_options(self)
         if self.size is not None:
             size_of(self.size, "--size")
         if not self.models:
@@ -161,7 +158,7 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(CheckedOptions):
     """Score the images of `sample`: how well they fit their prompts, and real images.
 
     CLIP score: 2.5 max(cos, 0) of an image and its prompt, averaged over images; higher is better
@@ -190,9 +187,8 @@ class ScoreConfig:
     json: bool = False
     """Print JSON."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what cannot work before anything is read."""
-        check_options(self)
         if not self.folders:
             raise UserError(
                 "no folder of images is given; give the output folder of `xlsd-train sample`"

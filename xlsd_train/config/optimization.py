@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from xlsd_cache.console.option_checks import Count, Share, Within
+from xlsd_cache.console.option_checks import CheckedOptions, Count, Share, Within
 from xlsd_cache.errors import UserError
 from xlsd_cache.vocabulary import Precision
-from xlsd_train.config.inputs import Options
 
 Optimizer = Literal["lion", "dlion", "adamw"]
 Scheduler = Literal["constant", "linear", "cosine", "rex"]
-Rate = Annotated[float, Within(0, 3e38, above=True)]  # up to fp32's largest; see TrainConfig.rate
+Rate = Annotated[float, Within(0, 3e38, above=True)]  # up to fp32's largest; TrainConfig narrows it
 MOST_STEPS = 10**8 - 1  # checkpoints are named in eight digits
 Kind = Literal["eps", "v", "flow"]
 Weighting = Literal["none", "min-snr", "debiased"]
@@ -18,7 +17,7 @@ Memory = Literal["fastest", "largest", "plain", "cheap", "feed-forward", "sliced
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerOptions(Options):
+class OptimizerOptions(CheckedOptions):
     """Optimisation."""
 
     batch: Count | Literal["auto"] = 32
@@ -99,7 +98,7 @@ class OptimizerOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions(Options):
+class ObjectiveOptions(CheckedOptions):
     """Objective."""
 
     objective: Kind | None = None
@@ -137,7 +136,7 @@ class ObjectiveOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryOptions(Options):
+class MemoryOptions(CheckedOptions):
     """Memory and precision."""
 
     memory: Memory = "fastest"

@@ -21,7 +21,7 @@ from xlsd_cache.console.terminal import say, shown
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.text import read_text
 from xlsd_train.config.aliases import NAMES
-from xlsd_train.config.run_options import RecipesConfig
+from xlsd_train.config.run_options import RecipesConfig, SweepConfig
 from xlsd_train.config.train import TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -134,12 +134,15 @@ def parse(kind: type[Config], words: Sequence[str], prog: str) -> Config:
 
     Raises UserError for an invalid recipe, and for options that do not go together.
     """
-    name = options_in(words).get("recipe") if issubclass(kind, TrainConfig) else None
-    if name is None or name == "None":
+    name = recipe_in(kind, words)
+    if name is None:
         return tyro.cli(kind, prog=prog, args=words)
     recipe = Recipe.read(name)
+    given = recipe.as_args(words)
+    if issubclass(kind, SweepConfig):
+        given = without(given, "lr")  # its --lr is the list of rates
     try:
-        config = tyro.cli(kind, prog=prog, args=[*recipe.as_args(words), *words])
+        config = tyro.cli(kind, prog=prog, args=[*given, *words])
     except UserError as error:
         raise UserError(
             f"{error} (options that are not given come from the recipe {name}; None unsets an "
@@ -152,6 +155,12 @@ def parse(kind: type[Config], words: Sequence[str], prog: str) -> Config:
             f"length are for {phase}; leave --phase out, or use another recipe"
         )
     return config
+
+
+def recipe_in(kind: type[Any], words: Sequence[str]) -> str | None:
+    """The --recipe on a command line, where the command takes one."""
+    name = options_in(words).get("recipe") if issubclass(kind, TrainConfig) else None
+    return None if name == "None" else name
 
 
 def options_in(words: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
-from xlsd_cache.console.option_checks import Every, File, Folder, MayBeEmpty, Within, check_options
+from xlsd_cache.console.option_checks import CheckedOptions, Every, File, Folder, MayBeEmpty, Within
 from xlsd_cache.errors import UserError
 from xlsd_train.config.optimization import Rate
 from xlsd_train.config.train import TrainConfig
@@ -30,7 +30,7 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class RecipesConfig:
+class RecipesConfig(CheckedOptions):
     """List the recipes for --recipe, or print one, e.g. as a start for your own.
 
     A recipe is a TOML file whose keys are the options of training. Options on the command line
@@ -40,13 +40,9 @@ class RecipesConfig:
     name: Positional[str | None] = None
     """Print this recipe, or .toml file. Default: list all, a line each."""
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read."""
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class TagsConfig:
+class TagsConfig(CheckedOptions):
     """Count the tags in a store's captions, and the samples that a selection by tags leaves."""
 
     store: Positional[Path]
@@ -67,14 +63,13 @@ class TagsConfig:
     json: bool = False
     """Print JSON."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what cannot work before the store is opened."""
-        check_options(self)
         require_and_forbid(self.require_tags, self.forbid_tags)
 
 
 @dataclass(frozen=True)
-class EmaConfig:
+class EmaConfig(CheckedOptions):
     """Derive an EMA of any length from the snapshots of a run trained with --ema.
 
     The length is relative to the training so far: sigma_rel, the standard deviation of the EMA
@@ -93,9 +88,8 @@ class EmaConfig:
     step: Every | None = None
     """End of the average. Default: the step of the newest snapshot."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse lengths that no power function has."""
-        check_options(self)
         if self.sigma_rel == 12**-0.5:
             raise UserError(
                 f"--sigma-rel {self.sigma_rel:g} is not above 0 and below {12**-0.5:.3f}; give "
@@ -104,7 +98,7 @@ class EmaConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(CheckedOptions):
     """Write a self-contained HTML page about a run, or about several side by side.
 
     Shows settings, loss, learning rate, validation, speed and samples so far, also of a run that is
@@ -117,9 +111,8 @@ class ReportConfig:
     out: Annotated[File | None, arg(aliases=["-o"])] = None
     """The page, .html. Default: RUN/report.html for one run, else report.html."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what cannot work before a log is read."""
-        check_options(self)
         if not self.runs:
             raise UserError("no run is given; give the folder of one run or several")
         if self.out is not None and (self.out.suffix != ".html" or self.out.is_dir()):

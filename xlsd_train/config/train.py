@@ -4,13 +4,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from xlsd_cache.console.option_checks import Count, Every, Folder, Share, Threads, Within
+from xlsd_cache.console.option_checks import (
+    CheckedOptions,
+    Count,
+    Every,
+    Folder,
+    Share,
+    Threads,
+    Within,
+)
 from xlsd_cache.errors import UserError
 from xlsd_train.config.inputs import (
     CaptionOptions,
     DataOptions,
     ModelOptions,
-    Options,
     TrainableOptions,
 )
 from xlsd_train.config.optimization import (
@@ -46,7 +53,7 @@ _RECORDED = """
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions(Options):
+class SamplingOptions(CheckedOptions):
     """Samples."""
 
     sample_every: Every = 250
@@ -64,7 +71,7 @@ class SamplingOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationOptions(Options):
+class ValidationOptions(CheckedOptions):
     """Validation."""
 
     validate_every: Every = 0
@@ -94,7 +101,7 @@ class ValidationOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(Options):
+class RunOptions(CheckedOptions):
     """Run."""
 
     recipe: str | None = None
@@ -144,7 +151,7 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise UserError for values that do not go together, within a group or across groups."""
-        for group in cast("tuple[type[Options], ...]", TrainConfig.__bases__):
+        for group in cast("tuple[type[CheckedOptions], ...]", TrainConfig.__bases__):
             group.check(self)
         self.check_rate()
 
@@ -196,6 +203,5 @@ class TrainConfig(
 
     def to_json(self) -> dict[str, Any]:
         """Option -> value, flat, as config.json keeps it."""
-        names = [field.name for field in fields(TrainConfig)]
-        order = dict.fromkeys([*_RECORDED, *names])
-        return {name: getattr(self, name) for name in order if name in names}
+        names = [*_RECORDED, *(field.name for field in fields(TrainConfig))]
+        return {name: getattr(self, name) for name in dict.fromkeys(names)}

@@ -118,17 +118,6 @@ class ModelBundle(Networks):
             save_file(self.weights("text_encoder"), folder / TEXT_ENCODER, {"format": "pt"})
 
 
-def _only(named: dict[str, Parameter], patterns: list[str]) -> dict[str, Parameter]:
-    """Those that patterns of SD1.5's names choose; the others are frozen."""
-    names = {  # as the files have them, which users read
-        name.replace("text_encoder.", f"text_encoder.{PREFIX}", 1): name for name in named
-    }
-    chosen = {names[name] for name in choose(names, patterns, "--train")}
-    for name, parameter in named.items():
-        parameter.requires_grad_(name in chosen)
-    return {name: parameter for name, parameter in named.items() if name in chosen}
-
-
 def _freeze_others(named: dict[str, Parameter], patterns: list[str]) -> dict[str, Parameter]:
     """Keep those that patterns of SD1.5's keys match; freeze the others."""
     names = {  # the keys in the files, which users see
