@@ -22,7 +22,7 @@ A recipe gives defaults; command-line flags override it. Every value says where 
 """
 ERRORS = """# Error messages
 
-Every error that a user can cause, generated from the code. Words in braces stand for values.
+Errors that a user can cause, generated from the code. Words in braces stand for values.
 [Troubleshooting](../troubleshooting.md) groups them by kind.
 """
 
