@@ -12,14 +12,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a file
 
-import tyro
-
 from benchmarks.lib.machine import machine
+from benchmarks.lib.report import JsonOption, Report, run_script
+from xlsd_cache.errors import UserError
 
 CODE = """
 import json, resource, sys
@@ -29,14 +30,15 @@ try:
 except SystemExit as error:
     code = error.code
 used = resource.getrusage(resource.RUSAGE_SELF)
-ours = sum(name.split(".")[0] in ("xlsd_cache", "xlsd_train") for name in sys.modules)
-row = used.ru_utime + used.ru_stime, len(sys.modules), ours, "torch" in sys.modules, code
-print("@" + json.dumps(row), file=sys.__stderr__)
+own = sum(name.split(".")[0] in ("xlsd_cache", "xlsd_train") for name in sys.modules)
+row = {{"cpu_s": used.ru_utime + used.ru_stime, "modules": len(sys.modules), "own_modules": own}}
+print("@" + json.dumps({{**row, "torch": "torch" in sys.modules}}), file=sys.__stderr__)
+sys.exit(code)
 """
 
 
-@dataclass(frozen=True)
-class StartupConfig:
+@dataclass(frozen=True, kw_only=True)
+class StartupConfig(JsonOption):
     """Compare how two checkouts start."""
 
     before: Path
@@ -54,24 +56,9 @@ class StartupConfig:
     repeats: int = 3
     """Runs of each command on each side."""
 
-    json: Path | None = None
-    """Also write the rows."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One command on one side."""
-
-    command: str
-    side: str
-    cpu_s: float
-    modules: int
-    own_modules: int
-    torch: bool
-
 
 def commands(config: StartupConfig, out: Path) -> dict[str, list[str]]:
-    """Words by command; the first is the package."""
+    """Command -> the package and its arguments."""
     return {
         "xlsd-cache --help": ["xlsd_cache", "--help"],
         "xlsd-cache info": ["xlsd_cache", "info", str(config.store.absolute())],
@@ -84,44 +71,38 @@ def commands(config: StartupConfig, out: Path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def measure(checkout: Path, words: list[str]) -> tuple[float, int, int, bool, int]:
-    """CPU seconds, modules, modules of ours, whether torch is loaded, exit code."""
+def measure(checkout: Path, words: list[str]) -> dict[str, Any]:
+    """CPU seconds, modules, own modules, and whether torch is loaded, of one process."""
     code = CODE.format(module=f"{words[0]}.cli", words=words[1:])
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    for line in done.stderr.splitlines():
-        if line.startswith("@"):
-            cpu_s, modules, ours, torch, exit_code = json.loads(line[1:])
-            return cpu_s, modules, ours, torch, exit_code
-    raise RuntimeError(done.stderr[-2000:])
+    rows = [line[1:] for line in done.stderr.splitlines() if line.startswith("@")]
+    if done.returncode or not rows:
+        raise UserError(f"{' '.join(words)} of {checkout} failed: {done.stderr[-2000:]}")
+    row: dict[str, Any] = json.loads(rows[-1])
+    return row
 
 
-def main(config: StartupConfig, command: Sequence[str]) -> int:
+def main(config: StartupConfig, arguments: Sequence[str]) -> None:
     """Measure and print the table."""
-    print(f"machine: {machine('tyro', 'pyarrow')}")
-    print(f"command: {' '.join(command)}")
+    report = Report("benchmarks/startup.py", arguments, machine("tyro", "pyarrow"))
     sides = {"before": config.before, "after": config.after}
-    rows: dict[tuple[str, str], Row] = {}
+    print(f"{'command':<20}{'side':<8}{'CPU s':>8}{'modules':>9}{'own':>6}  torch")
     with tempfile.TemporaryDirectory() as folder:
         for name, words in commands(config, Path(folder)).items():
-            for side, checkout in [*sides.items()] * config.repeats:
-                cpu_s, modules, ours, torch, exit_code = measure(checkout, words)
-                if exit_code:
-                    raise RuntimeError(f"{name} of {checkout} ended with {exit_code}")
-                best = rows.get((name, side))
-                if best is None or cpu_s < best.cpu_s:
-                    rows[name, side] = Row(name, side, cpu_s, modules, ours, torch)
-    print(f"{'command':<20}{'side':<8}{'CPU s':>8}{'modules':>9}{'ours':>6}  torch")
-    for row in rows.values():
-        print(
-            f"{row.command:<20}{row.side:<8}{row.cpu_s:>8.2f}{row.modules:>9}{row.own_modules:>6}"
-            f"  {'yes' if row.torch else 'no'}"
-        )
-    if config.json:
-        config.json.write_text(json.dumps([asdict(row) for row in rows.values()], indent=2))
-    return 0
+            turns = [*sides] * config.repeats
+            rows = [(side, measure(sides[side], words)) for side in turns]
+            for side in sides:
+                mine = [row for turn, row in rows if turn == side]
+                row = min(mine, key=lambda each: each["cpu_s"])
+                report.add("start", command=name, side=side, **row)
+                print(
+                    f"{name:<20}{side:<8}{row['cpu_s']:>8.2f}{row['modules']:>9}"
+                    f"{row['own_modules']:>6}  {'yes' if row['torch'] else 'no'}"
+                )
+    report.write(config.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(StartupConfig), ["python", *sys.argv]))
+    run_script(main, StartupConfig, __doc__)

@@ -16,7 +16,7 @@ from xlsd_cache.runtime.atomic import write_json
 
 LIBRARIES = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "zarr", "pyarrow",
-    "pillow", "tensorstore",
+    "pillow", "tensorstore", "lion-pytorch",
 )  # fmt: skip
 
 

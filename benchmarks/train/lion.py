@@ -4,12 +4,10 @@ python benchmarks/train/lion.py
 """
 
 import hashlib
-import json
-import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,14 @@ from typing import Any
 import lion_pytorch
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import Parameter
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from anywhere, uninstalled
 
 from benchmarks.demo.pipeline import Size
-from benchmarks.lib.machine import machine
-from benchmarks.lib.real_step import here, networks
+from benchmarks.lib.real_step import here, machine_of, networks
+from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_train.memory.tracker import Tracker
 from xlsd_train.optim.lion import Lion
 
@@ -34,7 +31,7 @@ PART = 16  # parameters stepped at once by "ours, in parts": about those of a la
 
 
 @dataclass(frozen=True)
-class LionBenchmark:
+class LionBenchmark(JsonOption):
     """Step the same weights with the same gradients."""
 
     size: Size = "sd15"
@@ -48,9 +45,6 @@ class LionBenchmark:
 
     threads: int | None = None
     """Of torch on the CPU."""
-
-    json: bool = False
-    """Print JSON."""
 
 
 class CallTracker(Tracker):  # type: ignore[no-untyped-call]  # torch's own base
@@ -77,40 +71,28 @@ class Measured:
     sha256: str  # of the weights after all steps
 
 
-def main(config: LionBenchmark, command: list[str]) -> None:
-    """Print the table, or JSON."""
+def main(config: LionBenchmark, arguments: Sequence[str]) -> None:
+    """Print the table."""
     if config.threads:
         torch.set_num_threads(config.threads)
     with torch.device("meta"):
         every = [p.shape for p in networks(config.size)[0].parameters()]
     ends = np.cumsum([shape.numel() for shape in every])
     shapes = [shape for shape, end in zip(every, ends, strict=True) if end <= config.weights]
-    results = [
+    report = Report("benchmarks/train/lion.py", arguments, machine_of(here()))
+    report.fact("weights", f"{sum(shape.numel() for shape in shapes)} in {len(shapes)} tensors")
+    print(f"{'':18}{'ms':>10}{'calls':>10}{'temporary MiB':>16}{'gradients MiB':>16}  sha256")
+    for it in (
         measure("lion-pytorch", lion_pytorch.Lion, shapes, config.steps, len(shapes)),
         measure("ours", Lion, shapes, config.steps, len(shapes)),
         measure("ours, in parts", Lion, shapes, config.steps, PART),
-    ]
-    device = torch.cuda.get_device_name() if here() == "cuda" else "cpu"
-    facts = {
-        "machine": machine("torch", "lion-pytorch"),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "command": shlex.join(("python", "benchmarks/train/lion.py", *command)),
-        "weights": sum(shape.numel() for shape in shapes),
-        "tensors": len(shapes),
-        "bit_equal": len({result.sha256 for result in results}) == 1,
-    }
-    if config.json:
-        print(json.dumps({**facts, "optimizers": [asdict(result) for result in results]}, indent=2))
-        return
-    for name, value in facts.items():
-        print(f"{name}: {value}")
-    print(f"{'':18}{'ms':>10}{'calls':>10}{'temporary MiB':>16}{'gradients MiB':>16}")
-    for it in results:
+    ):
+        report.add("optimizer", **asdict(it))
         print(
             f"{it.name:18}{it.ms:10.1f}{it.calls:10}{it.temporary_mib:16.1f}"
-            f"{it.gradients_mib:16.1f}"
+            f"{it.gradients_mib:16.1f}  {it.sha256[:12]}"
         )
+    report.write(config.json)
 
 
 def measure(
@@ -137,7 +119,7 @@ def measure(
                 with tracker:
                     optimizer.step()
                 calls += tracker.calls
-                temporary = max(temporary, peak_of(tracker))
+                temporary = max(temporary, sum(tracker.footprint().peak(unit=1).values()))
             else:
                 seconds += timed(optimizer.step)
             for parameter in some:
@@ -151,12 +133,6 @@ def measure(
     return Measured(name, ms, calls, temporary / mib, gradients / mib, digest.hexdigest())
 
 
-def peak_of(tracker: Tracker) -> float:
-    """Bytes that a tracked step allocated at the most."""
-    footprint = tracker.footprint()
-    return float(np.cumsum(footprint.sign * footprint.nbytes[footprint.number]).max(initial=0))
-
-
 def timed(step: Callable[[], object]) -> float:
     """Seconds of a step, on a GPU until it is done."""
     synchronize: Any = torch.cuda.synchronize if here() == "cuda" else lambda: None
@@ -168,4 +144,4 @@ def timed(step: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(LionBenchmark, description=__doc__), sys.argv[1:])
+    run_script(main, LionBenchmark, __doc__)

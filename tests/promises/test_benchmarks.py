@@ -11,13 +11,15 @@ import torch
 
 from benchmarks.card import PARTS, previous_results
 from benchmarks.train.max_batch import nearest
+from tests.support import train
 from xlsd_cache.images.decode import FORMATS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     "benchmarks/card.py", "benchmarks/card_parts/room.py", "benchmarks/same.py",
-    "benchmarks/throughput.py",
+    "benchmarks/startup.py", "benchmarks/throughput.py",
     *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "scale", "store")),
+    "benchmarks/train/lion.py",
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "overtrain")),
 ]  # fmt: skip
 
@@ -78,14 +80,25 @@ def test_throughput_measures_phases_with_and_without_the_store(
     assert [row["phase"] for row in measured.rows("loader")] == [*phases]
 
 
-def test_our_lion_equals_lion_pytorchs_in_fewer_calls_and_less_memory() -> None:
-    options = ("--size", "nano", "--steps", "1", "--threads", "1", "--json")
-    told = json.loads("\n".join(run("benchmarks/train/lion.py", *options)))
-    assert told["bit_equal"]
-    theirs, ours, parts = told["optimizers"]
+def test_our_lion_equals_lion_pytorchs_in_fewer_calls_and_less_memory(tmp_path: Path) -> None:
+    options = ("--size", "nano", "--steps", "1", "--threads", "1")
+    rows = Measured("train/lion.py", *options, out=tmp_path).rows("optimizer")
+    assert len({row["sha256"] for row in rows}) == 1
+    theirs, ours, parts = rows
     assert 10 * ours["calls"] < theirs["calls"]
     assert 5 * parts["gradients_mib"] < ours["gradients_mib"] == theirs["gradients_mib"]
     assert parts["temporary_mib"] < ours["temporary_mib"]
+
+
+@pytest.mark.slow
+def test_startup_compares_two_checkouts(tmp_path: Path, store: Path, model: Path) -> None:
+    run_folder = tmp_path / "run"
+    options = ("--data", store, "--model", model, "--out", run_folder)
+    assert train("--phase", "unet", *options, "--steps", 1, "--batch", 2, "--sample-every", 0) == 0
+    given = ("--before", ROOT, "--after", ROOT, "--store", store, "--run", run_folder)
+    rows = Measured("startup.py", *map(str, given), "--repeats", "1", out=tmp_path).rows("start")
+    assert len(rows) == 12
+    assert not any(row["torch"] for row in rows)
 
 
 @pytest.mark.slow
