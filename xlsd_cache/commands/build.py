@@ -23,7 +23,7 @@ from xlsd_cache.images.sandbox import decode_nbytes
 from xlsd_cache.integrity.accounting import Accounting
 from xlsd_cache.options import BuildOptions
 from xlsd_cache.planning.caption_diff import caption_changes
-from xlsd_cache.planning.disk_space import check_disk_space
+from xlsd_cache.planning.disk_space import check_plan_space
 from xlsd_cache.planning.generation import create_group, plan_lock, write_generation
 from xlsd_cache.planning.log_state import (
     LogState,
@@ -41,9 +41,10 @@ from xlsd_cache.planning.plan import (
     refuse_lost_sources,
 )
 from xlsd_cache.planning.sessions import build_session
-from xlsd_cache.runtime.arrow import lookup, take_or_null
+from xlsd_cache.runtime.arrow import counts, lookup_rows
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
+from xlsd_cache.schema import PLACE
 from xlsd_cache.sources.scan import Scan, scan
 from xlsd_cache.store.identity import Identity, check_compatible, choose_rows_per_shard
 from xlsd_cache.store.manifest import Manifest
@@ -91,7 +92,7 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
         state = read_log_state(store.manifest, rows_per_shard)
         plan = _plan(config, store, state, found, buckets, config.rehash)
         _say_plan(plan)
-        _check_space(store, plan, state)
+        check_plan_space(store, plan, state)
         return None
     with writing(config.out):
         generation = _write_plan(config, store, found, buckets, began)
@@ -123,7 +124,7 @@ def _write_plan(
         rehash = config.rehash and not (rehashed.exists() and rehashed.stat().st_mtime >= began)
         plan = _plan(config, store, state, found, buckets, rehash, manifest.staging)
         _say_plan(plan)
-        _check_space(store, plan, state)
+        check_plan_space(store, plan, state)
         create_group(store)
         generations = manifest.generations()
         if plan.is_empty and generations:
@@ -179,21 +180,17 @@ def _plan(
 
 def _encode(config: BuildOptions, store: StoreView, encoder: Encoder) -> None:
     """Encode every planned row that is not committed, this process's own part first."""
-    planned = uncommitted(store.manifest, store.generation, store.rows_per_shard)
+    manifest, generation = store.manifest, store.generation
+    planned = uncommitted(manifest, manifest.planned(generation), store.rows_per_shard)
     if not planned.num_rows:
         return
     entries = planned.drop_columns(["reason", "detail"]).to_pylist()
     todo = by_shard(entries, store.rows_per_shard)
-    now = store.manifest.live(store.generation)
-    at = lookup(planned["key"], now["key"])
-    now = take_or_null(now, at)
-    same = pc.and_(*(pc.equal(now[name], planned[name]) for name in ("bucket", "row")))
-    alive = pc.fill_null(same, False).to_pylist()
+    alive = (lookup_rows(planned, manifest.live(generation), ["key", *PLACE]) >= 0).tolist()
     live = {entry["key"]: entry for entry, is_alive in zip(entries, alive, strict=True) if is_alive}
     part, parts = config.part
     units = sorted(todo)
-    mine = units[part::parts]
-    order = mine + [unit for unit in units if unit not in set(mine)]
+    order = units[part::parts] + [it for n, it in enumerate(units) if n % parts != part]
     work = EncodePipeline(store, encoder, live, config.workers, config.max_pixels)
     log.info(encoder)
     with StopSignal(STOPPING) as stop:
@@ -279,25 +276,14 @@ def _refuse_no_captions(found: Scan, config: BuildOptions) -> None:
 
 def _say_plan(plan: GenerationPlan) -> None:
     fresh = plan.entries.filter(pa.array(plan.fresh))
-    buckets = fresh["bucket"].value_counts().to_pylist()
-    shown = ", ".join(sorted(f"{count['values']} {count['counts']}" for count in buckets))
+    shown = ", ".join(sorted(f"{name} {n}" for name, n in counts(fresh["bucket"]).items()))
     log.info(f"to encode: {fresh.num_rows} images" + (f" ({shown})" if shown else ""))
-    counts = {
-        count["values"]: count["counts"]
-        for count in plan.leaving["reason"].value_counts().to_pylist()
-    }
-    if removed := counts.pop("", 0):
+    reasons = counts(plan.leaving["reason"])
+    if removed := reasons.pop("", 0):
         log.info(
             f"{removed} images are no longer in the sources and are dropped from training; their "
             f"latents are kept in case they return"
         )
-    if counts:
-        why = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
-        log.info(f"{sum(counts.values())} images are newly rejected and dropped ({why})")
-
-
-def _check_space(store: StoreView, plan: GenerationPlan, state: LogState) -> None:
-    """Log how much encoding will write. Raises UserError if the disk is too full."""
-    changed = pa.concat_arrays([pa.array(plan.removed, pa.string()), *plan.entries["key"].chunks])
-    live = state.live.filter(pc.invert(pc.is_in(state.live["key"], value_set=changed)))
-    check_disk_space(store, pa.concat_tables([live, plan.entries]))
+    if reasons:
+        why = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+        log.info(f"{sum(reasons.values())} images are newly rejected and dropped ({why})")

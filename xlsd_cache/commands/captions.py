@@ -30,6 +30,7 @@ from xlsd_cache.store.index import make_snapshot, save_snapshot
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.tables.columns import Rows, is_table
 from xlsd_cache.tables.matching import by_former_names, captions_of, match
+from xlsd_cache.tables.names import joined
 from xlsd_cache.tables.row_outcomes import NO_IMAGE, Matches, Table
 
 log = logging.getLogger("xlsd.cache.commands")
@@ -154,13 +155,8 @@ def _read(sources: tuple[str, ...], columns: tuple[Column, ...]) -> list[Table]:
 def _sidecars(root: Path, stream: Iterator[Record], columns: tuple[Column, ...]) -> Rows:
     """One row a caption file; its key is the path in the source without suffix."""
     blocks = list(map_blocks(partial(_read_block, columns=columns), stream, _BLOCK, 8))
-    keys = pa.concat_arrays([pa.array([], pa.string()), *(block.key for block in blocks)])
-    texts = {
-        column.name: pa.concat_arrays(
-            [pa.array([], pa.string()), *(block.captions[column.name] for block in blocks)]
-        )
-        for column in columns
-    }
+    keys = joined([block.key for block in blocks])
+    texts = {it.name: joined([block.captions[it.name] for block in blocks]) for it in columns}
     remarks = sum((block.remarks for block in blocks), Counter[tuple[str, str]]())
     nothing = pa.nulls(len(keys), pa.string())
     return Rows(root, nothing, keys, nothing, nothing, texts, remarks)

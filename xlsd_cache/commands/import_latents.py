@@ -34,6 +34,7 @@ from xlsd_cache.store.identity import (
     Identity,
     check_compatible,
     choose_rows_per_shard,
+    is_store,
     read_attributes,
 )
 from xlsd_cache.store.manifest import Manifest
@@ -117,9 +118,7 @@ def _kind(config: ImportOptions, peeked: list[Peeked]) -> str:
 
 def _is_divided(out: Path) -> bool:
     """Whether the store's latents were imported scaled, and divided."""
-    if not (out / "latents.zarr" / "zarr.json").exists():
-        return False
-    return DIVIDED in str(read_attributes(out)[0].preprocessing)
+    return is_store(out) and DIVIDED in str(read_attributes(out)[0].preprocessing)
 
 
 def _identity(
@@ -129,9 +128,7 @@ def _identity(
 
     Where nothing new was measured, the store's identity stays.
     """
-    stored = None
-    if (out / "latents.zarr" / "zarr.json").exists():
-        stored = read_attributes(out)[0]
+    stored = read_attributes(out)[0] if is_store(out) else None
     made = f"{kind} {KEEPS[kind]}"
     divided = f"{made}{DIVIDED}{vae.scaling_factor:g}"
     scaled = verdict.scaled if verdict else stored is not None and stored.preprocessing == divided

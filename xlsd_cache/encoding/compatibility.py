@@ -9,7 +9,13 @@ from typing import Any
 
 from xlsd_cache.encoding.vae import NAMES, Vae, load_vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.store.identity import Identity, read_attributes, record_encoder, unknown_encoder
+from xlsd_cache.store.identity import (
+    Identity,
+    is_store,
+    read_attributes,
+    record_encoder,
+    unknown_encoder,
+)
 
 log = logging.getLogger("xlsd.cache.encoding")
 
@@ -107,7 +113,7 @@ def stored_identity(out: Path, vae: Vae, dry_run: bool) -> Identity | None:
     """
     if warning := padding_warning(vae):
         log.warning(warning)
-    if not (out / "latents.zarr" / "zarr.json").exists():
+    if not is_store(out):
         return None
     stored = with_encoder_hash(read_attributes(out)[0], vae, [out], record=not dry_run)
     notice = decoder_notice(vae, stored)

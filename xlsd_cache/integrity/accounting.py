@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.planning.log_state import shard_names
-from xlsd_cache.runtime.arrow import lookup_rows, take_or_null
+from xlsd_cache.runtime.arrow import counts, lookup_rows, take_or_null
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.schema import PLACE
@@ -91,8 +91,7 @@ def account(store: StoreView, before: Set[ShardId] = frozenset()) -> tuple[Accou
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
     """Value -> number of occurrences, sorted by value."""
-    counts = column.value_counts().to_pylist() if len(column) else []
-    return dict(sorted((count["values"], count["counts"]) for count in counts))
+    return dict(sorted(counts(column).items()))
 
 
 def save_accounting(manifest: Manifest, generation: int, counts: Accounting) -> None:

@@ -24,7 +24,7 @@ from xlsd_cache.files.uri import read_source, stat_source
 from xlsd_cache.integrity.shard_check import Problem, planned_rows, verify_shard
 from xlsd_cache.integrity.verify import damaged_places
 from xlsd_cache.planning.generation import write_generation
-from xlsd_cache.planning.log_state import is_committed
+from xlsd_cache.planning.log_state import is_committed, next_free_rows
 from xlsd_cache.runtime.arrow import lookup_rows
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
 from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLACE, PLAN, PlanEntry
@@ -144,8 +144,8 @@ def _rebuild_shard(store: StoreView, unit: ShardId) -> tuple[str, set[tuple[str,
     commit = pq.read_table(manifest.commit(unit), schema=COMMIT)
     commit = commit.filter(pc.equal(commit["status"], "encoded"))
     wanted: dict[int, list[int]] = {}  # crc32c -> slots; equal latents have equal ones
-    for crc, row in zip(*_columns(commit, "crc32c", "row"), strict=True):
-        wanted.setdefault(crc, []).append(row % shard)
+    for latent in commit.select(["crc32c", "row"]).to_pylist():
+        wanted.setdefault(latent["crc32c"], []).append(latent["row"] % shard)
     nbytes = store.identity.nbytes(unit.bucket)
     try:
         data = memoryview(manifest.shard(unit).read_bytes())
@@ -173,8 +173,7 @@ def _plan_again(store: StoreView, lost: set[tuple[str, int]], result: Repaired) 
     are gone are removed from them, so that training does not wait for them.
     """
     manifest, shard = store.manifest, store.rows_per_shard
-    places = planned_rows(store)
-    next_rows = {bucket: (int(rows[-1]) // shard + 1) * shard for bucket, rows in places.items()}
+    next_rows = next_free_rows(manifest.planned(store.generation), shard)
     live = manifest.live(store.generation)
     entries: list[PlanEntry] = []
     fresh: dict[tuple[str, int], int] = {}
@@ -263,7 +262,3 @@ def _unused(path: Path) -> Path:
     """The path, with a number appended where it exists."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
     return next(it for it in (path, *itertools.islice(numbered, 999)) if not it.exists())
-
-
-def _columns(table: pa.Table, *names: str) -> list[list[Any]]:
-    return [table[name].to_pylist() for name in names]

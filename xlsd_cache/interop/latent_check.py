@@ -35,6 +35,7 @@ from xlsd_cache.interop.thumbnails import Thumbnails
 from xlsd_cache.interop.transfer import order
 from xlsd_cache.options import ImportOptions
 from xlsd_cache.outcomes import REASONS, Reason, Rejected
+from xlsd_cache.store.identity import is_store
 from xlsd_cache.vocabulary import DOWNSCALE, Bucket
 
 log = logging.getLogger("xlsd.cache.interop")
@@ -97,7 +98,7 @@ class LatentCheck:
         log.info(f"compared {len(found)} of {count} latents with {self.vae.name}:")
         for likeness in found:
             log.info(f"  {likeness}")
-        adding = (self.config.out / "latents.zarr" / "zarr.json").exists()
+        adding = is_store(self.config.out)
         if adding and all(one.alike is not None and one.alike < OTHER for one in found):
             return None
         verdict = judge(found, self.vae, self.kind, KEEPS[self.kind])

@@ -117,7 +117,8 @@ class Transfer:
     def _todo(self) -> dict[ShardId, dict[int, PlanEntry]]:
         """The planned rows of each unit that is not committed, by slot."""
         store = self.store
-        planned = uncommitted(store.manifest, store.generation, store.rows_per_shard)
+        planned = store.manifest.planned(store.generation)
+        planned = uncommitted(store.manifest, planned, store.rows_per_shard)
         return by_shard(planned.to_pylist(), store.rows_per_shard)
 
 

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.planning.log_state import is_committed
+from xlsd_cache.planning.log_state import LogState, uncommitted
+from xlsd_cache.planning.plan import GenerationPlan
 from xlsd_cache.runtime.disk import free_bytes, size
 from xlsd_cache.schema import PLACE
 from xlsd_cache.store.manifest import Manifest, ShardId
@@ -17,12 +18,6 @@ from xlsd_cache.store.view import StoreView
 log = logging.getLogger("xlsd.cache.planning")
 
 LOG_NBYTES = 512  # an image takes about so much of plan, commit record and index.arrow
-
-
-def uncommitted_places(manifest: Manifest, table: pa.Table, rows_per_shard: int) -> pa.Table:
-    """The rows of `table` (PLAN) that lie in a shard without a commit record."""
-    table = table.filter(pc.greater_equal(table["row"], 0))
-    return table.filter(pc.invert(is_committed(manifest, table, rows_per_shard)))
 
 
 def bytes_to_write(store: StoreView, places: pa.Table) -> int:
@@ -40,10 +35,17 @@ def bytes_to_write(store: StoreView, places: pa.Table) -> int:
     return total
 
 
+def check_plan_space(store: StoreView, plan: GenerationPlan, state: LogState) -> None:
+    """Log what encoding the plan will write. Raises UserError if it does not fit."""
+    changed = pa.concat_arrays([pa.array(plan.removed, pa.string()), *plan.entries["key"].chunks])
+    live = state.live.filter(pc.invert(pc.is_in(state.live["key"], value_set=changed)))
+    check_disk_space(store, pa.concat_tables([live, plan.entries]))
+
+
 def check_disk_space(store: StoreView, planned: pa.Table) -> None:
     """Log what is yet to be written for these rows (PLAN). Raises UserError if it does not fit."""
     root = store.manifest.root
-    places = uncommitted_places(store.manifest, planned, store.rows_per_shard)
+    places = uncommitted(store.manifest, planned, store.rows_per_shard)
     nbytes = bytes_to_write(store, places)
     if not nbytes:
         return

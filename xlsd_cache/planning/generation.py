@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.store.commit import planning, tidy
-from xlsd_cache.store.identity import attributes_of
+from xlsd_cache.store.identity import attributes_of, is_store
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.store.zarr_metadata import grow_array, write_group
@@ -30,7 +30,7 @@ def create_group(store: StoreView, origin: str = "") -> None:
 
     `origin` is appended to the attribute that describes the latents.
     """
-    if not (store.manifest.root / "latents.zarr" / "zarr.json").exists():
+    if not is_store(store.manifest.root):
         attributes = attributes_of(store.identity, store.rows_per_shard)
         attributes["latents"] += origin
         write_group(store.manifest, attributes)

@@ -36,9 +36,8 @@ def read_log_state(manifest: Manifest, rows_per_shard: int) -> LogState:
     live = _as_committed(manifest.live(generation), commits)
     planned = manifest.planned(generation)
     outcome = take_or_null(commits, lookup_rows(planned, commits, PLACE))
-    content = planned.set_column(
-        planned.schema.get_field_index("content_hash"), "content_hash", outcome["content_hash"]
-    ).filter(pc.fill_null(pc.equal(outcome["status"], "encoded"), False))
+    content = set_plan_column(planned, "content_hash", outcome["content_hash"])
+    content = content.filter(pc.fill_null(pc.equal(outcome["status"], "encoded"), False))
     # A commit record that was rebuilt by --repair may lack the hash.
     content = content.filter(pc.not_equal(content["content_hash"], ""))
     is_good = lookup_rows(content, manifest.damaged(generation), PLACE) < 0
@@ -103,9 +102,9 @@ def is_committed(manifest: Manifest, table: pa.Table, rows_per_shard: int) -> pa
     return pc.is_in(shard_names(table, rows_per_shard), value_set=committed)
 
 
-def uncommitted(manifest: Manifest, generation: int, rows_per_shard: int) -> pa.Table:
-    """The planned rows (PLAN) whose shard has no commit record yet."""
-    planned = manifest.planned(generation)
+def uncommitted(manifest: Manifest, planned: pa.Table, rows_per_shard: int) -> pa.Table:
+    """The rows of `planned` (PLAN) that are in a shard without a commit record."""
+    planned = planned.filter(pc.greater_equal(planned["row"], 0))
     return planned.filter(pc.invert(is_committed(manifest, planned, rows_per_shard)))
 
 

@@ -17,6 +17,7 @@ from xlsd_cache.planning.log_state import LogState, set_plan_column
 from xlsd_cache.planning.probe import FILES, read_hashes, read_headers
 from xlsd_cache.planning.unchanged import SCANNED, Classified, Mask, among, classify, equal
 from xlsd_cache.runtime.arrow import (
+    counts,
     last_per_key,
     lookup,
     lookup_rows,
@@ -159,7 +160,7 @@ def refuse_lost_sources(
 def _owners(images: pa.Table) -> dict[str, int]:
     """Source name -> number of its images."""
     owners = pc.replace_substring_regex(images["key"], "/.*", "")
-    return {count["values"]: count["counts"] for count in pc.value_counts(owners).to_pylist()}
+    return counts(owners)
 
 
 def _read_changed(

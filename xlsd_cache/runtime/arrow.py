@@ -37,6 +37,11 @@ def last_per_key(table: pa.Table, keys: list[str]) -> Ints:
     return np.sort(groups.aggregate([(_HAVE, "max")])[f"{_HAVE}_max"].to_numpy())
 
 
+def counts(values: Any) -> dict[Any, int]:
+    """Value -> how often a column has it."""
+    return {it["values"]: it["counts"] for it in pc.value_counts(values).to_pylist()}
+
+
 def take_or_null(values: Any, rows: Ints) -> Any:
     """The rows of a column or table at these positions, null at -1."""
     return values.take(pa.array(rows, mask=rows < 0))

@@ -14,7 +14,7 @@ from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, read_captions
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, is_image
-from xlsd_cache.runtime.arrow import lookup, take_or_null
+from xlsd_cache.runtime.arrow import counts, lookup, take_or_null
 from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.schema import CAPTIONS, IMAGES
 from xlsd_cache.sources.allowed_folders import AllowedFolders
@@ -144,10 +144,8 @@ def scan(
 
 def _one_column(found: Scan) -> Scan:
     """The scan with only the caption column that most images have, the first of several."""
-    counts = Counter(dict.fromkeys(AUTO, 0))
-    for value in pc.value_counts(found.captions["column"]).to_pylist():
-        counts[value["values"]] = value["counts"]
-    (column, _), *_ = counts.most_common(1)
+    images = Counter(dict.fromkeys(AUTO, 0) | counts(found.captions["column"]))
+    (column, _), *_ = images.most_common(1)
     mine = found.captions.filter(pc.equal(found.captions["column"], column))
     sidecars = found.sidecar_captions
     sidecars = sidecars.filter(pc.equal(sidecars["column"], column))

@@ -166,7 +166,7 @@ def check_compatible(out: Path, identity: Identity, stored: Identity | None = No
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder for the store")
-    if not _is_store(out):
+    if not is_store(out):
         other = next(_foreign_files(out), None)
         if other is not None:
             raise UserError(
@@ -193,7 +193,7 @@ def choose_rows_per_shard(out: Path, wanted: int | None, images: int) -> int:
 
     Raises UserError where the store has another number than `wanted`.
     """
-    if not _is_store(out):
+    if not is_store(out):
         return wanted or (256 if images < 30_000 else 1024 if images <= 4_000_000 else 4096)
     _, rows_per_shard = read_attributes(out)
     if wanted not in (None, rows_per_shard):
@@ -204,7 +204,8 @@ def choose_rows_per_shard(out: Path, wanted: int | None, images: int) -> int:
     return rows_per_shard
 
 
-def _is_store(out: Path) -> bool:
+def is_store(out: Path) -> bool:
+    """Whether a store was begun here."""
     return (out / "latents.zarr" / "zarr.json").exists()
 
 

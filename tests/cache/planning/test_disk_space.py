@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support import cache, printed, write_images
-from xlsd_cache.planning.disk_space import LOG_NBYTES, bytes_to_write, uncommitted_places
+from xlsd_cache.planning.disk_space import LOG_NBYTES, bytes_to_write
+from xlsd_cache.planning.log_state import uncommitted
 from xlsd_cache.store.view import StoreView
 
 Out = pytest.CaptureFixture[str]
@@ -28,10 +29,10 @@ def test_what_is_to_be_written_is_what_is_written(vae: Path, tmp_path: Path, cap
     manifest, rows_per_shard = store.manifest, store.rows_per_shard
     shards = {path: path.stat().st_size for path in out.glob("latents.zarr/*x*/c.*")}
     plan = manifest.live(0)
-    assert uncommitted_places(manifest, plan, rows_per_shard).num_rows == 0
+    assert uncommitted(manifest, plan, rows_per_shard).num_rows == 0
     shutil.move(out / "latents.zarr", tmp_path / "away")
     shutil.rmtree(out / "manifest/commit")
-    places = uncommitted_places(manifest, plan, rows_per_shard)
+    places = uncommitted(manifest, plan, rows_per_shard)
     expected = sum(shards.values()) + 6 * LOG_NBYTES
     assert bytes_to_write(store, places) == expected
     (out / "staging/128x64.0.part").write_bytes(bytes(500))  # as an interrupted build leaves
