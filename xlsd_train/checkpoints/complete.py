@@ -28,7 +28,7 @@ def complete(config: TrainConfig) -> str | None:
     if other or differing(asked, wanted) or other_start(asked, config):
         return None
     step, planned = step_of(saved[-1]), record.planned_steps
-    if not planned or step < min(planned, config.stop_after or planned):
+    if not planned or step < config.last_step(planned):
         return None
     if config.sample_every and not has_samples(config.out, step):
         return None  # a signal at its end left out the last samples

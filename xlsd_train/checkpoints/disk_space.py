@@ -63,7 +63,7 @@ def needed(
 ) -> DiskPlan:
     """What the run has yet to write; `named` trains, `pictures_nbytes` is for a step's samples."""
     step, saved = run.state()["step"], len(checkpoints(run.folder))
-    left = max(0, min(planned, config.stop_after or planned) - step)
+    left = max(0, config.last_step(planned) - step)
     saves = math.ceil(left / config.save_every)
     held = saved + saves if config.keep == 0 else min(saved + saves, config.keep + 1)
     best = 1 if config.validate_every and config.keep and saves > config.keep else 0

@@ -43,6 +43,7 @@ from xlsd_train.runs.layout import (
     SAMPLES,
     VALIDATION_LOG,
     checkpoints,
+    is_checkpoint,
     partial_checkpoints,
     steps_in,
 )
@@ -160,7 +161,7 @@ class RunFolder:
             return record
         if self.forced:
             names = {"command", "recipe"} | ({"model"} if self.checkpoint else set())
-            kept = {name: getattr(self.before, name) for name in names & {*self.before.keys}}
+            kept = {name: getattr(self.before, name) for name in names & self.before.written.keys()}
             change = {"step": self.state()["step"], "was": self.forced}
             return replace(record, **kept, changed=[*self.before.changed, change])
         renewed = self.before
@@ -242,9 +243,8 @@ def _is_up_to(line: dict[str, Any] | None, step: int) -> bool:
 
 def _refuse_incomplete(folder: Path) -> None:
     """Raises UserError for an incomplete folder where the run would save a checkpoint."""
-    complete = checkpoints(folder)
     for path in steps_in(folder / CHECKPOINTS).values():
-        if path not in complete:
+        if not is_checkpoint(path):
             raise UserError(
                 f"{path} is not a checkpoint: it has no state.json; move it out of the run"
             )

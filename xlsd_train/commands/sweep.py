@@ -128,7 +128,7 @@ def _finished(folder: Path, asked: TrainConfig) -> bool:
     planned = record.planned_steps or 2**62
     if any(record.config.get(x) != getattr(asked, x) for x in ("steps", "epochs")):
         planned = asked.steps or 2**62  # the length is changed
-    return step_of(saved[-1]) >= min(planned, asked.stop_after or planned)
+    return step_of(saved[-1]) >= asked.last_step(planned)
 
 
 def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> None:

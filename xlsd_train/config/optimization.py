@@ -73,6 +73,10 @@ class OptimizerOptions(CheckedOptions):
     ema_snapshots: Count | None = None
     """With --ema: keep at most this many snapshots of the averages in RUN/ema. Default: 12."""
 
+    def last_step(self, planned: int) -> int:
+        """The step at which a run ends: its planned length, or --stop-after if that is earlier."""
+        return min(planned, self.stop_after or planned)
+
     def check(self) -> None:
         """Raise UserError for options that contradict each other, or that have no effect."""
         kind, floor = self.optimizer, self.lr_floor

@@ -21,7 +21,7 @@ from xlsd_cache.console.terminal import say, shown
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.text import read_text
 from xlsd_train.config.aliases import NAMES
-from xlsd_train.config.run_options import RecipesConfig, SweepConfig
+from xlsd_train.config.run_options import RecipesConfig
 from xlsd_train.config.train import TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -138,11 +138,8 @@ def parse(kind: type[Config], words: Sequence[str], prog: str) -> Config:
     if name is None:
         return tyro.cli(kind, prog=prog, args=words)
     recipe = Recipe.read(name)
-    given = recipe.as_args(words)
-    if issubclass(kind, SweepConfig):
-        given = without(given, "lr")  # its --lr is the list of rates
     try:
-        config = tyro.cli(kind, prog=prog, args=[*given, *words])
+        config = tyro.cli(kind, prog=prog, args=[*recipe.as_args(words), *words])
     except UserError as error:
         raise UserError(
             f"{error} (options that are not given come from the recipe {name}; None unsets an "

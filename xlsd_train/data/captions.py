@@ -141,10 +141,6 @@ class Captions:
         """int64 [n, length], truncated or padded; special tokens in the text are removed."""
         return tokenize(self.tokenizer, texts, self.length)
 
-    def lengths(self, texts: list[str]) -> NDArray[np.int64]:
-        """Tokens of each text without truncation, including the two special ones."""
-        return token_counts(self.tokenizer, texts)
-
 
 def token_counts(tokenizer: Any, texts: list[str]) -> NDArray[np.int64]:
     """Tokens of each text without truncation, including the two special ones."""

@@ -15,7 +15,7 @@ from xlsd_cache.dataset.batch_order import Slot
 from xlsd_cache.dataset.dataset import LatentDataset
 from xlsd_cache.dataset.rng import words
 from xlsd_cache.dataset.sampler import BucketBatchSampler
-from xlsd_train.data.captions import CaptionColumns, Captions
+from xlsd_train.data.captions import CaptionColumns, Captions, token_counts
 from xlsd_train.data.noise import Noising
 from xlsd_train.data.noise import noise as draw_noise
 
@@ -153,7 +153,7 @@ class BatchSource:
             drawn = words(seed, "caption lengths", numbers) % np.uint64(count)
             numbers = np.unique(drawn).astype(np.int64)
         texts = self._texts(self.dataset.selection.rows(self.dataset.store, numbers), numbers, seed)
-        lengths = self.captions.lengths(self.captions.lines(texts, numbers))
+        lengths = token_counts(self.captions.tokenizer, self.captions.lines(texts, numbers))
         lengths[[not text for text in texts]] = 0
         return lengths
 

@@ -134,7 +134,9 @@ def measured(config: TrainConfig, held: Mask, trains: Mask) -> int:
 
 def make_validator(
     source: BatchSource, held: Mask, trains: Mask, count: int, batch: int
-) -> Validator:
-    """A validator of `count` held-out samples and as many training samples."""
+) -> Validator | None:
+    """A validator of `count` held-out samples and as many training samples; None for 0."""
+    if not count:
+        return None
     sets = (select(source.dataset.store, spaced(mask, count)) for mask in (held, trains))
     return Validator(source, dict(zip(SETS, sets, strict=True)), batch)

@@ -15,19 +15,16 @@ from xlsd_train.weights.vae_fold import ChannelNormalisation, fold
 
 def with_decoder(parts: ModelParts, spec: str) -> ModelParts:
     """Replace the VAE by one with the same encoder. Raises UserError for another encoder."""
-    own = vae_in(parts)
-    vae = load_vae(spec, float(empty_network("vae", own.config).config["scaling_factor"]))
-    new = vae_part(vae)
-    factors = [
-        ChannelNormalisation.of(empty_network("vae", part.config).config) for part in (own, new)
-    ]
-    if not has_encoder(parts, vae) or factors[0] != factors[1]:
+    own = empty_network("vae", vae_in(parts).config).config  # with the defaults of older files
+    vae = load_vae(spec, float(own["scaling_factor"]))
+    ours, new = (ChannelNormalisation.of(config) for config in (own, vae.model.config))
+    if not has_encoder(parts, vae) or ours != new:
         raise UserError(
             f"the VAE {spec} has another encoder half (encoder and quant_conv) or scaling factor "
             f"than the one that {parts.source} was trained with; give one with another decoder "
             f"only, or swap it in with `xlsd-train swap` and train"
         )
-    return replace(parts, vae=new)
+    return replace(parts, vae=vae_part(vae))
 
 
 def vae_part(vae: Vae) -> Network:

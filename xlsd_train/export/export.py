@@ -80,10 +80,8 @@ def export_model(
     out = Path(out)
     if scaling_factor is not None and not 0 < scaling_factor < float("inf"):
         raise UserError(f"--scaling-factor {scaling_factor} is not a number above 0")
-    for name, value, known in (
-        ("format", format, get_args(ExportFormat)),
-        ("dtype", dtype, DTYPES),
-    ):
+    known_of = {"format": (format, get_args(ExportFormat)), "dtype": (dtype, DTYPES)}
+    for name, (value, known) in known_of.items():
         if value not in known:
             raise UserError(f"--{name} {value!r} is unknown; give {' or '.join(known)}")
     check_export_target(out, format)

@@ -7,7 +7,6 @@ images that all of them held out (runs/bootstrap.py).
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from xlsd_train.runs.bootstrap import NARROW, Interval, Losses, overall
 from xlsd_train.runs.bootstrap import lowest as lowest_of
 from xlsd_train.runs.history import History
 from xlsd_train.runs.layout import checkpoints, step_of
-from xlsd_train.runs.record import RunRecord
 from xlsd_train.runs.validation_log import HELD_OUT, Candidate, candidate_name, read_losses
 
 
@@ -150,20 +148,13 @@ def _is_saved(run: History, candidate: Candidate) -> bool:
 
 def _incomparable(runs: list[History]) -> str | None:
     """Why these runs' losses measure different things; None if they measure the same."""
-    for name, value_of in (("objective", _objective), ("latent scaling", _scaling)):
-        values = {str(value_of(run.record)): run.name for run in runs}
+    kinds = {run.record.objective["kind"]: run.name for run in runs}
+    scalings = {str(run.record.latents): run.name for run in runs}
+    for name, values in (("objective", kinds), ("latent scaling", scalings)):
         if len(values) > 1:
             two = " and ".join(f"{value} ({run})" for value, run in list(values.items())[:2])
             return f"their {name} differs, {two}"
     return None
-
-
-def _objective(record: RunRecord) -> str:
-    return record.objective["kind"]
-
-
-def _scaling(record: RunRecord) -> dict[str, Any]:
-    return record.latents
 
 
 def _answer(standings: list[Standing], images: int) -> str:

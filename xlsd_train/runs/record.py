@@ -105,9 +105,7 @@ class RunRecord:
     processes: int = 1
     xlsd: str = ""  # version
     changed: list[Any] = field(default_factory=list)  # by --force: each step and the old values
-    # Of a file that was read: its keys in their order, and those of another version.
-    keys: tuple[str, ...] = field(default=(), repr=False)
-    others: dict[str, Any] = field(default_factory=dict, repr=False)
+    written: dict[str, Any] = field(default_factory=dict, repr=False)  # of a file that was read
 
     @classmethod
     def from_json(cls, value: Any) -> "RunRecord":
@@ -115,16 +113,15 @@ class RunRecord:
         if why := misfit(value, SHAPE):
             raise ValueError(why)
         own = {name: each for name, each in value.items() if name in FIELDS}
-        others = {name: each for name, each in value.items() if name not in FIELDS}
-        return cls(**own, keys=tuple(value), others=others)
+        return cls(**own, written=value)
 
     def to_json(self) -> dict[str, Any]:
         """What the file holds: the keys that it had, and those whose values are new."""
-        values = self.others | {name: getattr(self, name) for name in FIELDS}
-        if not self.keys:
+        values = {name: getattr(self, name) for name in FIELDS}
+        if not self.written:
             return {name: each for name, each in values.items() if name != "changed" or each}
-        new = (name for name, default in FIELDS.items() if values[name] != default)
-        return {name: values[name] for name in dict.fromkeys([*self.keys, *new])}
+        now = {n: it for n, it in values.items() if n in self.written or it != FIELDS[n]}
+        return self.written | now
 
     def asked(self) -> dict[str, Any]:
         """The options as they were asked for, before they were adapted to small data."""
@@ -133,7 +130,7 @@ class RunRecord:
 
 FIELDS = {  # key -> default
     each.name: each.default if each.default_factory is MISSING else each.default_factory()
-    for each in fields(RunRecord)[:-2]
+    for each in fields(RunRecord)[:-1]
 }
 _NEEDED = [name for name, default in FIELDS.items() if default is MISSING]
 SHAPE = {

@@ -91,7 +91,7 @@ def _measured(config: TrainConfig, record: RunRecord) -> None:
 def _length(config: TrainConfig, record: RunRecord, order: BatchOrder) -> None:
     """The run's length in steps, epochs and hours, and whether that is absurd."""
     planned, an_epoch = record.planned_steps, order.batches_an_epoch / config.accum
-    last = min(planned, config.stop_after or planned)
+    last = config.last_step(planned)
     images = sum(store["selected"] for store in record.stores)
     stops = f" (stopping after {last})" if last < planned else ""
     log.info(

@@ -43,11 +43,6 @@ class Due(NamedTuple):
         return cls(samples or SAMPLE in asked, validates, saves, ends)
 
 
-def last_step(config: TrainConfig, planned: int) -> int:
-    """The step at which the run ends: the planned length, or --stop-after if that is earlier."""
-    return planned if config.stop_after is None else min(planned, config.stop_after)
-
-
 def _scheduled(config: TrainConfig, step: int, ends: bool) -> tuple[bool, bool]:
     """Whether samples and validation are due by --sample-every and --validate-every."""
     samples, validates = (

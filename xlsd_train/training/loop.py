@@ -25,7 +25,7 @@ from xlsd_train.runs.layout import METRICS_LOG, checkpoints, grid_of, step_of
 from xlsd_train.runs.validation_log import LIVE, best_of, describe_checkpoints
 from xlsd_train.step.distributed import Lost
 from xlsd_train.training.announce import log_epochs
-from xlsd_train.training.due import Due, last_step
+from xlsd_train.training.due import Due
 from xlsd_train.training.meter import FailureWatch, Meter
 from xlsd_train.training.pace import Pace
 from xlsd_train.training.session import Session, open_session
@@ -78,7 +78,7 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
 def _train(session: Session, stop: StopSignal) -> None:
     config, run, accum = session.config, session.run, session.config.accum
     state = run.state()  # of the newest checkpoint; step 0 for a new run
-    done, last = state["step"], last_step(config, session.planned_steps)
+    done, last = state["step"], config.last_step(session.planned_steps)
     due = Due.before_first(session, done, last)
     if not _pause(session, stop, due, done, state["images_seen"]):
         return

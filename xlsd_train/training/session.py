@@ -23,7 +23,7 @@ from xlsd_train.data.loader import BatchSource
 from xlsd_train.data.mixture import open_mixture
 from xlsd_train.evaluation.prompts import remarks
 from xlsd_train.evaluation.sampler import Sampler, sample_size
-from xlsd_train.evaluation.validator import Validator
+from xlsd_train.evaluation.validator import Validator, make_validator
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema, averaging
 from xlsd_train.optim.lr_scheduler import planned_steps
@@ -31,7 +31,7 @@ from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.distributed import Processes
 from xlsd_train.step.step import Step
 from xlsd_train.training.announce import announce
-from xlsd_train.training.setup_data import RunData, build_data, make_run_validator, make_source
+from xlsd_train.training.setup_data import RunData, build_data, make_source
 from xlsd_train.training.setup_model import RunModel, build_model
 from xlsd_train.training.setup_step import build_step, plan_batch, start
 
@@ -93,7 +93,8 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         planned, warmup = compare_length(
             run, config, *planned_steps(config, order, "warmup" in given)
         )
-        validator = make_run_validator(data, source, batching.batch)
+        held, trains, count = data.samples.held_out, data.samples.trains, data.samples.measured
+        validator = make_validator(source, held, trains, count, batching.batch)
         record = replace(
             _record(data, model, run, source, validator),
             command=list(command),

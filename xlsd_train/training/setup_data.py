@@ -23,7 +23,7 @@ from xlsd_train.data.noise import Noising
 from xlsd_train.data.selection import TagFilter, columns_of, filter_by_tags, held_out_mask
 from xlsd_train.evaluation.images import Picture
 from xlsd_train.evaluation.sampler import read_prompts
-from xlsd_train.evaluation.validator import Validator, make_validator, measured
+from xlsd_train.evaluation.validator import measured
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.record import Changes, StoreRecord
 from xlsd_train.step.objective import Objective
@@ -136,11 +136,3 @@ def make_source(
         rank=accelerator.process_index, world_size=accelerator.num_processes,
     )  # fmt: skip
     return BatchSource(dataset, sampler, captions, samples.columns, noising)
-
-
-def make_run_validator(data: RunData, source: BatchSource, batch: int) -> Validator | None:
-    """None without validation."""
-    samples = data.samples
-    if not samples.measured:
-        return None
-    return make_validator(source, samples.held_out, samples.trains, samples.measured, batch)

@@ -7,13 +7,12 @@ from diffusers import DDPMScheduler
 
 from xlsd_train.weights import ldm_keys
 from xlsd_train.weights.lazy_tensors import LazyTensor, in_memory
-from xlsd_train.weights.network import POSITIONS, Network, empty_network, ldm_names
+from xlsd_train.weights.network import LDM_PREFIX, POSITIONS, Network, empty_network, ldm_names
 from xlsd_train.weights.prediction_type import V_PRED, ZTSNR, has_zero_snr, prediction_type
 
 # At zero terminal SNR other programs (ComfyUI, A1111) use this in place of 0, whose log SNR and
 # sigma are infinite.
 LAST_ALPHA_BAR = 4.8973451890853435e-08
-_PREFIX = {"unet": ldm_keys.UNET, "vae": ldm_keys.VAE, "text_encoder": ldm_keys.TEXT_ENCODER}
 
 
 def single_file(
@@ -35,7 +34,7 @@ def single_file(
             tensor = network.tensors[name].to(dtype, f"{kind}'s {name}")
             if kind == "vae" and ldm_keys.is_vae_conv(name):
                 tensor = tensor.reshaped(*tensor.shape, 1, 1)
-            tensors[_PREFIX[kind] + key] = tensor
+            tensors[LDM_PREFIX[kind] + key] = tensor
     positions = text_encoder.tensors[POSITIONS].shape[0]
     ids = torch.arange(positions).view(1, -1)
     tensors[f"{ldm_keys.TEXT_ENCODER}text_model.embeddings.position_ids"] = in_memory(ids)

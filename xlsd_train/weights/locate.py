@@ -269,27 +269,23 @@ def _in_checkpoint(checkpoint: Path, source: str) -> ModelParts:
         tensors, _ = open_tensors(path)
         networks[kind] = network_of(kind, read_config(kind, base / kind), tensors, str(path))  # type: ignore[arg-type]
     vae = network_in_folder("vae", base / "vae", source)
+    trained, padding = _latents(base / "latents.json")
     return ModelParts(
         source, networks["unet"], networks["text_encoder"], vae, base / "tokenizer",
-        _scheduler(base), checkpoint, _trained(base / "latents.json"),
-        _clip_skip(base / "captions.json"), _padding(base / "latents.json"),
+        _scheduler(base), checkpoint, trained, _clip_skip(base / "captions.json"), padding,
     )  # fmt: skip
 
 
-def _trained(path: Path) -> ChannelNormalisation | None:
-    """The normalisation of latents that a run trained with: (raw - shift) * scale by channel."""
-    if not path.is_file() or not (record := read_latents_json(path))["normalized"]:
-        return None
-    scales = (1 / scale for scale in record["scale"])
-    return ChannelNormalisation(tuple(record["shift"]), tuple(scales))
-
-
-def _padding(path: Path) -> Padding:
-    """The padding of the VAE's convolutions that a run trained with."""
-    padding: Padding = "zeros"
-    if path.is_file():
-        padding = read_latents_json(path).get("padding", "zeros")
-    return padding
+def _latents(path: Path) -> tuple[ChannelNormalisation | None, Padding]:
+    """The normalisation of latents, (raw - shift) * scale, and the VAE's padding in training."""
+    if not path.is_file():
+        return None, "zeros"
+    record = read_latents_json(path)
+    padding: Padding = record.get("padding", "zeros")
+    if not record["normalized"]:
+        return None, padding
+    scales = tuple(1 / scale for scale in record["scale"])
+    return ChannelNormalisation(tuple(record["shift"]), scales), padding
 
 
 def _clip_skip(path: Path) -> int:

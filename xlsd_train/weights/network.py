@@ -40,6 +40,7 @@ LATENTS_JSON = {"normalized!": bool, "shift!": [float], "scale!": [float], "vae_
         "encoder_sha256": str, "padding": str}  # fmt: skip
 # transformers 5 drops this prefix of its keys; SD1.5's file and every other program have it.
 PREFIX = "text_model."
+LDM_PREFIX = {"unet": ldm_keys.UNET, "text_encoder": ldm_keys.TEXT_ENCODER, "vae": ldm_keys.VAE}
 POSITIONS = f"{PREFIX}embeddings.position_embedding.weight"  # [tokens, width]
 # Keys next to the text encoder's in files of a whole CLIP, or of older transformers.
 _IGNORED = ("text_model.embeddings.position_ids", "vision_model.", "visual_projection.",
@@ -131,8 +132,7 @@ def network_in_ldm_file(
     ema: bool,
 ) -> Network | None:
     """A network of a single file, or None if the file has no weights of it."""
-    prefixes = {"unet": ldm_keys.UNET, "text_encoder": ldm_keys.TEXT_ENCODER, "vae": ldm_keys.VAE}
-    prefix = prefixes[kind]
+    prefix = LDM_PREFIX[kind]
     if not any(name.startswith(prefix) for name in tensors):
         return None
     averages = ema and kind == "unet"
