@@ -18,6 +18,7 @@ from xlsd_train.memory.planner import (
     GIB,
     SLICES,
     WAYS,
+    Asked,
     Planner,
     Prediction,
     asked,
@@ -40,10 +41,10 @@ def show(config: PlanConfig) -> None:
     size = largest(_buckets(config))
     planner = Planner(config.resolved(), unet, text_encoder)
     most = {way: planner.largest_batch(MemoryPlan(way, SLICES[0]), size, limit) for way in WAYS}
-    way, part = asked(config)
-    batch = max(1, most[way or WAYS[-1]]) if config.batch == "auto" else config.batch
-    plans = [_best(planner, x, batch, size, limit, part) for x in WAYS]
-    chosen = planner.fastest(batch, size, limit, way, part)
+    ask = asked(config)
+    batch = max(1, most[ask.way or WAYS[-1]]) if config.batch == "auto" else config.batch
+    plans = [_best(planner, ask._replace(way=way), batch, size, limit) for way in WAYS]
+    chosen = planner.fastest(batch, size, limit, ask)
     results = {
         "phase": config.phase,
         "optimizer": config.optimizer,
@@ -104,12 +105,13 @@ def _configs(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return unet, text_encoder
 
 
-def _best(
-    planner: Planner, way: Way, batch: int, size: Size, limit: float, part: int | None
-) -> Prediction:
+def _best(planner: Planner, asked: Asked, batch: int, size: Size, limit: float) -> Prediction:
     """The fastest plan of one way that fits, else the one with the lowest peak."""
-    fastest = planner.fastest(batch, size, limit, way, part)
-    return fastest or planner.predict(MemoryPlan(way, part or 1), batch, size)
+    fastest = planner.fastest(batch, size, limit, asked)
+    tightest = MemoryPlan(
+        asked.way or WAYS[-1], asked.micro_batch or 1, asked.attention[0], asked.momentum[-1]
+    )
+    return fastest or planner.predict(tightest, batch, size)
 
 
 def _plan_json(it: Prediction, limit: float, most: dict[Way, int]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ Rate = Annotated[float, Within(0, 3e38, above=True)]  # up to fp32's largest; Tr
 MOST_STEPS = 10**8 - 1  # checkpoints are named in eight digits
 Kind = Literal["eps", "v", "flow"]
 Weighting = Literal["none", "min-snr", "debiased"]
+AttentionChoice = Literal["auto", "sdpa", "exact"]
+MomentumChoice = Literal["auto", "resident", "streamed"]
 Memory = Literal["fastest", "largest", "plain", "cheap", "feed-forward", "sliced"]
 
 
@@ -152,6 +154,21 @@ class MemoryOptions(CheckedOptions):
     micro_batch: Count | None = None
     """Images per pass, or per slice of the widest layers. Default: as many as fit."""
 
+    attention: AttentionChoice = "auto"
+    """sdpa: torch's scaled_dot_product_attention. Its fp32 kernel on CUDA replaces each product by
+    three on TF32 tensor cores. exact: IEEE fp32 matmuls over blocks of queries. auto: the faster
+    one where plans are measured, else sdpa."""
+
+    momentum: MomentumChoice = "auto"
+    """Where lion and dlion keep their state. streamed: in CPU memory, copied to the GPU when a step
+    needs it, bit-equal to resident. auto: the faster one."""
+
+    measure: bool = True
+    """With --memory fastest on a GPU: time the best plans on throwaway data before step 1."""
+
+    remeasure: bool = False
+    """Measure again what was measured before with these options; and on a CPU, given --vram."""
+
     vram: Annotated[float, Within(1, 10**4, above=True)] | None = None
     """GPU memory in GB to plan for and not to exceed. Default: what is free; no limit on a CPU."""
 
@@ -160,6 +177,9 @@ class MemoryOptions(CheckedOptions):
 
     channels_last: bool = False
     """Use channels-last memory for convolutions. Their kernels round differently."""
+
+    compile: bool = False
+    """Compile each kind of layer with torch.compile, which fuses norms and activation functions."""
 
 
 def check_weighting(objective: Kind, weighting: Weighting) -> None:

@@ -34,7 +34,8 @@ RATES = {True: (0.01, 100.0), False: (1e-10, 0.1)}
 # Options that may change when a run is resumed, since none of them changes a weight.
 FREE = frozenset({
     "recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force",
-    "vram",  # a run keeps the plan that it was started with
+    # A run keeps the plan that it was started with.
+    "vram", "momentum", "measure", "remeasure",
     "ema_snapshots", "validate_every", "sample_every", "sample_prompts", "sample_steps",
     "sample_guidance",
 })  # fmt: skip

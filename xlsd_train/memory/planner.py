@@ -6,8 +6,9 @@ gives its peak memory, and its time on a GPU at peak throughput.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.gpus import CARDS, Card
 from xlsd_train.memory.meta_step import MetaStep, Size
 from xlsd_train.memory.tracker import CUBLAS, ROUND, WORKSPACE, Footprint
-from xlsd_train.step.backend import MemoryPlan, Way
+from xlsd_train.step.backend import MemoryPlan, Momentum, Way
+from xlsd_train.step.layers import Attention
 
 GIB = 2**30
 KEEPING: tuple[Way, ...] = ("plain", "cheap", "feed-forward")  # micro-batches, gradients kept
@@ -27,6 +29,15 @@ SLICES = (4, 2, 1)  # samples at once in the widest layers, the fastest first
 REFERENCE = "RTX 4090"  # the card for which the fastest plan is chosen
 CLOSE = 1.02  # times within this factor count as equal: fewer passes win, their kernels are larger
 KERNEL_S = 5e-6  # assumed shortest time of a kernel, else tiny micro-batches would cost nothing
+
+
+class Asked(NamedTuple):
+    """The plans that a run's options allow."""
+
+    way: Way | None = None  # None: any
+    micro_batch: int | None = None  # None: any
+    attention: tuple[Attention, ...] = ("sdpa",)
+    momentum: tuple[Momentum, ...] = ("resident",)
 
 
 @dataclass(frozen=True)
@@ -113,38 +124,44 @@ class Planner:
         start = self._meta_step.two_slices * plan.micro_batch if plan.way == "sliced" else 4
         return last(fits, start=start)
 
-    def fastest(
-        self, batch: int, size: Size, limit: float, way: Way | None, micro_batch: int | None
-    ) -> Prediction | None:
-        """The fastest plan within `limit` bytes; None if none fits.
-
-        `way` and `micro_batch` restrict the choice. The sliced way runs every forward pass twice,
-        so it is considered only if nothing else fits.
-        """
-        fitting: list[Prediction] = []
-        for candidate in (way,) if way else WAYS:
-            if candidate != "sliced" or not fitting:
-                fitting += self._fitting(candidate, batch, size, limit, micro_batch)
+    def fastest(self, batch: int, size: Size, limit: float, asked: Asked) -> Prediction | None:
+        """The fastest plan within `limit` bytes; None if none fits."""
+        fitting = self.candidates(batch, size, limit, asked)
         best = min((x.seconds[REFERENCE] for x in fitting), default=0.0)
         close = [x for x in fitting if x.seconds[REFERENCE] <= CLOSE * best]
-        return min(close, key=lambda x: x.passes, default=None)
+        return min(close, key=lambda x: (x.plan.momentum != "resident", x.passes), default=None)
 
-    def _fitting(
-        self, way: Way, batch: int, size: Size, limit: float, micro_batch: int | None
-    ) -> list[Prediction]:
-        """The best plan of one way, in a list of one or none."""
+    def candidates(self, batch: int, size: Size, limit: float, asked: Asked) -> list[Prediction]:
+        """The best plan within `limit` bytes of each strategy, attention and place of the momentum.
+
+        The sliced way runs every forward pass twice, so it is considered only if nothing else fits.
+        """
+        fitting: list[Prediction] = []
+        for way in (asked.way,) if asked.way else WAYS:
+            if way == "sliced" and fitting:
+                continue
+            for attention, momentum in product(asked.attention, asked.momentum):
+                plan = MemoryPlan(way, asked.micro_batch or 0, attention, momentum)
+                fitting += self._fitting(plan, batch, size, limit)
+        return fitting
+
+    def _fitting(self, plan: MemoryPlan, batch: int, size: Size, limit: float) -> list[Prediction]:
+        """The plan if it fits, with the largest micro-batch if it has none; else nothing."""
+
+        def predict(count: int) -> Prediction:
+            return self.predict(plan._replace(micro_batch=count), batch, size)
 
         def fits(count: int) -> bool:
-            return self.predict(MemoryPlan(way, count), batch, size).peak <= limit
+            return predict(count).peak <= limit
 
-        if micro_batch:
-            counts = [micro_batch]
-        elif way == "sliced":
+        if plan.micro_batch:
+            counts = [plan.micro_batch]
+        elif plan.way == "sliced":
             counts = list(SLICES)
         else:
             most = last(fits, batch)
             counts = [ceil(batch / ceil(batch / most))] if most else []  # as even as possible
-        return [self.predict(MemoryPlan(way, n), batch, size) for n in counts if fits(n)][:1]
+        return [predict(n) for n in counts if fits(n)][:1]
 
 
 def last(fits: Callable[[int], bool], most: int | None = None, start: int = 4) -> int:
@@ -160,13 +177,17 @@ def last(fits: Callable[[int], bool], most: int | None = None, start: int = 4) -
     return low
 
 
-def asked(config: TrainConfig) -> tuple[Way | None, int | None]:
-    """The way and the micro-batch that --memory and --micro-batch ask for; None: any."""
-    if config.memory == "fastest":
-        return None, config.micro_batch
+def asked(config: TrainConfig) -> Asked:
+    """The plans that --memory, --micro-batch, --attention and --momentum allow."""
+    way: Way | None = None
+    micro_batch = config.micro_batch
     if config.memory == "largest":
-        return "sliced", config.micro_batch or 1
-    return config.memory, config.micro_batch
+        way, micro_batch = "sliced", micro_batch or 1
+    elif config.memory != "fastest":
+        way = config.memory
+    attention: Attention = "sdpa" if config.attention == "auto" else config.attention
+    momentum: Momentum = "resident" if config.momentum == "auto" else config.momentum
+    return Asked(way, micro_batch, (attention,), (momentum,))
 
 
 def choose(
@@ -178,13 +199,15 @@ def choose(
     `buckets` maps names to numbers of images; the largest bucket decides. `limit` is in bytes;
     without one nothing is predicted. Raises UserError if nothing fits.
     """
-    way, micro_batch = asked(config)
+    ask = asked(config)
+    way, micro_batch = ask.way, ask.micro_batch
     if limit is None:
         if config.batch == "auto":
             raise UserError("--batch auto needs a memory limit, and no GPU was found; add --vram")
         share = ceil(config.batch / processes)
         default = SLICES[0] if way == "sliced" else share
-        return config.batch, MemoryPlan(way or "plain", micro_batch or default), None
+        plan = MemoryPlan(way or "plain", micro_batch or default, ask.attention[0], ask.momentum[0])
+        return config.batch, plan, None
     plans, size = planner(), largest(buckets)
     if config.batch == "auto":
         plan = MemoryPlan(way or WAYS[-1], micro_batch or SLICES[0])
@@ -193,7 +216,7 @@ def choose(
     else:
         batch = config.batch
     share = ceil(batch / processes)
-    fastest = plans.fastest(share, size, limit, way, micro_batch)
+    fastest = plans.fastest(share, size, limit, ask)
     if fastest is None:
         tightest = plans.predict(MemoryPlan(way or WAYS[-1], micro_batch or 1), share, size)
         raise UserError(

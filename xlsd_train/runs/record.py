@@ -29,6 +29,8 @@ _ADAPTED = {
     }.items()
 }  # fmt: skip
 _LENGTHS = "looked_at selected without limit cut over_median over_max".split()
+_PLAN = ([str, int], [str, int, str, str])  # earlier versions had the first two
+Plan = Annotated[tuple[Any, ...], Shape(_PLAN)]
 Options = Annotated[dict[str, Any], Shape(_OPTIONS)]
 Recipe = Annotated[dict[str, Any], Shape({"name!": str, "sha256!": str})]
 Lengths = Annotated[dict[str, int], Shape({f"{name}!": int for name in _LENGTHS})]
@@ -84,7 +86,7 @@ class RunRecord:
     recipe: Recipe | None = None  # see `config.recipes`
     precision: str = ""
     batch: int = 0
-    plan: tuple[str, int] = ("", 0)  # how a batch passes: the memory plan and its micro-batch
+    plan: Plan = ("", 0)  # how a batch passes: the fields of `MemoryPlan`
     memory: str = ""  # the same in words
     step_s: tuple[str, float] | None = None  # (GPU, predicted seconds per batch)
     planned_steps: int = 0
@@ -142,7 +144,7 @@ EMPTY = RunRecord(config={}, stores=[], settings={})  # of a model that has no r
 # What a run needs to be resumed.
 _RESUMED = ("batch", "memory", "model", "plan", "planned_steps", "warmup_steps")
 _STATE = {
-    "step!": int, "images_seen": int, "smoothed": [float, float], "plan": [str, int],
+    "step!": int, "images_seen": int, "smoothed": [float, float], "plan": _PLAN,
     "optimizer": {str: float},
 }  # fmt: skip
 

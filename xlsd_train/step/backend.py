@@ -18,11 +18,12 @@ from torch.nn import Parameter
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.optim.factory import finish
 from xlsd_train.optim.lion import chunks
-from xlsd_train.step.layers import Layer, Recompute
+from xlsd_train.step.layers import Attention, Layer, Mode, Recompute
 
 log = logging.getLogger("xlsd.train.step")
 
 Way = Literal["plain", "cheap", "feed-forward", "sliced"]
+Momentum = Literal["resident", "streamed"]
 Work = Callable[[int, int], None]  # on the samples a:b of a batch
 
 
@@ -31,24 +32,44 @@ class PartlyDone(torch.OutOfMemoryError):
 
 
 class MemoryPlan(NamedTuple):
-    """How a batch passes: what is recomputed, and how many samples pass at once."""
+    """How a batch passes: what is recomputed, and how many samples pass at once.
+
+    Also which kernels compute attention, and where the optimizer's state is kept. Gradients are
+    equal up to the order of sums, and for either `momentum` bit for bit.
+    """
 
     way: Way
     micro_batch: int  # samples at once; if sliced, in the widest layers, and more in the others
+    attention: Attention = "sdpa"
+    momentum: Momentum = "resident"
 
     @property
     def recompute(self) -> Recompute:
         """What the layers recompute. Nothing if sliced: a slice's activations are short-lived."""
         return "nothing" if self.way in {"plain", "sliced"} else self.way  # type: ignore[return-value]
 
+    @property
+    def mode(self) -> Mode:
+        """How the layers run."""
+        return Mode(self.recompute, self.attention)
+
     def __str__(self) -> str:
-        return f"{self.way} by {self.micro_batch}"
+        attention = ", exact attention" if self.attention == "exact" else ""
+        momentum = ", streamed momentum" if self.momentum == "streamed" else ""
+        return f"{self.way} by {self.micro_batch}{attention}{momentum}"
+
+    def flags(self) -> str:
+        """The options that ask for this plan."""
+        return (
+            f"--memory {self.way} --micro-batch {self.micro_batch} --attention {self.attention} "
+            f"--momentum {self.momentum}"
+        )
 
     def tighter(self) -> "MemoryPlan | None":
         """The next plan that needs less memory; None when there is none."""
         if self.micro_batch > 1:
-            return MemoryPlan(self.way, self.micro_batch // 2)
-        return None if self.way == "sliced" else MemoryPlan("sliced", 1)
+            return self._replace(micro_batch=self.micro_batch // 2)
+        return None if self.way == "sliced" else self._replace(way="sliced", micro_batch=1)
 
 
 class StepBackend(Protocol):

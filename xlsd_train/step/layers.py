@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from xlsd_cache.errors import UserError
 
 Recompute = Literal["nothing", "cheap", "feed-forward"]
+Attention = Literal["sdpa", "exact"]
 # The values that a batch starts with; none has a gradient.
 NOISY, TIMESTEPS, INPUT_IDS = "noisy latents", "timesteps", "input_ids"
 STATES, PREDICTION = "encoder_hidden_states", "prediction"
@@ -45,6 +46,13 @@ _EXPECTED = {
 recompute_context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+class Mode(NamedTuple):
+    """How the layers run."""
+
+    recompute: Recompute = "nothing"
+    attention: Attention = "sdpa"
+
+
 @dataclass(frozen=True)
 class Layer:
     """Modules that run, and are differentiated, together."""
@@ -53,7 +61,7 @@ class Layer:
     output: str  # name of its output value; the layer's own name as well
     parameters: tuple[Parameter, ...]
     room: int  # samples here that need about as much memory as one sample in the widest layers
-    run: Callable[..., Tensor]  # (recompute, *inputs) -> output; no sample sees another
+    run: Callable[..., Tensor]  # (mode, *inputs) -> output; no sample sees another
 
     @property
     def trained(self) -> list[Parameter]:
@@ -116,17 +124,17 @@ def _pairs(block: Any) -> list[tuple[Any, Any]]:
 def _pair(res: Any, att: Any, up: Any = None) -> Callable[..., Tensor]:
     """An upsampler, a resnet and a transformer, in one layer; the first and last may be missing."""
 
-    def run(recompute: Recompute, temb: Tensor, states: Tensor, x: Tensor, *skip: Tensor) -> Tensor:
+    def run(mode: Mode, temb: Tensor, states: Tensor, x: Tensor, *skip: Tensor) -> Tensor:
         if up is not None:
-            x = _upsample(up, recompute, x, skip[0].shape[2:])
-        x = _resnet(res, recompute, temb, x, *skip)
-        return x if att is None else _transformer(att, recompute, x, states)
+            x = _upsample(up, mode.recompute, x, skip[0].shape[2:])
+        x = _resnet(res, mode.recompute, temb, x, *skip)
+        return x if att is None else _transformer(att, mode, x, states)
 
     return run
 
 
 def _time_embedding(unet: Any) -> Callable[..., Tensor]:
-    def run(_: Recompute, timesteps: Tensor) -> Tensor:
+    def run(_: Mode, timesteps: Tensor) -> Tensor:
         sinusoids = unet.time_proj(timesteps).to(unet.conv_in.weight.dtype)
         embedded: Tensor = unet.time_embedding(sinusoids)
         return embedded
@@ -134,7 +142,7 @@ def _time_embedding(unet: Any) -> Callable[..., Tensor]:
     return run
 
 
-def _downsample(m: Any, _: Recompute, x: Tensor) -> Tensor:
+def _downsample(m: Any, _: Mode, x: Tensor) -> Tensor:
     halved: Tensor = m.conv(x)
     return halved
 
@@ -145,8 +153,8 @@ def _upsample(m: Any, recompute: Recompute, x: Tensor, size: torch.Size) -> Tens
 
 
 def _out(unet: Any) -> Callable[..., Tensor]:
-    def run(recompute: Recompute, x: Tensor) -> Tensor:
-        return recomputed(recompute, lambda z: unet.conv_out(F.silu(unet.conv_norm_out(z))), x)
+    def run(mode: Mode, x: Tensor) -> Tensor:
+        return recomputed(mode.recompute, lambda z: unet.conv_out(F.silu(unet.conv_norm_out(z))), x)
 
     return run
 
@@ -184,7 +192,7 @@ def _join(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _transformer(m: Any, recompute: Recompute, x: Tensor, states: Tensor) -> Tensor:
+def _transformer(m: Any, mode: Mode, x: Tensor, states: Tensor) -> Tensor:
     """Transformer2DModel over its one or more blocks."""
     batch, _, height, width = x.shape
 
@@ -193,15 +201,16 @@ def _transformer(m: Any, recompute: Recompute, x: Tensor, states: Tensor) -> Ten
         projected: Tensor = m.proj_out(image)
         return projected
 
-    h = recomputed(recompute, lambda z: m.proj_in(m.norm(z)), x)
+    h = recomputed(mode.recompute, lambda z: m.proj_in(m.norm(z)), x)
     h = h.permute(0, 2, 3, 1).reshape(batch, height * width, -1)
     for block in m.transformer_blocks:
-        h = _block(block, recompute, h, states)
-    return recomputed(recompute, out, h) + x
+        h = _block(block, mode, h, states)
+    return recomputed(mode.recompute, out, h) + x
 
 
-def _block(m: Any, recompute: Recompute, h: Tensor, states: Tensor) -> Tensor:
+def _block(m: Any, mode: Mode, h: Tensor, states: Tensor) -> Tensor:
     """BasicTransformerBlock: self-attention, cross-attention to the text, feed-forward."""
+    recompute = mode.recompute
     a = m.attn1
     if recompute == "nothing" or not torch.is_grad_enabled():
         z = m.norm1(h)

@@ -65,7 +65,7 @@ class SlicedPass:
 
         def work(a: int, b: int) -> None:
             with self._backend.autocast():
-                part = layer.run("nothing", *(value[a:b] for value in inputs))
+                part = layer.run(self._backend.plan.mode, *(value[a:b] for value in inputs))
             if b - a == self._count:
                 self._values[layer.output] = part
                 return
@@ -117,7 +117,7 @@ class SlicedPass:
         trained = layer.trained
         with torch.enable_grad():
             with self._backend.autocast():
-                out = layer.run("nothing", *parts)
+                out = layer.run(self._backend.plan.mode, *parts)
             if output_gradient is None:
                 out = self._loss_of(out, a, b)
         to_out = None if output_gradient is None else output_gradient[a:b]

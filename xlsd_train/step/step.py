@@ -28,7 +28,7 @@ from xlsd_train.step.layers import (
     PREDICTION,
     TIMESTEPS,
     Layer,
-    Recompute,
+    Mode,
     make_layers,
 )
 from xlsd_train.step.objective import Objective
@@ -93,7 +93,8 @@ class Step:
             return torch.zeros(0, device=self.backend.device)
         size = self.plan.micro_batch  # so that validating needs no more memory than training
         starts = range(0, len(batch.timesteps), size)
-        return torch.cat([self._loss(batch.part(a, a + size), "nothing") for a in starts])
+        mode = Mode("nothing", self.plan.attention)
+        return torch.cat([self._loss(batch.part(a, a + size), mode) for a in starts])
 
     def _start(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """(values that the layers start with, target, weight of each sample)."""
@@ -103,17 +104,17 @@ class Step:
         values = {NOISY: noisy, TIMESTEPS: batch.timesteps, INPUT_IDS: batch.input_ids}
         return values, target, weight
 
-    def _loss(self, batch: Batch, recompute: Recompute) -> Tensor:
+    def _loss(self, batch: Batch, mode: Mode) -> Tensor:
         """The loss of each sample, in one pass."""
         values, target, weight = self._start(batch)
-        return self.objective.loss(self._predict(values, recompute), target, weight)
+        return self.objective.loss(self._predict(values, mode), target, weight)
 
-    def _predict(self, values: dict[str, Tensor], recompute: Recompute) -> Tensor:
+    def _predict(self, values: dict[str, Tensor], mode: Mode) -> Tensor:
         """Run all layers in order; a value is freed after the last layer that takes it."""
         last_use = {name: layer for layer in self.layers for name in layer.inputs}
         with self.backend.autocast():
             for layer in self.layers:
-                values[layer.output] = layer.run(recompute, *[values[x] for x in layer.inputs])
+                values[layer.output] = layer.run(mode, *[values[x] for x in layer.inputs])
                 for name in layer.inputs:
                     if last_use[name] is layer:
                         values.pop(name, None)
@@ -125,7 +126,7 @@ class Step:
         for batch in batches:
             for a in range(0, len(batch.timesteps), self.plan.micro_batch):
                 part = batch.part(a, a + self.plan.micro_batch)
-                loss = self._loss(part, self.plan.recompute).sum() / images
+                loss = self._loss(part, self.plan.mode).sum() / images
                 total += loss.detach()
                 torch.autograd.backward(loss)
         return total

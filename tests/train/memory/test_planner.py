@@ -21,6 +21,7 @@ from xlsd_train.memory.meta_step import CudaMode, MetaStep
 from xlsd_train.memory.planner import (
     GIB,
     WAYS,
+    Asked,
     Planner,
     cap_card,
     choose,
@@ -29,6 +30,7 @@ from xlsd_train.memory.planner import (
     memory_limit,
 )
 from xlsd_train.step.backend import MemoryPlan
+from xlsd_train.step.layers import Mode
 
 UNET = TrainConfig(phase="unet").resolved()
 SIZE = (32, 32)
@@ -85,15 +87,15 @@ def test_the_fastest_plan_keeps_as_much_as_fits() -> None:
     plan, parts = planner(), []
     peaks = {way: plan.predict(MemoryPlan(way, 16), 16, SIZE).peak for way in ("plain", "cheap")}
     for limit in (peaks["plain"], peaks["cheap"], peaks["cheap"] - 1):
-        found = plan.fastest(16, SIZE, limit, None, None)
+        found = plan.fastest(16, SIZE, limit, Asked())
         assert found is not None
         assert found.peak <= limit
         parts.append((found.plan, found.passes))
     assert parts[:2] == [(MemoryPlan("plain", 16), 1), (MemoryPlan("cheap", 16), 1)]
     assert parts[2][0] != MemoryPlan("cheap", 16)
     least = min(plan.predict(MemoryPlan(way, 1), 16, SIZE).peak for way in WAYS)
-    assert plan.fastest(16, SIZE, least, None, None) is not None
-    assert plan.fastest(16, SIZE, least - 1, None, None) is None
+    assert plan.fastest(16, SIZE, least, Asked()) is not None
+    assert plan.fastest(16, SIZE, least - 1, Asked()) is None
 
 
 @pytest.mark.slow
@@ -308,7 +310,7 @@ def test_all_that_cuda_casts_is_known() -> None:
     with torch.device("meta"), made._backend.mode, Seen():
         latents = torch.empty(2, 4, 8, 8)
         ids = torch.zeros(2, 77, dtype=torch.int64)
-        step._loss(Batch(0, "", 0.0, 0, 2, latents, latents, ids[:, 0], ids), "cheap")
+        step._loss(Batch(0, "", 0.0, 0, 2, latents, latents, ids[:, 0], ids), Mode("cheap"))
     ops = torch._C._dispatch_get_all_op_names()
     cast = {
         name.split("::")[1].split(".")[0]
