@@ -10,13 +10,16 @@ from xlsd_cache.vocabulary import Precision
 
 @dataclass(frozen=True)
 class Card:
-    """Dense TFLOP/s (bf16 with fp32 accumulation), memory bandwidth in GB/s, multiprocessors."""
+    """Dense TFLOP/s (bf16 with fp32 accumulation), bandwidths in GB/s, multiprocessors."""
 
     fp32: float
     tf32: float
     bf16: float
-    bandwidth: float
+    bandwidth: float  # of its memory
     processors: int
+    # Of copies between pinned CPU memory and the GPU, each way at the same time, as measured in
+    # practice: PCIe 3 x16 or 4 x8 about 12, PCIe 4 x16 about 25, PCIe 5 x16 about 50.
+    host: float = 25
 
     def tflops(self, precision: Precision) -> float:
         """Peak of convolutions and matmuls."""
@@ -36,8 +39,8 @@ CARDS = {
     "RTX 3090": Card(35.6, 35.6, 71.0, 936, 82),
     "RTX 4090": Card(82.6, 82.6, 165.2, 1008, 128),
     "A100": Card(19.5, 156.0, 312.0, 1555, 108),  # of 40 GB; that of 80 GB has 2039 GB/s
-    "H100": Card(66.9, 494.7, 989.4, 3350, 132),  # SXM; PCIe and NVL are others
-    "H200": Card(66.9, 494.7, 989.4, 4800, 132),
+    "H100": Card(66.9, 494.7, 989.4, 3350, 132, 50),  # SXM; PCIe and NVL are others
+    "H200": Card(66.9, 494.7, 989.4, 4800, 132, 50),
 }
 # CUDA's full device names: a `4090 D`, a `Laptop GPU` or a `3090 Ti` is another card.
 _DEVICES = {
