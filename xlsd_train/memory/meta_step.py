@@ -25,6 +25,7 @@ from xlsd_train.step import layers
 from xlsd_train.step.backend import MemoryPlan, Work, drop_gradients, step_parameters
 from xlsd_train.step.layers import WHOLE, Layer
 from xlsd_train.step.objective import Objective
+from xlsd_train.step.sharing import Sharing
 from xlsd_train.step.step import Step
 
 Size = tuple[int, int]  # height and width of latents
@@ -85,14 +86,29 @@ def _recomputing(mode: CudaMode) -> Iterator[None]:
         layers.recompute_context = nullcontext
 
 
+class MetaSharing(Sharing):
+    """Logs when each message is sent and needed. Its kernels run once a step, not in each pass."""
+
+    tracker: Tracker
+
+    def __init__(self) -> None:
+        super().__init__(lambda flat: self.tracker.send(flat.nbytes))
+
+    def _start(self, message: list[Parameter]) -> None:
+        self.tracker.times = 0.0
+        super()._start(message)
+        self.tracker.times = 1.0
+
+
 class MetaBackend:
     """Runs a step on meta tensors and tracks it. Two slices of a layer stand for all of them."""
 
     device = META
 
-    def __init__(self, bf16: bool) -> None:
+    def __init__(self, bf16: bool, alone: bool = True) -> None:
         self.plan, self._bf16 = MemoryPlan("plain", 1), bf16
         self.tracker, self.mode = Tracker(), CudaMode()
+        self.sharing = Sharing() if alone else MetaSharing()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -121,6 +137,8 @@ class MetaBackend:
 
         AdamW has no kernel for them. It steps in place, after the peak.
         """
+        self.sharing.start(parameters)
+        self.sharing.wait(parameters)
         self.tracker.hold([p.grad for p in parameters if p.grad is not None], GRADIENTS)
         if self.tracker.update is None:
             self.tracker.update = len(self.tracker.kernels)
@@ -142,12 +160,14 @@ class MetaBackend:
 class MetaStep:
     """Runs training steps of one config on meta tensors, and returns their footprints.
 
-    `workspaces` counts those of CUDA's libraries; the CPU's take none from torch.
+    `workspaces` counts those of CUDA's libraries; the CPU's take none from torch. `alone`: there
+    are no other processes to share gradients with.
     """
 
     def __init__(
-        self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool
-    ) -> None:
+        self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool,
+        alone: bool = True,
+    ) -> None:  # fmt: skip
         self._workspaces, self._channels = workspaces, unet_config["in_channels"]
         self._logs: dict[tuple[MemoryPlan, int, Size], Footprint] = {}
         with META:
@@ -163,7 +183,7 @@ class MetaStep:
             tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]
             optimizer, table = make_optimizer(config, trained), torch.ones(1000)
             objective = Objective(config.objective or "eps", table, table, table, 0, {})
-            self._backend = MetaBackend(config.precision == "bf16")
+            self._backend = MetaBackend(config.precision == "bf16", alone)
             self._step = Step(model, trained, optimizer, objective, self._backend)
         self._frozen = [x for x in tensors if not x.requires_grad]
         self._tokens = text_encoder.config.max_position_embeddings
@@ -199,6 +219,8 @@ class MetaStep:
         if key not in self._logs:
             step, tracker, mode = self._step, Tracker(self._workspaces), CudaMode()
             self._backend.plan, self._backend.tracker, self._backend.mode = plan, tracker, mode
+            if isinstance(self._backend.sharing, MetaSharing):
+                self._backend.sharing.tracker = tracker
             with META, mode, _recomputing(mode):
                 tracker.hold(step.parameters, WEIGHTS)
                 tracker.hold(self._frozen, FROZEN)

@@ -80,6 +80,9 @@ class Footprint:
     times: NDArray[np.float64]  # how many kernels each stands for
     blocks: NDArray[np.float64]  # of attention's backward kernel with a fixed order; else 0
     update: int  # the first kernel of the optimizer's step
+    # Messages to other processes: (kernel, number, bytes) when one is sent; no bytes: when the
+    # kernel needs its sums.
+    messages: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def tflop(self) -> float:
@@ -179,6 +182,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         self.kernels: list[tuple[int, float, float, float, int]] = []
         self.times = 1.0  # how many kernels each of the next ones stands for
         self.update: int | None = None  # the first kernel of the optimizer's step
+        self.messages: list[tuple[int, int, int]] = []
         self._workspaces = workspaces
         self._numbers: dict[int, int] = {}  # storage's address -> its number, while it lives
 
@@ -187,6 +191,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self.label[self._see(tensor)] = label
+
+    def send(self, nbytes: int) -> "Sent":
+        """Log that a message is sent."""
+        sent = Sent(self, sum(1 for message in self.messages if message[2]))
+        self.messages.append((len(self.kernels), sent.number, nbytes))
+        return sent
 
     def _see(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -242,4 +252,17 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         return Footprint(
             sign, number, np.array(self.nbytes, np.float64), labels, kind.astype(np.int64), flop,
             moved, times, blocks, len(self.kernels) if self.update is None else self.update,
+            tuple(self.messages),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message that was logged."""
+
+    tracker: Tracker
+    number: int
+
+    def wait(self) -> None:
+        """Log that its sums are needed."""
+        self.tracker.messages.append((len(self.tracker.kernels), self.number, 0))

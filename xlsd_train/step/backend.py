@@ -7,7 +7,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -17,8 +17,8 @@ from torch.nn import Parameter
 
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.optim.factory import finish
-from xlsd_train.optim.lion import chunks
 from xlsd_train.step.layers import Attention, Layer, Mode, Recompute
+from xlsd_train.step.sharing import Sharing
 
 log = logging.getLogger("xlsd.train.step")
 
@@ -28,7 +28,7 @@ Work = Callable[[int, int], None]  # on the samples a:b of a batch
 
 
 class PartlyDone(torch.OutOfMemoryError):
-    """Memory ran out when some of a slice's gradients were added: it cannot be repeated."""
+    """Memory ran out when some gradients were added or sent: that cannot be repeated."""
 
 
 class MemoryPlan(NamedTuple):
@@ -76,6 +76,7 @@ class StepBackend(Protocol):
     """What a step needs of where it runs."""
 
     plan: MemoryPlan  # in use; `tighten` changes it
+    sharing: Sharing  # sums gradients over the processes
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +115,10 @@ class DeviceBackend:
 
     accelerator: Accelerator
     plan: MemoryPlan
+    sharing: Sharing = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sharing = Sharing(_send if self._distributed else None)
 
     @property
     def device(self) -> torch.device:
@@ -159,9 +164,9 @@ class DeviceBackend:
     def apply(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Parameter]
     ) -> Sequence[Tensor]:
-        """Sum the gradients over the processes first."""
-        if self._distributed:
-            _share_gradients(parameters)
+        """Wait for the gradients' sums over the processes first."""
+        self.sharing.start(parameters)
+        self.sharing.wait(parameters)
         return step_parameters(optimizer, parameters)
 
     def finish(self, optimizer: torch.optim.Optimizer) -> None:
@@ -193,16 +198,12 @@ def drop_gradients(parameters: Sequence[Parameter]) -> None:
         parameter.grad = None
 
 
-def _share_gradients(parameters: Sequence[Parameter]) -> None:
-    """Sum the processes' gradients, each of which is already divided by all images."""
-    for parameter in parameters:
-        if parameter.grad is None:  # this process had no sample
-            parameter.grad = torch.zeros_like(parameter)
-    for chunk in chunks(parameters):
-        # One message for many small tensors, whose latency would cost more than their bytes.
-        gradients: list[Tensor] = [parameter.grad for parameter in chunk]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        summed = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, summed, strict=True):
-            gradient.copy_(part.view_as(gradient))
+def _send(flat: Tensor) -> torch.distributed.Work:
+    """Start to sum gradients, each of which is already divided by all images."""
+    try:
+        work: torch.distributed.Work = torch.distributed.all_reduce(flat, async_op=True)
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        raise PartlyDone(str(error)) from error  # the other processes may have got it
+    return work

@@ -9,6 +9,7 @@ gradient of the whole batch, up to the order of sums:
 - sliced: the whole batch passes layer after layer, slice by slice, and only the layers' inputs are
   kept. The backward pass takes the layers in reverse. It runs a layer's slices again,
   differentiates them, steps that layer's weights and frees their gradients, before the next layer.
+  With several processes it is stepped after the next layer's, when its gradients are summed.
 """
 
 from collections.abc import Sequence
@@ -45,11 +46,13 @@ class Step:
     objective: Objective  # on the device
     backend: StepBackend
     layers: list[Layer] = field(init=False)
+    _last_first: list[Parameter] = field(init=False)  # the parameters as backward reaches them
     _norms: list[Tensor] = field(default_factory=list, init=False)  # of the gradients so far
 
     def __post_init__(self) -> None:
         model = self.model
         self.layers = make_layers(model.unet, model.text_encoder, model.encode)
+        self._last_first = [p for layer in self.layers for p in layer.trained][::-1]
 
     @property
     def plan(self) -> MemoryPlan:
@@ -83,6 +86,7 @@ class Step:
         if loss is None:
             loss = self._sliced(batches, images)
         else:
+            self.backend.sharing.start(self._last_first)
             self._apply(self.parameters)
         self.backend.finish(self.optimizer)
         return self.backend.reduce(loss), torch.linalg.vector_norm(torch.stack(self._norms))
@@ -123,18 +127,19 @@ class Step:
     def _micro_batched(self, batches: Sequence[Batch], images: int) -> Tensor:
         """This process's part of the loss; leaves the gradient of all weights."""
         total = torch.zeros((), device=self.backend.device)
-        for batch in batches:
-            for a in range(0, len(batch.timesteps), self.plan.micro_batch):
-                part = batch.part(a, a + self.plan.micro_batch)
-                loss = self._loss(part, self.plan.mode).sum() / images
-                total += loss.detach()
-                torch.autograd.backward(loss)
+        size = self.plan.micro_batch
+        parts = [(batch, a) for batch in batches for a in range(0, len(batch.timesteps), size)]
+        for n, (batch, a) in enumerate(parts, 1):
+            loss = self._loss(batch.part(a, a + size), self.plan.mode).sum() / images
+            total += loss.detach()
+            self.backend.sharing.backward(loss, self._last_first, last=n == len(parts))
         return total
 
     def _sliced(self, batches: Sequence[Batch], images: int) -> Tensor:
         """This process's part of the loss; every weight is stepped when its layer is done."""
         total = torch.zeros((), device=self.backend.device)
         sums: dict[Parameter, Tensor] = {}  # gradients of the batches so far
+        shared: list[Parameter] = []  # of the layer whose gradients are being summed
         for batch in batches:
             sliced = self._sliced_pass(batch, images)
             has_samples = len(batch.timesteps) > 0
@@ -146,8 +151,12 @@ class Step:
                 if batch is batches[-1] and layer.trained:
                     for parameter in layer.trained:
                         parameter.grad = sums.pop(parameter, None)
-                    self._apply(layer.trained)
+                    complete = layer.trained
+                    if self.backend.sharing.start(complete):
+                        shared, complete = complete, shared
+                    self._apply(complete)
             total += sliced.loss
+        self._apply(shared)
         return total
 
     def _sliced_pass(self, batch: Batch, images: int) -> SlicedPass:
@@ -159,4 +168,5 @@ class Step:
         return SlicedPass(self.layers, values, loss_of, self.backend)
 
     def _apply(self, parameters: Sequence[Parameter]) -> None:
-        self._norms += self.backend.apply(self.optimizer, parameters)
+        if parameters:
+            self._norms += self.backend.apply(self.optimizer, parameters)
