@@ -149,7 +149,8 @@ class WorkOptions(CheckedOptions):
     """auto: the GPU if there is one."""
 
     batch: Annotated[int, Within(1, 10**4)] | None = None
-    """Images per VAE call. Default: on a CPU one per core, on a GPU what fits, up to 32."""
+    """Images per VAE call. Default: on a CPU one per core, on a GPU what fits, up to 16, and then
+    the same in every build of the store."""
 
     workers: Threads = os.cpu_count() or 4
     """Images to read and decode at once while the VAE works. Default: one per core."""

@@ -14,12 +14,13 @@ import pyarrow.compute as pc
 from xlsd_cache.commands.finish import conclude, writing
 from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.encoder import Encoder
+from xlsd_cache.encoding.kept_batch import keep_batch
 from xlsd_cache.encoding.pipeline import EncodePipeline
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.images.decode import MAX_PIXELS, PREPROCESSING
-from xlsd_cache.images.sandbox import decode_nbytes
+from xlsd_cache.images.sandbox import decode_nbytes, decoders
 from xlsd_cache.integrity.accounting import Accounting
 from xlsd_cache.options import BuildOptions
 from xlsd_cache.planning.caption_diff import caption_changes
@@ -43,6 +44,7 @@ from xlsd_cache.planning.plan import (
 from xlsd_cache.planning.sessions import build_session
 from xlsd_cache.runtime.arrow import counts, lookup_rows
 from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_cache.runtime.gpu_memory import free_on
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.schema import PLACE
 from xlsd_cache.sources.scan import Scan, scan
@@ -69,7 +71,7 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
         log.info(line)
     log.info(set_precision(config.precision))
     _check_memory(config)
-    device = device_of(config.device)
+    device_of(config.device)  # refuses early
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
     require_vae(config.vae)  # before the scan, which may take long
     found = scan(
@@ -98,9 +100,8 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
         generation = _write_plan(config, store, found, buckets, began)
         store = replace(store, generation=generation)
         largest = max(size.width * size.height for size in buckets.sizes)
-        encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
         with build_session(store.manifest, generation, config.part, began) as before:
-            _encode(config, store, encoder)
+            _encode(config, store, vae, largest)
             counts = conclude(store, before)
     if gone := counts.rejected.get("vanished"):
         log.warning(
@@ -178,12 +179,21 @@ def _plan(
     return keep_unread_captions(plan) if found.unread else plan
 
 
-def _encode(config: BuildOptions, store: StoreView, encoder: Encoder) -> None:
-    """Encode every planned row that is not committed, this process's own part first."""
+def _encode(config: BuildOptions, store: StoreView, vae: Vae, largest: int) -> None:
+    """Encode every planned row that is not committed, this process's own part first.
+
+    No bucket has more than `largest` pixels.
+    """
     manifest, generation = store.manifest, store.generation
     planned = uncommitted(manifest, manifest.planned(generation), store.rows_per_shard)
     if not planned.num_rows:
         return
+    # While CUDA starts and the VAE moves to the GPU.
+    decoders(config.workers, config.max_pixels).start(planned.num_rows)
+    device = device_of(config.device)
+    encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)
+    if free_on(device) is not None:
+        keep_batch(encoder, manifest, config.batch)
     entries = planned.drop_columns(["reason", "detail"]).to_pylist()
     todo = by_shard(entries, store.rows_per_shard)
     alive = (lookup_rows(planned, manifest.live(generation), ["key", *PLACE]) >= 0).tolist()

@@ -40,8 +40,12 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def most_on(device: torch.device) -> float:
-    """Bytes of a GPU that this process may use, whatever others use: the same in every run."""
+def free_on(device: torch.device) -> float | None:
+    """Bytes of GPU memory that this process may still allocate; None on a CPU."""
+    if device.type != "cuda":
+        return None
     index = torch.cuda.current_device() if device.index is None else device.index
-    fraction: float = torch.cuda.get_per_process_memory_fraction(index)
-    return fraction * torch.cuda.get_device_properties(index).total_memory
+    free, total = torch.cuda.mem_get_info(index)
+    own, cached = torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index)
+    share: float = torch.cuda.get_per_process_memory_fraction(index)
+    return max(0.0, min(free + cached, share * total) - own)

@@ -1,6 +1,5 @@
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +10,13 @@ from PIL import Image
 
 import xlsd_cache.encoding.encoder
 from tests.support import cache, printed
-from xlsd_cache.encoding.encoder import Encoder, to_input
+from xlsd_cache.encoding.encoder import IN_FLIGHT, Encoder, to_input
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.decode import decode
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of
-from xlsd_cache.runtime.gpu_memory import most_on
+from xlsd_cache.runtime.gpu_memory import free_on
 from xlsd_cache.store.reader import LatentStore
 
 
@@ -168,12 +167,50 @@ def test_a_cards_memory_grows_in_place_unless_the_user_says_otherwise(
     assert told == expected | ({own: "max_split_size_mb:64"} if own else {})
 
 
-def test_what_a_card_may_give_does_not_depend_on_who_else_is_on_it(
+def test_what_a_gpu_has_left_counts_other_processes_the_limit_and_torchs_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """CUDA's own numbers, and nothing else, replaced: 24 GiB of which half may be used."""
-    properties = SimpleNamespace(total_memory=24 * 2**30)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
-    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _: 0.5)
+    """CUDA's own numbers, and nothing else, replaced, in GiB of 24."""
+    gib = 2**30
+    for name, value in (("memory_allocated", 2), ("memory_reserved", 5)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda _, value=value: value * gib)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    assert most_on(torch.device("cuda")) == most_on(torch.device("cuda", 0)) == 12 * 2**30
+
+    def left(free: int, share: float) -> float | None:
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free * gib, 24 * gib))
+        monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _: share)
+        assert free_on(torch.device("cuda")) == free_on(torch.device("cuda", 0))
+        return free_on(torch.device("cuda"))
+
+    assert left(10, 1.0) == (10 + 5 - 2) * gib
+    assert left(10, 0.25) == (6 - 2) * gib
+    assert left(0, 0.05) == 0
+    assert free_on(torch.device("cpu")) is None
+
+
+def test_on_a_gpu_all_convolutions_have_one_memory_layout(vae: Path) -> None:
+    """As on meta tensors, where each keeps its input's layout, as cuDNN's do."""
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8))
+    model = load_vae(str(vae))
+    expected = model.encode(to_input(pixels))
+    planar = model.encode(to_input(pixels).contiguous())
+    assert (planar - expected).abs().max() < 1e-5 * expected.std()
+
+    contiguous: list[bool] = []
+    for module in model.model.to("meta").modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, x: contiguous.append(x[0].is_contiguous()))
+    model.encode(to_input(pixels).to("meta"))
+    assert not all(contiguous)
+    contiguous.clear()
+    model.encode(to_input(pixels.to("meta")))
+    assert len(contiguous) > 10
+    assert all(contiguous)
+
+
+def test_the_log_says_how_many_images_a_gpu_encodes_at_once(
+    vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
+    encoder = Encoder(load_vae(str(vae)), "fp32", torch.device("meta"), 16, IN_FLIGHT)
+    assert str(encoder) == "encoding on NVIDIA H200: 2 x 16 images at once"
