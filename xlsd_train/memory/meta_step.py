@@ -16,12 +16,21 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.memory.tracker import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
+from xlsd_train.memory.tracker import (
+    CACHED,
+    FROZEN,
+    GRADIENTS,
+    STATE,
+    WEIGHTS,
+    Footprint,
+    Tracker,
+)
 from xlsd_train.model.bundle import Networks
 from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.optim.lion import DLion, Lion
-from xlsd_train.step import layers
+from xlsd_train.step import attention, layers
+from xlsd_train.step.attention import Block
 from xlsd_train.step.backend import MemoryPlan, Work, drop_gradients, step_parameters
 from xlsd_train.step.layers import WHOLE, Layer
 from xlsd_train.step.objective import Objective
@@ -98,6 +107,23 @@ class MetaSharing(Sharing):
         self.tracker.times = 0.0
         super()._start(message)
         self.tracker.times = 1.0
+
+
+@contextmanager
+def _one_block(tracker: Tracker) -> Iterator[None]:
+    """Let the first block of each exact attention stand for all of its rows."""
+
+    def first(blocks: Sequence[Block]) -> Iterator[Block]:
+        before, rows = tracker.times, [block.b - block.a for block in blocks]
+        tracker.times, tracker.traffic = before * sum(rows) / rows[0], CACHED
+        yield blocks[0]
+        tracker.times, tracker.traffic = before, 1.0
+
+    attention.each_block = first
+    try:
+        yield
+    finally:
+        attention.each_block = iter
 
 
 class MetaBackend:
@@ -208,7 +234,8 @@ class MetaStep:
             slices = self.two_slices * plan.micro_batch
             runs = (plan, slices), (plan, slices + slices // 2)
         else:
-            runs = (MemoryPlan(plan.way, 2), 2), (MemoryPlan(plan.way, 3), 3)
+            two, three = (MemoryPlan(plan.way, n, plan.attention) for n in (2, 3))
+            runs = (two, 2), (three, 3)
         if batch < runs[0][1]:
             return self._log(plan, batch, size)
         first, second = (self._log(*run, size) for run in runs)
@@ -221,7 +248,7 @@ class MetaStep:
             self._backend.plan, self._backend.tracker, self._backend.mode = plan, tracker, mode
             if isinstance(self._backend.sharing, MetaSharing):
                 self._backend.sharing.tracker = tracker
-            with META, mode, _recomputing(mode):
+            with META, mode, _recomputing(mode), _one_block(tracker):
                 tracker.hold(step.parameters, WEIGHTS)
                 tracker.hold(self._frozen, FROZEN)
                 tracker.hold(list(step.optimizer.state.values()), STATE)

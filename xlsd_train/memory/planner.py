@@ -118,7 +118,7 @@ class Planner:
 
         def fits(count: int) -> bool:
             micro_batch = plan.micro_batch if plan.way == "sliced" else count
-            return self.predict(MemoryPlan(plan.way, micro_batch), count, size).peak <= limit
+            return self.predict(plan._replace(micro_batch=micro_batch), count, size).peak <= limit
 
         # From there on two runs on meta tensors serve all batches.
         start = self._meta_step.two_slices * plan.micro_batch if plan.way == "sliced" else 4

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from xlsd_cache.errors import UserError
+from xlsd_train.step.attention import exact_attention, exact_in
 
 Recompute = Literal["nothing", "cheap", "feed-forward"]
 Attention = Literal["sdpa", "exact"]
@@ -92,7 +93,8 @@ def make_layers(unet: Any, text_encoder: Any, encode: Callable[[Tensor], Tensor]
         return output
 
     tokens = text_encoder.config.max_position_embeddings
-    add(STATES, (INPUT_IDS,), [text_encoder], max(1, 4 * 77 // tokens), lambda _, ids: encode(ids))
+    room = max(1, 4 * 77 // tokens)
+    add(STATES, (INPUT_IDS,), [text_encoder], room, partial(_text, text_encoder, encode))
     add(_TEMB, (TIMESTEPS,), [unet.time_embedding], WHOLE, _time_embedding(unet))
     h = add("conv_in", (NOISY,), [unet.conv_in], 1, lambda _, x: unet.conv_in(x))
     skips = [h]
@@ -131,6 +133,11 @@ def _pair(res: Any, att: Any, up: Any = None) -> Callable[..., Tensor]:
         return x if att is None else _transformer(att, mode, x, states)
 
     return run
+
+
+def _text(m: Any, encode: Callable[[Tensor], Tensor], mode: Mode, input_ids: Tensor) -> Tensor:
+    with exact_in(m) if mode.attention == "exact" else nullcontext():
+        return encode(input_ids)
 
 
 def _time_embedding(unet: Any) -> Callable[..., Tensor]:
@@ -220,11 +227,11 @@ def _block(m: Any, mode: Mode, h: Tensor, states: Tensor) -> Tensor:
         weights = (a.to_q.weight, a.to_k.weight, a.to_v.weight)
         norm = (m.norm1.weight, m.norm1.bias, m.norm1.eps)
         q, k, v = _NormedLinears.apply(h, *norm, *weights)  # type: ignore[no-untyped-call]
-    h = _attention(a, q, k, v) + h
+    h = _attention(a, mode.attention, q, k, v) + h
     del q, k, v
     a = m.attn2
     q = recomputed(recompute, lambda z: a.to_q(m.norm2(z)), h)
-    h = _attention(a, q, a.to_k(states), a.to_v(states)) + h
+    h = _attention(a, mode.attention, q, a.to_k(states), a.to_v(states)) + h
     del q
     project, last = m.ff.net[0].proj, m.ff.net[2]
 
@@ -238,11 +245,15 @@ def _block(m: Any, mode: Mode, h: Tensor, states: Tensor) -> Tensor:
     return recomputed(recompute, gated, recomputed(recompute, lambda z: project(m.norm3(z)), h)) + h
 
 
-def _attention(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by scaled_dot_product_attention, which never stores the matrix of all pairs."""
-    q, k, v = (z.view(z.shape[0], z.shape[1], m.heads, -1).transpose(1, 2) for z in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v)
-    out: Tensor = m.to_out[0](mixed.transpose(1, 2).reshape(mixed.shape[0], mixed.shape[2], -1))
+def _attention(m: Any, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention and its last layer. Neither kind stores the matrix of all pairs."""
+    if attention == "exact":
+        mixed = exact_attention(q, k, v, m.heads)
+    else:
+        q, k, v = (z.view(z.shape[0], z.shape[1], m.heads, -1).transpose(1, 2) for z in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        mixed = mixed.reshape(mixed.shape[0], mixed.shape[1], -1)
+    out: Tensor = m.to_out[0](mixed)
     return out
 
 

@@ -8,7 +8,15 @@ from torch import Tensor
 from benchmarks.demo.pipeline import make_networks
 from xlsd_cache.errors import UserError
 from xlsd_train.memory.tracker import FlopCounter
-from xlsd_train.step.layers import INPUT_IDS, NOISY, PREDICTION, TIMESTEPS, Recompute, make_layers
+from xlsd_train.step.layers import (
+    INPUT_IDS,
+    NOISY,
+    PREDICTION,
+    TIMESTEPS,
+    Mode,
+    Recompute,
+    make_layers,
+)
 
 
 def networks() -> tuple[Any, Any]:
@@ -35,7 +43,7 @@ def given(count: int, height: int, width: int) -> dict[str, Tensor]:
 def run(layers: Any, values: dict[str, Tensor], recompute: Recompute) -> Tensor:
     values = dict(values)
     for layer in layers:
-        values[layer.output] = layer.run(recompute, *[values[name] for name in layer.inputs])
+        values[layer.output] = layer.run(Mode(recompute), *[values[name] for name in layer.inputs])
     return values[PREDICTION]
 
 
