@@ -49,7 +49,7 @@ def _leave_out_engines() -> None:
 
 
 def set_precision(precision: Precision) -> str:
-    """Set every fp32 switch of torch, and return a line that describes the precision.
+    """Set every fp32 switch of torch, and return `describe_precision`.
 
     By default PyTorch uses TF32 for cuDNN's convolutions, more than half of a UNet's FLOPs, which
     rounds inputs to 10 bits of mantissa. `fp32` turns TF32 off for every kind of kernel, `tf32`
@@ -71,9 +71,22 @@ def set_precision(precision: Precision) -> str:
         backends.mkldnn.rnn,
     ):
         backend.fp32_precision = mode
-    return {  # runs and benchmarks record this text
+    return describe_precision(precision)
+
+
+def describe_precision(precision: Precision, exact_attention: bool = False) -> str:
+    """The text that runs and benchmarks record.
+
+    With `exact_attention` training and validation compute attention by matmuls, while sample images
+    are drawn with torch's own kernel.
+    """
+    products = "splits each product into three TF32 ones"
+    note = f"CUDA's fp32 memory-efficient attention {products}"
+    if exact_attention:
+        note = f"exact attention; only sample images use CUDA's fp32 kernel, which {products}"
+    return {
         "fp32": "fp32: IEEE single precision in every convolution and matmul, no TF32 anywhere"
-        " (CUDA's fp32 memory-efficient attention splits each product into three TF32 ones)",
+        f" ({note})",
         "tf32": "tf32: convolutions and matmuls round their inputs to 10 bits of mantissa; on a"
         " 4090 no faster in theory than fp32, on data-centre cards 7-8 times",
         "bf16": "bf16: convolutions and matmuls compute in bfloat16 (8 bits of mantissa) under"

@@ -181,6 +181,14 @@ class MemoryOptions(CheckedOptions):
     compile: bool = False
     """Compile each kind of layer with torch.compile, which fuses norms and activation functions."""
 
+    def check(self) -> None:
+        """Raise UserError for exact attention in a precision that is not exact."""
+        if self.attention == "exact" and self.precision != "fp32":
+            raise UserError(
+                f"--attention exact computes in fp32, not in {self.precision}; use --attention "
+                f"sdpa or --precision fp32"
+            )
+
 
 def check_weighting(objective: Kind, weighting: Weighting) -> None:
     """Raise UserError for a loss weight that is not defined for this objective."""

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from xlsd_cache.vocabulary import Precision
 
+CACHE_MB = 34  # an L2 cache from this size on holds the scores of exact attention
+CACHED = 1 / 4  # time of traffic with it against that with memory: on a 4090 3 to 4 TB/s against 1
+
 
 @dataclass(frozen=True)
 class Card:
@@ -21,13 +24,30 @@ class Card:
     # practice: PCIe 3 x16 or 4 x8 about 12, PCIe 4 x16 about 25, PCIe 5 x16 about 50.
     host: float = 25
 
+    cache: float = 0  # L2 in MB; 0 if not known
+    # Shares of its peak that torch's fp32 attention reaches, forward and backward: an RTX 5060 Ti's
+    attention: tuple[float, float] = (0.70, 0.44)
+
     def tflops(self, precision: Precision) -> float:
         """Peak of convolutions and matmuls."""
         return {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16}[precision]
 
-    def attention_tflops(self, precision: Precision) -> float:
-        """Peak of attention, which splits every fp32 product into three TF32 ones."""
-        return self.bf16 if precision == "bf16" else self.tf32 / 3
+    def attention_tflops(self, precision: Precision) -> tuple[float, float]:
+        """Of torch's attention, forward and backward: the peak in bf16, and what fp32 reaches.
+
+        Its fp32 kernel splits every product into three TF32 ones.
+        """
+        if precision == "bf16":
+            return self.bf16, self.bf16
+        forward, backward = self.attention
+        return forward * self.tf32 / 3, backward * self.tf32 / 3
+
+    def moving(
+        self, moved: NDArray[np.float64], cached: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Seconds of kernels that move these bytes, those of exact attention in the L2 cache."""
+        share = CACHED if self.cache >= CACHE_MB else 1.0
+        return moved * np.where(cached, share, 1.0) / (1e9 * self.bandwidth)
 
     def busy(self, blocks: NDArray[np.float64]) -> NDArray[np.float64]:
         """Share of the processors that kernels with these numbers of blocks use, one block each."""
@@ -35,12 +55,13 @@ class Card:
         return waves / np.ceil(waves)
 
 
+_HOPPER = (0.15, 0.13)  # measured on an H200 with any order of sums
 CARDS = {
-    "RTX 3090": Card(35.6, 35.6, 71.0, 936, 82),
-    "RTX 4090": Card(82.6, 82.6, 165.2, 1008, 128),
-    "A100": Card(19.5, 156.0, 312.0, 1555, 108),  # of 40 GB; that of 80 GB has 2039 GB/s
-    "H100": Card(66.9, 494.7, 989.4, 3350, 132, 50),  # SXM; PCIe and NVL are others
-    "H200": Card(66.9, 494.7, 989.4, 4800, 132, 50),
+    "RTX 3090": Card(35.6, 35.6, 71.0, 936, 82, cache=6),
+    "RTX 4090": Card(82.6, 82.6, 165.2, 1008, 128, cache=72),
+    "A100": Card(19.5, 156.0, 312.0, 1555, 108, cache=40),  # of 40 GB; with 80 GB 2039 GB/s
+    "H100": Card(66.9, 494.7, 989.4, 3350, 132, 50, 50, _HOPPER),  # SXM; PCIe and NVL are others
+    "H200": Card(66.9, 494.7, 989.4, 4800, 132, 50, 50, _HOPPER),
 }
 # CUDA's full device names: a `4090 D`, a `Laptop GPU` or a `3090 Ti` is another card.
 _DEVICES = {

@@ -16,15 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.memory.tracker import (
-    CACHED,
-    FROZEN,
-    GRADIENTS,
-    STATE,
-    WEIGHTS,
-    Footprint,
-    Tracker,
-)
+from xlsd_train.memory.tracker import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
 from xlsd_train.model.bundle import Networks
 from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
@@ -115,9 +107,9 @@ def _one_block(tracker: Tracker) -> Iterator[None]:
 
     def first(blocks: Sequence[Block]) -> Iterator[Block]:
         before, rows = tracker.times, [block.b - block.a for block in blocks]
-        tracker.times, tracker.traffic = before * sum(rows) / rows[0], CACHED
+        tracker.times, tracker.cached = before * sum(rows) / rows[0], True
         yield blocks[0]
-        tracker.times, tracker.traffic = before, 1.0
+        tracker.times, tracker.cached = before, False
 
     attention.each_block = first
     try:

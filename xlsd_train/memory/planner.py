@@ -100,12 +100,12 @@ class Planner:
     def _seconds(self, footprint: Footprint, parts: float, passes: int, card: Card) -> float:
         """Time of `parts` micro-batches in `passes` passes, the last of which may be smaller."""
         bandwidth = card.bandwidth * 1e9
-        peaks = (np.inf, card.tflops(self._precision), card.attention_tflops(self._precision))
+        peaks = (np.inf, card.tflops(self._precision), *card.attention_tflops(self._precision))
         computing = footprint.flop / (np.array(peaks)[footprint.kind] * 1e12)
         if self._in_order:
             few = footprint.blocks > 0
             computing[few] /= card.busy(footprint.blocks[few])
-        longest = np.maximum(computing, footprint.moved / bandwidth)
+        longest = np.maximum(computing, card.moving(footprint.moved, footprint.cached))
         each = np.maximum(longest, KERNEL_S) * footprint.times
         adding = (passes - 1) * 3 * self._meta_step.gradients_nbytes / bandwidth
         passing, updating = each[: footprint.update], each[footprint.update :]

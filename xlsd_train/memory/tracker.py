@@ -32,12 +32,11 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
     _ATTENTION_BACKWARD: _aten._scaled_dot_product_flash_attention_backward,
 }
+_KINDS = {kernel: 3 if kernel is _ATTENTION_BACKWARD else 2 for kernel in _ATTENTION}
 # Workspaces of cuDNN, as a multiple of what a kernel reads and writes. Measured on an H200 for
 # SD1.5 at 16 images: forward none; backward by Winograd up to 2.25 of input and output and 4 of the
 # weight.
 _CONVOLUTIONS = {_aten.convolution: 1, _aten.convolution_backward: 2}
-# Traffic with a GPU's L2 cache against that with its memory: on a 4090 3 to 4 TB/s against 1.
-CACHED = 1 / 4
 _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 # Torch's formulas for each kernel's FLOPs, and for the CPU's attention, which torch leaves out.
@@ -76,11 +75,13 @@ class Footprint:
     number: NDArray[np.int64]  # of each event: which storage
     nbytes: NDArray[np.float64]  # of each storage
     labels: tuple[str, ...]  # of each storage
-    kind: NDArray[np.int64]  # of each kernel: 0 moves memory, 1 multiplies, 2 is attention
+    # Of each kernel: 0 moves memory, 1 multiplies, 2 is torch's attention, 3 its backward pass.
+    kind: NDArray[np.int64]
     flop: NDArray[np.float64]
     moved: NDArray[np.float64]  # bytes
     times: NDArray[np.float64]  # how many kernels each stands for
     blocks: NDArray[np.float64]  # of attention's backward kernel with a fixed order; else 0
+    cached: NDArray[np.float64]  # 1 if what it moves stays in a large L2 cache; else 0
     update: int  # the first kernel of the optimizer's step
     # Messages to other processes: (kernel, number, bytes) when one is sent; no bytes: when the
     # kernel needs its sums.
@@ -187,10 +188,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         self.events: list[tuple[int, int]] = []  # (+1 or -1, storage number)
         self.nbytes: list[int] = []  # of storages
         self.label: dict[int, str] = {}  # of storages
-        # Kind, FLOP, bytes moved, times, blocks.
-        self.kernels: list[tuple[int, float, float, float, int]] = []
+        # Kind, FLOP, bytes moved, times, blocks, cached.
+        self.kernels: list[tuple[int, float, float, float, int, bool]] = []
         self.times = 1.0  # how many kernels each of the next ones stands for
-        self.traffic = 1.0  # CACHED for kernels whose data stay in the L2 cache
+        self.cached = False  # whether the data of the next ones stay in a large L2 cache
         self.update: int | None = None  # the first kernel of the optimizer's step
         self.messages: list[tuple[int, int, int]] = []
         self._workspaces = workspaces
@@ -239,10 +240,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         if written and packet.__name__ not in _FREE:  # the rest are views
             moved = sum(x.numel() * x.element_size() for x in (*_read(args, kwargs), *written))
             flop = flop_of(packet, args, kwargs, out)
-            kind = 0 if not flop else 2 if packet in _ATTENTION else 1
+            kind = _KINDS.get(packet, 1) if flop else 0
             # With a fixed order of sums torch's kernel gives one block to each head of an image.
             blocks = args[0].shape[0] * args[0].shape[1] if packet is _ATTENTION_BACKWARD else 0
-            self.kernels.append((kind, flop, moved * self.traffic, self.times, blocks))
+            self.kernels.append((kind, flop, moved, self.times, blocks, self.cached))
             if self._workspaces and packet in _CONVOLUTIONS:
                 self._workspace(moved * _CONVOLUTIONS[packet])
         return out
@@ -257,11 +258,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
     def footprint(self) -> Footprint:
         """The log so far."""
         sign, number = np.array(self.events).T
-        kind, flop, moved, times, blocks = np.array(self.kernels).T
+        kind, flop, moved, times, blocks, cached = np.array(self.kernels).T
         labels = tuple(self.label.get(i, ACTIVATIONS) for i in range(len(self.nbytes)))
         return Footprint(
             sign, number, np.array(self.nbytes, np.float64), labels, kind.astype(np.int64), flop,
-            moved, times, blocks, len(self.kernels) if self.update is None else self.update,
+            moved, times, blocks, cached, len(self.kernels) if self.update is None else self.update,
             tuple(self.messages),
         )  # fmt: skip
 

@@ -54,12 +54,12 @@ class _ExactAttention(Function):
         q, k, v, out = (_by_head(x, heads) for x in (q, k, v, mixed))
         scores, mask = _buffer(q, k), _mask(q, k) if causal else None
         for i, a, b in each_block(_blocks(q, k)):
-            p = _softmax(q[i, :, a:b], k[i], scores, mask, a)
+            p = _softmax(q[i, :, a:b], k[i], scores, None if mask is None else mask[a:b])
             _multiply(p, v[i], out[i, :, a:b])
         return mixed
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gradients = [
             x.new_empty(x.shape) if needed else None
@@ -71,13 +71,13 @@ class _ExactAttention(Function):
         mask, scale = _mask(q, k) if ctx.causal else None, q.shape[-1] ** -0.5
         for i, a, b in each_block(_blocks(q, k)):
             rows, to_rows, later = q[i, :, a:b], g[i, :, a:b], min(a, 1)
-            p = _softmax(rows, k[i], scores, mask, a)
+            p = _softmax(rows, k[i], scores, None if mask is None else mask[a:b])
             if to_v is not None:
                 _multiply(p.mT, to_rows, to_v[i], beta=later)
             if to_q is None and to_k is None:
                 continue
             # dS = P * (dP - D), with D the rows' sums of dO * O (arXiv 2205.14135, algorithm 4).
-            ds = _multiply(to_rows, v[i].mT, _view(products, p))
+            ds = _multiply(to_rows, v[i].mT, products[: p.numel()].view(p.shape))
             ds.sub_((to_rows * out[i, :, a:b]).sum(-1, keepdim=True)).mul_(p)
             if to_q is not None:
                 _multiply(ds, k[i], to_q[i, :, a:b], scale)
@@ -87,7 +87,7 @@ class _ExactAttention(Function):
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:  # [B, n, heads * d] -> [B, heads, n, d], a view
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
 def _rows(q: Tensor, k: Tensor) -> int:
@@ -111,23 +111,19 @@ def _mask(q: Tensor, k: Tensor) -> Tensor:  # bool [n, m], true where the key is
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
 
 
-def _view(buffer: Tensor, like: Tensor) -> Tensor:
-    return buffer[: like.numel()].view(like.shape)
-
-
-def _softmax(q: Tensor, k: Tensor, buffer: Tensor, mask: Tensor | None, a: int) -> Tensor:
-    """The weights of a block, [heads, rows, m], in the buffer; q are the rows from `a` on."""
+def _softmax(q: Tensor, k: Tensor, buffer: Tensor, mask: Tensor | None) -> Tensor:
+    """The weights of a block, [heads, rows, m], in the buffer; mask bool [rows, m]."""
     heads, rows, width = q.shape
     scores = buffer[: heads * rows * k.shape[1]].view(heads, rows, -1)
     _multiply(q, k.mT, scores, width**-0.5)
     if mask is not None:
-        scores.masked_fill_(mask[a : a + rows], -torch.inf)
-    # In place: torch's kernels read an element last in the thread that writes it.
+        scores.masked_fill_(mask, -torch.inf)
+    # In place: in torch's kernels the thread that writes an element is the last that reads it.
     return torch.softmax(scores, -1, out=scores)
 
 
 def _multiply(x: Tensor, y: Tensor, out: Tensor, alpha: float = 1.0, beta: int = 0) -> Tensor:
-    """beta * out + alpha * x y, in `out`. BLAS takes the strides of heads, so nothing is copied."""
+    """Set out to beta * out + alpha * x y. BLAS takes the strides of heads: nothing is copied."""
     return torch.baddbmm(out, x, y, beta=beta, alpha=alpha, out=out)
 
 
@@ -143,13 +139,13 @@ def exact_in(text_encoder: Any) -> Iterator[None]:
 
 
 def _in_transformers(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **_: Any
+    _: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **__: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention of [B, heads, n, d] -> [B, n, heads, d]; captions are not masked."""
+    """Causal attention of [B, heads, n, d] -> [B, n, heads * d]; captions are not masked."""
     assert attention_mask is None
     heads = q.shape[1]
-    out = exact_attention(*(x.transpose(1, 2).flatten(2) for x in (q, k, v)), heads, causal=True)
-    return out.unflatten(-1, (heads, -1)), None
+    q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))  # views
+    return exact_attention(q, k, v, heads, causal=True), None
 
 
 AttentionInterface.register(_EXACT, _in_transformers)

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from xlsd_cache import __version__
 from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_cache.encoding.compatibility import decoder_notice
+from xlsd_cache.runtime.device import describe_precision
 from xlsd_train.checkpoints.comparison import compare_length, compare_model
 from xlsd_train.checkpoints.disk_space import check_disk, needed, writing
 from xlsd_train.checkpoints.environment import machine
@@ -74,7 +75,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     """
     given, fraction = chosen(config, command), config.validation_fraction
     config = config.resolved()
-    accelerator, precision = start(config)
+    accelerator = start(config)
     processes = Processes.of(accelerator)
     # The default folder's name holds the time, which differs between processes.
     config = replace(config, out=broadcast_object_list([RunFolder.open(config).folder])[0])
@@ -98,7 +99,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         record = replace(
             _record(data, model, run, source, validator),
             command=list(command),
-            precision=precision,
+            precision=describe_precision(config.precision, batching.plan.attention == "exact"),
             batch=batching.batch,
             plan=batching.plan,
             memory=batching.text,

@@ -36,10 +36,10 @@ class Batching:
     step_s: tuple[str, float] | None  # (GPU, seconds per batch at its peak throughput), if known
 
 
-def start(config: TrainConfig) -> tuple[Accelerator, str]:
+def start(config: TrainConfig) -> Accelerator:
     """Set precision, threads and determinism, and find the device and the other processes."""
     device = device_of(config.device)
-    precision = set_precision(config.precision)
+    set_precision(config.precision)
     deterministic(config.deterministic)
     mixed = "bf16" if config.precision == "bf16" else "no"
     handler = InitProcessGroupKwargs(timeout=TIMEOUT)
@@ -48,7 +48,7 @@ def start(config: TrainConfig) -> tuple[Accelerator, str]:
     )
     if config.threads:  # after accelerate, which sets its own number for several processes
         torch.set_num_threads(config.threads)
-    return accelerator, precision
+    return accelerator
 
 
 def deterministic(on: bool) -> None:

@@ -34,6 +34,7 @@ CHANGES: dict[str, tuple[object, dict[str, object], str]] = {
     "accum": (2, {}, "weights"),
     "memory": ("cheap", {}, "plan"),
     "micro_batch": (1, {"--memory": "plain"}, "plan"),
+    "attention": ("exact", {}, "precision"),
     "vram": (2, {}, "plan"),
     "epochs": (1, {"--steps": None}, "length"),
     "steps": (3, {}, "length"),

@@ -110,6 +110,7 @@ def test_help_teaches_every_option() -> None:
         (("--d-growth", 1, "--optimizer", "dlion"), "--d-growth 1 is not above 1"),
         (("--data", "nowhere"), "no latent store in nowhere"),
         (("--device", "cuda"), "--device cuda"),
+        (("--attention", "exact", "--precision", "tf32"), "--attention exact computes in fp32"),
         (("--objective", "flow", "--loss-weight", "min-snr"), "--loss-weight min-snr is defined"),
         (("--objective", "v", "--loss-weight", "debiased"), "--loss-weight debiased is defined"),
         (("--min-snr-gamma", 3), "--min-snr-gamma 3 does nothing with --loss-weight none"),

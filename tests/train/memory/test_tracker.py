@@ -13,10 +13,13 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.planner import Planner
 from xlsd_train.memory.tracker import FlopCounter, Tracker
+from xlsd_train.step import attention
 from xlsd_train.step.backend import MemoryPlan
+from xlsd_train.step.layers import Attention
 from xlsd_train.step.step import Step
 
 SIZE = (32, 24)
+KINDS: tuple[Attention, ...] = ("exact", "sdpa")
 
 
 def real_step(config: TrainConfig, plan: MemoryPlan) -> Step:
@@ -46,6 +49,9 @@ def real_batch(count: int) -> Batch:
         pytest.param("te", "lion", MemoryPlan("cheap", 3), marks=pytest.mark.slow),
         ("te", "lion", MemoryPlan("sliced", 2)),
         ("both", "lion", MemoryPlan("cheap", 3)),
+        pytest.param("unet", "lion", MemoryPlan("plain", 3, "exact"), marks=pytest.mark.slow),
+        pytest.param("te", "lion", MemoryPlan("sliced", 2, "exact"), marks=pytest.mark.slow),
+        ("both", "lion", MemoryPlan("feed-forward", 3, "exact")),
         ("both", "adamw", MemoryPlan("sliced", 1)),
     ],
 )
@@ -102,6 +108,23 @@ def test_kernels_have_the_flops_that_the_counter_counts() -> None:
     with tracker:
         step([real_batch(2)], 0.0)
     assert tracker.footprint().tflop == pytest.approx(counter.total / 1e12)
+
+
+@pytest.mark.parametrize("way", [pytest.param("cheap", marks=pytest.mark.slow), "sliced"])
+def test_one_block_stands_for_all_blocks_of_exact_attention(
+    way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The FLOPs of all blocks are counted, and they are those of torch's kernel."""
+    monkeypatch.setattr(attention, "BLOCK", 2**18)  # several blocks a sample
+    plan, config = MemoryPlan(way, 2, "exact"), TrainConfig(phase="both").resolved()
+    step = real_step(config, plan)
+    with FlopCounter() as counter:
+        step([real_batch(2)], 0.0)
+    planner = Planner(config, step.model.unet.config, step.model.text_encoder.config.to_dict())
+    for batch in (2, 9):
+        exact, usual = (planner.predict(plan._replace(attention=x), batch, SIZE) for x in KINDS)
+        assert exact.tflop == pytest.approx(counter.total / 1e12 * batch / 2, rel=1e-6)
+        assert exact.tflop == pytest.approx(usual.tflop)
 
 
 def test_attention_is_counted_on_the_cpu_too() -> None:

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel
 from tests.support.sessions import Open
 from xlsd_train.data.loader import Batch
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan
+from xlsd_train.step.layers import Attention
 from xlsd_train.step.step import Step
 from xlsd_train.training.session import Session
 
@@ -79,6 +80,7 @@ def test_only_what_the_phase_says_trains(open_run: Open, phase: str) -> None:
         assert all(p.grad is None for p in getattr(model, name).parameters())
 
 
+ATTENTIONS: tuple[Attention, ...] = ("sdpa", "exact")
 PLANS = [
     MemoryPlan("plain", 2),
     MemoryPlan("cheap", 4),
@@ -89,7 +91,8 @@ PLANS = [
     MemoryPlan("sliced", 2),
     MemoryPlan("sliced", 1),
 ]
-EXACT = [MemoryPlan("cheap", 4), MemoryPlan("feed-forward", 4)]  # the same sums in the same order
+PLANS += [MemoryPlan(PLANS[i].way, PLANS[i].micro_batch, "exact") for i in (0, 1, 3, 6)]
+EXACT = [plan for plan in PLANS if plan[:2] in {("cheap", 4), ("feed-forward", 4)}]  # equal sums
 
 
 def one_step(session: Session, parts: list[Batch], plan: MemoryPlan) -> tuple[Any, ...]:
@@ -139,14 +142,16 @@ def test_only_what_train_says_trains(open_run: Open) -> None:
 def test_every_plan_gives_the_plain_steps_gradients(open_run: Open, phase: str, accum: int) -> None:
     session = open_run(phase=phase, caption_dropout=0.2)
     parts = batches(session, accum, first=1)
-    loss, norm, gradients, after = one_step(session, parts, MemoryPlan("plain", 4))
+    whole = {x: one_step(session, parts, MemoryPlan("plain", 4, x)) for x in ATTENTIONS}
+    loss, norm, gradients, _ = whole["sdpa"]
     for plan in PLANS:
         got_loss, got_norm, got, got_after = one_step(session, parts, plan)
         assert got_loss == pytest.approx(loss, rel=1e-6)
         assert got_norm == pytest.approx(norm, rel=1e-5)
         assert distance(got, gradients) < 1e-5, plan
         if plan in EXACT:
-            for name, gradient in gradients.items():
+            _, _, same, after = whole[plan.attention]
+            for name, gradient in same.items():
                 assert torch.equal(got[name], gradient), (plan, name)
                 assert torch.equal(got_after[name], after[name]), (plan, name)
 
