@@ -1,6 +1,7 @@
 """`xlsd-train plan`: memory and speed of each memory plan, and the largest batch of each."""
 
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from xlsd_train.memory.planner import (
     largest,
     memory_limit,
 )
+from xlsd_train.memory.several_cards import Link, several_cards, table
 from xlsd_train.step.backend import MemoryPlan, Way
 from xlsd_train.training.setup_data import choose_samples
 from xlsd_train.weights.locate import locate_model, locate_network, locate_text_encoder
@@ -39,12 +41,14 @@ def show(config: PlanConfig) -> None:
     limit = memory_limit(config.vram) or 0.0
     unet, text_encoder = _configs(config)
     size = largest(_buckets(config))
-    planner = Planner(config.resolved(), unet, text_encoder)
+    planner = Planner(config.resolved(), unet, text_encoder, processes=config.cards)
     most = {way: planner.largest_batch(MemoryPlan(way, SLICES[0]), size, limit) for way in WAYS}
     ask = asked(config)
-    batch = max(1, most[ask.way or WAYS[-1]]) if config.batch == "auto" else config.batch
-    plans = [_best(planner, ask._replace(way=way), batch, size, limit) for way in WAYS]
-    chosen = planner.fastest(batch, size, limit, ask)
+    auto = config.cards * max(1, most[ask.way or WAYS[-1]])
+    batch = auto if config.batch == "auto" else config.batch
+    share = ceil(batch / config.cards)
+    plans = [_best(planner, ask._replace(way=way), share, size, limit) for way in WAYS]
+    chosen = planner.fastest(share, size, limit, ask)
     results = {
         "phase": config.phase,
         "optimizer": config.optimizer,
@@ -58,10 +62,15 @@ def show(config: PlanConfig) -> None:
         "chosen": _plan_json(chosen, limit, most) if chosen else None,
         "largest_batch": max(most.values()),
     }
+    text = _table(results)
+    if chosen and config.link:
+        link = Link(config.cards, config.link)
+        shared = several_cards(planner, plans, chosen, most, size, link, batch)
+        results["sharing"], text = shared, f"{text}\n{table(shared)}"
     if config.json:
         say_json(results)
     else:
-        for line in _table(results).splitlines():
+        for line in text.splitlines():
             say(line)
 
 

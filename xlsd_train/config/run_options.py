@@ -25,8 +25,25 @@ class PlanConfig(TrainConfig):
     size: tuple[str, ...] = ()
     """Image sizes, e.g. 512x512. Default: the buckets of --data, or 512x512 without a store."""
 
+    cards: Annotated[int, Within(1, 1024)] = 1
+    """Plan for this many GPUs in one machine, which share --batch and sum their gradients."""
+
+    link: Annotated[float, Within(0, 10**5, above=True)] | None = None
+    """With --cards: bandwidth of each GPU to the others in GB/s each way, as all-reduce tests
+    measure it (bus bandwidth)."""
+
     json: bool = False
     """Print JSON."""
+
+    def check(self) -> None:
+        """Refuse several cards without a link, and a link without them."""
+        super().check()
+        if self.cards > 1 and self.link is None:
+            raise UserError(
+                f"--cards {self.cards} needs --link, the GB/s between them; give e.g. --link 10"
+            )
+        if self.cards == 1 and self.link is not None:
+            raise UserError(f"--link {self.link:g} does nothing with one card; add --cards")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.vocabulary import Bucket
@@ -74,9 +75,12 @@ class Planner:
     """Predicts and compares the steps of one phase, model, optimizer and precision."""
 
     def __init__(
-        self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool = True
-    ) -> None:
-        self._meta_step = MetaStep(config, unet_config, text_config, workspaces)
+        self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool = True,
+        processes: int = 1,
+    ) -> None:  # fmt: skip
+        """Of one of the `processes`, which share their gradients."""
+        alone = processes == 1
+        self._meta_step = MetaStep(config, unet_config, text_config, workspaces, alone)
         self._precision, self._workspaces = config.precision, workspaces
         # The attention kernel of bf16 has as many blocks when it sums in a fixed order.
         self._in_order = config.deterministic and config.precision != "bf16"
@@ -99,19 +103,31 @@ class Planner:
 
     def _seconds(self, footprint: Footprint, parts: float, passes: int, card: Card) -> float:
         """Time of `parts` micro-batches in `passes` passes, the last of which may be smaller."""
-        bandwidth = card.bandwidth * 1e9
+        each = self.kernel_seconds(footprint, card)
+        adding = (passes - 1) * 3 * self.gradients_nbytes / (card.bandwidth * 1e9)
+        passing, updating = each[: footprint.update], each[footprint.update :]
+        if passes == 1:
+            return float(each.sum())
+        return float(parts * passing.sum() + adding + updating.sum())
+
+    def kernel_seconds(self, footprint: Footprint, card: Card) -> NDArray[np.float64]:
+        """Shortest time of each kernel, with those that it stands for."""
         peaks = (np.inf, card.tflops(self._precision), *card.attention_tflops(self._precision))
         computing = footprint.flop / (np.array(peaks)[footprint.kind] * 1e12)
         if self._in_order:
             few = footprint.blocks > 0
             computing[few] /= card.busy(footprint.blocks[few])
         longest = np.maximum(computing, card.moving(footprint.moved, footprint.cached))
-        each = np.maximum(longest, KERNEL_S) * footprint.times
-        adding = (passes - 1) * 3 * self._meta_step.gradients_nbytes / bandwidth
-        passing, updating = each[: footprint.update], each[footprint.update :]
-        if passes == 1:
-            return float(each.sum())
-        return float(parts * passing.sum() + adding + updating.sum())
+        return np.maximum(longest, KERNEL_S) * footprint.times
+
+    @property
+    def gradients_nbytes(self) -> int:
+        """Bytes of the gradients of all trained weights."""
+        return self._meta_step.gradients_nbytes
+
+    def last_pass(self, it: Prediction, size: Size) -> Footprint:
+        """The footprint of a step's last pass, which may have fewer samples than the others."""
+        return self._meta_step(it.plan, it.batch - (it.passes - 1) * it.plan.micro_batch, size)
 
     def largest_batch(self, plan: MemoryPlan, size: Size, limit: float) -> int:
         """The most samples in one pass within `limit` bytes, with the way of a plan; 0 if none."""

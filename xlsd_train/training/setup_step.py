@@ -84,7 +84,7 @@ def plan_batch(
         networks = model.bundle.unet.config, model.bundle.text_encoder.config.to_dict()
         batch, plan, prediction = choose(
             config,
-            lambda: Planner(config, *networks),
+            lambda: Planner(config, *networks, processes=accelerator.num_processes),
             selection.sizes,
             accelerator.num_processes,
             memory_limit(config.vram, device),
