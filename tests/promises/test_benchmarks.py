@@ -272,6 +272,10 @@ def test_card_runs_every_part_without_a_card(tmp_path: Path) -> None:
     assert abs(found["peaks"]["plain by 2"]["error"]) < 0.03
     assert found["speed"]["sliced by 2"]["tflop"] > found["speed"]["plain by 2"]["tflop"]
     assert len(found["kernels"]["top"]) == 10
+    rates = {name: value["of_best"] for name, value in found["encode"].items() if "," in name}
+    assert [name for name in rates if "bare" not in name] == ["fp32, build"]
+    assert max(share for name, share in rates.items() if "bare" in name) == 1
+    assert found["encode"]["image"]["tflop"] > 0
     table = out.with_suffix(".txt").read_text().splitlines()
     assert [line for line in table if line in parts] == parts
     here = found["machine"]

@@ -48,7 +48,12 @@ from xlsd_cache.runtime.gpu_memory import free_on
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.schema import PLACE
 from xlsd_cache.sources.scan import Scan, scan
-from xlsd_cache.store.identity import Identity, check_compatible, choose_rows_per_shard
+from xlsd_cache.store.identity import (
+    Identity,
+    check_compatible,
+    choose_rows_per_shard,
+    is_store,
+)
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.view import StoreView
 
@@ -84,6 +89,8 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
         allow_outside=config.allow_outside,
     )
     _log_scan(found, config)
+    if not config.dry_run and not is_store(config.out):  # all images are to be encoded
+        decoders(config.workers, config.max_pixels).start(found.images.num_rows)
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     identity = _identity(config, vae)
     stored = stored_identity(config.out, vae, config.dry_run)
@@ -188,7 +195,7 @@ def _encode(config: BuildOptions, store: StoreView, vae: Vae, largest: int) -> N
     planned = uncommitted(manifest, manifest.planned(generation), store.rows_per_shard)
     if not planned.num_rows:
         return
-    # While CUDA starts and the VAE moves to the GPU.
+    # If they have not been started: while CUDA starts and the VAE moves to the GPU.
     decoders(config.workers, config.max_pixels).start(planned.num_rows)
     device = device_of(config.device)
     encoder = Encoder.fitted(vae, config.precision, device, config.batch, largest)

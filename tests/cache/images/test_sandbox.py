@@ -229,3 +229,14 @@ def test_a_larger_limit_of_pixels_gives_more_memory() -> None:
     with pytest.raises(OSError, match="memory"):
         decoders(1).call(take, room)
     assert decoders(1, 2 * MAX_PIXELS).call(take, room) == room
+
+
+def test_children_that_are_started_ahead_answer_the_calls() -> None:
+    mine = psutil.Process()
+    before = {child.pid for child in mine.children()}
+    with Sandbox(60, 512 * MIB, children=2) as sandbox:
+        sandbox.start(3)
+        wait_for(lambda: len(mine.children()) >= len(before) + 2)
+        started = {child.pid for child in mine.children()} - before
+        assert len(started) == 2
+        assert {sandbox.call(os.getpid) for _ in range(5)} <= started
