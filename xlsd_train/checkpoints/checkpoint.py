@@ -22,7 +22,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import TEMPORARY, link_or_copy, replacing_folder, write_json
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema
-from xlsd_train.optim.factory import numbers, set_numbers
+from xlsd_train.optim.factory import numbers, set_numbers, settle
 from xlsd_train.runs.layout import (
     BASE,
     CONFIG,
@@ -57,6 +57,7 @@ def save_checkpoint(
     final = checkpoint_at(run, state["step"])
     if is_checkpoint(final):  # stopped at the step that it was resumed from
         return final
+    settle(optimizer)
     trained = {name.partition(".")[0] for name in named}
     states = {name: optimizer.state[parameter] for name, parameter in named.items()}
     scalars = numbers(optimizer)
@@ -134,6 +135,7 @@ def load_optimizer(
 
     Raises UserError for a file that is damaged or of another model.
     """
+    settle(optimizer)
     try:
         tensors = read_tensors(checkpoint / OPTIMIZER)
         keys = {f"{name}/{key}" for name, p in named.items() for key in optimizer.state[p]}

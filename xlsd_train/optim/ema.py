@@ -23,12 +23,12 @@ from xlsd_cache.encoding.finite import not_finite
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import link_or_copy
 from xlsd_train.optim.ema_profiles import gamma_of, kept, superfluous
+from xlsd_train.optim.pinned import pinned
 from xlsd_train.runs.layout import SNAPSHOTS, TENSORS, steps_in
 from xlsd_train.weights.lazy_tensors import check_length
 
 SIGMAS = ("0.05", "0.10")
 SNAPSHOT = "ema.safetensors"
-BLOCK = 2**26  # elements of pinned memory at once, 256 MiB
 
 
 class Ema:
@@ -190,32 +190,3 @@ def forget_snapshots_after(run: Path, step: int) -> None:
     for saved, path in snapshots(run).items():
         if saved > step:
             path.unlink()
-
-
-def pinned(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Uninitialised f32 tensors of these shapes in pinned memory, for asynchronous copies.
-
-    Torch rounds pinned memory up to a power of two, so they share blocks of that size.
-    """
-    sizes = {name: tensor.numel() for name, tensor in named.items()}
-    views: dict[str, Tensor] = {}
-    for block in packed(sizes, BLOCK):
-        room = sum(sizes[name] for name in block)
-        memory = torch.empty(room, dtype=torch.float32, pin_memory=True)
-        parts = torch.split(memory, [sizes[name] for name in block])
-        views |= {name: x.view(named[name].shape) for name, x in zip(block, parts, strict=True)}
-    return {name: views[name] for name in named}
-
-
-def packed(sizes: Mapping[str, int], room: int) -> list[list[str]]:
-    """Names in blocks of up to `room` elements, largest first; a larger one gets its own block."""
-    blocks: list[list[str]] = []
-    free: list[int] = []
-    for name in sorted(sizes, key=lambda x: -sizes[x]):
-        block = next((i for i, left in enumerate(free) if sizes[name] <= left), len(free))
-        if block == len(free):
-            blocks.append([])
-            free.append(room)
-        blocks[block].append(name)
-        free[block] -= sizes[name]
-    return blocks

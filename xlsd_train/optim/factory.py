@@ -18,11 +18,11 @@ EVOLVING = ("d", "k", "numerator_weighted")  # numbers of D-Lion's group that st
 
 
 def make_optimizer(
-    options: OptimizerOptions, parameters: Iterable[Parameter]
+    options: OptimizerOptions, parameters: Iterable[Parameter], streamed: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer of resolved options, with its state allocated on the parameters' devices.
 
-    The training step sets its learning rate.
+    `streamed`: in CPU memory, for Lion and D-Lion. The training step sets its learning rate.
     """
     assert options.lr is not None
     common: dict[str, Any] = {
@@ -39,6 +39,9 @@ def make_optimizer(
         optimizer = DLion(**common, d_max=d_max, d_growth=d_growth)
     else:
         optimizer = torch.optim.AdamW(**common, fused=True)  # without temporaries
+    if streamed:
+        assert isinstance(optimizer, (Lion, DLion))
+        optimizer.stream()
     allocate(optimizer)
     return optimizer
 
@@ -77,6 +80,12 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
     """End a training step, after each parameter with a gradient was stepped."""
     if isinstance(optimizer, DLion):
         optimizer.finish()
+
+
+def settle(optimizer: torch.optim.Optimizer) -> None:
+    """Call before the optimizer's state is read or written, where it may be streamed."""
+    if isinstance(optimizer, (Lion, DLion)):
+        optimizer.settle()
 
 
 def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -8,21 +8,75 @@ temporaries stay small), and do not sync with the device within a step.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from xlsd_train.optim.pinned import pinned_nbytes
+from xlsd_train.optim.streamed import ALIGNED, BUFFERS, State, Streamed, Streams, aligned
 
 D0 = 1e-6  # D-Lion's first d
 CHUNK = 2**24  # elements updated at once, 64 MiB in f32; a larger tensor is a chunk by itself
 
 
-class Lion(torch.optim.Optimizer):
+class StreamedNbytes(NamedTuple):
+    """Bytes that streamed state takes."""
+
+    device: int  # buffers
+    host: int  # pinned memory
+    transfer: int  # copied each way in a training step
+
+
+class _Chunked(torch.optim.Optimizer):
+    """Updates parameters chunk by chunk. Their state is on their device, or streamed to it."""
+
+    names: ClassVar[tuple[str, ...]]  # of each parameter's state, like the parameter
+    _streamed: Streamed | None = None
+
+    def stream(self, streams: Streams | None = None) -> None:
+        """Keep the state, which is zeros from here on, in CPU memory. For one group."""
+        (group,) = self.param_groups
+        elements = _buffer_elements(group["params"]) * len(self.names)
+        self._streamed = Streamed(group["params"], self.names, elements, streams)
+        self.state.update(self._streamed.host)
+
+    def allocate(self, parameter: Tensor) -> State:
+        """A parameter's state; zeros if it has none yet."""
+        state = self.state[parameter]
+        for name in self.names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state  # type: ignore[no-any-return]
+
+    def settle(self) -> None:
+        """Wait until `state` may be read and written."""
+        if self._streamed:
+            self._streamed.settle()
+
+    @classmethod
+    def streamed_nbytes(cls, parameters: Sequence[Tensor]) -> StreamedNbytes:
+        """Of an optimizer of these parameters."""
+        sizes = {f"{i} {x}": p.numel() for i, p in enumerate(parameters) for x in cls.names}
+        device = 4 * BUFFERS * len(cls.names) * _buffer_elements(parameters)
+        return StreamedNbytes(device, pinned_nbytes(sizes), 4 * sum(sizes.values()))
+
+    def _state_of(self, chunk: list[Tensor]) -> AbstractContextManager[list[State]]:
+        """The states of a chunk, to update within the block."""
+        if self._streamed:
+            return self._streamed.of(chunk)
+        return nullcontext([self.allocate(p) for p in chunk])
+
+
+class Lion(_Chunked):
     """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2), with decoupled weight decay.
 
     State of each parameter: `exp_avg`, like it.
     """
+
+    names = ("exp_avg",)
 
     def __init__(
         self,
@@ -40,20 +94,17 @@ class Lion(torch.optim.Optimizer):
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for chunk in chunks(group["params"]):
                 gradients = [p.grad for p in chunk]
-                averages = [self.allocate(p)["exp_avg"] for p in chunk]
-                _decay(chunk, lr * group["weight_decay"])
-                signs = _signs(averages, gradients, beta1)
-                torch._foreach_add_(chunk, signs, alpha=-lr)
-                del signs
-                torch._foreach_mul_(averages, beta2)
-                torch._foreach_add_(averages, gradients, alpha=1 - beta2)
-
-    def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter's state; zeros if it has none yet."""
-        return _zeros(self.state[parameter], parameter, "exp_avg")
+                with self._state_of(chunk) as states:
+                    averages = [x["exp_avg"] for x in states]
+                    _decay(chunk, lr * group["weight_decay"])
+                    signs = _signs(averages, gradients, beta1)
+                    torch._foreach_add_(chunk, signs, alpha=-lr)
+                    del signs
+                    torch._foreach_mul_(averages, beta2)
+                    torch._foreach_add_(averages, gradients, alpha=1 - beta2)
 
 
-class DLion(torch.optim.Optimizer):
+class DLion(_Chunked):
     """Lion that finds its learning rate: D-Adaptation (Defazio and Mishchenko, arXiv 2301.07733).
 
     The algorithm is that of dadaptation 3.2's DAdaptLion, which no paper describes. `lr * d` is
@@ -63,6 +114,8 @@ class DLion(torch.optim.Optimizer):
     like it. State in the one group: `d`, `k`, `numerator_weighted`, and `used_d`, the d of the
     current or last training step.
     """
+
+    names = ("exp_avg", "s")
 
     def __init__(
         self,
@@ -95,18 +148,19 @@ class DLion(torch.optim.Optimizer):
             if not self._sums.keys().isdisjoint(chunk):
                 raise RuntimeError("a parameter was stepped twice; call finish() between steps")
             gradients = [p.grad for p in chunk]
-            states = [self.allocate(p) for p in chunk]
-            averages, s = [x["exp_avg"] for x in states], [x["s"] for x in states]
-            _decay(chunk, rate * group["weight_decay"])
-            signs = _signs(averages, gradients, beta1)
-            torch._foreach_add_(chunk, signs, alpha=-rate)
-            torch._foreach_mul_(averages, beta2)
-            torch._foreach_add_(averages, gradients, alpha=(1 - beta2) * rate)
-            products = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(signs, s, strict=True)]
-            torch._foreach_mul_(s, root)
-            torch._foreach_add_(s, signs, alpha=(1 - root) * rate)
-            del signs
-            norms = [x.abs().sum() for x in s]
+            with self._state_of(chunk) as states:
+                averages, s = [x["exp_avg"] for x in states], [x["s"] for x in states]
+                _decay(chunk, rate * group["weight_decay"])
+                signs = _signs(averages, gradients, beta1)
+                torch._foreach_add_(chunk, signs, alpha=-rate)
+                torch._foreach_mul_(averages, beta2)
+                torch._foreach_add_(averages, gradients, alpha=(1 - beta2) * rate)
+                pairs = zip(signs, s, strict=True)
+                products = [torch.dot(x.flatten(), y.flatten()) for x, y in pairs]
+                torch._foreach_mul_(s, root)
+                torch._foreach_add_(s, signs, alpha=(1 - root) * rate)
+                del signs
+                norms = [x.abs().sum() for x in s]
             self._sums.update(zip(chunk, zip(products, norms, strict=True), strict=True))
 
     def finish(self) -> None:
@@ -136,10 +190,6 @@ class DLion(torch.optim.Optimizer):
         """End a training step on meta tensors, whose sums have no values."""
         self._sums.clear()
 
-    def allocate(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter's state; zeros if it has none yet."""
-        return _zeros(self.state[parameter], parameter, "exp_avg", "s")
-
 
 def chunks(parameters: Iterable[Tensor]) -> Iterator[list[Any]]:
     """Parameters with a gradient, in order, in lists of up to CHUNK elements or one larger."""
@@ -157,11 +207,10 @@ def chunks(parameters: Iterable[Tensor]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _zeros(state: dict[str, Tensor], parameter: Tensor, *names: str) -> dict[str, Tensor]:
-    for name in names:
-        if name not in state:
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state
+def _buffer_elements(parameters: Sequence[Tensor]) -> int:
+    """Room for one state of any chunk of these parameters, each of them aligned."""
+    sizes = [aligned(p.numel()) for p in parameters]
+    return min(sum(sizes), max(CHUNK, *sizes) + ALIGNED * len(sizes))
 
 
 def _decay(parameters: list[Tensor], amount: float) -> None:

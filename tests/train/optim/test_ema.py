@@ -12,8 +12,9 @@ from tests.support import files, train
 from tests.support.averages import power_average, trajectory
 from tests.support.sessions import Open
 from xlsd_cache.errors import UserError
-from xlsd_train.optim.ema import BLOCK, SIGMAS, Ema, keep_snapshots, packed, pinned, snapshots
+from xlsd_train.optim.ema import SIGMAS, Ema, keep_snapshots, snapshots
 from xlsd_train.optim.ema_profiles import gamma_of
+from xlsd_train.optim.pinned import BLOCK, packed, pinned, pinned_nbytes
 from xlsd_train.runs.layout import checkpoints
 
 Out = pytest.CaptureFixture[str]
@@ -159,16 +160,18 @@ def test_what_is_pinned_wastes_little() -> None:
     taken = [sum(sizes[name] for name in block) for block in blocks]
     rounded = sum(1 << (n - 1).bit_length() for n in taken)
     assert max(taken) <= BLOCK
+    assert 4 * sum(sizes.values()) <= pinned_nbytes(sizes) == 4 * rounded
     assert rounded < 1.03 * sum(sizes.values())
     assert packed({"a": 9, "b": 2, "c": 3}, 4) == [["a"], ["c"], ["b"]]
 
 
 def test_what_is_pinned_has_the_shapes_and_none_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    monkeypatch.setattr("torch.empty", lambda *size, dtype, pin_memory: empty(*size, dtype=dtype))
-    named = {"a": torch.zeros(3, 2), "b": torch.zeros(()), "c": torch.zeros(2, 2, 2)}
+    monkeypatch.setattr("torch.empty", lambda *size, pin_memory, **rest: empty(*size, **rest))
+    named = {"a": torch.zeros(3, 2).T, "b": torch.zeros(()), "c": torch.zeros(2, 2, 2)}
     found = pinned(named)
     for value, name in enumerate(named):
         assert found[name].shape == named[name].shape
+        assert found[name].stride() == named[name].stride()
         found[name].fill_(value)
     assert all((found[name] == value).all() for value, name in enumerate(named))
