@@ -39,10 +39,15 @@ def peak_of(step: Step, batches: Sequence[Batch]) -> int:
 
 
 def held(step: Step) -> int:
-    """Bytes of weights, buffers and optimizer state, counting each storage once."""
+    """Bytes of weights, buffers and optimizer state, counting each storage once.
+
+    Streamed state counts too, as here all memory is the CPU's.
+    """
     modules = step.model.unet, step.model.text_encoder
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
     tensors += [x for s in step.optimizer.state.values() for x in s.values() if _is_tensor(x)]
+    if streamed := getattr(step.optimizer, "streamed", None):
+        tensors.append(streamed.buffers)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 

@@ -72,7 +72,7 @@ def step_of(
     model.text_encoder.to(device)
     mixed = "bf16" if config.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=device == "cpu")
-    optimizer = make_optimizer(config, named.values())
+    optimizer = make_optimizer(config, named.values(), plan.momentum == "streamed")
     objective = make_objective("eps", "none", 0, model.scheduler_config).to(torch.device(device))
     model.scaling = model.scaling.to(torch.device(device))
     return Step(model, list(named.values()), optimizer, objective, backend(accelerator, plan))

@@ -33,7 +33,7 @@ def bare_step(config: TrainConfig, plan: MemoryPlan, unet: Any, text_encoder: An
         device=torch.device("cpu"), num_processes=1,
         autocast=lambda: torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"),
     )  # fmt: skip
-    optimizer = make_optimizer(config, trained)
+    optimizer = make_optimizer(config, trained, plan.momentum == "streamed")
     objective = make_objective("eps", "none", 0, sd15.SCHEDULER)
     return Step(model, trained, optimizer, objective, DeviceBackend(alone, plan))
 

@@ -154,6 +154,10 @@ class TrainConfig(
         """Raise UserError for values that do not go together, within a group or across groups."""
         for group in cast("tuple[type[CheckedOptions], ...]", TrainConfig.__bases__):
             group.check(self)
+        if self.momentum == "streamed" and self.optimizer == "adamw":
+            raise UserError(
+                "--momentum streamed is for --optimizer lion and dlion, not adamw; leave it out"
+            )
         self.check_rate()
 
     def check_rate(self) -> None:

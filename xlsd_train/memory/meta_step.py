@@ -20,7 +20,7 @@ from xlsd_train.memory.tracker import FROZEN, GRADIENTS, STATE, WEIGHTS, Footpri
 from xlsd_train.model.bundle import Networks
 from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
-from xlsd_train.optim.lion import DLion, Lion
+from xlsd_train.optim.lion import DLion, Lion, StreamedNbytes
 from xlsd_train.step import attention, layers
 from xlsd_train.step.attention import Block
 from xlsd_train.step.backend import MemoryPlan, Work, drop_gradients, step_parameters
@@ -216,12 +216,20 @@ class MetaStep:
         """Bytes of the gradients of all trained weights."""
         return sum(p.numel() * p.element_size() for p in self._step.parameters)
 
+    @property
+    def streamed_nbytes(self) -> StreamedNbytes:
+        """Of the optimizer's state."""
+        optimizer = self._step.optimizer
+        assert isinstance(optimizer, (Lion, DLion))
+        return optimizer.streamed_nbytes(self._step.parameters)
+
     def __call__(self, plan: MemoryPlan, batch: int, size: Size) -> Footprint:
         """The footprint of one step of `batch` samples in one pass.
 
         Interpolated between two runs where that is exact: where both run the same kernels on
-        tensors of other sizes.
+        tensors of other sizes. The optimizer's state is resident.
         """
+        plan = plan._replace(momentum="resident")
         if plan.way == "sliced":
             slices = self.two_slices * plan.micro_batch
             runs = (plan, slices), (plan, slices + slices // 2)

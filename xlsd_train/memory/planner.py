@@ -19,7 +19,7 @@ from xlsd_cache.vocabulary import Bucket
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.gpus import CARDS, Card
 from xlsd_train.memory.meta_step import MetaStep, Size
-from xlsd_train.memory.tracker import CUBLAS, ROUND, WORKSPACE, Footprint
+from xlsd_train.memory.tracker import CUBLAS, ROUND, STATE, WORKSPACE, Footprint
 from xlsd_train.step.backend import MemoryPlan, Momentum, Way
 from xlsd_train.step.layers import Attention
 
@@ -51,6 +51,7 @@ class Prediction:
     tflop: float
     factor: float  # FLOPs, of those of the plain step
     seconds: dict[str, float]  # by GPU, at 100% of its peak
+    host: int = 0  # bytes of pinned CPU memory
 
     @property
     def peak(self) -> int:
@@ -65,9 +66,10 @@ class Prediction:
     def __str__(self) -> str:
         items = sorted(self.items.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in items)
+        host = f", {self.host / GIB:.2f} GiB of pinned CPU memory" if self.host else ""
         return (
-            f"batch {self.batch}, {self.plan}: predicted peak {self.peak / GIB:.2f} GiB ({parts}), "
-            f"{self.factor:.3f} of the plain step's FLOPs"
+            f"batch {self.batch}, {self.plan}: predicted peak {self.peak / GIB:.2f} GiB ({parts})"
+            f"{host}, {self.factor:.3f} of the plain step's FLOPs"
         )
 
 
@@ -93,22 +95,29 @@ class Planner:
         items = footprint.peak(again=passes > 1, unit=ROUND if self._workspaces else 1)
         if self._workspaces:
             items[WORKSPACE] = items.get(WORKSPACE, 0) + CUBLAS
+        host = transfer = 0
+        if plan.momentum == "streamed":
+            items[STATE], host, transfer = self._meta_step.streamed_nbytes
         tflop = footprint.tflop * batch / together
         plain = self._meta_step(MemoryPlan("plain", batch), batch, size).tflop
         seconds = {
-            name: self._seconds(footprint, batch / together, passes, card)
+            name: self._seconds(footprint, batch / together, passes, transfer, card)
             for name, card in CARDS.items()
         }
-        return Prediction(plan, batch, items, tflop, tflop / plain, seconds)
+        return Prediction(plan, batch, items, tflop, tflop / plain, seconds, host)
 
-    def _seconds(self, footprint: Footprint, parts: float, passes: int, card: Card) -> float:
-        """Time of `parts` micro-batches in `passes` passes, the last of which may be smaller."""
+    def _seconds(
+        self, footprint: Footprint, parts: float, passes: int, transfer: int, card: Card
+    ) -> float:
+        """Time of `parts` micro-batches in `passes` passes, the last of which may be smaller.
+
+        `transfer` bytes of state are copied to the GPU, and back, from the first update on.
+        """
         each = self.kernel_seconds(footprint, card)
         adding = (passes - 1) * 3 * self.gradients_nbytes / (card.bandwidth * 1e9)
         passing, updating = each[: footprint.update], each[footprint.update :]
-        if passes == 1:
-            return float(each.sum())
-        return float(parts * passing.sum() + adding + updating.sum())
+        update = max(float(updating.sum()), transfer / (card.host * 1e9))
+        return float(parts * passing.sum()) + adding + update
 
     def kernel_seconds(self, footprint: Footprint, card: Card) -> NDArray[np.float64]:
         """Shortest time of each kernel, with those that it stands for."""
@@ -150,11 +159,12 @@ class Planner:
     def candidates(self, batch: int, size: Size, limit: float, asked: Asked) -> list[Prediction]:
         """The best plan within `limit` bytes of each strategy, attention and place of the momentum.
 
-        The sliced way runs every forward pass twice, so it is considered only if nothing else fits.
+        The sliced way runs every forward pass twice, so it is considered only if nothing else fits
+        with resident momentum.
         """
         fitting: list[Prediction] = []
         for way in (asked.way,) if asked.way else WAYS:
-            if way == "sliced" and fitting:
+            if way == "sliced" and any(x.plan.momentum == "resident" for x in fitting):
                 continue
             for attention, momentum in product(asked.attention, asked.momentum):
                 plan = MemoryPlan(way, asked.micro_batch or 0, attention, momentum)
@@ -202,8 +212,12 @@ def asked(config: TrainConfig) -> Asked:
     elif config.memory != "fastest":
         way = config.memory
     attention: Attention = "sdpa" if config.attention == "auto" else config.attention
-    momentum: Momentum = "resident" if config.momentum == "auto" else config.momentum
-    return Asked(way, micro_batch, (attention,), (momentum,))
+    momentum: tuple[Momentum, ...] = ("resident", "streamed")
+    if config.momentum != "auto":
+        momentum = (config.momentum,)
+    elif config.optimizer == "adamw":
+        momentum = ("resident",)
+    return Asked(way, micro_batch, (attention,), momentum)
 
 
 def choose(
@@ -226,15 +240,19 @@ def choose(
         return config.batch, plan, None
     plans, size = planner(), largest(buckets)
     if config.batch == "auto":
-        plan = MemoryPlan(way or WAYS[-1], micro_batch or SLICES[0])
-        most = plans.largest_batch(plan, size, limit)
+        plan = MemoryPlan(way or WAYS[-1], micro_batch or SLICES[0], ask.attention[0])
+        sizes = (plans.largest_batch(plan._replace(momentum=x), size, limit) for x in ask.momentum)
+        most = next(filter(None, sizes), 0)  # streamed momentum only if resident never fits
         batch = max(1, min(processes * most, sum(buckets.values())))
     else:
         batch = config.batch
     share = ceil(batch / processes)
     fastest = plans.fastest(share, size, limit, ask)
     if fastest is None:
-        tightest = plans.predict(MemoryPlan(way or WAYS[-1], micro_batch or 1), share, size)
+        tightest = plans.predict(
+            MemoryPlan(way or WAYS[-1], micro_batch or 1, ask.attention[0], ask.momentum[-1]),
+            share, size,
+        )  # fmt: skip
         raise UserError(
             f"a batch of {share} images of {8 * size[1]}x{8 * size[0]} does not fit into "
             f"{limit / GIB:.2f} GiB ({tightest}); lower --batch, leave out --memory and "

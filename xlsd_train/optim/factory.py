@@ -4,7 +4,7 @@ A training step is one `step()`, or several for parts of the parameters, and the
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from xlsd_train.config.optimization import OptimizerOptions
-from xlsd_train.optim.lion import DLion, Lion
+from xlsd_train.optim.lion import DLion, Lion, StreamedNbytes
 
 EVOLVING = ("d", "k", "numerator_weighted")  # numbers of D-Lion's group that steps change
 
@@ -80,6 +80,15 @@ def finish(optimizer: torch.optim.Optimizer) -> None:
     """End a training step, after each parameter with a gradient was stepped."""
     if isinstance(optimizer, DLion):
         optimizer.finish()
+
+
+def streamed_nbytes(
+    options: OptimizerOptions, parameters: Sequence[Tensor]
+) -> StreamedNbytes | None:
+    """What streamed state takes; None for AdamW, whose state is not streamed."""
+    kinds: dict[str, type[Lion | DLion]] = {"lion": Lion, "dlion": DLion}
+    kind = kinds.get(options.optimizer)
+    return kind.streamed_nbytes(parameters) if kind else None
 
 
 def settle(optimizer: torch.optim.Optimizer) -> None:

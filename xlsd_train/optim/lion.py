@@ -34,14 +34,14 @@ class _Chunked(torch.optim.Optimizer):
     """Updates parameters chunk by chunk. Their state is on their device, or streamed to it."""
 
     names: ClassVar[tuple[str, ...]]  # of each parameter's state, like the parameter
-    _streamed: Streamed | None = None
+    streamed: Streamed | None = None  # what owns the state, if it is in CPU memory
 
     def stream(self, streams: Streams | None = None) -> None:
         """Keep the state, which is zeros from here on, in CPU memory. For one group."""
         (group,) = self.param_groups
         elements = _buffer_elements(group["params"]) * len(self.names)
-        self._streamed = Streamed(group["params"], self.names, elements, streams)
-        self.state.update(self._streamed.host)
+        self.streamed = Streamed(group["params"], self.names, elements, streams)
+        self.state.update(self.streamed.host)
 
     def allocate(self, parameter: Tensor) -> State:
         """A parameter's state; zeros if it has none yet."""
@@ -53,8 +53,8 @@ class _Chunked(torch.optim.Optimizer):
 
     def settle(self) -> None:
         """Wait until `state` may be read and written."""
-        if self._streamed:
-            self._streamed.settle()
+        if self.streamed:
+            self.streamed.settle()
 
     @classmethod
     def streamed_nbytes(cls, parameters: Sequence[Tensor]) -> StreamedNbytes:
@@ -65,8 +65,8 @@ class _Chunked(torch.optim.Optimizer):
 
     def _state_of(self, chunk: list[Tensor]) -> AbstractContextManager[list[State]]:
         """The states of a chunk, to update within the block."""
-        if self._streamed:
-            return self._streamed.of(chunk)
+        if self.streamed:
+            return self.streamed.of(chunk)
         return nullcontext([self.allocate(p) for p in chunk])
 
 

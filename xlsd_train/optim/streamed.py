@@ -32,7 +32,12 @@ class Streams:
     def mark(self) -> Any:
         """An event: all kernels so far are done."""
 
-    def copy(self, way: str, pairs: Sequence[tuple[Tensor, Tensor]], after: Iterable[Any]) -> Any:
+    def copy(
+        self,
+        way: str,  # noqa: ARG002 (a CPU's work is in order)
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        after: Iterable[Any],  # noqa: ARG002
+    ) -> Any:
         """Copy to each first tensor from the second, `way` "in" or "out", after some events.
 
         Returns the event that it is done.
@@ -87,7 +92,7 @@ class _Buffer:
 
 
 class Streamed:
-    """Owns the state. `host` has each parameter's tensors, to be read or written after `settle`."""
+    """Owns the state: `host` has each parameter's tensors, to be read or written after `settle`."""
 
     def __init__(
         self,
@@ -104,9 +109,9 @@ class Streamed:
         self.host: dict[Tensor, State] = {p: {} for p in parameters}
         for p, name, key in keys:
             self.host[p][name] = memory[key].zero_()
-        buffers = torch.empty(BUFFERS, elements, device=device)
+        self.buffers = torch.empty(BUFFERS, elements, device=device)
         now = self._streams.mark()  # kernels may still use what was at these addresses before
-        self._free = deque(_Buffer(buffer, now) for buffer in buffers)
+        self._free = deque(_Buffer(buffer, now) for buffer in self.buffers)
         self._ahead: dict[frozenset[Tensor], _Buffer] = {}  # filled and not used yet
         self._stored: dict[Tensor, Any] = {}  # parameter -> event: its state is on the host
         self._next: dict[frozenset[Tensor], Sequence[Tensor]] = {}  # chunk -> the one used after it

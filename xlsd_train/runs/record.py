@@ -29,7 +29,8 @@ _ADAPTED = {
     }.items()
 }  # fmt: skip
 _LENGTHS = "looked_at selected without limit cut over_median over_max".split()
-_PLAN = ([str, int], [str, int, str, str])  # earlier versions had the first two
+# Earlier versions had the first two; state.json leaves out the last, which each resume may change.
+_PLAN = ([str, int], [str, int, str], [str, int, str, str])
 Plan = Annotated[tuple[Any, ...], Shape(_PLAN)]
 Options = Annotated[dict[str, Any], Shape(_OPTIONS)]
 Recipe = Annotated[dict[str, Any], Shape({"name!": str, "sha256!": str})]

@@ -125,7 +125,7 @@ def _train(session: Session, stop: StopSignal) -> None:
                     "images_seen": images_seen,
                     "smoothed": meter.smoothed,
                     "phase": config.phase,
-                    "plan": session.take_step.plan,
+                    "plan": session.take_step.plan[:3],  # see record.py
                 }
                 _save(session, state)  # last: the step's samples and losses are on the disk before
             if due.pauses:

@@ -5,18 +5,21 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from xlsd_cache.dataset.selection import Selection
+from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_train.checkpoints.checkpoint import load_optimizer
 from xlsd_train.checkpoints.comparison import compare_batch
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.memory.planner import Planner, cap_card, choose, memory_limit
-from xlsd_train.optim.factory import make_optimizer
+from xlsd_train.memory.planner import GIB, Planner, cap_card, choose, memory_limit
+from xlsd_train.optim.factory import make_optimizer, streamed_nbytes
+from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan
 from xlsd_train.step.distributed import TIMEOUT
 from xlsd_train.step.step import Step
@@ -74,10 +77,14 @@ def plan_batch(
     device = accelerator.device
     if config.vram is not None and device.type == "cuda":
         cap_card(config.vram, device)
+    needed, free = _host_nbytes(config, model), psutil.virtual_memory().available
     before = run.before
     if before and not config.force:
-        plan = MemoryPlan(*run.state().get("plan", before.plan))
+        plan = _kept_plan(config, run, before)
+        _check_host(plan, needed, free)
         return Batching(before.batch, plan, before.memory, before.step_s)
+    if config.momentum == "auto" and needed > free:
+        config = replace(config, momentum="resident")
     chosen: list[Any] = [None]
     if accelerator.is_main_process:  # GPUs differ in free memory, and sums must not differ
         config = replace(config, objective=model.objective.kind)
@@ -94,8 +101,31 @@ def plan_batch(
         step_s = predicted(prediction.seconds, card) if prediction else None
         chosen = [Batching(batch, plan, str(prediction or unknown), step_s)]
     batching: Batching = broadcast_object_list(chosen)[0]
+    _check_host(batching.plan, needed, free)
     compare_batch(run, batching.batch, batching.plan, config.force)
     return batching
+
+
+def _kept_plan(config: TrainConfig, run: RunFolder, before: RunRecord) -> MemoryPlan:
+    """The plan of the checkpoint, with the momentum where this command's --momentum says."""
+    plan = MemoryPlan(*run.state().get("plan", before.plan)[:3])
+    was = MemoryPlan(*before.plan).momentum
+    return plan._replace(momentum=was if config.momentum == "auto" else config.momentum)
+
+
+def _host_nbytes(config: TrainConfig, model: RunModel) -> int:
+    """CPU memory that streamed momentum takes in all processes of this machine."""
+    nbytes = streamed_nbytes(config, list(model.named.values()))
+    return nbytes.host * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if nbytes else 0
+
+
+def _check_host(plan: MemoryPlan, needed: int, free: int) -> None:
+    """Raise UserError if the CPU's memory is too small for streamed momentum."""
+    if plan.momentum == "streamed" and needed > free:
+        raise UserError(
+            f"streamed momentum takes {needed / GIB:.2f} GiB of CPU memory, and "
+            f"{free / GIB:.2f} GiB are free; close other programs, or use --momentum resident"
+        )
 
 
 def build_step(
@@ -104,7 +134,7 @@ def build_step(
     """Move the model to the device, and make its optimizer, with the checkpoint's state if any."""
     device = accelerator.device
     model.bundle.to(device, config.channels_last)
-    optimizer = make_optimizer(config, model.named.values())
+    optimizer = make_optimizer(config, model.named.values(), plan.momentum == "streamed")
     if run.checkpoint:
         load_optimizer(run.checkpoint, model.named, optimizer)
     parameters, objective = list(model.named.values()), model.objective.to(device)

@@ -36,6 +36,7 @@ CHANGES: dict[str, tuple[object, dict[str, object], str]] = {
     "micro_batch": (1, {"--memory": "plain"}, "plan"),
     "attention": ("exact", {}, "precision"),
     "vram": (2, {}, "plan"),
+    "momentum": ("streamed", {}, "plan"),
     "epochs": (1, {"--steps": None}, "length"),
     "steps": (3, {}, "length"),
     "stop_after": (1, {}, "files"),

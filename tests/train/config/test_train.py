@@ -93,6 +93,10 @@ def test_help_teaches_every_option() -> None:
         (("--shuffle", "sentences", "--tags"), "does not go with --tags"),
         (("--shuffle", "sentences", "--tag-dropout", 0.1), "does not go with --tag-dropout"),
         (("--weight-decay", -1), "--weight-decay -1"),
+        (
+            ("--momentum", "streamed", "--optimizer", "adamw"),
+            "--momentum streamed is for --optimizer lion and dlion, not adamw; leave it out",
+        ),
         (("--d-max", 1e-5), "--d-max is for --optimizer dlion, not lion"),
         (
             ("--d-growth", 2, "--optimizer", "adamw"),

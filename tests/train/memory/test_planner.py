@@ -23,6 +23,7 @@ from xlsd_train.memory.planner import (
     WAYS,
     Asked,
     Planner,
+    asked,
     cap_card,
     choose,
     largest,
@@ -46,6 +47,11 @@ def configs() -> tuple[Any, Any]:
 def planner(phase: str = "unet", optimizer: str = "lion") -> Planner:
     config: Any = TrainConfig(phase=phase, optimizer=optimizer)  # type: ignore[arg-type]
     return Planner(config.resolved(), *configs(), workspaces=False)
+
+
+@cache
+def sd15_planner() -> Planner:
+    return Planner(UNET, {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER)
 
 
 @pytest.mark.slow
@@ -149,13 +155,13 @@ def test_without_a_limit_nothing_is_predicted() -> None:
     def never() -> Planner:
         raise AssertionError
 
-    for asked, plan in (
+    for given, plan in (
         ({}, MemoryPlan("plain", 32)),
         ({"memory": "cheap", "micro_batch": 8}, MemoryPlan("cheap", 8)),
         ({"memory": "sliced"}, MemoryPlan("sliced", 4)),
         ({"memory": "largest"}, MemoryPlan("sliced", 1)),
     ):
-        config = replace(UNET, **asked)
+        config = replace(UNET, **given)
         assert choose(config, never, {"512x512": 99}, 1, None) == (32, plan, None)
     with pytest.raises(UserError, match="--batch auto needs a memory limit.*--vram"):
         choose(replace(UNET, batch="auto"), never, {"512x512": 99}, 1, None)
@@ -181,13 +187,70 @@ def test_a_batch_that_cannot_fit_is_refused_with_what_it_needs() -> None:
 
 def test_sd15_on_24_gb() -> None:
     """512x512, fp32, Lion, 22.0 GiB: a single pass of 224; 32 within 12 GB, or at full speed."""
-    planner = Planner(UNET, {"in_channels": 4, **sd15.UNET}, sd15.TEXT_ENCODER)
-    size = (64, 64)
+    planner, size = sd15_planner(), (64, 64)
     assert planner.predict(MemoryPlan("sliced", 4), 224, size).peak <= 22 * GIB
     assert planner.predict(MemoryPlan("sliced", 4), 32, size).peak <= 11 * GIB
     full = planner.predict(MemoryPlan("cheap", 11), 32, size)
     assert full.peak <= 22 * GIB
     assert full.factor == pytest.approx(1)
+
+
+def test_streamed_momentum_lets_small_cards_train() -> None:
+    """SD1.5, 512x512, fp32, Lion, batch 32: 12 GB without more FLOPs, 8 GB at all."""
+    planner, size = sd15_planner(), (64, 64)
+    full = planner.predict(MemoryPlan("cheap", 3, momentum="streamed"), 32, size)
+    assert full.peak <= 11 * GIB
+    assert full.factor == pytest.approx(1)
+    least = MemoryPlan("sliced", 1, momentum="streamed")
+    assert planner.predict(least._replace(momentum="resident"), 32, size).peak > 9 * GIB
+    assert planner.predict(least, 32, size).peak <= 7 * GIB
+    found = planner.fastest(32, size, 11 * GIB, asked(UNET))
+    assert found is not None
+    assert (found.plan.momentum, found.factor < 1.1) == ("streamed", True)
+    assert 3.2 * GIB < found.host < 3.4 * GIB
+    assert f"{found.host / GIB:.2f} GiB of pinned CPU memory" in str(found)
+
+
+def test_streamed_momentum_is_chosen_only_where_it_is_faster() -> None:
+    plan, both = planner(), Asked(momentum=("resident", "streamed"))
+    resident = plan.predict(MemoryPlan("plain", 16), 16, SIZE)
+    streamed = plan.predict(MemoryPlan("plain", 16, momentum="streamed"), 16, SIZE)
+    others = {name: x for name, x in resident.items.items() if name != "optimizer"}
+    assert {name: x for name, x in streamed.items.items() if name != "optimizer"} == others
+    assert (resident.host, resident.tflop) == (0, streamed.tflop)
+    slower = {card: streamed.seconds[card] - resident.seconds[card] for card in CARDS}
+    assert all(extra >= 0 for extra in slower.values())
+    found = plan.fastest(16, SIZE, resident.peak, both)
+    assert found is not None
+    assert found.plan == resident.plan
+    assert {x.plan.momentum for x in plan.candidates(16, SIZE, resident.peak, both)} == (
+        {"resident", "streamed"}
+    )
+
+
+def test_copies_take_time_where_nothing_else_runs() -> None:
+    """3.2 GiB of state take longer over PCIe 4 than the update, but not than the backward pass."""
+    planner, size = sd15_planner(), (64, 64)
+    for way, longer in (("cheap", True), ("sliced", False)):
+        plan = MemoryPlan(way, 4)  # type: ignore[arg-type]
+        here, there = (
+            planner.predict(plan._replace(momentum=x), 32, size).seconds["RTX 4090"]
+            for x in ("resident", "streamed")
+        )
+        assert 0.05 < there - here < 0.15 if longer else there == here
+
+
+@pytest.mark.parametrize(
+    ("given", "offered"),
+    [
+        ({}, ("resident", "streamed")),
+        ({"momentum": "streamed"}, ("streamed",)),
+        ({"momentum": "resident"}, ("resident",)),
+        ({"optimizer": "adamw"}, ("resident",)),
+    ],
+)
+def test_where_the_momentum_may_be(given: Any, offered: tuple[str, ...]) -> None:
+    assert asked(replace(UNET, **given)).momentum == offered
 
 
 @pytest.mark.slow

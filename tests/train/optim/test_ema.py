@@ -167,7 +167,9 @@ def test_what_is_pinned_wastes_little() -> None:
 
 def test_what_is_pinned_has_the_shapes_and_none_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    monkeypatch.setattr("torch.empty", lambda *size, pin_memory, **rest: empty(*size, **rest))
+    monkeypatch.setattr(
+        "torch.empty", lambda n, dtype, pin_memory, device: empty(n, dtype=dtype, device=device)
+    )
     named = {"a": torch.zeros(3, 2).T, "b": torch.zeros(()), "c": torch.zeros(2, 2, 2)}
     found = pinned(named)
     for value, name in enumerate(named):
