@@ -2,6 +2,7 @@
 # make article      the article in miniature: two phases, a sweep, a choice by validation, comparison
 # make test         lint, types and tests
 # make docs         the documentation in site/; needs no network once installed
+# make web          the pages' script and style from web/, with npm; what it makes is committed
 # make bench-smoke  one step of the throughput benchmark
 # Each creates .venv if it is missing. On a machine with a CUDA GPU, pip installs torch with CUDA.
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo article test lint docs bench-smoke clean
+.PHONY: demo article test lint docs web bench-smoke clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -90,8 +91,12 @@ $(VENV)/.docs: $(INSTALLED)
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+web:
+	npm --prefix web ci --ignore-scripts --no-audit --no-fund
+	npm --prefix web run build
+
 bench-smoke: $(INSTALLED)
 	$(BIN)/python benchmarks/throughput.py --steps 1 --batch 2 --resolution 64
 
 clean:
-	rm -rf $(VENV) demo article build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) web/node_modules pictures demo article build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

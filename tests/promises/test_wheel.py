@@ -71,6 +71,8 @@ def test_the_five_commands(
 
 def test_modules_come_from_the_wheel(installed: Path, run: Callable[..., str]) -> None:
     assert (installed / "xlsd_cache/runtime/cudnn_engines.json").exists()
+    assert (installed / "xlsd_cache/pages/built/page.js").exists()
+    assert not list(installed.glob("web")) + list(installed.rglob("node_modules"))
     assert "phase1-unet" in run("xlsd-train", "recipes")
     look = "import xlsd_cache.cli, xlsd_train.cli; print(xlsd_cache.__file__, xlsd_train.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from xlsd_cache.pages.thumbnails import data_uri
 from xlsd_train.evaluation.images import Picture
-from xlsd_train.report.page import data_uri
 
 PAGE = """\
 <!doctype html>
@@ -76,5 +76,5 @@ choose();
 def page(models: list[str], pictures: list[Picture], files: list[list[Path]]) -> str:
     """The HTML; `files` has each model's PNGs in the pictures' order. All text is escaped."""
     environment = Environment(undefined=StrictUndefined, autoescape=True)
-    images = [[data_uri(path) for path in row] for row in files]
+    images = [[data_uri(path.read_bytes(), "png") for path in row] for row in files]
     return environment.from_string(PAGE).render(models=models, pictures=pictures, images=images)

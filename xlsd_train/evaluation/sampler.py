@@ -12,6 +12,7 @@ from PIL import Image
 
 from xlsd_cache.dataset import rng as draw
 from xlsd_cache.dataset.selection import SampleStore, Selection
+from xlsd_cache.pages.thumbnails import save_thumbnail
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_cache.runtime.own_files import marking
@@ -69,7 +70,9 @@ class Sampler:
             target = samples_of(folder, step)
             target.mkdir(parents=True, exist_ok=True)
             for i, (image, picture) in enumerate(zip(images, pictures, strict=True)):
-                save_picture(image, target / f"{i:02d}.png", picture, training_step=step)
+                path = target / f"{i:02d}.png"
+                save_picture(image, path, picture, training_step=step)
+                save_thumbnail(image, path)
             self._grid(folder)
         return None if images is None else grid_of(folder)
 

@@ -1,5 +1,6 @@
 """Runs -> one HTML page.
 
-`page` writes it, `charts` makes plotly's figures, `tables` lists settings and facts, `ranking`
-compares runs by held-out loss. No module loads torch.
+`page` fills `templates`. `summary` is the first screen, `trend` says whether the held-out loss
+still falls, `ranking` compares runs. `curves`, `changes` and `pictures` are what is drawn, `tables`
+the settings and facts. No module loads torch.
 """

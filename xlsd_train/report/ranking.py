@@ -36,6 +36,13 @@ class Standing:
         return self.excess is not None and self.excess.low <= 0
 
     @property
+    def kind(self) -> str:
+        """The comparison with the best run, in a word; empty if it was not compared."""
+        if self.loss is None:
+            return ""
+        return "best" if self.excess is None else "tied" if self.tied else "worse"
+
+    @property
     def verdict(self) -> str:
         """The comparison with the best run, in words."""
         if self.loss is None:

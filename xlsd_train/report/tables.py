@@ -30,6 +30,11 @@ class Row:
         """Whether the runs have different values."""
         return len(set(self.values)) > 1
 
+    @property
+    def cells(self) -> list[str]:
+        """Cells of a table's row: the name and the values."""
+        return [self.name, *self.values]
+
 
 def settings_table(runs: Sequence[History]) -> tuple[list[Row], list[Row]]:
     """(settings that differ, matter or are not the default, in this order; all others)."""

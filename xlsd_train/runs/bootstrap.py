@@ -4,7 +4,7 @@ Percentile bootstraps over images (Efron, Tibshirani: An introduction to the boo
 chapter 13): how much a mean would vary with other images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -44,6 +44,13 @@ class Estimate:
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         return Estimate(self.value - other.value, self.resampled - other.resampled)
+
+    def relative_to(self, other: "Estimate") -> "Estimate":
+        """The change since another estimate of the same images, as a share of it."""
+        with np.errstate(all="ignore"):  # 0 / 0 of a model without loss
+            ratios = self.resampled / other.resampled - 1
+        value = self.value / other.value - 1 if other.value else float("nan")
+        return Estimate(value, ratios)
 
     def __neg__(self) -> "Estimate":
         return Estimate(-self.value, -self.resampled)
@@ -86,7 +93,7 @@ def gap(held_out: Losses, training: Losses) -> Interval:
 
 def compare(candidates: Mapping[Name, Losses]) -> Comparison[Name]:
     """The lowest held-out loss, the first of equal ones, compared image by image."""
-    return lowest({name: overall(losses) for name, losses in candidates.items()})
+    return lowest(dict(zip(candidates, overalls(list(candidates.values())), strict=True)))
 
 
 def lowest(candidates: Mapping[Name, Estimate]) -> Comparison[Name]:
@@ -107,6 +114,22 @@ def lowest(candidates: Mapping[Name, Estimate]) -> Comparison[Name]:
 def overall(losses: Losses, purpose: str = "bootstrap") -> Estimate:
     """The mean over all bands and images."""
     return mean(losses.mean(axis=1, dtype=np.float64), purpose)
+
+
+def overalls(losses: Sequence[Losses]) -> list[Estimate]:
+    """`overall` of each of several losses, of equally many images from one set of resamples."""
+    if len({len(each) for each in losses}) > 1:
+        return [overall(each) for each in losses]
+    return means(np.column_stack([each.mean(axis=1, dtype=np.float64) for each in losses]))
+
+
+def means(values: NDArray[np.float64]) -> list[Estimate]:
+    """`mean` of each column of values [images, columns], from one set of resamples."""
+    resampled = _resampled(values, "bootstrap")
+    return [
+        Estimate(float(column.mean()), each)
+        for column, each in zip(values.T, resampled.T, strict=True)
+    ]
 
 
 def mean(values: NDArray[np.float64], purpose: str = "bootstrap") -> Estimate:

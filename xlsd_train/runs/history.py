@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError
 from xlsd_train.config.optimization import MOST_STEPS
@@ -26,6 +27,7 @@ from xlsd_train.runs.metrics import CHARTED, METRICS
 from xlsd_train.runs.record import EMPTY, RunRecord, read_record, read_state
 from xlsd_train.runs.validation_log import BANDS, SETS
 
+AXES = ["images_seen", "epoch", "hours"]  # what a chart may have instead of steps
 _INTERVAL = {"mean!": float, "low!": float, "high!": float}
 _MEASURED = {
     "step!": int, "weights!": str, "gap!": _INTERVAL,
@@ -41,7 +43,7 @@ class History:
     folder: Path
     record: RunRecord
     last: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
-    series: dict[str, Series]  # of the CHARTED metrics that were logged
+    series: dict[str, Series]  # of the CHARTED metrics and the AXES that were logged
     validation: list[dict[str, Any]]  # the lines of validation.jsonl
     samples: dict[int, list[Path]]  # step -> images by prompt
     unread: int  # invalid lines of both logs
@@ -75,15 +77,17 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def _read(name: str, folder: Path, record: RunRecord) -> History:
-    sampler, last, unread = Downsampler(CHARTED), {}, 0
+    sampler, clock, last, unread = Downsampler([*CHARTED, *AXES]), _Clock(), {}, 0
     for lines in _lines(folder / METRICS_LOG):
         valid = [line for line in lines if line is not None and _is_step(line.get("step"))]
         unread += len(lines) - len(valid)
         if valid:
-            rows = [[_number(line.get(number)) for line in valid] for number in CHARTED]
-            sampler.add(np.array([line["step"] for line in valid]), np.array(rows, np.float64))
+            names = [name for name in sampler.names if name != "hours"]
+            rows = np.array([[_number(line.get(name)) for line in valid] for name in names])
+            hours = clock.hours(*(rows[names.index(x)] for x in ("images_seen", "images_per_s")))
+            sampler.add(np.array([line["step"] for line in valid]), np.vstack([rows, hours]))
             last = {k: v for k, v in valid[-1].items() if k not in METRICS or _is_number(v)}
-    series = {number: sampler.series(number) for number in CHARTED}
+    series = {name: sampler.series(name) for name in sampler.names}
     validation = [line for lines in _lines(folder / VALIDATION_LOG) for line in lines]
     measured = [line for line in validation if line is not None and _is_measured(line)]
     return History(
@@ -99,6 +103,23 @@ def _read(name: str, folder: Path, record: RunRecord) -> History:
         },
         unread + len(validation) - len(measured),
     )
+
+
+@dataclass
+class _Clock:
+    """Hours of training so far; pauses between steps do not count."""
+
+    images: float = 0.0
+    seconds: float = 0.0
+
+    def hours(self, images: NDArray[np.float64], rates: NDArray[np.float64]) -> Any:
+        """After each of the next steps, given all images so far and images per second."""
+        with np.errstate(all="ignore"):  # a stranger's log may hold any numbers
+            took = np.diff(images, prepend=self.images) / rates
+            took[~(np.isfinite(took) & (took > 0))] = 0
+            total = self.seconds + np.cumsum(took)
+        self.images, self.seconds = float(images[-1]), float(total[-1])
+        return total / 3600
 
 
 def _lines(log: Path) -> Iterator[list[dict[str, Any] | None]]:

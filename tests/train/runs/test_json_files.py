@@ -61,7 +61,7 @@ def record_of(names: dict[str, Any]) -> dict[str, Any]:
 def test_any_config_json_makes_a_page_or_a_sentence(folder: Path, names: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(record_of(names)))
     if (record := sentence(read_record, folder)) is not None:
-        page(histories([folder]))
+        page(histories([folder]), folder / "report.html")
         sentence(record_to_resume, folder, record.to_json())
 
 
@@ -87,7 +87,7 @@ def test_any_log_makes_a_page(folder: Path, lines: list[bytes]) -> None:
     (folder / "config.json").write_text(json.dumps(record_of({})))
     for name in ("metrics.jsonl", "validation.jsonl"):
         (folder / name).write_bytes(b"\n".join([*lines, b""]))
-    page(histories([folder]))
+    page(histories([folder]), folder / "report.html")
     for name in ("metrics.jsonl", "validation.jsonl"):
         (folder / name).unlink()
 

@@ -1,0 +1,60 @@
+"""Headless Chromium for tests of pages: no page may fetch anything, or print to the console."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+AXE = ROOT / "web/node_modules/axe-core/axe.min.js"  # `npm --prefix web ci` installs it
+PICTURES = ROOT / "pictures"  # screenshots, to be looked at
+Scheme = Literal["light", "dark"]
+
+
+def needed(what: str, present: bool) -> None:
+    """Skip a test that lacks a tool; where XLSD_BROWSER is set, as in CI, fail."""
+    if not present:
+        (pytest.fail if os.environ.get("XLSD_BROWSER") else pytest.skip)(f"there is no {what}")
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """The browser that the system has."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    needed("Chromium, which `apt-get install chromium` installs", path is not None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(
+    browser: Any, path: Path, width: int = 1400, scheme: Scheme = "light", **options: Any
+) -> Iterator[Page]:
+    """A page that was opened; at the end, it must have fetched nothing and printed nothing."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, **options
+    )
+    page, printed, fetched = context.new_page(), [], []
+    page.on("console", lambda message: printed.append(message.text))
+    page.on("pageerror", lambda error: printed.append(str(error)))
+    context.on("request", lambda request: fetched.append(request.url))
+    page.goto(path.as_uri())
+    yield page
+    assert printed == []
+    assert [url for url in fetched if not url.startswith("data:")] == [path.as_uri()]
+    context.close()
+
+
+def faults(page: Page) -> list[str]:
+    """What axe-core finds wrong with a page's accessibility."""
+    needed("axe-core, which `npm --prefix web ci` installs", AXE.exists())
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run()")
+    return [f"{it['id']}: {it['nodes'][0]['html']}" for it in found["violations"]]

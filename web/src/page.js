@@ -1,0 +1,29 @@
+// Entry of every page: draws what its data element describes.
+import { startCharts } from "./charts.js";
+import { startTimeline } from "./timeline.js";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const charts = startCharts(data);
+startTimeline(data, charts);
+
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(button.dataset.copy);
+      button.textContent = "Copied";
+    } catch { // a file page may not have the clipboard: select it, to be copied by hand
+      getSelection().selectAllChildren(button.parentElement.querySelector("code"));
+      button.textContent = "Selected";
+    }
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
+}
+
+// Canvases hold colours: they are drawn again for another colour scheme, and in light for paper.
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.draw());
+for (const [name, printing] of [["beforeprint", true], ["afterprint", false]]) {
+  addEventListener(name, () => {
+    document.documentElement.classList.toggle("printing", printing);
+    charts.draw();
+  });
+}

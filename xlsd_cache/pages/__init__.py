@@ -1,0 +1,5 @@
+"""Values -> self-contained HTML pages, with one look.
+
+`render` fills the templates and inlines the script and the style; `thumbnails` makes small pictures
+for pages. `templates` has what pages share; `built` is made from web/ by `make web`.
+"""

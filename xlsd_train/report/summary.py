@@ -1,0 +1,121 @@
+"""The first screen of the page: what a run is, how far it is, the verdict, what to do next.
+
+Commands are real ones: they use the paths and the options that the run was started with.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xlsd_train.config.recipes import without
+from xlsd_train.report.ranking import Standing
+from xlsd_train.report.trend import Trend
+from xlsd_train.runs.bootstrap import Comparison
+from xlsd_train.runs.history import History
+from xlsd_train.runs.layout import checkpoint_at, checkpoints, step_of
+from xlsd_train.runs.validation_log import LIVE, Candidate, best_of, candidate_name
+
+PHASES = {"unet": "UNet", "te": "Text encoder", "both": "UNet and text encoder"}
+TIED = 3  # tied checkpoints that are named
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a few sentences."""
+
+    title: str
+    step: int
+    last: int  # the step at which it ends; 0 if unknown
+    verdict: list[str]  # sentences
+    then: str  # what the command does
+    command: str
+
+    @property
+    def state(self) -> str:
+        """Progress in words."""
+        if self.last and self.step >= self.last:
+            return "finished"
+        return f"step {self.step:,} of {self.last:,}" if self.last else f"step {self.step:,}"
+
+
+def summary(run: History, trend: Trend | None) -> Summary:
+    """Everything that the first screen says about one run."""
+    step, last = run.last.get("step", 0), _last_step(run)
+    saved = [step_of(path) for path in checkpoints(run.folder)]
+    best = best_of(run.folder, (0, *saved))
+    sentences = [_best(best)] if best and saved else []
+    sentences += [trend.verdict] if trend else []
+    if not run.validation:
+        sentences = ["Nothing was validated, so there is no best checkpoint (--validate-every)."]
+    then, command = _next(run, best, trend, step >= last > 0)
+    return Summary(_title(run), step, last, sentences, then, command)
+
+
+def next_of_several(standings: Sequence[Standing], runs: Sequence[History]) -> tuple[str, str]:
+    """What to do with compared runs: train on at the best rate, or look at the same prompts."""
+    best = next((run for run in standings if run.loss and run.excess is None), None)
+    names = {run.name: run for run in runs}
+    if best and best.best and best.best[0] and names[best.name].config.get("stop_after"):
+        run = names[best.name]
+        return f"Train on with {run.name}, to its planned length", _resumed(run, "stop_after")
+    words = ["sample", *(str(run.folder) for run in runs), "--prompts", "prompts.txt"]
+    return "Sample prompts of your own from all of them", _command(*words)
+
+
+def _title(run: History) -> str:
+    what = PHASES.get(run.config["phase"], "Model") if "phase" in run.config else "Model"
+    images = sum(store["selected"] for store in run.record.stores)
+    step, epoch = run.last.get("step", 0), run.last.get("epoch", 0)
+    if not step:
+        return f"{what}: not a step trained yet, {images:,} images"
+    return f"{what}, trained for {step:,} steps on {images:,} images, {epoch:,.3g} epochs"
+
+
+def _last_step(run: History) -> int:
+    planned, stop = run.record.planned_steps, run.config.get("stop_after")
+    return min(planned, stop) if isinstance(stop, int) and stop > 0 else planned
+
+
+def _best(best: Comparison[Candidate]) -> str:
+    if best.best[0] == 0:
+        return "No checkpoint improved on the model that it started from."
+    tied = [candidate_name(one) for one in best.tied]
+    more = f" and {len(tied) - TIED} more" if len(tied) > TIED else ""
+    same = f"; statistically tied: {', '.join(tied[-TIED:])}{more}" if tied else ""
+    return f"Best checkpoint: {candidate_name(best.best)}, held-out loss {best.loss}{same}."
+
+
+def _next(
+    run: History, best: Comparison[Candidate] | None, trend: Trend | None, finished: bool
+) -> tuple[str, str]:
+    if not finished:
+        return "Resume, if it is not running", _resumed(run)
+    if best is None:
+        words = ["sample", str(run.folder), "--prompts", "prompts.txt"]
+        return "Sample prompts of your own", _command(*words)
+    rate = run.config.get("lr")
+    if best.best[0] == 0 and isinstance(rate, int | float):
+        rates = ",".join(f"{rate * factor:.2g}" for factor in (1, 0.3, 0.1))
+        words = without(run.record.command[1:], "lr", "out", "stop_after")
+        return "Try lower learning rates", _command("sweep", *words, "--lr", rates)
+    if trend and trend.state == "falling":
+        if run.config.get("stop_after"):
+            return "Train on", _resumed(run, "stop_after")
+        longer = ["--steps", str(2 * run.last.get("step", 0))]
+        return "Train twice as long", _resumed(run, "steps", "epochs", more=longer)
+    step, weights = best.best
+    if weights != LIVE:
+        words = ["ema", str(run.folder), "ema", "--sigma-rel", weights.split()[-1]]
+        return "Write the best weights", _command(*words, "--step", str(step))
+    source = str(checkpoint_at(run.folder, step)) if step else str(run.folder)
+    words = ["export", source, "model.safetensors", "--format", "single-file"]
+    return "Write the best checkpoint for ComfyUI, A1111 and Forge", _command(*words)
+
+
+def _resumed(run: History, *dropped: str, more: Sequence[str] = ()) -> str:
+    words = without(run.record.command[1:], "out", *dropped)
+    return _command(*words, "--out", str(run.folder), *more)
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["xlsd-train", *words])
