@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from benchmarks.card_parts.bench import Bench, Results
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.vocabulary import Precision
+from xlsd_train.step.attention import exact_attention
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.training.setup_step import deterministic
 
@@ -48,6 +50,8 @@ def kernels(bench: Bench) -> Iterator[tuple[str, Callable[..., Tensor], list[Ten
     for tokens, keys, head in ((side**2, side**2, 40), (side**2 // 4, 77, 80), (64, 64, 160)):
         q, k, v = (drawn(2, 8, count, head) for count in (tokens, keys, keys))
         yield f"attention {tokens}x{keys}", F.scaled_dot_product_attention, [q, k, v]
+        q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+        yield f"exact attention {tokens}x{keys}", partial(exact_attention, heads=8), [q, k, v]
 
 
 def _convolution(x: Tensor, weight: Tensor) -> Tensor:

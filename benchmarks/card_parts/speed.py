@@ -4,6 +4,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.plain_loop import PlainLoop
 from benchmarks.lib.turns import Contestant, take_turns
+from xlsd_train.step import attention as exact
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.training.meter import Meter
 from xlsd_train.training.setup_step import deterministic
 
+BLOCK = exact.BLOCK  # while others are measured
 TIMED = 2  # steps per plan
 LR = 1e-9  # so small that no loss diverges
 # Parts of the names of kernels that multiply; all others only move memory.
@@ -69,21 +72,51 @@ def _compare(bench: Bench, plans: list[MemoryPlan], in_order: bool) -> Results:
 
 
 def attention(bench: Bench) -> Results:
-    """Backward pass of attention in ms: the deterministic one has a block per head of an image."""
-    side = bench.size[0] ** 2
+    """Attention in ms and of the fp32 peak: torch's kernels, and exact by the size of its blocks.
+
+    The deterministic backward pass of torch has a block per head of an image.
+    """
+    shapes = ((64, 64, 8),) if bench.tiny else ((4096, 4096, 40), (1024, 1024, 80), (4096, 77, 40))
     results: Results = {}
-    for count in (1,) if bench.tiny else (4, 6, 11, 16, 32):
-        q, k, v = torch.randn(3, count, 8, side, 40, device=bench.device).requires_grad_().unbind()
-        each = {}
-        for name, in_order in (("deterministic", True), ("free", False)):
-            deterministic(in_order)
-            out = F.scaled_dot_product_attention(q, k, v)
-            ones = torch.ones_like(out)
-            work = partial(torch.autograd.grad, out, (q, k, v), ones, retain_graph=True)
-            each[name] = 1000 * bench.clock(work, 3)
-        results[f"{count} images"] = each
-    deterministic(True)
+    for n, m, width in shapes:
+        for count in (1,) if bench.tiny else (4, 6, 11, 16):
+            q, k, v = (torch.randn(count, x, 8 * width, device=bench.device) for x in (n, m, m))
+            leaves, product = [x.requires_grad_() for x in (q, k, v)], 2 * 8 * count * n * m * width
+            each: Results = {}
+            for name, in_order in (("deterministic", True), ("free", False)):
+                deterministic(in_order)
+                each[name] = _passes(bench, _sdpa, leaves, product)
+            deterministic(True)
+            for mib in (16, 32, 64):
+                exact.BLOCK = mib * 2**20
+                each[f"exact {mib} MiB"] = _passes(bench, _exact, leaves, product)
+            results[f"{count} of {n}x{m}"] = each
+    exact.BLOCK = BLOCK
     return results
+
+
+def _passes(bench: Bench, attend: Any, leaves: list[Tensor], product: int) -> Results:
+    """Forward with two matrix products and backward with five, of `product` FLOPs each."""
+    out = attend(*leaves)
+    ones = torch.ones_like(out)
+    back = partial(torch.autograd.grad, out, leaves, ones, retain_graph=True)
+    timed: Results = {}
+    for name, work, products in (("forward", partial(attend, *leaves), 2), ("backward", back, 5)):
+        seconds = bench.clock(work, 3)
+        timed[f"{name}_ms"] = 1000 * seconds
+        if bench.card:
+            timed[f"{name}_of_peak"] = products * product / seconds / bench.card.fp32 / 1e12
+    return timed
+
+
+def _sdpa(*inputs: Tensor) -> Tensor:
+    """As the step calls it, [B, n, 8 * d] each."""
+    q, k, v = (x.view(x.shape[0], x.shape[1], 8, -1).transpose(1, 2) for x in inputs)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return exact.exact_attention(q, k, v, 8)
 
 
 def syncs(bench: Bench) -> Results:

@@ -32,7 +32,7 @@ from benchmarks.lib.real_step import (
 )
 from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_cache.console.libraries import quiet_libraries
-from xlsd_cache.runtime.device import set_precision
+from xlsd_cache.runtime.device import describe_precision, set_precision
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_cache.vocabulary import Precision
 from xlsd_train.checkpoints.environment import peak_gib
@@ -42,6 +42,7 @@ from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import GIB, KEEPING, Planner, cap_card, largest, memory_limit
 from xlsd_train.optim.lion import DLion
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan, Way, drop_gradients
+from xlsd_train.step.layers import Attention
 from xlsd_train.training.setup_step import deterministic
 
 TOLERANCE = 3.0  # percent of error that a prediction may have
@@ -86,6 +87,9 @@ class MaxBatchConfig(JsonOption):
     batch: int = 32
     """Batch whose memory is measured and predicted, or the largest that fits."""
 
+    attention: Attention = "sdpa"
+    """As in xlsd-train."""
+
     check: bool = False
     """Compare predictions with torch's CPU allocator at --batch."""
 
@@ -106,7 +110,9 @@ def main(config: MaxBatchConfig, command: Sequence[str]) -> None:
     quiet_libraries()
     device = "cpu" if config.check else here()
     report = Report("benchmarks/train/max_batch.py", command, machine_of(device))
-    report.fact("precision", set_precision(config.precision))
+    set_precision(config.precision)
+    exact = config.attention == "exact"
+    report.fact("precision", describe_precision(config.precision, exact))
     if config.check:
         check(config, report)
     else:
@@ -161,17 +167,21 @@ def cases(config: MaxBatchConfig) -> Iterator[tuple[Phase, Literal["lion", "dlio
 def plans(config: MaxBatchConfig) -> list[MemoryPlan]:
     """The plans of the strategies. Only sliced has several: one per number of slices."""
     slices = config.slices
-    return [MemoryPlan(way, n) for way in config.way for n in (slices if way == "sliced" else (1,))]
+    return [
+        MemoryPlan(way, n, config.attention)
+        for way in config.way
+        for n in (slices if way == "sliced" else (1,))
+    ]
 
 
 def shown(plan: MemoryPlan) -> str:
     """The plan's name in the table: the micro-batch is the batch, except for sliced."""
-    return str(plan) if plan.way == "sliced" else plan.way
+    return f"sliced by {plan.micro_batch}" if plan.way == "sliced" else plan.way
 
 
 def whole(plan: MemoryPlan, batch: int) -> MemoryPlan:
     """The plan that runs this batch in one pass."""
-    return plan if plan.way == "sliced" else MemoryPlan(plan.way, batch)
+    return plan if plan.way == "sliced" else plan._replace(micro_batch=batch)
 
 
 def latents(name: str) -> Size:
@@ -262,7 +272,7 @@ def check(config: MaxBatchConfig, report: Report) -> None:
     """Print and record predicted and measured peaks on the CPU, for one pass and several."""
     print(f"{config.model}, batch {config.batch}; real: the peak of torch's CPU allocator, in MiB")
     names = ("phase", "optimizer", "tokens", "size", "plan", "predicted", "real", "error", "s")
-    form = "{:>6}{:>10}{:>7}{:>9}{:>20}{:>11}{:>11}{:>8}{:>7}"
+    form = "{:>6}{:>10}{:>7}{:>9}{:>36}{:>11}{:>11}{:>8}{:>7}"
     print(form.format(*names))
     errors, before = [], psutil.Process().memory_info().rss / GIB
     for phase, optimizer, tokens in cases(config):
@@ -293,7 +303,7 @@ def check_plans(config: MaxBatchConfig) -> list[MemoryPlan]:
     """Every strategy, with the batch in one pass and in several."""
     parts = config.parts or (config.batch, ceil(config.batch / 2))
     return [
-        MemoryPlan(way, n)
+        MemoryPlan(way, n, config.attention)
         for way in config.way
         for n in (config.slices if way == "sliced" else parts)
     ]
