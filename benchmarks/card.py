@@ -30,9 +30,8 @@ from benchmarks.lib.report import run_script
 from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_bytes, write_json
-from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_cache.runtime.device import deterministic, device_of, set_precision
 from xlsd_train.memory.planner import cap_card
-from xlsd_train.training.setup_step import deterministic
 
 Part = Literal[
     "strict", "attention", "room", "encode", "determinism", "peaks", "speed", "kernels", "syncs",

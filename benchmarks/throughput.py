@@ -47,7 +47,7 @@ from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.dataset.dataset import LatentDataset
 from xlsd_cache.dataset.sampler import BucketBatchSampler
 from xlsd_cache.errors import UserError
-from xlsd_cache.runtime.device import set_precision
+from xlsd_cache.runtime.device import deterministic, set_precision
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.vocabulary import Precision
 from xlsd_train.config.inputs import Phase
@@ -60,7 +60,6 @@ from xlsd_train.memory.planner import GIB, SLICES, Asked, Planner, cap_card, mem
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.step.step import Step
-from xlsd_train.training.setup_step import deterministic
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 
 from benchmarks.demo.pipeline import Size
 from benchmarks.lib.real_step import drawn_batch, model_of, step_of
-from benchmarks.train.max_batch import Strict
 from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.gpus import Card, card_named
+from xlsd_train.memory.measure import TrialBackend
 from xlsd_train.memory.planner import Planner
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.factory import make_optimizer
@@ -90,7 +90,7 @@ class Bench:
     @cached_property
     def step(self) -> Step:
         """The step of that model, whose networks it moves to the device."""
-        return step_of(self.bundle, self.settings, self.plans[0], self.device.type, Strict)
+        return step_of(self.bundle, self.settings, self.plans[0], self.device.type, TrialBackend)
 
     @cached_property
     def planner(self) -> Planner:

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.card_parts.bench import Bench, Results
-from xlsd_cache.runtime.device import set_precision
+from xlsd_cache.runtime.device import deterministic, set_precision
 from xlsd_cache.vocabulary import Precision
 from xlsd_train.step.attention import exact_attention
 from xlsd_train.step.backend import MemoryPlan
-from xlsd_train.training.setup_step import deterministic
 
 STRICT = 1e-5  # relative; TF32 is off by about 1e-3
 State = list[tuple[Tensor, Tensor]]  # each weight and its momentum

@@ -5,10 +5,10 @@ import torch
 from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.allocations import peak_of
 from benchmarks.train.max_batch import whole
+from xlsd_cache.runtime.device import deterministic
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_train.memory.planner import GIB, KEEPING, memory_limit
 from xlsd_train.step.backend import MemoryPlan
-from xlsd_train.training.setup_step import deterministic
 
 TINY_LIMIT = 30 * 2**20  # bytes above the smallest step
 

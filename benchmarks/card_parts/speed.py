@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.plain_loop import PlainLoop
 from benchmarks.lib.turns import Contestant, take_turns
+from xlsd_cache.runtime.device import deterministic
 from xlsd_train.step import attention as exact
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.training.meter import Meter
-from xlsd_train.training.setup_step import deterministic
 
 BLOCK = exact.BLOCK  # while others are measured
 TIMED = 2  # steps per plan

@@ -32,18 +32,18 @@ from benchmarks.lib.real_step import (
 )
 from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_cache.console.libraries import quiet_libraries
-from xlsd_cache.runtime.device import describe_precision, set_precision
+from xlsd_cache.runtime.device import describe_precision, deterministic, set_precision
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_cache.vocabulary import Precision
 from xlsd_train.checkpoints.environment import peak_gib
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.train import TrainConfig
+from xlsd_train.memory.measure import TrialBackend
 from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import GIB, KEEPING, Planner, cap_card, largest, memory_limit
 from xlsd_train.optim.lion import DLion
-from xlsd_train.step.backend import DeviceBackend, MemoryPlan, Way, drop_gradients
+from xlsd_train.step.backend import MemoryPlan, Way, drop_gradients
 from xlsd_train.step.layers import Attention
-from xlsd_train.training.setup_step import deterministic
 
 TOLERANCE = 3.0  # percent of error that a prediction may have
 COLUMNS = (
@@ -95,14 +95,6 @@ class MaxBatchConfig(JsonOption):
 
     parts: tuple[int, ...] = ()
     """Micro-batches to check, except for sliced. Default: the batch and half of it."""
-
-
-class Strict(DeviceBackend):
-    """Keeps its plan when memory is full."""
-
-    def tighten(self, error: RuntimeError) -> None:
-        """Raise it."""
-        raise error
 
 
 def main(config: MaxBatchConfig, command: Sequence[str]) -> None:
@@ -204,7 +196,7 @@ class Trial:
     def __init__(self, config: MaxBatchConfig, settings: TrainConfig, tokens: int) -> None:
         _free()
         self._model = model_of(config.model, tokens)
-        self._step = step_of(self._model, settings, MemoryPlan("plain", 1), "cuda", Strict)
+        self._step = step_of(self._model, settings, MemoryPlan("plain", 1), "cuda", TrialBackend)
 
     def measure(
         self, planner: Planner, plan: MemoryPlan, predicted: int, size: Size, batch: int
@@ -279,7 +271,7 @@ def check(config: MaxBatchConfig, report: Report) -> None:
         settings = TrainConfig(phase, optimizer=optimizer, precision=config.precision).resolved()
         planner = planner_of(config, settings, tokens, workspaces=False)
         model = model_of(config.model, tokens)
-        step = step_of(model, settings, MemoryPlan("plain", 1), "cpu", Strict)
+        step = step_of(model, settings, MemoryPlan("plain", 1), "cpu", TrialBackend)
         for name in config.size:
             size = latents(name)
             for plan in check_plans(config):

@@ -92,3 +92,15 @@ def describe_precision(precision: Precision, exact_attention: bool = False) -> s
         "bf16": "bf16: convolutions and matmuls compute in bfloat16 (8 bits of mantissa) under"
         " autocast; weights, optimizer and sums stay fp32 without TF32",
     }[precision]
+
+
+def deterministic(on: bool) -> None:
+    """Use the same CUDA kernels in every run, and only those that sum in a fixed order.
+
+    Otherwise cuDNN times its kernels for every shape and uses the fastest.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not on  # it may choose another kernel in each run

@@ -14,6 +14,7 @@ from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.optim.lr_scheduler import first_other_rate
 from xlsd_train.runs.record import RunRecord
+from xlsd_train.step.backend import MemoryPlan
 
 log = logging.getLogger("xlsd.train.checkpoints")
 
@@ -140,6 +141,13 @@ def _old_settings(
         old["objective"] = settings["objective"]  # left out, it is that of the checkpoint
     if "card" in settings:  # earlier versions recorded it only among the machine's facts
         old.setdefault("card", before.machine.get("card"))
+    used = [MemoryPlan(*before.plan), MemoryPlan(*run.state().get("plan", before.plan))]
+    if settings["memory"] in {plan.way for plan in used}:  # the plan's own flags, see its `flags`
+        old["memory"] = settings["memory"]
+    if settings["micro_batch"] in {plan.micro_batch for plan in used}:
+        old["micro_batch"] = settings["micro_batch"]
+    asked = settings["attention"]
+    old["attention"] = asked if asked == "auto" else used[0].attention
     if not (before.validation and config.validate_every):
         old["validation_images"] = settings["validation_images"]
     return old

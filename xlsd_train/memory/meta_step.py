@@ -175,6 +175,21 @@ class MetaBackend:
         return value
 
 
+def random_networks(
+    config: TrainConfig, unet_config: Any, text_config: Any
+) -> tuple[Networks, list[Parameter], Objective]:
+    """Untrained networks of these configs on torch's default device, what trains, an objective."""
+    unet = UNet2DConditionModel.from_config(dict(unet_config))
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
+    channels, table = torch.ones(unet_config["in_channels"], 1, 1), torch.ones(1000)
+    model = Networks(
+        unet=unet, text_encoder=text_encoder, source="the model",
+        scaling=LatentScaling(channels, channels, normalized=False), clip_skip=config.clip_skip,
+    )  # fmt: skip
+    trained = list(model.prepare(config.phase, config.train).values())
+    return model, trained, Objective(config.objective or "eps", table, table, table, 0, {})
+
+
 class MetaStep:
     """Runs training steps of one config on meta tensors, and returns their footprints.
 
@@ -189,22 +204,15 @@ class MetaStep:
         self._workspaces, self._channels = workspaces, unet_config["in_channels"]
         self._logs: dict[tuple[MemoryPlan, int, Size], Footprint] = {}
         with META:
-            unet = UNet2DConditionModel.from_config(dict(unet_config))
-            text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(text_config)))
-            channels = torch.ones(self._channels, 1, 1)
-            model = Networks(
-                unet=unet, text_encoder=text_encoder, source="the model",
-                scaling=LatentScaling(channels, channels, normalized=False),
-                clip_skip=config.clip_skip,
-            )  # fmt: skip
-            trained = list(model.prepare(config.phase, config.train).values())
-            tensors = [x for m in (unet, text_encoder) for x in (*m.parameters(), *m.buffers())]
-            optimizer, table = make_optimizer(config, trained), torch.ones(1000)
-            objective = Objective(config.objective or "eps", table, table, table, 0, {})
+            model, trained, objective = random_networks(config, unet_config, text_config)
+            tensors = [
+                x for m in (model.unet, model.text_encoder) for x in (*m.parameters(), *m.buffers())
+            ]
+            optimizer = make_optimizer(config, trained)
             self._backend = MetaBackend(config.precision == "bf16", alone)
             self._step = Step(model, trained, optimizer, objective, self._backend)
         self._frozen = [x for x in tensors if not x.requires_grad]
-        self._tokens = text_encoder.config.max_position_embeddings
+        self._tokens = model.text_encoder.config.max_position_embeddings
 
     @property
     def two_slices(self) -> int:

@@ -27,7 +27,7 @@ GIB = 2**30
 KEEPING: tuple[Way, ...] = ("plain", "cheap", "feed-forward")  # micro-batches, gradients kept
 WAYS: tuple[Way, ...] = (*KEEPING, "sliced")
 SLICES = (4, 2, 1)  # samples at once in the widest layers, the fastest first
-REFERENCE = "RTX 4090"  # the card for which the fastest plan is chosen
+REFERENCE = "RTX 4090"  # for which the fastest plan is chosen where the card is not known
 CLOSE = 1.02  # times within this factor count as equal: fewer passes win, their kernels are larger
 KERNEL_S = 5e-6  # assumed shortest time of a kernel, else tiny micro-batches would cost nothing
 
@@ -149,11 +149,13 @@ class Planner:
         start = self._meta_step.two_slices * plan.micro_batch if plan.way == "sliced" else 4
         return last(fits, start=start)
 
-    def fastest(self, batch: int, size: Size, limit: float, asked: Asked) -> Prediction | None:
-        """The fastest plan within `limit` bytes; None if none fits."""
+    def fastest(
+        self, batch: int, size: Size, limit: float, asked: Asked, card: str = REFERENCE
+    ) -> Prediction | None:
+        """The fastest plan within `limit` bytes on a card of CARDS; None if none fits."""
         fitting = self.candidates(batch, size, limit, asked)
-        best = min((x.seconds[REFERENCE] for x in fitting), default=0.0)
-        close = [x for x in fitting if x.seconds[REFERENCE] <= CLOSE * best]
+        best = min((x.seconds[card] for x in fitting), default=0.0)
+        close = [x for x in fitting if x.seconds[card] <= CLOSE * best]
         return min(close, key=lambda x: (x.plan.momentum != "resident", x.passes), default=None)
 
     def candidates(self, batch: int, size: Size, limit: float, asked: Asked) -> list[Prediction]:
@@ -190,6 +192,9 @@ class Planner:
         return [predict(n) for n in counts if fits(n)][:1]
 
 
+Measure = Callable[[Planner, int, Size], MemoryPlan | None]  # for so many samples of a process
+
+
 def last(fits: Callable[[int], bool], most: int | None = None, start: int = 4) -> int:
     """The largest number up to `most` that fits, where all below it do; 0 where not even 1."""
     low, high = 0, start
@@ -222,12 +227,13 @@ def asked(config: TrainConfig) -> Asked:
 
 def choose(
     config: TrainConfig, planner: Callable[[], Planner], buckets: Mapping[str, int], processes: int,
-    limit: float | None,
+    limit: float | None, card: str | None = None, measure: Measure | None = None,
 ) -> tuple[int, MemoryPlan, Prediction | None]:  # fmt: skip
     """(batch, each process's plan, its prediction) of a new run.
 
     `buckets` maps names to numbers of images; the largest bucket decides. `limit` is in bytes;
-    without one nothing is predicted. Raises UserError if nothing fits.
+    without one nothing is predicted. The plan is the one that `measure` finds, else the one
+    predicted to be the fastest on the card. Raises UserError if nothing fits.
     """
     ask = asked(config)
     way, micro_batch = ask.way, ask.micro_batch
@@ -247,7 +253,9 @@ def choose(
     else:
         batch = config.batch
     share = ceil(batch / processes)
-    fastest = plans.fastest(share, size, limit, ask)
+    if measure and (found := measure(plans, share, size)):
+        return batch, found, plans.predict(found, share, size)
+    fastest = plans.fastest(share, size, limit, ask, card or REFERENCE)
     if fastest is None:
         tightest = plans.predict(
             MemoryPlan(way or WAYS[-1], micro_batch or 1, ask.attention[0], ask.momentum[-1]),

@@ -32,10 +32,24 @@ _LENGTHS = "looked_at selected without limit cut over_median over_max".split()
 # Earlier versions had the first two; state.json leaves out the last, which each resume may change.
 _PLAN = ([str, int], [str, int, str], [str, int, str, str])
 Plan = Annotated[tuple[Any, ...], Shape(_PLAN)]
+MEASURED = {
+    "plan!": _PLAN, "images_per_s!": (None, float), "of_peak!": (None, float),
+    "peak_gib!": (None, float), "fits!": bool,
+}  # fmt: skip
 Options = Annotated[dict[str, Any], Shape(_OPTIONS)]
 Recipe = Annotated[dict[str, Any], Shape({"name!": str, "sha256!": str})]
 Lengths = Annotated[dict[str, int], Shape({f"{name}!": int for name in _LENGTHS})]
 Changes = Annotated[dict[str, dict[str, Any]], Shape(_ADAPTED)]  # option -> from, to, why
+
+
+class MeasuredPlan(TypedDict):
+    """A memory plan that was measured before a run, by one process."""
+
+    plan: list[Any]
+    images_per_s: float | None  # None: out of memory
+    of_peak: float | None  # of the card's peak FLOP/s, with recomputation; None: not known
+    peak_gib: float | None  # None: not known
+    fits: bool
 
 
 class StoreRecord(TypedDict):
@@ -89,6 +103,7 @@ class RunRecord:
     batch: int = 0
     plan: Plan = ("", 0)  # how a batch passes: the fields of `MemoryPlan`
     memory: str = ""  # the same in words
+    measured: Annotated[list[MeasuredPlan], Shape([MEASURED])] = field(default_factory=list)
     step_s: tuple[str, float] | None = None  # (GPU, predicted seconds per batch)
     planned_steps: int = 0
     warmup_steps: float = 0.0

@@ -14,8 +14,10 @@ from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
 from xlsd_train.data.loader import Batch, BatchSource
+from xlsd_train.memory.measure import describe
 from xlsd_train.runs.record import RunRecord, StoreRecord
 from xlsd_train.runs.validation_log import HELD_OUT
+from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.training.pace import describe_epochs, describe_hours
 
 log = logging.getLogger("xlsd.train.training")
@@ -54,7 +56,7 @@ def announce(
     log.info(describe_truncation(record.captions))
     for line in record.remarks if config.sample_every else ():
         log.info(line)
-    log.info(record.memory)
+    _memory(record)
     if config.ema:
         gib = 2 * 4 * weights / 2**30
         held = gib * 1.5 if record.settings["device"] == "cuda" else gib  # and a staging copy
@@ -72,6 +74,16 @@ def announce(
     log.info(f"warm-up over {record.warmup_steps:g} steps to {config.lr:g}{then}{tenth}")
     _length(config, record, order)
     log.info(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
+
+
+def _memory(record: RunRecord) -> None:
+    """The memory plan, what was measured to choose it, and how to get it again."""
+    used = MemoryPlan(*record.plan)
+    for row in record.measured:
+        plan = MemoryPlan(*row["plan"])
+        log.info(f"  {'*' if plan == used else ' '} {plan!s:<44}{describe(row)}")
+    log.info(record.memory)
+    log.info(f"the same plan again: {used.flags()}")
 
 
 def _measured(config: TrainConfig, record: RunRecord) -> None:

@@ -103,6 +103,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             batch=batching.batch,
             plan=batching.plan,
             memory=batching.text,
+            measured=batching.measured,
             step_s=batching.step_s,
             planned_steps=planned,
             warmup_steps=warmup,

@@ -1,8 +1,7 @@
 """Build the training step of a run: device, memory plan, optimizer."""
 
 import logging
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -12,14 +11,16 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from xlsd_cache.dataset.selection import Selection
 from xlsd_cache.errors import UserError
-from xlsd_cache.runtime.device import device_of, set_precision
+from xlsd_cache.runtime.device import deterministic, device_of, set_precision
 from xlsd_train.checkpoints.checkpoint import load_optimizer
 from xlsd_train.checkpoints.comparison import compare_batch
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
+from xlsd_train.memory.gpus import known_as
+from xlsd_train.memory.measure import Measuring
 from xlsd_train.memory.planner import GIB, Planner, cap_card, choose, memory_limit
 from xlsd_train.optim.factory import make_optimizer, streamed_nbytes
-from xlsd_train.runs.record import RunRecord
+from xlsd_train.runs.record import MeasuredPlan, RunRecord
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan
 from xlsd_train.step.distributed import TIMEOUT
 from xlsd_train.step.step import Step
@@ -37,6 +38,7 @@ class Batching:
     plan: MemoryPlan  # of each process
     text: str  # the plan's prediction, for people
     step_s: tuple[str, float] | None  # (GPU, seconds per batch at its peak throughput), if known
+    measured: list[MeasuredPlan] = field(default_factory=list)
 
 
 def start(config: TrainConfig) -> Accelerator:
@@ -52,18 +54,6 @@ def start(config: TrainConfig) -> Accelerator:
     if config.threads:  # after accelerate, which sets its own number for several processes
         torch.set_num_threads(config.threads)
     return accelerator
-
-
-def deterministic(on: bool) -> None:
-    """Use the same CUDA kernels in every run, and only those that sum in a fixed order.
-
-    Otherwise cuDNN times its kernels for every shape and uses the fastest.
-    """
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(on)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not on  # it may choose another kernel in each run
 
 
 def plan_batch(
@@ -82,24 +72,31 @@ def plan_batch(
     if before and not config.force:
         plan = _kept_plan(config, run, before)
         _check_host(plan, needed, free)
-        return Batching(before.batch, plan, before.memory, before.step_s)
+        return Batching(before.batch, plan, before.memory, before.step_s, before.measured)
     if config.momentum == "auto" and needed > free:
         config = replace(config, momentum="resident")
     chosen: list[Any] = [None]
     if accelerator.is_main_process:  # GPUs differ in free memory, and sums must not differ
         config = replace(config, objective=model.objective.kind)
-        networks = model.bundle.unet.config, model.bundle.text_encoder.config.to_dict()
+        networks = dict(model.bundle.unet.config), model.bundle.text_encoder.config.to_dict()
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        limit, measuring = memory_limit(config.vram, device), None
+        if limit is not None and config.measure and config.memory == "fastest":
+            measuring = Measuring(config, networks, device, limit)
         batch, plan, prediction = choose(
             config,
             lambda: Planner(config, *networks, processes=accelerator.num_processes),
             selection.sizes,
             accelerator.num_processes,
-            memory_limit(config.vram, device),
+            limit,
+            known_as(card),
+            measuring,
         )
         unknown = f"batch {batch}, {plan}: no memory limit is known here; --vram sets one"
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         step_s = predicted(prediction.seconds, card) if prediction else None
-        chosen = [Batching(batch, plan, str(prediction or unknown), step_s)]
+        text = str(prediction or unknown) + (measuring.text() if measuring else "")
+        rows = measuring.rows if measuring else []
+        chosen = [Batching(batch, plan, text, step_s, rows)]
     batching: Batching = broadcast_object_list(chosen)[0]
     _check_host(batching.plan, needed, free)
     compare_batch(run, batching.batch, batching.plan, config.force)

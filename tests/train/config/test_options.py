@@ -87,6 +87,7 @@ _ALL_OF_CAPTIONS = (
 )
 _RATES = "training/test_loop.py::test_rate_options_act_and_a_stop_step_changes_no_rate"
 _AS_ASKED = "config/test_options.py::test_channels_last_and_determinism_are_as_asked"
+_MEASURED = "memory/test_measure.py"
 ELSEWHERE = {
     "channels_last": _AS_ASKED,
     "deterministic": _AS_ASKED,
@@ -106,6 +107,8 @@ ELSEWHERE = {
     "caption": _ALL_OF_CAPTIONS,
     "tags": _ALL_OF_CAPTIONS,
     "underscores_to_spaces": _ALL_OF_CAPTIONS,
+    "remeasure": f"{_MEASURED}::test_a_measured_run_is_that_of_its_flags_and_resumes_as_such",
+    "measure": f"{_MEASURED}::test_nothing_is_measured_that_is_not_to_be",
     "device": "config/test_train.py::test_impossible_options_are_one_sentence",
     "recipe": "config/test_recipes.py::test_each_trains",
 }
