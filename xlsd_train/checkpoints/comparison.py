@@ -141,13 +141,12 @@ def _old_settings(
         old["objective"] = settings["objective"]  # left out, it is that of the checkpoint
     if "card" in settings:  # earlier versions recorded it only among the machine's facts
         old.setdefault("card", before.machine.get("card"))
-    used = [MemoryPlan(*before.plan), MemoryPlan(*run.state().get("plan", before.plan))]
-    if settings["memory"] in {plan.way for plan in used}:  # the plan's own flags, see its `flags`
-        old["memory"] = settings["memory"]
-    if settings["micro_batch"] in {plan.micro_batch for plan in used}:
-        old["micro_batch"] = settings["micro_batch"]
-    asked = settings["attention"]
-    old["attention"] = asked if asked == "auto" else used[0].attention
+    plans = [MemoryPlan(*before.plan), MemoryPlan(*run.state().get("plan", before.plan))]
+    for name, used in (("memory", "way"), ("micro_batch", "micro_batch")):  # as `flags` gives them
+        if settings.get(name) in {getattr(plan, used) for plan in plans}:
+            old[name] = settings[name]
+    asked = settings.get("attention")
+    old["attention"] = asked if asked == "auto" else plans[0].attention
     if not (before.validation and config.validate_every):
         old["validation_images"] = settings["validation_images"]
     return old

@@ -201,7 +201,7 @@ def test_a_damaged_cache_is_no_error(content: bytes, caplog: Any) -> None:
 ])  # fmt: skip
 def test_a_plan_that_is_none_is_not_taken(plan: list[Any]) -> None:
     row: Any = {"plan": plan, "images_per_s": 1, "of_peak": 1, "peak_gib": 1, "fits": True}
-    good = {**row, "plan": list(PLAIN)}
+    good: Any = {**row, "plan": list(PLAIN)}
     plan_cache.remember("a", [good])
     plan_cache.remember("b", [good, row])
     assert plan_cache.recall("a") == [good]
