@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a file
 from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.card_parts.encode import encode
 from benchmarks.card_parts.exact import determinism, room, strict
+from benchmarks.card_parts.measured import measured_plans
 from benchmarks.card_parts.memory import largest, peaks
 from benchmarks.card_parts.speed import attention, free, kernels, speed, syncs
 from benchmarks.lib.real_step import machine_of
@@ -34,12 +35,13 @@ from xlsd_cache.runtime.device import deterministic, device_of, set_precision
 from xlsd_train.memory.planner import cap_card
 
 Part = Literal[
-    "strict", "attention", "room", "encode", "determinism", "peaks", "speed", "kernels", "syncs",
-    "free", "largest"
+    "strict", "attention", "room", "measured", "encode", "determinism", "peaks", "speed", "kernels",
+    "syncs", "free", "largest"
 ]  # fmt: skip
 PARTS: dict[Part, Callable[[Bench], Results]] = {
     "strict": strict, "attention": attention,
-    "room": room, "encode": encode,  # before the step is made: they need the GPU's memory
+    # Before the step is made: they need the GPU's memory.
+    "room": room, "measured": measured_plans, "encode": encode,
     "determinism": determinism, "peaks": peaks, "speed": speed, "kernels": kernels,
     "syncs": syncs, "free": free, "largest": largest,
 }  # fmt: skip

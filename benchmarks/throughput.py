@@ -56,7 +56,8 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.data.loader import Batch, BatchSource, Loader
 from xlsd_train.data.noise import Noising
-from xlsd_train.memory.planner import GIB, SLICES, Asked, Planner, cap_card, memory_limit
+from xlsd_train.memory.measure import Measuring
+from xlsd_train.memory.planner import GIB, SLICES, Planner, asked, cap_card, memory_limit
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.step.step import Step
@@ -301,10 +302,15 @@ def plan_of(config: ThroughputConfig, settings: TrainConfig, model: ModelBundle)
         if limit is None:
             raise UserError("--memory fastest needs a memory limit on this device; add --limit-gib")
         side = side_of(config) // 8
-        planner = Planner(settings, model.unet.config, model.text_encoder.config.to_dict())
-        choice = planner.fastest(
-            config.batch, (side, side), limit, Asked(micro_batch=config.micro_batch)
-        )
+        networks = dict(model.unet.config), model.text_encoder.config.to_dict()
+        settings = replace(
+            settings, vram=config.limit_gib, micro_batch=config.micro_batch,
+            deterministic=config.deterministic,
+        )  # fmt: skip
+        planner, batch, size = Planner(settings, *networks), config.batch, (side, side)
+        if plan := Measuring(settings, networks, device, limit)(planner, batch, size):
+            return plan
+        choice = planner.fastest(batch, size, limit, asked(settings))
         if choice is None:
             raise UserError(f"no plan fits {limit / GIB:.2f} GiB; lower --batch")
         return choice.plan

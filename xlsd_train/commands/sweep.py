@@ -57,6 +57,7 @@ def sweep(config: SweepConfig, words: Sequence[str]) -> None:
             own = {"lr": asked.lr, "out": folder, "validate-every": asked.validate_every}
             options = [word for name, value in own.items() for word in (f"--{name}", str(value))]
             code = _wait(start([*given, *options]), stop)
+            given = without(given, "remeasure")  # the other runs take what the first measured
             if stop.asked:
                 log.info(f"to resume bit-exactly, use the same command with --out {out}")
                 return

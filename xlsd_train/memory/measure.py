@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ from xlsd_train.step.step import Step
 
 log = logging.getLogger("xlsd.train.memory")
 
-MOST = 4  # plans to measure; more only if none of them fits
+MOST = 4  # plans to measure that fit; at most twice as many are tried once one fits
 LR = 1e-9  # so small that no loss diverges
 _CHILD = "from xlsd_train.memory.measure import child; child()"
 # Launchers tell processes by these that others belong to them; the measuring process is alone.
@@ -121,7 +122,7 @@ class Measuring:
             self.rows = before
             log.info("memory plans were measured before with these options; --remeasure repeats it")
         elif self.wanted and not self.config.dry_run:
-            self.rows = self._measured(planner, batch, size)
+            self.rows = self.measure(planner, batch, size)
             best = fastest(self.rows)
             if best:
                 remember(key, self.rows)
@@ -136,7 +137,8 @@ class Measuring:
         waits = self.wanted and self.config.dry_run
         return "; the run will measure the best plans first" if waits else ""
 
-    def _measured(self, planner: Planner, batch: int, size: Size) -> list[MeasuredPlan]:
+    def measure(self, planner: Planner, batch: int, size: Size) -> list[MeasuredPlan]:
+        """Measure the best plans, whatever was measured before."""
         ask = asked(self.config)
         if self.config.attention == "auto" and self.config.precision == "fp32":
             ask = ask._replace(attention=("sdpa", "exact"))
@@ -149,13 +151,16 @@ class Measuring:
             self.config, self.networks, [x.plan for x in found], batch, size, self.device,
             self.limit, torch.get_num_threads(),
         )  # fmt: skip
-        tflop, card = {x.plan: x.tflop for x in found}, card_named(self.card)
+        card = card_named(self.card)
+        tflop = {(x.plan.way, x.plan.attention): x.tflop for x in found}  # at any micro-batch
         peak = card.tflops(self.config.precision) if card else None
         return [
             {
                 "plan": list(plan),
                 "images_per_s": batch / seconds if seconds else None,
-                "of_peak": tflop[plan] / seconds / peak if seconds and peak else None,
+                "of_peak": tflop[plan.way, plan.attention] / seconds / peak
+                if seconds and peak
+                else None,
                 "peak_gib": nbytes / GIB if nbytes else None,
                 "fits": seconds is not None and (nbytes or 0) <= self.limit,
             }
@@ -243,9 +248,9 @@ def child() -> None:
 def trials(job: Job) -> Iterator[Trial]:
     """Two steps of each plan in turn, on random weights and data; the second is measured.
 
-    Ends after MOST plans if one of them fits.
+    A plan that does not fit is followed by the same with one pass more.
     """
-    config, device, fits = job.config, job.device, False
+    config, device, fits = job.config, job.device, 0
     with torch.device(device):
         model, trained, objective = random_networks(config, *job.networks)
         batch = _batch(job, model, objective)
@@ -253,9 +258,9 @@ def trials(job: Job) -> Iterator[Trial]:
         model.unet.to(memory_format=torch.channels_last)
     mixed = "bf16" if config.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
-    for number, plan in enumerate(job.plans):
-        if fits and number >= MOST:
-            return
+    plans, number = list(job.plans), 0
+    while number < len(plans) and fits < MOST and not (fits and number >= 2 * MOST):
+        plan, number = plans[number], number + 1
         backend, trial = TrialBackend(accelerator, plan), Trial(plan, None, None)
         try:
             trial = _measure(config, model, trained, objective, backend, batch)
@@ -264,15 +269,27 @@ def trials(job: Job) -> Iterator[Trial]:
                 raise
         drop_gradients(trained)
         give_back(device)
-        fits |= trial.seconds is not None and (trial.peak or 0) <= job.limit
+        if trial.seconds is not None and (trial.peak or 0) <= job.limit:
+            fits += 1
+        elif config.micro_batch is None and (smaller := _smaller(plan, job.batch)) not in plans:
+            plans.insert(number, smaller)
         yield trial
+
+
+def _smaller(plan: MemoryPlan, batch: int) -> MemoryPlan:
+    """With one pass more; the plan itself if there is none, or if `shortlist` has smaller ones."""
+    if plan.way == "sliced" or plan.micro_batch == 1:
+        return plan
+    passes = ceil(batch / plan.micro_batch) + 1
+    return plan._replace(micro_batch=min(plan.micro_batch - 1, ceil(batch / passes)))
 
 
 def _measure(
     config: TrainConfig, model: Networks, trained: list[Parameter], objective: Objective,
     backend: TrialBackend, batch: Batch,
 ) -> Trial:  # fmt: skip
-    step = Step(model, trained, make_optimizer(config, trained), objective, backend)
+    optimizer = make_optimizer(config, trained, backend.plan.momentum == "streamed")
+    step = Step(model, trained, optimizer, objective, backend)
     batches = [batch] * min(config.accum, 2)  # gradients of the first stay during the second
     cuda = backend.device.type == "cuda"
     step(batches, LR)  # chooses kernels and fills the allocator's cache

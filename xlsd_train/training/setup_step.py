@@ -1,6 +1,7 @@
 """Build the training step of a run: device, memory plan, optimizer."""
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 

@@ -1,9 +1,10 @@
 """Measured plans: nothing of the run changes, a wrong prediction is corrected, and it is kept."""
 
 import json
+import os
 import random
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 
 from benchmarks.demo.pipeline import make_networks
 from tests.support import files, metrics, spawn, train, wait_for
+from tests.train.commands.test_sweep import Forked
 from tests.train.step.test_memory_full import Refusing
+from xlsd_train.commands import sweep
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory import measure, plan_cache
 from xlsd_train.memory.measure import Job, Measuring, Trial, fastest, shortlist, trials
@@ -111,19 +114,22 @@ def test_a_plan_that_does_not_fit_is_passed_over(
 ) -> None:
     refusing(monkeypatch, 0)
     found, measuring = measured(PLAIN, SLOW)
-    assert found == SLOW
+    assert found == MemoryPlan("plain", 8)  # next to it, with one pass more
+    assert [row["plan"][1] for row in measuring.rows] == [16, 8, 1]
     assert measuring.rows[0] == {
         "plan": list(PLAIN), "images_per_s": None, "of_peak": None, "peak_gib": None, "fits": False,
     }  # fmt: skip
-    refusing(monkeypatch, 0, 1)
-    found, measuring = measured(PLAIN, SLOW)
+    found, measuring = measured(PLAIN, SLOW, micro_batch=16)
+    assert found == SLOW
+    refusing(monkeypatch, 0)
+    found, measuring = measured(SLOW)
     assert found is None
     assert measuring.text() == ""
     assert "the one predicted to be fastest" in caplog.text
 
 
 def test_more_plans_are_tried_only_if_none_fits() -> None:
-    plans = [MemoryPlan("plain", n) for n in (16, 15, 14, 13, 12, 11)]
+    plans, most = [MemoryPlan("plain", n) for n in range(16, 5, -1)], 2 * measure.MOST
     assert len(list(trials(job(*plans)))) == measure.MOST
 
     class Full(Refusing):  # type: ignore[no-untyped-call]
@@ -135,10 +141,13 @@ def test_more_plans_are_tried_only_if_none_fits() -> None:
                 if self.count <= self.at:
                     raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with Full(measure.MOST):
-        found = list(trials(job(*plans)))
-    assert [trial.plan for trial in found] == plans[: measure.MOST + 1]
-    assert [trial.seconds is not None for trial in found] == [False] * measure.MOST + [True]
+    with Full(most):
+        found = list(trials(job(*plans, micro_batch=16)))
+    assert [trial.plan for trial in found] == plans[: most + 1]
+    assert [trial.seconds is not None for trial in found] == [False] * most + [True]
+    with Full(4):
+        found = list(trials(job(PLAIN)))
+    assert [trial.plan.micro_batch for trial in found] == [16, 8, 6, 4, 3]
 
 
 def test_an_error_that_is_not_about_memory_ends_it_with_what_there_is(caplog: Any) -> None:
@@ -313,10 +322,29 @@ def test_the_plan_of_an_older_run_means_sdpa(given: Words, tmp_path: Path) -> No
     assert state["plan"] == ["plain", 4, "sdpa", "resident"]
 
 
+def train_at(home: Path, *args: object) -> int:
+    """`xlsd-train` with this cache folder, in a process that has not the test's environment."""
+    os.environ["XDG_CACHE_HOME"] = str(home)
+    return train(*args)
+
+
+def test_a_sweep_measures_once(
+    given: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = partial(train_at, tmp_path / "cache")
+    monkeypatch.setattr(sweep, "start", lambda words: Forked(run, words))
+    options = ("--vram", 2, "--remeasure", "--stop-after", 1, "--sample-every", 0)
+    assert train("sweep", "--lr", "1e-5,2e-5", *given, *options, "--out", tmp_path / "runs") == 0
+    first, second = (tmp_path / "runs" / f"lr-{rate}/config.json" for rate in ("1e-05", "2e-05"))
+    said = (tmp_path / "runs.log").read_text()
+    assert said.count("measuring the best") == said.count("were measured before") == 1
+    assert json.loads(first.read_text())["plan"] == json.loads(second.read_text())["plan"]
+
+
 def test_a_run_killed_while_it_measures_leaves_nothing(given: Words, tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
     options = ("--vram", 2, "--remeasure", "--out", out)
-    process = spawn(train, *given, *options, log=log)
+    process = spawn(train_at, tmp_path / "cache", *given, *options, log=log)
     wait_for(lambda: log.exists() and "measuring the best" in log.read_text(), 120)
     running = psutil.Process(process.pid)
     wait_for(lambda: running.children() != [])
