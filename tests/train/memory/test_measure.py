@@ -319,7 +319,7 @@ def test_the_plan_of_an_older_run_means_sdpa(given: Words, tmp_path: Path) -> No
     assert train(*given, "--out", out, "--attention", "sdpa", "--stop-after", 1) == 0
     assert train(*given, "--out", out) == 0
     state = json.loads((out / "checkpoints/step-00000002/state.json").read_text())
-    assert state["plan"] == ["plain", 4, "sdpa", "resident"]
+    assert state["plan"][:3] == ["plain", 4, "sdpa"]
 
 
 def train_at(home: Path, *args: object) -> int:
