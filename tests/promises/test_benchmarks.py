@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_our_lion_equals_lion_pytorchs_in_fewer_calls_and_less_memory(tmp_path: 
     assert 10 * ours["calls"] < theirs["calls"]
     assert 5 * parts["gradients_mib"] < ours["gradients_mib"] == theirs["gradients_mib"]
     assert parts["temporary_mib"] < ours["temporary_mib"]
+
+
+@pytest.mark.slow
+def test_sharing_is_timed_during_and_after_the_backward_pass(tmp_path: Path) -> None:
+    options = ("--size", "nano", "--steps", "1", "--resolution", "64", "--batch", "1")
+    rows = Measured("train/sharing.py", *options, out=tmp_path).rows("sharing")
+    every = [(row["way"], row["order"], row["process"]) for row in rows]
+    assert every == [*product(("plain", "sliced"), ("after", "during"), (0, 1))]
+    assert all(0 < row["waiting_s"] < row["step_s"] for row in rows)
 
 
 @pytest.mark.slow
