@@ -1,7 +1,8 @@
 """How long processes wait for each other's gradients after the backward pass.
 
 Two processes on this machine take the same steps, with gradients shared during the backward pass
-and one message after another once it has ended. Both send the same messages.
+and one message after another once it has ended. Both send the same messages. The process that waits
+less is the later one, which waits for messages only; the other one also waits for it.
 
 python benchmarks/train/sharing.py
 """
