@@ -1,5 +1,6 @@
 """Silences the notices and progress bars of libraries."""
 
+import gc
 import logging
 import os
 import sys
@@ -21,9 +22,12 @@ def quiet() -> None:
 def quiet_libraries() -> None:
     """Also silence diffusers and transformers, which takes seconds to load them."""
     quiet()
+    gc.disable()  # modules make many objects and free few: collecting takes a fifth of the time
     import diffusers.utils.logging
     import transformers.utils.logging
 
+    gc.enable()
+    gc.freeze()
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

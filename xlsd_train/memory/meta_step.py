@@ -43,6 +43,7 @@ _IN_BF16 = {
     torch.baddbmm,
 }
 _IN_FP32 = {F.group_norm, F.layer_norm, F.interpolate, F.softmax, torch.softmax, Tensor.softmax}
+_CASTS = dict.fromkeys(_IN_BF16, torch.bfloat16) | dict.fromkeys(_IN_FP32, torch.float32)
 
 
 class CudaMode(TorchFunctionMode):
@@ -57,11 +58,10 @@ class CudaMode(TorchFunctionMode):
         self.weights: dict[Parameter, Tensor] | None = None  # in bf16, until autocast ends
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {**(kwargs or {})}
-        if torch.is_autocast_enabled("cpu"):
-            for functions, dtype in ((_IN_BF16, torch.bfloat16), (_IN_FP32, torch.float32)):
-                if func in functions:
-                    args, given = tree_map(partial(self._cast, dtype), (args, given))
+        given = kwargs or {}
+        dtype = _CASTS.get(func)
+        if dtype and torch.is_autocast_enabled("cpu"):
+            args, given = tree_map(partial(self._cast, dtype), (args, given))
         if func is F.scaled_dot_product_attention:
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
             mask, scale = given.get("attn_mask"), given.get("scale")
@@ -256,12 +256,12 @@ class MetaStep:
             self._backend.plan, self._backend.tracker, self._backend.mode = plan, tracker, mode
             if isinstance(self._backend.sharing, MetaSharing):
                 self._backend.sharing.tracker = tracker
-            with META, mode, _recomputing(mode), _one_block(tracker):
+            with mode, _recomputing(mode), _one_block(tracker):
                 tracker.hold(step.parameters, WEIGHTS)
                 tracker.hold(self._frozen, FROZEN)
                 tracker.hold(list(step.optimizer.state.values()), STATE)
-                latents = torch.empty(batch, self._channels, *size)
-                ids = torch.empty(batch, self._tokens, dtype=torch.int64)
+                latents = torch.empty(batch, self._channels, *size, device=META)
+                ids = torch.empty(batch, self._tokens, dtype=torch.int64, device=META)
                 inputs = latents, torch.empty_like(latents), ids[:, 0].clone(), ids
                 tracker.hold(inputs, "batch")
                 with tracker:

@@ -6,7 +6,7 @@ gives its peak memory, and its time on a GPU at peak throughput.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -189,7 +189,7 @@ class Planner:
         else:
             most = last(fits, batch)
             counts = [ceil(batch / ceil(batch / most))] if most else []  # as even as possible
-        return [predict(n) for n in counts if fits(n)][:1]
+        return [predict(n) for n in islice(filter(fits, counts), 1)]
 
 
 Measure = Callable[[Planner, int, Size], MemoryPlan | None]  # for so many samples of a process

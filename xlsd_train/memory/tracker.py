@@ -9,7 +9,9 @@ peak of any batch follows without another run.
 """
 
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ROUND = 512  # CUDA's caching allocator rounds up to a multiple
@@ -131,51 +133,104 @@ class Footprint:
         return {str(name): int(curve[at]) for name, curve in items.items() if curve[at]}
 
 
-_OUTPUTS: dict[Any, Any] = {}  # cache of `run`: kernel and input shapes -> output shapes
-
-
-def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Any]) -> Any:
-    """A kernel's output. On meta tensors shapes are cached, as torch infers them slowly."""
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    schema = func._schema
-    if not tensors or any(not x.is_meta for x in tensors):
-        return func(*args, **kwargs)
-    if schema.is_mutable and not schema.returns:
-        return None
-    if schema.is_mutable or any(x.alias_info is not None for x in schema.returns):
-        return func(*args, **kwargs)
-    key = func, *kwargs, *map(_shape_of, inputs)
-    cached = _OUTPUTS.get(key)
-    if cached is not None:
-        return tree_map(_empty, cached, is_leaf=lambda x: isinstance(x, _Shape))
-    out = func(*args, **kwargs)
-    storages = {x.untyped_storage()._cdata for x in tensors}
-    outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    if not any(x.untyped_storage()._cdata in storages for x in outputs):  # no undeclared view
-        _OUTPUTS[key] = tree_map(_shape_of, out)
-    return out
-
-
 class _Shape(NamedTuple):
-    """What a meta tensor consists of."""
+    """What a tensor consists of, without data."""
 
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
+
+
+class _Kernel(NamedTuple):
+    """What a kernel does with inputs of some shapes."""
+
+    outputs: Any  # shapes; _RUN if it has to run every time
+    given: int | None  # which of its arguments it returns, if any
+    new: bool  # its outputs have storages of their own
+    moved: int  # bytes; 0 if it is no kernel
+    flop: int
+    kind: int
+    blocks: int
+    workspace: int  # bytes
+
+
+_RUN = object()
+_KERNELS: dict[Any, _Kernel] = {}  # by function and shapes, since torch infers outputs slowly
 
 
 def _shape_of(x: Any) -> Any:
-    return _Shape(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
+    return _Shape(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
 
 
 def _empty(x: Any) -> Any:
-    return torch.empty_strided(*x[:2], dtype=x.dtype, device="meta") if type(x) is _Shape else x
+    if type(x) is not _Shape:
+        return x
+    return torch.empty_strided(x.size, x.stride, dtype=x.dtype, device=x.device)
+
+
+def _each(function: Callable[[Any], Any], out: Any) -> Any:
+    """Apply a function to each item of what a kernel returns, or to its only item."""
+    return type(out)(map(function, out)) if type(out) in {tuple, list} else function(out)
+
+
+def _leaves(args: Iterable[Any]) -> list[Any]:
+    """The arguments; for a list its length and items."""
+    leaves: list[Any] = []
+    for x in args:
+        if isinstance(x, (tuple, list)):
+            leaves.append(len(x))
+            leaves.extend(x)
+        else:
+            leaves.append(x)
+    return leaves
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether its outputs are parts of its inputs."""
+    return not func._schema.is_mutable and any(x.alias_info for x in func._schema.returns)
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: Any, leaves: list[Any]) -> tuple[Any, _Kernel]:
+    """Run a kernel. Returns its output, and what it does with all inputs of these shapes."""
+    schema, packet, shapes = func._schema, func.overloadpacket, [*map(_shape_of, leaves)]
+    inputs = [x for x in leaves if isinstance(x, Tensor)]
+    meta = bool(inputs) and all(x.is_meta for x in inputs)
+    in_place_only = meta and schema.is_mutable and not schema.returns
+    out = None if in_place_only else func(*args, **kwargs)
+    storages = {x.untyped_storage()._cdata for x in inputs}
+    outputs = [x for x in _leaves([out]) if isinstance(x, Tensor)]
+    new = [x for x in outputs if x.untyped_storage()._cdata not in storages]
+    cached: Any = _RUN
+    if meta and (in_place_only or (new and not schema.is_mutable)):
+        cached = _each(_shape_of, out)
+    same = (i for i, x in enumerate(leaves) if x is out and _shape_of(x) == shapes[i])
+    given = next(same, None) if meta and outputs else None
+    written = outputs if schema.is_mutable else new
+    moved = flop = 0
+    if written and packet.__name__ not in _FREE:
+        moved = sum(x.numel() * x.element_size() for x in (*_read(args, kwargs), *written))
+        flop = flop_of(packet, args, kwargs, out)
+    kind = _KINDS.get(packet, 1) if flop else 0
+    # With a fixed order of sums torch's kernel gives one block to each head of an image.
+    blocks = args[0].shape[0] * args[0].shape[1] if packet is _ATTENTION_BACKWARD else 0
+    workspace = moved * _CONVOLUTIONS.get(packet, 0)
+    return out, _Kernel(cached, given, bool(new), moved, flop, kind, blocks, workspace)
+
+
+class _Storage(weakref.ref[torch.UntypedStorage]):
+    """A storage that the tracker has seen, while it lives."""
+
+    __slots__ = ("address", "number")
+    address: int
+    number: int
 
 
 def _read(args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:
     """The tensors that a kernel reads: neither `out`, nor what a matmul with beta 0 replaces."""
     given = {name: x for name, x in (kwargs or {}).items() if name != "out"}
-    leaves = tree_leaves((args[given.get("beta") == 0 :], given))
+    leaves = _leaves((*args[given.get("beta") == 0 :], *given.values()))
     return [x for x in leaves if isinstance(x, Tensor)]
 
 
@@ -195,7 +250,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         self.update: int | None = None  # the first kernel of the optimizer's step
         self.messages: list[tuple[int, int, int]] = []
         self._workspaces = workspaces
-        self._numbers: dict[int, int] = {}  # storage's address -> its number, while it lives
+        self._alive: dict[int, _Storage] = {}  # by the storage's address
 
     def hold(self, tensors: Any, label: str) -> None:
         """Label the storages of these tensors; unseen ones count as allocated now."""
@@ -212,40 +267,45 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
     def _see(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         address = storage._cdata
-        number = self._numbers.get(address)
-        if number is None:
-            number = self._numbers[address] = len(self.nbytes)
+        seen = self._alive.get(address)
+        if seen is None:
+            seen = self._alive[address] = _Storage(storage, self._free)
+            seen.address, seen.number = address, len(self.nbytes)
             self.nbytes.append(storage.nbytes())
-            self.events.append((1, number))
-            weakref.finalize(storage, self._free, address, number).atexit = False
-        return number
+            self.events.append((1, seen.number))
+        return seen.number
 
-    def _free(self, address: int, number: int) -> None:
-        self.events.append((-1, number))
-        del self._numbers[address]
+    def _free(self, storage: "_Storage") -> None:
+        self.events.append((-1, storage.number))
+        del self._alive[storage.address]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        leaves = tree_leaves((args, kwargs))
-        out = run(func, args, kwargs or {}, leaves)
-        packet = func.overloadpacket
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        inputs = [x for x in leaves if isinstance(x, Tensor)]
-        storages = {x.untyped_storage()._cdata for x in inputs}
-        new = [x for x in outputs if x.untyped_storage()._cdata not in storages]
-        for tensor in new:
-            self._see(tensor)
-        written = new if not func._schema.is_mutable else outputs
-        if written and packet.__name__ not in _FREE:  # the rest are views
-            moved = sum(x.numel() * x.element_size() for x in (*_read(args, kwargs), *written))
-            flop = flop_of(packet, args, kwargs, out)
-            kind = _KINDS.get(packet, 1) if flop else 0
-            # With a fixed order of sums torch's kernel gives one block to each head of an image.
-            blocks = args[0].shape[0] * args[0].shape[1] if packet is _ATTENTION_BACKWARD else 0
-            self.kernels.append((kind, flop, moved, self.times, blocks, self.cached))
-            if self._workspaces and packet in _CONVOLUTIONS:
-                self._workspace(moved * _CONVOLUTIONS[packet])
+        kwargs = kwargs or {}
+        if _is_view(func):
+            return func(*args, **kwargs)
+        leaves = _leaves((*args, *kwargs.values()))
+        key = func, *kwargs, *map(_shape_of, leaves)
+        kernel = _KERNELS.get(key)
+        if kernel is None:
+            out, kernel = _run(func, args, kwargs, leaves)
+            _KERNELS[key] = kernel
+        elif kernel.given is not None:
+            out = leaves[kernel.given]
+        elif kernel.outputs is _RUN:
+            out = func(*args, **kwargs)
+        else:
+            out = _each(_empty, kernel.outputs)
+        if kernel.new:
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if tensor is not None:
+                    self._see(tensor)
+        if kernel.moved:
+            logged = kernel.kind, kernel.flop, kernel.moved, self.times, kernel.blocks, self.cached
+            self.kernels.append(logged)
+            if self._workspaces and kernel.workspace:
+                self._workspace(kernel.workspace)
         return out
 
     def _workspace(self, nbytes: int) -> None:
