@@ -163,7 +163,7 @@ class MetaBackend:
         if isinstance(optimizer, (Lion, DLion)):
             return step_parameters(optimizer, parameters)
         drop_gradients(parameters)
-        return [torch.zeros(())]
+        return [torch.zeros((), device=META)]
 
     def finish(self, optimizer: torch.optim.Optimizer) -> None:
         """D-Lion's sums have no values here."""
