@@ -80,11 +80,11 @@ class CudaMode(TorchFunctionMode):
 @contextmanager
 def _recomputing(mode: CudaMode) -> Iterator[None]:
     """Apply the mode to recomputation in the backward pass too, where torch leaves all modes."""
-    layers.recompute_context = lambda: mode
+    layers.checkpoint_options["context_fn"] = lambda: (nullcontext(), mode)
     try:
         yield
     finally:
-        layers.recompute_context = nullcontext
+        layers.checkpoint_options.clear()
 
 
 class MetaSharing(Sharing):

@@ -8,7 +8,6 @@ it recomputes. Non-reentrant checkpointing stops before that last operation, so 
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xlsd_cache.errors import UserError
 from xlsd_train.step.attention import exact_attention, exact_in
+from xlsd_train.step.memory_bound import EAGER, MemoryBound, in_grad_mode
 
 Recompute = Literal["nothing", "cheap", "feed-forward"]
 Attention = Literal["sdpa", "exact"]
@@ -43,8 +43,8 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-# The context in which regions are recomputed; memory/meta_step.py sets another.
-recompute_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+# More arguments of torch's checkpoint; memory/meta_step.py sets a context for the recomputation.
+checkpoint_options: dict[str, Any] = {}
 
 
 class Mode(NamedTuple):
@@ -70,11 +70,14 @@ class Layer:
         return [parameter for parameter in self.parameters if parameter.requires_grad]
 
 
-def make_layers(unet: Any, text_encoder: Any, encode: Callable[[Tensor], Tensor]) -> list[Layer]:
+def make_layers(
+    unet: Any, text_encoder: Any, encode: Callable[[Tensor], Tensor], bound: MemoryBound = EAGER
+) -> list[Layer]:
     """Layers of the text encoder, the time embedding and the UNet, in forward order.
 
-    `encode` maps input_ids int64 [B, tokens] to encoder_hidden_states [B, tokens, width]. Raises
-    UserError for a UNet whose architecture is not SD1.5's.
+    `encode` maps input_ids int64 [B, tokens] to encoder_hidden_states [B, tokens, width]; `bound`
+    computes norms and activation functions. Raises UserError for a UNet whose architecture is not
+    SD1.5's.
     """
     for name, expected in _EXPECTED.items():
         if (value := unet.config.get(name, expected)) != expected:
@@ -100,22 +103,23 @@ def make_layers(unet: Any, text_encoder: Any, encode: Callable[[Tensor], Tensor]
     skips = [h]
     for i, block in enumerate(unet.down_blocks):
         for j, (res, att) in enumerate(_pairs(block)):
-            h = add(f"down {i}.{j}", (_TEMB, STATES, h), [res, att], rooms[i], _pair(res, att))
+            h = add(f"down {i}.{j}", (_TEMB, STATES, h), [res, att], rooms[i], _pair(bound, res, att))
             skips.append(h)
         for down in block.downsamplers or ():
             run = partial(_downsample, down)
             h = add(f"down {i} sampler", (h,), [down], rooms[i], run)
             skips.append(h)
     for j, (res, att) in enumerate(_pairs(unet.mid_block)):
-        h = add(f"mid {j}", (_TEMB, STATES, h), [res, att], rooms[-1], _pair(res, att))
+        h = add(f"mid {j}", (_TEMB, STATES, h), [res, att], rooms[-1], _pair(bound, res, att))
     up = None  # shares a layer with what follows, since its output is large and its input small
     for i, block in enumerate(unet.up_blocks):
         for j, (res, att) in enumerate(_pairs(block)):
             inputs = (_TEMB, STATES, h, skips.pop())
-            h = add(f"up {i}.{j}", inputs, [up, res, att], rooms[-1 - i], _pair(res, att, up))
+            run = _pair(bound, res, att, up)
+            h = add(f"up {i}.{j}", inputs, [up, res, att], rooms[-1 - i], run)
             up = None
         up = block.upsamplers[0] if block.upsamplers else None
-    add(PREDICTION, (h,), [unet.conv_norm_out, unet.conv_out], 1, _out(unet))
+    add(PREDICTION, (h,), [unet.conv_norm_out, unet.conv_out], 1, _out(bound, unet))
     return layers
 
 
@@ -123,14 +127,15 @@ def _pairs(block: Any) -> list[tuple[Any, Any]]:
     return list(zip_longest(block.resnets, getattr(block, "attentions", [])))
 
 
-def _pair(res: Any, att: Any, up: Any = None) -> Callable[..., Tensor]:
+def _pair(bound: MemoryBound, res: Any, att: Any, up: Any = None) -> Callable[..., Tensor]:
     """An upsampler, a resnet and a transformer, in one layer; the first and last may be missing."""
 
     def run(mode: Mode, temb: Tensor, states: Tensor, x: Tensor, *skip: Tensor) -> Tensor:
         if up is not None:
             x = _upsample(up, mode.recompute, x, skip[0].shape[2:])
-        x = _resnet(res, mode.recompute, temb, x, *skip)
-        return x if att is None else _transformer(att, mode, x, states)
+        used = in_grad_mode(bound)
+        x = _resnet(used, res, mode.recompute, temb, x, *skip)
+        return x if att is None else _transformer(used, att, mode, x, states)
 
     return run
 
@@ -159,9 +164,12 @@ def _upsample(m: Any, recompute: Recompute, x: Tensor, size: torch.Size) -> Tens
     return recomputed(recompute, lambda z: m.conv(F.interpolate(z, size, mode="nearest")), x)
 
 
-def _out(unet: Any) -> Callable[..., Tensor]:
+def _out(bound: MemoryBound, unet: Any) -> Callable[..., Tensor]:
     def run(mode: Mode, x: Tensor) -> Tensor:
-        return recomputed(mode.recompute, lambda z: unet.conv_out(F.silu(unet.conv_norm_out(z))), x)
+        norm_silu = in_grad_mode(bound).norm_silu
+        return recomputed(
+            mode.recompute, lambda z: unet.conv_out(norm_silu(unet.conv_norm_out, z)), x
+        )
 
     return run
 
@@ -172,13 +180,14 @@ def recomputed(recompute: Recompute, region: Callable[..., Tensor], *inputs: Ten
         return region(*inputs)
     # There is no dropout, so no random state to restore.
     out: Tensor = checkpoint(
-        region, *inputs, use_reentrant=False, preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), recompute_context()),
-    )  # fmt: skip
+        region, *inputs, use_reentrant=False, preserve_rng_state=False, **checkpoint_options
+    )
     return out
 
 
-def _resnet(m: Any, recompute: Recompute, temb: Tensor, *parts: Tensor) -> Tensor:
+def _resnet(
+    bound: MemoryBound, m: Any, recompute: Recompute, temb: Tensor, *parts: Tensor
+) -> Tensor:
     """ResnetBlock2D on `parts`, concatenated along channels.
 
     A recomputed region concatenates them again. If nothing is recomputed they are concatenated
@@ -187,35 +196,36 @@ def _resnet(m: Any, recompute: Recompute, temb: Tensor, *parts: Tensor) -> Tenso
     """
     if recompute == "nothing":
         parts = (_join(parts),)
-    h = recomputed(recompute, lambda *z: m.conv1(F.silu(m.norm1(_join(z)))), *parts)
-    h = h + m.time_emb_proj(F.silu(temb))[:, :, None, None]
-    h = recomputed(recompute, lambda z: m.conv2(F.silu(m.norm2(z))), h)
+    conv, norm_silu = bound.conv, bound.norm_silu
+    h = recomputed(recompute, lambda *z: conv(m.conv1, norm_silu(m.norm1, _join(z))), *parts)
+    h = bound.add_bias(m.conv1, h, m.time_emb_proj(F.silu(temb)))
+    h = recomputed(recompute, lambda z: conv(m.conv2, norm_silu(m.norm2, z)), h)
     if m.conv_shortcut is None:
-        return _join(parts) + h
-    return recomputed(recompute, lambda *z: m.conv_shortcut(_join(z)), *parts) + h
+        return bound.add(m.conv2, h, _join(parts))
+    shortcut = recomputed(recompute, lambda *z: m.conv_shortcut(_join(z)), *parts)
+    return bound.add(m.conv2, h, shortcut)
 
 
 def _join(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _transformer(m: Any, mode: Mode, x: Tensor, states: Tensor) -> Tensor:
+def _transformer(bound: MemoryBound, m: Any, mode: Mode, x: Tensor, states: Tensor) -> Tensor:
     """Transformer2DModel over its one or more blocks."""
     batch, _, height, width = x.shape
 
     def out(z: Tensor) -> Tensor:
         image = z.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
-        projected: Tensor = m.proj_out(image)
-        return projected
+        return bound.conv(m.proj_out, image)
 
     h = recomputed(mode.recompute, lambda z: m.proj_in(m.norm(z)), x)
     h = h.permute(0, 2, 3, 1).reshape(batch, height * width, -1)
     for block in m.transformer_blocks:
-        h = _block(block, mode, h, states)
-    return recomputed(mode.recompute, out, h) + x
+        h = _block(bound, block, mode, h, states)
+    return bound.add(m.proj_out, recomputed(mode.recompute, out, h), x)
 
 
-def _block(m: Any, mode: Mode, h: Tensor, states: Tensor) -> Tensor:
+def _block(bound: MemoryBound, m: Any, mode: Mode, h: Tensor, states: Tensor) -> Tensor:
     """BasicTransformerBlock: self-attention, cross-attention to the text, feed-forward."""
     recompute = mode.recompute
     a = m.attn1
@@ -236,8 +246,7 @@ def _block(m: Any, mode: Mode, h: Tensor, states: Tensor) -> Tensor:
     project, last = m.ff.net[0].proj, m.ff.net[2]
 
     def gated(z: Tensor) -> Tensor:  # GEGLU, and the layer that ends the feed-forward
-        value, gate = z.chunk(2, -1)
-        ended: Tensor = last(value * F.gelu(gate))
+        ended: Tensor = last(bound.geglu(z))
         return ended
 
     if recompute == "feed-forward":

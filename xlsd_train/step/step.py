@@ -32,6 +32,7 @@ from xlsd_train.step.layers import (
     Mode,
     make_layers,
 )
+from xlsd_train.step.memory_bound import EAGER, MemoryBound
 from xlsd_train.step.objective import Objective
 from xlsd_train.step.sliced import SlicedPass
 
@@ -45,13 +46,14 @@ class Step:
     optimizer: torch.optim.Optimizer
     objective: Objective  # on the device
     backend: StepBackend
+    bound: MemoryBound = EAGER  # computes norms and activation functions
     layers: list[Layer] = field(init=False)
     _last_first: list[Parameter] = field(init=False)  # the parameters as backward reaches them
     _norms: list[Tensor] = field(default_factory=list, init=False)  # of the gradients so far
 
     def __post_init__(self) -> None:
         model = self.model
-        self.layers = make_layers(model.unet, model.text_encoder, model.encode)
+        self.layers = make_layers(model.unet, model.text_encoder, model.encode, self.bound)
         self._last_first = [p for layer in self.layers for p in layer.trained][::-1]
 
     @property
