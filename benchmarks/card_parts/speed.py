@@ -16,7 +16,10 @@ from benchmarks.lib.plain_loop import PlainLoop
 from benchmarks.lib.turns import Contestant, take_turns
 from xlsd_cache.runtime.device import deterministic
 from xlsd_train.step import attention as exact
+from xlsd_train.checkpoints.environment import peak_gib
 from xlsd_train.step.backend import MemoryPlan
+from xlsd_train.step.compile import Compiled, warm_up
+from xlsd_train.step.step import Step
 from xlsd_train.training.meter import Meter
 
 BLOCK = exact.BLOCK  # while others are measured
@@ -38,6 +41,28 @@ def speed(bench: Bench) -> Results:
 def free(bench: Bench) -> Results:
     """images/s of the plan for 24 GB and of diffusers' loop, with any kernels."""
     return _compare(bench, bench.plans[:3][-1:], False)
+
+
+def compiled(bench: Bench) -> Results:
+    """images/s and peak of the fastest plans with and without --compile, and seconds to compile."""
+    step, batch = bench.step, bench.drawn(bench.batch)
+    bound, plans = Compiled(), bench.plans[:1] if bench.tiny else bench.plans[:3]
+    fused = Step(step.model, step.parameters, step.optimizer, step.objective, step.backend, bound)
+    step.plan = plans[0]
+    begun = time.perf_counter()
+    warm_up(fused, bound, plans[0].micro_batch, bench.size)
+    results: Results = {"compile_s": time.perf_counter() - begun}
+    for plan in plans:
+        for name, one in (("eager", step), ("compiled", fused)):
+            one.plan = plan
+            bench.free()
+            if not bench.tiny:
+                torch.cuda.reset_peak_memory_stats()
+            seconds = bench.clock(partial(one, [batch], LR), 1 if bench.tiny else TIMED)
+            results[f"{plan}, {name}"] = {
+                "images_per_s": bench.batch / seconds, "peak_gib": peak_gib(bench.device)
+            }  # fmt: skip
+    return results
 
 
 def _compare(bench: Bench, plans: list[MemoryPlan], in_order: bool) -> Results:

@@ -179,7 +179,8 @@ class MemoryOptions(CheckedOptions):
     """Use channels-last memory for convolutions. Their kernels round differently."""
 
     compile: bool = False
-    """Compile each kind of layer with torch.compile, which fuses norms and activation functions."""
+    """Fuse norms, activation functions and additions with torch.compile, before step 1. Needs a C++
+    compiler on a CPU, and Triton on a GPU."""
 
     def check(self) -> None:
         """Raise UserError for exact attention in a precision that is not exact."""

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import mark_dynamic
 from torch._dynamo.utils import counters
 from torch.nn import Conv2d, GroupNorm
 from torch.nn import functional as F
@@ -29,7 +31,7 @@ from xlsd_train.step.step import Step
 log = logging.getLogger("xlsd.train.step")
 
 # Nothing is chosen by its time, and no graph is taken from an earlier run with another shape.
-_OPTIONS = {"deterministic": True, "fx_graph_cache": False}
+_OPTIONS: dict[str, Any] = {"deterministic": True, "fx_graph_cache": False}
 _KINDS = 64  # per function: the numbers of channels, and whether each input needs a gradient
 
 
@@ -41,7 +43,9 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # of torch, Triton or a C++ compiler
         needs = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--compile needs {needs} ({reason}); install it, or leave it out") from error
+        raise UserError(
+            f"--compile needs {needs} ({reason}); install it, or leave it out"
+        ) from error
 
 
 class Compiled(MemoryBound):
@@ -49,14 +53,16 @@ class Compiled(MemoryBound):
 
     def __init__(self) -> None:
         self.stance = "default"  # compiles what is new; `warm_up` ends that
-        self._add, self._norm_silu, self._geglu = map(_compiled, (_add, _norm_silu, _geglu))
+        self._add, self._geglu = _compiled(_add), _compiled(_geglu)
+        self._norm_silu = _compiled(_norm_silu)
 
     def conv(self, m: Conv2d, x: Tensor) -> Tensor:
         """Without the bias."""
-        return F.conv2d(x, m.weight, None, m.stride, m.padding)  # type: ignore[arg-type]
+        return F.conv2d(x, m.weight, None, m.stride, m.padding)
 
     def add_bias(self, m: Conv2d, x: Tensor, shift: Tensor) -> Tensor:
         """One addition for both shifts; a broadcast one needs no compiler."""
+        assert m.bias is not None
         return x + (shift + m.bias.to(shift.dtype))[:, :, None, None]
 
     def add(self, m: Conv2d, x: Tensor, residual: Tensor) -> Tensor:
@@ -78,7 +84,7 @@ class Compiled(MemoryBound):
         """`sizes` are the dimensions of the inputs that differ between batches."""
         if self.stance == "default":
             for x in inputs:  # a size of 1 is always part of a graph
-                torch._dynamo.mark_dynamic(x, [n for n in sizes if x.shape[n] > 1])
+                mark_dynamic(x, [n for n in sizes if x.shape[n] > 1])
         with torch.compiler.set_stance(self.stance):
             return function(*inputs, *others)
 
@@ -89,7 +95,7 @@ def warm_up(step: Step, bound: Compiled, micro_batch: int, size: tuple[int, int]
     `micro_batch` and `size`, the height and width of latents, are what the compiler optimises for.
     """
     begun, before = time.perf_counter(), counters["stats"]["unique_graphs"]
-    with torch._dynamo.config.patch(recompile_limit=_KINDS):
+    with dynamo_config.patch(recompile_limit=_KINDS):
         for batch in sorted({micro_batch, max(2, micro_batch)}):
             _run_layers(step, batch, size)
     bound.stance = "eager_on_recompile"

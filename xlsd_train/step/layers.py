@@ -103,7 +103,9 @@ def make_layers(
     skips = [h]
     for i, block in enumerate(unet.down_blocks):
         for j, (res, att) in enumerate(_pairs(block)):
-            h = add(f"down {i}.{j}", (_TEMB, STATES, h), [res, att], rooms[i], _pair(bound, res, att))
+            h = add(
+                f"down {i}.{j}", (_TEMB, STATES, h), [res, att], rooms[i], _pair(bound, res, att)
+            )
             skips.append(h)
         for down in block.downsamplers or ():
             run = partial(_downsample, down)
@@ -115,8 +117,8 @@ def make_layers(
     for i, block in enumerate(unet.up_blocks):
         for j, (res, att) in enumerate(_pairs(block)):
             inputs = (_TEMB, STATES, h, skips.pop())
-            run = _pair(bound, res, att, up)
-            h = add(f"up {i}.{j}", inputs, [up, res, att], rooms[-1 - i], run)
+            pair = _pair(bound, res, att, up)
+            h = add(f"up {i}.{j}", inputs, [up, res, att], rooms[-1 - i], pair)
             up = None
         up = block.upsamplers[0] if block.upsamplers else None
     add(PREDICTION, (h,), [unet.conv_norm_out, unet.conv_out], 1, _out(bound, unet))

@@ -14,11 +14,11 @@ class MemoryBound:
         out: Tensor = m(x)
         return out
 
-    def add_bias(self, m: Conv2d, x: Tensor, shift: Tensor) -> Tensor:
+    def add_bias(self, m: Conv2d, x: Tensor, shift: Tensor) -> Tensor:  # noqa: ARG002
         """Output x [B, C, H, W] of `conv(m, ...)`, shifted by [B, C]."""
         return x + shift[:, :, None, None]
 
-    def add(self, m: Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, m: Conv2d, x: Tensor, residual: Tensor) -> Tensor:  # noqa: ARG002
         """Output of `conv(m, ...)` plus a residual."""
         return residual + x
 

@@ -25,6 +25,7 @@ from xlsd_train.data.mixture import open_mixture
 from xlsd_train.evaluation.prompts import remarks
 from xlsd_train.evaluation.sampler import Sampler, sample_size
 from xlsd_train.evaluation.validator import Validator, make_validator
+from xlsd_train.memory.planner import largest
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema, averaging
 from xlsd_train.optim.lr_scheduler import planned_steps
@@ -120,7 +121,8 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             with writing(run):
                 run.begin(record, model.bundle, config)
         processes.wait()
-        step = build_step(config, run, model, batching.plan, accelerator)
+        size = largest(data.samples.selection.sizes)
+        step = build_step(config, run, model, batching.plan, accelerator, size)
         ema = None
         if config.ema and accelerator.is_main_process:
             ema = stack.enter_context(

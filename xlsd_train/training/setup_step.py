@@ -13,17 +13,21 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from xlsd_cache.dataset.selection import Selection
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.device import deterministic, device_of, set_precision
+from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_train.checkpoints.checkpoint import load_optimizer
 from xlsd_train.checkpoints.comparison import compare_batch
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.gpus import known_as
 from xlsd_train.memory.measure import Measuring
+from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import GIB, Planner, cap_card, choose, memory_limit
 from xlsd_train.optim.factory import make_optimizer, streamed_nbytes
 from xlsd_train.runs.record import MeasuredPlan, RunRecord
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan
+from xlsd_train.step.compile import Compiled, check_compiler, warm_up
 from xlsd_train.step.distributed import TIMEOUT
+from xlsd_train.step.memory_bound import EAGER
 from xlsd_train.step.step import Step
 from xlsd_train.training.pace import predicted
 from xlsd_train.training.setup_model import RunModel
@@ -47,6 +51,8 @@ def start(config: TrainConfig) -> Accelerator:
     device = device_of(config.device)
     set_precision(config.precision)
     deterministic(config.deterministic)
+    if config.compile:
+        check_compiler(device)
     mixed = "bf16" if config.precision == "bf16" else "no"
     handler = InitProcessGroupKwargs(timeout=TIMEOUT)
     accelerator = Accelerator(
@@ -127,13 +133,24 @@ def _check_host(plan: MemoryPlan, needed: int, free: int) -> None:
 
 
 def build_step(
-    config: TrainConfig, run: RunFolder, model: RunModel, plan: MemoryPlan, accelerator: Accelerator
-) -> Step:
-    """Move the model to the device, and make its optimizer, with the checkpoint's state if any."""
+    config: TrainConfig, run: RunFolder, model: RunModel, plan: MemoryPlan,
+    accelerator: Accelerator, size: Size,
+) -> Step:  # fmt: skip
+    """Move the model to the device, and make its optimizer, with the checkpoint's state if any.
+
+    With --compile, compile for latents of `size` and the micro-batch that the run began with.
+    """
     device = accelerator.device
     model.bundle.to(device, config.channels_last)
     optimizer = make_optimizer(config, model.named.values(), plan.momentum == "streamed")
     if run.checkpoint:
         load_optimizer(run.checkpoint, model.named, optimizer)
     parameters, objective = list(model.named.values()), model.objective.to(device)
-    return Step(model.bundle, parameters, optimizer, objective, DeviceBackend(accelerator, plan))
+    backend = DeviceBackend(accelerator, plan)
+    compiled = Compiled() if config.compile and not config.dry_run else None
+    step = Step(model.bundle, parameters, optimizer, objective, backend, compiled or EAGER)
+    if compiled:
+        began = MemoryPlan(*run.before.plan) if run.before else plan
+        warm_up(step, compiled, began.micro_batch, size)
+        give_back(device)
+    return step

@@ -90,6 +90,7 @@ _AS_ASKED = "config/test_options.py::test_channels_last_and_determinism_are_as_a
 _MEASURED = "memory/test_measure.py"
 ELSEWHERE = {
     "channels_last": _AS_ASKED,
+    "compile": "step/test_compile.py::test_a_resumed_run_has_the_same_bits",
     "deterministic": _AS_ASKED,
     "data": "data/test_mixture.py::"
     "test_a_run_on_two_stores_says_what_it_uses_and_resumes_as_the_stores_were",
