@@ -8,6 +8,7 @@ it recomputes. Non-reentrant checkpointing stops before that last operation, so 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
