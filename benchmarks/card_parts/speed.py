@@ -15,8 +15,8 @@ from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.plain_loop import PlainLoop
 from benchmarks.lib.turns import Contestant, take_turns
 from xlsd_cache.runtime.device import deterministic
-from xlsd_train.step import attention as exact
 from xlsd_train.checkpoints.environment import peak_gib
+from xlsd_train.step import attention as exact
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.step.compile import Compiled, warm_up
 from xlsd_train.step.step import Step
