@@ -25,6 +25,7 @@ from benchmarks.card_parts.encode import encode
 from benchmarks.card_parts.exact import determinism, room, strict
 from benchmarks.card_parts.measured import measured_plans
 from benchmarks.card_parts.memory import largest, peaks
+from benchmarks.card_parts.small import small
 from benchmarks.card_parts.speed import attention, compiled, free, kernels, speed, syncs
 from benchmarks.lib.real_step import machine_of
 from benchmarks.lib.report import run_script
@@ -36,14 +37,14 @@ from xlsd_train.memory.planner import cap_card
 
 Part = Literal[
     "strict", "attention", "room", "measured", "encode", "determinism", "peaks", "speed", "kernels",
-    "syncs", "free", "compiled", "largest"
+    "syncs", "free", "compiled", "largest", "small"
 ]  # fmt: skip
 PARTS: dict[Part, Callable[[Bench], Results]] = {
     "strict": strict, "attention": attention,
     # Before the step is made: they need the GPU's memory.
     "room": room, "measured": measured_plans, "encode": encode,
     "determinism": determinism, "peaks": peaks, "speed": speed, "kernels": kernels,
-    "syncs": syncs, "free": free, "compiled": compiled, "largest": largest,
+    "syncs": syncs, "free": free, "compiled": compiled, "largest": largest, "small": small,
 }  # fmt: skip
 
 

@@ -103,12 +103,12 @@ class Bench:
         """A random batch of `count` images."""
         return drawn_batch(self.bundle, count, self.size, self.device.type)
 
-    def with_optimizer(self, name: Any) -> None:
+    def with_optimizer(self, name: Any, streamed: bool = False) -> None:
         """Give the step another optimizer with new state."""
         self.step.optimizer = torch.optim.SGD(self.step.parameters)  # frees the old state
         self.free()
         settings = TrainConfig("unet", batch=self.batch, optimizer=name).resolved()
-        self.step.optimizer = make_optimizer(settings, self.step.parameters)
+        self.step.optimizer = make_optimizer(settings, self.step.parameters, streamed)
 
     def free(self) -> None:
         """Free gradients and cached memory."""

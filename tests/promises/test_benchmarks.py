@@ -22,6 +22,7 @@ SCRIPTS = [
     *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "scale", "store")),
     "benchmarks/train/lion.py",
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "overtrain")),
+    "benchmarks/train/small_cards.py",
 ]  # fmt: skip
 
 
@@ -89,6 +90,17 @@ def test_our_lion_equals_lion_pytorchs_in_fewer_calls_and_less_memory(tmp_path: 
     assert 10 * ours["calls"] < theirs["calls"]
     assert 5 * parts["gradients_mib"] < ours["gradients_mib"] == theirs["gradients_mib"]
     assert parts["temporary_mib"] < ours["temporary_mib"]
+
+
+def test_plans_for_small_cards_are_what_another_tracker_counts(tmp_path: Path) -> None:
+    options = ("--model", "nano", "--vram", "1.1", "--size", "128x128", "--batch", "4")
+    rows = Measured("train/small_cards.py", *options, out=tmp_path).rows("card")
+    assert [row["momentum"] for row in rows] == ["resident", "streamed"]
+    assert [row["chosen"] for row in rows] == [True, False]
+    for row in rows:
+        assert abs(row["error"]) < 1
+        assert row["predicted_gib"] < 0.1
+        assert bool(row["host_gib"]) == (row["momentum"] == "streamed")
 
 
 @pytest.mark.slow
@@ -286,6 +298,9 @@ def test_card_runs_every_part_without_a_card(tmp_path: Path) -> None:
     assert [name for name in rates if "bare" not in name] == ["fp32, build"]
     assert max(share for name, share in rates.items() if "bare" in name) == 1
     assert found["encode"]["image"]["tflop"] > 0
+    small = [x for x in found["small"].values() if isinstance(x, dict)]
+    assert [x["chosen"] for x in small] == [True, False]
+    assert small[0]["momentum"] == small[1]["momentum"]
     table = out.with_suffix(".txt").read_text().splitlines()
     assert [line for line in table if line in parts] == parts
     here = found["machine"]

@@ -42,8 +42,9 @@ def show(config: PlanConfig) -> None:
     unet, text_encoder = _configs(config)
     size = largest(_buckets(config))
     planner = Planner(config.resolved(), unet, text_encoder, processes=config.cards)
-    most = {way: planner.largest_batch(MemoryPlan(way, SLICES[0]), size, limit) for way in WAYS}
     ask = asked(config)
+    tries = {way: MemoryPlan(way, SLICES[0], ask.attention[0]) for way in WAYS}
+    most = {way: planner.largest_asked(x, size, limit, ask) for way, x in tries.items()}
     auto = config.cards * max(1, most[ask.way or WAYS[-1]])
     batch = auto if config.batch == "auto" else config.batch
     share = ceil(batch / config.cards)
@@ -127,6 +128,8 @@ def _plan_json(it: Prediction, limit: float, most: dict[Way, int]) -> dict[str, 
     return {
         "way": it.plan.way,
         "micro_batch": it.plan.micro_batch,
+        "momentum": it.plan.momentum,
+        "host_gib": it.host / GIB,
         "passes": it.passes,
         "peak_gib": it.peak / GIB,
         "items_gib": {name: nbytes / GIB for name, nbytes in it.items.items()},
@@ -149,7 +152,8 @@ def _table(results: dict[str, Any]) -> str:
         + f"{'FLOPs':>8}{'largest':>9}" + "".join(f"{x.split()[-1]:>7}" for x in CARDS),
     ]  # fmt: skip
     for row in results["plans"]:
-        name = f"{row['way']} by {row['micro_batch']}"
+        streamed = " *" if row["momentum"] == "streamed" else ""
+        name = f"{row['way']} by {row['micro_batch']}{streamed}"
         items = "".join(f"{row['items_gib'].get(x, 0):12.2f}" for x in _ITEMS)
         speeds = "".join(f"{x:7.1f}" for x in row["images_per_s"].values())
         lines.append(
@@ -162,7 +166,10 @@ def _table(results: dict[str, Any]) -> str:
     else:
         lines.append(
             f"\nthe run would use: {chosen['way']} by {chosen['micro_batch']}, "
-            f"{chosen['passes']} passes, {chosen['peak_gib']:.2f} GiB; the largest batch in one "
+            + ("streamed momentum, " if chosen["momentum"] == "streamed" else "")
+            + f"{chosen['passes']} passes, {chosen['peak_gib']:.2f} GiB; the largest batch in one "
             f"pass is {results['largest_batch']}"
         )
+    if host := max(row["host_gib"] for row in (*results["plans"], chosen or {"host_gib": 0})):
+        lines.append(f"*: streamed momentum, {host:.2f} GiB of pinned CPU memory")
     return "\n".join(lines)

@@ -149,6 +149,11 @@ class Planner:
         start = self._meta_step.two_slices * plan.micro_batch if plan.way == "sliced" else 4
         return last(fits, start=start)
 
+    def largest_asked(self, plan: MemoryPlan, size: Size, limit: float, asked: Asked) -> int:
+        """The same, with streamed momentum where it may be and where resident fits no sample."""
+        places = (plan._replace(momentum=x) for x in asked.momentum)
+        return next(filter(None, (self.largest_batch(x, size, limit) for x in places)), 0)
+
     def fastest(
         self, batch: int, size: Size, limit: float, asked: Asked, card: str = REFERENCE
     ) -> Prediction | None:
@@ -247,8 +252,7 @@ def choose(
     plans, size = planner(), largest(buckets)
     if config.batch == "auto":
         plan = MemoryPlan(way or WAYS[-1], micro_batch or SLICES[0], ask.attention[0])
-        sizes = (plans.largest_batch(plan._replace(momentum=x), size, limit) for x in ask.momentum)
-        most = next(filter(None, sizes), 0)  # streamed momentum only if resident never fits
+        most = plans.largest_asked(plan, size, limit, ask)
         batch = max(1, min(processes * most, sum(buckets.values())))
     else:
         batch = config.batch

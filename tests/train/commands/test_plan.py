@@ -29,6 +29,20 @@ def test_all_memory_plans_and_the_one_the_run_would_use(
 
 
 @pytest.mark.slow
+def test_streamed_momentum_is_marked_with_what_the_cpu_must_hold(
+    model: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--model", model, "--data", store, "--batch", 6, "--momentum", "streamed")
+    lines = plan(capsys, *given).splitlines()
+    assert any(line.startswith("cheap by 6 *") for line in lines)
+    assert "plain by 6, streamed momentum, 1 passes" in lines[-2]
+    assert lines[-1].startswith("*: streamed momentum, ")
+    told = json.loads(plan(capsys, *given, "--json"))
+    assert told["chosen"]["momentum"] == "streamed"
+    assert told["chosen"]["host_gib"] > 0
+
+
+@pytest.mark.slow
 def test_sizes_may_be_named_and_must_be_sizes(
     model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
