@@ -297,23 +297,24 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
             out = func(*args, **kwargs)
         else:
             out = _each(_empty, kernel.outputs)
-        if kernel.new:
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if tensor is not None:
-                    self._see(tensor)
+        self._allocated(out if kernel.new else (), kernel.workspace if self._workspaces else 0)
         if kernel.moved:
             logged = kernel.kind, kernel.flop, kernel.moved, self.times, kernel.blocks, self.cached
             self.kernels.append(logged)
-            if self._workspaces and kernel.workspace:
-                self._workspace(kernel.workspace)
         return out
 
-    def _workspace(self, nbytes: int) -> None:
-        """Log a workspace, allocated and freed within a kernel."""
+    def _allocated(self, out: Any, workspace: int) -> None:
+        """Log a kernel's new outputs, and its workspace, which it has together with them."""
         number = len(self.nbytes)
-        self.nbytes.append(nbytes)
-        self.label[number] = WORKSPACE
-        self.events += [(1, number), (-1, number)]
+        if workspace:
+            self.nbytes.append(workspace)
+            self.label[number] = WORKSPACE
+            self.events.append((1, number))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if tensor is not None:
+                self._see(tensor)
+        if workspace:
+            self.events.append((-1, number))
 
     def footprint(self) -> Footprint:
         """The log so far."""

@@ -178,3 +178,17 @@ def test_flops_of_a_sliced_step_are_counted() -> None:
         q = torch.ones(2, 3, requires_grad=True)
         (q @ torch.ones(3, 4)).sum().backward()  # type: ignore[no-untyped-call]
     assert ours.total == known.get_total_flops()
+
+
+def test_a_workspace_and_an_arriving_gradient_are_there_together() -> None:
+    """In a later micro-batch, whose gradient is added to one that exists."""
+    with torch.device("meta"):
+        x, w = torch.empty(1, 8, 4, 4), torch.empty(512, 8, 3, 3, requires_grad=True)
+        tracker = Tracker(workspaces=True)
+        tracker.hold([x, w], "given")
+        with tracker:
+            torch.autograd.backward(torch.nn.functional.conv2d(x, w, padding=1).sum())
+            tracker.hold(w.grad, "gradients")
+    peak = tracker.footprint().peak(again=True)
+    assert peak["gradients"] == 2 * 4 * w.numel()
+    assert peak["workspaces"] >= 4 * 2 * 2 * w.numel()  # of the weight, and of its gradient
