@@ -14,8 +14,8 @@ from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.gpus import Card, card_named
-from xlsd_train.memory.measure import TrialBackend
 from xlsd_train.memory.planner import Planner
+from xlsd_train.memory.trials import TrialBackend
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.step.backend import MemoryPlan, drop_gradients

@@ -19,10 +19,11 @@ from tests.train.commands.test_sweep import Forked
 from tests.train.step.test_memory_full import Refusing
 from xlsd_train.commands import sweep
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.memory import measure, plan_cache
-from xlsd_train.memory.measure import Job, Measuring, Trial, fastest, shortlist, trials
+from xlsd_train.memory import measure, plan_cache, trials
+from xlsd_train.memory.measure import Measuring, fastest, shortlist
 from xlsd_train.memory.plan_cache import cache_file, key_of
 from xlsd_train.memory.planner import GIB, Prediction
+from xlsd_train.memory.trials import Job, Trial
 from xlsd_train.step.backend import MemoryPlan
 
 Words = tuple[object, ...]
@@ -104,7 +105,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *at: int) -> None:
     def here(job: Job) -> Iterator[Trial]:
         for number, plan in enumerate(job.plans):
             with Refusing(900 if number in at else 0):
-                yield from trials(Job(**{**vars(job), "plans": [plan]}))
+                yield from trials.trials(Job(**{**vars(job), "plans": [plan]}))
 
     monkeypatch.setattr(measure, "in_child", here)
 
@@ -129,8 +130,8 @@ def test_a_plan_that_does_not_fit_is_passed_over(
 
 
 def test_more_plans_are_tried_only_if_none_fits() -> None:
-    plans, most = [MemoryPlan("plain", n) for n in range(16, 5, -1)], 2 * measure.MOST
-    assert len(list(trials(job(*plans)))) == measure.MOST
+    plans, most = [MemoryPlan("plain", n) for n in range(16, 5, -1)], 2 * trials.MOST
+    assert len(list(trials.trials(job(*plans)))) == trials.MOST
 
     class Full(Refusing):  # type: ignore[no-untyped-call]
         """Full in the first plans, whose steps end before they begin."""
@@ -142,17 +143,17 @@ def test_more_plans_are_tried_only_if_none_fits() -> None:
                     raise torch.OutOfMemoryError("CUDA out of memory")
 
     with Full(most):
-        found = list(trials(job(*plans, micro_batch=16)))
+        found = list(trials.trials(job(*plans, micro_batch=16)))
     assert [trial.plan for trial in found] == plans[: most + 1]
     assert [trial.seconds is not None for trial in found] == [False] * most + [True]
     with Full(4):
-        found = list(trials(job(PLAIN)))
+        found = list(trials.trials(job(PLAIN)))
     assert [trial.plan.micro_batch for trial in found] == [16, 8, 6, 4, 3]
 
 
 def test_an_error_that_is_not_about_memory_ends_it_with_what_there_is(caplog: Any) -> None:
     broken = MemoryPlan("plain", 0)  # no range has such a step
-    assert [trial.plan for trial in measure.in_child(job(CHEAP, broken, PLAIN))] == [CHEAP]
+    assert [trial.plan for trial in trials.in_child(job(CHEAP, broken, PLAIN))] == [CHEAP]
     assert "ended early: ValueError" in caplog.text
 
 
