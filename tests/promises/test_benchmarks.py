@@ -1,6 +1,7 @@
 """Every benchmark runs for one iteration; the longer ones only with -m slow."""
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -13,6 +14,7 @@ import torch
 from benchmarks.card import PARTS, previous_results
 from benchmarks.train.max_batch import nearest
 from tests.support import train
+from tests.support.browser import needed
 from xlsd_cache.images.decode import FORMATS
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,7 @@ SCRIPTS = [
     "benchmarks/train/lion.py",
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "overtrain")),
     "benchmarks/train/small_cards.py",
+    "benchmarks/train/report.py",
 ]  # fmt: skip
 
 
@@ -313,3 +316,16 @@ def test_the_bits_of_a_first_step_are_compared_in_fresh_processes(tmp_path: Path
     out = tmp_path / "cpu.json"
     run("benchmarks/card.py", "--tiny", "--out", str(out), "--part", "room")
     assert json.loads(out.read_text())["room"]["same"]
+
+
+@pytest.mark.slow
+def test_the_report_of_a_long_run_is_built_and_opened(tmp_path: Path) -> None:
+    needed("Chromium, which `apt-get install chromium` installs", bool(shutil.which("chromium")))
+    options = ("--steps", "300", "--samples", "16")
+    measured = Measured("train/report.py", *options, out=tmp_path)
+    (row,) = measured.rows("report")
+    assert row["page_mb"] < 2
+    assert row["tasks"] > 10
+    assert [it["what"].split()[0] for it in measured.rows("target")] == [
+        "MB", "seconds", "GiB", "seconds", "longest",
+    ]  # fmt: skip

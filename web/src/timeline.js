@@ -161,7 +161,7 @@ export function startTimeline(data, charts) {
     for (const { target, isIntersecting } of entries) show(target, isIntersecting);
   }, { root: film, rootMargin: "200px" });
   function show(cell, wanted) {
-    if (!wanted) return cell.replaceChildren();
+    if (!wanted) return document.documentElement.matches(".printing") || cell.replaceChildren();
     const [run, step, prompt] = cell.dataset.cell.split(" "), source = pictures(run, step)[prompt];
     if (source && !cell.firstChild) cell.append(Object.assign(new Image(), { src: source, alt: "", decoding: "async" }));
   }
@@ -238,6 +238,7 @@ export function startTimeline(data, charts) {
     select.append(...frames.map((it, i) => Object.assign(element("option", label(it)), { value: i })));
   }
   const room = (film.clientWidth - 170) / Math.max(1, steps.length) - 4;
+  film.style.setProperty("--columns", steps.length);
   if (innerWidth > 560) film.style.setProperty("--cell", `${Math.min(Math.max(room, 110), 190)}px`);
   fill();
   limits();

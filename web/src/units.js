@@ -31,9 +31,8 @@ export function number(x) {
 
 export function duration(hours) {
   const seconds = Math.round(hours * 3600);
-  if (seconds < 120) return `${seconds} s`;
-  if (seconds < 7200) return `${number(seconds / 60)} min`;
-  return hours < 96 ? `${number(hours)} h` : `${number(hours / 24)} days`;
+  const [size, unit] = seconds < 120 ? [1, "s"] : seconds < 7200 ? [60, "min"] : hours < 96 ? [3600, "h"] : [86400, "days"];
+  return `${(seconds / size).toLocaleString("en", { maximumFractionDigits: size > 1 ? 1 : 0 })} ${unit}`;
 }
 
 export function inUnit(unit, x) {

@@ -1,9 +1,11 @@
 """Reads a run's folder for reports and model cards, also while it is running or after a kill."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -83,7 +85,7 @@ def _read(name: str, folder: Path, record: RunRecord) -> History:
         unread += len(lines) - len(valid)
         if valid:
             names = [name for name in sampler.names if name != "hours"]
-            rows = np.array([[_number(line.get(name)) for line in valid] for name in names])
+            rows = np.array([_numbers([line.get(name) for line in valid]) for name in names])
             hours = clock.hours(*(rows[names.index(x)] for x in ("images_seen", "images_per_s")))
             sampler.add(np.array([line["step"] for line in valid]), np.vstack([rows, hours]))
             last = {k: v for k, v in valid[-1].items() if k not in METRICS or _is_number(v)}
@@ -133,12 +135,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_step(value: Any) -> bool:
-    return misfit(value, int) is None and 0 <= value <= MOST_STEPS
+    return type(value) is int and 0 <= value <= MOST_STEPS
 
 
-def _number(value: Any) -> float:
-    """For a chart; nan, which is skipped, if it is not a number."""
-    return float(value) if _is_number(value) else float("nan")
+def _numbers(values: list[Any]) -> Any:
+    """For a chart; nan, which is skipped, for what is not a number."""
+    if set(map(type, values)) <= {float, NoneType}:  # nearly all columns, in a tenth of the time
+        return np.array(values, np.float64)  # None becomes nan
+    return [float(value) if _is_number(value) else math.nan for value in values]
 
 
 def _is_measured(line: dict[str, Any]) -> bool:
