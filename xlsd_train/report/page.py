@@ -9,7 +9,7 @@ from xlsd_cache.pages.render import render
 from xlsd_cache.runtime.atomic import write_bytes
 from xlsd_cache.runtime.own_files import is_page, refuse_foreign
 from xlsd_train.config.run_options import ReportConfig
-from xlsd_train.report.changes import bands, rate_points, scale
+from xlsd_train.report.changes import bands, by_rate, scale
 from xlsd_train.report.curves import axes, charts, shown_validations
 from xlsd_train.report.pictures import Timeline, timeline
 from xlsd_train.report.ranking import HEADER, rank
@@ -83,14 +83,14 @@ def page(runs: list[History], path: Path) -> str:
         "report.html",
         runs=runs,
         one=summary(one, trends[0]) if one else None,
-        trend=trends[0] if one else None,
+        trends=trends,
         held_out=len(runs[0].record.validation.get(HELD_OUT, ())),
         standings=standings,
         answer=answer,
         then=None if one else next_of_several(standings, runs),
         header=HEADER,
         scale=scale(standings),
-        rates=rate_points(standings),
+        rates=by_rate(standings),
         settings=settings,
         differs=[row for row in settings[0] if row.differs],
         facts=facts(runs),

@@ -29,7 +29,7 @@ class Trend:
     banded: list[int]  # steps of `bands`
     bands: list[list[Interval]]  # the same change for each band
     verdict: str
-    state: str  # falling, level, rising or unknown
+    state: str  # falling, levelled off, rising or unknown
 
 
 def trend(run: History) -> Trend | None:
@@ -93,7 +93,7 @@ def _verdict(steps: list[int], found: list[Estimate]) -> tuple[str, str]:
     tied = takewhile(lambda it: (newest - it[1]).interval.high >= 0, before)
     since = min((step for step, _ in tied), default=last)
     if since <= recent:
-        return "level", f"It has levelled off: no measurable change since step {since}."
+        return "levelled off", f"It has levelled off: no measurable change since step {since}."
     step, other = next(it for it in before if it[0] <= recent)
     fall = (newest - other).interval
     return "falling", (
