@@ -41,7 +41,9 @@ def show(config: PlanConfig) -> None:
     limit = memory_limit(config.vram) or 0.0
     unet, text_encoder = _configs(config)
     size = largest(_buckets(config))
-    planner = Planner(config.resolved(), unet, text_encoder, processes=config.cards)
+    planner = Planner(
+        config.resolved(), unet, text_encoder, processes=config.cards, progress=not config.json
+    )
     ask = asked(config)
     tries = {way: MemoryPlan(way, SLICES[0], ask.attention[0]) for way in WAYS}
     most = {way: planner.largest_asked(x, size, limit, ask) for way, x in tries.items()}

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from xlsd_cache.console.progress import progress_bar
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.tracker import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
@@ -194,13 +195,14 @@ class MetaStep:
     """Runs training steps of one config on meta tensors, and returns their footprints.
 
     `workspaces` counts those of CUDA's libraries; the CPU's take none from torch. `alone`: there
-    are no other processes to share gradients with.
+    are no other processes to share gradients with. On a terminal each run is shown.
     """
 
     def __init__(
         self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool,
-        alone: bool = True,
+        alone: bool = True, progress: bool = True,
     ) -> None:  # fmt: skip
+        self._progress = progress
         self._workspaces, self._channels = workspaces, unet_config["in_channels"]
         self._logs: dict[tuple[MemoryPlan, int, Size], Footprint] = {}
         with META:
@@ -256,7 +258,10 @@ class MetaStep:
             self._backend.plan, self._backend.tracker, self._backend.mode = plan, tracker, mode
             if isinstance(self._backend.sharing, MetaSharing):
                 self._backend.sharing.tracker = tracker
-            with mode, _recomputing(mode), _one_block(tracker):
+            said = f"memory plan: running step {len(self._logs) + 1} on meta tensors, {plan}"
+            hidden = None if self._progress else True  # None: unless stderr is a terminal
+            shown = progress_bar(desc=said, bar_format="{desc}", leave=False, disable=hidden)
+            with shown, mode, _recomputing(mode), _one_block(tracker):
                 tracker.hold(step.parameters, WEIGHTS)
                 tracker.hold(self._frozen, FROZEN)
                 tracker.hold(list(step.optimizer.state.values()), STATE)

@@ -78,11 +78,11 @@ class Planner:
 
     def __init__(
         self, config: TrainConfig, unet_config: Any, text_config: Any, workspaces: bool = True,
-        processes: int = 1,
+        processes: int = 1, progress: bool = True,
     ) -> None:  # fmt: skip
-        """Of one of the `processes`, which share their gradients."""
+        """Of one of the `processes`, which share their gradients. `progress`: show it."""
         alone = processes == 1
-        self._meta_step = MetaStep(config, unet_config, text_config, workspaces, alone)
+        self._meta_step = MetaStep(config, unet_config, text_config, workspaces, alone, progress)
         self._precision, self._workspaces = config.precision, workspaces
         # The attention kernel of bf16 has as many blocks when it sums in a fixed order.
         self._in_order = config.deterministic and config.precision != "bf16"

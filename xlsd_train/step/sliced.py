@@ -130,7 +130,7 @@ class SlicedPass:
 
     def _allocate(self, gradients: SliceGradients, first: set[str], layer: Layer) -> None:
         """Allocate all memory that adding a slice needs, changing nothing that a retry reads."""
-        for name in first & gradients.inputs.keys():
+        for name in (name for name in gradients.inputs if name in first):
             gradient, value = gradients.inputs[name], self._values[name]
             if gradients.b - gradients.a == self._count:
                 # One half of a concatenation's gradient would keep the other half alive.

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,24 @@ def plan(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return printed(capsys)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_all_memory_plans_and_the_one_the_run_would_use(
-    model: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     given = ("--model", model, "--data", store, "--batch", 6)
     lines = plan(capsys, *given).splitlines()
     assert "batch 6; the run may use 22.00 GiB of 24 GB" in lines[0]
     assert "the run would use: plain by 6, 1 passes" in lines[-1]
+    shown = terminal.getvalue()
+    assert "\rmemory plan: running step 1 on meta tensors, plain by 2\r " in shown  # then erased
     told = json.loads(plan(capsys, *given, "--json", "--memory", "sliced", "--micro-batch", 2))
+    assert terminal.getvalue() == shown
     assert [row["way"] for row in told["plans"]] == ["plain", "cheap", "feed-forward", "sliced"]
     for row in (*told["plans"], told["chosen"]):
         assert row["peak_gib"] == pytest.approx(sum(row["items_gib"].values()))
