@@ -1,5 +1,7 @@
 """A run's options: ten groups of them in one frozen dataclass, from which the help is generated."""
 
+import shlex
+import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -33,7 +35,7 @@ RATES = {True: (0.01, 100.0), False: (1e-10, 0.1)}
 
 # Options that may change when a run is resumed, since none of them changes a weight.
 FREE = frozenset({
-    "recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force",
+    "recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force", "on_event",
     # A run keeps the plan that it was started with.
     "vram", "momentum", "measure", "remeasure",
     "ema_snapshots", "validate_every", "sample_every", "sample_prompts", "sample_steps",
@@ -136,6 +138,26 @@ class RunOptions(CheckedOptions):
 
     dry_run: bool = False
     """Check everything, print what would run, and stop."""
+
+    on_event: str | None = None
+    """Run a command when the run is sampled, validated, saved, done, stopped, failed or disk-low.
+    It gets XLSD_EVENT, XLSD_RUN, XLSD_STEP, XLSD_PATH and XLSD_MESSAGE in its environment."""
+
+    def check(self) -> None:
+        """Raise UserError for a command that cannot run."""
+        if self.on_event is None:
+            return
+        try:
+            words = shlex.split(self.on_event)
+        except ValueError as error:
+            raise UserError(
+                f"--on-event {self.on_event!r} is no command: {error}; quote its words as in a "
+                f"shell"
+            ) from error
+        if not words or shutil.which(words[0]) is None:
+            raise UserError(
+                f"--on-event {self.on_event!r}: there is no such program; give e.g. 'sh notify.sh'"
+            )
 
 
 @dataclass(frozen=True)

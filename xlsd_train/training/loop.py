@@ -21,8 +21,15 @@ from xlsd_train.optim.factory import rates
 from xlsd_train.optim.lr_scheduler import learning_rate
 from xlsd_train.optim.plateau import PlateauWatch
 from xlsd_train.report.page import leave_report
-from xlsd_train.runs.layout import METRICS_LOG, checkpoints, grid_of, step_of
-from xlsd_train.runs.validation_log import LIVE, best_of, describe_checkpoints
+from xlsd_train.runs.layout import (
+    METRICS_LOG,
+    checkpoints,
+    grid_of,
+    losses_of,
+    samples_of,
+    step_of,
+)
+from xlsd_train.runs.validation_log import HELD_OUT, LIVE, best_of, describe_checkpoints
 from xlsd_train.step.distributed import Lost
 from xlsd_train.training.announce import log_epochs
 from xlsd_train.training.due import Due
@@ -50,7 +57,11 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
             card is full, or another process of the run ended: the last checkpoint stays.
 
     """
-    with open_session(config, command) as session, StopSignal() as stop:
+    with (
+        open_session(config, command) as session,
+        StopSignal() as stop,
+        session.events,
+    ):
         folder = session.run.folder
         try:
             if not config.dry_run:
@@ -90,6 +101,7 @@ def _train(session: Session, stop: StopSignal) -> None:
     ):
         batches, meter = iter(loader), Meter(state["smoothed"], run.folder)
 
+        session.events.refresh()
         meter.begin()
         for step in range(done + 1, last + 1):
             waited = loader.wait_s
@@ -128,10 +140,11 @@ def _train(session: Session, stop: StopSignal) -> None:
                     "plan": session.take_step.plan[:3],  # see record.py
                 }
                 _save(session, state)  # last: the step's samples and losses are on the disk before
-            if due.pauses:
-                meter.begin()
             if due.ends:
                 break
+            if due.pauses:
+                session.events.refresh()
+                meter.begin()
 
 
 def _log(session: Session, watches: Watches, bar: Any, lines: list[dict[str, Any]]) -> None:
@@ -159,6 +172,8 @@ def _pause(session: Session, stop: StopSignal, due: Due, step: int, images_seen:
 def _sample(session: Session, step: int, stopped: Callable[[], bool]) -> bool:
     sampler, folder = session.sampler, session.run.folder
     grid = sampler(session.model, folder, step, session.accelerator, session.processes, stopped)
+    if grid is not None:
+        session.events.tell("sampled", step, f"samples of step {step}", samples_of(folder, step))
     return grid is not None
 
 
@@ -171,6 +186,8 @@ def _validate(session: Session, step: int, images_seen: int, stopped: Callable[[
     )
     if losses is not None and session.main:
         session.run.log_validation(step, images_seen, losses)
+        text = f"held-out loss {losses[f'{LIVE}/{HELD_OUT}'].mean():.5f}"
+        session.events.tell("validated", step, text, losses_of(session.run.folder, step))
     return losses is not None
 
 
@@ -178,7 +195,7 @@ def _save(session: Session, state: dict[str, Any]) -> None:
     if session.main:
         run, step = session.run, session.take_step
         run.sync()
-        save_checkpoint(
+        saved = save_checkpoint(
             run.folder, session.model, session.named, step.optimizer, state, session.ema
         )
         if session.ema:
@@ -186,6 +203,7 @@ def _save(session: Session, state: dict[str, Any]) -> None:
             keep_snapshots(run.folder, checkpoints(run.folder), most)
         best = best_of(run.folder, map(step_of, checkpoints(run.folder)))
         prune(run.folder, session.config.keep, best.best[0] if best else None)
+        session.events.saved(state["step"], saved)
     session.processes.wait()
 
 
@@ -201,5 +219,8 @@ def _log_end(session: Session, stop: StopSignal) -> None:
         log.info(verdict)
     if not stop.hurries:
         log.info(leave_report(run.folder))
-    if stop.asked or step < planned:
+    stopped = bool(stop.asked) or step < planned
+    name = "stopped" if stopped else "done"
+    session.events.tell(name, step, f"step {step} of {planned}", run.checkpoint)
+    if stopped:
         log.info(f"to resume bit-exactly, use the same command with --out {run.folder}")

@@ -33,6 +33,7 @@ from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.distributed import Processes
 from xlsd_train.step.step import Step
 from xlsd_train.training.announce import announce
+from xlsd_train.training.events import Events
 from xlsd_train.training.setup_data import RunData, build_data, make_source
 from xlsd_train.training.setup_model import RunModel, build_model
 from xlsd_train.training.setup_step import build_step, plan_batch, start
@@ -56,6 +57,7 @@ class Session:
     warmup_steps: float
     validator: Validator | None
     ema: Ema | None  # in the main process
+    events: Events
 
     def average(self, step: int) -> None:
         """With --ema, update the averages with the weights of a step."""
@@ -131,6 +133,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         yield Session(
             config, accelerator, processes, run, order, source, model.bundle, model.named, step,
             Sampler(data.pictures), planned, warmup, validator, ema,
+            Events(run.folder, config.on_event, accelerator.is_main_process),
         )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ _ALL_OF_CAPTIONS = (
 _RATES = "training/test_loop.py::test_rate_options_act_and_a_stop_step_changes_no_rate"
 _AS_ASKED = "config/test_options.py::test_channels_last_and_determinism_are_as_asked"
 _MEASURED = "memory/test_measure.py"
+_EVENTS = "training/test_events.py"
 ELSEWHERE = {
     "channels_last": _AS_ASKED,
     "compile": "step/test_compile.py::test_a_resumed_run_has_the_same_bits",
@@ -110,6 +111,7 @@ ELSEWHERE = {
     "underscores_to_spaces": _ALL_OF_CAPTIONS,
     "remeasure": f"{_MEASURED}::test_a_measured_run_is_that_of_its_flags_and_resumes_as_such",
     "measure": f"{_MEASURED}::test_nothing_is_measured_that_is_not_to_be",
+    "on_event": f"{_EVENTS}::test_a_run_tells_each_event_with_its_paths",
     "device": "config/test_train.py::test_impossible_options_are_one_sentence",
     "recipe": "config/test_recipes.py::test_each_trains",
 }

@@ -1,0 +1,148 @@
+"""Tells what happened to a run: runs its owner's command, and rewrites the report on the disk.
+
+Neither ends the run or changes its weights. A failure is a line in the log.
+"""
+
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
+from xlsd_train.report.page import write_report
+
+log = logging.getLogger("xlsd.train.training")
+
+TIMEOUT_S = 60.0  # of a command
+SHARE = 0.02  # of the time that rewriting the report may take
+ROOM = 2  # checkpoints; with less room the disk is low
+
+
+class Events:
+    """The events of one run; a context manager, which tells a failure of its block.
+
+    Commands run one after another in a thread. At most one event of each name waits: a newer one
+    takes its place.
+    """
+
+    def __init__(self, folder: Path, command: str | None, main: bool = True) -> None:
+        """Without a command nothing is told. Of several processes only the main one acts."""
+        self._folder, self._main = folder.absolute(), main
+        self._words = shlex.split(command or "") if main else []
+        self._step = 0
+        self._waiting: dict[str, Mapping[str, str]] = {}  # name -> environment
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._low = False
+        self._refresh_at = 0.0
+
+    def __enter__(self) -> "Events":
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            self.tell("failed", self._step, str(error))
+        if error is None or isinstance(error, Exception):
+            self._finish()
+
+    def tell(self, name: str, step: int, message: str, path: Path | None = None) -> None:
+        """Run the command for an event; returns at once."""
+        self._step = step
+        if not self._words:
+            return
+        told = {
+            "XLSD_EVENT": name,
+            "XLSD_RUN": str(self._folder),
+            "XLSD_STEP": str(step),
+            "XLSD_PATH": str(path.absolute()) if path else "",
+            "XLSD_MESSAGE": message.replace("\0", ""),
+        }
+        with self._lock:
+            if self._waiting.pop(name, None):
+                log.warning(f"--on-event: an older event {name} is skipped: the command is slower")
+            self._waiting[name] = told
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """Tell that a checkpoint is complete, and whether its disk is nearly full."""
+        self.tell("saved", step, f"checkpoint {checkpoint}", checkpoint)
+        free, low = free_bytes(checkpoint), ROOM * held_bytes(checkpoint)
+        was, self._low = self._low, free is not None and free < low
+        if free is not None and self._low and not was:
+            text = f"only {size(free)} are free on the disk of {self._folder}; free {size(low)}"
+            log.warning(text)
+            self.tell("disk-low", step, text, self._folder)
+
+    def refresh(self) -> None:
+        """Rewrite RUN/report.html, unless that would take more than SHARE of the time."""
+        begun = time.monotonic()
+        if not self._main or begun < self._refresh_at:
+            return
+        try:
+            write_report([self._folder])
+        except Exception as error:
+            log.warning(f"the report was not rewritten: {error!r}")
+        now = time.monotonic()
+        self._refresh_at = now + (now - begun) / SHARE
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                name = next(iter(self._waiting), None)
+                if name is None:
+                    self._thread = None
+                    return
+                told = self._waiting.pop(name)
+            if why := run_command(self._words, told):
+                log.warning(f"--on-event {name}: {shlex.join(self._words)} {why}")
+
+    def _finish(self) -> None:
+        """Wait for the commands, a limited time."""
+        with self._lock:
+            thread = self._thread
+        if thread is None:
+            return
+        thread.join(2 * TIMEOUT_S)
+        if skipped := list(self._waiting):
+            log.warning(f"--on-event: no time was left for {', '.join(skipped)}")
+
+
+def run_command(words: list[str], told: Mapping[str, str]) -> str | None:
+    """Run a command in a session of its own; returns why it failed, or None.
+
+    Ctrl-C in the training's terminal does not reach it.
+    """
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(  # noqa: S603 - the user's own command
+                words, env={**os.environ, **told}, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return f"did not start: {error}"
+        try:
+            code = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            return f"was killed after {TIMEOUT_S:g} s"
+        output.seek(max(0, output.seek(0, os.SEEK_END) - 200))
+        text = output.read().decode(errors="replace").strip()
+        return f"ended with code {code}: {text}" if code else None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command with all that it started."""
+    if os.name == "posix":
+        os.killpg(process.pid, 9)
+    process.kill()
+    process.wait()
