@@ -178,7 +178,10 @@ def main(config: SmallCardsConfig, command: Sequence[str]) -> None:
                 it = planner.fastest(config.batch, size, limit, ask)
                 cells = [f"{vram:g}", name, f"{limit / GIB:.2f}"]
                 if it is None:
-                    print(form.format(*cells, f"{momentum}: none fits", *[""] * 6), flush=True)
+                    print(
+                        form.format(*cells, f"{momentum}: none fits", *[""] * 6).rstrip(),
+                        flush=True,
+                    )
                     report.add("card", vram=vram, size=name, momentum=momentum, plan=None)
                     continue
                 key = it.plan, size
