@@ -9,12 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from xlsd_cache.errors import UserError
-from xlsd_train.checkpoints.resume import FIXED, LENGTH, CaptionReader, changes, differing, refusal
+from xlsd_train.checkpoints.resume import (
+    FIXED,
+    LENGTH,
+    CaptionReader,
+    changes,
+    differing,
+    plan_options,
+    refusal,
+)
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.optim.lr_scheduler import first_other_rate
 from xlsd_train.runs.record import RunRecord
-from xlsd_train.step.backend import MemoryPlan
 
 log = logging.getLogger("xlsd.train.checkpoints")
 
@@ -141,12 +148,7 @@ def _old_settings(
         old["objective"] = settings["objective"]  # left out, it is that of the checkpoint
     if "card" in settings:  # earlier versions recorded it only among the machine's facts
         old.setdefault("card", before.machine.get("card"))
-    plans = [MemoryPlan(*before.plan), MemoryPlan(*run.state().get("plan", before.plan))]
-    for name, used in (("memory", "way"), ("micro_batch", "micro_batch")):  # as `flags` gives them
-        if settings.get(name) in {getattr(plan, used) for plan in plans}:
-            old[name] = settings[name]
-    asked = settings.get("attention")
-    old["attention"] = asked if asked == "auto" else plans[0].attention
+    old |= plan_options(settings, [before.plan, run.state().get("plan", before.plan)])
     if not (before.validation and config.validate_every):
         old["validation_images"] = settings["validation_images"]
     return old

@@ -4,7 +4,7 @@ Options that only start a run (START) are part of its checkpoint. Options of its
 compared by the learning rates that follow. FREE options change no weight.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,20 @@ def differing(
     for name in _unneeded(old, new):
         differ.pop(name, None)
     return differ
+
+
+def plan_options(asked: Mapping[str, Any], plans: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Name -> old value of the options that choose a memory plan: what is asked, where it is used.
+
+    `plans` are the run's first and those that it used later, as in config.json and state.json.
+    """
+    old = {"attention": (*plans[0], "sdpa")[2]}  # older plans had only the first two
+    if asked.get("attention") == "auto":
+        old["attention"] = "auto"
+    for place, name in enumerate(("memory", "micro_batch")):
+        if asked.get(name) in {plan[place] for plan in plans}:
+            old[name] = asked[name]
+    return old
 
 
 def _unneeded(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

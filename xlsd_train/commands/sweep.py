@@ -19,7 +19,7 @@ from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.own_files import is_page, refuse_foreign
 from xlsd_cache.runtime.signals import StopSignal
-from xlsd_train.checkpoints.resume import changes, differing
+from xlsd_train.checkpoints.resume import changes, differing, plan_options
 from xlsd_train.config.recipes import options_in, without
 from xlsd_train.config.run_options import SweepConfig
 from xlsd_train.config.train import TrainConfig
@@ -28,7 +28,7 @@ from xlsd_train.report.ranking import Standing, rank, table
 from xlsd_train.runs.history import histories
 from xlsd_train.runs.layout import CONFIG, checkpoints, step_of
 from xlsd_train.runs.links import refuse_link
-from xlsd_train.runs.record import read_record
+from xlsd_train.runs.record import read_record, read_state
 
 log = logging.getLogger("xlsd.train.commands")
 
@@ -109,8 +109,10 @@ def _check(runs: dict[Path, TrainConfig]) -> None:
         refuse_link(folder)
         if not (folder / CONFIG).exists():
             continue
-        before = read_record(folder).asked()
         wanted = json.loads(json.dumps(asked.to_json(), default=os.fspath))
+        record, saved = read_record(folder), checkpoints(folder)
+        used = [record.plan, *(read_state(path).get("plan", record.plan) for path in saved[-1:])]
+        before = record.asked() | plan_options(wanted, used)
         # A run itself checks what needs its store and model.
         differ = differing(before, wanted)
         if differ and not asked.force:

@@ -27,6 +27,7 @@ class Measuring:
     networks: tuple[dict[str, Any], dict[str, Any]]  # configs of UNet and text encoder
     device: torch.device
     limit: float  # bytes
+    processes: int = 1
     rows: list[MeasuredPlan] = field(default_factory=list)
 
     @property
@@ -41,7 +42,10 @@ class Measuring:
 
     def __call__(self, planner: Planner, batch: int, size: Size) -> MemoryPlan | None:
         """The fastest plan that fits, for `batch` samples of a process; None if none is known."""
-        key = key_of(self.config, self.networks, self.card, self.device, batch, size, self.limit)
+        key = key_of(
+            self.config, self.networks, self.card, self.device, batch, self.processes, size,
+            self.limit,
+        )  # fmt: skip
         before = [] if self.config.remeasure else recall(key)
         best = fastest(before)
         if best and (best["peak_gib"] or 0) * GIB <= self.limit:
@@ -74,8 +78,8 @@ class Measuring:
             f"each on random data; --no-measure skips it"
         )
         job = Job(
-            self.config, self.networks, [x.plan for x in found], batch, size, self.device,
-            self.limit, torch.get_num_threads(),
+            self.config, self.networks, [x.plan for x in found], batch, self.processes, size,
+            self.device, self.limit, torch.get_num_threads(),
         )  # fmt: skip
         card = card_named(self.card)
         tflop = {(x.plan.way, x.plan.attention): x.tflop for x in found}  # at any micro-batch

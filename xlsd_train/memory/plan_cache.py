@@ -37,7 +37,7 @@ _OPTIONS = (
 
 def key_of(
     config: TrainConfig, networks: tuple[dict[str, Any], dict[str, Any]], card: str,
-    device: torch.device, batch: int, size: tuple[int, int], limit: float,
+    device: torch.device, batch: int, processes: int, size: tuple[int, int], limit: float,
 ) -> str:  # fmt: skip
     """SHA-256 of everything that decides which plan is the fastest and whether it fits."""
     facts = {
@@ -54,6 +54,7 @@ def key_of(
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "xlsd": __version__,
         "batch": batch,
+        "shares": processes > 1,
         "size": size,
         "limit": limit // GIB,  # free memory differs a little from run to run
     }

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.nn import Parameter
 
 from xlsd_cache.console.libraries import quiet_libraries
@@ -36,6 +37,7 @@ from xlsd_train.model.bundle import Networks
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan, drop_gradients
 from xlsd_train.step.objective import Objective
+from xlsd_train.step.sharing import Sharing
 from xlsd_train.step.step import Step
 
 log = logging.getLogger("xlsd.train.memory")
@@ -46,6 +48,16 @@ _CHILD = "from xlsd_train.memory.trials import child; child()"
 # Launchers tell processes by these that others belong to them; the measuring process is alone.
 _LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE",
              "MV2_COMM_WORLD_SIZE"}  # fmt: skip
+
+
+class Unsent:
+    """A message with gradients that no other process gets: it only takes memory and a copy."""
+
+    def __init__(self, message: Tensor) -> None:
+        """Of any length."""
+
+    def wait(self) -> None:
+        """At once."""
 
 
 class TrialBackend(DeviceBackend):
@@ -68,6 +80,7 @@ class Job:
     networks: tuple[dict[str, Any], dict[str, Any]]  # configs of UNet and text encoder
     plans: list[MemoryPlan]
     batch: int  # samples of one process
+    processes: int  # of the run
     size: Size
     device: torch.device
     limit: float  # bytes
@@ -142,6 +155,7 @@ def trials(job: Job) -> Iterator[Trial]:
     while number < len(plans) and fits < MOST and not (fits and number >= 2 * MOST):
         plan, number = plans[number], number + 1
         backend, trial = TrialBackend(accelerator, plan), Trial(plan, None, None)
+        backend.sharing = Sharing(Unsent if job.processes > 1 else None)
         try:
             trial = _measure(config, model, trained, objective, backend, batch)
         except RuntimeError as error:

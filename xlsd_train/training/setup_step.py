@@ -89,7 +89,7 @@ def plan_batch(
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         limit, measuring = memory_limit(config.vram, device), None
         if limit is not None and config.measure and config.memory == "fastest":
-            measuring = Measuring(config, networks, device, limit)
+            measuring = Measuring(config, networks, device, limit, accelerator.num_processes)
         batch, plan, prediction = choose(
             config,
             lambda: Planner(config, *networks, processes=accelerator.num_processes),

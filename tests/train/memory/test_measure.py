@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.demo.pipeline import make_networks
-from tests.support import files, metrics, spawn, train, wait_for
+from tests.support import files, metrics, spawn, torchrun, train, wait_for
 from tests.train.commands.test_sweep import Forked
 from tests.train.step.test_memory_full import Refusing
 from xlsd_train.commands import sweep
@@ -51,7 +53,7 @@ def config_of(**options: Any) -> TrainConfig:
 
 
 def job(*plans: MemoryPlan, **options: Any) -> Job:
-    return Job(config_of(**options), networks(), list(plans), 16, SIZE, CPU, GIB, 1)
+    return Job(config_of(**options), networks(), list(plans), 16, 1, SIZE, CPU, GIB, 1)
 
 
 class Believing:
@@ -151,6 +153,29 @@ def test_more_plans_are_tried_only_if_none_fits() -> None:
     assert [trial.plan.micro_batch for trial in found] == [16, 8, 6, 4, 3]
 
 
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Elements of the largest tensor that is allocated for later use."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "new_empty":
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_one_of_several_processes_has_messages_too() -> None:
+    """All gradients of the smallest UNet fit into one message."""
+    unet, _ = make_networks("nano", 600)
+    elements = sum(parameter.numel() for parameter in unet.parameters())
+    for processes in (1, 2):
+        with Largest() as largest:  # type: ignore[no-untyped-call]
+            (trial,) = trials.trials(replace(job(PLAIN), processes=processes))
+        assert trial.seconds
+        assert (largest.elements == elements) == (processes > 1)
+
+
 def test_an_error_that_is_not_about_memory_ends_it_with_what_there_is(caplog: Any) -> None:
     broken = MemoryPlan("plain", 0)  # no range has such a step
     assert [trial.plan for trial in trials.in_child(job(CHEAP, broken, PLAIN))] == [CHEAP]
@@ -178,19 +203,23 @@ def test_the_fastest_must_fit() -> None:
 def test_what_was_measured_is_of_one_card_shape_and_set_of_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def key(batch: int = 4, limit: float = 22.5, card: str = "a", **options: Any) -> str:
-        return key_of(config_of(**options), networks(), card, CPU, batch, SIZE, limit * GIB)
+    def key(
+        batch: int = 4, limit: float = 22.5, card: str = "a", processes: int = 1, **options: Any
+    ) -> str:
+        config = config_of(**options)
+        return key_of(config, networks(), card, CPU, batch, processes, SIZE, limit * GIB)
 
     others = [
         key(batch=5), key(limit=21.9), key(card="b"), key(optimizer="adamw"), key(compile=True),
         key(precision="tf32"), key(deterministic=False), key(attention="sdpa"), key(accum=2),
-        key(micro_batch=2),
+        key(micro_batch=2), key(processes=2),
     ]  # fmt: skip
     monkeypatch.setattr(torch, "__version__", "9")
     others.append(key())
     monkeypatch.undo()
     assert len({key(), *others}) == 1 + len(others)
     assert key(lr=1e-6, seed=3, out=Path("x"), limit=22.9, accum=1) == key()
+    assert key(processes=2) == key(processes=8)
 
 
 @pytest.mark.parametrize("content", [
@@ -303,6 +332,33 @@ def test_nothing_is_measured_that_is_not_to_be(
     assert record["plan"][2] == "sdpa"
 
 
+def test_a_forced_resume_measures_again(given: Words, tmp_path: Path) -> None:
+    """Its checkpoint has momentum, gradients it needs none."""
+    run, out = (*given, "--vram", 2, "--remeasure"), tmp_path / "run"
+    assert train(*run, "--out", out, "--stop-after", 1, "--memory", "sliced") == 0
+    before = json.loads((out / "config.json").read_text())
+    assert before["measured"] == []
+    assert train(*run, "--out", out, "--force") == 0
+    record = json.loads((out / "config.json").read_text())
+    best = fastest(record["measured"])
+    assert best
+    assert best["plan"] == record["plan"] != before["plan"]
+    assert record["changed"][0]["was"]["plan"] == before["plan"]
+    state = json.loads((out / "checkpoints/step-00000002/state.json").read_text())
+    assert state["plan"] == record["plan"][:3]
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_measures_for_both(given: Words, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    torchrun(2, "xlsd_train", *given, "--vram", 2, "--remeasure", "--out", out)
+    record = json.loads((out / "config.json").read_text())
+    assert record["plan"] in [row["plan"] for row in record["measured"]]
+    assert {row["plan"][1] for row in record["measured"]} <= {1, 2}  # of its share of 4
+    assert len(json.loads(cache_file().read_text())) == 1
+    assert len(metrics(out)) == 2
+
+
 def test_the_plan_of_an_older_run_means_sdpa(given: Words, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert train(*given, "--out", out, "--stop-after", 1) == 0
@@ -330,7 +386,7 @@ def train_at(home: Path, *args: object) -> int:
 
 
 def test_a_sweep_measures_once(
-    given: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     run = partial(train_at, tmp_path / "cache")
     monkeypatch.setattr(sweep, "start", lambda words: Forked(run, words))
@@ -339,7 +395,15 @@ def test_a_sweep_measures_once(
     first, second = (tmp_path / "runs" / f"lr-{rate}/config.json" for rate in ("1e-05", "2e-05"))
     said = (tmp_path / "runs.log").read_text()
     assert said.count("measuring the best") == said.count("were measured before") == 1
-    assert json.loads(first.read_text())["plan"] == json.loads(second.read_text())["plan"]
+    record = json.loads(first.read_text())
+    assert record["plan"] == json.loads(second.read_text())["plan"]
+
+    again = ("sweep", "--lr", "1e-5,2e-5", *given, "--sample-every", 0, "--out", tmp_path / "runs")
+    flags = MemoryPlan(*record["plan"]).flags().split()
+    assert train(*again, "--stop-after", 2, *flags) == 0
+    assert len(metrics(second.parent)) == 2
+    assert train(*again, "--memory", "sliced") == 1
+    assert "was started with --memory fastest (now sliced)" in capsys.readouterr().err
 
 
 def test_a_run_killed_while_it_measures_leaves_nothing(given: Words, tmp_path: Path) -> None:
