@@ -14,6 +14,11 @@ ROOT = Path(__file__).parents[2]
 AXE = ROOT / "web/node_modules/axe-core/axe.min.js"  # `npm --prefix web ci` installs it
 PICTURES = ROOT / "pictures"  # screenshots, to be looked at
 Scheme = Literal["light", "dark"]
+LAYOUTS: list[tuple[int, Scheme]] = [(w, s) for w in (1400, 400) for s in ("light", "dark")]
+LUMINANCE = """element => {
+    const [r, g, b] = getComputedStyle(element).backgroundColor.match(/\\d+/g);
+    return (+r + +g + +b) / 3;
+}"""
 
 
 def needed(what: str, present: bool) -> None:

@@ -13,7 +13,9 @@ class Page(HTMLParser):
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
         self.images: list[dict[str, str | None]] = []
-        self.sheets: dict[str, list[str | None]] = {}  # "run step" -> pictures by prompt
+        self.sheets: dict[
+            str, list[str | None]
+        ] = {}  # "run step", or a model's number -> pictures by prompt
         self.scripts: list[str] = []  # that run
         self.inert: dict[str, str] = {}  # JSON elements
         self.sentences: list[str] = []  # of charts
@@ -48,7 +50,7 @@ class Page(HTMLParser):
         elif tag == "script":
             self._element = ""
             if told:
-                self._element = told.get("id") or told["data-sheet"] or ""
+                self._element = told.get("id") or told.get("data-sheet") or told["data-model"] or ""
                 assert told["type"] == "application/json"
             else:
                 self.scripts.append("")

@@ -1,4 +1,5 @@
 // The samples: a pair to compare, A and B, and a table of all by prompt, run and step.
+import { setDivider, startStage } from "./stage.js";
 import { announce, nearest, number, stepWords } from "./units.js";
 
 const KEPT = 64; // sheets whose pictures stay parsed
@@ -14,7 +15,7 @@ export function startTimeline(data, charts) {
   const frames = steps.flatMap(step => runs.map((_, run) => ({ run, step })).filter(it => has(it.run, it.step)));
   const last = frames.at(-1);
   const state = { prompt: 0, a: frames[0], b: last, mode: "slide" };
-  const stage = find(".stage"), divider = find("[data-divider]"), slider = find("[data-step]");
+  const stage = find(".stage"), slider = find("[data-step]");
   const film = find(".film"), dialog = find("dialog");
   const cells = new Map(); // "run step prompt" -> button
 
@@ -166,35 +167,8 @@ export function startTimeline(data, charts) {
     if (source && !cell.firstChild) cell.append(Object.assign(new Image(), { src: source, alt: "", decoding: "async" }));
   }
 
-  function enlarge() {
-    if (dialog.open) return;
-    dialog.append(stage);
-    dialog.showModal();
-  }
-  dialog.addEventListener("close", () => {
-    find(".view").prepend(stage);
+  const enlarge = startStage(stage, share => setDivider(stage, share), dialog, () => {
     cells.get(`${state.b.run} ${state.b.step} ${state.prompt}`)?.focus({ preventScroll: true });
-  });
-
-  function setDivider(share) {
-    divider.value = share;
-    stage.style.setProperty("--share", `${share}%`);
-  }
-  divider.addEventListener("input", () => setDivider(divider.value));
-  // A drag moves the divider; a click enlarges and leaves it where it was.
-  let press = null;
-  stage.addEventListener("pointerdown", event => {
-    press = { x: event.clientX, y: event.clientY, share: stage.style.getPropertyValue("--share") || "50%" };
-  }, true);
-  stage.addEventListener("click", event => {
-    if (!press || Math.hypot(event.clientX - press.x, event.clientY - press.y) > 4) return;
-    setDivider(parseFloat(press.share));
-    press = null;
-    enlarge();
-  });
-  stage.querySelector("[data-a]").addEventListener("load", ({ target }) => {
-    const ratio = target.naturalWidth / target.naturalHeight;
-    stage.style.aspectRatio = state.mode === "side by side" ? 2 * ratio : ratio;
   });
 
   root.addEventListener("click", ({ target }) => {

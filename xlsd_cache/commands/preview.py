@@ -1,7 +1,6 @@
 """`xlsd-cache preview`: draw a contact sheet of decoded latents."""
 
 import logging
-from bisect import bisect_left
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from xlsd_cache.encoding.compatibility import decoder_notice, load_vae_for
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.options import PreviewOptions
+from xlsd_cache.pages.lettering import Font, cut, wrapped
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.runtime.own_files import is_picture, marking, refuse_foreign
@@ -22,9 +22,7 @@ from xlsd_cache.store.reader import LatentStore
 log = logging.getLogger("xlsd.cache.commands")
 
 CAPTION_LINES = 5
-_READ = 4096  # characters of a caption that are laid out: more than a cell holds
 INK, FAINT, PAPER, CROP = "#222222", "#999999", "#ffffff", "#4477aa"
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def preview(config: PreviewOptions) -> None:
@@ -147,9 +145,11 @@ class _Sheet:
         crop_told = f"{left},{top}-{right},{bottom} of {sample['width']}x{sample['height']}"
         indent = 3 * self.leading
         for number, (line, colour) in enumerate(((place_told, INK), (crop_told, FAINT))):
-            told = self._cut(line, self.thumbnail - indent)
+            told = cut(line, self.font, self.thumbnail - indent)
             self.pen.text((x + indent, y + number * self.leading), told, colour, self.font)
-        for number, line in enumerate(self._wrapped(caption), start=2):
+        for number, line in enumerate(
+            wrapped(caption, self.font, self.thumbnail, CAPTION_LINES), start=2
+        ):
             self.pen.text((x, y + number * self.leading), line, INK, self.font)
 
     def _crop_box(self, x: int, y: int, sample: dict[str, Any]) -> None:
@@ -160,28 +160,3 @@ class _Sheet:
         left, top, right, bottom = (side * scale for side in sample["crop"])
         self.pen.rectangle((x + left, y + 3 + top, x + right, y + 3 + bottom), CROP)
         self.pen.rectangle(whole, outline=INK)
-
-    def _wrapped(self, text: str) -> list[str]:
-        """Wrap the text to the cell; the last line ends in ... if there is more."""
-        lines = [""]
-        for word in text[:_READ].split():
-            longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and self.font.getlength(longer) > self.thumbnail:
-                lines.append(word)
-            else:
-                lines[-1] = longer
-            if len(lines) > CAPTION_LINES:
-                break
-        if len(lines) > CAPTION_LINES or len(text) > _READ:
-            lines = lines[:CAPTION_LINES]
-            lines[-1] += " ..."
-        return [self._cut(line, self.thumbnail) for line in lines]
-
-    def _cut(self, line: str, room: int) -> str:
-        """Shorten the line to fit: a single word may be wider than the cell."""
-        if self.font.getlength(line) <= room:
-            return line
-        fits = bisect_left(
-            range(len(line)), True, key=lambda n: self.font.getlength(f"{line[:n]}...") > room
-        )
-        return f"{line[: fits - 1]}..." if fits > 1 else ""

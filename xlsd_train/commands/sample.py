@@ -16,13 +16,13 @@ from xlsd_cache.runtime.atomic import replacing, write_bytes
 from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_cache.runtime.own_files import marking
-from xlsd_train.commands.sample_page import page
 from xlsd_train.config.model_options import SampleConfig, size_of
 from xlsd_train.evaluation.images import Picture, draw_picture, make_grid, pipeline_of, save_picture
 from xlsd_train.evaluation.prompts import read_pictures, remarks
 from xlsd_train.evaluation.sample_files import own_size
 from xlsd_train.export.conversions import fold_vae, vae_in
 from xlsd_train.model.loading import assemble, model_vae
+from xlsd_train.report.comparison import comparison
 from xlsd_train.runs.layout import GRID
 from xlsd_train.weights.lazy_tensors import sha256_of
 from xlsd_train.weights.locate import ModelParts, locate_model
@@ -65,8 +65,8 @@ def compare(config: SampleConfig) -> Path:
     with replacing(config.out / GRID) as temporary:
         _grid(list(names), shown, files).save(temporary, "PNG", **marking("grid"))
     html = config.out / "index.html"
-    write_bytes(html, page(list(names), shown, files).encode())
-    log.info(f"grid: {config.out / 'grid.png'}; slider between any two models: {html}")
+    write_bytes(html, comparison(list(names), shown, files).encode())
+    log.info(f"grid: {config.out / 'grid.png'}; any two models compared: {html}")
     if len(pictures) > SHOWN:
         log.info(f"grid and page show the first {SHOWN} of {len(pictures)} prompts")
     return html
@@ -136,11 +136,10 @@ def _default(config: SampleConfig, names: dict[str, str]) -> Picture:
 
 def _grid(models: list[str], pictures: list[Picture], files: list[list[Path]]) -> Image.Image:
     """Models down, prompts across, each cell as large as the largest image."""
-    rows = [
-        [(f"{model}: {picture.prompt}", path) for picture, path in zip(pictures, row, strict=True)]
-        for model, row in zip(models, files, strict=True)
-    ]
-    return make_grid(rows, max(x.width for x in pictures), max(x.height for x in pictures))
+    prompts, rows = [picture.prompt for picture in pictures], zip(models, files, strict=True)
+    return make_grid(
+        prompts, list(rows), max(x.width for x in pictures), max(x.height for x in pictures)
+    )
 
 
 def _names(models: tuple[str, ...]) -> dict[str, str]:

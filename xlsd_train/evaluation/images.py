@@ -1,6 +1,7 @@
 """Generates one image with diffusers' own pipeline, and saves it with its settings as metadata."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from xlsd_cache.pages.lettering import wrapped
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.own_files import MARK
 from xlsd_train.config.model_options import MOST_PIXELS
 from xlsd_train.data.captions import tokenize
 from xlsd_train.model.bundle import ModelBundle
 
-LABEL_HEIGHT = 16
+LINES = 40  # of a column's name in a grid
 # Name on the command line -> A1111's name, diffusers' scheduler, its options.
 SCHEDULERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "dpm++": ("DPM++ 2M", DPMSolverMultistepScheduler, {}),
@@ -133,19 +135,37 @@ def save_picture(
         image.save(temporary, "PNG", pnginfo=info)
 
 
-def make_grid(rows: list[list[tuple[str, Path]]], width: int, height: int) -> Image.Image:
-    """Rows of (label, PNG) in cells of width x height pixels; a missing file leaves a gap."""
-    height += LABEL_HEIGHT
-    grid = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+def make_grid(
+    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Path]]], width: int, height: int
+) -> Image.Image:
+    """PNGs in cells of width x height pixels, below the columns' names and right of the rows'.
+
+    A missing file leaves a gap.
+    """
+    points = max(14, min(width, height) // 22)
+    font, gap, leading = ImageFont.load_default(points), points // 2, round(points * 1.3)
+    names = [name for name, _ in rows]
+    longest = max((font.getlength(name) for name in names), default=0)
+    side = min(round(longest) + 1, max(width // 2, 8 * points))
+    top = [wrapped(name, font, width - gap, LINES) for name in columns]
+    left, above = side + 2 * gap, leading * max(map(len, top), default=0) + gap
+    size = left + width * len(columns), above + height * len(rows)
+    grid = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(grid)
-    for row, cells in enumerate(rows):
-        for column, (label, path) in enumerate(cells):
-            x, y = column * width, row * height
-            text = label[: width // 6].encode("latin-1", "replace").decode("latin-1")
-            canvas.text((x + 2, y + 2), text, fill="black")  # Pillow's own font has only Latin-1
+
+    def write(x: int, y: int, lines: list[str]) -> None:
+        for i, line in enumerate(lines):
+            canvas.text((x + gap, y + i * leading), line, "black", font)
+
+    for column, lines in enumerate(top):
+        write(left + column * width, 0, lines)
+    for row, (name, paths) in enumerate(rows):
+        lines = wrapped(name, font, side, height // leading)
+        write(0, above + row * height + (height - leading * len(lines)) // 2, lines)
+        for column, path in enumerate(paths):
             if image := _read_image(path):
-                image.thumbnail((width, height - LABEL_HEIGHT))  # an earlier sample may be larger
-                grid.paste(image, (x, y + LABEL_HEIGHT))
+                image.thumbnail((width, height))  # an earlier sample may be larger
+                grid.paste(image, (left + column * width, above + row * height))
     return grid
 
 

@@ -80,16 +80,13 @@ class Sampler:
         """Steps down, prompts across; of more than GRID_ROWS steps, evenly spaced ones."""
         steps = list(steps_in(run / SAMPLES).items())
         rows = [
-            [
-                (f"step {step}: {prompt}", folder / f"{column:02d}.png")
-                for column, prompt in enumerate(self.prompts)
-            ]
+            (f"step {step}", [folder / f"{i:02d}.png" for i in range(len(self.prompts))])
             for step, folder in (steps[i] for i in evenly(len(steps), GRID_ROWS))
         ]
         width = max(picture.width for picture in self.pictures)
         height = max(picture.height for picture in self.pictures)
         with replacing(grid_of(run)) as temporary:
-            make_grid(rows, width, height).save(temporary, "PNG", **marking("grid"))
+            make_grid(self.prompts, rows, width, height).save(temporary, "PNG", **marking("grid"))
 
 
 @contextmanager

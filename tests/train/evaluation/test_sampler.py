@@ -63,8 +63,11 @@ def test_the_grid_has_steps_down_and_prompts_across(open_run: Open, tmp_path: Pa
         grid = session.sampler(session.model, tmp_path, step, session.accelerator)
     assert grid
     with Image.open(grid) as image:
-        assert image.size == (4 * 128, 10 * (128 + 16))  # of 13 steps ten, first and last too
         shown = np.asarray(image)
+    above = shown.shape[0] - 10 * 128  # of 13 steps ten, first and last too
+    assert shown.shape[1] > 4 * 128
+    with Image.open(tmp_path / "samples/step-00000000/00.png") as first:
+        assert np.array_equal(shown[above : above + 128, -4 * 128 : -3 * 128], np.asarray(first))
     with Image.open(tmp_path / "samples/step-00000012/03.png") as last:
         assert np.array_equal(shown[-128:, -128:], np.asarray(last))
 
@@ -128,7 +131,8 @@ def test_a_run_draws_each_prompt_as_its_line_says(
     with Image.open(out / "samples/step-00000007/01.png") as image:
         assert image.size == (192, 64)
     with Image.open(out / "samples/grid.png") as image:
-        assert image.size == (2 * 192, 72 + 16)
+        assert image.width > 2 * 192
+        assert image.height > 2 * 72
     record = json.loads((out / "config.json").read_bytes())
     assert record["prompts"] == ["a (cat:1.2)", long]
     assert record["samples"]["size"] == "128x128"

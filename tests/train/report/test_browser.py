@@ -10,17 +10,13 @@ import torch
 from playwright.sync_api import expect
 
 from tests.support import train
-from tests.support.browser import PICTURES, Scheme, chromium, faults, opened
+from tests.support.browser import LUMINANCE, PICTURES, Scheme, chromium, faults, opened
 
 HARM = '</script><script>window.harmed = true</script><img src=x onerror="window.harmed=true">'
 LAYOUTS: list[tuple[str, int, Scheme]] = [
     ("one", 1400, "light"), ("one", 1400, "dark"), ("one", 400, "light"), ("one", 400, "dark"),
     ("both", 1400, "light"), ("both", 400, "dark"),
 ]  # fmt: skip
-LUMINANCE = """element => {
-    const [r, g, b] = getComputedStyle(element).backgroundColor.match(/\\d+/g);
-    return (+r + +g + +b) / 3;
-}"""
 
 
 @pytest.fixture(scope="module")
