@@ -13,7 +13,7 @@ from benchmarks.lib.real_step import drawn_batch, model_of, step_of
 from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.memory.gpus import Card, card_named
+from xlsd_train.memory.gpus import Card, card_named, device_name
 from xlsd_train.memory.planner import Planner
 from xlsd_train.memory.trials import TrialBackend
 from xlsd_train.model.bundle import ModelBundle
@@ -70,7 +70,7 @@ class Bench:
     @property
     def name(self) -> str:
         """The name of the device."""
-        return "cpu" if self.tiny else torch.cuda.get_device_name(self.device)
+        return "cpu" if self.tiny else device_name(self.device)
 
     @property
     def card(self) -> Card | None:

@@ -20,7 +20,7 @@ from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import Captions
 from xlsd_train.data.loader import Batch
-from xlsd_train.memory.gpus import card_named
+from xlsd_train.memory.gpus import card_named, device_name
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.model.latent_scaling import vae_scaling
 from xlsd_train.optim.factory import make_optimizer
@@ -112,7 +112,7 @@ def peak_tflops(precision: Precision, stated: float | None, device: str) -> tupl
     if stated:
         return stated, "as stated"
     if device == "cuda":
-        name = torch.cuda.get_device_name(0)
+        name = device_name()
         if card := card_named(name):
             return card.tflops(precision), f"data sheet of the {name}"
         raise UserError(f"the peak rate of {name} is unknown; give it with --peak-tflops")

@@ -13,7 +13,7 @@ from xlsd_train.config.adapt import adapt, chosen
 from xlsd_train.config.inputs import DEFAULT_DATA
 from xlsd_train.config.run_options import PlanConfig
 from xlsd_train.data.mixture import open_mixture
-from xlsd_train.memory.gpus import CARDS
+from xlsd_train.memory.gpus import shown_cards
 from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import (
     GIB,
@@ -144,20 +144,21 @@ def _plan_json(it: Prediction, limit: float, most: dict[Way, int]) -> dict[str, 
 
 
 def _table(results: dict[str, Any]) -> str:
-    """The results as text: items of the peak in GiB, images/s at each card's peak FLOP/s."""
+    """The results as text: items of the peak in GiB, images/s at some cards' peak FLOP/s."""
+    cards = {name: f"  {name.removeprefix('RTX '):>5}" for name in shown_cards()}
     lines = [
         "{phase}, {optimizer}, {precision}, {size}, {tokens} tokens, batch {batch}; the run "
         "may use {limit_gib:.2f} GiB of {vram_gb:g} GB".format(**results),
         "Memory in GiB. largest: samples that fit in one pass. images/s: at 100% of each card",
         "",
         f"{'':24}{'peak':>7}" + "".join(f"{x.split()[0]:>12}" for x in _ITEMS)
-        + f"{'FLOPs':>8}{'largest':>9}" + "".join(f"{x.split()[-1]:>7}" for x in CARDS),
+        + f"{'FLOPs':>8}{'largest':>9}" + "".join(cards.values()),
     ]  # fmt: skip
     for row in results["plans"]:
         streamed = " *" if row["momentum"] == "streamed" else ""
         name = f"{row['way']} by {row['micro_batch']}{streamed}"
         items = "".join(f"{row['items_gib'].get(x, 0):12.2f}" for x in _ITEMS)
-        speeds = "".join(f"{x:7.1f}" for x in row["images_per_s"].values())
+        speeds = "".join(f"{row['images_per_s'][x]:{len(to)}.1f}" for x, to in cards.items())
         lines.append(
             f"{name:<24}{row['peak_gib']:7.2f}{items}{row['flops_factor']:8.3f}"
             f"{row['largest_pass']:9}{speeds}" + ("" if row["fits"] else "  does not fit")

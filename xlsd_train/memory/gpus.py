@@ -3,11 +3,16 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from xlsd_cache.vocabulary import Precision
 
 CACHE_MB = 34  # an L2 cache from this size on holds the scores of exact attention
+# Rate of attention's backward kernel with a block on each processor, of that with several. On an
+# H200 of 132, 32, 48, 88, 128 and 256 blocks took 62, 60, 61, 60 and 76 ms, with any order of sums
+# 10, 15, 27, 39 and 77 ms. Assumed of other cards.
+ALONE = 0.646
 CACHED = 1 / 4  # time of traffic with it against that with memory: on a 4090 3 to 4 TB/s against 1
 
 
@@ -50,23 +55,39 @@ class Card:
         return moved * np.where(cached, share, 1.0) / (1e9 * self.bandwidth)
 
     def busy(self, blocks: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Share of the processors that kernels with these numbers of blocks use, one block each."""
-        waves = blocks / self.processors
-        return waves / np.ceil(waves)
+        """Share of their peak that kernels with these numbers of blocks reach."""
+        return np.minimum(1.0, ALONE * blocks / self.processors)
 
 
 _HOPPER = (0.15, 0.13)  # measured on an H200 with any order of sums
+# Not AMD's MI300X: its TF32 rate was not found, and attention and blocks above are CUDA's.
 CARDS = {
+    "RTX 3060": Card(12.7, 12.7, 25.5, 360, 28, cache=3),  # 12 GB: 3584 cores at 1.777 GHz
     "RTX 3090": Card(35.6, 35.6, 71.0, 936, 82, cache=6),
+    "RTX 4070 Ti SUPER": Card(44.1, 44.1, 88.2, 672, 66, cache=48),  # 8448 cores at 2.61 GHz
+    "RTX 4080": Card(48.7, 48.7, 97.5, 717, 76, cache=64),  # Ada white paper
     "RTX 4090": Card(82.6, 82.6, 165.2, 1008, 128, cache=72),
+    "RTX 5080": Card(56.3, 56.3, 112.6, 960, 84, 50, 64),  # RTX Blackwell white paper
+    "RTX 5090": Card(104.8, 104.8, 209.5, 1792, 170, 50, 96),  # RTX Blackwell white paper
+    "RTX 6000 Ada": Card(91.1, 182.0, 364.0, 960, 142, cache=96),  # data sheet
+    "L40S": Card(
+        91.6, 183.0, 362.0, 864, 142, cache=48
+    ),  # data sheet; its cache is also given as 96
     "A100": Card(19.5, 156.0, 312.0, 1555, 108, cache=40),  # of 40 GB; with 80 GB 2039 GB/s
     "H100": Card(66.9, 494.7, 989.4, 3350, 132, 50, 50, _HOPPER),  # SXM; PCIe and NVL are others
     "H200": Card(66.9, 494.7, 989.4, 4800, 132, 50, 50, _HOPPER),
 }
 # CUDA's full device names: a `4090 D`, a `Laptop GPU` or a `3090 Ti` is another card.
 _DEVICES = {
+    "NVIDIA GeForce RTX 3060": "RTX 3060",
     "NVIDIA GeForce RTX 3090": "RTX 3090",
+    "NVIDIA GeForce RTX 4070 Ti SUPER": "RTX 4070 Ti SUPER",
+    "NVIDIA GeForce RTX 4080": "RTX 4080",
     "NVIDIA GeForce RTX 4090": "RTX 4090",
+    "NVIDIA GeForce RTX 5080": "RTX 5080",
+    "NVIDIA GeForce RTX 5090": "RTX 5090",
+    "NVIDIA RTX 6000 Ada Generation": "RTX 6000 Ada",
+    "NVIDIA L40S": "L40S",
     "NVIDIA A100-SXM4-40GB": "A100",
     "NVIDIA A100-PCIE-40GB": "A100",
     "NVIDIA A100-SXM4-80GB": "A100",
@@ -74,6 +95,20 @@ _DEVICES = {
     "NVIDIA H200": "H200",
 }
 _BANDWIDTH = {"NVIDIA A100-SXM4-80GB": 2039}  # where it differs from CARDS
+_SHOWN = ("RTX 3090", "RTX 4090", "RTX 5090", "H100")
+
+
+def shown_cards() -> list[str]:
+    """The names in CARDS that tables show: four, and this machine's GPU."""
+    here = known_as(device_name()) if torch.cuda.is_available() else None
+    return [name for name in CARDS if name in {*_SHOWN, here}]
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """The full name of a GPU. An RTX 3060 with 8 GB, whose memory is slower, gets them added."""
+    name = torch.cuda.get_device_name(device)
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"{name} 8GB" if name.endswith("RTX 3060") and gib < 10 else name
 
 
 def known_as(name: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.memory.gpus import card_named, known_as
+from xlsd_train.memory.gpus import card_named, device_name, known_as
 from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.plan_cache import key_of, recall, remember
 from xlsd_train.memory.planner import GIB, REFERENCE, SLICES, Planner, Prediction, asked
@@ -33,7 +33,7 @@ class Measuring:
     @property
     def card(self) -> str:
         """The GPU's full name; "cpu" without one."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     @property
     def wanted(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xlsd_train.memory.gpus import CARDS
+from xlsd_train.memory.gpus import CARDS, shown_cards
 from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import GIB, Planner, Prediction, last
 from xlsd_train.memory.tracker import Footprint
@@ -129,7 +129,7 @@ def several_cards(
 
 
 def table(told: dict[str, Any]) -> str:
-    """What `several_cards` found, as text: a line for each GPU."""
+    """What `several_cards` found, as text: a line for each GPU that tables show."""
     way, ways = told["chosen"], told["plans"]
     said = (
         f"\n{told['cards']} GPUs, {told['link_gb_per_s']:g} GB/s each way: sharing "
@@ -139,12 +139,13 @@ def table(told: dict[str, Any]) -> str:
         f"{LITTLE:.0%} of a step\n"
     )
     columns = "".join(f"{x:>13}" for x in ways)
-    lines = [said, f"{'':10}{columns}   step s   waiting s  images/s  efficiency  batch per GPU"]
-    for name, smallest in told["smallest_batch"].items():
+    lines = [said, f"{'':18}{columns}   step s   waiting s  images/s  efficiency  batch per GPU"]
+    for name in shown_cards():
+        smallest = told["smallest_batch"][name]
         it = ways[way][name]
         hidden = "".join(f"{found[name]['hidden']:13.0%}" for found in ways.values())
         lines.append(
-            f"{name:10}{hidden}{it['step_s']:9.3f}{it['waiting_s']:12.3f}"
+            f"{name:18}{hidden}{it['step_s']:9.3f}{it['waiting_s']:12.3f}"
             f"{it['images_per_s']:10.1f}{it['efficiency']:12.0%}{smallest:15}"
         )
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from xlsd_train.checkpoints.checkpoint import load_optimizer
 from xlsd_train.checkpoints.comparison import compare_batch
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.memory.gpus import known_as
+from xlsd_train.memory.gpus import device_name, known_as
 from xlsd_train.memory.measure import Measuring
 from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import GIB, Planner, cap_card, choose, memory_limit
@@ -86,7 +86,7 @@ def plan_batch(
     if accelerator.is_main_process:  # GPUs differ in free memory, and sums must not differ
         config = replace(config, objective=model.objective.kind)
         networks = dict(model.bundle.unet.config), model.bundle.text_encoder.config.to_dict()
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        card = device_name(device) if device.type == "cuda" else ""
         limit, measuring = memory_limit(config.vram, device), None
         if limit is not None and config.measure and config.memory == "fastest":
             measuring = Measuring(config, networks, device, limit, accelerator.num_processes)

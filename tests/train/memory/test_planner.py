@@ -16,7 +16,7 @@ from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory import meta_step
-from xlsd_train.memory.gpus import CARDS, card_named
+from xlsd_train.memory.gpus import CARDS, card_named, device_name, known_as, shown_cards
 from xlsd_train.memory.meta_step import CudaMode, MetaStep
 from xlsd_train.memory.planner import (
     GIB,
@@ -299,13 +299,28 @@ def test_a_card_is_known_by_its_whole_name() -> None:
     assert card_named("NVIDIA H100 80GB HBM3") == CARDS["H100"]
     for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
                  "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 PCIe", "NVIDIA H100 NVL",
-                 "NVIDIA GeForce RTX 5090", ""):  # fmt: skip
+                 "NVIDIA GeForce RTX 4080 SUPER", ""):  # fmt: skip
         assert card_named(name) is None
 
 
-def test_blocks_fill_a_card_in_waves() -> None:
-    busy = CARDS["RTX 4090"].busy(np.array([48.0, 128.0, 129.0, 256.0]))
-    assert busy.tolist() == [48 / 128, 1, 129 / 256, 1]
+@pytest.mark.parametrize(("gib", "known"), [(8, None), (12, "RTX 3060")])
+def test_a_smaller_card_of_the_same_name_is_not_known(
+    gib: int, known: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(total_memory=gib * GIB)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA GeForce RTX 3060")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    assert known_as(device_name()) == known
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    shown = [known] if known else []
+    assert shown_cards() == [*shown, "RTX 3090", "RTX 4090", "RTX 5090", "H100"]
+
+
+def test_few_blocks_take_as_long_as_one_on_each_processor() -> None:
+    """Of equal ones on an H200, in ms: with 128 and fewer 60.3, with 256 75.5."""
+    blocks = np.array([32.0, 48.0, 88.0, 128.0, 256.0])
+    times = 75.5 * (blocks / 256) / CARDS["H200"].busy(blocks)
+    assert times == pytest.approx([60.3, 60.3, 60.3, 60.3, 75.5], abs=0.05)
 
 
 def test_deterministic_attention_of_few_images_leaves_a_card_idle() -> None:

@@ -17,7 +17,7 @@ from tests.support.sessions import bare_step
 from xlsd_train.config.run_options import PlanConfig
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.memory.gpus import CARDS
+from xlsd_train.memory.gpus import CARDS, shown_cards
 from xlsd_train.memory.planner import Planner
 from xlsd_train.memory.several_cards import (
     LITTLE,
@@ -172,7 +172,8 @@ def test_plan_says_what_several_cards_cost(model: Path, capsys: pytest.CaptureFi
             assert it["efficiency"] == pytest.approx(alone / it["step_s"])
     lines = table(shared).splitlines()
     assert lines[1].startswith("4 GPUs, 0.5 GB/s each way: sharing 0.00 GiB of gradients takes")
-    for name, line in zip(CARDS, lines[-len(CARDS) :], strict=True):
+    shown = shown_cards()
+    for name, line in zip(shown, lines[-len(shown) :], strict=True):
         it, words = shared["plans"][shared["chosen"]][name], line.removeprefix(name).split()
         assert words[-2:] == [f"{it['efficiency']:.0%}", str(shared["smallest_batch"][name])]
         assert words[-3] == f"{it['images_per_s']:.1f}"
