@@ -80,7 +80,7 @@ def _compare(bench: Bench, plans: list[MemoryPlan], in_order: bool) -> Results:
     deterministic(in_order)
     timed = take_turns(bench.bundle, entered, 1 if bench.tiny else TIMED, bench.device.type)
     deterministic(True)
-    peak = bench.card.fp32 if bench.card else None
+    peak = bench.card.tflops(bench.settings.precision) if bench.card else None
     results: Results = {}
     for name, result in timed.items():
         if result.seconds is None:

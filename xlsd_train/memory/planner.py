@@ -279,6 +279,14 @@ def largest(buckets: Mapping[str, int]) -> Size:
     return max(sizes, key=lambda size: (size[0] * size[1], size[1]))
 
 
+def mean_size(buckets: Mapping[str, int]) -> float:
+    """Mean pixels of the images, of those of the largest bucket."""
+    sizes = {name: Bucket.parse(name).latent_size for name in buckets}
+    pixels = sum(sizes[name][0] * sizes[name][1] * count for name, count in buckets.items())
+    height, width = largest(buckets)
+    return pixels / (height * width * sum(buckets.values()))
+
+
 def cap_card(gib: float, device: torch.device) -> None:
     """Let this process allocate at most `gib` GiB of a GPU."""
     # The device of the only GPU has no index, and torch needs one here.

@@ -105,6 +105,7 @@ class RunRecord:
     memory: str = ""  # the same in words
     measured: Annotated[list[MeasuredPlan], Shape([MEASURED])] = field(default_factory=list)
     step_s: tuple[str, float] | None = None  # (GPU, predicted seconds per batch)
+    tflop: float | None = None  # per image on average, with recomputation
     planned_steps: int = 0
     warmup_steps: float = 0.0
     prompts: list[str] = field(default_factory=list)

@@ -110,9 +110,8 @@ def _length(config: TrainConfig, record: RunRecord, order: BatchOrder) -> None:
         f"planned {planned} steps{stops}, {an_epoch:.1f} per epoch: "
         f"{describe_epochs(last / an_epoch, images)}"
     )
-    if record.step_s:
-        card, step_s = record.step_s
-        log.info(describe_hours(card, last * config.accum * step_s))
+    if hours := describe_hours(record, last * config.accum):
+        log.info(hours)
 
 
 def _chosen(record: RunRecord) -> Iterator[str]:

@@ -93,7 +93,8 @@ def _train(session: Session, stop: StopSignal) -> None:
     due = Due.before_first(session, done, last)
     if not _pause(session, stop, due, done, state["images_seen"]):
         return
-    watches = PlateauWatch.of_run(config, run.folder / METRICS_LOG), Pace(last), FailureWatch()
+    pace = Pace(last, session.ceiling, config.precision)
+    watches = PlateauWatch.of_run(config, run.folder / METRICS_LOG), pace, FailureWatch()
     loader = Loader(session.source, done * accum, last * accum, session.accelerator.device)
     with (
         closing(loader),

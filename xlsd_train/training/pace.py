@@ -2,9 +2,12 @@
 
 import logging
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
-from xlsd_train.memory.gpus import known_as
+from xlsd_cache.vocabulary import Precision
+from xlsd_train.memory.gpus import card_named, known_as
+from xlsd_train.runs.record import RunRecord
 
 log = logging.getLogger("xlsd.train.training")
 
@@ -30,20 +33,38 @@ def predicted(seconds: Mapping[str, float], device: str) -> tuple[str, float] | 
     return (card, seconds[card]) if card is not None and card in seconds else None
 
 
-def describe_hours(card: str, seconds: float) -> str:
-    """The predicted time of a whole run."""
-    return (
-        f"at least {_duration(seconds)} at an {card}'s peak (an H200 took 2.5 times as long as its "
-        f"peak), without samples and validation"
-    )
+def describe_hours(record: RunRecord, batches: int) -> str | None:
+    """The predicted time of a run of so many batches; None if it is not known."""
+    plan, without = list(record.plan), "without samples and validation"
+    rate = next((row["images_per_s"] for row in record.measured if row["plan"] == plan), None)
+    if rate:
+        seconds = batches * ceil(record.batch / record.processes) / rate
+        each = " of each process" if record.processes > 1 else ""
+        return f"about {_duration(seconds)} at the measured {rate:.3g} images/s{each}, {without}"
+    if record.step_s:
+        card, step_s = record.step_s
+        least = _duration(batches * step_s)
+        return f"at least {least} (at an {card}'s peak, which no run reaches), {without}"
+    return None
+
+
+def ceiling(record: RunRecord) -> float | None:
+    """images/s of the whole run at the peak of its cards; None if it is not known."""
+    card = card_named(record.machine["card"] or "")
+    if card is None or record.tflop is None:
+        return None
+    return record.processes * card.tflops(record.config["precision"]) / record.tflop
 
 
 class Pace:
     """Logs once how long a long run will take, after some steps were measured."""
 
-    def __init__(self, last: int) -> None:
-        """`last` is the step that the run will end at."""
-        self._last = last
+    def __init__(
+        self, last: int, ceiling: float | None = None, precision: Precision = "fp32"
+    ) -> None:
+        """`last` is the step that the run will end at; `ceiling`: images/s at the cards' peak."""
+        self._last, self._ceiling, self._precision = last, ceiling, precision
+        self._first = 0  # images before those that are measured
         self._seen = self._steps = 0
         self._took = 0.0
         self._images: int | None = None
@@ -59,6 +80,7 @@ class Pace:
         self._seen += 1
         if self._seen <= FIRST or before is None or self._steps < 0:
             return None
+        self._first = self._first or before
         self._took += (line["images_seen"] - before) / line["images_per_s"]
         self._steps += 1
         if self._steps < STEPS and self._took < ENOUGH_S:
@@ -67,8 +89,12 @@ class Pace:
         self._steps = -1  # logged, or too short to log
         if step_s * left < WORTH_LOGGING_S:
             return None
+        rate, peak = (line["images_seen"] - self._first) / self._took, ""
+        if self._ceiling:
+            share = rate / self._ceiling
+            peak = f" ({rate:.3g} images/s, about {share:.0%} of the card's {self._precision} peak)"
         return (
-            f"{step_s:.3g} s per step: the remaining {left:,} steps take "
+            f"{step_s:.3g} s per step{peak}: the remaining {left:,} steps take "
             f"{_duration(step_s * left)}, plus samples and validation"
         )
 

@@ -34,6 +34,7 @@ from xlsd_train.step.distributed import Processes
 from xlsd_train.step.step import Step
 from xlsd_train.training.announce import announce
 from xlsd_train.training.events import Events
+from xlsd_train.training.pace import ceiling
 from xlsd_train.training.setup_data import RunData, build_data, make_source
 from xlsd_train.training.setup_model import RunModel, build_model
 from xlsd_train.training.setup_step import build_step, plan_batch, start
@@ -58,6 +59,7 @@ class Session:
     validator: Validator | None
     ema: Ema | None  # in the main process
     events: Events
+    ceiling: float | None  # images/s at the peak of its cards, if known
 
     def average(self, step: int) -> None:
         """With --ema, update the averages with the weights of a step."""
@@ -108,6 +110,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             memory=batching.text,
             measured=batching.measured,
             step_s=batching.step_s,
+            tflop=batching.tflop,
             planned_steps=planned,
             warmup_steps=warmup,
             machine=machine(accelerator.device),
@@ -134,6 +137,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             config, accelerator, processes, run, order, source, model.bundle, model.named, step,
             Sampler(data.pictures), planned, warmup, validator, ema,
             Events(run.folder, config.on_event, accelerator.is_main_process),
+            ceiling(record),
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.gpus import device_name, known_as
 from xlsd_train.memory.measure import Measuring
 from xlsd_train.memory.meta_step import Size
-from xlsd_train.memory.planner import GIB, Planner, cap_card, choose, memory_limit
+from xlsd_train.memory.planner import GIB, Planner, cap_card, choose, mean_size, memory_limit
 from xlsd_train.optim.factory import make_optimizer, streamed_nbytes
 from xlsd_train.runs.record import MeasuredPlan, RunRecord
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan
@@ -43,6 +43,7 @@ class Batching:
     plan: MemoryPlan  # of each process
     text: str  # the plan's prediction, for people
     step_s: tuple[str, float] | None  # (GPU, seconds per batch at its peak throughput), if known
+    tflop: float | None  # per image on average, if known
     measured: list[MeasuredPlan] = field(default_factory=list)
 
 
@@ -79,7 +80,8 @@ def plan_batch(
     if before and not config.force:
         plan = _kept_plan(config, run, before)
         _check_host(plan, needed, free)
-        return Batching(before.batch, plan, before.memory, before.step_s, before.measured)
+        tflop = before.tflop if plan.way == before.plan[0] else None
+        return Batching(before.batch, plan, before.memory, before.step_s, tflop, before.measured)
     if config.momentum == "auto" and needed > free:
         config = replace(config, momentum="resident")
     chosen: list[Any] = [None]
@@ -101,9 +103,11 @@ def plan_batch(
         )
         unknown = f"batch {batch}, {plan}: no memory limit is known here; --vram sets one"
         step_s = predicted(prediction.seconds, card) if prediction else None
+        share = mean_size(selection.sizes)
+        tflop = share * prediction.tflop / prediction.batch if prediction else None
         text = str(prediction or unknown) + (measuring.text() if measuring else "")
         rows = measuring.rows if measuring else []
-        chosen = [Batching(batch, plan, text, step_s, rows)]
+        chosen = [Batching(batch, plan, text, step_s, tflop, rows)]
     batching: Batching = broadcast_object_list(chosen)[0]
     _check_host(batching.plan, needed, free)
     compare_batch(run, batching.batch, batching.plan, config.force)

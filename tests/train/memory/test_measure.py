@@ -292,6 +292,8 @@ def test_a_measured_run_is_that_of_its_flags_and_resumes_as_such(
     assert record["plan"] in plans
     assert "; measured " in record["memory"]
     assert f"  * {plan}" in said
+    assert " at the measured " in said
+    assert record["tflop"] > 0
     assert f"the same plan again: {plan.flags()}" in said
 
     written, flags = cache_file().read_bytes(), plan.flags().split()

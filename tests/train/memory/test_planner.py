@@ -28,6 +28,7 @@ from xlsd_train.memory.planner import (
     choose,
     largest,
     last,
+    mean_size,
     memory_limit,
 )
 from xlsd_train.step.backend import MemoryPlan
@@ -149,6 +150,7 @@ def test_what_the_run_may_take_of_a_card() -> None:
 def test_the_largest_pictures_decide() -> None:
     assert largest({"512x512": 9, "576x448": 100, "320x704": 5}) == (64, 64)
     assert largest({"448x576": 1, "320x704": 5}) == (72, 56)
+    assert mean_size({"512x512": 1, "256x512": 3}) == (1 + 3 / 2) / 4
 
 
 def test_without_a_limit_nothing_is_predicted() -> None:
