@@ -1,6 +1,7 @@
 """README and docs: commands parse, snippets run, links and paths exist."""
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -188,6 +189,19 @@ def test_the_ten_line_reader_needs_none_of_our_code(store: Path, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 8
+
+
+def test_the_documented_plan_is_what_the_command_prints(tmp_path: Path) -> None:
+    page = DOCS / "concepts" / "memory-plan.md"
+    shown = re.compile(r"```bash\n(xlsd-train plan .*)\n```\n\n```text\n(.*?)^```$", BLOCK.flags)
+    ((command, output),) = shown.findall(page.read_text())
+    program, *words = command.split()
+    done = subprocess.run(
+        [sys.executable, "-m", program.replace("-", "_"), *words], cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert done.stdout == output, f"replace the block in {named(page)} by what `{command}` prints"
 
 
 def anchors(text: str) -> set[str]:
