@@ -164,19 +164,15 @@ class Planner:
         return min(close, key=lambda x: (x.plan.momentum != "resident", x.passes), default=None)
 
     def candidates(self, batch: int, size: Size, limit: float, asked: Asked) -> list[Prediction]:
-        """The best plan within `limit` bytes of each strategy, attention and place of the momentum.
-
-        The sliced way runs every forward pass twice, so it is considered only if nothing else fits
-        with resident momentum.
-        """
-        fitting: list[Prediction] = []
-        for way in (asked.way,) if asked.way else WAYS:
-            if way == "sliced" and any(x.plan.momentum == "resident" for x in fitting):
-                continue
-            for attention, momentum in product(asked.attention, asked.momentum):
-                plan = MemoryPlan(way, asked.micro_batch or 0, attention, momentum)
-                fitting += self._fitting(plan, batch, size, limit)
-        return fitting
+        """The best plan within `limit` bytes of each way, attention and place of the momentum."""
+        ways = (asked.way,) if asked.way else WAYS
+        return [
+            prediction
+            for way, attention, momentum in product(ways, asked.attention, asked.momentum)
+            for prediction in self._fitting(
+                MemoryPlan(way, asked.micro_batch or 0, attention, momentum), batch, size, limit
+            )
+        ]
 
     def _fitting(self, plan: MemoryPlan, batch: int, size: Size, limit: float) -> list[Prediction]:
         """The plan if it fits, with the largest micro-batch if it has none; else nothing."""
