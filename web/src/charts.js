@@ -1,8 +1,9 @@
 // The charts: uPlot draws them; here are their common horizontal axis, zoom, cursor and smoothing.
 import uPlot from "uplot";
 import { smoothed } from "./smoothing.js";
-import { announce, convert, inUnit, nearest, number, stepWords } from "./units.js";
+import { announce, convert, nearest, number, stepWords, tick } from "./units.js";
 
+const DENSE = 60; // intervals; more are shaded, not drawn one by one
 const WIDE = { raw: 1, line: 2, dashed: 1.5, interval: 1.5 };
 
 export function startCharts(data) {
@@ -38,7 +39,7 @@ export function startCharts(data) {
     for (const line of chart.lines) {
       const stroke = colour(chart, line);
       const dash = line.kind === "dashed" ? [6, 4] : undefined;
-      const dots = line.kind === "interval" || line.x.length === 1;
+      const dots = (line.kind === "interval" && line.x.length <= DENSE) || line.x.length === 1;
       const own = { stroke, dash, width: WIDE[line.kind], show: line.shown, points: { show: dots, size: 6, fill: stroke } };
       tables.push([line.at, line.y]);
       series.push(line.kind === "raw" ? { ...own, alpha: 0.42 } : own);
@@ -50,14 +51,14 @@ export function startCharts(data) {
     const muted = css(place, "--muted"), grid = { stroke: css(place, "--faint"), width: 1 };
     const look = { stroke: muted, grid, ticks: { show: false }, font: "13px system-ui, sans-serif" };
     chart.plot = new uPlot({
-      width: place.clientWidth, height: place.clientHeight, legend: { show: false }, padding: [8, 14, 0, 0],
+      width: place.clientWidth, height: place.clientHeight, legend: { show: false }, padding: [8, 20, 0, 0],
       series,
       scales: {
         x: { time: false, range: () => view.range ?? view.full },
         y: { distr: view.log ? 3 : 1, range: u => fit(chart, u) },
       },
       axes: [
-        { ...look, size: 30, space: 70, values: (u, ticks) => ticks.map(x => inUnit(view.unit, x)) },
+        { ...look, size: 30, space: 70, values: (u, ticks) => ticks.map(x => tick(view.unit, x)) },
         { ...look, size: place.clientWidth < 260 ? 52 : 62, values: (u, ticks) => ticks.map(y => y == null ? "" : number(y)) },
       ],
       cursor: {
@@ -96,14 +97,14 @@ export function startCharts(data) {
         take(line.drawn[i]);
         if (line.kind === "interval" || view.all) [line.low[i], line.high[i]].forEach(take);
         if (view.all) take(line.y[i]);
-        if (line.kind === "raw" && line.y[i] != null) raw.push(line.y[i]);
+        if (line.kind === "raw" && line.y[i] != null) raw.push([line.low[i] ?? line.y[i], line.high[i] ?? line.y[i]]);
       });
     }
     if (low > high) [low, high] = [view.log ? 0.1 : 0, 1];
     const margin = view.log ? 0 : (high - low) * 0.08 || Math.abs(high) * 0.1 || 0.5;
     const ends = view.log ? [low / 1.1, high * 1.1] : [low >= 0 && low < (high - low) ? Math.max(0, low - margin) : low - margin, high + margin];
-    const cut = raw.filter(y => y < ends[0] || y > ends[1]).length;
-    const count = cut ? ` ${number(cut)} of ${number(raw.length)} points lie outside the frame.` : "";
+    const cut = raw.filter(([least, most]) => least < ends[0] || most > ends[1]).length;
+    const count = cut ? ` ${number(cut)} of ${number(raw.length)} points reach outside the frame.` : "";
     chart.figure.querySelector("[data-note]").textContent = chart.note + count;
     return ends;
   }
@@ -119,10 +120,11 @@ export function startCharts(data) {
     ctx.restore();
   }
 
-  // From the minimum to the maximum of the steps that a point stands for.
+  // Many intervals; and, with all values, from the least to the most of a point's steps.
   function shade(chart, u) {
     within(u, ctx => {
-      for (const line of chart.lines.filter(it => it.shown && it.kind !== "interval" && it.low.length)) {
+      for (const line of chart.lines.filter(it => it.shown && it.low.length)) {
+        if (line.kind === "interval" ? line.x.length <= DENSE : !view.all) continue;
         ctx.globalAlpha = 0.16;
         ctx.fillStyle = colour(chart, line);
         ctx.beginPath();
@@ -136,7 +138,7 @@ export function startCharts(data) {
 
   function whiskers(chart, u) {
     within(u, ctx => {
-      for (const line of chart.lines.filter(it => it.shown && it.kind === "interval")) {
+      for (const line of chart.lines.filter(it => it.shown && it.kind === "interval" && it.x.length <= DENSE)) {
         ctx.strokeStyle = colour(chart, line);
         ctx.lineWidth = 1.5 * devicePixelRatio;
         line.at.forEach((at, i) => {

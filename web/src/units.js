@@ -25,8 +25,8 @@ export function convert(axes, unit, step) {
 export function number(x) {
   if (x == null) return "unknown";
   const size = Math.abs(x);
-  if (size && (size < 1e-3 || size >= 1e7)) return x.toExponential(2).replace(/\.?0*e/, "e").replace("e+", "e");
-  return x.toLocaleString("en", { maximumSignificantDigits: size >= 1e4 ? 8 : 4 });
+  if (size && (size < 1e-3 || size >= 1e12)) return x.toExponential(2).replace(/\.?0*e/, "e").replace("e+", "e");
+  return x.toLocaleString("en", { maximumSignificantDigits: size >= 1e4 ? 12 : 4 });
 }
 
 export function duration(hours) {
@@ -35,8 +35,9 @@ export function duration(hours) {
   return `${(seconds / size).toLocaleString("en", { maximumFractionDigits: size > 1 ? 1 : 0 })} ${unit}`;
 }
 
-export function inUnit(unit, x) {
-  return unit === "hours" ? duration(x) : number(x);
+export function tick(unit, x) {
+  if (unit === "hours") return duration(x);
+  return x < 1e5 ? number(x) : x.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 4 });
 }
 
 // What a step is, in all units.

@@ -94,7 +94,7 @@ def shown_validations(run: History, weights: str) -> list[dict[str, Any]]:
     """The lines of at most MEASURED steps, with the first, the last and the best."""
     of = {line["step"]: line for line in run.validation if line["weights"] == weights}
     lines = [of[step] for step in sorted(of)]
-    chosen = set(evenly(len(lines), MEASURED - 1))
+    chosen = set(evenly(len(lines), MEASURED - (len(lines) > MEASURED)))
     if lines:
         chosen.add(min(range(len(lines)), key=lambda i: lines[i][HELD_OUT]["mean"]))
     return [lines[i] for i in sorted(chosen)]
@@ -180,8 +180,8 @@ def _note(name: str, runs: Sequence[History]) -> str:
     parts = []
     if name == "loss" and every > 1:
         parts.append(
-            f"Each point is the mean of up to {every} steps; shaded from their minimum to their "
-            f"maximum."
+            f"Each point is the mean of up to {every} steps. All values: shaded from their minimum "
+            f"to their maximum."
         )
     if name == "loss" and validations > MEASURED:
         parts.append(f"{MEASURED} of {validations} validations, evenly spaced, and the best.")

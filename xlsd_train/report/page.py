@@ -116,7 +116,7 @@ def _hero(runs: Sequence[History], samples: Timeline) -> list[tuple[str, list[tu
         for j, (prompt, shown) in enumerate(samples.first_and_newest(i)[:ABREAST]):
             tiles = found.setdefault(j, (prompt, []))[1]
             added = shown[-1:] if tiles else shown
-            tiles += [(f"{name}step {step}", uri) for step, uri in added]
+            tiles += [(f"{name}step {step:,}", uri) for step, uri in added]
     return list(found.values())[: ABREAST if len(runs) == 1 else 2]
 
 

@@ -13,7 +13,7 @@ from xlsd_train.report.trend import Trend
 from xlsd_train.runs.bootstrap import Comparison
 from xlsd_train.runs.history import History
 from xlsd_train.runs.layout import checkpoint_at, checkpoints, step_of
-from xlsd_train.runs.validation_log import LIVE, Candidate, best_of, candidate_name
+from xlsd_train.runs.validation_log import LIVE, Candidate, best_of, candidate_name, is_validated
 
 PHASES = {"unet": "UNet", "te": "Text encoder", "both": "UNet and text encoder"}
 TIED = 3  # tied checkpoints that are named
@@ -42,11 +42,10 @@ def summary(run: History, trend: Trend | None) -> Summary:
     """Everything that the first screen says about one run."""
     step, last = run.last.get("step", 0), _last_step(run)
     saved = [step_of(path) for path in checkpoints(run.folder)]
-    best = best_of(run.folder, (0, *saved))
-    sentences = [_best(best)] if best and saved else []
+    measured = any(is_validated(run.folder, step) for step in saved)
+    best = best_of(run.folder, (0, *saved)) if measured else None
+    sentences = [_best(best) if best else "No checkpoint was validated, so there is no best one."]
     sentences += [trend.verdict] if trend else []
-    if not run.validation:
-        sentences = ["Nothing was validated, so there is no best checkpoint (--validate-every)."]
     then, command = _next(run, best, trend, step >= last > 0)
     return Summary(_title(run), step, last, sentences, then, command)
 

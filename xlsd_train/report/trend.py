@@ -55,7 +55,7 @@ def _losses(run: History) -> dict[int, Losses]:
     """Step -> losses of the live weights on the images of the first validation."""
     lines = [line for line in run.validation if line["weights"] == LIVE]
     steps = sorted({line["step"] for line in lines})
-    chosen = {steps[i] for i in evenly(len(steps), MEASURED - 1)}
+    chosen = {steps[i] for i in evenly(len(steps), MEASURED - (len(steps) > MEASURED))}
     if lines:
         chosen.add(min(lines, key=lambda line: line[HELD_OUT]["mean"])["step"])
     found = {}
