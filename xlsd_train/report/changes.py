@@ -55,5 +55,5 @@ def by_rate(standings: Sequence[Standing]) -> list[tuple[float, Standing]]:
         return []
     logs = [math.log(rate) for rate in rates]
     spread = max(logs) - min(logs)
-    at = [round(12 + 76 * (log - min(logs)) / spread, 2) for log in logs]
+    at = [round(20 + 66 * (log - min(logs)) / spread, 2) for log in logs]
     return sorted(zip(at, runs, strict=True), key=lambda it: it[0])
