@@ -132,7 +132,7 @@ def test_dragging_compares_and_a_click_enlarges(browser: Any, pages: dict[str, P
         assert dialog.locator(".stage").count() == 1
         assert stage.evaluate(share) == dragged - 1
         page.keyboard.press("Escape")
-        assert page.locator(".view .stage").count() == 1
+        expect(page.locator(".view .stage")).to_have_count(1)  # the event comes later
         page.get_by_role("radio", name="difference").check()
         blend = "it => getComputedStyle(it).mixBlendMode"
         assert page.locator(".stage [data-b]").evaluate(blend) == "difference"
