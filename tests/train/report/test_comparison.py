@@ -107,7 +107,7 @@ def test_a_picture_is_enlarged_by_click_key_and_cell(browser: Any, made: Path) -
         assert dialog.locator(".stage").count() == 1
         page.keyboard.press("Escape")
         expect(button).to_be_focused()
-        assert page.locator(".stages .stage").count() == 3
+        expect(page.locator(".stages .stage")).to_have_count(3)
         page.get_by_role("button", name=f"third: {HARM}").click()
         assert dialog.get_by_role("img", name=f"B, third: {HARM}").count() == 1
         page.keyboard.press("Escape")
