@@ -23,6 +23,7 @@ from xlsd_cache.options import (
     ImportOptions,
     InfoOptions,
     PreviewOptions,
+    StoreReportOptions,
 )
 
 
@@ -88,6 +89,11 @@ COMMANDS = {
             "xlsd-cache preview latents cats.png --tags cat,solo --count 12 --columns 4",
         ),
     ),
+    "report": Command(
+        StoreReportOptions,
+        calls("xlsd_cache.commands.report:report"),
+        examples=("xlsd-cache report latents", "xlsd-cache report latents -o page.html --count 0"),
+    ),
     "export-index": Command(
         ExportIndexOptions,
         calls("xlsd_cache.commands.export_index:export_index"),
@@ -105,7 +111,7 @@ COMMANDS = {
         ),
     ),
 }  # fmt: skip
-THEIRS = "train run plan recipes tags ema sweep report sample score export swap"  # xlsd-train's
+THEIRS = "train run plan recipes tags ema sweep sample score export swap"  # xlsd-train's
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -358,6 +358,33 @@ class ImportOptions(CheckedOptions):
 
 
 @dataclass(frozen=True)
+class StoreReportOptions(CheckedOptions):
+    """Write a self-contained HTML page about a store: buckets, sizes, captions, decoded latents.
+
+    Pictures of rejected images are shown where they decode. Needs the store's VAE, but for
+    --count 0.
+    """
+
+    store: Positional[Path]
+    """The store's folder."""
+
+    out: Annotated[File | None, arg(aliases=["-o"])] = None
+    """The page, .html. Default: STORE/report.html."""
+
+    count: Annotated[int, Within(0, 200)] = 48
+    """Number of samples to decode, chosen at random."""
+
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
+    """Seed of the random choice."""
+
+    vae: str | None = None
+    """VAE to decode with, if the store's has moved: one with the same encoder."""
+
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True)
 class PreviewOptions(CheckedOptions):
     """Draw a contact sheet of decoded latents, with caption, bucket and crop: what training sees.
 

@@ -24,7 +24,7 @@ KINDS: list[type[Any]] = list(dict.fromkeys(it.options for it in xlsd_train.cli.
 KINDS += [command.options for command in xlsd_cache.cli.COMMANDS.values()]
 # What must be given, where its type does not say it.
 GIVEN = {"columns": "txt", "phase": "unet", "vae": "sdxl"}
-OUT = {"PreviewOptions": "p.png", "ReportConfig": "p.html"}
+OUT = {"PreviewOptions": "p.png", "ReportConfig": "p.html", "StoreReportOptions": "p.html"}
 ABSURD = (math.nan, math.inf, -math.inf, 1e300, 10**30, 2**63)
 OPTIONS = [(kind, field.name) for kind in KINDS for field in fields(kind)]
 

@@ -1,12 +1,14 @@
 // Entry of every page: draws what its data element describes.
 import { startCharts } from "./charts.js";
 import { startComparison } from "./comparison.js";
+import { startGallery } from "./gallery.js";
 import { startTimeline } from "./timeline.js";
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const charts = startCharts(data);
 startTimeline(data, charts);
 startComparison(data);
+startGallery(data);
 
 for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", async () => {

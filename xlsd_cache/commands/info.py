@@ -25,7 +25,7 @@ def info(config: InfoOptions) -> dict[str, Any]:
         return value
     vae, latents = value["vae"], value["latents"]
     rejected = ", ".join(f"{reason} {count}" for reason, count in value["rejected"].items())
-    say(f"{config.store}: {value['live']} live images, {_size(value['bytes'])}", end="")
+    say(f"{config.store}: {value['live']} live images, {size_words(value['bytes'])}", end="")
     say(f", {value['pending']} not encoded yet" if value["pending"] else "")
     say(f"  scanned    {value['scanned']}")
     say(f"  encoded    {value['encoded']}")
@@ -44,7 +44,7 @@ def info(config: InfoOptions) -> dict[str, Any]:
     say(f"  latents    {latents['dtype']}, raw, {latents['measured']} samples measured")
     say(f"             mean by channel {mean}")
     say(f"             std by channel  {std}")
-    disk = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in value["disk"].items())
+    disk = ", ".join(f"{part} {size_words(nbytes)}" for part, nbytes in value["disk"].items())
     say(f"  disk       {disk}")
     return value
 
@@ -129,7 +129,7 @@ def _short(tag: str) -> str:
     return tag if len(tag) <= 96 else f"{tag[:93]}..."
 
 
-def _size(nbytes: int) -> str:
+def size_words(nbytes: int) -> str:
     """A size for people."""
     return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
 

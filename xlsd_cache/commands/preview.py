@@ -45,7 +45,7 @@ def preview(config: PreviewOptions) -> None:
             sample = store.samples.slice(int(index), 1).to_pylist()[0]
             raw = store.read(sample["bucket"], [sample["row"]])
             caption = sample[column] if column else None
-            sheet.draw(place, _picture(vae, raw, device), sample, caption or "(no caption)")
+            sheet.draw(place, decoded(vae, raw, device), sample, caption or "(no caption)")
     try:
         with replacing(config.out) as temporary:
             # given, because the temporary file has another suffix
@@ -108,7 +108,7 @@ def _place(store: LatentStore, name: str) -> int:
 
 
 @torch.inference_mode()
-def _picture(vae: Vae, raw: NDArray[Any], device: torch.device) -> Image.Image:
+def decoded(vae: Vae, raw: NDArray[Any], device: torch.device) -> Image.Image:
     """Decode a latent [1, C, h, w]."""
     decoded = vae.decode(torch.from_numpy(raw).float().to(device))[0]
     pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()

@@ -178,6 +178,15 @@ def decode(
         return Rejected("corrupt", _message(error))
 
 
+def shrunk(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Pixels | Rejected:
+    """Decode a whole image into at most `side` x `side` pixels: uint8 [H, W, 3]."""
+    size = header_of(data, max_pixels)
+    if isinstance(size, Rejected):
+        return size
+    width, height = (max(1, round(it * min(1.0, side / max(size)))) for it in size)
+    return decode(data, size, (0, 0, *size), (width, height), max_pixels)
+
+
 def _open(file: IO[bytes], nbytes: int, max_pixels: int) -> Image.Image | Rejected:
     """Parse the header and check the size, without decoding anything."""
     head = file.read(16)

@@ -1,8 +1,8 @@
 """Statistics of a store: mean and spread of its latents, length and kind of its captions."""
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +67,18 @@ def are_tags(texts: pa.ChunkedArray) -> bool:
     tags = tags.filter(pc.not_equal(tags, ""))
     words = pc.sum(pc.list_value_length(pc.utf8_split_whitespace(tags))).as_py() or 0
     return bool(2 * len(part) <= len(tags) and words <= TAG_WORDS * len(tags))
+
+
+def histogram(values: NDArray[Any], edges: Sequence[float]) -> list[int]:
+    """How many values are below the first edge, between each two, and from the last on."""
+    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
+    return [int(count) for count in counts]
+
+
+def together(store: LatentStore, column: str, tags: Sequence[str]) -> list[list[int]]:
+    """[i][j]: samples whose caption has both tag i and tag j."""
+    masks = [store.tagged(column, tag) for tag in tags]
+    return [[int(np.count_nonzero(one & other)) for other in masks] for one in masks]
 
 
 def _parts(texts: pa.ChunkedArray) -> Iterator[pa.Array]:

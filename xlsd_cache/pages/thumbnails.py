@@ -17,7 +17,7 @@ MOST_PIXELS = 1 << 24  # of a picture: 4096 x 4096
 
 def save_thumbnail(image: Image.Image, picture: Path) -> None:
     """Write the thumbnail of a picture that was just written to this path."""
-    write_bytes(_path_of(picture), _encoded(image))
+    write_bytes(_path_of(picture), small_webp(image))
 
 
 def thumbnail(picture: Path) -> bytes | None:
@@ -34,7 +34,7 @@ def thumbnail(picture: Path) -> bytes | None:
         with Image.open(picture, formats=["PNG"]) as image:
             if image.width * image.height > MOST_PIXELS:
                 return None
-            made = _encoded(image)
+            made = small_webp(image)
     except Exception:  # a damaged file may raise anything in Pillow
         return None
     with suppress(OSError):  # the folder may be read-only
@@ -51,7 +51,8 @@ def _path_of(picture: Path) -> Path:
     return picture.with_suffix(".webp")
 
 
-def _encoded(image: Image.Image) -> bytes:
+def small_webp(image: Image.Image) -> bytes:
+    """A thumbnail: a WebP file of at most SIDE pixels a side."""
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     file = io.BytesIO()

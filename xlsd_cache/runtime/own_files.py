@@ -17,7 +17,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.bounded_files import open_regular, read_json, require_regular
 
 MARK = "xlsd"  # key of a PNG's text and of parquet metadata; first word of the EXIF software tag
-GENERATOR = '<meta name="generator" content="xlsd-train report">'
+GENERATOR = '<meta name="generator" content="xlsd-'  # the command follows
 _FIRST_PAGES = """content="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline';"""
 SOFTWARE = 0x0131  # the EXIF tag
 # The parts of a store, and of a run: nothing in them is an image or a caption.
@@ -51,7 +51,7 @@ def is_index(path: Path) -> bool:
 
 
 def is_page(path: Path) -> bool:
-    """Whether `xlsd-train report` or a run wrote this page, in any version."""
+    """Whether a command or a run wrote this page, in any version."""
     try:
         with open_regular(path) as file:
             head = file.read(1024)

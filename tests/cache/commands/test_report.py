@@ -1,0 +1,151 @@
+"""The page of a store, in a real browser."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import cache
+from tests.support.browser import LAYOUTS, LUMINANCE, PICTURES, Scheme, chromium, faults, opened
+
+PICTURE_SUFFIXES = {".jpg", ".png", ".webp"}
+HARM = "<script>window.harmed = true</script><img src=x onerror='window.harmed=true'>"
+
+
+@pytest.fixture(scope="module")
+def built(photos: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with tags, of which some images were rejected."""
+    images = tmp_path_factory.mktemp("images") / "photos"
+    shutil.copytree(photos, images)
+    pictures = sorted(path for path in images.iterdir() if path.suffix in PICTURE_SUFFIXES)
+    for number, path in enumerate(pictures):
+        words = f"photo, {'even' if number % 2 == 0 else 'odd'}, number {number}"
+        path.with_suffix(".txt").write_text(HARM if number == 0 else words)
+    (images / "broken.jpg").write_bytes(pictures[1].read_bytes()[:700])
+    shutil.copy(pictures[2], images / f"copy{pictures[2].suffix}")
+    store = images.parent / "latents"
+    assert cache("build", images, "--out", store, "--vae", vae, "--resolution", 128) == 0
+    return store
+
+
+@pytest.fixture(scope="module")
+def made(built: Path) -> Path:
+    assert cache("report", built) == 0
+    return built / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(made: Path) -> Iterator[Any]:
+    """After the build, which runs an event loop, as Playwright does."""
+    with chromium() as found:
+        yield found
+
+
+@pytest.mark.parametrize(("width", "scheme"), LAYOUTS)
+def test_every_layout_is_accessible(browser: Any, made: Path, width: int, scheme: Scheme) -> None:
+    with opened(browser, made, width, scheme) as page:
+        PICTURES.mkdir(exist_ok=True)
+        page.screenshot(path=PICTURES / f"store-{width}-{scheme}.png", full_page=True)
+        assert faults(page) == []
+        light = page.locator("body").evaluate(LUMINANCE)
+        assert light > 200 if scheme == "light" else light < 60
+
+
+def test_the_numbers_are_those_of_info(browser: Any, made: Path, built: Path, capsys: Any) -> None:
+    assert cache("info", built, "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    with opened(browser, made, 360) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        assert (
+            f"{about['live']} images in {len(about['buckets'])}" in page.locator("h1").inner_text()
+        )
+        buckets = page.get_by_role("region", name="Buckets").locator("tr").all_inner_texts()
+        assert {name: int(n) for name, n in (it.split() for it in buckets)} == about["buckets"]
+        cells = page.locator("#channels tbody tr").nth(1).locator("td").all_inner_texts()
+        assert cells[0] == f"{about['latents']['mean'][1]:+.3f}"
+        assert cells[1] == f"{about['latents']['std'][1]:.3f}"
+        tags = page.get_by_role("region", name="Tags of txt", exact=True).locator("tr")
+        assert "photo" in tags.first.inner_text()
+
+
+def test_tags_that_occur_together(browser: Any, made: Path) -> None:
+    with opened(browser, made) as page:
+        rows = page.locator(".heat tr").all_inner_texts()
+        table = [row.split("\t") for row in rows]
+        column = table[0].index("photo")
+        shares = {row[0]: row[column] for row in table[1:]}
+        assert shares["photo"] == shares["even"] == shares["odd"] == "100%"
+        (even,) = [row for row in table if row[0] == "even"]
+        assert even[table[0].index("odd")] == "0%"
+
+
+def test_rejected_images_have_reasons_and_pictures(browser: Any, made: Path) -> None:
+    with opened(browser, made) as page:
+        rejected = page.locator("#rejected")
+        names = rejected.locator("h3").all_inner_texts()
+        assert "duplicate" in names
+        assert len(names) == 2
+        copy = rejected.locator("figure", has_text="copy")
+        assert copy.locator("img").evaluate("it => it.naturalWidth") > 100
+        broken = rejected.locator("figure", has_text="broken")
+        assert broken.locator("img").count() == 0
+        assert "not decoded" in broken.inner_text()
+
+
+def test_the_sheet_is_filtered_by_tags_and_captions_stay_text(browser: Any, made: Path) -> None:
+    with opened(browser, made) as page:
+        sheet = page.locator("#sheet")
+        figures = sheet.locator("figure")
+        total = figures.count()
+        assert f"1 to {total} of {total}" in sheet.locator("output").inner_text()
+        assert sheet.locator("figcaption", has_text=HARM).count() == 1
+        assert page.evaluate("window.harmed") is None
+        assert figures.first.locator("img").evaluate("it => it.naturalWidth") >= 64
+        sheet.get_by_label("Tags").fill("photo, even")
+        assert 0 < figures.count() < total
+        assert all("even" in text for text in figures.all_inner_texts())
+        assert "1 to " in str(page.locator("#live").text_content())
+        sheet.get_by_label("Tags").fill("eve")
+        assert figures.count() == 0  # a tag is matched whole
+
+
+def test_many_pictures_are_paged(browser: Any, made: Path, tmp_path: Path) -> None:
+    """The same page with its pictures eight times."""
+    html = made.read_text(encoding="utf-8")
+    start = html.index('id="data">') + len('id="data">')
+    data = json.loads(html[start : html.index("</script>", start)])
+    begin = html.index("data-pictures>") + len("data-pictures>")
+    pictures = json.loads(html[begin : html.index("</script>", begin)])
+    count = len(pictures)
+    for old, new in ((data, {**data, "samples": data["samples"] * 8}), (pictures, pictures * 8)):
+        was = html[start : html.index("</script>", start)] if old is data else ""
+        was = was or html[begin : html.index("</script>", begin)]
+        html = html.replace(was, json.dumps(new).replace("<", "\\u003c"))
+        begin = html.index("data-pictures>") + len("data-pictures>")
+    many = tmp_path / "many.html"
+    many.write_text(html, encoding="utf-8")
+    with opened(browser, many) as page:
+        sheet = page.locator("#sheet")
+        assert sheet.get_by_role("button", name="Previous").is_disabled()
+        page.get_by_role("button", name="Next").press("Enter")
+        assert f"25 to 48 of {8 * count}" in sheet.locator("output").inner_text()
+
+
+def test_without_pictures_it_is_small_and_needs_no_vae(built: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert cache("report", built, "-o", page, "--count", 0, "--vae", tmp_path / "none") == 0
+    html = page.read_text(encoding="utf-8")
+    assert "data-gallery" not in html.split("<script>")[0]
+    pictures = sum(map(len, html.split('src="data:')[1:]))
+    assert len(html) - pictures < 500_000
+
+
+def test_another_file_is_not_overwritten(built: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.html"
+    mine.write_text("<p>mine</p>")
+    assert cache("report", built, "-o", mine, "--count", 0) == 1
+    assert mine.read_text() == "<p>mine</p>"
+    assert cache("report", tmp_path, "--count", 0) == 1
