@@ -14,7 +14,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.model.loading import load_bundle
 from xlsd_train.model.text_encoder import hidden_states, stretch, stretched
-from xlsd_train.step.layers import STATES
+from xlsd_train.step.layers import STATES, Mode
 from xlsd_train.training.session import Session
 
 
@@ -52,7 +52,7 @@ def test_samples_see_the_states_that_training_sees(
         session.sampler(session.model, tmp_path, 0, session.accelerator)
     batch = session.source.make(session.batch_order.slot(0))
     (layer,) = (layer for layer in step.layers if layer.output == STATES)
-    of_samples, of_training = seen, layer.run("nothing", batch.input_ids)
+    of_samples, of_training = seen, layer.run(Mode(), batch.input_ids)
     assert len(of_samples) == len(session.sampler.prompts) == 4
     length = settings.get("tokens", 77)
     assert of_training.shape[1:] == (length, 32)
