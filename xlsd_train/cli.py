@@ -15,6 +15,7 @@ from xlsd_train.config.model_options import ExportConfig, SampleConfig, ScoreCon
 from xlsd_train.config.recipes import parse, recipe_in
 from xlsd_train.config.run_options import (
     EmaConfig,
+    LiveConfig,
     PlanConfig,
     RecipesConfig,
     ReportConfig,
@@ -92,6 +93,10 @@ COMMANDS = {
         ReportConfig, calls("xlsd_train.report.page:report"),
         examples=("xlsd-train report runs/a", "xlsd-train report runs/a runs/b -o both.html"),
     ),
+    "live": Command(
+        LiveConfig, calls("xlsd_train.live.server:live"),
+        examples=("xlsd-train live runs/a", "xlsd-train live runs/a runs/b --port 9000"),
+    ),
     "sample": Command(
         SampleConfig, calls("xlsd_train.commands.sample:compare"),
         examples=(
@@ -124,7 +129,7 @@ COMMANDS = {
 }  # fmt: skip
 PRINT = {PlanConfig, RecipesConfig, TagsConfig, ScoreConfig}  # commands that make nothing but text
 # Commands that need no torch; training finds out by itself whether it does.
-LIGHT = {RecipesConfig, TagsConfig, ReportConfig, SweepConfig, TrainConfig}
+LIGHT = {RecipesConfig, TagsConfig, ReportConfig, LiveConfig, SweepConfig, TrainConfig}
 THEIRS = "build info check captions preview export-index import"  # commands of xlsd-cache
 
 

@@ -14,11 +14,24 @@ export function startCharts(data) {
     figure: document.querySelector(`[data-chart="${chart.id}"]`),
     lines: chart.lines.map(line => ({ ...line, shown: true })),
   }));
-  const api = { charts, axes, view, draw, onStep: () => {} };
+  const api = { charts, axes, view, draw, redraw, onStep: () => {} };
 
   function draw() {
     prepare();
     for (const chart of charts) build(chart);
+  }
+
+  // The same lines with other values.
+  function redraw() {
+    prepare();
+    for (const chart of charts) chart.plot.setData(tableOf(chart));
+  }
+
+  function tableOf(chart) {
+    return uPlot.join(chart.lines.flatMap(line => {
+      const table = [line.at, line.y];
+      return line.kind === "raw" ? [table, [line.at, line.drawn]] : [table];
+    }));
   }
 
   // Steps in the chosen unit, and smoothed lines.
@@ -35,18 +48,14 @@ export function startCharts(data) {
   function build(chart) {
     const place = chart.figure.querySelector(".plot");
     chart.plot?.destroy();
-    const tables = [], series = [{}];
+    const series = [{}];
     for (const line of chart.lines) {
       const stroke = colour(chart, line);
       const dash = line.kind === "dashed" ? [6, 4] : undefined;
       const dots = (line.kind === "interval" && line.x.length <= DENSE) || line.x.length === 1;
       const own = { stroke, dash, width: WIDE[line.kind], show: line.shown, points: { show: dots, size: 6, fill: stroke } };
-      tables.push([line.at, line.y]);
       series.push(line.kind === "raw" ? { ...own, alpha: 0.42 } : own);
-      if (line.kind === "raw") {
-        tables.push([line.at, line.drawn]);
-        series.push({ ...own, width: 2.2 });
-      }
+      if (line.kind === "raw") series.push({ ...own, width: 2.2 });
     }
     const muted = css(place, "--muted"), grid = { stroke: css(place, "--faint"), width: 1 };
     const look = { stroke: muted, grid, ticks: { show: false }, font: "13px system-ui, sans-serif" };
@@ -72,7 +81,7 @@ export function startCharts(data) {
         setSelect: [u => select(u)],
         setCursor: [u => tell(chart, u)],
       },
-    }, uPlot.join(tables), place);
+    }, tableOf(chart), place);
     chart.plot.over.addEventListener("mouseleave", () => hide(chart));
     chart.plot.over.addEventListener("click", () => {
       const { left } = chart.plot.cursor, line = chart.lines.find(it => it.shown);

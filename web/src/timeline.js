@@ -8,19 +8,23 @@ export function startTimeline(data, charts) {
   const root = document.querySelector("[data-timeline]");
   if (!root) return;
   const find = selector => root.querySelector(selector);
-  const { prompts, folders, steps } = data.samples, runs = data.runs;
-  const sheets = new Map([...root.querySelectorAll("[data-sheet]")].map(it => [it.dataset.sheet, it]));
+  const runs = data.runs, parsed = new Map();
+  let prompts, folders, steps, sheets, stepsOf, frames;
   const has = (run, step) => sheets.has(`${run} ${step}`);
-  const stepsOf = runs.map((_, run) => steps.filter(step => has(run, step)));
-  const frames = steps.flatMap(step => runs.map((_, run) => ({ run, step })).filter(it => has(it.run, it.step)));
-  const last = frames.at(-1);
-  const state = { prompt: 0, a: frames[0], b: last, mode: "slide" };
+  function read(samples, elements) {
+    ({ prompts, folders, steps } = samples);
+    sheets = new Map([...elements].map(it => [it.dataset.sheet, it]));
+    stepsOf = runs.map((_, run) => steps.filter(step => has(run, step)));
+    frames = steps.flatMap(step => runs.map((_, run) => ({ run, step })).filter(it => has(it.run, it.step)));
+    parsed.clear();
+  }
+  read(data.samples, root.querySelectorAll("[data-sheet]"));
+  const state = { prompt: 0, a: frames[0], b: frames.at(-1), mode: "slide" };
   const stage = find(".stage"), slider = find("[data-step]");
   const film = find(".film"), dialog = find("dialog");
   const cells = new Map(); // "run step prompt" -> button
 
   // The pictures of a step, parsed when they are needed: a page may hold thousands.
-  const parsed = new Map();
   function pictures(run, step) {
     const name = `${run} ${step}`;
     const found = parsed.get(name) ?? JSON.parse(sheets.get(name)?.textContent ?? "[]");
@@ -132,6 +136,13 @@ export function startTimeline(data, charts) {
 
   function fill() {
     const head = film.querySelector("thead tr"), body = film.querySelector("tbody");
+    seen.disconnect();
+    cells.clear();
+    head.replaceChildren(head.firstElementChild);
+    body.replaceChildren();
+    const room = (film.clientWidth - 170) / Math.max(1, steps.length) - 4;
+    film.style.setProperty("--columns", steps.length);
+    if (innerWidth > 560) film.style.setProperty("--cell", `${Math.min(Math.max(room, 110), 190)}px`);
     for (const step of steps) head.append(Object.assign(element("th", `step ${number(step)}`), { scope: "col" }));
     let before = null; // a prompt is told once for all runs
     for (const { prompt, run } of rows()) {
@@ -208,14 +219,25 @@ export function startTimeline(data, charts) {
     slider.max = stepsOf[state.b.run].length - 1;
     slider.value = stepsOf[state.b.run].indexOf(state.b.step);
   }
-  for (const select of root.querySelectorAll("[data-choose]")) {
-    select.append(...frames.map((it, i) => Object.assign(element("option", label(it)), { value: i })));
+  function begin() {
+    for (const select of root.querySelectorAll("[data-choose]")) {
+      select.replaceChildren(...frames.map((it, i) => Object.assign(element("option", label(it)), { value: i })));
+    }
+    fill();
+    limits();
+    choose({}, true);
   }
-  const room = (film.clientWidth - 170) / Math.max(1, steps.length) - 4;
-  film.style.setProperty("--columns", steps.length);
-  if (innerWidth > 560) film.style.setProperty("--cell", `${Math.min(Math.max(room, 110), 190)}px`);
-  fill();
-  limits();
-  choose({}, true);
+  begin();
   addEventListener("beforeprint", () => [...cells.values()].slice(0, 200).forEach(cell => show(cell, true)));
+
+  // The samples of a newer page. B follows the newest step if it is there; else nothing moves.
+  function renew(samples, elements) {
+    const { a, b } = state, follows = stepsOf[b.run].at(-1) === b.step, held = film.contains(document.activeElement);
+    read(samples, elements);
+    state.a = frame(a.run, a.step) ?? frames[0];
+    state.b = frame(b.run, follows ? stepsOf[b.run].at(-1) : b.step) ?? frames.at(-1);
+    begin();
+    if (held) cells.get(`${state.b.run} ${state.b.step} ${state.prompt}`)?.focus({ preventScroll: true });
+  }
+  return { renew };
 }

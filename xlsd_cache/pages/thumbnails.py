@@ -20,8 +20,11 @@ def save_thumbnail(image: Image.Image, picture: Path) -> None:
     write_bytes(_path_of(picture), small_webp(image))
 
 
-def thumbnail(picture: Path) -> bytes | None:
-    """The thumbnail of a PNG file; made if it is missing or older. None for a damaged picture."""
+def thumbnail(picture: Path, keep: bool = True) -> bytes | None:
+    """The thumbnail of a PNG file; made if it is missing or older. None for a damaged picture.
+
+    Unless `keep`, nothing is written.
+    """
     path = _path_of(picture)
     try:
         if path.stat().st_mtime_ns >= picture.stat().st_mtime_ns and path.stat().st_size <= NBYTES:
@@ -37,8 +40,9 @@ def thumbnail(picture: Path) -> bytes | None:
             made = small_webp(image)
     except Exception:  # a damaged file may raise anything in Pillow
         return None
-    with suppress(OSError):  # the folder may be read-only
-        write_bytes(path, made)
+    if keep:
+        with suppress(OSError):  # the folder may be read-only
+            write_bytes(path, made)
     return made
 
 

@@ -139,6 +139,34 @@ class ReportConfig(CheckedOptions):
 
 
 @dataclass(frozen=True)
+class LiveConfig(CheckedOptions):
+    """Follow runs that go on, in a browser: the page of `report`, which grows by itself.
+
+    Only reads the runs, and only this machine can connect. From another one use e.g. `ssh -L
+    8321:localhost:8321`. Closing it, or the page, stops no run.
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """The folders of runs."""
+
+    host: str = "127.0.0.1"
+    """Serve at this address or name of this machine, to all who reach it, without a password."""
+
+    port: Annotated[int, Within(0, 65535)] = 8321
+    """TCP port. 0: any free one."""
+
+    def check(self) -> None:
+        """Refuse what cannot work before a run is read."""
+        if not self.runs:
+            raise UserError("no run is given; give the folder of one run or several")
+        if self.host in {"0.0.0.0", "::", "*"}:  # noqa: S104 - refused
+            raise UserError(
+                f"--host {self.host} is no address that a browser can open; give the one that "
+                f"readers use, e.g. 192.168.1.5"
+            )
+
+
+@dataclass(frozen=True)
 class SweepConfig(TrainConfig):
     """Train at several learning rates, one after another, and say which is best.
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.pages.render import render
@@ -11,7 +12,7 @@ from xlsd_cache.runtime.own_files import is_page, refuse_foreign
 from xlsd_train.config.run_options import ReportConfig
 from xlsd_train.report.changes import bands, by_rate, scale
 from xlsd_train.report.curves import axes, charts, shown_validations
-from xlsd_train.report.pictures import Timeline, timeline
+from xlsd_train.report.pictures import Timeline, served, timeline
 from xlsd_train.report.ranking import HEADER, rank
 from xlsd_train.report.summary import next_of_several, summary
 from xlsd_train.report.tables import facts, settings_table
@@ -71,12 +72,15 @@ def leave_report(folder: Path) -> str:
         return f"no report: {error!r}; all else is saved. `xlsd-train report {folder}` writes it"
 
 
-def page(runs: list[History], path: Path) -> str:
-    """The HTML of a page at this path; all text is escaped. The same runs give the same page."""
+def page(runs: list[History], path: Path, live: dict[str, Any] | None = None) -> str:
+    """The HTML of a page at this path; all text is escaped. The same runs give the same page.
+
+    With `live` for its script, it is that of a server: it fetches pictures and follows the runs.
+    """
     one = runs[0] if len(runs) == 1 else None
     standings, answer = ([], "") if one else rank(runs)
     trends = [trend(run) for run in runs]
-    samples, drawn = timeline(runs, path), charts(runs)
+    samples, drawn = served(runs) if live else timeline(runs, path), charts(runs)
     settings = settings_table(runs)
     return render(
         __package__,
@@ -98,12 +102,14 @@ def page(runs: list[History], path: Path) -> str:
         validations=_validations(runs),
         bands=bands(trends),
         samples=samples,
+        live=live,
         hero=_hero(runs, samples),
         data={
             "runs": [run.name for run in runs],
             "axes": [axes(run) for run in runs],
             "charts": [chart.data for chart in drawn],
             "samples": samples.data,
+            "live": live,
         },
     )
 

@@ -14,10 +14,11 @@ from urllib.parse import quote
 from xlsd_cache.pages.thumbnails import data_uri, thumbnail
 from xlsd_train.runs.downsample import evenly
 from xlsd_train.runs.history import History
-from xlsd_train.runs.layout import SAMPLES
+from xlsd_train.runs.layout import SAMPLES, step_name
 
 NBYTES = 32 << 20  # of all thumbnails of a page
 PROMPTS = 8  # shown of each run
+STEPS = 400  # that a server's page shows
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Sheet:
 
     run: int
     step: int
-    pictures: list[str | None]  # data URIs by prompt
+    pictures: list[str | None]  # URIs by prompt
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,40 @@ def timeline(runs: Sequence[History], page: Path) -> Timeline:
     size = sum(len(content) for contents in read.values() for content in contents if content)
     most = max(2, len(steps) if size <= NBYTES else NBYTES * len(steps) // size)
     chosen = [steps[i] for i in evenly(len(steps), most)]
-    most_prompts = max((len(paths) for run in runs for paths in run.samples.values()), default=0)
-    notes = [
-        f"{len(chosen)} of {len(steps)} steps, evenly spaced." * (len(chosen) < len(steps)),
-        f"The first {PROMPTS} of {most_prompts} prompts." * (most_prompts > PROMPTS),
-    ]
     sheets = [
         Sheet(i, step, [data_uri(content) if content else None for content in contents])
         for (i, step), contents in read.items()
         if step in set(chosen) and any(contents)
     ]
-    return Timeline(
-        sheets, prompts, [_url(run, page) for run in runs], " ".join(filter(None, notes))
-    )
+    return Timeline(sheets, prompts, [_url(run, page) for run in runs], _note(runs, steps, chosen))
+
+
+def served(runs: Sequence[History]) -> Timeline:
+    """The same with URLs of thumbnails, which `xlsd-train live` serves."""
+    steps = sorted({step for run in runs for step in run.samples})
+    chosen = [steps[i] for i in evenly(len(steps), STEPS)]
+    prompts = [_prompts(run) for run in runs]
+    folders = [f"{SAMPLES}/{i}" for i in range(len(runs))]
+    sheets = []
+    for i, run in enumerate(runs):
+        for step in chosen:
+            drawn = {path.stem for path in run.samples.get(step, ())}
+            names = [f"{prompt:02d}" for prompt in range(len(prompts[i]))]
+            place = f"{folders[i]}/{step_name(step)}"
+            if drawn:
+                pictures = [f"{place}/{name}.webp" if name in drawn else None for name in names]
+                sheets.append(Sheet(i, step, pictures))
+    return Timeline(sheets, prompts, folders, _note(runs, steps, chosen))
+
+
+def _note(runs: Sequence[History], steps: Sequence[int], chosen: Sequence[int]) -> str:
+    """What is left out."""
+    most = max((len(paths) for run in runs for paths in run.samples.values()), default=0)
+    notes = [
+        f"{len(chosen)} of {len(steps)} steps, evenly spaced." * (len(chosen) < len(steps)),
+        f"The first {PROMPTS} of {most} prompts." * (most > PROMPTS),
+    ]
+    return " ".join(filter(None, notes))
 
 
 def _prompts(run: History) -> list[str]:

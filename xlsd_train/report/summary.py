@@ -40,7 +40,7 @@ class Summary:
 
 def summary(run: History, trend: Trend | None) -> Summary:
     """Everything that the first screen says about one run."""
-    step, last = run.last.get("step", 0), _last_step(run)
+    step, last = run.last.get("step", 0), last_step(run)
     saved = [step_of(path) for path in checkpoints(run.folder)]
     measured = any(is_validated(run.folder, step) for step in saved)
     best = best_of(run.folder, (0, *saved)) if measured else None
@@ -70,7 +70,8 @@ def _title(run: History) -> str:
     return f"{what}, trained for {step:,} steps on {images:,} images, {epoch:,.3g} epochs"
 
 
-def _last_step(run: History) -> int:
+def last_step(run: History) -> int:
+    """The step at which a run ends; 0 if unknown."""
     planned, stop = run.record.planned_steps, run.config.get("stop_after")
     return min(planned, stop) if isinstance(stop, int) and stop > 0 else planned
 

@@ -27,6 +27,12 @@ def refuse_links(run: Path) -> None:
             _refuse(path, _kind(path) if path.parent == run / name else None)
 
 
+def refuse_links_to(run: Path, path: Path) -> None:
+    """Raises UserError if a path in a run, given relative to it, leads through a link."""
+    for part in (path, *path.parents[:-1]):
+        _refuse(run / part, folder=part != path)
+
+
 def refuse_link(path: Path) -> None:
     """Raises UserError for a run of a sweep that is a link or a file."""
     _refuse(path, folder=True)
