@@ -82,6 +82,7 @@ def application(
         routes=[
             Route("/", pages.page),
             Route("/events", pages.events),
+            Route("/favicon.ico", lambda _: Response(status_code=204, headers=HEADERS)),
             Route("/samples/{run:int}/{step}/{name}", pages.picture),
         ],
         # A page elsewhere may name itself as a host that leads to this machine (DNS rebinding).

@@ -24,7 +24,7 @@ def followed(url: str) -> Iterator[tuple[Page, list[str]]]:
     with chromium() as browser:
         context = browser.new_context(viewport={"width": 1400, "height": 900})
         page, printed, fetched, loaded = context.new_page(), [], [], list[str]()
-        page.on("console", lambda message: printed.append(message.text))
+        page.on("console", lambda it: printed.append(f"{it.text} {it.location}"))
         page.on("pageerror", lambda error: printed.append(str(error)))
         page.on("framenavigated", lambda frame: loaded.append(frame.url))
         context.on("request", lambda request: fetched.append(request.url))
