@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def live(config: LiveConfig) -> None:
         loop="asyncio", server_header=False, limit_concurrency=100, timeout_graceful_shutdown=3,
     )  # fmt: skip
     server = uvicorn.Server(options)
-    with listening:
+    with listening, suppress(KeyboardInterrupt):  # which uvicorn raises again at its end
         say(f"http://{config.host}:{listening.getsockname()[1]}/")
         sys.stdout.flush()  # a script may wait for it
         log.info("Ctrl-C ends it; the runs are only read")

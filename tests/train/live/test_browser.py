@@ -1,8 +1,6 @@
 """The page in a real browser, beside a run that trains."""
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +65,7 @@ def test_new_points_and_samples_appear_while_a_run_trains(
         assert page.locator(".stage [data-b]").evaluate("it => it.complete && it.naturalWidth > 0")
         assert page.get_by_role("button", name="step 45: ").count() >= 1
         assert faults(page) == []
+        page.wait_for_timeout(5000)  # the last exchange is over
         page.get_by_role("button", name="Copy").click()  # in a part that was exchanged
         expect(page.get_by_role("button", name=re.compile("Copied|Selected"))).to_have_count(1)
         assert len(loaded) == 1, "the page was loaded again"
@@ -76,17 +75,16 @@ def test_new_points_and_samples_appear_while_a_run_trains(
         assert files(run, pattern) == files(plain, pattern)
 
 
-def test_the_page_says_when_the_server_is_gone_and_follows_again(
-    model: Path, store: Path, tmp_path: Path
-) -> None:
+def test_the_page_says_when_the_server_is_gone(model: Path, store: Path, tmp_path: Path) -> None:
     given = [
         "--phase", "te", "--batch", 3, "--data", store, "--model", model, "--steps", 3, "--warmup",
         0, "--lr", 1e-3, "--threads", 1, "--sample-every", 0, "--out", tmp_path / "run",
     ]  # fmt: skip
     assert train(*given) == 0
-    with serving(tmp_path / "run") as it, followed(it.url) as (page, _):
+    server = serving(tmp_path / "run")
+    with followed(server.__enter__().url) as (page, _):
         live = page.locator("[data-live]")
         expect(live).to_have_text("Live · finished")
-        os.kill(it.pid, signal.SIGINT)
+        server.__exit__(None, None, None)
         expect(live).to_contain_text("no connection", timeout=WAIT_MS)
         page.goto("about:blank")
