@@ -250,9 +250,9 @@ def test_memory_stays_bounded_over_100_000_events(run: Path) -> None:
     (run / "metrics.jsonl").write_bytes(b"")
     sizes = {}
     with serving(run, code="import xlsd_train.live.follow as it; it.POLL_S = 0") as it:
-        get(it.url)
+        begin = begin_of(get(it.url)[1])
         server = psutil.Process(it.pid)
-        with events(it.url, "0.0.0.0") as found:
+        with events(it.url, begin) as found:
             for step in range(1, 100_001):
                 append(run, step, 1)
                 assert next(found).data["columns"]["step"] == [step]
