@@ -12,6 +12,7 @@ from xlsd_cache.console.aliases import NAMES
 from xlsd_cache.console.help import Command, asks_for_help, calls, help_page, program_page
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
+from xlsd_cache.console.progress import choose, working
 from xlsd_cache.console.suggestions import check_command, check_words
 from xlsd_cache.console.terminal import ignore_closed_pipe, run, start
 from xlsd_cache.errors import UserError
@@ -29,8 +30,9 @@ from xlsd_cache.options import (
 
 # They import late: a help page need not wait for torch and diffusers.
 def _build(options: BuildOptions, began: float) -> None:
-    from xlsd_cache.commands.build import build
-    from xlsd_cache.commands.finish import say_sums
+    with working("loading libraries"):
+        from xlsd_cache.commands.build import build
+        from xlsd_cache.commands.finish import say_sums
 
     if counts := build(options, began):
         say_sums(options.out, counts, "images could be encoded")
@@ -146,10 +148,12 @@ def _main(words: Sequence[str]) -> int:
     )
     if not _only_prints(options):
         ignore_closed_pipe()
-    if command.options is InfoOptions:
-        quiet()
-    elif command.options is not CaptionsOptions:  # it loads nothing that prints
-        quiet_libraries()
+    if isinstance(options, BuildOptions):
+        choose(options.quiet, options.json)
+    quiet()
+    if command.options not in {InfoOptions, CaptionsOptions}:  # they load nothing else that prints
+        with working("loading libraries"):
+            quiet_libraries()
     return command.run(options, began) or 0
 
 

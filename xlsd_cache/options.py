@@ -162,6 +162,12 @@ class WorkOptions(CheckedOptions):
     dry_run: bool = False
     """Scan and plan, print what would be done, and write nothing."""
 
+    quiet: bool = False
+    """Show no progress bars: only lines, as without a terminal."""
+
+    json: bool = False
+    """Print events on stdout, a JSON object per line: start, progress, done or failed. No bars."""
+
     @property
     def part(self) -> tuple[int, int]:
         """(this process's number, number of processes)."""

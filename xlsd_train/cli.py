@@ -1,6 +1,5 @@
 """The command line `xlsd-train`: its commands, their help pages, and what runs each."""
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -8,8 +7,9 @@ from xlsd_cache import __version__
 from xlsd_cache.console.help import Command, asks_for_help, calls, help_page
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
+from xlsd_cache.console.progress import choose, working
 from xlsd_cache.console.suggestions import check_command, check_words
-from xlsd_cache.console.terminal import ignore_closed_pipe, run, say, start
+from xlsd_cache.console.terminal import ignore_closed_pipe, run, start
 from xlsd_train.config.aliases import NAMES
 from xlsd_train.config.model_options import ExportConfig, SampleConfig, ScoreConfig, SwapConfig
 from xlsd_train.config.recipes import parse, recipe_in
@@ -27,20 +27,23 @@ from xlsd_train.config.train import TrainConfig
 
 def _train(config: TrainConfig, command: Sequence[str]) -> None:
     from xlsd_train.checkpoints.complete import complete
+    from xlsd_train.training.status import Status
 
-    if told := complete(config):
-        if os.environ.get("RANK", "0") == "0":  # one of the processes that a launcher started
-            say(told)
-        return
-    quiet_libraries()
-    from xlsd_train.training.loop import train
+    choose(config.quiet, config.json)
+    with Status() as status:
+        if told := complete(config):
+            status.complete(told)
+            return
+        quiet_libraries()
+        from xlsd_train.training.loop import train
 
-    train(config, command)
+        train(config, command, status)
 
 
 def _sweep(config: SweepConfig, command: Sequence[str]) -> None:
     from xlsd_train.commands.sweep import sweep
 
+    choose(config.quiet, config.json)
     sweep(config, command[2:])
 
 
@@ -164,7 +167,10 @@ def _main(given: list[str]) -> int:
     config = parse(kind, words, prog)
     if kind not in PRINT:
         ignore_closed_pipe()
-    quiet() if kind in LIGHT else quiet_libraries()
+    quiet()
+    if kind not in LIGHT:
+        with working("loading libraries"):
+            quiet_libraries()
     return command.run(config, ["xlsd-train", *given]) or 0
 
 

@@ -183,5 +183,5 @@ def test_what_only_reads_does_not_wait_for_torch(
     subprocess.run([sys.executable, "-c", LIGHT, store, run, page, *map(str, words)], check=True)
     assert page.exists()
     told = capfd.readouterr()
-    assert f"{run} is complete: step 1 of 1, checkpoint" in told.out
+    assert f"{run} is already complete: step 1 of 1, checkpoint" in told.out
     assert "Traceback" not in told.err

@@ -1,9 +1,8 @@
 """`xlsd-cache build`: scan the sources, plan under a lock, encode what is missing, account."""
 
-import json
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.commands.finish import conclude, writing
+from xlsd_cache.console.option_checks import as_flags
+from xlsd_cache.console.progress import event, working
 from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.kept_batch import keep_batch
@@ -72,8 +73,8 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
 
     """
     began = began or time.time()
-    for line in json.dumps(asdict(config), indent=2, default=str).splitlines():
-        log.info(line)
+    if settings := as_flags(config, BuildOptions(), {"source", "out", "workers"}):
+        log.info(f"settings other than the defaults: {settings}")
     log.info(set_precision(config.precision))
     _check_memory(config)
     device_of(config.device)  # refuses early
@@ -89,9 +90,11 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
         allow_outside=config.allow_outside,
     )
     _log_scan(found, config)
+    event("start", store=config.out, images=found.images.num_rows)
     if not config.dry_run and not is_store(config.out):  # all images are to be encoded
         decoders(config.workers, config.max_pixels).start(found.images.num_rows)
-    vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
+    with working("loading the VAE"):
+        vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     identity = _identity(config, vae)
     stored = stored_identity(config.out, vae, config.dry_run)
     check_compatible(config.out, identity, stored)
@@ -109,7 +112,8 @@ def build(config: BuildOptions, began: float | None = None) -> Accounting | None
         largest = max(size.width * size.height for size in buckets.sizes)
         with build_session(store.manifest, generation, config.part, began) as before:
             _encode(config, store, vae, largest)
-            counts = conclude(store, before)
+            with working("writing the index"):
+                counts = conclude(store, before)
     if gone := counts.rejected.get("vanished"):
         log.warning(
             f"{gone} images were deleted before they were encoded; restore them and run the same "

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+from xlsd_cache.console.progress import event, writes_events
 from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.accounting import Accounting, account, save_accounting
@@ -33,11 +35,14 @@ def say_sums(out: Path, counts: Accounting, done: str) -> None:
 
     Raises UserError for a store of which nothing is live.
     """
-    for bucket, count in counts.buckets.items():
-        say(f"  {bucket:>9} {count:>9}")
-    say(counts)
-    if counts.rejected or counts.duplicate:
-        say(f"listed in {out / 'rejected.parquet'}")
+    if writes_events():
+        event("done", store=out, **asdict(counts))
+    else:
+        for bucket, count in counts.buckets.items():
+            say(f"  {bucket:>9} {count:>9}")
+        say(counts)
+        if counts.rejected or counts.duplicate:
+            say(f"listed in {out / 'rejected.parquet'}")
     if not counts.live:
         raise UserError(
             f"none of the {counts.scanned} {done}; {out / 'rejected.parquet'} lists the reasons"

@@ -2,5 +2,6 @@
 
 `suggestions` checks the words typed and suggests corrections, with `aliases` for the option names
 of other trainers. `option_checks` checks values against their bounds. `help` makes the help pages.
-`terminal` prints and logs text safely, `libraries` silences other packages.
+`terminal` prints and logs text safely, `progress` shows bars, lines or JSON events while a command
+works, `libraries` silences other packages.
 """

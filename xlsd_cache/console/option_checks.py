@@ -5,8 +5,9 @@ The options dataclasses use the types below, and call `check_options` when they 
 
 import math
 import os
+import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -103,6 +104,21 @@ def option_of(name: str, hint: Any) -> str:
         return next((it.metavar for it in marks if getattr(it, "metavar", None)), name.upper())
     given = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
     return f"--{given.replace('_', '-')}"
+
+
+def as_flags(options: Any, usual: Any, leave_out: Collection[str] = ()) -> str:
+    """The options that differ from those of `usual`, an instance of the same class, as flags."""
+    words: list[str] = []
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value, option = getattr(options, name), option_of(name, hint)
+        if name in leave_out or value == getattr(usual, name):
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+            continue
+        words += [option] if option.startswith("--") else []
+        words += [str(it) for it in (value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def _check(value: Any, notes: tuple[Any, ...], option: str) -> None:

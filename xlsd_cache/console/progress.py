@@ -1,12 +1,95 @@
-"""Progress bars on stderr, which command lines show and library calls do not."""
+"""What a command shows while it works: bars on a terminal, else lines; with --json also events.
 
+Library calls show nothing. Bars and lines go to stderr, events to stdout.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 from xlsd_cache.errors import UserError
 
+LINE_S = 30.0  # between two lines about the progress of one thing
+TICK_S = 0.5  # between two redraws of a bar, also while nothing advances
+_LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_chosen = {"quiet": False, "json": False}
+
+
+def choose(quiet: bool = False, json: bool = False) -> None:
+    """Lines instead of bars with `quiet`; with `json` also events on stdout."""
+    _chosen.update(quiet=quiet or json, json=json)
+
+
+def draws_bars() -> bool:
+    """Whether bars are drawn: by a command line, on a terminal, without --quiet."""
+    return UserError.names_flags and not _chosen["quiet"] and sys.stderr.isatty()
+
+
+def writes_events() -> bool:
+    """Whether a command line runs with --json."""
+    return UserError.names_flags and _chosen["json"]
+
+
+def event(name: str, **values: Any) -> None:
+    """With --json, print one line on stdout: an object whose "event" is this name."""
+    if writes_events():
+        line = json.dumps({"event": name, **values}, default=str)
+        print(line.replace("\x7f", "\\u007f"), flush=True)  # which a terminal would obey
+
 
 def progress_bar(*args: Any, disable: bool | None = False, **options: Any) -> Any:
-    """Tqdm's bar, disabled unless a command line runs."""
+    """Tqdm's bar, or a line every LINE_S where no bars are drawn."""
     from tqdm import tqdm  # late: the command line sets first how often bars are written
 
+    if UserError.names_flags and not disable and not draws_bars():
+        rare = {"file": _Lines(), "mininterval": LINE_S, "delay": LINE_S, "bar_format": _LINE}
+        options |= {"miniters": 1, **rare}
     return tqdm(*args, disable=disable if UserError.names_flags else True, **options)
+
+
+class _Lines:
+    """A file for tqdm, which makes each state of a bar a line."""
+
+    def write(self, text: str) -> None:
+        """Print what is not blank."""
+        if line := text.strip("\r\n :"):
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        """Flush stderr."""
+        sys.stderr.flush()
+
+
+@contextmanager
+def ticking(redraw: Callable[[], None]) -> Iterator[None]:
+    """Within the block, call `redraw` every TICK_S in a thread, if bars are drawn."""
+    done = Event()
+
+    def tick() -> None:
+        while not done.wait(TICK_S):
+            redraw()
+
+    thread = Thread(target=tick, daemon=True)
+    if draws_bars():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal, while the block runs, what it does and for how long."""
+    with (
+        progress_bar(
+            desc=what, bar_format="{desc} {elapsed}", leave=False, disable=not draws_bars()
+        ) as bar,
+        ticking(bar.refresh),
+    ):
+        yield

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from xlsd_cache.console.progress import choose, draws_bars, event
 from xlsd_cache.errors import UserError
 
 # Control characters, bidirectional and invisible characters, lone surrogates. The two joiners are
@@ -51,7 +52,8 @@ class LogHandler(logging.Handler):
         """Write one record; warnings and errors start with their level."""
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         line = level + shown(record.getMessage())
-        if tqdm := sys.modules.get("tqdm"):  # nothing shows a bar where it is not loaded
+        tqdm = sys.modules.get("tqdm")  # nothing shows a bar where it is not loaded
+        if tqdm and draws_bars():
             tqdm.tqdm.write(line, file=sys.stderr)
         else:
             print(line, file=sys.stderr)
@@ -71,6 +73,7 @@ def as_command_line() -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         UserError.names_flags = named
+        choose()
         log.setLevel(level)
         log.propagate = propagates
 
@@ -230,6 +233,7 @@ def _code_of(name: str, command: Callable[[], int], stopped: str) -> int:
     try:
         return command()
     except UserError as error:
+        event("failed", error=str(error))
         _tell(f"{name}: {error}")
         return 1
     except OSError as error:

@@ -2,9 +2,8 @@
 
 import hashlib
 import itertools
-import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xlsd_cache.console.progress import progress_bar
+from xlsd_cache.console.progress import draws_bars, event, progress_bar, ticking
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import Stat, read_source, stat_source
@@ -79,15 +78,19 @@ class EncodePipeline:
     wait_s: float = 0.0  # encoders idle, waiting for pixels
     encode_s: float = 0.0
     write_s: float = 0.0
+    begun: float = 0.0  # by time.perf_counter
+    done: int = 0  # images encoded or rejected
     seconds: float = 0.0  # wall clock
+    rejected: Counter[str] = field(default_factory=Counter)  # reason -> images
     rounding: list[float] = field(default_factory=list)  # std of float16's error / the latent's
     _timing: Lock = field(default_factory=Lock)
 
     def run(self, todo: Todo, order: list[ShardId], stop: StopSignal) -> None:
         """Encode and commit units in order, then wait for those that other processes hold."""
-        total, begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
+        total, self.begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
         with (
             progress_bar(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
+            ticking(bar.refresh),
             ThreadPoolExecutor(self.workers) as readers,
             self.encoder.threads(spare=1) as encoders,  # the spare one prepares the next batch
         ):
@@ -97,10 +100,10 @@ class EncodePipeline:
                 order = [unit for unit in order if unit not in committed]
                 if order and not stop.asked:  # held by other processes, which may be killed
                     waiting = f"waiting for {len(order)} shards of other processes"
-                    bar.set_postfix_str(waiting, refresh=sys.stderr.isatty())
+                    bar.set_postfix_str(waiting, refresh=draws_bars())
                     time.sleep(0.2)
             bar.n = total if not order else bar.n
-        self.seconds = time.perf_counter() - begun
+        self.seconds = time.perf_counter() - self.begun
 
     def _pass(
         self,
@@ -145,8 +148,7 @@ class EncodePipeline:
                     taken.finish()
                     held.remove(taken)
                 self.write_s += time.perf_counter() - begun
-                bar.set_postfix_str(self.shares(), refresh=False)
-                bar.update(len(rows))
+                self._show(bar, rows)
         finally:
             order_of_writes.close()
             for _, pixels, encoded, _ in queue:
@@ -155,6 +157,18 @@ class EncodePipeline:
                     future.cancel()
             for taken in held:
                 taken.release()
+
+    def _show(self, bar: Any, rows: list[ShardRow]) -> None:
+        """Advance the bar by rows that are written, with what was rejected and the shares."""
+        self.rejected.update(row.reason for row in rows if row.reason)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.rejected.items())
+        rejected = f"rejected: {reasons}; " if reasons else ""
+        bar.set_postfix_str(rejected + self.shares(), refresh=False)
+        bar.update(len(rows))
+        self.done += len(rows)
+        rate = self.done / (time.perf_counter() - self.begun)
+        told = {"images_per_s": rate, "rejected": self.rejected}
+        event("progress", images=self.done, total=bar.total, **told)
 
     def _batches(
         self, todo: Todo, order: list[ShardId], held: list[Claim]

@@ -40,5 +40,5 @@ def complete(config: TrainConfig) -> str | None:
         longer = "to continue, raise --steps or --epochs"
     else:
         longer = f"its learning rate has decayed; start a new run with --model {config.out}"
-    done = f"{config.out} is complete: step {step} of {planned}, checkpoint {saved[-1]}"
+    done = f"{config.out} is already complete: step {step} of {planned}, checkpoint {saved[-1]}"
     return f"{done}; {longer}"

@@ -188,19 +188,27 @@ class RunFolder:
             if metric.board and name in line:
                 self._board.add_scalar(name, line[name], line["step"])
 
-    def log_validation(self, step: int, images_seen: int, losses: dict[str, Losses]) -> None:
-        """Save validation losses, WEIGHTS/SET -> losses, and log a summary for each WEIGHTS."""
+    def log_validation(
+        self, step: int, images_seen: int, losses: dict[str, Losses]
+    ) -> list[dict[str, Any]]:
+        """Save validation losses, WEIGHTS/SET -> losses, and log a summary for each WEIGHTS.
+
+        Returns the lines of validation.jsonl.
+        """
         assert self._board is not None
         save_losses(self.folder, step, losses)
+        lines = []
         with (self.folder / VALIDATION_LOG).open("a", encoding="utf-8") as file:
             for weights, summary in summaries(losses).items():
                 line = {"step": step, "images_seen": images_seen, "weights": weights, **summary}
                 file.write(json.dumps(line) + "\n")
+                lines.append(line)
                 for name in (*SETS, "gap"):
                     mean = summary[name]["mean"]
                     self._board.add_scalar(f"validation/{weights}/{name}", mean, step)
             file.flush()
             os.fsync(file.fileno())
+        return lines
 
     def sync(self) -> None:
         """Write the metrics so far to the disk; called before a checkpoint."""

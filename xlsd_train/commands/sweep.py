@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from xlsd_cache.console.progress import event, writes_events
 from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.own_files import is_page, refuse_foreign
@@ -146,9 +147,12 @@ def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> N
         state = ", failed" if run.folder in failed else state
         named.append(replace(run, name=f"--lr {asked.lr}{state}"))
     standings, answer = rank(named)
-    for line in table(standings).splitlines():
-        say(line)
-    say(answer + rate_hint(standings))
+    answer += rate_hint(standings)
+    if writes_events():
+        event("compared", answer=answer)
+    else:
+        for line in [*table(standings).splitlines(), answer]:
+            say(line)
     log.info(f"report {write_page(named, out / NAME)}")
 
 

@@ -35,7 +35,8 @@ RATES = {True: (0.01, 100.0), False: (1e-10, 0.1)}
 
 # Options that may change when a run is resumed, since none of them changes a weight.
 FREE = frozenset({
-    "recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force", "on_event",
+    "recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force", "on_event", "quiet",
+    "json",
     # A run keeps the plan that it was started with.
     "vram", "momentum", "measure", "remeasure",
     "ema_snapshots", "validate_every", "sample_every", "sample_prompts", "sample_steps",
@@ -138,6 +139,13 @@ class RunOptions(CheckedOptions):
 
     dry_run: bool = False
     """Check everything, print what would run, and stop."""
+
+    quiet: bool = False
+    """Show no progress bar: only lines, as without a terminal."""
+
+    json: bool = False
+    """Print events on stdout, a JSON object per line: start, step, sampled, validated, saved, and
+    done, stopped or failed. No bar."""
 
     on_event: str | None = None
     """Run a command when the run is sampled, validated, saved, done, stopped, failed or disk-low.

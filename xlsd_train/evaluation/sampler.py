@@ -25,7 +25,7 @@ from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.downsample import evenly
 from xlsd_train.runs.layout import SAMPLES, grid_of, samples_of, steps_in
 from xlsd_train.runs.record import RunRecord
-from xlsd_train.step.distributed import ALONE, Processes
+from xlsd_train.step.distributed import ALONE, Processes, Progress, silent
 
 PROMPTS = 4  # captions taken from the store without --sample-prompts
 GRID_ROWS = 10
@@ -50,6 +50,7 @@ class Sampler:
         accelerator: Accelerator,
         processes: Processes = ALONE,
         stopped: Callable[[], bool] = bool,
+        progress: Progress = silent,
     ) -> Path | None:
         """Write an image per prompt to samples/step-N/, update samples/grid.png, return its path.
 
@@ -62,6 +63,7 @@ class Sampler:
             pipeline = pipeline_of(model)
 
             def work(i: int) -> Image.Image:
+                progress(i + 1, len(pictures))
                 with accelerator.autocast():
                     return draw_picture(model, pipeline, pictures[i])
 

@@ -24,7 +24,7 @@ from xlsd_train.data.loader import Batch, BatchSource
 from xlsd_train.data.selection import spaced
 from xlsd_train.runs.bootstrap import Losses
 from xlsd_train.runs.validation_log import BANDS, LIVE, SETS
-from xlsd_train.step.distributed import ALONE, Processes
+from xlsd_train.step.distributed import ALONE, Processes, Progress, silent
 from xlsd_train.step.step import Step
 
 SEED = 0  # not the run's: the same draws whatever its seed
@@ -46,6 +46,7 @@ class Validator:
         weights: Mapping[str, AbstractContextManager[Any]],
         processes: Processes = ALONE,
         stopped: Callable[[], bool] = bool,
+        progress: Progress = silent,
     ) -> dict[str, Losses] | None:
         """WEIGHTS/SET -> losses f32 [samples, BANDS], of the weights that each context applies.
 
@@ -54,16 +55,22 @@ class Validator:
         `stopped`, all get None. No gradient, random state or module mode changes.
         """
         unweighted = replace(step.objective, weight=torch.ones_like(step.objective.weight))
-        measured, results = replace(step, objective=unweighted), {}
-        for name in processes.names(list(weights)):
+        measured, results, done = replace(step, objective=unweighted), {}, 0
+        names, specs_of = processes.names(list(weights)), {w: [*self._batch_specs(w)] for w in SETS}
+        total = len(names) * sum(map(len, specs_of.values()))
+
+        def work(specs: Sequence[BatchSpec], before: int, number: int) -> Losses:
+            progress(before + number + 1, total)
+            return self._measure(measured, specs[number])
+
+        for name in names:
             context = processes.together(
                 () if name == LIVE else step.parameters, weights.get(name, nullcontext())
             )
             with context, torch.no_grad():
-                for which in SETS:
-                    specs = list(self._batch_specs(which))
-                    work = partial(self._measure, measured, specs)
-                    losses = processes.deal(len(specs), work, stopped)
+                for which, specs in specs_of.items():
+                    losses = processes.deal(len(specs), partial(work, specs, done), stopped)
+                    done += len(specs)
                     if losses is None:
                         return None
                     if losses:
@@ -75,8 +82,8 @@ class Validator:
         """A set's samples by bucket, each BANDS times in succession."""
         return (self.source.fixed(*spec, SEED) for spec in self._batch_specs(name))
 
-    def _measure(self, step: Step, specs: Sequence[BatchSpec], number: int) -> Losses:
-        batch = self.source.fixed(*specs[number], SEED).to(step.backend.device)
+    def _measure(self, step: Step, spec: BatchSpec) -> Losses:
+        batch = self.source.fixed(*spec, SEED).to(step.backend.device)
         losses: Losses = step.loss(batch).cpu().numpy()
         return losses
 

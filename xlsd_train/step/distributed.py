@@ -18,6 +18,11 @@ from xlsd_cache.errors import UserError
 TIMEOUT = timedelta(days=1)  # one process writes a checkpoint while the others wait
 LOST_WORDS = ("onnection closed", "onnection reset", "roken pipe", "ead peer", "NCCL", "gloo")
 Item = TypeVar("Item")
+Progress = Callable[[int, int], None]  # number, from 1, of the item that is begun; of how many
+
+
+def silent(number: int, of: int) -> None:
+    """Progress that nobody is told."""
 
 
 class Lost(UserError):

@@ -4,11 +4,12 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch.nn import Parameter
 
+from xlsd_cache.console.option_checks import as_flags
+from xlsd_cache.console.progress import event
 from xlsd_cache.dataset.batch_order import BatchOrder
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
@@ -22,6 +23,9 @@ from xlsd_train.training.pace import describe_epochs, describe_hours
 
 log = logging.getLogger("xlsd.train.training")
 
+COLUMN = 11  # where the texts of the block's rows start
+SHOWN = {"phase", "data", "model", "out", "epochs", "steps"}  # by other rows
+
 
 def announce(
     config: TrainConfig,
@@ -30,73 +34,103 @@ def announce(
     named: dict[str, Parameter],
     run: RunFolder,
 ) -> None:
-    """Log it, from the record that goes into config.json."""
-    for name, value in asdict(config).items():
-        log.info(f"  {name:<24}{value}")
+    """Log it, from the record that goes into config.json: a block of rows, then remarks."""
+    folder, step = run.folder, run.state()["step"]
+    event(
+        "start", run=folder, phase=config.phase, step=step, planned_steps=record.planned_steps,
+        batch=record.batch, memory=record.memory,
+    )  # fmt: skip
+    weights = sum(parameter.numel() for parameter in named.values())
+    _row("run", f"{folder}: " + (f"resumed at step {step}" if run.before else "new"))
+    _row(
+        "model",
+        f"{record.model['source']}: {weights / 1e6:.1f} M weights to train ({config.phase})",
+    )
+    _row("", _objective(config, record))
+    _stores(record.stores)
+    _measured(config, record)
+    _memory(record)
+    _row("precision", record.precision.partition(" (")[0])
+    _row("rate", _rate(config, record))
+    _length(config, record, order)
+    if settings := as_flags(config, _usual(config), SHOWN):
+        _row("settings", settings)
+    log.info(describe_truncation(record.captions))
     for line in _chosen(record):
         log.info(line)
-    weights = sum(parameter.numel() for parameter in named.values())
-    log.info(record.precision)
-    log.info(f"model {record.model['source']}: {weights / 1e6:.1f} M weights to train")
-    objective = record.objective
-    weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
-    changed = f"; the model was trained to predict {objective['before']} before"
-    log.info(
-        f"objective {objective['kind']}{weight}, {config.timesteps} timesteps"
-        + (changed if objective["anew"] else "")
-    )
     if record.latents["normalized"]:
         log.info("latents are normalised per channel: " + json.dumps(record.latents))
     if record.vae["decoder"]:
         log.info(record.vae["decoder"])
-    _stores(record.stores)
     for tag in record.unknown_tags:
-        log.info(f"  no image has the --forbid-tags tag {tag!r}")
-    _measured(config, record)
-    log.info(describe_truncation(record.captions))
+        log.info(f"no image has the --forbid-tags tag {tag!r}")
     for line in record.remarks if config.sample_every else ():
         log.info(line)
-    _memory(record)
     if config.ema:
         gib = 2 * 4 * weights / 2**30
         held = gib * 1.5 if record.settings["device"] == "cuda" else gib  # and a staging copy
         log.info(
             f"EMA: two averages in {held:.1f} GiB of CPU memory, and at most "
-            f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {run.folder / 'ema'}"
+            f"{config.ema_snapshots} snapshots of {gib:.1f} GiB in {folder / 'ema'}"
         )
     for bucket, count in order.small_buckets(record.batch):
-        log.info(f"  bucket {bucket} has {count} images: using batch size {count}")
+        log.info(f"bucket {bucket} has {count} images: using batch size {count}")
+
+
+def _row(name: str, text: str) -> None:
+    """A row of the block; one without a name continues the row above."""
+    log.info(f"{name:<{COLUMN}}{text}")
+
+
+def _usual(config: TrainConfig) -> TrainConfig:
+    """The defaults, where some depend on other options on those of the run."""
+    return TrainConfig(
+        phase=config.phase, data=config.data, optimizer=config.optimizer, ema=config.ema,
+        validate_every=config.validate_every, loss_weight=config.loss_weight,
+        objective=config.objective,
+    ).resolved()  # fmt: skip
+
+
+def _objective(config: TrainConfig, record: RunRecord) -> str:
+    objective = record.objective
+    weight = "" if config.loss_weight == "none" else f", weighted by {config.loss_weight}"
+    changed = f"; the model was trained to predict {objective['before']} before"
+    return f"objective {objective['kind']}{weight}, {config.timesteps} timesteps" + (
+        changed if objective["anew"] else ""
+    )
+
+
+def _rate(config: TrainConfig, record: RunRecord) -> str:
     falls = config.scheduler != "constant"
     then = f", then {config.scheduler} to {config.lr_floor or 0:g}" if falls else ""
     steps = config.warmup or ""
     short = steps.isdecimal() and int(steps) > record.planned_steps
     tenth = f" (a tenth of the run, which is shorter than the recipe's {steps})" if short else ""
-    log.info(f"warm-up over {record.warmup_steps:g} steps to {config.lr:g}{then}{tenth}")
-    _length(config, record, order)
-    log.info(f"run {run.folder}" + (f", from step {run.state()['step']}" if run.before else ""))
+    return f"warm-up over {record.warmup_steps:g} steps to {config.lr:g}{then}{tenth}"
 
 
 def _memory(record: RunRecord) -> None:
-    """The memory plan, what was measured to choose it, and how to get it again."""
+    """The memory plan, how to get it again, and what was measured to choose it."""
     used = MemoryPlan(*record.plan)
+    _row("memory", record.memory)
+    _row("", f"the same plan again: {used.flags()}")
     for row in record.measured:
         plan = MemoryPlan(*row["plan"])
-        log.info(f"  {'*' if plan == used else ' '} {plan!s:<44}{describe(row)}")
-    log.info(record.memory)
-    log.info(f"the same plan again: {used.flags()}")
+        _row("", f"{'*' if plan == used else ' '} {plan!s:<44}{describe(row)}")
 
 
 def _measured(config: TrainConfig, record: RunRecord) -> None:
     """What validation measures, and whether validated steps are saved."""
     measured = len(record.validation.get(HELD_OUT, ()))
     if measured:
-        log.info(f"  validation: {measured} held-out images and {measured} training images")
+        _row("validation", f"{measured} held-out images and {measured} training images")
         meet = math.lcm(config.validate_every, config.save_every)
         if meet > config.validate_every:
-            log.info(
-                f"  only every {meet} steps a step is both validated and saved (--validate-every "
+            _row(
+                "",
+                f"only every {meet} steps a step is both validated and saved (--validate-every "
                 f"{config.validate_every}, --save-every {config.save_every}); the best checkpoint "
-                f"is chosen from those"
+                f"is chosen from those",
             )
 
 
@@ -106,12 +140,13 @@ def _length(config: TrainConfig, record: RunRecord, order: BatchOrder) -> None:
     last = config.last_step(planned)
     images = sum(store["selected"] for store in record.stores)
     stops = f" (stopping after {last})" if last < planned else ""
-    log.info(
+    _row(
+        "length",
         f"planned {planned} steps{stops}, {an_epoch:.1f} per epoch: "
-        f"{describe_epochs(last / an_epoch, images)}"
+        f"{describe_epochs(last / an_epoch, images)}",
     )
     if hours := describe_hours(record, last * config.accum):
-        log.info(hours)
+        _row("", hours)
 
 
 def _chosen(record: RunRecord) -> Iterator[str]:
@@ -135,19 +170,20 @@ def _stores(stores: list[StoreRecord]) -> None:
     """The images of each store, how many train, and its share of an epoch."""
     uses = [store["selected"] * store["weight"] for store in stores]
     for store, used in zip(stores, uses, strict=True):
-        line = f"store {store['path']}: {store['images']} images, generation {store['generation']}"
+        line = f"{store['path']}: {store['images']} images, generation {store['generation']}"
         later = store["newest_generation"] - store["generation"]
         if later:
             line += f" ({later} later ones are unfinished or newer than the run)"
-        log.info(line)
+        _row("data", line)
         if store["tagged"] < store["images"]:
-            log.info(f"  {store['tagged']} of {store['images']} images are selected by tags")
+            _row("", f"{store['tagged']} of {store['images']} images are selected by tags")
         if store["selected"] < store["tagged"]:
-            log.info(f"  {store['tagged'] - store['selected']} of them are held out for validation")
+            _row("", f"{store['tagged'] - store['selected']} of them are held out for validation")
         if store["weight"] != 1 or len(stores) > 1:
-            log.info(
-                f"  each is used {store['weight']:g} times per epoch: "
-                f"{used / sum(uses):.1%} of the epoch"
+            _row(
+                "",
+                f"each is used {store['weight']:g} times per epoch: "
+                f"{used / sum(uses):.1%} of the epoch",
             )
 
 

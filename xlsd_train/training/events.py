@@ -73,9 +73,8 @@ class Events:
                 self._thread = threading.Thread(target=self._run, daemon=True)
                 self._thread.start()
 
-    def saved(self, step: int, checkpoint: Path) -> None:
-        """Tell that a checkpoint is complete, and whether its disk is nearly full."""
-        self.tell("saved", step, f"checkpoint {checkpoint}", checkpoint)
+    def warn_low(self, step: int, checkpoint: Path) -> None:
+        """Tell, after a checkpoint, whether its disk is nearly full."""
         free, low = free_bytes(checkpoint), ROOM * held_bytes(checkpoint)
         was, self._low = self._low, free is not None and free < low
         if free is not None and self._low and not was:

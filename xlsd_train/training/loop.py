@@ -1,13 +1,11 @@
 """The training loop, on one page."""
 
-import logging
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_cache.runtime.signals import StopSignal
@@ -20,34 +18,27 @@ from xlsd_train.optim.ema import keep_snapshots
 from xlsd_train.optim.factory import rates
 from xlsd_train.optim.lr_scheduler import learning_rate
 from xlsd_train.optim.plateau import PlateauWatch
-from xlsd_train.report.page import leave_report
-from xlsd_train.runs.layout import (
-    METRICS_LOG,
-    checkpoints,
-    grid_of,
-    losses_of,
-    samples_of,
-    step_of,
-)
-from xlsd_train.runs.validation_log import HELD_OUT, LIVE, best_of, describe_checkpoints
+from xlsd_train.runs.layout import METRICS_LOG, checkpoints, step_of
+from xlsd_train.runs.validation_log import LIVE, best_of
 from xlsd_train.step.distributed import Lost
 from xlsd_train.training.announce import log_epochs
 from xlsd_train.training.due import Due
 from xlsd_train.training.meter import FailureWatch, Meter
 from xlsd_train.training.pace import Pace
+from xlsd_train.training.results import log_results
 from xlsd_train.training.session import Session, open_session
-
-log = logging.getLogger("xlsd.train.training")
+from xlsd_train.training.status import Status
 
 Watches = tuple[PlateauWatch, Pace, FailureWatch]  # they read the metrics and log
 
 
-def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
+def train(config: TrainConfig, command: Sequence[str] = (), status: Status | None = None) -> Path:
     """Train, or resume the run in `config.out`.
 
     Args:
         config: the run's options; `phase`, `data` and `batch` have no useful defaults.
         command: the words of the command line, which the run records.
+        status: shows what goes on; by default only the log does.
 
     Returns:
         The run's folder, with checkpoints, samples, logs and a report in it.
@@ -58,7 +49,7 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
 
     """
     with (
-        open_session(config, command) as session,
+        open_session(config, command, status or Status()) as session,
         StopSignal() as stop,
         session.events,
     ):
@@ -67,7 +58,7 @@ def train(config: TrainConfig, command: Sequence[str] = ()) -> Path:
             if not config.dry_run:
                 with writing(session.run):
                     _train(session, stop)
-                _log_end(session, stop)
+                log_results(session, stop)
         except (Lost, RuntimeError) as error:
             if is_full(error):
                 raise UserError(
@@ -90,19 +81,17 @@ def _train(session: Session, stop: StopSignal) -> None:
     config, run, accum = session.config, session.run, session.config.accum
     state = run.state()  # of the newest checkpoint; step 0 for a new run
     done, last = state["step"], config.last_step(session.planned_steps)
+    session.status.begin(config, done, last, session.events)
     due = Due.before_first(session, done, last)
     if not _pause(session, stop, due, done, state["images_seen"]):
         return
     pace = Pace(last, session.ceiling, config.precision)
     watches = PlateauWatch.of_run(config, run.folder / METRICS_LOG), pace, FailureWatch()
     loader = Loader(session.source, done * accum, last * accum, session.accelerator.device)
-    with (
-        closing(loader),
-        progress_bar(total=last, initial=done, unit="step", disable=not session.main) as bar,
-    ):
+    with closing(loader):
         batches, meter = iter(loader), Meter(state["smoothed"], run.folder)
 
-        session.events.refresh()
+        session.status.refresh_report()
         meter.begin()
         for step in range(done + 1, last + 1):
             waited = loader.wait_s
@@ -122,14 +111,13 @@ def _train(session: Session, stop: StopSignal) -> None:
                 "wait_s": loader.wait_s - waited,
             }
             images = sum(batch.images for batch in micro)
-            _log(session, watches, bar, meter.add(line, images, loss, norm))
-            bar.update()
+            _log(session, watches, meter.add(line, images, loss, norm))
             if session.main:
                 log_epochs(session.source, micro)
 
             due = Due.after(session, stop, step, last)
             if due.pauses:
-                _log(session, watches, bar, meter.flush())  # raises if its loss is not finite
+                _log(session, watches, meter.flush())  # raises if its loss is not finite
             if not _pause(session, stop, due, step, images_seen):
                 due = Due(saves=True, ends=True)
             if due.saves:
@@ -144,18 +132,18 @@ def _train(session: Session, stop: StopSignal) -> None:
             if due.ends:
                 break
             if due.pauses:
-                session.events.refresh()
+                session.status.refresh_report()
                 meter.begin()
 
 
-def _log(session: Session, watches: Watches, bar: Any, lines: list[dict[str, Any]]) -> None:
+def _log(session: Session, watches: Watches, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         line["peak_gib"] = peak_gib(session.accelerator.device)
         if session.main:
             session.run.log(line)
             for watch in watches:
                 watch.see(line)
-        bar.set_postfix_str(f"loss {line['loss_smoothed']:.4f}", refresh=False)
+        session.status.trained(line)
 
 
 def _pause(session: Session, stop: StopSignal, due: Due, step: int, images_seen: int) -> bool:
@@ -171,10 +159,13 @@ def _pause(session: Session, stop: StopSignal, due: Due, step: int, images_seen:
 
 
 def _sample(session: Session, step: int, stopped: Callable[[], bool]) -> bool:
-    sampler, folder = session.sampler, session.run.folder
-    grid = sampler(session.model, folder, step, session.accelerator, session.processes, stopped)
+    folder = session.run.folder
+    with session.status.during("sampling") as progress:
+        grid = session.sampler(
+            session.model, folder, step, session.accelerator, session.processes, stopped, progress
+        )
     if grid is not None:
-        session.events.tell("sampled", step, f"samples of step {step}", samples_of(folder, step))
+        session.status.sampled(folder, step)
     return grid is not None
 
 
@@ -182,46 +173,27 @@ def _validate(session: Session, step: int, images_seen: int, stopped: Callable[[
     """Measure the validation losses of the weights and of their averages."""
     assert session.validator is not None
     averages = session.ema.contexts() if session.ema else {}
-    losses = session.validator(
-        session.take_step, {LIVE: nullcontext(), **averages}, session.processes, stopped
-    )
-    if losses is not None and session.main:
-        session.run.log_validation(step, images_seen, losses)
-        text = f"held-out loss {losses[f'{LIVE}/{HELD_OUT}'].mean():.5f}"
-        session.events.tell("validated", step, text, losses_of(session.run.folder, step))
+    weights: dict[str, AbstractContextManager[Any]] = {LIVE: nullcontext(), **averages}
+    with session.status.during("validating") as progress:
+        losses = session.validator(session.take_step, weights, session.processes, stopped, progress)
+        if losses is not None and session.main:
+            lines = session.run.log_validation(step, images_seen, losses)
+            session.status.validated(session.run.folder, lines)
     return losses is not None
 
 
 def _save(session: Session, state: dict[str, Any]) -> None:
-    if session.main:
-        run, step = session.run, session.take_step
-        run.sync()
-        saved = save_checkpoint(
-            run.folder, session.model, session.named, step.optimizer, state, session.ema
-        )
-        if session.ema:
-            most = session.config.ema_snapshots or 0
-            keep_snapshots(run.folder, checkpoints(run.folder), most)
-        best = best_of(run.folder, map(step_of, checkpoints(run.folder)))
-        prune(run.folder, session.config.keep, best.best[0] if best else None)
-        session.events.saved(state["step"], saved)
-    session.processes.wait()
-
-
-def _log_end(session: Session, stop: StopSignal) -> None:
-    if not session.main:
-        return
-    run, planned = session.run, session.planned_steps
-    step = run.state()["step"]
-    log.info(f"step {step} of {planned}; checkpoint {run.checkpoint}")
-    if session.config.sample_every:
-        log.info(f"samples {grid_of(run.folder)}")
-    if verdict := describe_checkpoints(run.folder, list(map(step_of, checkpoints(run.folder)))):
-        log.info(verdict)
-    if not stop.hurries:
-        log.info(leave_report(run.folder))
-    stopped = bool(stop.asked) or step < planned
-    name = "stopped" if stopped else "done"
-    session.events.tell(name, step, f"step {step} of {planned}", run.checkpoint)
-    if stopped:
-        log.info(f"to resume bit-exactly, use the same command with --out {run.folder}")
+    run, step = session.run, session.take_step
+    with session.status.during("saving"):
+        if session.main:
+            run.sync()
+            saved = save_checkpoint(
+                run.folder, session.model, session.named, step.optimizer, state, session.ema
+            )
+            if session.ema:
+                most = session.config.ema_snapshots or 0
+                keep_snapshots(run.folder, checkpoints(run.folder), most)
+            best = best_of(run.folder, map(step_of, checkpoints(run.folder)))
+            prune(run.folder, session.config.keep, best.best[0] if best else None)
+            session.status.saved(state["step"], saved)
+        session.processes.wait()

@@ -38,6 +38,7 @@ from xlsd_train.training.pace import ceiling
 from xlsd_train.training.setup_data import RunData, build_data, make_source
 from xlsd_train.training.setup_model import RunModel, build_model
 from xlsd_train.training.setup_step import build_step, plan_batch, start
+from xlsd_train.training.status import Status
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Session:
     ema: Ema | None  # in the main process
     events: Events
     ceiling: float | None  # images/s at the peak of its cards, if known
+    status: Status
 
     def average(self, step: int) -> None:
         """With --ema, update the averages with the weights of a step."""
@@ -73,13 +75,16 @@ class Session:
 
 
 @contextmanager
-def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Session]:
+def open_session(
+    config: TrainConfig, command: Sequence[str], status: Status | None = None
+) -> Iterator[Session]:
     """Open a new run or resume one: data, model, memory plan, length, record, training step.
 
     Raises UserError for a run that is not possible, before anything is written.
     """
     given, fraction = chosen(config, command), config.validation_fraction
-    config = config.resolved()
+    config, status = config.resolved(), status or Status()
+    status.doing("reading the data")
     accelerator = start(config)
     processes = Processes.of(accelerator)
     # The default folder's name holds the time, which differs between processes.
@@ -92,7 +97,9 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
     ):
         data = build_data(config, given, fraction, store, run, accelerator.device)
         config = data.config
+        status.doing("loading the model")
         model = build_model(config, run, store)
+        status.doing("planning the memory")
         batching = plan_batch(config, run, data.samples.selection, model, accelerator)
         source = make_source(data, batching.batch, model.bundle, model.objective, accelerator)
         order = source.sampler.order
@@ -118,6 +125,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
         )
         compare_model(run, record, config.force)
         if accelerator.is_main_process:
+            status.doing("starting")
             announce(config, record, order, model.named, run)
             drawn = sum(3 * picture.width * picture.height for picture in data.pictures)
             check_disk(needed(config, run, model.bundle, model.named, planned, drawn), run, config)
@@ -138,6 +146,7 @@ def open_session(config: TrainConfig, command: Sequence[str]) -> Iterator[Sessio
             Sampler(data.pictures), planned, warmup, validator, ema,
             Events(run.folder, config.on_event, accelerator.is_main_process),
             ceiling(record),
+            status,
         )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def begun(run: Path, config: TrainConfig, step: int, planned: int, **told: Any) 
 def test_a_run_that_is_where_it_was_to_end_is_complete(tmp_path: Path) -> None:
     asked = begun(tmp_path, TrainConfig("unet", steps=10), 10, 10)
     told = complete(asked) or ""
-    assert told.startswith(f"{tmp_path} is complete: step 10 of 10, checkpoint {tmp_path}")
+    assert told.startswith(f"{tmp_path} is already complete: step 10 of 10, checkpoint {tmp_path}")
     assert told.endswith("to continue, raise --steps or --epochs")
     assert complete(replace(asked, sample_every=7, keep=1)), "neither changes a weight"
     shutil.rmtree(tmp_path / "samples")  # which a signal at the end left out

@@ -142,5 +142,5 @@ def test_a_run_of_few_images_trains_says_so_and_goes_on(
     assert "started with --seed 0" in capsys.readouterr().err
     assert train(*words) == 0
     (line,) = printed(capsys).splitlines()
-    assert line.startswith(f"{run} is complete: step 4 of 4, checkpoint {run}")
+    assert line.startswith(f"{run} is already complete: step 4 of 4, checkpoint {run}")
     assert np.isfinite(record["warmup_steps"])

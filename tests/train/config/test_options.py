@@ -114,6 +114,8 @@ ELSEWHERE = {
     "on_event": f"{_EVENTS}::test_a_run_tells_each_event_with_its_paths",
     "device": "config/test_train.py::test_impossible_options_are_one_sentence",
     "recipe": "config/test_recipes.py::test_each_trains",
+    "quiet": "training/test_status.py::test_without_a_terminal_each_result_is_a_line",
+    "json": "training/test_status.py::test_json_is_one_event_a_line",
 }
 COLLECT = ("--collect-only", "--assert=plain", "-m", "")
 

@@ -183,7 +183,7 @@ def test_a_run_on_two_stores_says_what_it_uses_and_resumes_as_the_stores_were(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*common, "--data", f"{store}:2", other, "--out", whole) == 0
     said = printed(capsys)
-    assert f"store {store.absolute()}: 8 images, generation 0" in said
+    assert f"data       {store.absolute()}: 8 images, generation 0" in said
     assert "each is used 2 times per epoch: 57.1% of the epoch" in said
     record = json.loads((whole / "config.json").read_text())
     assert [x["weight"] for x in record["stores"]] == [2, 1]

@@ -63,7 +63,7 @@ def test_validating_changes_no_weight_and_numbers_are_bit_equal_after_a_resume(
     assert [line for line in theirs if line["step"] != 1] == ours
     assert kept.items() <= left(parts)[1].items()
     assert "best on held-out images: step " in said
-    assert "validation: 3 held-out images and 3 training images" in said
+    assert "validation 3 held-out images and 3 training images" in said
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_a_disk_that_fills_is_told_once(
         for free in (2000, 1999, 1500, 2000, 100):
             usage = SimpleNamespace(total=10_000, used=0, free=free)
             monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-            it.saved(free, saved)
+            it.warn_low(free, saved)
             wait_for(lambda: it._thread is None)
     assert [line[1] for line in lines(told) if line[0] == "disk-low"] == ["1999", "100"]
 
