@@ -308,7 +308,7 @@ def test_signals_save_and_say_how_to_go_on(
     assert step == len(metrics(run)) < 10
     if step < 3:
         assert "no checkpoint that trained was measured, so none can be called the best" in said
-    assert (run / "report.html").exists() == (numbers == [signal.SIGINT])
+    assert ("\nreport " in said) == (numbers == [signal.SIGINT])  # slow, so not in a hurry
     assert train(*given, "--out", run) == 0
     assert train(*given, "--out", tmp_path / "whole") == 0
     assert left(run) == left(tmp_path / "whole")
