@@ -18,20 +18,32 @@ NOT_COMPARED = """
     count that file; images_per_s, wait_s, peak_gib of metrics; modelspec.date of exports
   what the two sides are given: config.json's command, config.stop_after, stores.path
   a library that is no longer used: config.json's settings.prodigyopt version
+  what earlier versions lack: config.json's measured, tflop and the options in NEW; the plan's
+    attention, in config.json and state.json; .webp thumbnails
+  the layout of grids (grid.png); the samples in them are files of their own
   sentences: config.json's precision, memory, remarks; modelspec.description and xlsd.folded of
     exports; HTML pages and model cards (.html, .md)"""
 
+NEW = ("attention", "momentum", "measure", "remeasure", "compile", "quiet", "json", "on_event")
 KEYS = {  # by file name, the keys that are not compared, with those that they are under
     "builders.json": {f"builders.{key}" for key in ("pid", "host", "born", "began", "ended")},
     "info.json": {"bytes", "disk"},
     "config.json": {
         *("command", "config.stop_after", "stores.path"),
         *("precision", "memory", "remarks", "settings.prodigyopt version"),
+        *(
+            "plan",
+            "measured",
+            "tflop",
+            *(f"{at}.{x}" for at in ("config", "settings") for x in NEW),
+        ),
     },
+    "state.json": {"plan"},
     "metrics.jsonl": {"images_per_s", "wait_s", "peak_gib"},
     "metadata": {"modelspec.date", "modelspec.description", "xlsd.folded"},
 }
 SENTENCES = {".html", ".md"}
+LAYOUT = {"grid.png"}
 FAILED = "FAILED"  # is never equal
 EVENTS = "events.out.tfevents"
 
@@ -43,7 +55,9 @@ def hashes(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if path.name.startswith(EVENTS):
             logs.setdefault(path.parent, []).append(path)
-        elif path.is_file() and path.suffix not in SENTENCES:
+        elif (
+            path.is_file() and path.suffix not in {*SENTENCES, ".webp"} and path.name not in LAYOUT
+        ):
             name = path.relative_to(folder).as_posix()
             for part, content in parts(path):
                 found[f"{name}{part}"] = hashlib.sha256(content).hexdigest()
