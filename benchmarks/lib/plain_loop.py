@@ -64,15 +64,20 @@ class PlainLoop:
 
 
 def checkpointing(model: ModelBundle, on: bool) -> None:
-    """Turn gradient checkpointing of the UNet and of the text encoder on or off."""
+    """Turn gradient checkpointing of the UNet, and of a text encoder that trains, on or off."""
+    text_encoder = model.text_encoder
+    trains = any(parameter.requires_grad for parameter in text_encoder.parameters())
     if on:
         model.unet.enable_gradient_checkpointing()
-        model.text_encoder.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        if trains:
+            text_encoder.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
     else:
         model.unet.disable_gradient_checkpointing()
-        model.text_encoder.gradient_checkpointing_disable()
+        text_encoder.gradient_checkpointing_disable()
+        # Enabling makes the embeddings' output require a gradient, which disabling leaves.
+        text_encoder.disable_input_require_grads()
 
 
 def optimizer_of(config: TrainConfig, model: ModelBundle) -> torch.optim.Optimizer:
