@@ -32,7 +32,7 @@ def test_all_memory_plans_and_the_one_the_run_would_use(
     shown = terminal.getvalue()
     assert "\rmemory plan: running step 1 on meta tensors, plain by 2\r " in shown  # then erased
     told = json.loads(plan(capsys, *given, "--json", "--memory", "sliced", "--micro-batch", 2))
-    assert terminal.getvalue() == shown
+    assert "meta tensors" not in terminal.getvalue()[len(shown) :]
     assert [row["way"] for row in told["plans"]] == ["plain", "cheap", "feed-forward", "sliced"]
     for row in (*told["plans"], told["chosen"]):
         assert row["peak_gib"] == pytest.approx(sum(row["items_gib"].values()))
