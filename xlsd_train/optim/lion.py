@@ -193,18 +193,21 @@ class DLion(_Chunked):
 
 def chunks(parameters: Iterable[Tensor]) -> Iterator[list[Any]]:
     """Parameters with a gradient, in order, in lists of up to CHUNK elements or one larger."""
-    chunk: list[Tensor] = []
+    return grouped((p for p in parameters if p.grad is not None), CHUNK)
+
+
+def grouped(parameters: Iterable[Any], most: int) -> Iterator[list[Any]]:
+    """Parameters in order, in lists of up to `most` elements or one larger."""
+    group: list[Any] = []
     elements = 0
     for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        if chunk and elements + parameter.numel() > CHUNK:
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(parameter)
+        if group and elements + parameter.numel() > most:
+            yield group
+            group, elements = [], 0
+        group.append(parameter)
         elements += parameter.numel()
-    if chunk:
-        yield chunk
+    if group:
+        yield group
 
 
 def _buffer_elements(parameters: Sequence[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 Weights are updated chunk by chunk. A chunk's state is fetched into one of three buffers on the GPU
 ahead of its use, as chunks followed each other before, and copied back after the update. Both
-copies run beside the kernels of the step; PCIe carries the two ways at once.
+copies run during the kernels of the step; PCIe carries the two ways at once.
 """
 
 from collections import deque

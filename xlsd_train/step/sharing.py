@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from xlsd_train.optim.lion import grouped
+
 MESSAGE = 2**23  # elements of a message, 32 MiB in f32; a larger gradient is one by itself
 
 
@@ -94,13 +96,4 @@ class Sharing:
 
 def messages(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
     """Parameters in order, in lists of up to MESSAGE elements or one larger."""
-    message: list[Parameter] = []
-    elements = 0
-    for parameter in parameters:
-        if message and elements + parameter.numel() > MESSAGE:
-            yield message
-            message, elements = [], 0
-        message.append(parameter)
-        elements += parameter.numel()
-    if message:
-        yield message
+    return grouped(parameters, MESSAGE)

@@ -1,4 +1,4 @@
-"""The page in a real browser, beside a run that trains."""
+"""The page in a real browser, of a run that trains."""
 
 import re
 import time
