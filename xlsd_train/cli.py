@@ -27,7 +27,7 @@ from xlsd_train.config.train import TrainConfig
 
 def _train(config: TrainConfig, command: Sequence[str]) -> None:
     from xlsd_train.checkpoints.complete import complete
-    from xlsd_train.training.status import Status
+    from xlsd_train.progress.status import Status
 
     choose(config.quiet, config.json)
     with Status() as status:

@@ -18,16 +18,16 @@ from xlsd_train.optim.ema import keep_snapshots
 from xlsd_train.optim.factory import rates
 from xlsd_train.optim.lr_scheduler import learning_rate
 from xlsd_train.optim.plateau import PlateauWatch
+from xlsd_train.progress.announce import log_epochs
+from xlsd_train.progress.pace import Pace
+from xlsd_train.progress.status import Status
 from xlsd_train.runs.layout import METRICS_LOG, checkpoints, step_of
 from xlsd_train.runs.validation_log import LIVE, best_of
 from xlsd_train.step.distributed import Lost
-from xlsd_train.training.announce import log_epochs
 from xlsd_train.training.due import Due
 from xlsd_train.training.meter import FailureWatch, Meter
-from xlsd_train.training.pace import Pace
 from xlsd_train.training.results import log_results
 from xlsd_train.training.session import Session, open_session
-from xlsd_train.training.status import Status
 
 Watches = tuple[PlateauWatch, Pace, FailureWatch]  # they read the metrics and log
 

@@ -29,16 +29,16 @@ from xlsd_train.memory.planner import largest
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema, averaging
 from xlsd_train.optim.lr_scheduler import planned_steps
+from xlsd_train.progress.announce import announce
+from xlsd_train.progress.events import Events
+from xlsd_train.progress.pace import ceiling
+from xlsd_train.progress.status import Status
 from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.distributed import Processes
 from xlsd_train.step.step import Step
-from xlsd_train.training.announce import announce
-from xlsd_train.training.events import Events
-from xlsd_train.training.pace import ceiling
 from xlsd_train.training.setup_data import RunData, build_data, make_source
 from xlsd_train.training.setup_model import RunModel, build_model
 from xlsd_train.training.setup_step import build_step, plan_batch, start
-from xlsd_train.training.status import Status
 
 
 @dataclass(frozen=True)

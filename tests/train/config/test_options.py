@@ -88,7 +88,7 @@ _ALL_OF_CAPTIONS = (
 _RATES = "training/test_loop.py::test_rate_options_act_and_a_stop_step_changes_no_rate"
 _AS_ASKED = "config/test_options.py::test_channels_last_and_determinism_are_as_asked"
 _MEASURED = "memory/test_measure.py"
-_EVENTS = "training/test_events.py"
+_EVENTS = "progress/test_events.py"
 ELSEWHERE = {
     "channels_last": _AS_ASKED,
     "compile": "step/test_compile.py::test_a_resumed_run_has_the_same_bits",
@@ -114,8 +114,8 @@ ELSEWHERE = {
     "on_event": f"{_EVENTS}::test_a_run_tells_each_event_with_its_paths",
     "device": "config/test_train.py::test_impossible_options_are_one_sentence",
     "recipe": "config/test_recipes.py::test_each_trains",
-    "quiet": "training/test_status.py::test_without_a_terminal_each_result_is_a_line",
-    "json": "training/test_status.py::test_json_is_one_event_a_line",
+    "quiet": "progress/test_status.py::test_without_a_terminal_each_result_is_a_line",
+    "json": "progress/test_status.py::test_json_is_one_event_a_line",
 }
 COLLECT = ("--collect-only", "--assert=plain", "-m", "")
 

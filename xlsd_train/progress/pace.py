@@ -9,7 +9,7 @@ from xlsd_cache.vocabulary import Precision
 from xlsd_train.memory.gpus import card_named, known_as
 from xlsd_train.runs.record import RunRecord
 
-log = logging.getLogger("xlsd.train.training")
+log = logging.getLogger("xlsd.train.progress")
 
 ABSURD = 1000  # epochs
 FIRST, STEPS, ENOUGH_S = 2, 20, 30.0  # steps to skip; then measure so many steps, or so long

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
+from xlsd_train.progress.pace import Pace, ceiling, describe_epochs, describe_hours, predicted
 from xlsd_train.runs.record import EMPTY
 from xlsd_train.step.backend import MemoryPlan
-from xlsd_train.training.pace import Pace, ceiling, describe_epochs, describe_hours, predicted
 
 
 @pytest.mark.parametrize(

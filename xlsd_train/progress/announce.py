@@ -16,12 +16,12 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
 from xlsd_train.data.loader import Batch, BatchSource
 from xlsd_train.memory.measure import describe
+from xlsd_train.progress.pace import describe_epochs, describe_hours
 from xlsd_train.runs.record import RunRecord, StoreRecord
 from xlsd_train.runs.validation_log import HELD_OUT
 from xlsd_train.step.backend import MemoryPlan
-from xlsd_train.training.pace import describe_epochs, describe_hours
 
-log = logging.getLogger("xlsd.train.training")
+log = logging.getLogger("xlsd.train.progress")
 
 COLUMN = 11  # where the texts of the block's rows start
 SHOWN = {"phase", "data", "model", "out", "epochs", "steps"}  # by other rows

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import metrics, spawn, train
 from tests.train.training.test_loop import in_terminal
-from xlsd_train.training.status import Status, bar_format
+from xlsd_train.progress.status import Status, bar_format
 
 COLUMNS = 48
 

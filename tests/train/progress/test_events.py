@@ -17,8 +17,8 @@ from tests.support.sessions import slow_train
 from xlsd_cache.errors import UserError
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import BatchSource
-from xlsd_train.training import events
-from xlsd_train.training.events import Events, run_command
+from xlsd_train.progress import events
+from xlsd_train.progress.events import Events, run_command
 
 Arguments = list[object]
 

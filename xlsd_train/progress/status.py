@@ -22,14 +22,14 @@ from xlsd_cache.console.progress import (
 )
 from xlsd_cache.console.terminal import say
 from xlsd_train.config.train import TrainConfig
+from xlsd_train.progress.time_left import TimeLeft
 from xlsd_train.runs.layout import losses_of, samples_of
 from xlsd_train.runs.validation_log import HELD_OUT, LIVE, TRAINING
-from xlsd_train.training.time_left import TimeLeft
 
 if TYPE_CHECKING:
-    from xlsd_train.training.events import Events
+    from xlsd_train.progress.events import Events
 
-log = logging.getLogger("xlsd.train.training")
+log = logging.getLogger("xlsd.train.progress")
 
 TRAINS, ENDS = "training", ("done", "stopped")
 STEPS = 20  # latest steps, whose mean is the loss shown

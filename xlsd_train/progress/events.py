@@ -17,7 +17,7 @@ from types import TracebackType
 from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
 from xlsd_train.report.page import write_report
 
-log = logging.getLogger("xlsd.train.training")
+log = logging.getLogger("xlsd.train.progress")
 
 TIMEOUT_S = 60.0  # of a command
 SHARE = 0.02  # of the time that rewriting the report may take

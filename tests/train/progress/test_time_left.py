@@ -1,6 +1,6 @@
 import pytest
 
-from xlsd_train.training.time_left import TimeLeft
+from xlsd_train.progress.time_left import TimeLeft
 
 
 @pytest.mark.parametrize(("sample_s", "validate_s"), [(0.0, 0.0), (60.0, 0.0), (60.0, 200.0)])
