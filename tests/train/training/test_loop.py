@@ -307,7 +307,7 @@ def test_signals_save_and_say_how_to_go_on(
     step = int(checkpoints(run)[-1].name[5:])
     assert step == len(metrics(run)) < 10
     if step < 3:
-        assert "no checkpoint that trained was measured, so none can be called the best" in said
+        assert "no trained checkpoint was validated, so there is no best one" in said
     assert ("\nreport " in said) == (numbers == [signal.SIGINT])  # slow, so not in a hurry
     assert train(*given, "--out", run) == 0
     assert train(*given, "--out", tmp_path / "whole") == 0
