@@ -148,7 +148,7 @@ def _main(words: Sequence[str]) -> int:
     )
     if not _only_prints(options):
         ignore_closed_pipe()
-    if isinstance(options, BuildOptions):
+    if isinstance(options, BuildOptions | ImportOptions):
         choose(options.quiet, options.json)
     quiet()
     if command.options not in {InfoOptions, CaptionsOptions}:  # they load nothing else that prints

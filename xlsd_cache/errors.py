@@ -26,6 +26,10 @@ class UserError(Exception):
         return "`".join(pieces)
 
 
+class Stopped(UserError):
+    """The user has stopped the work; the sentence says how to continue."""
+
+
 def one_line(error: object, longest: int = 200) -> str:
     """What a library's error says, on one line of at most `longest` characters."""
     return " ".join(str(error).split())[:longest]

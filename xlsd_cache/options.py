@@ -166,7 +166,8 @@ class WorkOptions(CheckedOptions):
     """Show no progress bars: only lines, as without a terminal."""
 
     json: bool = False
-    """Print events on stdout, a JSON object per line: start, progress, done or failed. No bars."""
+    """Print events on stdout, a JSON object per line: start, progress, and done, stopped or failed.
+    No bars."""
 
     @property
     def part(self) -> tuple[int, int]:
@@ -350,6 +351,13 @@ class ImportOptions(CheckedOptions):
 
     dry_run: bool = False
     """Search and compare, print what would be done, and write nothing."""
+
+    quiet: bool = False
+    """Show no progress bars: only lines, as without a terminal."""
+
+    json: bool = False
+    """Print events on stdout, a JSON object per line: start, progress, and done, stopped or failed.
+    No bars."""
 
     def check(self) -> None:
         """Raise UserError for what no import can use."""

@@ -153,6 +153,11 @@ def sums(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return told
 
 
+def events_in(text: str) -> list[dict[str, Any]]:
+    """The events that a command printed with --json, among other lines."""
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{"event": ')]
+
+
 def printed(capsys: pytest.CaptureFixture[str]) -> str:
     """What a command printed since the last look: its results, then its log."""
     out, err = capsys.readouterr()

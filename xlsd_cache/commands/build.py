@@ -18,7 +18,7 @@ from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.kept_batch import keep_batch
 from xlsd_cache.encoding.pipeline import EncodePipeline
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import Stopped, UserError
 from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.images.decode import MAX_PIXELS, PREPROCESSING
 from xlsd_cache.images.sandbox import decode_nbytes, decoders
@@ -217,7 +217,7 @@ def _encode(config: BuildOptions, store: StoreView, vae: Vae, largest: int) -> N
     with StopSignal(STOPPING) as stop:
         work.run(todo, order, stop)
     if stop.asked:
-        raise UserError(
+        raise Stopped(
             f"stopped; every batch encoded so far is kept in {config.out}. Run the same command "
             f"again to resume."
         )

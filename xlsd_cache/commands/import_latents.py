@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from xlsd_cache.commands.finish import conclude, writing
+from xlsd_cache.console.progress import event
 from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import Stopped, UserError
 from xlsd_cache.integrity.accounting import Accounting
 from xlsd_cache.interop.cache_files import KEEPS, list_caches
 from xlsd_cache.interop.crops import add_crops
@@ -64,6 +65,7 @@ def import_caches(config: ImportOptions, began: float | None = None) -> Accounti
     vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     check = LatentCheck(config, vae, device_of(config.device), kind, _is_divided(config.out))
     items, other = make_items(peeked, records, vae.channels, config.workers, check.choose)
+    event("start", store=config.out, latents=len(items))
     _log_items(items, kind, listing.passed_over + other, config)
     manifest = Manifest(config.out)
     imports = plan_imports(manifest, items)
@@ -87,7 +89,7 @@ def import_caches(config: ImportOptions, began: float | None = None) -> Accounti
         store = replace(store, generation=generation)
         with build_session(manifest, generation, (0, 1), began) as before:
             if not Transfer(store, config.workers).run(items):
-                raise UserError(
+                raise Stopped(
                     f"stopped; every batch imported so far is kept in {config.out}: run the same "
                     f"command again to go on"
                 )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from xlsd_cache.console.progress import choose, draws_bars, event
-from xlsd_cache.errors import UserError
+from xlsd_cache.errors import Stopped, UserError
 
 # Control characters, bidirectional and invisible characters, lone surrogates. The two joiners are
 # allowed: several scripts and many emoji need them.
@@ -233,7 +233,7 @@ def _code_of(name: str, command: Callable[[], int], stopped: str) -> int:
     try:
         return command()
     except UserError as error:
-        event("failed", error=str(error))
+        event("stopped" if isinstance(error, Stopped) else "failed", error=str(error))
         _tell(f"{name}: {error}")
         return 1
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xlsd_cache.console.progress import progress_bar
+from xlsd_cache.console.progress import event, progress_bar
 from xlsd_cache.interop.formats import read
 from xlsd_cache.interop.items import ImportItem, content_hash
 from xlsd_cache.interop.plausibility import JUDGED
@@ -134,6 +134,7 @@ def _fill(
             latents = {row.slot: latent for row, latent in done if latent is not None}
             taken.writer.append([row for row, _ in done], latents)
             bar.update(len(done))
+            event("progress", latents=bar.n, total=bar.total)
         taken.finish()
     finally:
         taken.release()

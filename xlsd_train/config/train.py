@@ -144,8 +144,8 @@ class RunOptions(CheckedOptions):
     """Show no progress bar: only lines, as without a terminal."""
 
     json: bool = False
-    """Print events on stdout, a JSON object per line: start, step, sampled, validated, saved, and
-    done, stopped or failed. No bar."""
+    """Print events on stdout, a JSON object per line: start, step, sampled, validated, saved,
+    disk-low, and done, stopped or failed. No bar."""
 
     on_event: str | None = None
     """Run a command when the run is sampled, validated, saved, done, stopped, failed or disk-low.

@@ -1,7 +1,7 @@
 """Generates one image with diffusers' own pipeline, and saves it with its settings as metadata."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,18 @@ def pipeline_of(model: ModelBundle, scheduler: str = "dpm++") -> Any:
 
 
 @torch.no_grad()
-def draw_picture(model: ModelBundle, pipeline: Any, asked: Picture) -> Image.Image:
-    """Generate one image, encoding prompts as training does; noise comes from its own CPU seed."""
+def draw_picture(
+    model: ModelBundle, pipeline: Any, asked: Picture, told: Callable[[int], None] = lambda _: None
+) -> Image.Image:
+    """Generate one image, encoding prompts as training does; noise comes from its own CPU seed.
+
+    `told` gets the number of each denoising step that is done.
+    """
+
+    def step_done(_: Any, index: int, *__: Any) -> dict[str, Any]:
+        told(index + 1)
+        return {}  # no tensor is replaced
+
     ids = tokenize(model.tokenizer, [asked.prompt, asked.negative], model.tokens)
     # One by one, so that no prompt's hidden states depend on the other's.
     states, negative = (model.encode(one[None].to(model.unet.device)) for one in ids)
@@ -104,6 +114,7 @@ def draw_picture(model: ModelBundle, pipeline: Any, asked: Picture) -> Image.Ima
         guidance_scale=asked.guidance,
         generator=torch.Generator().manual_seed(asked.seed),
         output_type="latent",
+        callback_on_step_end=step_done,
     ).images
     decoded = model.vae.decode(model.scaling.to(latents.device).raw(latents))
     image: Image.Image = pipeline.image_processor.postprocess(decoded)[0]

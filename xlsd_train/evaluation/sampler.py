@@ -63,9 +63,12 @@ class Sampler:
             pipeline = pipeline_of(model)
 
             def work(i: int) -> Image.Image:
-                progress(i + 1, len(pictures))
+                def told(done: int) -> None:
+                    progress(i + 1, len(pictures), f"step {done}/{pictures[i].steps}")
+
+                told(0)
                 with accelerator.autocast():
-                    return draw_picture(model, pipeline, pictures[i])
+                    return draw_picture(model, pipeline, pictures[i], told)
 
             images = processes.deal(len(pictures), work, stopped)
         if images:

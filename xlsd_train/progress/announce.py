@@ -190,14 +190,16 @@ def _stores(stores: list[StoreRecord]) -> None:
 def log_epochs(source: BatchSource, batches: Sequence[Batch]) -> None:
     """Log each epoch that ends with one of the batches; of short epochs only some.
 
-    Without store weights each image was used once per epoch so far, plus or minus one.
+    Without store weights each image was used once per epoch so far, plus or minus one: a batch that
+    holds a bucket's last images of an epoch is filled with its first ones of the next.
     """
     order = source.sampler.order
     for batch in batches:
         epoch = int(batch.epoch) + 1
         ends = batch.number + 1 == order.batches(epoch)
         if ends and (order.batches_an_epoch >= 20 or epoch.bit_count() == 1):
-            used = order.images(epoch) - order.images(epoch - 1)
-            total = order.samples_an_epoch
-            weighted = " (images times store weights)" if total != len(source.dataset) else ""
-            log.info(f"epoch {epoch} done: {used} of {total} images{weighted}")
+            seen, each = order.images(epoch), order.samples_an_epoch
+            notes = ["images times store weights"] if each != len(source.dataset) else []
+            notes += ["some batches span two epochs"] if seen != epoch * each else []
+            told = f" ({'; '.join(notes)})" if notes else ""
+            log.info(f"epoch {epoch} done: {seen} images seen, {each} per epoch{told}")

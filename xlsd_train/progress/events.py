@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from xlsd_cache.console.progress import event
 from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
 from xlsd_train.report.page import write_report
 
@@ -80,6 +81,7 @@ class Events:
         if free is not None and self._low and not was:
             text = f"only {size(free)} are free on the disk of {self._folder}; free {size(low)}"
             log.warning(text)
+            event("disk-low", step=step, run=self._folder, free_nbytes=free, text=text)
             self.tell("disk-low", step, text, self._folder)
 
     def refresh(self) -> None:

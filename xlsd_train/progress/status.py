@@ -28,6 +28,7 @@ from xlsd_train.runs.validation_log import HELD_OUT, LIVE, TRAINING
 
 if TYPE_CHECKING:
     from xlsd_train.progress.events import Events
+    from xlsd_train.step.distributed import Progress
 
 log = logging.getLogger("xlsd.train.progress")
 
@@ -99,13 +100,13 @@ class Status:
             log.info(", ".join([f"{TRAINS} step {self._step}/{self._last}", *self._parts]))
 
     @contextmanager
-    def during(self, what: str) -> Iterator[Callable[[int, int], None]]:
+    def during(self, what: str) -> "Iterator[Progress]":
         """Show a pause of training while the block runs; yields what tells which part is begun."""
         began = self._clock()
         self.doing(what)
 
-        def progress(number: int, of: int) -> None:
-            self._doing = f"{what} {number}/{of}"
+        def progress(number: int, of: int, part: str = "") -> None:
+            self._doing = f"{what} {number}/{of}" + (f", {part}" if part else "")
             self.show()
 
         try:
@@ -169,7 +170,7 @@ class Status:
             return
         doing, took = self._doing, self._clock() - self._since
         if took >= SHORT_S:
-            doing += f" {took:.0f} s"
+            doing += f", {took:.0f} s"
         bar.n, bar.total = (self._step, self._last) if self._last else (0, 1)
         parts = [f"step {self._step}/{self._last}", *self._parts] if self._last else []
         bar.bar_format = bar_format(bar.format_dict["ncols"] or 80, doing, parts)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,10 +18,16 @@ from xlsd_cache.errors import UserError
 TIMEOUT = timedelta(days=1)  # one process writes a checkpoint while the others wait
 LOST_WORDS = ("onnection closed", "onnection reset", "roken pipe", "ead peer", "NCCL", "gloo")
 Item = TypeVar("Item")
-Progress = Callable[[int, int], None]  # number, from 1, of the item that is begun; of how many
 
 
-def silent(number: int, of: int) -> None:
+class Progress(Protocol):
+    """Takes the number, from 1, of the item that is begun, of how many, and its part at work."""
+
+    def __call__(self, number: int, of: int, part: str = "") -> None:
+        """Tell it."""
+
+
+def silent(number: int, of: int, part: str = "") -> None:
     """Progress that nobody is told."""
 
 

@@ -14,7 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support import cache, files, printed, spawn, sums, torchrun, wait_for, write_images
+from tests.support import (
+    cache,
+    events_in,
+    files,
+    printed,
+    spawn,
+    sums,
+    torchrun,
+    wait_for,
+    write_images,
+)
 from tests.support.stores import slow_build
 from tests.support.vaes import tiny
 from xlsd_cache.encoding.encoder import Encoder
@@ -269,11 +279,14 @@ def test_ctrl_c_leaves_a_store_that_goes_on(
     assert build() == 0
     expected = files(tmp_path / "latents", "latents.zarr/**/*")
     log, out = tmp_path / "log", tmp_path / "again"
-    process = spawn(slow_build, *arguments(images, out, vae), log=log)
+    process = spawn(slow_build, *arguments(images, out, vae), "--json", log=log)
     wait_for(lambda: any((out / "staging").glob("*.jnl")))
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 1
+    told = [event["event"] for event in events_in(log.read_text())]
+    assert (told[0], told[-1]) == ("start", "stopped")
+    assert "failed" not in told
     assert "xlsd-cache: stopped; every batch encoded so far is kept" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert cache("build", *arguments(images, out, vae)) == 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.support import cache, files, spawn, wait_for
+from tests.support import cache, events_in, files, spawn, wait_for
 from tests.support.peer_caches import image_files, write_safetensors
 from tests.support.stores import holds
 from xlsd_cache.interop import transfer
@@ -39,20 +39,29 @@ def slow_import(counter: Path, *args: object) -> int:
     return cache(*args)
 
 
-def test_ctrl_c_leaves_a_store_that_goes_on(images: Path, vae: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_store_that_goes_on(
+    images: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     written = write_safetensors(images, image_files(images), vae)
     counter, log, out = tmp_path / "counter", tmp_path / "log", tmp_path / "l"
-    asked = ("import", images, "--vae", vae, "--rows-per-shard", 2, "--out", out)
+    asked = ("import", images, "--vae", vae, "--rows-per-shard", 2, "--out", out, "--json")
     process = spawn(slow_import, counter, *asked, log=log)
     wait_for(partial(grown, counter, 0))
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 1
-    assert "stopped; every batch imported so far is kept" in log.read_text()
+    first, *_, last = events_in(log.read_text())
+    assert (first["event"], first["latents"]) == ("start", 8)
+    assert last["event"] == "stopped"
+    assert last["error"].startswith("stopped; every batch imported so far is kept")
     for image in image_files(images):
         image.unlink()  # what was planned was compared
     assert cache(*asked) == 0
     assert holds(out, written)
+    *_, step, done = events_in(capsys.readouterr().out)
+    assert (step["event"], done["event"]) == ("progress", "done")
+    assert step["latents"] == step["total"] <= 8
+    assert done["scanned"] == 8
 
 
 def test_kill_9_eight_times(images: Path, vae: Path, tmp_path: Path) -> None:

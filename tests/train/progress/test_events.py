@@ -1,5 +1,6 @@
 """The owner's command sees every event of a run; the report on the disk follows the run."""
 
+import json
 import os
 import shlex
 import shutil
@@ -14,6 +15,8 @@ import pytest
 from tests.support import files, spawn, together, train, wait_for
 from tests.support.report_page import Page
 from tests.support.sessions import slow_train
+from xlsd_cache.console.progress import choose
+from xlsd_cache.console.terminal import as_command_line
 from xlsd_cache.errors import UserError
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import BatchSource
@@ -156,18 +159,25 @@ def test_events_never_wait_for_a_slow_command(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_is_told_once(
-    tmp_path: Path, command: str, told: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, command: str, told: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """To the owner's command and with --json."""
     saved = tmp_path / "checkpoint"
     saved.mkdir()
     (saved / "unet").write_bytes(b"0" * 1000)
-    with Events(tmp_path, command) as it:
+    with as_command_line(), Events(tmp_path, command) as it:
+        choose(json=True)
         for free in (2000, 1999, 1500, 2000, 100):
             usage = SimpleNamespace(total=10_000, used=0, free=free)
             monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
             it.warn_low(free, saved)
             wait_for(lambda: it._thread is None)
     assert [line[1] for line in lines(told) if line[0] == "disk-low"] == ["1999", "100"]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(it["event"], it["free_nbytes"]) for it in printed] == [
+        ("disk-low", 1999), ("disk-low", 100)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["'", " ", "no-such-program --x"])

@@ -47,7 +47,8 @@ def test_a_terminal_shows_every_sample_every_part_of_validation_and_every_save(
     states = re.split(r"[\r\n]+", shown.decode())
     told = [state.rstrip() for state in states]
     assert next(filter(None, told)).startswith("loading libraries")  # before anything else
-    for part in ("sampling 1/2", "sampling 2/2", "saving", "writing the report"):
+    samples = ("sampling 1/2, step 0/1", "sampling 2/2, step 0/1", "sampling 2/2, step 1/1")
+    for part in (*samples, "saving", "writing the report"):
         assert any(state.startswith(part) for state in told), part
     parts = [re.match(r"validating (\d+)/(\d+)", state) for state in told]
     validated = {(int(it[1]), int(it[2])) for it in parts if it}

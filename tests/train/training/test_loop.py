@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -392,7 +393,12 @@ def test_an_epoch_is_as_long_as_its_stores_weights_make_it(
     assert last["images_seen"] == pytest.approx(3 * 8, abs=8)  # eight photos
     assert last["epoch"] == last["images_seen"] / 24
     (said,) = [x for x in printed(capsys).splitlines() if x.startswith("epoch 1 done")]
-    assert said.endswith(" of 24 images (images times store weights)")
+    told = re.fullmatch(
+        r"epoch 1 done: (\d+) images seen, 24 per epoch \(images times store weights(.*)\)", said
+    )
+    assert told
+    assert 24 - 8 < int(told[1]) < 24 + 8
+    assert bool(told[2]) == (told[1] != "24")
 
 
 def test_touched_files_act_at_the_next_step(arguments: Arguments, tmp_path: Path) -> None:
