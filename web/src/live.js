@@ -8,7 +8,7 @@ const APART_MS = 2000, QUIET_MS = 120_000;
 export function startLive(data, charts, timeline) {
   if (!data.live) return;
   const place = document.querySelector("[data-live]");
-  let runs = data.live.runs, renewing = false, asked = false, waiting = [], drawn = 0;
+  let runs = data.live.runs, renewing = false, asked = false, waiting = [], drawn = 0, refused = "";
   const heard = runs.map(it => Date.now() - 1000 * it.quiet_s);
   const source = new EventSource(`events?from=${data.live.from}`);
 
@@ -21,7 +21,10 @@ export function startLive(data, charts, timeline) {
   });
   for (const name of ["changed", "reset"]) source.addEventListener(name, renew);
   source.addEventListener("open", say);
-  source.addEventListener("error", say);
+  source.addEventListener("error", () => {
+    if (source.readyState === EventSource.CLOSED) renew(); // another server, with other runs
+    say();
+  });
 
   // Which metric a line shows.
   const metric = (chart, line) =>
@@ -46,7 +49,7 @@ export function startLive(data, charts, timeline) {
         most = Math.max(most, line.x.length);
       }
     }
-    if (!shown || most > MOST) renew();
+    if (!shown || most > MOST || runs[run].gone) renew();
   }
 
   async function renew() {
@@ -57,8 +60,11 @@ export function startLive(data, charts, timeline) {
       asked = false;
       try {
         const answer = await fetch("./", { cache: "no-store" });
+        refused = answer.ok ? "" : await answer.text(); // e.g. while a run is being deleted
         if (answer.ok) exchange(new DOMParser().parseFromString(await answer.text(), "text/html"));
+        else asked = true;
       } catch { asked = true; } // the server is away: its events come back first
+      say();
       await new Promise(done => setTimeout(done, APART_MS));
     }
     renewing = false;
@@ -72,7 +78,8 @@ export function startLive(data, charts, timeline) {
 
   function exchange(page) {
     const fresh = JSON.parse(page.getElementById("data").textContent);
-    if (form(fresh, page) !== form({ charts: charts.charts }, document)) return location.reload();
+    const closed = source.readyState === EventSource.CLOSED;
+    if (closed || form(fresh, page) !== form({ charts: charts.charts }, document)) return location.reload();
     fresh.charts.forEach((chart, k) => {
       charts.charts[k].note = chart.note;
       chart.lines.forEach((line, i) => Object.assign(charts.charts[k].lines[i], line));
@@ -93,8 +100,9 @@ export function startLive(data, charts, timeline) {
   }
 
   function say() {
-    const parts = runs.map(({ step, last, pace }, run) => {
+    const parts = runs.map(({ step, last, pace, gone }, run) => {
       const name = runs.length > 1 ? `${data.runs[run]}: ` : "";
+      if (gone) return `${name}deleted`;
       if (last && step >= last) return `${name}finished`;
       const at = `${name}step ${number(step)}${last ? ` of ${number(last)}` : ""}`;
       const quiet = Date.now() - heard[run];
@@ -105,7 +113,7 @@ export function startLive(data, charts, timeline) {
       return `${at}, about ${duration(left / 3600)} left, until ${when}`;
     });
     const lost = source.readyState === EventSource.OPEN ? [] : ["no connection to xlsd-train live"];
-    place.textContent = ["Live", ...lost, ...parts].join(" · ");
+    place.textContent = ["Live", ...lost, refused, ...parts].filter(Boolean).join(" · ");
   }
 
   say();

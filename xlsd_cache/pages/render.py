@@ -21,10 +21,16 @@ SCRIPT, STYLE = "page.js", "page.css"  # built from web/src
 
 def render(package: str, template: str, **values: Any) -> str:
     """Fill a template of `package`, which may use those of this package."""
+    return _environment(package).get_template(template).render(values)
+
+
+@cache
+def _environment(package: str) -> Environment:
+    """With its templates compiled once: a page that is followed is rendered often."""
     loader = ChoiceLoader([PackageLoader(package), PackageLoader(__package__)])
     environment = Environment(
         loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, auto_reload=False,
     )  # fmt: skip
     environment.globals |= {
         "generator": Markup(GENERATOR),  # noqa: S704 - a constant
@@ -33,7 +39,7 @@ def render(package: str, template: str, **values: Any) -> str:
         "script_hash": _hash(_built(SCRIPT)),
         "style_hash": _hash(_built(STYLE)),
     }
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def short(value: float, digits: int = 5) -> float | None:

@@ -147,7 +147,7 @@ class LiveConfig(CheckedOptions):
     """
 
     runs: Positional[tuple[Path, ...]]
-    """The folders of runs."""
+    """The folders of runs, or of a sweep, whose runs appear when they begin."""
 
     host: str = "127.0.0.1"
     """Serve at this address or name of this machine, to all who reach it, without a password."""

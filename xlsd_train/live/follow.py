@@ -1,11 +1,12 @@
 """What happened in runs since a position: the lines of their logs, and that samples were drawn.
 
-A position is bytes of both logs and the times of samples and checkpoints. It is the id of each
-event, so a browser that comes back resumes where it was, and the server keeps nothing.
+A position is a file and bytes of both logs, and the times of samples and checkpoints. It is the id
+of each event, so a browser that comes back resumes where it was, and the server keeps nothing.
 """
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -19,15 +20,18 @@ from xlsd_train.runs.json_files import misfit
 from xlsd_train.runs.layout import CHECKPOINTS, METRICS_LOG, VALIDATION_LOG, grid_of
 from xlsd_train.runs.metrics import CHARTED
 
+Advance = tuple[str, dict[str, Any], "Position"]
+
 CHUNK = 256 << 10  # bytes of a log that are read at once
 POLL_S, PING_S = 0.5, 15.0
 _LINE = {"step!": int}
-_ID = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20}){3}(_[0-9]{1,20}(\.[0-9]{1,20}){3})*")
+_ID = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20}){4}(_[0-9]{1,20}(\.[0-9]{1,20}){4})*")
 
 
 class Position(NamedTuple):
     """How far a reader is in a run."""
 
+    log: int  # inode of the metrics' file, which resuming replaces
     metrics: int  # bytes of whole lines
     validation: int
     samples: int  # ns
@@ -36,11 +40,19 @@ class Position(NamedTuple):
     @classmethod
     def of(cls, run: Path) -> "Position":
         """Where a run is now."""
+        return cls.at(run)._replace(metrics=_end(run / METRICS_LOG))
+
+    @classmethod
+    def at(cls, run: Path) -> "Position":
+        """The same; the last line of the metrics may be unfinished."""
+        log, validation = _stat(run / METRICS_LOG), _stat(run / VALIDATION_LOG)
+        grid, saved = _stat(grid_of(run)), _stat(run / CHECKPOINTS)
         return cls(
-            _end(run / METRICS_LOG),
-            _end(run / VALIDATION_LOG),
-            _changed(grid_of(run)),  # written last of a step's samples
-            _changed(run / CHECKPOINTS),
+            log.st_ino if log else 0,
+            log.st_size if log else 0,
+            validation.st_size if validation else 0,
+            grid.st_mtime_ns if grid else 0,  # written last of a step's samples
+            saved.st_mtime_ns if saved else 0,
         )
 
 
@@ -50,26 +62,33 @@ def to_id(positions: Sequence[Position]) -> str:
 
 
 def from_id(text: str, count: int) -> list[Position] | None:
-    """The positions in `count` runs; None if this is no such id."""
-    if not _ID.fullmatch(text) or text.count("_") != count - 1:
+    """The positions in at most `count` runs; None if this is no such id."""
+    if not _ID.fullmatch(text) or text.count("_") >= count:
         return None
     return [Position(*map(int, part.split("."))) for part in text.split("_")]
 
 
 async def follow(
-    runs: Sequence[Path], begin: Sequence[Position], gone: Callable[[], Awaitable[bool]]
+    look: Callable[[], Sequence[Path]],
+    begin: Sequence[Position],
+    gone: Callable[[], Awaitable[bool]],
 ) -> AsyncIterator[str]:
-    """Server-sent events of several runs, until the reader is `gone`.
+    """Server-sent events of the runs that `look` finds, until the reader is `gone`.
 
-    `steps` has a run's next metrics by name, `changed` means samples, validation or checkpoints,
-    `reset` that a log was cut: the page is to be fetched again.
+    `steps` has a run's next metrics by name, `changed` means samples, validation, checkpoints or a
+    new run, `reset` that a log was cut: the page is to be fetched again.
     """
     positions, told = list(begin), time.monotonic()
     yield "retry: 2000\n\n"
     while not await gone():
         happened = False
-        for i, run in enumerate(runs):
-            if (found := advance(run, positions[i])) is not None:
+        for i, run in enumerate(look()):
+            if i == len(positions):  # a new run, of which the page is to come
+                found: Advance | None = ("changed", {}, Position.of(run))
+                positions.append(Position.of(run))
+            else:
+                found = advance(run, positions[i])
+            if found is not None:
                 name, values, positions[i] = found
                 happened = True
                 if name:
@@ -85,27 +104,34 @@ async def follow(
         await asyncio.sleep(POLL_S)
 
 
-def advance(run: Path, position: Position) -> tuple[str, dict[str, Any], Position] | None:
+def advance(run: Path, position: Position) -> Advance | None:
     """The next event of a run, its values, and the position after it; None if there is none.
 
-    An event without a name moves the position only.
+    An event without a name moves the position only. Nothing is read unless a log grew.
     """
-    now = Position.of(run)
+    now = Position.at(run)
     if now.metrics < position.metrics or now.validation < position.validation:
-        return "reset", {}, now
+        return "reset", {}, Position.of(run)
+    if position.log not in {0, now.log}:
+        return "reset", {}, Position.of(run)
     if now.metrics > position.metrics:
         steps, end = _steps(run / METRICS_LOG, position.metrics)
-        return "steps" if steps["step"] else "", {"columns": steps}, position._replace(metrics=end)
+        if end > position.metrics:
+            after = position._replace(log=now.log, metrics=end)
+            return "steps" if steps["step"] else "", {"columns": steps}, after
+    now = now._replace(metrics=position.metrics)
     return None if now == position else ("changed", {}, now)
 
 
 def _steps(log: Path, offset: int) -> tuple[dict[str, list[float | None]], int]:
-    """Metric -> values of the next steps, and the offset after their lines."""
+    """Metric -> values of the next steps, and the offset after their whole lines."""
     columns: dict[str, list[float | None]] = {name: [] for name in ("step", *CHARTED)}
     with open_regular(log) as file:
         file.seek(offset)
         read = file.read(CHUNK)
-    end = read.rfind(b"\n") + 1 or len(read)  # a line that is longer is skipped
+    end = read.rfind(b"\n") + 1
+    if not end and len(read) == CHUNK:
+        end = CHUNK  # a line that is longer is skipped
     for text in read[:end].splitlines():
         with suppress(ValueError):
             line = parse_json(text)
@@ -131,8 +157,8 @@ def _end(log: Path) -> int:
         return 0
 
 
-def _changed(path: Path) -> int:
+def _stat(path: Path) -> os.stat_result | None:
     try:
-        return path.lstat().st_mtime_ns
+        return path.lstat()
     except OSError:
-        return 0
+        return None

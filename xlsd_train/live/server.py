@@ -9,16 +9,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
@@ -27,8 +30,8 @@ from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_train.config.run_options import LiveConfig
 from xlsd_train.live.follow import Position, follow, from_id, to_id
 from xlsd_train.live.pace import progress
+from xlsd_train.live.runs import Runs, is_gone
 from xlsd_train.report.page import NAME, page
-from xlsd_train.runs.history import histories
 from xlsd_train.runs.layout import SAMPLES, STEP
 from xlsd_train.runs.links import refuse_links_to
 
@@ -50,8 +53,7 @@ log = logging.getLogger("xlsd.train.live")
 
 def live(config: LiveConfig) -> None:
     """Serve until a signal. Raises UserError for a folder that is no run, and for a port in use."""
-    folders = [folder.absolute() for folder in config.runs]
-    histories(folders)
+    runs = Runs([folder.absolute() for folder in config.runs])
     try:
         listening = socket.create_server((config.host, config.port))
     except OSError as error:
@@ -61,7 +63,7 @@ def live(config: LiveConfig) -> None:
         ) from error
     hosts = [config.host, *(LOOPBACK if config.host in LOOPBACK else [])]
     server: uvicorn.Server
-    app = application(folders, hosts, lambda: server.should_exit)
+    app = application(runs, hosts, lambda: server.should_exit)
     options = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", ws="none", http="h11",
         loop="asyncio", server_header=False, limit_concurrency=100, timeout_graceful_shutdown=3,
@@ -74,11 +76,9 @@ def live(config: LiveConfig) -> None:
         server.run(sockets=[listening])
 
 
-def application(
-    folders: Sequence[Path], hosts: Sequence[str], ends: Callable[[], bool]
-) -> Starlette:
+def application(runs: Runs, hosts: Sequence[str], ends: Callable[[], bool]) -> Starlette:
     """The web application; requests for other hosts are refused."""
-    pages = _Pages(list(folders), ends)
+    pages = _Pages(runs, ends)
     return Starlette(
         routes=[
             Route("/", pages.page),
@@ -88,14 +88,30 @@ def application(
         ],
         # A page elsewhere may name itself as a host that leads to this machine (DNS rebinding).
         middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
+            Middleware(_OwnOrigin),
         ],
     )
 
 
+class _OwnOrigin:
+    """Refuses requests that another page's script makes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            await Response(status_code=403, headers=HEADERS)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
 @dataclass
 class _Pages:
-    folders: list[Path]
+    runs: Runs
     ends: Callable[[], bool]
     _one: asyncio.Lock = field(default_factory=asyncio.Lock)
     _rendered: tuple[str, str] = ("", "")  # the newest page and the positions that it shows
@@ -104,39 +120,40 @@ class _Pages:
         """The report of the runs as they are now."""
         async with self._one:  # readers that come together share it
             try:
-                html = await run_in_threadpool(self._render)
+                html = await run_in_threadpool(self._render, self.runs.look())
             except UserError as error:
                 raise HTTPException(503, str(error), HEADERS) from error
         return HTMLResponse(html, headers=HEADERS | {"Content-Security-Policy": OF_PAGE})
 
-    def _render(self) -> str:
+    def _render(self, folders: list[Path]) -> str:
         # Before the logs are read: the page has all up to here, and perhaps some lines more.
-        at = to_id([Position.of(folder) for folder in self.folders])
+        at = to_id([Position.of(folder) for folder in folders])
         if self._rendered[0] != at:
-            runs = histories(self.folders)
-            live = {"from": at, "runs": [progress(run) for run in runs]}
+            runs = self.runs.read(folders)
+            told = [{**progress(run), "gone": is_gone(run.folder)} for run in runs]
+            live = {"from": at, "runs": told}
             self._rendered = at, page(runs, Path(NAME), live)
         return self._rendered[1]
 
     async def events(self, request: Request) -> Response:
         """What happens from a position on: that of the page, or of the event last seen."""
         text = request.headers.get("last-event-id") or request.query_params.get("from", "")
-        begin = from_id(text, len(self.folders))
+        begin = from_id(text, len(self.runs.look()))
         if begin is None:
             raise HTTPException(400, "no position of these runs; load the page again", HEADERS)
 
         async def gone() -> bool:
             return self.ends() or await request.is_disconnected()
 
-        events = follow(self.folders, begin, gone)
+        events = follow(self.runs.look, begin, gone)
         return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
 
     async def picture(self, request: Request) -> Response:
         """A sample, .png, or its thumbnail, .webp."""
         run, step, name = (request.path_params[x] for x in ("run", "step", "name"))
-        if run >= len(self.folders) or not STEP.fullmatch(step) or not PICTURE.fullmatch(name):
+        if run >= len(self.runs.folders) or not STEP.fullmatch(step) or not PICTURE.fullmatch(name):
             raise HTTPException(404, headers=HEADERS)
-        folder, path = self.folders[run], Path(SAMPLES, step, name)
+        folder, path = self.runs.folders[run], Path(SAMPLES, step, name)
         try:
             content = await run_in_threadpool(_picture, folder, path)
         except (OSError, UserError) as error:

@@ -1,7 +1,7 @@
 """Reads a run's folder for reports and model cards, also while it is running or after a kill."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from xlsd_cache.errors import UserError
 from xlsd_train.config.optimization import MOST_STEPS
 from xlsd_train.runs.downsample import Downsampler, Series
-from xlsd_train.runs.json_files import misfit, objects_in, read_log
+from xlsd_train.runs.json_files import Log, misfit, objects_in
 from xlsd_train.runs.layout import (
     CONFIG,
     METRICS_LOG,
@@ -30,7 +30,8 @@ from xlsd_train.runs.record import EMPTY, RunRecord, read_record, read_state
 from xlsd_train.runs.validation_log import BANDS, SETS
 
 AXES = ["images_seen", "epoch", "hours"]  # what a chart may have instead of steps
-_INTERVAL = {"mean!": float, "low!": float, "high!": float}
+_ENDS = ("mean", "low", "high")
+_INTERVAL = {f"{end}!": float for end in _ENDS}
 _MEASURED = {
     "step!": int, "weights!": str, "gap!": _INTERVAL,
     **{f"{name}!": {**_INTERVAL, "bands!": [_INTERVAL]} for name in SETS},
@@ -46,7 +47,7 @@ class History:
     record: RunRecord
     last: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
     series: dict[str, Series]  # of the CHARTED metrics and the AXES that were logged
-    validation: list[dict[str, Any]]  # the lines of validation.jsonl
+    validation: list[dict[str, Any]]  # the lines of validation.jsonl, without bands
     samples: dict[int, list[Path]]  # step -> images by prompt
     unread: int  # invalid lines of both logs
 
@@ -61,16 +62,20 @@ def histories(folders: Sequence[Path]) -> list[History]:
 
     Raises UserError for a folder that is not a run, or is given twice.
     """
+    names = run_names(folders)
+    records = [read_record(folder) for folder in folders]
+    return [
+        RunReader(folder).read(name, record)
+        for folder, name, record in zip(folders, names, records, strict=True)
+    ]
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as make them unique. Raises UserError as `histories`."""
     paths = [folder.resolve() for folder in folders]
     for folder, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
             raise UserError(f"the run {folder} is given more than once; give it once")
-    records = [read_record(folder) for folder in folders]
-    return [_read(*each) for each in zip(_names(paths), folders, records, strict=True)]
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as make them unique."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = [Path(*path.parts[-parts:]).as_posix() for path in paths]
         if len(set(names)) == len(names):
@@ -78,33 +83,54 @@ def _names(paths: list[Path]) -> list[str]:
     return names
 
 
-def _read(name: str, folder: Path, record: RunRecord) -> History:
-    sampler, clock, last, unread = Downsampler([*CHARTED, *AXES]), _Clock(), {}, 0
-    for lines in _lines(folder / METRICS_LOG):
+class RunReader:
+    """Reads a run again and again; of its logs each time only what was appended.
+
+    It keeps a bounded number of points per metric, and the validations. Logs that were cut or
+    replaced, as when a run resumes, are read from the start.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._metrics, self._validation = Log(folder / METRICS_LOG), Log(folder / VALIDATION_LOG)
+        self._sampler, self._clock = Downsampler([*CHARTED, *AXES]), _Clock()
+        self._last: dict[str, Any] = {}
+        self._measured: list[dict[str, Any]] = []
+        self._unread = 0
+
+    def read(self, name: str, record: RunRecord) -> History:
+        """The run as it is now."""
+        if self._metrics.replaced() or self._validation.replaced():
+            self.__init__(self._folder)  # type: ignore[misc]
+        for lines in self._metrics.read():
+            self._add_steps([line for _, line in lines])
+        for lines in self._validation.read():
+            measured = [_shown(line) for _, line in lines if line and _is_measured(line)]
+            self._measured += measured
+            self._unread += len(lines) - len(measured)
+        series = {name: self._sampler.series(name) for name in self._sampler.names}
+        samples = steps_in(self._folder / SAMPLES).items()
+        return History(
+            name,
+            self._folder,
+            record,
+            dict(self._last),
+            {name: points for name, points in series.items() if points.steps},
+            list(self._measured),
+            {step: sorted(path.glob("[0-9]*.png")) for step, path in samples},
+            self._unread,
+        )
+
+    def _add_steps(self, lines: list[dict[str, Any] | None]) -> None:
         valid = [line for line in lines if line is not None and _is_step(line.get("step"))]
-        unread += len(lines) - len(valid)
-        if valid:
-            names = [name for name in sampler.names if name != "hours"]
-            rows = np.array([_numbers([line.get(name) for line in valid]) for name in names])
-            hours = clock.hours(*(rows[names.index(x)] for x in ("images_seen", "images_per_s")))
-            sampler.add(np.array([line["step"] for line in valid]), np.vstack([rows, hours]))
-            last = {k: v for k, v in valid[-1].items() if k not in METRICS or _is_number(v)}
-    series = {name: sampler.series(name) for name in sampler.names}
-    validation = [line for lines in _lines(folder / VALIDATION_LOG) for line in lines]
-    measured = [line for line in validation if line is not None and _is_measured(line)]
-    return History(
-        name,
-        folder,
-        record,
-        last,
-        {name: points for name, points in series.items() if points.steps},
-        measured,
-        {
-            step: sorted(path.glob("[0-9]*.png"))
-            for step, path in steps_in(folder / SAMPLES).items()
-        },
-        unread + len(validation) - len(measured),
-    )
+        self._unread += len(lines) - len(valid)
+        if not valid:
+            return
+        names = [name for name in self._sampler.names if name != "hours"]
+        rows = np.array([_numbers([line.get(name) for line in valid]) for name in names])
+        hours = self._clock.hours(*(rows[names.index(x)] for x in ("images_seen", "images_per_s")))
+        self._sampler.add(np.array([line["step"] for line in valid]), np.vstack([rows, hours]))
+        self._last = {k: v for k, v in valid[-1].items() if k not in METRICS or _is_number(v)}
 
 
 @dataclass
@@ -122,12 +148,6 @@ class _Clock:
             total = self.seconds + np.cumsum(took)
         self.images, self.seconds = float(images[-1]), float(total[-1])
         return total / 3600
-
-
-def _lines(log: Path) -> Iterator[list[dict[str, Any] | None]]:
-    """A log's objects; None for an invalid line."""
-    for lines in read_log(log):
-        yield [value for _, value in lines]
 
 
 def _is_number(value: Any) -> bool:
@@ -151,6 +171,12 @@ def _is_measured(line: dict[str, Any]) -> bool:
         and _is_step(line["step"])
         and all(len(line[name]["bands"]) == BANDS for name in SETS)
     )
+
+
+def _shown(line: dict[str, Any]) -> dict[str, Any]:
+    """What pages show of a validation: without the bands, which are ten times as much."""
+    parts = {part: {end: line[part][end] for end in _ENDS} for part in (*SETS, "gap")}
+    return {"step": line["step"], "weights": line["weights"], **parts}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Reads JSON that may be untrusted: within size bounds, and checked against a shape."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from xlsd_cache.runtime.bounded_files import parse_json, read_json
+from xlsd_cache.runtime.bounded_files import open_regular, parse_json, read_json
 
 LINE_NBYTES = 2**20  # per line of a log, which usually has some hundred
 CHUNK = 1 << 20  # bytes of a log that are parsed at once
@@ -25,12 +26,43 @@ def read_log(path: Path) -> Iterator[list[tuple[bytes, dict[str, Any] | None]]]:
 
     A line that is too long comes as b"".
     """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        while lines := _some(file):
-            found = _parse([line for line in lines if line])
-            yield [(line, found.pop(0) if line else None) for line in lines]
+    yield from Log(path).read()
+
+
+class Log:
+    """A log that grows: each `read` goes on where the one before it ended."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0  # bytes of the complete lines that were read
+        self._file = 0  # the inode that they were read from
+        self._last = b""  # the newest of them
+
+    def replaced(self) -> bool:
+        """Whether the lines that were read are no longer in the file."""
+        if not self._offset:
+            return False
+        try:
+            with open_regular(self._path) as file:
+                file.seek(self._offset - len(self._last))
+                same = os.fstat(file.fileno()).st_ino == self._file
+                return not same or file.read(len(self._last)) != self._last
+        except OSError:
+            return True
+
+    def read(self) -> Iterator[list[tuple[bytes, dict[str, Any] | None]]]:
+        """The lines after those that were read, as `read_log` gives them."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            if not self._offset:
+                self._file = os.fstat(file.fileno()).st_ino
+            file.seek(self._offset)
+            while (found := _some(file))[0]:
+                lines, nbytes = found
+                self._offset, self._last = self._offset + nbytes, lines[-1]
+                parsed = _parse([line for line in lines if line])
+                yield [(line, parsed.pop(0) if line else None) for line in lines]
 
 
 def objects_in(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
@@ -39,19 +71,23 @@ def objects_in(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
         yield from (line for _, line in lines if line is not None and not misfit(line, shape))
 
 
-def _some(file: Any) -> list[bytes]:
-    """The next complete lines, b"" for one that is too long, without an unfinished last line."""
+def _some(file: Any) -> tuple[list[bytes], int]:
+    """The next complete lines, b"" for one that is too long, and all their bytes.
+
+    An unfinished last line is left out.
+    """
     found: list[bytes] = []
-    room = CHUNK
-    while room > 0 and (line := file.readline(LINE_NBYTES)):
-        room -= len(line)
-        if line.endswith(b"\n"):
-            found.append(line)
-        elif len(line) == LINE_NBYTES:
-            while (more := file.readline(LINE_NBYTES)) and not more.endswith(b"\n"):
-                pass
-            found.append(b"")
-    return found
+    nbytes = 0
+    while nbytes < CHUNK and (line := file.readline(LINE_NBYTES)):
+        length, part = len(line), line
+        while len(part) == LINE_NBYTES and not part.endswith(b"\n"):
+            line, part = b"", file.readline(LINE_NBYTES)
+            length += len(part)
+        if not part.endswith(b"\n"):
+            break
+        found.append(line)
+        nbytes += length
+    return found, nbytes
 
 
 def _parse(lines: list[bytes]) -> list[dict[str, Any] | None]:

@@ -6,9 +6,11 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import uvicorn
@@ -17,7 +19,9 @@ from tests.support import files, train, wait_for
 from tests.support.live import Served, begin_of, events, get, serving
 from xlsd_train.live import follow
 from xlsd_train.live.follow import Position, from_id, to_id
+from xlsd_train.live.runs import Runs
 from xlsd_train.live.server import application
+from xlsd_train.runs.history import histories
 
 LINE = {"loss": 0.25, "lr": 1e-3, "lr_effective": 1e-3, "grad_norm": 1.5, "images_per_s": 3.25}
 
@@ -83,9 +87,17 @@ def test_nothing_is_written_for_a_picture_without_a_thumbnail(run: Path) -> None
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example"])
 def test_requests_for_another_host_are_refused(served: Served, host: str) -> None:
-    for path in ("", "events?from=0.0.0.0", "samples/0/step-00000003/00.png"):
+    for path in ("", "events?from=0.0.0.0.0", "samples/0/step-00000003/00.png"):
         assert get(served.url + path, Host=host)[0] == 400
     assert get(served.url, Host="localhost:1234")[0] == 200
+
+
+def test_requests_from_another_page_are_refused(served: Served) -> None:
+    own = served.url.rstrip("/")
+    for path in ("", "events?from=0.0.0.0.0", "samples/0/step-00000003/00.png"):
+        for origin in ("http://evil.example", own.replace("127.0.0.1", "localhost"), "null"):
+            assert get(served.url + path, Origin=origin)[0] == 403
+    assert get(served.url, Origin=own)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -131,7 +143,7 @@ def test_a_reader_resumes_at_the_last_event(run: Path) -> None:
         assert first.name == "steps"
         assert first.data["columns"]["step"] == [4, 5]
         assert first.data["columns"]["loss"] == [0.25, 0.25]
-        assert int(first.id.split(".")[0]) == (run / "metrics.jsonl").stat().st_size
+        assert int(first.id.split(".")[1]) == (run / "metrics.jsonl").stat().st_size
         append(run, 6, 3, end="")  # the last line is unfinished
         with events(it.url, begin, last=first.id) as found:
             assert next(found).data["columns"]["step"] == [6, 7]
@@ -139,7 +151,7 @@ def test_a_reader_resumes_at_the_last_event(run: Path) -> None:
             assert next(found).data["columns"]["step"] == [8]
         with events(it.url, begin) as found:  # and from the page's position all again
             assert next(found).data["columns"]["step"] == [4, 5, 6, 7, 8]
-        for bad in ("", "x", "1.2.3", "1.2.3.4_1.2.3.4", "1.2.3.-4"):
+        for bad in ("", "x", "1.2.3", "1.2.3.4.5_1.2.3.4.5", "1.2.3.4.-5"):
             assert get(f"{it.url}events?from={bad}")[0] == 400
 
 
@@ -155,9 +167,98 @@ def test_samples_validation_and_a_cut_log_are_told(run: Path) -> None:
         (run / "metrics.jsonl").write_bytes(kept)
         cut = next(found)
         assert cut.name == "reset"
-        assert int(cut.id.split(".")[0]) == len(kept)
+        assert int(cut.id.split(".")[1]) == len(kept)
         append(run, 2, 1)
         assert next(found).data["columns"]["step"] == [2]
+
+
+def test_a_log_that_was_replaced_and_grew_again_is_told(run: Path) -> None:
+    """As when the run was resumed while the reader was away."""
+    append(run, 4, 3)
+    with serving(run) as it:
+        begin = begin_of(get(it.url)[1])
+        log = run / "metrics.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True)
+        (run / "new").write_bytes(b"".join(lines[:4]))
+        (run / "new").replace(log)
+        append(run, 5, 9)
+        with events(it.url, begin) as found:
+            assert next(found).name == "reset"
+            append(run, 14, 1)
+            assert next(found).data["columns"]["step"] == [14]
+
+
+def test_a_refresh_reads_only_what_was_appended(run: Path) -> None:
+    (run / "metrics.jsonl").write_bytes(b"")
+    append(run, 1, 20_000)
+    size = (run / "metrics.jsonl").stat().st_size
+    with serving(run) as it:
+        get(it.url)
+        server = psutil.Process(it.pid)
+        before = server.io_counters().read_chars
+        assert before > size
+        for step in range(20_001, 20_011):
+            append(run, step, 1)
+            assert f'"step": {step}'.encode() in get(it.url)[1]
+        read = (server.io_counters().read_chars - before) / 10
+    print(f"{read:.0f} bytes read per page of a log of {size}")
+    assert read < size / 10
+
+
+def test_what_was_read_piece_by_piece_is_what_the_logs_hold(run: Path) -> None:
+    log, runs = run / "metrics.jsonl", Runs([run])
+    lines = log.read_bytes().splitlines(keepends=True)
+
+    def read() -> int:
+        (now,), (fresh,) = runs.read(runs.look()), histories([run])
+        assert replace(now, series={}) == replace(fresh, series={})
+        for name, series in fresh.series.items():  # sums may be rounded otherwise
+            for one, other in zip(astuple(now.series[name]), astuple(series), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-12)
+        return int(now.last["step"])
+
+    append(run, 4, 2, end="")  # the last line is unfinished
+    assert read() == 4
+    append(run, 6, 0)  # ends it
+    append(run, 6, 5000)
+    assert read() == 5005
+    (run / "new").write_bytes(b"".join(lines[:2]))  # the run is resumed,
+    (run / "new").replace(log)
+    assert read() == 2
+    append(run, 3, 7000)
+    (run / "new").write_bytes(b"".join(lines[:1]))  # and again, and has grown beyond
+    (run / "new").replace(log)
+    append(run, 2, 9000)
+    assert read() == 9001
+    text = log.read_text()
+    log.write_text(text.replace("0.25", "0.75"))  # in place
+    assert read() == 9001
+    with (run / "validation.jsonl").open("a") as file:
+        file.write((run / "validation.jsonl").read_text().replace('"step": 3', '"step": 9'))
+    read()
+    (run / "validation.jsonl").write_text("")
+    read()
+
+
+def test_a_sweep_is_followed_and_a_deleted_run_stays(run: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    shutil.copytree(run, sweep / "lr-1")
+    with serving(sweep) as it, events(it.url, begin_of(get(it.url)[1])) as found:
+        shutil.copytree(run, tmp_path / "lr-2")
+        (tmp_path / "lr-2").rename(sweep / "lr-2")
+        told = next(found)
+        assert (told.name, told.data["run"]) == ("changed", 1)
+        append(sweep / "lr-2", 4, 1)
+        assert next(found).data["run"] == 1
+        shutil.rmtree(sweep / "lr-1")
+        assert next(found).name == "reset"
+        status, page, _ = get(it.url)
+        assert status == 200
+        assert b'"gone": true' in page
+        assert b"samples/0/" not in page
+        assert b"samples/1/" in page
+    assert train("live", run, sweep, sweep) == 1
 
 
 def test_a_long_log_comes_in_parts_and_whole(run: Path) -> None:
@@ -167,7 +268,7 @@ def test_a_long_log_comes_in_parts_and_whole(run: Path) -> None:
         log.write("no json\n" + "x" * (2 * follow.CHUNK) + "\n")
     append(run, 20_001, 1)
     seen: list[int] = []
-    with serving(run) as it, events(it.url, "0.0.0.0") as found:
+    with serving(run) as it, events(it.url, "0.0.0.0.0") as found:
         while seen[-1:] != [20_001]:
             event = next(found)
             if event.name == "steps":
@@ -186,8 +287,8 @@ def test_several_runs_are_told_in_one_stream(run: Path, tmp_path: Path) -> None:
 
 
 def test_positions_are_ids() -> None:
-    positions = [Position(1, 2, 3, 4), Position(5, 6, 7, 8)]
-    assert from_id(to_id(positions), 2) == positions
+    positions = [Position(1, 2, 3, 4, 5), Position(5, 6, 7, 8, 9)]
+    assert from_id(to_id(positions), 2) == from_id(to_id(positions), 3) == positions
     assert from_id(to_id(positions), 1) is None
 
 
@@ -195,7 +296,7 @@ def test_readers_that_go_away_leave_no_task(run: Path) -> None:
     """Also while they catch up with a long log."""
     (run / "metrics.jsonl").write_bytes(b"")
     append(run, 1, 50_000)
-    app = application([run], ["127.0.0.1"], lambda: server.should_exit)
+    app = application(Runs([run]), ["127.0.0.1"], lambda: server.should_exit)
     server = uvicorn.Server(
         uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http="h11", loop="asyncio")
     )
@@ -217,7 +318,7 @@ def test_readers_that_go_away_leave_no_task(run: Path) -> None:
         thread.start()
         wait_for(lambda: server.started)
         idle = tasks()
-        for begin in ("0.0.0.0", to_id([Position.of(run)])):
+        for begin in ("0.0.0.0.0", to_id([Position.of(run)])):
             clients = [socket.create_connection(address) for _ in range(8)]
             for client in clients:
                 request = f"GET /events?from={begin} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
