@@ -24,6 +24,7 @@ from xlsd_train.checkpoints.resume import changes, differing, plan_options
 from xlsd_train.config.recipes import options_in, without
 from xlsd_train.config.run_options import SweepConfig
 from xlsd_train.config.train import TrainConfig
+from xlsd_train.progress.events import Events
 from xlsd_train.report.page import NAME, write_page
 from xlsd_train.report.ranking import Standing, rank, table
 from xlsd_train.runs.history import histories
@@ -68,7 +69,10 @@ def sweep(config: SweepConfig, words: Sequence[str]) -> None:
             if code:
                 log.warning(f"--lr {asked.lr}: failed with exit code {code}; the others continue")
                 failed.append(folder)
-    _conclude(runs, failed, out)
+    answer = _conclude(runs, failed, out)
+    if answer:
+        with Events(out, config.on_event) as events:
+            events.tell("compared", 0, answer, out / NAME)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(runs)} runs failed, with the errors above: "
@@ -135,11 +139,11 @@ def _finished(folder: Path, asked: TrainConfig) -> bool:
     return step_of(saved[-1]) >= asked.last_step(planned)
 
 
-def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> None:
+def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> str:
     """Print the table and the answer and write the page, of all runs that started."""
     started = [folder for folder in runs if (folder / CONFIG).exists()]
     if not started:
-        return
+        return ""
     named = []
     for run in histories(started):
         asked = runs[run.folder]
@@ -154,6 +158,7 @@ def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> N
         for line in [*table(standings).splitlines(), answer]:
             say(line)
     log.info(f"report {write_page(named, out / NAME)}")
+    return answer
 
 
 def rate_hint(standings: list[Standing]) -> str:

@@ -186,6 +186,11 @@ def _words(given: dict[str, Any]) -> dict[str, list[str]]:
     del keys["recipe"]
     words = {}
     for key, value in given.items():
+        if keys.get(key) == "on_event":
+            raise UserError(
+                f"{key} = {value!r}: a recipe is passed on, and must not run a program; give "
+                f"--on-event on the command line"
+            )
         if key not in keys:
             meant = NAMES.get(key.replace("_", "-"), "").removeprefix("--")
             instead = f"; here {meant}" if meant else near(key, list(keys), SIMILAR)

@@ -1,13 +1,14 @@
 """The first screen of the page: what a run is, how far it is, the verdict, what to do next.
 
-Commands are real ones: they use the paths and the options that the run was started with.
+Commands are real ones: they use the paths and the options that the run was started with. Only
+--on-event is left out: whoever copies a command of another's report must not run their program.
 """
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xlsd_train.config.recipes import without
+from xlsd_train.config.recipes import field_of, without
 from xlsd_train.report.ranking import Standing
 from xlsd_train.report.trend import Trend
 from xlsd_train.runs.bootstrap import Comparison
@@ -56,7 +57,8 @@ def next_of_several(standings: Sequence[Standing], runs: Sequence[History]) -> t
     names = {run.name: run for run in runs}
     if best and best.best and best.best[0] and names[best.name].config.get("stop_after"):
         run = names[best.name]
-        return f"Train on with {run.name}, to its planned length", _resumed(run, "stop_after")
+        then = f"Train on with {run.name}, to its planned length{_left_out(run)}"
+        return then, _resumed(run, "stop_after")
     words = ["sample", *(str(run.folder) for run in runs), "--prompts", "prompts.txt"]
     return "Sample prompts of your own from all of them", _command(*words)
 
@@ -89,20 +91,21 @@ def _next(
     run: History, best: Comparison[Candidate] | None, trend: Trend | None, finished: bool
 ) -> tuple[str, str]:
     if not finished:
-        return "Resume, if it is not running", _resumed(run)
+        return f"Resume, if it is not running{_left_out(run)}", _resumed(run)
     if best is None:
         words = ["sample", str(run.folder), "--prompts", "prompts.txt"]
         return "Sample prompts of your own", _command(*words)
     rate = run.config.get("lr")
     if best.best[0] == 0 and isinstance(rate, int | float):
         rates = ",".join(f"{rate * factor:.2g}" for factor in (1, 0.3, 0.1))
-        words = without(run.record.command[1:], "lr", "out", "stop_after")
-        return "Try lower learning rates", _command("sweep", *words, "--lr", rates)
+        words = without(run.record.command[1:], "lr", "out", "stop_after", "on_event")
+        return f"Try lower learning rates{_left_out(run)}", _command("sweep", *words, "--lr", rates)
     if trend and trend.state == "falling":
         if run.config.get("stop_after"):
-            return "Train on", _resumed(run, "stop_after")
+            return f"Train on{_left_out(run)}", _resumed(run, "stop_after")
         longer = ["--steps", str(2 * run.last.get("step", 0))]
-        return "Train twice as long", _resumed(run, "steps", "epochs", more=longer)
+        then = f"Train twice as long{_left_out(run)}"
+        return then, _resumed(run, "steps", "epochs", more=longer)
     step, weights = best.best
     if weights != LIVE:
         words = ["ema", str(run.folder), "ema", "--sigma-rel", weights.split()[-1]]
@@ -113,8 +116,13 @@ def _next(
 
 
 def _resumed(run: History, *dropped: str, more: Sequence[str] = ()) -> str:
-    words = without(run.record.command[1:], "out", *dropped)
+    words = without(run.record.command[1:], "out", "on_event", *dropped)
     return _command(*words, "--out", str(run.folder), *more)
+
+
+def _left_out(run: History) -> str:
+    told = any(field_of(word) == "on_event" for word in run.record.command)
+    return " (its --on-event is left out)" if told else ""
 
 
 def _command(*words: str) -> str:

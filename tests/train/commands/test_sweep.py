@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -90,7 +91,11 @@ def swept(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> 
         redirect_stderr(error),
     ):
         patch.setattr(xlsd_train.commands.sweep, "start", fork)
-        code = train("sweep", *arguments, "--lr=1e-3,1e30,1e-5", "--force", "--out", out)
+        (script := out.with_name("notify it.sh")).write_text(
+            f'echo "$XLSD_EVENT|$XLSD_RUN|$XLSD_PATH|$XLSD_MESSAGE" >> {out.with_name("told")}\n'
+        )
+        given = [*arguments, "--on-event", shlex.join(["sh", str(script)])]
+        code = train("sweep", *given, "--lr=1e-3,1e30,1e-5", "--force", "--out", out)
     return Swept(out, code, said.getvalue().splitlines(), error.getvalue())
 
 
@@ -106,6 +111,16 @@ def test_a_failed_run_is_reported_and_the_others_run(swept: Swept) -> None:
         assert {line["lr"] for line in lines} == {rate}
         record = json.loads((swept.out / name / "config.json").read_text())
         assert (record["planned_steps"], record["config"]["optimizer"]) == (100, "adamw")
+
+
+def test_every_run_and_the_comparison_are_told_to_the_command(swept: Swept) -> None:
+    told = [line.split("|") for line in swept.out.with_name("told").read_text().splitlines()]
+    of = {name: [line for line in told if line[1] == f"{swept.out}{name}"]
+          for name in ("/lr-0.001", "/lr-1e+30", "/lr-1e-05", "")}  # fmt: skip
+    assert sum(map(len, of.values())) == len(told)
+    assert [lines[-1][0] for lines in of.values()] == ["stopped", "failed", "stopped", "compared"]
+    assert "the loss of step 2 is nan" in of["/lr-1e+30"][-1][3]
+    assert of[""] == [["compared", str(swept.out), f"{swept.out}/report.html", swept.said[-1]]]
 
 
 def test_runs_share_seed_samples_and_held_out_images(swept: Swept) -> None:

@@ -153,6 +153,7 @@ def test_what_goes_with_an_option_goes_with_it() -> None:
         ("betas = [0.9]", "--betas needs 2 values"),
         ('out = ""', "--out '' is empty"),
         ("[lr]\nunet = 1", "[lr]: an option is not a table"),
+        ('on-event = "sh x.sh"', "on-event = 'sh x.sh': a recipe is passed on, and must not run"),
         ("steps = 5\nepochs = 1", "--steps 5 and --epochs 1 both give the planned length"),
         ("lr = ", "(at line 2, column 6)"),
     ],

@@ -3,6 +3,7 @@ import hashlib
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -122,6 +123,26 @@ def test_the_first_screen_has_the_verdict_and_a_command_that_works(runs: list[Pa
     assert program == "xlsd-train"
     name = words[0] if words[0] in COMMANDS else "train"
     parse(COMMANDS[name].options, words[words[0] == name :], program)  # refuses what is wrong
+
+
+@pytest.mark.parametrize("given", [["--on-event", "sh harm.sh x"], ["--on_event=sh harm.sh"]])
+@pytest.mark.parametrize("planned", [9999, 4])
+def test_no_command_to_copy_runs_a_program_of_the_runs(
+    runs: list[Path], given: list[str], planned: int
+) -> None:
+    (run,) = histories(runs[:1])
+    record = replace(run.record, command=[*run.record.command, *given], planned_steps=planned)
+    found = trend(run)
+    assert found is not None
+    falling = replace(found, state="falling")
+    said = summary(replace(run, record=record), falling)
+    assert said.then in {
+        "Resume, if it is not running (its --on-event is left out)",
+        "Train twice as long (its --on-event is left out)",
+    }
+    assert said.command.startswith(shlex.join(["xlsd-train", *run.record.command[1:3]]))
+    assert "harm" not in said.command
+    assert "left out" not in summary(run, falling).then
 
 
 def test_changes_by_noise_are_paired_and_on_one_scale(runs: list[Path]) -> None:
