@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from xlsd_cache.errors import UserError
 
 if TYPE_CHECKING:
+    from xlsd_cache.building.finish import finish
+    from xlsd_cache.building.plan import BuildPlan, plan
+    from xlsd_cache.building.worker import Outcome, Worker
     from xlsd_cache.commands.build import build
     from xlsd_cache.dataset.dataset import LatentDataset
     from xlsd_cache.dataset.sampler import BucketBatchSampler
@@ -26,19 +29,29 @@ __version__ = "0.1.0"
 __all__ = [
     "BucketBatchSampler",
     "BuildOptions",
+    "BuildPlan",
     "LatentDataset",
     "LatentStore",
+    "Outcome",
     "UserError",
+    "Worker",
     "__version__",
     "build",
+    "finish",
+    "plan",
 ]
 
 _ROOMS = {
     "BucketBatchSampler": "dataset.sampler",
     "BuildOptions": "options",
+    "BuildPlan": "building.plan",
     "LatentDataset": "dataset.dataset",
     "LatentStore": "store.reader",
+    "Outcome": "building.worker",
+    "Worker": "building.worker",
     "build": "commands.build",
+    "finish": "building.finish",
+    "plan": "building.plan",
 }
 
 

@@ -20,9 +20,12 @@ from xlsd_cache.options import (
     BuildOptions,
     CaptionsOptions,
     CheckOptions,
+    EncodeOptions,
     ExportIndexOptions,
+    FinishOptions,
     ImportOptions,
     InfoOptions,
+    PlanOptions,
     PreviewOptions,
     StoreReportOptions,
 )
@@ -64,6 +67,29 @@ COMMANDS = {
             "out", "vae", "resolution", "buckets", "upscale", "captions", "batch", "precision",
             "device", "dry_run",
         ),
+    ),
+    "plan": Command(
+        PlanOptions,
+        calls("xlsd_cache.commands.build:print_plan"),
+        examples=(
+            "xlsd-cache plan photos --out latents",
+            "xlsd-cache plan photos --out latents --dry-run",
+        ),
+        first=("out", "vae", "resolution", "buckets", "upscale", "captions", "batch", "precision",
+               "dry_run"),
+    ),
+    "encode": Command(
+        EncodeOptions,
+        calls("xlsd_cache.commands.encode:encode"),
+        examples=(
+            "xlsd-cache encode latents --units 512x512.0,512x512.1",
+            "xlsd-cache encode latents --shard 3/64",
+        ),
+    ),
+    "finish": Command(
+        FinishOptions,
+        calls("xlsd_cache.commands.finish:finish_store"),
+        examples=("xlsd-cache finish latents", "xlsd-cache finish /data/latents"),
     ),
     "info": Command(
         InfoOptions,
@@ -113,7 +139,7 @@ COMMANDS = {
         ),
     ),
 }  # fmt: skip
-THEIRS = "train run plan recipes tags ema sweep sample score export swap"  # xlsd-train's
+THEIRS = "train run recipes tags ema sweep sample score export swap"  # xlsd-train's
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -148,7 +174,7 @@ def _main(words: Sequence[str]) -> int:
     )
     if not _only_prints(options):
         ignore_closed_pipe()
-    if isinstance(options, BuildOptions | ImportOptions):
+    if isinstance(options, PlanOptions | EncodeOptions | ImportOptions):
         choose(options.quiet, options.json)
     quiet()
     if command.options not in {InfoOptions, CaptionsOptions}:  # they load nothing else that prints

@@ -145,19 +145,12 @@ class StoreOptions(CheckedOptions):
 class WorkOptions(CheckedOptions):
     """Running."""
 
-    device: Device = "auto"
-    """auto: the GPU if there is one."""
-
     batch: Annotated[int, Within(1, 10**4)] | None = None
     """Images per VAE call. Default: on a CPU one per core, on a GPU what fits, up to 16, and then
     the same in every build of the store."""
 
     workers: Threads = os.cpu_count() or 4
     """Images to read and decode at once while the VAE works. Default: one per core."""
-
-    shard: Annotated[str | None, arg(metavar="I/N")] = None
-    """This is process I of N (from 0) that build one store together. Each starts with its own part
-    and then helps the others. Default: as set by torchrun or accelerate launch."""
 
     dry_run: bool = False
     """Scan and plan, print what would be done, and write nothing."""
@@ -169,19 +162,56 @@ class WorkOptions(CheckedOptions):
     """Print events on stdout, a JSON object per line: start, progress, and done, stopped or failed.
     No bars."""
 
-    @property
-    def part(self) -> tuple[int, int]:
-        """(this process's number, number of processes)."""
-        if self.shard is None:
-            return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        number, _, count = self.shard.partition("/")
-        return int(number), int(count)
+
+def part_of(shard: str | None) -> tuple[int, int]:
+    """(I, N) of --shard I/N; by default this process of torchrun's or accelerate's."""
+    if shard is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    number, _, count = shard.partition("/")
+    return int(number), int(count)
+
+
+def _check_shard(shard: str | None) -> None:
+    number, _, count = (shard or "0/1").partition("/")
+    few = len(number) <= 6 and len(count) <= 6
+    if not (few and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--shard {shard!r} is not I/N with 0 <= I < N; e.g. 0/2")
 
 
 @dataclass(frozen=True)
-class BuildOptions(
+class ProcessOptions(CheckedOptions):
+    """Process."""
+
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
+
+    shard: Annotated[str | None, arg(metavar="I/N")] = None
+    """This is process I of N (from 0) that build one store together. Each starts with its own part
+    and then helps the others. Default: as set by torchrun or accelerate launch."""
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(this process's number, number of processes)."""
+        return part_of(self.shard)
+
+
+@dataclass(frozen=True)
+class PlanOptions(
     WorkOptions, StoreOptions, SizeOptions, VaeOptions, CaptionColumnOptions, SourceOptions
 ):
+    """Plan what `build` would encode, and print its units for `xlsd-cache encode`.
+
+    A unit is one shard file, called BUCKET.N. Options are those of `build`. Re-running updates the
+    plan to the sources.
+    """
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be a caption column."""
+        check_columns("--captions", self.caption_columns or ())
+
+
+@dataclass(frozen=True)
+class BuildOptions(ProcessOptions, PlanOptions):
     """Encode images once into a store of latents, or update an existing store.
 
     Re-running updates the store: new and changed images are encoded, deleted ones dropped, renamed
@@ -191,11 +221,63 @@ class BuildOptions(
 
     def check(self) -> None:
         """Raise UserError for what no build can use."""
-        number, _, count = (self.shard or "0/1").partition("/")
-        few = len(number) <= 6 and len(count) <= 6
-        if not (few and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise UserError(f"--shard {self.shard!r} is not I/N with 0 <= I < N; e.g. 0/2")
-        check_columns("--captions", self.caption_columns or ())
+        PlanOptions.check(self)
+        _check_shard(self.shard)
+
+
+@dataclass(frozen=True)
+class EncodeOptions(CheckedOptions):
+    """Encode units of a plan: all, a part, or some by name. Sources are not scanned.
+
+    Any number of processes may encode one store. A unit that is encoded already, or that another
+    process encodes, is left alone. A unit that was interrupted is continued from its last batch.
+    """
+
+    store: Positional[Path]
+    """The store's folder."""
+
+    units: Annotated[str | None, arg(metavar="BUCKET.N,...")] = None
+    """Encode these units, comma-separated, as `xlsd-cache plan` prints them."""
+
+    shard: Annotated[str | None, arg(metavar="I/N")] = None
+    """Encode part I of N (from 0) of all units. Default: as set by torchrun, else all."""
+
+    vae: str | None = None
+    """The VAE, if the plan's is somewhere else on this machine: one with the same encoder."""
+
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
+
+    workers: Threads = os.cpu_count() or 4
+    """Images to read and decode at once while the VAE works. Default: one per core."""
+
+    quiet: bool = False
+    """Show no progress bars: only lines, as without a terminal."""
+
+    json: bool = False
+    """Print events on stdout, a JSON object per line: progress, unit or failed. No bars."""
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """The names in --units, each once."""
+        return tuple(dict.fromkeys(self.units.split(","))) if self.units else ()
+
+    def check(self) -> None:
+        """Raise UserError for what chooses no units."""
+        _check_shard(self.shard)
+        if self.units and self.shard:
+            raise UserError("--units and --shard both choose units; give one of them")
+
+
+@dataclass(frozen=True)
+class FinishOptions(CheckedOptions):
+    """Finish a store whose units are all encoded: sums, index, table of rejected images.
+
+    While units are pending, it lists them, writes nothing and exits with status 1.
+    """
+
+    store: Positional[Path]
+    """The store's folder."""
 
 
 @dataclass(frozen=True)

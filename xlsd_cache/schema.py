@@ -68,6 +68,7 @@ class PlanEntry(TypedDict):
     detail: str
     inode: NotRequired[int | None]
     ctime_ns: NotRequired[int | None]
+    live: NotRequired[bool]  # whether it is the last line of its key; not in PLAN, see units.py
 
 
 LATER = frozenset({"inode", "ctime_ns"})  # columns that the first version's plans lack

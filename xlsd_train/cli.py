@@ -133,7 +133,9 @@ COMMANDS = {
 PRINT = {PlanConfig, RecipesConfig, TagsConfig, ScoreConfig}  # commands that make nothing but text
 # Commands that need no torch; training finds out by itself whether it does.
 LIGHT = {RecipesConfig, TagsConfig, ReportConfig, LiveConfig, SweepConfig, TrainConfig}
-THEIRS = "build info check captions preview export-index import"  # commands of xlsd-cache
+THEIRS = (
+    "build encode finish info check captions preview export-index import"  # commands of xlsd-cache
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:

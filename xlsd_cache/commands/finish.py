@@ -1,33 +1,21 @@
-"""Finish a build or an import: sums, snapshot, table of rejected images."""
+"""`xlsd-cache finish`, and the sums that end a build, an import and `finish`."""
 
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from xlsd_cache.console.progress import event, writes_events
+from xlsd_cache.building.finish import finish
+from xlsd_cache.console.progress import event, working, writes_events
 from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
-from xlsd_cache.integrity.accounting import Accounting, account, save_accounting
-from xlsd_cache.runtime.atomic import write_parquet
-from xlsd_cache.store.commit import tidy
-from xlsd_cache.store.index import make_snapshot, save_snapshot
-from xlsd_cache.store.live_rows import write_live
-from xlsd_cache.store.manifest import ShardId
-from xlsd_cache.store.view import StoreView
+from xlsd_cache.integrity.accounting import Accounting
+from xlsd_cache.options import FinishOptions
 
 
-def conclude(store: StoreView, before: Set[ShardId]) -> Accounting:
-    """Write what is derived from the journal; `before` are the shards committed before."""
-    manifest = store.manifest
-    counts, left_out = account(store, before)
-    snapshot = make_snapshot(store)
-    write_live(store, snapshot)
-    save_snapshot(manifest.root, snapshot)
-    write_parquet(manifest.root / "rejected.parquet", left_out, manifest.staging)
-    save_accounting(manifest, store.generation, counts)
-    tidy(manifest)
-    return counts
+def finish_store(options: FinishOptions) -> None:
+    """Finish a store and print its sums. Raises UserError while units are pending."""
+    with working("writing the index"):
+        counts = finish(options.store)
+    say_sums(options.store, counts, "images could be encoded")
 
 
 def say_sums(out: Path, counts: Accounting, done: str) -> None:
@@ -47,15 +35,3 @@ def say_sums(out: Path, counts: Accounting, done: str) -> None:
         raise UserError(
             f"none of the {counts.scanned} {done}; {out / 'rejected.parquet'} lists the reasons"
         )
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Turn an OSError from writing the store into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror or error}. What is committed is safe. Fix that "
-            f"and run the same command again."
-        ) from error

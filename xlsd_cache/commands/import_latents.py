@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from xlsd_cache.commands.finish import conclude, writing
+from xlsd_cache.building.finish import conclude, writing
 from xlsd_cache.console.progress import event
 from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
@@ -87,7 +87,7 @@ def import_caches(config: ImportOptions, began: float | None = None) -> Accounti
         store = StoreView(manifest, identity, rows_per_shard)
         generation = _write_plan(config, store, items)
         store = replace(store, generation=generation)
-        with build_session(manifest, generation, (0, 1), began) as before:
+        with build_session(store, (0, 1), began) as before:
             if not Transfer(store, config.workers).run(items):
                 raise Stopped(
                     f"stopped; every batch imported so far is kept in {config.out}: run the same "

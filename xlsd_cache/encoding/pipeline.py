@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from xlsd_cache.files.uri import Stat, read_source, stat_source
 from xlsd_cache.images.decode import MAX_PIXELS, Pixels, decode, max_bytes, too_large
 from xlsd_cache.images.sandbox import Sandbox, decoders
 from xlsd_cache.outcomes import Rejected
+from xlsd_cache.planning.units import PlannedUnits
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.schema import PlanEntry
 from xlsd_cache.store.commit import Claim, claim
@@ -31,7 +32,6 @@ from xlsd_cache.vocabulary import Bucket
 
 Decoded = tuple[str, Pixels | Rejected]  # content hash; pixels, or why there are none
 Encoded = tuple[list[ShardRow], dict[int, NDArray[Any]]]  # rows; latents by slot
-Todo = dict[ShardId, dict[int, PlanEntry]]  # the planned rows of each unit, by slot
 FLOAT16_MAX = 65504.0
 
 
@@ -72,7 +72,7 @@ class EncodePipeline:
 
     store: StoreView
     encoder: Encoder
-    live: Mapping[str, PlanEntry]  # key -> newest entry: a later plan may supersede a row
+    units: PlannedUnits
     workers: int
     max_pixels: int = MAX_PIXELS  # of an image
     wait_s: float = 0.0  # encoders idle, waiting for pixels
@@ -85,9 +85,9 @@ class EncodePipeline:
     rounding: list[float] = field(default_factory=list)  # std of float16's error / the latent's
     _timing: Lock = field(default_factory=Lock)
 
-    def run(self, todo: Todo, order: list[ShardId], stop: StopSignal) -> None:
-        """Encode and commit units in order, then wait for those that other processes hold."""
-        total, self.begun = sum(len(entries) for entries in todo.values()), time.perf_counter()
+    def run(self, order: list[ShardId], stop: StopSignal, waits: bool = True) -> None:
+        """Encode and commit units in order; by default, wait for those that others hold."""
+        total, self.begun = self.units.count(order), time.perf_counter()
         with (
             progress_bar(desc="encoding", total=total, unit="image", smoothing=0.1) as bar,
             ticking(bar.refresh),
@@ -95,9 +95,11 @@ class EncodePipeline:
             self.encoder.threads(spare=1) as encoders,  # the spare one prepares the next batch
         ):
             while order and not stop.asked:
-                self._pass(todo, order, readers, encoders, bar, stop)
+                self._pass(order, readers, encoders, bar, stop)
                 committed = self.store.manifest.committed()
                 order = [unit for unit in order if unit not in committed]
+                if not waits:
+                    break
                 if order and not stop.asked:  # held by other processes, which may be killed
                     waiting = f"waiting for {len(order)} shards of other processes"
                     bar.set_postfix_str(waiting, refresh=draws_bars())
@@ -107,7 +109,6 @@ class EncodePipeline:
 
     def _pass(
         self,
-        todo: Todo,
         order: list[ShardId],
         readers: ThreadPoolExecutor,
         encoders: ThreadPoolExecutor,
@@ -121,14 +122,14 @@ class EncodePipeline:
         ahead = calls + max(1, 2 * self.workers // batch)
         held: list[Claim] = []
         queue: deque[tuple[Claim, list[Future[Decoded]], Future[Encoded], bool]] = deque()
-        upcoming, order_of_writes = self._batches(todo, order, held), WriteOrder(calls)
+        upcoming, order_of_writes = self._batches(order, held), WriteOrder(calls)
         number = itertools.count()
         try:
             while True:
                 while not stop.asked and len(queue) < ahead and (batch_of := next(upcoming, None)):
                     taken, slots, last = batch_of
                     pixels = [
-                        readers.submit(read, entry, self._is_live(entry))
+                        readers.submit(read, entry, entry["live"])
                         for entry in map(taken.entries.__getitem__, slots)
                     ]
                     encoded = encoders.submit(
@@ -171,11 +172,11 @@ class EncodePipeline:
         event("progress", images=self.done, total=bar.total, **told)
 
     def _batches(
-        self, todo: Todo, order: list[ShardId], held: list[Claim]
+        self, order: list[ShardId], held: list[Claim]
     ) -> Iterator[tuple[Claim, list[int], bool]]:
         """Claim units one by one; yields (claim, slots, whether it is the unit's last batch)."""
         for unit in order:
-            taken = claim(self.store, unit, todo[unit], self.encoder.batch)
+            taken = claim(self.store, unit, self.units.entries(unit), self.encoder.batch)
             if taken is None:
                 continue
             held.append(taken)
@@ -226,10 +227,6 @@ class EncodePipeline:
         spread = float(latent.std()) or 1.0
         self.rounding.append(float((stored - latent).std()) / spread)
         return stored
-
-    def _is_live(self, entry: PlanEntry) -> bool:
-        now = self.live.get(entry["key"])
-        return now is not None and (now["bucket"], now["row"]) == (entry["bucket"], entry["row"])
 
     def shares(self) -> str:
         """Share of the time of each stage, the largest first."""

@@ -8,6 +8,7 @@ closes, as it does when the parent dies.
 import atexit
 import faulthandler
 import functools
+import logging
 import os
 import pickle
 import queue
@@ -29,6 +30,7 @@ from xlsd_cache.images.decode import MAX_PIXELS
 from xlsd_cache.outcomes import FAILURES, Rejected
 from xlsd_cache.runtime.signals import SIGNALS
 
+log = logging.getLogger("xlsd.cache.images")
 SECONDS = 120.0  # QOI, in plain Python, takes that long for an image of MAX_PIXELS
 NBYTES = 3 * 2**30  # what every format needs for it
 Args = TypeVarTuple("Args")
@@ -177,6 +179,30 @@ class _Child:
 def decode_nbytes(max_pixels: int) -> int:
     """The memory limit for decoding one image of that many pixels."""
     return int(NBYTES * max(1.0, max_pixels / MAX_PIXELS))
+
+
+@functools.cache
+def check_memory(max_pixels: int, workers: int) -> None:
+    """Log, once, the memory for decoding above the default limit.
+
+    Raises UserError if not even one such image can be decoded on this machine.
+    """
+    if max_pixels <= MAX_PIXELS:
+        return
+    one = decode_nbytes(max_pixels) / 2**30
+    there = psutil.virtual_memory().total / 2**30
+    fitting = int(there / one)
+    if not fitting:
+        raise UserError(
+            f"--max-megapixels {max_pixels / 1e6:g}: decoding one such image may take "
+            f"{one:.1f} GiB, and this machine has {there:.1f} GiB; lower it"
+        )
+    log.info(
+        f"images of up to {max_pixels / 1e6:g} megapixels: decoding one may take {one:.1f} "
+        f"GiB, {workers} at once {workers * one:.1f} GiB of this machine's {there:.1f} GiB"
+    )
+    if workers > fitting:
+        log.warning(f"{workers} such images do not fit in memory; --workers {fitting} is safe")
 
 
 @functools.cache

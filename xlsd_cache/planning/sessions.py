@@ -18,6 +18,7 @@ from xlsd_cache.runtime.atomic import HOST, write_json
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.store.commit import planning
 from xlsd_cache.store.manifest import Manifest, ShardId
+from xlsd_cache.store.view import StoreView
 
 DAY_S = 86400.0  # the longest that a process on another machine is assumed to run
 
@@ -83,14 +84,12 @@ class BuildSession:
 
 
 @contextmanager
-def build_session(
-    manifest: Manifest, generation: int, part: tuple[int, int], began: float
-) -> Iterator[set[ShardId]]:
+def build_session(store: StoreView, part: tuple[int, int], began: float) -> Iterator[set[ShardId]]:
     """Join or start a session for the block; yields the shards that were committed before it.
 
     `began` is the start of the command, in seconds since the epoch; `part` is (i, n) of --shard.
     """
-    me = Builder.me(began)
+    manifest, generation, me = store.manifest, store.generation, Builder.me(began)
     with planning(manifest):
         session, committed = _read(manifest), manifest.committed()
         number, parts = part
@@ -106,6 +105,13 @@ def build_session(
     finally:
         with suppress(OSError), planning(manifest):  # a full disk has been reported, or will be
             _leave(manifest, me, ended)
+
+
+def committed_before(manifest: Manifest) -> set[ShardId]:
+    """The shards that were committed before the last session; all, where that is not known."""
+    with planning(manifest):
+        session, committed = _read(manifest), manifest.committed()
+    return committed if session is None else {it for it in committed if it.name in session.before}
 
 
 def _leave(manifest: Manifest, me: Builder, ended: float) -> None:

@@ -40,6 +40,14 @@ class ShardId:
         """As in `manifest/commit/NAME.parquet` and `staging/NAME.part`."""
         return f"{self.bucket}.{self.shard}"
 
+    @classmethod
+    def parse(cls, name: str) -> "ShardId":
+        """The shard of this name. Raises ValueError for a name that no shard has."""
+        match = re.fullmatch(r"(\d+x\d+)\.(\d{1,10})", name, re.ASCII)
+        if match is None or not is_bucket(match[1]):
+            raise ValueError(f"{name!r} is not BUCKET.N")
+        return cls(match[1], int(match[2]))
+
 
 @dataclass(frozen=True)
 class Manifest:

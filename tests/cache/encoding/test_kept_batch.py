@@ -31,7 +31,7 @@ def build(
         folder = out.parent
         width = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"][0]
         free = room * 6 * 4 * SIDE**2 * width / 0.7
-        for place in ("encoding.encoder", "commands.build"):
+        for place in ("encoding.encoder", "building.worker"):
             patch.setattr(f"xlsd_cache.{place}.free_on", lambda _: free)
         encode = Vae.encode
 

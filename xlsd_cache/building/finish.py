@@ -1,0 +1,75 @@
+"""Finish a build or an import: sums, snapshot, table of rejected images."""
+
+import logging
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+from xlsd_cache.errors import UserError
+from xlsd_cache.integrity.accounting import Accounting, account, save_accounting
+from xlsd_cache.planning.sessions import committed_before
+from xlsd_cache.planning.units import pending_units
+from xlsd_cache.runtime.atomic import write_parquet
+from xlsd_cache.store.commit import tidy
+from xlsd_cache.store.index import make_snapshot, save_snapshot
+from xlsd_cache.store.live_rows import write_live
+from xlsd_cache.store.manifest import ShardId
+from xlsd_cache.store.view import StoreView
+
+log = logging.getLogger("xlsd.cache.building")
+_SHOWN = 3  # names in a message
+
+
+def finish(store: Path | str) -> Accounting:
+    """Write what is derived from the log of a store whose units are all encoded; returns the sums.
+
+    Images of units that were committed before the plan count as reused. Finishing again changes
+    nothing. Raises UserError, and writes nothing, while units are pending.
+    """
+    root = Path(store)
+    view = StoreView.open(root)
+    if pending := pending_units(view):
+        names = ",".join(unit.name for unit in pending[:_SHOWN])
+        more = f" and {len(pending) - _SHOWN} more" if len(pending) > _SHOWN else ""
+        raise UserError(
+            f"{root} is not finished: {len(pending)} units are not encoded yet ({names}{more}); "
+            f"run `xlsd-cache encode {root}`, then finish again"
+        )
+    with writing(root):
+        counts = conclude(view, committed_before(view.manifest))
+    warn_of_vanished(counts)
+    return counts
+
+
+def conclude(store: StoreView, before: Set[ShardId]) -> Accounting:
+    """Write what is derived from the log; `before` are the shards committed before."""
+    manifest = store.manifest
+    counts, left_out = account(store, before)
+    snapshot = make_snapshot(store)
+    write_live(store, snapshot)
+    save_snapshot(manifest.root, snapshot)
+    write_parquet(manifest.root / "rejected.parquet", left_out, manifest.staging)
+    save_accounting(manifest, store.generation, counts)
+    tidy(manifest)
+    return counts
+
+
+def warn_of_vanished(counts: Accounting) -> None:
+    """Log a warning where files were deleted between plan and encoding."""
+    if gone := counts.rejected.get("vanished"):
+        log.warning(
+            f"{gone} images were deleted before they were encoded; restore them and run the same "
+            f"command again"
+        )
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn an OSError from writing the store into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out}: {error.strerror or error}. What is committed is safe. Fix that "
+            f"and run the same command again."
+        ) from error
