@@ -123,7 +123,7 @@ def scalars(files: list[Path]) -> dict[str, Any]:
     for path in sorted(files):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.tag not in KEYS["metrics.jsonl"]:
+                if value.tag.removeprefix("train/") not in KEYS["metrics.jsonl"]:
                     found[f"{value.tag} {event.step}"] = list(value.tensor.float_val)
     return found
 

@@ -8,11 +8,12 @@ import errno
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from torch.nn import Parameter
 
@@ -20,13 +21,17 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
+from xlsd_train.evaluation.images import Picture
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.layout import SAMPLES, SNAPSHOTS, checkpoints, partial_checkpoints
+from xlsd_train.runs.validation_log import BANDS
 
 log = logging.getLogger("xlsd.train.checkpoints")
 
 STATES = {"lion": 1, "dlion": 2, "adamw": 2}  # copies of what trains
-STEP_NBYTES = 700  # of metrics.jsonl and TensorBoard's log
+STEP_NBYTES = 800  # of metrics.jsonl and TensorBoard's log
+VALIDATED_NBYTES = 6000  # of validation.jsonl and TensorBoard's log, for each of the weights
+SMALL_PICTURE_NBYTES = 160_000  # a thumbnail and TensorBoard's, of noise; of photos a fifth
 SMALL_NBYTES = 2**18  # names and headers of a checkpoint's files
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -59,9 +64,9 @@ def needed(
     model: ModelBundle,
     named: Mapping[str, Parameter],
     planned: int,
-    pictures_nbytes: int,
+    pictures: Sequence[Picture],
 ) -> DiskPlan:
-    """What the run has yet to write; `named` trains, `pictures_nbytes` is for a step's samples."""
+    """What the run has yet to write; `named` trains, `pictures` are drawn at each sampled step."""
     step, saved = run.state()["step"], len(checkpoints(run.folder))
     left = max(0, config.last_step(planned) - step)
     saves = math.ceil(left / config.save_every)
@@ -74,7 +79,12 @@ def needed(
     averages = 2 * trains if config.ema else 0
     checkpoint = sum(sizes[name] for name in trained) + _state_nbytes(config, named) + averages
     beyond = min(config.ema_snapshots or 0, saved + saves) - held
-    drawn = left // config.sample_every + 1 if config.sample_every and left else 0
+    drawn, validated = (
+        left // every + 1 if every and left else 0
+        for every in (config.sample_every, config.validate_every)
+    )
+    picture = sum(3 * each.width * each.height + SMALL_PICTURE_NBYTES for each in pictures)
+    losses = 2 * config.validation_images * BANDS * np.float32().nbytes + VALIDATED_NBYTES
     frozen = sum(sizes[name] for name in sizes.keys() - trained)
     return DiskPlan(
         base=0 if run.checkpoint else _nbytes(model.vae.model) + frozen,
@@ -82,7 +92,7 @@ def needed(
         first=min(saves, max(1, min(held, (config.keep or 1) + 1) - saved)),
         most=min(saves, max(1, held + best - saved)),
         averages=max(0, beyond) * averages,
-        others=drawn * pictures_nbytes + left * STEP_NBYTES,
+        others=drawn * picture + validated * (3 if config.ema else 1) * losses + left * STEP_NBYTES,
     )
 
 

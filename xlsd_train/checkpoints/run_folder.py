@@ -9,13 +9,13 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import BaseFileLock, FileLock, Timeout
-from torch.utils.tensorboard import SummaryWriter
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import (
@@ -27,6 +27,7 @@ from xlsd_cache.runtime.atomic import (
 )
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.runtime.own_files import is_run
+from xlsd_train.checkpoints.board import Board
 from xlsd_train.checkpoints.resume import LENGTH
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.model.bundle import ModelBundle
@@ -45,12 +46,14 @@ from xlsd_train.runs.layout import (
     checkpoints,
     is_checkpoint,
     partial_checkpoints,
+    samples_of,
     steps_in,
 )
 from xlsd_train.runs.links import refuse_links
 from xlsd_train.runs.metrics import METRICS
 from xlsd_train.runs.record import Changes, RunRecord, read_state, record_to_resume
-from xlsd_train.runs.validation_log import SETS, forget_after, save_losses, summaries
+from xlsd_train.runs.tracked import step_values, validation_values
+from xlsd_train.runs.validation_log import forget_after, save_losses, summaries
 
 log = logging.getLogger("xlsd.train.checkpoints")
 
@@ -64,7 +67,7 @@ class RunFolder:
     forced: dict[str, Any] = field(default_factory=dict)  # by --force: name -> old value
     lengthened: bool = False  # planned for longer or shorter, with the same rates so far
     _metrics: IO[str] | None = field(default=None)
-    _board: SummaryWriter | None = field(default=None)
+    _board: Board | None = field(default=None)
     _lock: BaseFileLock | None = field(default=None)
 
     @classmethod
@@ -148,7 +151,7 @@ class RunFolder:
         forget_after(self.folder, last)
         forget_snapshots_after(self.folder, last)
         self._metrics = (self.folder / METRICS_LOG).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / BOARD), purge_step=step + 1)
+        self._board = Board(self.folder / BOARD, last, record)
 
     def _save_base(self, model: ModelBundle, config: TrainConfig) -> None:
         with replacing_folder(self.folder / BASE) as folder:
@@ -184,9 +187,7 @@ class RunFolder:
         assert line.keys() <= METRICS.keys(), "a metric that runs/metrics.py does not list"
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name, metric in METRICS.items():
-            if metric.board and name in line:
-                self._board.add_scalar(name, line[name], line["step"])
+        self._board.log(step_values(line), line["step"])
 
     def log_validation(
         self, step: int, images_seen: int, losses: dict[str, Losses]
@@ -203,17 +204,28 @@ class RunFolder:
                 line = {"step": step, "images_seen": images_seen, "weights": weights, **summary}
                 file.write(json.dumps(line) + "\n")
                 lines.append(line)
-                for name in (*SETS, "gap"):
-                    mean = summary[name]["mean"]
-                    self._board.add_scalar(f"validation/{weights}/{name}", mean, step)
+                self._board.log(validation_values(line), step)
             file.flush()
             os.fsync(file.fileno())
         return lines
 
+    def log_samples(self, step: int, prompts: Sequence[str]) -> None:
+        """Add the samples of a step to TensorBoard."""
+        assert self._board is not None
+        names = (f"{i:02d}.png" for i in range(len(prompts)))
+        self._board.log_samples([samples_of(self.folder, step) / x for x in names], prompts, step)
+
+    def complete(self, step: int) -> None:
+        """Tell TensorBoard that the run is complete."""
+        assert self._board is not None
+        self._board.complete(step)
+
     def sync(self) -> None:
         """Write the metrics so far to the disk; called before a checkpoint."""
         assert self._metrics is not None
+        assert self._board is not None
         os.fsync(self._metrics.fileno())
+        self._board.flush()
 
     def take_request(self, name: str) -> bool:
         """Whether the user has touched RUN/NAME; the file is removed."""

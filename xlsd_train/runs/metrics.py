@@ -9,20 +9,19 @@ class Metric:
 
     unit: str
     chart: str = ""  # title of the report's chart that shows it; empty: none
-    board: bool = False  # whether TensorBoard shows it
 
 
 METRICS = {
     "step": Metric("steps"),
     "images_seen": Metric("images"),
     "epoch": Metric("epochs"),
-    "loss": Metric("loss", "Training loss", board=True),
-    "loss_smoothed": Metric("loss", "Training loss", board=True),
+    "loss": Metric("loss", "Training loss"),
+    "loss_smoothed": Metric("loss", "Training loss"),
     "lr": Metric("learning rate", "Learning rate"),
-    "lr_effective": Metric("learning rate", "Learning rate", board=True),
-    "d": Metric("d", "d", board=True),  # D-Lion's alone
-    "grad_norm": Metric("norm", "Gradient norm", board=True),
-    "images_per_s": Metric("images/s", "Throughput", board=True),
+    "lr_effective": Metric("learning rate", "Learning rate"),
+    "d": Metric("d", "d"),  # D-Lion's alone
+    "grad_norm": Metric("norm", "Gradient norm"),
+    "images_per_s": Metric("images/s", "Throughput"),
     "wait_s": Metric("seconds per step", "Data wait"),
     "peak_gib": Metric("GiB", "Peak memory"),
     "alloc_retries": Metric("times"),  # of the GPU's allocator, so far

@@ -130,6 +130,8 @@ def _train(session: Session, stop: StopSignal) -> None:
                 }
                 _save(session, state)  # last: the step's samples and losses are on the disk before
             if due.ends:
+                if session.main and step == session.planned_steps:
+                    run.complete(step)
                 break
             if due.pauses:
                 session.status.refresh_report()
@@ -165,6 +167,8 @@ def _sample(session: Session, step: int, stopped: Callable[[], bool]) -> bool:
             session.model, folder, step, session.accelerator, session.processes, stopped, progress
         )
     if grid is not None:
+        if session.main:
+            session.run.log_samples(step, session.sampler.prompts)
         session.status.sampled(folder, step)
     return grid is not None
 

@@ -127,8 +127,9 @@ def open_session(
         if accelerator.is_main_process:
             status.doing("starting")
             announce(config, record, order, model.named, run)
-            drawn = sum(3 * picture.width * picture.height for picture in data.pictures)
-            check_disk(needed(config, run, model.bundle, model.named, planned, drawn), run, config)
+            pictures = data.pictures
+            plan = needed(config, run, model.bundle, model.named, planned, pictures)
+            check_disk(plan, run, config)
         processes.wait()  # all have checked before the main process writes
         if accelerator.is_main_process and not config.dry_run:
             with writing(run):

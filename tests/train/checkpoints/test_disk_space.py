@@ -44,12 +44,35 @@ def test_checkpoints_are_as_large_as_told(
     (checkpoint,) = (run / "checkpoints").iterdir()
     nbytes = sum(path.stat().st_size for path in checkpoint.iterdir() if path.name[0] != "t")
     session = open_run(out=tmp_path / "other", steps=6, sample_every=0, **given)
-    room = needed(session.config, session.run, session.model, session.named, 6, 0)
+    room = needed(session.config, session.run, session.model, session.named, 6, [])
     assert nbytes <= room.checkpoint <= 1.2 * nbytes + 2**18
     assert (room.first, room.most) == (2, 2)
     assert room.averages == sum(2 * 2 * p.nbytes for p in session.named.values()) / 2
     base = sum(path.stat().st_size for path in (run / "base").rglob("*.safetensors"))
     assert 0.9 * base <= room.base <= base
+
+
+def test_samples_losses_and_logs_take_no_more_than_told(
+    open_run: Open, arguments: list[object], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    looks: dict[str, Any] = {"sample_every": 5, "validate_every": 5, "validation_fraction": 0.4}
+    words = [x for name, value in looks.items() for x in (f"--{name.replace('_', '-')}", value)]
+    given = [*arguments, *words, "--steps", 60, "--save-every", 60, "--sample-steps", 1]
+    assert train(*given, "--optimizer", "dlion", "--lr", 0.01) == 0
+    session = open_run(out=tmp_path / "other", steps=60, optimizer="dlion", lr=0.01, **looks)
+    needs = session.config, session.run, session.model, session.named, 60
+    told = needed(*needs, session.sampler.pictures).others
+    wrote = ("metrics.jsonl", "validation.jsonl", "validation", "samples", "tensorboard")
+    nbytes = sum(
+        path.stat().st_size
+        for name in wrote
+        for path in [run / name, *(run / name).rglob("*")]
+        if path.is_file() and path.name != "grid.png"
+    )
+    logs = sum(path.stat().st_size for path in run.glob("tensorboard/*"))
+    assert nbytes <= told
+    assert logs + (run / "metrics.jsonl").stat().st_size > 60 * 600  # STEP_NBYTES is not far off
 
 
 def test_too_little_room_is_refused_before_anything_is_written(
