@@ -3,7 +3,8 @@
 They communicate on the CPU (gloo): no GPU is waited for, and a lost process is noticed at once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,9 @@ from torch import Tensor, distributed
 
 from xlsd_cache.errors import UserError
 
-TIMEOUT = timedelta(days=1)  # one process writes a checkpoint while the others wait
+# One process writes a checkpoint while the others wait. A machine that vanished without a word, or a
+# start in which one is missing, ends after this long.
+TIMEOUT = timedelta(hours=1)
 LOST_WORDS = ("onnection closed", "onnection reset", "roken pipe", "ead peer", "NCCL", "gloo")
 Item = TypeVar("Item")
 
@@ -107,6 +110,22 @@ class Processes:
             finally:
                 for tensor, value in zip(tensors, own, strict=False):
                     tensor.copy_(value)
+
+    def agree(self, facts: Mapping[str, Any], remedy: str) -> None:
+        """Raise UserError, in all processes, if any has other facts than the first one."""
+        if self.count == 1:
+            return
+        every: list[Any] = [None] * self.count
+        with self._lost_raised():
+            distributed.all_gather_object(every, (platform.node(), facts), group=self.group)
+        host, first = every[0]
+        for rank, (other, its) in enumerate(every):
+            for name in first:
+                if its[name] != first[name]:
+                    raise UserError(
+                        f"process {rank} on {other} has {name} {its[name]}, and process 0 on {host} "
+                        f"has {name} {first[name]}; {remedy}"
+                    )
 
     def names(self, names: list[str]) -> list[str]:
         """The first process's names."""

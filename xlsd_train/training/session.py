@@ -36,6 +36,7 @@ from xlsd_train.progress.status import Status
 from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.distributed import Processes
 from xlsd_train.step.step import Step
+from xlsd_train.training.agreement import agree_on_command, agree_on_inputs
 from xlsd_train.training.setup_data import RunData, build_data, make_source
 from xlsd_train.training.setup_model import RunModel, build_model
 from xlsd_train.training.setup_step import build_step, plan_batch, start
@@ -90,6 +91,7 @@ def open_session(
     # The default folder's name holds the time, which differs between processes.
     config = replace(config, out=broadcast_object_list([RunFolder.open(config).folder])[0])
     run = RunFolder.open(config)
+    agree_on_command(config, run, processes)
     with (
         open_mixture(config.data, run.generations) as store,
         closing(run),
@@ -99,6 +101,9 @@ def open_session(
         config = data.config
         status.doing("loading the model")
         model = build_model(config, run, store)
+        # A resumed run's trained weights are the checkpoint's, and hashing takes a while.
+        sha256 = {} if run.checkpoint else model.bundle.sha256()
+        agree_on_inputs(data, sha256, processes)
         status.doing("planning the memory")
         batching = plan_batch(config, run, data.samples.selection, model, accelerator)
         source = make_source(data, batching.batch, model.bundle, model.objective, accelerator)
@@ -109,7 +114,7 @@ def open_session(
         held, trains, count = data.samples.held_out, data.samples.trains, data.samples.measured
         validator = make_validator(source, held, trains, count, batching.batch)
         record = replace(
-            _record(data, model, run, source, validator),
+            _record(data, model, sha256, source, validator),
             command=list(command),
             precision=describe_precision(config.precision, batching.plan.attention == "exact"),
             batch=batching.batch,
@@ -152,8 +157,9 @@ def open_session(
 
 
 def _record(
-    data: RunData, model: RunModel, run: RunFolder, source: BatchSource, validator: Validator | None
-) -> RunRecord:
+    data: RunData, model: RunModel, sha256: dict[str, str], source: BatchSource,
+    validator: Validator | None,
+) -> RunRecord:  # fmt: skip
     """What config.json says of data and model."""
     config, samples, bundle = data.config, data.samples, model.bundle
     return RunRecord(
@@ -169,8 +175,7 @@ def _record(
         unknown_tags=list(samples.tagged.unknown),
         captions=truncation(source),
         remarks=remarks(data.pictures, bundle.tokenizer, bundle.tokens),
-        # A resumed run's trained weights are the checkpoint's, and hashing takes a while.
-        model={"source": bundle.source, "sha256": {} if run.checkpoint else bundle.sha256()},
+        model={"source": bundle.source, "sha256": sha256},
         objective=model.objective.record(model.scheduler_before),
         latents=bundle.scaling.record(),
         vae={
