@@ -17,6 +17,7 @@ from xlsd_cache.schema import PLAN
 
 Mask = NDArray[np.bool_]
 _SIDES = ["width", "height"]
+_SLICE = 1 << 14  # sizes that are dictionaries at a time, a kilobyte each
 _PLACEMENT = pa.schema([PLAN.field(name) for name in ("bucket", "crop", "reason", "detail")])
 
 
@@ -26,9 +27,13 @@ def assign_buckets(images: pa.Table, facts: pa.Table, buckets: Buckets, limit: i
     `facts` has width, height, reason and detail of each image; `limit` is in pixels.
     """
     sizes = facts.group_by(_SIDES, use_threads=False).aggregate([])
-    placed = [_of_size(it["width"], it["height"], buckets, limit) for it in sizes.to_pylist()]
+    parts = (sizes.slice(start, _SLICE).to_pylist() for start in range(0, sizes.num_rows, _SLICE))
+    placed = [
+        pa.Table.from_pylist([_of_size(*it.values(), buckets, limit) for it in part], _PLACEMENT)
+        for part in parts
+    ]
     which = pa.array(lookup_rows(facts, sizes, _SIDES))
-    placements = pa.Table.from_pylist(placed, _PLACEMENT).take(which)
+    placements = pa.concat_tables([_PLACEMENT.empty_table(), *placed]).take(which)
     has_reason = pc.not_equal(facts["reason"], "")
     columns = {
         **{name: images[name] for name in ("key", "source", "size", "mtime_ns")},

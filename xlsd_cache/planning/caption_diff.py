@@ -31,6 +31,8 @@ def caption_changes(
 
 def _texts(captions: pa.Table, column: str, keys: pa.Array) -> tuple[pa.Array, Ints]:
     """A column's texts, which may pass 2 GiB, and the position of each key's text, or -1."""
-    captions = captions.filter(pc.equal(captions["column"], column))
+    mine = pc.equal(captions["column"], column)
+    if not pc.all(mine).as_py():  # else it would be a copy
+        captions = captions.filter(mine)
     texts = pc.cast(captions["text"], pa.large_string())
     return texts.combine_chunks(), lookup(keys, captions["key"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.runtime.arrow import last_per_key, lookup_rows, take_or_null
+from xlsd_cache.runtime.arrow import last_lines, lookup_rows, take_or_null
 from xlsd_cache.schema import CAPTIONS, PLACE, PLAN, PlanEntry
 from xlsd_cache.store.manifest import Manifest, ShardId
 
@@ -13,6 +13,7 @@ CONTENT = pa.schema(
     [PLAN.field(name) for name in ("content_hash", "size", "bucket", "row", "crop")]
 )
 FORMER = pa.schema([PLAN.field(name) for name in ("key", "source", "content_hash")])
+_OUTCOME = ["row", "content_hash", "status", "reason", "detail"]  # of COMMIT
 _FORMER_LINES = ["key", "source", "bucket", "row", "reason", "content_hash"]
 
 
@@ -32,24 +33,27 @@ EMPTY_LOG = LogState(PLAN.empty_table(), CONTENT.empty_table(), {}, CAPTIONS.emp
 def read_log_state(manifest: Manifest, rows_per_shard: int) -> LogState:
     """Fold the log; EMPTY_LOG for an empty store."""
     generation = max(manifest.generations(), default=-1)
-    commits = manifest.commits(manifest.committed())
+    commits = manifest.commits(manifest.committed(), _OUTCOME)
     live = _as_committed(manifest.live(generation), commits)
-    planned = manifest.planned(generation)
-    outcome = take_or_null(commits, lookup_rows(planned, commits, PLACE))
-    content = set_plan_column(planned, "content_hash", outcome["content_hash"])
+    planned = manifest.plan_lines(generation, CONTENT.names)
+    planned = planned.filter(pc.greater_equal(planned["row"], 0))
+    at = lookup_rows(planned, commits, PLACE)
+    outcome = take_or_null(commits.select(["content_hash", "status"]), at)
+    content = planned.set_column(0, "content_hash", outcome["content_hash"])
     content = content.filter(pc.fill_null(pc.equal(outcome["status"], "encoded"), False))
     # A commit record that was rebuilt by --repair may lack the hash.
     content = content.filter(pc.not_equal(content["content_hash"], ""))
     is_good = lookup_rows(content, manifest.damaged(generation), PLACE) < 0
-    content = content.filter(pa.array(is_good)).select(CONTENT.names)
-    content = content.take(last_per_key(content, ["content_hash"]))
+    content = content.filter(pa.array(is_good))
+    content = last_lines(content, ["content_hash"])
     next_rows = next_free_rows(planned, rows_per_shard)
     return LogState(live, content, next_rows, manifest.captions(generation))
 
 
 def read_live(manifest: Manifest, generation: int) -> pa.Table:
     """PLAN of a generation's images; content_hash, reason and detail as committed."""
-    return _as_committed(manifest.live(generation), manifest.commits(manifest.committed()))
+    commits = manifest.commits(manifest.committed(), _OUTCOME)
+    return _as_committed(manifest.live(generation), commits)
 
 
 def _as_committed(live: pa.Table, commits: pa.Table) -> pa.Table:
@@ -87,7 +91,7 @@ def former_names(manifest: Manifest, rows_per_shard: int, present: pa.Array) -> 
     )
     former = pa.table([lines["key"], lines["source"], contents], schema=FORMER)
     former = former.filter(pc.not_equal(contents, ""))
-    return former.take(last_per_key(former, ["key", "source"]))
+    return last_lines(former, ["key", "source"])
 
 
 def shard_names(table: pa.Table, rows_per_shard: int) -> pa.ChunkedArray:

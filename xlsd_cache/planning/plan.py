@@ -18,7 +18,7 @@ from xlsd_cache.planning.probe import FILES, read_hashes, read_headers
 from xlsd_cache.planning.unchanged import SCANNED, Classified, Mask, among, classify, equal
 from xlsd_cache.runtime.arrow import (
     counts,
-    last_per_key,
+    last_lines,
     lookup,
     lookup_rows,
     merge_rows,
@@ -109,7 +109,7 @@ def contents(plan: GenerationPlan, state: LogState) -> pa.Table:
     placed = plan.entries.filter(pc.equal(plan.entries["reason"], ""))
     table = pa.concat_tables([state.live.select(names), placed.select(names)])
     table = table.filter(pc.not_equal(table["content_hash"], ""))
-    return table.take(last_per_key(table, ["key"]))
+    return last_lines(table, ["key"])
 
 
 def keep_unread_captions(plan: GenerationPlan) -> GenerationPlan:

@@ -37,6 +37,16 @@ def last_per_key(table: pa.Table, keys: list[str]) -> Ints:
     return np.sort(groups.aggregate([(_HAVE, "max")])[f"{_HAVE}_max"].to_numpy())
 
 
+def last_lines(table: pa.Table, keys: list[str]) -> pa.Table:
+    """The last row of each distinct value of `keys`, in order.
+
+    A filter goes chunk by chunk; `take` fails where the strings of a column pass 2 GiB.
+    """
+    kept = np.zeros(table.num_rows, bool)
+    kept[last_per_key(table, keys)] = True
+    return table.filter(pa.array(kept))
+
+
 def counts(values: Any) -> dict[Any, int]:
     """Value -> how often a column has it."""
     return {it["values"]: it["counts"] for it in pc.value_counts(values).to_pylist()}

@@ -1,8 +1,10 @@
+import numpy as np
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xlsd_cache.runtime.arrow import (
+    last_lines,
     last_per_key,
     lookup,
     lookup_rows,
@@ -51,6 +53,18 @@ def test_the_last_row_of_each_key_is_what_a_dictionary_would_keep(
     assert last_per_key(table(rows), ["a", "b"]).tolist() == sorted(pairs.values())
     firsts = {row[0]: i for i, row in enumerate(rows)}
     assert last_per_key(table(rows), ["a"]).tolist() == sorted(firsts.values())
+    kept = last_lines(table(rows), ["a", "b"])
+    assert list(zip(*kept.to_pydict().values(), strict=True)) == [
+        rows[i] for i in sorted(pairs.values())
+    ]
+
+
+def test_the_last_lines_of_a_log_may_have_more_text_than_one_array_holds() -> None:
+    """As eleven million captions of 200 bytes have. The chunks are one in memory."""
+    texts = pa.chunked_array([pa.array(["x" * 8000] * 6000)] * 45)
+    assert texts.nbytes > 2**31
+    log = pa.table({"key": np.arange(len(texts)) % 7, "text": texts})
+    assert last_lines(log, ["key"])["key"].to_pylist() == [(len(texts) + i) % 7 for i in range(7)]
 
 
 @given(NAMES)
