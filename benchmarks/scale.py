@@ -182,7 +182,7 @@ class Case:
         from xlsd_cache.store.manifest import Manifest
 
         scan = Scanned.of(self.root)
-        plan.read_headers = scan.read_headers  # type: ignore[assignment]  # no image exists
+        vars(plan)["read_headers"] = scan.read_headers  # no image exists
         other = Manifest(self.root.parent / "planned")
         other.make_folders()
         with Memory() as memory:

@@ -73,8 +73,8 @@ class Host:
     def start(self, script: str, log: str) -> subprocess.Popen[bytes]:
         """Run a shell script on this machine, in its folder."""
         environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
-            "GLOO_SOCKET_IFNAME": self.device, "HF_HUB_OFFLINE": "1",
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": self.device, "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
         words = ["bash", "-c", script]
         if self.space:

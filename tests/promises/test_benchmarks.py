@@ -20,11 +20,11 @@ from xlsd_cache.images.decode import FORMATS
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     "benchmarks/card.py", "benchmarks/card_parts/room.py", "benchmarks/same.py",
-    "benchmarks/startup.py", "benchmarks/throughput.py",
-    *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "scale", "store")),
+    "benchmarks/scale.py", "benchmarks/startup.py", "benchmarks/throughput.py",
+    *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "store")),
     "benchmarks/train/lion.py",
-    *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "overtrain")),
-    "benchmarks/train/small_cards.py",
+    *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "nodes")),
+    "benchmarks/train/overtrain.py", "benchmarks/train/small_cards.py",
     "benchmarks/train/report.py",
 ]  # fmt: skip
 
@@ -259,14 +259,21 @@ def test_store_reads_the_same_rows_by_every_reader(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_scale_takes_every_step(tmp_path: Path) -> None:
     """Its own assertions: tags are found where the captions have them."""
-    options = ("--rows", "3000", "--rows-per-shard", "256", "--resume-at", "1000")
-    measured = Measured("cache/scale.py", *options, out=tmp_path)
-    steps = [row["details"] for row in measured.rows("step")]
-    assert len(steps) == 9
-    assert "3000 images in" in steps[0]
-    assert "3000 samples in 7 buckets" in steps[1]
-    assert "3000 samples in 7 buckets" in steps[2]
-    assert len(measured.rows("target")) == 5
+    options = ("--rows", "300", "3000", "--rows-per-shard", "256", "--resume-at", "1000")
+    measured = Measured("scale.py", *options, out=tmp_path)
+    rows = measured.rows("step")
+    assert [row["rows"] for row in rows] == [300] * 11 + [3000] * 11
+    assert "3000 images" in rows[12]["details"]
+    assert "3000 samples in 7 buckets" in rows[14]["details"]
+    assert len(measured.rows("growth")) == 11
+    assert len(measured.rows("target")) == 8
+
+
+@pytest.mark.slow
+def test_two_launchers_train_as_one_machine_and_are_restarted(tmp_path: Path) -> None:
+    rows = Measured("train/nodes.py", "--loopback", "--steps", "40", out=tmp_path).rows("case")
+    assert len(rows) == 7
+    assert [row["what"] for row in rows if not row["met"]] == []
 
 
 @pytest.mark.slow

@@ -29,7 +29,9 @@ def assign_buckets(images: pa.Table, facts: pa.Table, buckets: Buckets, limit: i
     sizes = facts.group_by(_SIDES, use_threads=False).aggregate([])
     parts = (sizes.slice(start, _SLICE).to_pylist() for start in range(0, sizes.num_rows, _SLICE))
     placed = [
-        pa.Table.from_pylist([_of_size(*it.values(), buckets, limit) for it in part], _PLACEMENT)
+        pa.Table.from_pylist(
+            [_of_size(it["width"], it["height"], buckets, limit) for it in part], _PLACEMENT
+        )
         for part in parts
     ]
     which = pa.array(lookup_rows(facts, sizes, _SIDES))

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.runtime.arrow import Ints, lookup, take_or_null
+from xlsd_cache.runtime.arrow import Ints, filtered, lookup, take_or_null
 from xlsd_cache.schema import CAPTIONS
 
 _SLICE = 1 << 20  # captions: their texts must stay below the 2 GiB of one Arrow array
@@ -31,8 +31,6 @@ def caption_changes(
 
 def _texts(captions: pa.Table, column: str, keys: pa.Array) -> tuple[pa.Array, Ints]:
     """A column's texts, which may pass 2 GiB, and the position of each key's text, or -1."""
-    mine = pc.equal(captions["column"], column)
-    if not pc.all(mine).as_py():  # else it would be a copy
-        captions = captions.filter(mine)
+    captions = filtered(captions, pc.equal(captions["column"], column))
     texts = pc.cast(captions["text"], pa.large_string())
     return texts.combine_chunks(), lookup(keys, captions["key"])

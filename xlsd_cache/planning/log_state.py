@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.runtime.arrow import last_lines, lookup_rows, take_or_null
+from xlsd_cache.runtime.arrow import filtered, last_lines, lookup_rows, take_or_null
 from xlsd_cache.schema import CAPTIONS, PLACE, PLAN, PlanEntry
 from xlsd_cache.store.manifest import Manifest, ShardId
 
@@ -36,15 +36,15 @@ def read_log_state(manifest: Manifest, rows_per_shard: int) -> LogState:
     commits = manifest.commits(manifest.committed(), _OUTCOME)
     live = _as_committed(manifest.live(generation), commits)
     planned = manifest.plan_lines(generation, CONTENT.names)
-    planned = planned.filter(pc.greater_equal(planned["row"], 0))
+    planned = filtered(planned, pc.greater_equal(planned["row"], 0))
     at = lookup_rows(planned, commits, PLACE)
     outcome = take_or_null(commits.select(["content_hash", "status"]), at)
     content = planned.set_column(0, "content_hash", outcome["content_hash"])
-    content = content.filter(pc.fill_null(pc.equal(outcome["status"], "encoded"), False))
+    content = filtered(content, pc.equal(outcome["status"], "encoded"))
     # A commit record that was rebuilt by --repair may lack the hash.
-    content = content.filter(pc.not_equal(content["content_hash"], ""))
+    content = filtered(content, pc.not_equal(content["content_hash"], ""))
     is_good = lookup_rows(content, manifest.damaged(generation), PLACE) < 0
-    content = content.filter(pa.array(is_good))
+    content = filtered(content, is_good)
     content = last_lines(content, ["content_hash"])
     next_rows = next_free_rows(planned, rows_per_shard)
     return LogState(live, content, next_rows, manifest.captions(generation))

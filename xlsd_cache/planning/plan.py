@@ -18,6 +18,7 @@ from xlsd_cache.planning.probe import FILES, read_hashes, read_headers
 from xlsd_cache.planning.unchanged import SCANNED, Classified, Mask, among, classify, equal
 from xlsd_cache.runtime.arrow import (
     counts,
+    filtered,
     last_lines,
     lookup,
     lookup_rows,
@@ -76,6 +77,8 @@ def make_plan(
     it is a duplicate; else it gets a new row after its bucket's last shard. What is read of files
     is journaled in `staging`, if given.
     """
+    # First, while nothing else takes memory: it has all texts twice.
+    captions = caption_changes(images["key"].combine_chunks(), captions, columns, state.captions)
     names = JOURNALS[2:] if rehash else JOURNALS[:2]
     header_journal, hash_journal = (staging and staging / name for name in names)
     logged = take_or_null(state.live, lookup(images["key"], state.live["key"]))
@@ -99,7 +102,7 @@ def make_plan(
         np.concatenate([np.zeros(moved.num_rows, bool), fresh]),
         removed["key"].to_pylist(),
         _leaving(state, removed, entries),
-        caption_changes(images["key"].combine_chunks(), captions, columns, state.captions),
+        captions,
     )
 
 
@@ -196,10 +199,10 @@ def _read_changed(
 
 def _kept(images: pa.Table, logged: pa.Table, found: Classified) -> tuple[pa.Table, pa.Table]:
     """The log's lines that stay, with today's source and times; those among them to log again."""
-    where = pa.array(found.unchanged)
-    kept = logged = logged.filter(where)
-    for name in ("source", "inode", "ctime_ns"):
-        kept = set_plan_column(kept, name, images[name].filter(where))
+    kept = logged = filtered(logged, found.unchanged)
+    images = filtered(images.select(["source", "inode", "ctime_ns"]), found.unchanged)
+    for name in images.column_names:
+        kept = set_plan_column(kept, name, images[name])
     is_moved = ~equal(kept, logged, "source") | found.new_times[found.unchanged]
     return kept, kept.filter(pa.array(is_moved))
 

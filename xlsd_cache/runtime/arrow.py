@@ -38,13 +38,19 @@ def last_per_key(table: pa.Table, keys: list[str]) -> Ints:
 
 
 def last_lines(table: pa.Table, keys: list[str]) -> pa.Table:
-    """The last row of each distinct value of `keys`, in order.
+    """The last row of each distinct value of `keys`, in order."""
+    kept = np.zeros(table.num_rows, bool)
+    kept[last_per_key(table, keys)] = True
+    return filtered(table, kept)
+
+
+def filtered(table: pa.Table, mask: Any) -> pa.Table:
+    """The rows where a mask is true, and not null; not a copy where it is everywhere.
 
     A filter goes chunk by chunk; `take` fails where the strings of a column pass 2 GiB.
     """
-    kept = np.zeros(table.num_rows, bool)
-    kept[last_per_key(table, keys)] = True
-    return table.filter(pa.array(kept))
+    kept = mask if isinstance(mask, np.ndarray) else np.asarray(pc.fill_null(mask, False))
+    return table if kept.all() else table.filter(pa.array(kept))
 
 
 def counts(values: Any) -> dict[Any, int]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from xlsd_cache.errors import UserError, one_line
-from xlsd_cache.runtime.arrow import last_lines
+from xlsd_cache.runtime.arrow import filtered, last_lines
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.runtime.bounded_files import require_regular
 from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, LATER, MOST_ROWS, PLAN, REMOVED
@@ -136,7 +136,7 @@ class Manifest:
         """PLAN of a generation's images: the last line of each key, without removed keys."""
         table = self.plan_lines(generation)
         table = last_lines(table, ["key"])
-        return table.filter(pc.is_valid(table["row"]))  # removed keys have nothing else
+        return filtered(table, pc.is_valid(table["row"]))  # removed keys have nothing else
 
     def planned(self, generation: int) -> pa.Table:
         """PLAN of every row ever assigned up to a generation, its image live or not."""
@@ -167,7 +167,7 @@ class Manifest:
         read = [read_log(path, CAPTIONS.names) for path in self._caption_files(generation)]
         table = pa.concat_tables([CAPTIONS.empty_table(), *read])
         table = last_lines(table, ["key", "column"])
-        return table.filter(pc.not_equal(table["text"], ""))
+        return filtered(table, pc.not_equal(table["text"], ""))
 
     def plan_lines(self, generation: int, columns: Sequence[str] = PLAN.names) -> pa.Table:
         """All lines of PLAN up to a generation, in order; a removal has a key and nulls.

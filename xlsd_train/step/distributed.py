@@ -16,8 +16,8 @@ from torch import Tensor, distributed
 
 from xlsd_cache.errors import UserError
 
-# One process writes a checkpoint while the others wait. A machine that vanished without a word, or a
-# start in which one is missing, ends after this long.
+# One process writes a checkpoint while the others wait. A run ends after this long if a machine is
+# missing at its start, or vanishes without a word.
 TIMEOUT = timedelta(hours=1)
 LOST_WORDS = ("onnection closed", "onnection reset", "roken pipe", "ead peer", "NCCL", "gloo")
 Item = TypeVar("Item")
@@ -123,8 +123,8 @@ class Processes:
             for name in first:
                 if its[name] != first[name]:
                     raise UserError(
-                        f"process {rank} on {other} has {name} {its[name]}, and process 0 on {host} "
-                        f"has {name} {first[name]}; {remedy}"
+                        f"process {rank} on {other} has {name} {its[name]}, and process 0 on "
+                        f"{host} has {name} {first[name]}; {remedy}"
                     )
 
     def names(self, names: list[str]) -> list[str]:

@@ -1,10 +1,9 @@
-"""Processes with files of their own, as on several machines: a difference is refused at the start."""
+"""Processes with files of their own, as on several machines: a difference is refused at once."""
 
 import os
 import shutil
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support import cache, files, metrics, together, train
