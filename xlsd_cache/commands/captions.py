@@ -87,6 +87,7 @@ def _write(
     manifest, root = store.manifest, store.manifest.root
     manifest.refuse_links()
     with FileLock(manifest.staging / "plan.lock"):
+        manifest.fold()
         newest = manifest.generations()[-1]
         images = _images(manifest.live(newest))
         found = _match(tables, images)

@@ -22,6 +22,7 @@ def plan_lock(manifest: Manifest) -> Iterator[None]:
     manifest.make_folders()
     with planning(manifest):
         tidy(manifest)
+        manifest.fold()
         yield
 
 

@@ -5,10 +5,11 @@ Each file is written once. A *generation* is one change of the store: it exists 
 reason why it has none. Reading the log up to a generation gives the store as it was then.
 """
 
+import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from xlsd_cache.errors import UserError, one_line
+from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.arrow import filtered, last_lines
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.runtime.bounded_files import require_regular
-from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, LATER, MOST_ROWS, PLAN, REMOVED
+from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLAN, REMOVED
+from xlsd_cache.store.log_files import Read, read_log, read_together, readable, write_fold
 from xlsd_cache.vocabulary import Bucket
 
-_FIELDS = {field.name: field for table in (PLAN, COMMIT, CAPTIONS) for field in table}
-_NEEDED = frozenset("key bucket row status column text".split())
+_FIELDS = {field.name for table in (PLAN, COMMIT, CAPTIONS) for field in table}
 _FOLDERS = ("latents.zarr", "manifest", "captions", "staging", "stray")
 
 
@@ -99,12 +100,13 @@ class Manifest:
 
     def generations(self) -> list[int]:
         """The generations that exist, oldest first."""
-        return _numbers(self.root / "manifest" / "plan", r"(\d+)\.parquet")
+        names = _names(self.root / "manifest" / "plan")
+        matches = (re.fullmatch(r"(\d+)\.parquet", name) for name in names)
+        return sorted(int(match[1]) for match in matches if match)
 
     def committed(self) -> set[ShardId]:
         """The shards that have a commit record."""
-        folder = self.root / "manifest" / "commit"
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        names = _names(self.root / "manifest" / "commit")
         matches = (
             re.fullmatch(r"(\d+x\d+)\.(\d{1,10})\.parquet", name, re.ASCII) for name in names
         )
@@ -122,15 +124,15 @@ class Manifest:
         gone = pa.table({"key": sorted(removed)}, REMOVED)
         given_up = DAMAGED.empty_table() if damaged is None else damaged
         for path, table in (
-            (self._file("manifest/removed", generation), gone),
-            (self._captions(generation), captions),
-            (self._file("manifest/damaged", generation), given_up),
+            (self._file("removed", generation), gone),
+            (self._file("captions", generation), captions),
+            (self._file("damaged", generation), given_up),
         ):
             if table.num_rows:
                 write_parquet(path, table, self.staging)
             else:
                 path.unlink(missing_ok=True)  # left by a killed process
-        write_parquet(self._file("manifest/plan", generation), plan, self.staging)
+        write_parquet(self._file("plan", generation), plan, self.staging)
 
     def live(self, generation: int) -> pa.Table:
         """PLAN of a generation's images: the last line of each key, without removed keys."""
@@ -140,32 +142,27 @@ class Manifest:
 
     def planned(self, generation: int) -> pa.Table:
         """PLAN of every row ever assigned up to a generation, its image live or not."""
-        numbers = [n for n in self.generations() if n <= generation]
-        tables = [read_log(self._file("manifest/plan", n), PLAN.names) for n in numbers]
-        table = pa.concat_tables([PLAN.empty_table(), *tables])
+        table = self.plan_lines(generation)
         return table.filter(pc.greater_equal(table["row"], 0))
 
     def damaged(self, generation: int) -> pa.Table:
         """DAMAGED rows that `check --repair` found, up to a generation."""
-        numbers = [n for n in self.generations() if n <= generation]
-        paths = [self._file("manifest/damaged", n) for n in numbers]
-        tables = [read_log(path, DAMAGED.names) for path in paths if path.exists()]
+        tables = [read_log(path, DAMAGED.names) for path in self._files(generation, "damaged")]
         return pa.concat_tables([DAMAGED.empty_table(), *tables])
 
     def commits(self, units: set[ShardId], columns: Sequence[str] = COMMIT.names) -> pa.Table:
         """The commit records of `units` as one table, with the bucket as first column."""
         empty = COMMIT.empty_table().select(columns)
-        tables = [empty.add_column(0, "bucket", pa.nulls(0, pa.string()))]
-        for unit in sorted(units):
-            table = read_log(self.commit(unit), columns)
-            bucket = pa.repeat(pa.scalar(unit.bucket, pa.string()), table.num_rows)
-            tables.append(table.add_column(0, "bucket", bucket))
-        return pa.concat_tables(tables)
+        empty = empty.add_column(0, "bucket", pa.nulls(0, pa.string()))
+        paths = [self.commit(unit) for unit in sorted(units)]
+        tables = read_together(self._fold("commit"), paths, empty.column_names, _read_commit)
+        return pa.concat_tables([empty, *tables])
 
     def captions(self, generation: int) -> pa.Table:
         """CAPTIONS at a generation: the last text of each key and column, unless empty."""
-        read = [read_log(path, CAPTIONS.names) for path in self._caption_files(generation)]
-        table = pa.concat_tables([CAPTIONS.empty_table(), *read])
+        table = pa.concat_tables(
+            [CAPTIONS.empty_table(), *self._caption_tables(generation, CAPTIONS.names)]
+        )
         table = last_lines(table, ["key", "column"])
         return filtered(table, pc.not_equal(table["text"], ""))
 
@@ -174,90 +171,100 @@ class Manifest:
 
         Reading column by column, a log may be larger than the memory.
         """
-        kept = [PLAN.empty_table().select(columns)]
-        for n in (n for n in self.generations() if n <= generation):
-            gone = self._file("manifest/removed", n)
-            if gone.exists():
-                kept.append(read_log(gone, REMOVED.names))
-            path = self._file("manifest/plan", n)
-            kept.append(read_log(path, columns))
-        return pa.concat_tables(kept, promote_options="default").select(columns)
+        paths = self._files(generation, "removed", "plan")
+        tables = read_together(self._fold("plan"), paths, columns, _read_plan)
+        return pa.concat_tables([PLAN.empty_table().select(columns), *tables])
 
     def caption_columns(self, generation: int) -> list[str]:
         """The name of every caption column that ever had a text, sorted."""
         names: set[str] = set()
-        for path in self._caption_files(generation):
-            names.update(pc.unique(read_log(path, ["column"])["column"]).to_pylist())
-        return sorted(names - _FIELDS.keys() | names & {"text", "column"})
+        for table in self._caption_tables(generation, ["column"]):
+            names.update(pc.unique(table["column"]).to_pylist())
+        return sorted(names - _FIELDS | names & {"text", "column"})
 
     def caption_lines(self, generation: int, column: str, field: str) -> pa.ChunkedArray:
         """The keys or texts of all lines of a caption column, in order."""
-        chunks = []
-        for path in self._caption_files(generation):
-            with _readable(path):
+
+        def read(path: Path, columns: Sequence[str]) -> pa.Table:
+            """By batches: a large file has the texts of several columns."""
+            with readable(path):
                 require_regular(path)
-                batches = pq.ParquetFile(path).iter_batches(1 << 17, columns=["column", field])
+                batches = pq.ParquetFile(path).iter_batches(1 << 17, columns=list(columns))
                 values = [b[field].filter(pc.equal(b["column"], column)) for b in batches]
-                pa.chunked_array(values, pa.string()).validate(full=True)
-                chunks += values
+                texts = pa.chunked_array(values, pa.string())
+                texts.validate(full=True)
+            return pa.table({field: texts})
+
+        chunks = []
+        for table in self._caption_tables(generation, ["column", field], read):
+            values = table[field]
+            if "column" in table.column_names:
+                values = values.filter(pc.equal(table["column"], column))
+            chunks += values.chunks
         return pa.chunked_array(chunks, pa.string())
 
     def files(self, generation: int) -> list[Path]:
         """The files of the log up to a generation, without commit records."""
-        return [
-            path
-            for n in self.generations()
-            if n <= generation
-            for path in (
-                self._file("manifest/removed", n),
-                self._file("manifest/damaged", n),
-                self._file("manifest/plan", n),
-                self._captions(n),
-            )
-            if path.exists()
-        ]
+        return self._files(generation, "removed", "damaged", "plan", "captions")
 
-    def _caption_files(self, generation: int) -> list[Path]:
-        numbers = (n for n in self.generations() if n <= generation)
-        return [path for path in map(self._captions, numbers) if path.exists()]
+    def fold(self) -> None:
+        """Fold the log's small files, if many are new; the caller holds the plan lock."""
+        newest = max(self.generations(), default=-1)
+        commits = [self.commit(unit) for unit in sorted(self.committed())]
+        for kind, paths, columns, read in (
+            ("plan", self._files(newest, "removed", "plan"), PLAN.names, _read_plan),
+            ("captions", self._files(newest, "captions"), CAPTIONS.names, read_log),
+            ("commit", commits, ["bucket", *COMMIT.names], _read_commit),
+        ):
+            write_fold(self._fold(kind), paths, columns, read, self.staging)
 
-    def _file(self, folder: str, generation: int) -> Path:
-        return self.root / folder / f"{generation:06d}.parquet"
+    def _caption_tables(
+        self, generation: int, columns: Sequence[str], read: Read = read_log
+    ) -> Iterator[pa.Table]:
+        paths = self._files(generation, "captions")
+        return read_together(self._fold("captions"), paths, columns, read)
 
-    def _captions(self, generation: int) -> Path:
-        name = f"delta-{generation:06d}.parquet" if generation else "base.parquet"
-        return self.root / "captions" / name
+    def _files(self, generation: int, *kinds: str) -> list[Path]:
+        """The files of these kinds up to a generation, by generation; plans though they lack."""
+        found = []
+        folders = [(kind, self._folder(kind), _names(self._folder(kind))) for kind in kinds]
+        for number in self.generations():
+            if number <= generation:
+                for kind, folder, names in folders:
+                    name = _file_name(kind, number)
+                    if kind == "plan" or name in names:
+                        found.append(folder / name)
+        return found
+
+    def _file(self, kind: str, generation: int) -> Path:
+        return self._folder(kind) / _file_name(kind, generation)
+
+    def _folder(self, kind: str) -> Path:
+        return self.root / ("captions" if kind == "captions" else f"manifest/{kind}")
+
+    def _fold(self, kind: str) -> Path:
+        return self.root / "manifest" / "folded" / f"{kind}.parquet"
 
 
-def read_log(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of one of the log's tables. Raises UserError where it is unreadable or invalid."""
-    with _readable(path):
-        require_regular(path)
-        file = pq.ParquetFile(path)
-        present = set(file.schema_arrow.names)
-        table = file.read([name for name in columns if name in present])
-        for name in LATER.intersection(columns) - present:
-            table = table.append_column(PLAN.field(name), pa.nulls(table.num_rows, pa.int64()))
-        table = table.select(list(columns))
-        table = table.cast(pa.schema([_FIELDS[name] for name in columns]))
-        _check(table)
-    return table
+def _file_name(kind: str, generation: int) -> str:
+    if kind != "captions":
+        return f"{generation:06d}.parquet"
+    return f"delta-{generation:06d}.parquet" if generation else "base.parquet"
 
 
-def _check(table: pa.Table) -> None:
-    """Raise ValueError for bucket names and rows that no store has."""
-    table.validate(full=True)
-    for column in table.column_names:
-        if column in _NEEDED and table[column].null_count:
-            raise ValueError(f"its {column} is missing in some rows")
-    if "bucket" in table.column_names:
-        for name in pc.unique(table["bucket"]).to_pylist():
-            if name:
-                Bucket.parse(name)
-    if "row" in table.column_names and table.num_rows:
-        ends = pc.min_max(table["row"]).as_py()
-        if not -1 <= ends["min"] <= ends["max"] < MOST_ROWS:
-            raise ValueError(f"its rows are from {ends['min']} to {ends['max']}")
+def _read_plan(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Lines of PLAN; of a file of removed keys, the keys and nulls."""
+    if path.parent.name == "plan":
+        return read_log(path, columns)
+    tables = [PLAN.empty_table().select(columns), read_log(path, REMOVED.names)]
+    return pa.concat_tables(tables, promote_options="default").select(columns)
+
+
+def _read_commit(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Columns of one commit record, the first of which is the bucket that its name gives."""
+    table = read_log(path, columns[1:])
+    bucket = pa.repeat(pa.scalar(path.name.partition(".")[0], pa.string()), table.num_rows)
+    return table.add_column(0, "bucket", bucket)
 
 
 def is_bucket(name: str) -> bool:
@@ -266,18 +273,6 @@ def is_bucket(name: str) -> bool:
         return bool(Bucket.parse(name))
     except ValueError:
         return False
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        store = path.parents[1 if path.parent.name == "captions" else 2]
-        raise UserError(
-            f"cannot read {path}, a part of the store's log: {one_line(error)}; "
-            f"`xlsd-cache check {store} --repair` repairs what can be repaired"
-        ) from error
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -292,8 +287,6 @@ def _link_error(path: Path, what: str) -> UserError:
     )
 
 
-def _numbers(folder: Path, pattern: str) -> list[int]:
-    if not folder.is_dir():
-        return []
-    matches = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+def _names(folder: Path) -> set[str]:
+    """The names in a folder; none where it is missing."""
+    return set(os.listdir(folder)) if folder.is_dir() else set()  # noqa: PTH208 - many names
