@@ -243,8 +243,9 @@ def _fingerprint(manifest: Manifest, generation: int, committed: set[ShardId]) -
     """sha256 over names and bytes of all files of the log that the snapshot is made from."""
     digest = hashlib.sha256(read_regular(manifest.root / "latents.zarr" / "zarr.json", JSON_BYTES))
     paths = manifest.files(generation) + [manifest.commit(unit) for unit in sorted(committed)]
+    above = len(manifest.root.parts)
     for path in paths:
-        digest.update(path.relative_to(manifest.root).as_posix().encode())
+        digest.update("/".join(path.parts[above:]).encode())
         with open_regular(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -99,8 +99,8 @@ def read_together(
     """The lines of these files in order, from the fold where it has them, else by `read`."""
     places, lines = _folded(fold, paths, columns)
     pieces: list[Path | list[int]] = []  # lines that follow one another are one piece
-    for path in paths:
-        place, last = places.get(path), pieces[-1] if pieces else None
+    for path, place in zip(paths, places, strict=True):
+        last = pieces[-1] if pieces else None
         if place is None:
             pieces.append(path)
         elif isinstance(last, list) and last[1] == place.start:
@@ -144,18 +144,18 @@ def write_fold(
 
 def _folded(
     fold: Path, paths: Sequence[Path], columns: Sequence[str]
-) -> tuple[dict[Path, _Place], pa.Table]:
-    """The files that the fold stands for, with their places in it, and these columns of it."""
+) -> tuple[list[_Place | None], pa.Table]:
+    """Each file's place in the fold, None where it does not stand for it; its lines' columns."""
     before = _signature(fold)
     known = _places(fold, before)
-    places = {path: known[_name(path)] for path in paths if _name(path) in known}
-    places = {path: it for path, it in places.items() if it.file == _signature(path)}
-    if places:
+    found = ((path, known.get(_name(path))) for path in paths) if known else ()
+    places = [it if it and it.file == _signature(path) else None for path, it in found]
+    if any(places):
         with suppress(UserError):
             lines = read_log(fold, columns, folded=True)
             if _signature(fold) == before:  # else it has been replaced meanwhile
                 return places, lines
-    return {}, None
+    return [None] * len(paths), None
 
 
 def _places(fold: Path, signature: Signature) -> dict[str, _Place]:
@@ -171,15 +171,17 @@ def _read_places(fold: Path, _: Signature) -> dict[str, _Place]:
         raise ValueError("its checksum is wrong")
     metadata, places, start = pq.read_metadata(fold), dict[str, _Place](), 0
     for name, *file, lines in parse_json(metadata.metadata[_FILES.encode()]):
+        if type(lines) is not int or lines < 0:
+            raise ValueError("its files are not its lines")
         places[name] = _Place(tuple(file), start, start + lines)
         start += lines
-    if start != metadata.num_rows or any(it.stop < it.start for it in places.values()):
+    if start != metadata.num_rows:
         raise ValueError("its files are not its lines")
     return places
 
 
 def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
+    return "/".join(path.parts[-2:])
 
 
 def _signature(path: Path) -> Signature:
