@@ -38,7 +38,7 @@ from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN, REMOVED
 from xlsd_cache.sources.records import Search, Tally, archive_records, given_table, row_records
 from xlsd_cache.store.identity import attributes_of, read_attributes
 from xlsd_cache.store.index import Snapshot, cached_snapshot, save_snapshot
-from xlsd_cache.store.manifest import read_log
+from xlsd_cache.store.log_files import read_log
 from xlsd_cache.store.shard import CorruptShard, ShardReader, index_of, read_journal
 from xlsd_cache.store.tag_index import open_tags
 from xlsd_cache.tables.row_outcomes import Table
