@@ -11,7 +11,7 @@ from xlsd_cache.planning.sessions import committed_before
 from xlsd_cache.planning.units import pending_units
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.commit import tidy
-from xlsd_cache.store.index import make_snapshot, save_snapshot
+from xlsd_cache.store.index import cached_snapshot, make_snapshot, save_snapshot
 from xlsd_cache.store.live_rows import write_live
 from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.view import StoreView
@@ -45,9 +45,11 @@ def conclude(store: StoreView, before: Set[ShardId]) -> Accounting:
     """Write what is derived from the log; `before` are the shards committed before."""
     manifest = store.manifest
     counts, left_out = account(store, before)
-    snapshot = make_snapshot(store)
+    snapshot = cached_snapshot(manifest.root, store.generation)  # complete, so it never changes
+    if snapshot is None:
+        snapshot = make_snapshot(store)
+        save_snapshot(manifest.root, snapshot)
     write_live(store, snapshot)
-    save_snapshot(manifest.root, snapshot)
     write_parquet(manifest.root / "rejected.parquet", left_out, manifest.staging)
     save_accounting(manifest, store.generation, counts)
     tidy(manifest)

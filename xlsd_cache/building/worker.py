@@ -28,7 +28,8 @@ from xlsd_cache.runtime.device import device_of, set_precision
 from xlsd_cache.runtime.gpu_memory import free_on
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.store.identity import check_compatible
-from xlsd_cache.store.manifest import ShardId, read_log
+from xlsd_cache.store.log_files import read_log
+from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.vocabulary import Precision
 

@@ -188,13 +188,15 @@ def check_compatible(out: Path, identity: Identity, stored: Identity | None = No
         )
 
 
-def choose_rows_per_shard(out: Path, wanted: int | None, images: int) -> int:
+def choose_rows_per_shard(out: Path, wanted: int | None, images: int, few: int = 256) -> int:
     """Rows per shard of the store in `out`; of a new one, `wanted` or a number that fits `images`.
 
-    Raises UserError where the store has another number than `wanted`.
+    `few` is that of a small store: each generation puts its images into new shards, so a store that
+    grows by a few images at a time needs fewer rows in each. Raises UserError where the store has
+    another number than `wanted`.
     """
     if not is_store(out):
-        return wanted or (256 if images < 30_000 else 1024 if images <= 4_000_000 else 4096)
+        return wanted or (few if images < 30_000 else 1024 if images <= 4_000_000 else 4096)
     _, rows_per_shard = read_attributes(out)
     if wanted not in (None, rows_per_shard):
         raise UserError(
