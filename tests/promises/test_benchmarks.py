@@ -19,8 +19,9 @@ from xlsd_cache.images.decode import FORMATS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
-    "benchmarks/card.py", "benchmarks/card_parts/room.py", "benchmarks/same.py",
-    "benchmarks/scale.py", "benchmarks/startup.py", "benchmarks/throughput.py",
+    "benchmarks/card.py", "benchmarks/card_parts/room.py", "benchmarks/costs.py",
+    "benchmarks/same.py", "benchmarks/scale.py", "benchmarks/startup.py",
+    "benchmarks/throughput.py",
     *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "store")),
     "benchmarks/train/lion.py",
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "nodes")),
@@ -274,6 +275,11 @@ def test_two_launchers_train_as_one_machine_and_are_restarted(tmp_path: Path) ->
     rows = Measured("train/nodes.py", "--loopback", "--steps", "40", out=tmp_path).rows("case")
     assert len(rows) == 7
     assert [row["what"] for row in rows if not row["met"]] == []
+
+
+def test_the_costs_in_the_docs_are_those_of_the_results(tmp_path: Path) -> None:
+    (row,) = Measured("costs.py", "--price", "3", out=tmp_path).rows("table")
+    assert "\n".join(row["lines"]) in (ROOT / "docs" / "speed.md").read_text()
 
 
 @pytest.mark.slow
