@@ -40,9 +40,13 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def opened(
-    browser: Any, path: Path, width: int = 1400, scheme: Scheme = "light", **options: Any
-) -> Iterator[Page]:
-    """A page that was opened; at the end, it must have fetched nothing and printed nothing."""
+    browser: Any, path: Path, width: int = 1400, scheme: Scheme = "light",
+    originals: Path | None = None, **options: Any,
+) -> Iterator[Page]:  # fmt: skip
+    """A page that was opened; at the end, it must have fetched nothing and printed nothing.
+
+    Only files in `originals` may be opened.
+    """
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, **options
     )
@@ -53,7 +57,8 @@ def opened(
     page.goto(path.as_uri())
     yield page
     assert printed == []
-    assert [url for url in fetched if not url.startswith("data:")] == [path.as_uri()]
+    allowed = ("data:", *([f"{originals.as_uri()}/"] if originals else []))
+    assert [url for url in fetched if not url.startswith(allowed)] == [path.as_uri()]
     context.close()
 
 

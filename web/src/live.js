@@ -113,6 +113,7 @@ export function startLive(data, charts, timeline) {
       return `${at}, about ${duration(left / 3600)} left, until ${when}`;
     });
     const lost = source.readyState === EventSource.OPEN ? [] : ["no connection to xlsd-train live"];
+    place.classList.toggle("lost", lost.length > 0 || refused !== "");
     place.textContent = ["Live", ...lost, refused, ...parts].filter(Boolean).join(" · ");
   }
 

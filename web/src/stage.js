@@ -5,8 +5,9 @@ export function setDivider(stage, share) {
   stage.style.setProperty("--share", `${share}%`);
 }
 
-// Calls slide(share) when the divider moves, and closed() after the dialog; returns what enlarges.
-export function startStage(stage, slide, dialog, closed) {
+// Calls slide(share) when the divider moves, opened() in the dialog and closed() after it; returns
+// what enlarges.
+export function startStage(stage, slide, dialog, closed, opened = () => {}) {
   const divider = stage.querySelector("[data-divider]");
   divider.addEventListener("input", () => slide(divider.value));
   let press = null;
@@ -29,6 +30,7 @@ export function startStage(stage, slide, dialog, closed) {
     stage.replaceWith(place);
     dialog.append(stage);
     dialog.showModal();
+    opened();
     dialog.addEventListener("close", () => { place.replaceWith(stage); closed(); }, { once: true });
   }
   return enlarge;

@@ -52,7 +52,7 @@ export function startTimeline(data, charts) {
     slider.value = stepsOf[b.run].indexOf(b.step);
     slider.setAttribute("aria-valuetext", label(b));
     find("[data-prompt]").textContent = promptOf(b.run, prompt);
-    find("[data-original]").href = `${folders[b.run]}/step-${String(b.step).padStart(8, "0")}/${String(prompt).padStart(2, "0")}.png`;
+    find("[data-original]").href = original(b);
     const facts = factsAt(b);
     find("[data-facts]").replaceChildren(...facts.map(([name, value, more]) => {
       const group = document.createElement("div"), small = document.createElement("small");
@@ -61,7 +61,20 @@ export function startTimeline(data, charts) {
       return group;
     }));
     mark();
+    if (dialog.open) sharpen();
     if (!quiet) announce(`${label(b)}, ${promptOf(b.run, prompt)}. ${facts.slice(1).map(it => it.slice(0, 2).join(" ")).join(", ")}`);
+  }
+
+  const original = ({ run, step }) =>
+    `${folders[run]}/step-${String(step).padStart(8, "0")}/${String(state.prompt).padStart(2, "0")}.png`;
+
+  // Show the originals, if they are there; a page that was moved keeps its thumbnails.
+  function sharpen() {
+    for (const name of ["a", "b"]) {
+      const image = stage.querySelector(`[data-${name}]`), small = image.src, large = new Image();
+      large.onload = () => { if (image.src === small) image.src = large.src; };
+      if (image.hasAttribute("src")) large.src = original(state[name]);
+    }
   }
 
   function mark() {
@@ -180,7 +193,7 @@ export function startTimeline(data, charts) {
 
   const enlarge = startStage(stage, share => setDivider(stage, share), dialog, () => {
     cells.get(`${state.b.run} ${state.b.step} ${state.prompt}`)?.focus({ preventScroll: true });
-  });
+  }, sharpen);
 
   root.addEventListener("click", ({ target }) => {
     const cell = target.closest("[data-cell]");

@@ -31,6 +31,11 @@ class Trend:
     verdict: str
     state: str  # falling, levelled off, rising or unknown
 
+    @property
+    def short(self) -> str:
+        """The verdict without its interval."""
+        return self.verdict.partition(" (95%")[0].rstrip(".").replace(" -", " \N{MINUS SIGN}")
+
 
 def trend(run: History) -> Trend | None:
     """The change of the held-out loss; None for fewer than two validations."""

@@ -1,7 +1,6 @@
 """What the server gives and refuses, and that a reader misses nothing."""
 
 import asyncio
-import json
 import shutil
 import socket
 import threading
@@ -16,22 +15,12 @@ import pytest
 import uvicorn
 
 from tests.support import files, train, wait_for
-from tests.support.live import Served, begin_of, events, get, serving
+from tests.support.live import Served, append, begin_of, events, get, serving
 from xlsd_train.live import follow
 from xlsd_train.live.follow import Position, from_id, to_id
 from xlsd_train.live.runs import Runs
 from xlsd_train.live.server import application
 from xlsd_train.runs.history import histories
-
-LINE = {"loss": 0.25, "lr": 1e-3, "lr_effective": 1e-3, "grad_norm": 1.5, "images_per_s": 3.25}
-
-
-def append(run: Path, first: int, count: int, end: str = "\n") -> None:
-    """Steps as a run logs them; without `end` the last one is unfinished."""
-    steps = range(first, first + count)
-    lines = [{"step": step, "images_seen": 3 * step, "epoch": step / 9, **LINE} for step in steps]
-    with (run / "metrics.jsonl").open("a") as log:
-        log.write("\n".join(map(json.dumps, lines)) + end)
 
 
 @pytest.fixture(scope="module")

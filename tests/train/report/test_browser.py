@@ -112,7 +112,7 @@ def test_slider_arrows_and_cells_choose_the_step(browser: Any, pages: dict[str, 
 
 
 def test_dragging_compares_and_a_click_enlarges(browser: Any, pages: dict[str, Path]) -> None:
-    with opened(browser, pages["one"]) as page:
+    with opened(browser, pages["one"], originals=pages["one"].parent / "samples") as page:
         stage, dialog = page.locator(".stage"), page.get_by_role("dialog")
         stage.scroll_into_view_if_needed()
         box = stage.bounding_box()
@@ -136,6 +136,38 @@ def test_dragging_compares_and_a_click_enlarges(browser: Any, pages: dict[str, P
         page.get_by_role("radio", name="difference").check()
         blend = "it => getComputedStyle(it).mixBlendMode"
         assert page.locator(".stage [data-b]").evaluate(blend) == "difference"
+
+
+def test_an_enlarged_sample_is_the_original_where_it_lies_next_to_the_page(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    folder = pages["one"].parent / "samples"
+    assert "connect-src" not in pages["one"].read_text()
+    with opened(browser, pages["one"], originals=folder) as page:
+        shown = page.locator(".stage [data-b]")
+        page.get_by_role("button", name="Enlarge").click()
+        for step in (12, 8):
+            original = f"{folder.as_uri()}/step-{step:08d}/00.png"
+            expect(shown).to_have_attribute("src", original)
+            assert shown.evaluate("it => it.complete && it.naturalWidth > 0")
+            page.keyboard.press("ArrowLeft")
+
+
+def test_a_page_that_was_moved_alone_enlarges_its_thumbnails(
+    browser: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved.html"
+    moved.write_bytes(pages["one"].read_bytes())
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(moved.as_uri())
+    shown = page.locator(".stage [data-b]")
+    small = str(shown.get_attribute("src"))
+    with page.expect_event("requestfailed"):
+        page.get_by_role("button", name="Enlarge").click()
+    assert shown.get_attribute("src") == small
+    assert page.get_by_role("dialog").locator(".stage").count() == 1
+    context.close()
 
 
 def test_hover_zoom_and_keys_are_common_to_all_charts(browser: Any, pages: dict[str, Path]) -> None:
