@@ -22,7 +22,7 @@ _FIRST_PAGES = """content="default-src 'none'; img-src data: blob:; style-src 'u
 SOFTWARE = 0x0131  # the EXIF tag
 # The parts of a store, and of a run: nothing in them is an image or a caption.
 STORE = frozenset("latents.zarr manifest captions staging stray rejected.parquet".split())
-RUN = frozenset("samples checkpoints base ema validation tensorboard".split())
+RUN = frozenset("samples checkpoints base ema validation tensorboard wandb".split())
 
 
 def refuse_foreign(path: Path, suffixes: tuple[str, ...], is_ours: Callable[[Path], bool]) -> None:

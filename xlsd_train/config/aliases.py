@@ -7,6 +7,7 @@ _STORE = "that is settled when the store is built; see `xlsd-cache build --help`
 _NETWORK = "networks such as LoRA are not trained here, only whole weights or parts (--train)"
 _IMAGES = "training reads a store: `xlsd-cache build IMAGES --out latents`, then --data latents"
 _RESUME = "not needed: the same command with the --out of the run resumes it"
+_WANDB = "with --log-with wandb the environment has it: WANDB_PROJECT, WANDB_NAME"
 
 NAMES = {
     # what is trained on
@@ -126,8 +127,10 @@ NAMES = {
     "output-name": "--out",
     "output-path": "--out",
     "logging-dir": "a run keeps its logs in its own folder, RUN/tensorboard among them; see --out",
-    "log-with": "TensorBoard's files are in RUN/tensorboard, and nothing else is written to",
-    "report-to": "TensorBoard's files are in RUN/tensorboard, and nothing else is written to",
+    "report-to": "--log-with",
+    "wandb-run-name": _WANDB,
+    "tracker-project-name": _WANDB,
+    "log-tracker-name": _WANDB,
     "save-every-n-steps": "--save-every",
     "save-steps": "--save-every",
     "checkpointing-steps": "--save-every",

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -35,8 +36,8 @@ RATES = {True: (0.01, 100.0), False: (1e-10, 0.1)}
 
 # Options that may change when a run is resumed, since none of them changes a weight.
 FREE = frozenset({
-    "recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force", "on_event", "quiet",
-    "json",
+    "recipe", "out", "stop_after", "save_every", "keep", "dry_run", "force", "on_event", "log_with",
+    "quiet", "json",
     # A run keeps the plan that it was started with.
     "vram", "momentum", "measure", "remeasure",
     "ema_snapshots", "validate_every", "sample_every", "sample_prompts", "sample_steps",
@@ -151,8 +152,17 @@ class RunOptions(CheckedOptions):
     """Run a command when the run is sampled, validated, saved, done, stopped, failed or disk-low.
     It gets XLSD_EVENT, XLSD_RUN, XLSD_STEP, XLSD_PATH and XLSD_MESSAGE in its environment."""
 
+    log_with: Literal["tensorboard", "wandb"] = "tensorboard"
+    """wandb: log to Weights & Biases too, which `pip install 'xlsd[wandb]'` adds. TensorBoard's
+    files are always written."""
+
     def check(self) -> None:
-        """Raise UserError for a command that cannot run."""
+        """Raise UserError for a command that cannot run, and for a package that is missing."""
+        if self.log_with == "wandb" and find_spec("wandb") is None:
+            raise UserError(
+                "--log-with wandb: the package wandb is not installed; run `pip install "
+                "'xlsd[wandb]'`, or leave the option out"
+            )
         if self.on_event is None:
             return
         try:

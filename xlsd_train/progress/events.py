@@ -134,14 +134,14 @@ def run_command(words: list[str], told: Mapping[str, str]) -> str | None:
         try:
             code = process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            _kill(process)
+            kill(process)
             return f"was killed after {TIMEOUT_S:g} s"
         output.seek(max(0, output.seek(0, os.SEEK_END) - 200))
         text = output.read().decode(errors="replace").strip()
         return f"ended with code {code}: {text}" if code else None
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes]) -> None:
     """Kill a command with all that it started."""
     if os.name == "posix":
         os.killpg(process.pid, 9)

@@ -9,6 +9,7 @@ REQUESTS = SAVE, SAMPLE, STOP = "SAVE", "SAMPLE", "STOP"  # a user touches them
 FILES = (CONFIG, METRICS_LOG, VALIDATION_LOG, LOCK, *REQUESTS, REPORT)
 CHECKPOINTS, SAMPLES, LOSSES, SNAPSHOTS = "checkpoints", "samples", "validation", "ema"
 BASE, BOARD = "base", "tensorboard"
+WANDB, WANDB_ID = "wandb", "wandb/id"
 FOLDERS = (CHECKPOINTS, SAMPLES, LOSSES, SNAPSHOTS, BASE, f"{BASE}.tmp", BOARD)
 BY_STEP = {CHECKPOINTS: True, SAMPLES: True, LOSSES: False, SNAPSHOTS: False}  # a folder a step?
 STATE = "state.json"  # in a checkpoint; written last

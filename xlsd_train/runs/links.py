@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from xlsd_cache.errors import UserError
-from xlsd_train.runs.layout import BY_STEP, FILES, FOLDERS, STEP, TENSORS
+from xlsd_train.runs.layout import BY_STEP, FILES, FOLDERS, STEP, TENSORS, WANDB, WANDB_ID
 
 
 def refuse_links(run: Path) -> None:
@@ -21,6 +21,8 @@ def refuse_links(run: Path) -> None:
         return
     for name in FILES:
         _refuse(run / name, folder=False)
+    _refuse(run / WANDB, folder=True)  # in it, wandb makes links of its own, which nothing follows
+    _refuse(run / WANDB_ID, folder=False)
     for name in FOLDERS:
         _refuse(run / name, folder=True)
         for path in _below(run / name):

@@ -21,6 +21,7 @@ from xlsd_train.optim.plateau import PlateauWatch
 from xlsd_train.progress.announce import log_epochs
 from xlsd_train.progress.pace import Pace
 from xlsd_train.progress.status import Status
+from xlsd_train.progress.wandb_run import following
 from xlsd_train.runs.layout import METRICS_LOG, checkpoints, step_of
 from xlsd_train.runs.validation_log import LIVE, best_of
 from xlsd_train.step.distributed import Lost
@@ -52,6 +53,7 @@ def train(config: TrainConfig, command: Sequence[str] = (), status: Status | Non
         open_session(config, command, status or Status()) as session,
         StopSignal() as stop,
         session.events,
+        _tracked(session),
     ):
         folder = session.run.folder
         try:
@@ -75,6 +77,14 @@ def train(config: TrainConfig, command: Sequence[str] = (), status: Status | Non
             ) from error
         session.processes.close()
         return folder
+
+
+def _tracked(session: Session) -> AbstractContextManager[None]:
+    """Log the run to W&B, if asked to."""
+    config, run = session.config, session.run
+    if config.log_with == "wandb" and session.main and not config.dry_run:
+        return following(run.folder, run.state()["step"])
+    return nullcontext()
 
 
 def _train(session: Session, stop: StopSignal) -> None:

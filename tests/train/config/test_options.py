@@ -112,6 +112,8 @@ ELSEWHERE = {
     "remeasure": f"{_MEASURED}::test_a_measured_run_is_that_of_its_flags_and_resumes_as_such",
     "measure": f"{_MEASURED}::test_nothing_is_measured_that_is_not_to_be",
     "on_event": f"{_EVENTS}::test_a_run_tells_each_event_with_its_paths",
+    "log_with": "progress/test_wandb_run.py::"
+    "test_a_run_that_was_stopped_goes_on_in_the_same_run_of_wandb",
     "device": "config/test_train.py::test_impossible_options_are_one_sentence",
     "recipe": "config/test_recipes.py::test_each_trains",
     "quiet": "progress/test_status.py::test_without_a_terminal_each_result_is_a_line",

@@ -45,7 +45,7 @@ def run(begun: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(begun, tmp_path / "run"))
 
 
-FOLDERS = ("checkpoints", "samples", "validation", "ema", "base", "tensorboard")
+FOLDERS = ("checkpoints", "samples", "validation", "ema", "base", "tensorboard", "wandb")
 WITHIN = (
     "checkpoints/step-00000002", "checkpoints/step-00000002/state.json", "samples/grid.png",
     "samples/step-00000002/00.png", "base/unet/config.json", "base/tokenizer/vocab.json",
