@@ -137,6 +137,17 @@ def test_export_measures_memory_and_time(tmp_path: Path) -> None:
     assert row["seconds"] > 0
 
 
+@pytest.mark.slow
+def test_generations_measures_a_store_that_is_built_again_and_again(tmp_path: Path) -> None:
+    options = ("--generations", "4", "--repeats", "1", "--rows-per-shard", "16")
+    measured = Measured("cache/generations.py", *options, out=tmp_path)
+    rows = measured.rows("generation")
+    assert [row["generation"] for row in rows] == [1, 2, 4]
+    assert all(row["rows_per_image"] == 16 for row in rows)  # two images, each in a bucket
+    assert all(0 < row["nothing_cpu_s"] for row in rows)
+    assert measured.rows("target")[-1]["met"], "older generations must read as they did"
+
+
 def test_captions_measures_planning_captions_and_scanning(tmp_path: Path) -> None:
     options = ("--rows", "5000", "--files", "120", "--workers", "2")
     rows = Measured("cache/captions.py", *options, out=tmp_path).rows("work")

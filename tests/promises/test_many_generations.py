@@ -6,13 +6,15 @@ The log is folded meanwhile. All that is promised of a store holds with the fold
 import random
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import cache, spawn, sums, write_images
+from tests.support import cache, spawn, sums, wait_for, write_images
 from tests.support.stores import holds, latents_by_name
+from xlsd_cache.errors import UserError
 from xlsd_cache.store import log_files
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.reader import LatentStore
@@ -35,6 +37,29 @@ def contents(out: Path) -> dict[str, tuple[str, str]]:
     return {row["key"]: (row["content_hash"], row["txt"]) for row in rows}
 
 
+def says(out: Path) -> list[object]:
+    """Fingerprint and samples of the last generations that are complete."""
+    told: list[object] = []
+    for number in Manifest(out).generations()[-5:]:
+        with suppress(UserError), LatentStore.open(out, number) as store:
+            told += [store.fingerprint, store.samples]
+    return told
+
+
+def change(images: Path, names: list[str], rng: random.Random) -> None:
+    """One file comes, gets other content, or goes."""
+    if len(names) > 9 and rng.random() < 0.4:
+        gone = images / names.pop(rng.randrange(len(names)))
+        gone.unlink()
+        gone.with_suffix(".txt").unlink()
+        return
+    name, ready = f"{rng.randrange(20):02d}.png", images.with_name("ready")
+    write_images(ready, [name], first_seed=rng.randrange(1, 2**31), width=64, height=64)
+    for suffix in (".txt", ".png"):  # complete when it appears
+        (ready / name).with_suffix(suffix).replace((images / name).with_suffix(suffix))
+    names[:] = sorted({*names, name})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [6, 40])
 def test_two_builders_are_killed_while_files_come_change_and_go(
@@ -42,7 +67,7 @@ def test_two_builders_are_killed_while_files_come_change_and_go(
 ) -> None:
     images, out, log = tmp_path / "images", tmp_path / "out", tmp_path / "log"
     args = ("--vae", vae, "--workers", 1, *OPTIONS)
-    rng, names, seed = random.Random(kills), list[str](), 0
+    rng, names, manifest = random.Random(kills), list[str](), Manifest(out)
 
     def start() -> Any:
         return spawn(keeps_building, images, "--out", out, *args, log=log)
@@ -52,20 +77,12 @@ def test_two_builders_are_killed_while_files_come_change_and_go(
     first = contents(out), latents_by_name(out)
     running = [start(), start()]
     for _ in range(kills):
-        for _ in range(4):
-            seed += 1
-            if len(names) > 4 and rng.random() < 0.3:
-                gone = images / names.pop(rng.randrange(len(names)))
-                gone.unlink()
-                gone.with_suffix(".txt").unlink()
-            else:
-                name = f"{rng.randrange(20):02d}.png"  # new, or another picture under its name
-                ready = tmp_path / "ready"
-                write_images(ready, [name], first_seed=seed, width=64, height=64)
-                for path in sorted(ready.glob("*.txt")) + sorted(ready.glob("*.png")):
-                    path.replace(images / path.name)
-                names = sorted({*names, name})
-            time.sleep(rng.uniform(0, 0.3))
+        for _ in range(3):  # generations
+            newest = manifest.generations()[-1]
+            change(images, names, rng)
+            wait_for(lambda newest=newest: manifest.generations()[-1] > newest)  # type: ignore[misc]
+        change(images, names, rng)
+        time.sleep(rng.uniform(0, 0.3))
         victim = rng.randrange(2)
         assert running[victim].is_alive(), log.read_text()[-2000:]
         running[victim].kill()
@@ -82,17 +99,16 @@ def test_two_builders_are_killed_while_files_come_change_and_go(
     told = sums(out, capsys)
     assert told["scanned"] == len(names) + 1
 
-    generations = Manifest(out).generations()
-    assert any((out / "manifest" / "folded").iterdir())
-    for _ in range(2):  # with the fold, and without it
-        assert contents(out) == contents(tmp_path / "fresh")
-        assert holds(out, latents_by_name(tmp_path / "fresh"))
-        with LatentStore.open(out, 0) as store:
-            assert store.samples["key"].to_pylist() == list(first[0])
-            assert store.read("64x64", [0]).tobytes() == next(iter(first[1].values())).tobytes()
-        folded = [LatentStore.open(out, number).fingerprint for number in generations[-3:]]
-        shutil.rmtree(out / "manifest" / "folded", ignore_errors=True)
-        (out / "index.arrow").unlink(missing_ok=True)
-        assert [LatentStore.open(out, number).fingerprint for number in generations[-3:]] == folded
     with capsys.disabled():
-        print(f"\n{kills} kills, {len(generations)} generations")
+        print(f"\n{kills} kills, {len(manifest.generations())} generations")
+    assert len(manifest.generations()) > 3 * kills
+    assert any((out / "manifest" / "folded").iterdir())
+    folded = says(out)
+    shutil.rmtree(out / "manifest" / "folded")
+    (out / "index.arrow").unlink(missing_ok=True)
+    assert says(out) == folded
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert holds(out, latents_by_name(tmp_path / "fresh"))
+    with LatentStore.open(out, 0) as store:
+        assert store.samples["key"].to_pylist() == list(first[0])
+        assert store.read("64x64", [0]).tobytes() == next(iter(first[1].values())).tobytes()
