@@ -5,7 +5,7 @@ Results are journaled in staging, so that a planning that was killed resumes whe
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ FILES = ["key", "source", *_STAT]  # the columns of files to read
 HASHES = pa.schema([("content_hash", pa.string())])  # sha256; empty where it cannot be read
 _HEAD_BYTES = 16384  # a disk reads as much for the header anyway
 _BLOCK = 64  # files a thread takes at once
+_LINES = 1 << 16  # of a journal that are Python objects at a time
 
 File = tuple[str, int]  # source, bytes
 Row = tuple[Any, ...]
@@ -171,7 +172,8 @@ class _Journal:
         if self.path is None or not self.path.exists():
             return nothing
         try:
-            table = _table(self._lines(self.path), pa.schema([*_IDENTITY, *self.schema]))
+            schema = pa.schema([*_IDENTITY, *self.schema])
+            table = pa.concat_tables([_table(rows, schema) for rows in self._lines(self.path)])
         except (ValueError, TypeError, pa.ArrowException):  # or of another version
             self.path.unlink()
             return nothing
@@ -183,8 +185,8 @@ class _Journal:
         return table.select(self.schema.names), rows
 
     @staticmethod
-    def _lines(path: Path) -> list[Row]:
-        """The lines up to the first damaged one, from which the file is cut off."""
+    def _lines(path: Path) -> Iterator[list[Row]]:
+        """Lists of the lines up to the first damaged one, from which the file is cut off."""
         lines: list[Row] = []
         nbytes = 0
         with path.open("r+b") as file:
@@ -194,5 +196,8 @@ class _Journal:
                 except (ValueError, TypeError):
                     break
                 nbytes += len(line)
+                if len(lines) == _LINES:
+                    yield lines
+                    lines = []
             file.truncate(nbytes)  # what is appended next must start a line
-        return lines
+        yield lines

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from tests.support import write_images
+from xlsd_cache.planning import probe
 from xlsd_cache.planning.probe import HEADERS, read_hashes, read_headers
 from xlsd_cache.sources.scan import scan
 
@@ -28,8 +29,13 @@ def test_headers_are_in_the_files_order(files: pa.Table) -> None:
 
 @pytest.mark.parametrize("torn", ["", '["in/', '{"a": 1}\n["in/', "\0\n"])
 def test_a_killed_reading_goes_on_where_it_was(
-    files: pa.Table, tmp_path: Path, opened: list[str], torn: str
+    files: pa.Table,
+    tmp_path: Path,
+    opened: list[str],
+    torn: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(probe, "_LINES", 64)
     journal = tmp_path / "journal"
     whole = read_headers(files, journal, 2)
     lines = journal.read_text().splitlines(keepends=True)
