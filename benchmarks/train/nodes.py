@@ -243,8 +243,8 @@ class Cases:
         """Runs of so many steps."""
         return Runs(
             self.hosts,
-            f"--phase unet --data latents --model model --batch 4 --steps {steps} --save-every 10 "
-            f"--keep 0 --lr 1e-3 --warmup 0 --threads 1 --device cpu --sample-every 0 "
+            f"--phase unet --data latents --model model --batch 4 --steps {steps} --keep 0 "
+            f"--save-every {steps // 4} --lr 1e-3 --warmup 0 --threads 1 --device cpu --sample-every 0 "
             f"--validation-fraction 0.3 --validate-every {steps // 2}",
         )
 
@@ -297,7 +297,8 @@ class Cases:
 
     def lost(self) -> None:
         """Each machine is lost once while loops run; the run ends as if nothing was."""
-        runs, (first, second) = self.runs(self.config.steps), self.hosts
+        count, (first, second) = self.config.steps, self.hosts
+        runs = self.runs(count)
         out, run = "lost", first.folder / "lost"
         copy = f"rm -rf {out} && if [ -e {run} ]; then cp -r {run} {out}; fi"  # as rsync would
         before = {first: "true", second: copy}
@@ -306,14 +307,14 @@ class Cases:
             return runs.loop(host, out, 1, before[host])
 
         loops = {host.number: begin(host) for host in self.hosts}
-        for host, step in ((second, 12), (first, 25)):
+        for host, step in ((second, 3 * count // 10), (first, 6 * count // 10)):
             wait_for(lambda step=step: steps(run)[-1:] >= [step])  # type: ignore[misc]
             host.pull_the_plug()
             print(f"      node{host.number} lost at step {steps(run)[-1]}", flush=True)
             loops[host.number] = begin(host)
         codes = [loop.wait(GIVE_UP_S) for loop in loops.values()]
         same = left(run) == left(first.folder / "reference")
-        once = steps(run) == [*range(1, self.config.steps + 1)]
+        once = steps(run) == [*range(1, count + 1)]
         details = f"exit codes {codes}, each step once: {once}, equal bits: {same}"
         self.show("each machine lost once, loops", same and once and not any(codes), details)
 

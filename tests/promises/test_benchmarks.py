@@ -283,7 +283,7 @@ def test_scale_takes_every_step(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_launchers_train_as_one_machine_and_are_restarted(tmp_path: Path) -> None:
-    rows = Measured("train/nodes.py", "--loopback", "--steps", "40", out=tmp_path).rows("case")
+    rows = Measured("train/nodes.py", "--loopback", "--steps", "24", out=tmp_path).rows("case")
     assert len(rows) == 7
     assert [row["what"] for row in rows if not row["met"]] == []
 
