@@ -244,8 +244,8 @@ class Cases:
         return Runs(
             self.hosts,
             f"--phase unet --data latents --model model --batch 4 --steps {steps} --keep 0 "
-            f"--save-every {steps // 4} --lr 1e-3 --warmup 0 --threads 1 --device cpu --sample-every 0 "
-            f"--validation-fraction 0.3 --validate-every {steps // 2}",
+            f"--save-every {steps // 4} --lr 1e-3 --warmup 0 --threads 1 --device cpu "
+            f"--sample-every 0 --validation-fraction 0.3 --validate-every {steps // 2}",
         )
 
     def show(self, what: str, met: bool, details: str) -> None:
