@@ -1,10 +1,12 @@
 """Write a store of any size with a real log and sparse shards.
 
 The images do not exist. Captions are tags whose frequencies fall steeply. Each shard contains only
-its first latent; the others are holes in a sparse file, with wrong checksums.
+its first latent; the others are holes in a sparse file, with wrong checksums. In a `readable` store
+every row of a shard points to that latent.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import google_crc32c
@@ -41,28 +43,52 @@ TAGS = [*SUBJECTS, *QUALITIES] + [
     for quality in QUALITIES
     for subject in SUBJECTS
 ]
+REASONS = ("truncated", "corrupt", "not_an_image", "too_small", "too_elongated", "unsupported")
 TAGS_A_CAPTION = 15  # about 200 bytes
 _CHUNK = 1 << 20  # images generated at a time
 
 Ints = NDArray[np.int64]
 
 
-def make_store(root: Path, images: int, rows_per_shard: int, seed: int = 0) -> None:
-    """Write a complete first generation with one caption column, `txt`."""
+def make_store(
+    root: Path,
+    images: int,
+    rows_per_shard: int,
+    seed: int = 0,
+    *,
+    identity: Identity = IDENTITY,
+    shares: Mapping[str, float] = SHARES,
+    readable: bool = False,
+    rejected: int = 0,
+) -> None:
+    """Write a complete first generation with one caption column, `txt`.
+
+    Args:
+        root: the store's folder.
+        images: number of images with a latent.
+        rows_per_shard: rows per shard.
+        seed: of latents, captions and sizes.
+        identity: what the store says its latents are.
+        shares: bucket -> share of the images.
+        readable: whether every row can be read.
+        rejected: number of images besides, rejected for REASONS in turn.
+
+    """
     rng = np.random.default_rng(seed)
     manifest = Manifest(root)
     manifest.make_folders()
-    write_group(manifest, attributes_of(IDENTITY, rows_per_shard))
-    names = list(SHARES)
-    bucket = rng.choice(len(names), images, p=list(SHARES.values())).astype(np.int8)
+    store = StoreView(manifest, identity, rows_per_shard)
+    write_group(manifest, attributes_of(identity, rows_per_shard))
+    names = list(shares)
+    bucket = rng.choice(len(names), images, p=list(shares.values())).astype(np.int8)
     row = np.empty(images, np.int64)
     for code, name in enumerate(names):
         mine = np.flatnonzero(bucket == code)
         row[mine] = rng.permutation(len(mine))
         by_row = mine[np.argsort(row[mine])]
-        _write_bucket(manifest, name, by_row, rows_per_shard, rng)
+        _write_bucket(store, name, by_row, rng, readable)
     _write(manifest, root / "captions" / "base.parquet", CAPTIONS, _captions(images, rng))
-    plan = _plan(names, bucket, row, rng)
+    plan = itertools.chain(_plan(names, bucket, row, rng), _rejected(images, rejected))
     _write(manifest, root / "manifest" / "plan" / "000000.parquet", PLAN, plan)
 
 
@@ -118,6 +144,25 @@ def _plan(
         yield pa.table(columns).cast(PLAN)
 
 
+def _rejected(first: int, count: int) -> Iterator[pa.Table]:
+    """Rows of the plan for `count` images whose file does not exist."""
+    if not count:
+        return
+    keys, zeros = _keys(np.arange(first, first + count)), np.zeros(count, np.int32)
+    nothing = pa.repeat("", count)
+    columns = {
+        **dict.fromkeys(PLAN.names, zeros),
+        **dict.fromkeys(("bucket", "content_hash"), nothing),
+        "key": keys,
+        "source": pc.binary_join_element_wise("/data/", keys, ""),
+        "crop": pa.FixedSizeListArray.from_arrays(np.zeros(4 * count), 4),
+        "row": zeros - 1,
+        "reason": [REASONS[i % len(REASONS)] for i in range(count)],
+        "detail": pc.binary_join_element_wise("byte 812 of ", keys, " is not a marker", ""),
+    }
+    yield pa.table(columns).cast(PLAN)
+
+
 def _captions(images: int, rng: np.random.Generator) -> Iterator[pa.Table]:
     words = pa.array(TAGS)
     for start in range(0, images, _CHUNK):
@@ -136,22 +181,23 @@ def _captions(images: int, rng: np.random.Generator) -> Iterator[pa.Table]:
 
 
 def _write_bucket(
-    manifest: Manifest, name: str, images: Ints, rows_per_shard: int, rng: np.random.Generator
+    store: StoreView, name: str, images: Ints, rng: np.random.Generator, readable: bool
 ) -> None:
     """Write array, shards and commit records of a bucket; `images` are in the order of rows."""
     if not len(images):
         return
-    shape = IDENTITY.shape(name)
-    grow_array(StoreView(manifest, IDENTITY, rows_per_shard), name, len(images))
-    latent = rng.standard_normal(shape, np.float32).astype(IDENTITY.dtype)
+    manifest, rows_per_shard = store.manifest, store.rows_per_shard
+    grow_array(store, name, len(images))
+    latent = rng.standard_normal(store.identity.shape(name), np.float32)
+    latent = latent.astype(store.identity.dtype)
     crc = google_crc32c.value(latent.tobytes())
     for number, start in enumerate(range(0, len(images), rows_per_shard)):
         part = images[start : start + rows_per_shard]
         unit, count = ShardId(name, number), len(part)
         record = latent.tobytes() + crc.to_bytes(CRC_NBYTES, "little")
-        _write_shard(manifest.shard(unit), record, count, rows_per_shard)
+        _write_shard(manifest.shard(unit), record, count, rows_per_shard, readable)
         crcs = rng.integers(0, 2**32, count, dtype=np.uint32)
-        crcs[0] = crc
+        crcs[: count if readable else 1] = crc
         columns = {
             "row": np.arange(start, start + count),
             "key": _keys(part),
@@ -164,13 +210,13 @@ def _write_bucket(
         write_parquet(manifest.commit(unit), pa.table(columns).cast(COMMIT), manifest.staging)
 
 
-def _write_shard(path: Path, first: bytes, count: int, rows_per_shard: int) -> None:
+def _write_shard(path: Path, first: bytes, count: int, rows_per_shard: int, readable: bool) -> None:
     """Write a shard of full size that contains only its first record and its index."""
     index = np.full((rows_per_shard, 2), MISSING, "<u8")
-    index[:count, 0] = np.arange(count) * len(first)
+    index[:count, 0] = 0 if readable else np.arange(count) * len(first)
     index[:count, 1] = len(first)
     data = index.tobytes()
     with path.open("wb") as file:
         file.write(first)
-        file.seek(count * len(first))
+        file.seek(len(first) if readable else count * len(first))
         file.write(data + google_crc32c.value(data).to_bytes(CRC_NBYTES, "little"))

@@ -38,7 +38,7 @@ export function startComparison(data) {
   buttons.forEach((button, i) => button.addEventListener("click", enlarge[i]));
   for (const cell of root.querySelectorAll("[data-cell]")) {
     const [model, prompt] = cell.dataset.cell.split(" ").map(Number);
-    cell.append(Object.assign(new Image(), { src: pictures[model][prompt], alt: "", loading: "lazy", decoding: "async" }));
+    cell.append(Object.assign(new Image(), { src: pictures[model][prompt], alt: "", decoding: "async" }));
     cell.addEventListener("click", () => { change({ b: model }); enlarge[prompt](); });
   }
   show({});

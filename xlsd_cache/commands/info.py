@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from xlsd_cache.console.terminal import say, say_json, shown
-from xlsd_cache.integrity.accounting import account, saved_accounting
+from xlsd_cache.integrity.accounting import Accounting, account, saved_accounting
 from xlsd_cache.integrity.statistics import are_tags, moments, word_counts
 from xlsd_cache.options import InfoOptions
 from xlsd_cache.store.index import cached_snapshot, make_snapshot
@@ -19,7 +19,10 @@ from xlsd_cache.store.view import StoreView
 
 def info(config: InfoOptions) -> dict[str, Any]:
     """Print and return what is in the store, which may be unfinished."""
-    value = describe(config.store, config.tags)
+    view = StoreView.open(config.store.expanduser())
+    counts = saved_accounting(view.manifest.root, view.generation) or account(view)[0]
+    with any_store(view) as store:
+        value = describe(view, store, counts, config.tags)
     if config.json:
         say_json(value)
         return value
@@ -58,18 +61,21 @@ def _say_captions(value: dict[str, Any]) -> None:
         print(textwrap.fill(shown(tags), 96, initial_indent=" " * 13, subsequent_indent=" " * 13))
 
 
-def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
+def any_store(view: StoreView) -> LatentStore:
+    """The store at the view's generation, which may be unfinished."""
+    snapshot = cached_snapshot(view.manifest.root, view.generation) or make_snapshot(view)
+    return LatentStore(view, snapshot)
+
+
+def describe(
+    view: StoreView, store: LatentStore, counts: Accounting, most_tags: int
+) -> dict[str, Any]:
     """The value that `info --json` prints."""
-    root = path.expanduser()
-    view = StoreView.open(root)
-    identity, generation = view.identity, view.generation
-    counts = saved_accounting(root, generation) or account(view)[0]
-    snapshot = cached_snapshot(root, generation) or make_snapshot(view)
-    with LatentStore(view, snapshot) as store:
-        mean, std, measured = moments(store)
-        texts = {name: store.samples[name] for name in store.caption_columns}
-        tags = {name: store.tags(name).counts(most_tags) for name in texts if are_tags(texts[name])}
-    disk = _disk_use(root)
+    identity = view.identity
+    mean, std, measured = moments(store)
+    texts = {name: store.samples[name] for name in store.caption_columns}
+    tags = {name: store.tags(name).counts(most_tags) for name in texts if are_tags(texts[name])}
+    disk = _disk_use(store.root)
     return {
         "scanned": counts.scanned,
         "encoded": counts.encoded,
@@ -101,8 +107,8 @@ def describe(path: Path, most_tags: int = 20) -> dict[str, Any]:
             "std": std,
             "measured": measured,
         },
-        "generation": generation,
-        "fingerprint": snapshot.fingerprint,
+        "generation": view.generation,
+        "fingerprint": store.fingerprint,
         "rows_per_shard": view.rows_per_shard,
         "resolution": identity.resolution,
         "bytes": sum(disk.values()),

@@ -45,7 +45,8 @@ def preview(config: PreviewOptions) -> None:
             sample = store.samples.slice(int(index), 1).to_pylist()[0]
             raw = store.read(sample["bucket"], [sample["row"]])
             caption = sample[column] if column else None
-            sheet.draw(place, decoded(vae, raw, device), sample, caption or "(no caption)")
+            (picture,) = decoded(vae, raw, device)
+            sheet.draw(place, picture, sample, caption or "(no caption)")
     try:
         with replacing(config.out) as temporary:
             # given, because the temporary file has another suffix
@@ -108,11 +109,11 @@ def _place(store: LatentStore, name: str) -> int:
 
 
 @torch.inference_mode()
-def decoded(vae: Vae, raw: NDArray[Any], device: torch.device) -> Image.Image:
-    """Decode a latent [1, C, h, w]."""
-    decoded = vae.decode(torch.from_numpy(raw).float().to(device))[0]
+def decoded(vae: Vae, raw: NDArray[Any], device: torch.device) -> list[Image.Image]:
+    """Decode latents [n, C, h, w]. The last bits depend on n: some bytes differ by one."""
+    decoded = vae.decode(torch.from_numpy(raw).float().to(device))
     pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return [Image.fromarray(one) for one in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 class _Sheet:

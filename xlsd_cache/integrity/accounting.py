@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from xlsd_cache.planning.log_state import shard_names
 from xlsd_cache.runtime.arrow import counts, lookup_rows, take_or_null
 from xlsd_cache.runtime.atomic import write_json
-from xlsd_cache.runtime.bounded_files import read_json
-from xlsd_cache.schema import PLACE
+from xlsd_cache.runtime.bounded_files import read_json, require_regular
+from xlsd_cache.schema import PLACE, PLAN
 from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.view import StoreView
 
@@ -110,6 +111,23 @@ def saved_accounting(root: Path, generation: int) -> Accounting | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged
         return None
     return saved
+
+
+def saved_outcomes(store: StoreView) -> tuple[Accounting, pa.Table] | None:
+    """What `account` gave the last build, if it completed and no generation was added since."""
+    root = store.manifest.root
+    saved = saved_accounting(root, store.generation)
+    if saved is None:
+        return None
+    path = root / "rejected.parquet"
+    try:
+        require_regular(path)
+        left_out = pq.read_table(path, columns=["key", "reason", "detail"])
+        left_out = left_out.cast(pa.schema([PLAN.field(name) for name in left_out.column_names]))
+    except (OSError, pa.ArrowException):
+        return None
+    complete = left_out.num_rows == saved.duplicate + sum(saved.rejected.values())
+    return (saved, left_out) if complete else None
 
 
 def _path(root: Path) -> Path:

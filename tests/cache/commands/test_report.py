@@ -1,15 +1,26 @@
 """The page of a store, in a real browser."""
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from benchmarks.lib.synthetic import REASONS, make_store
 from tests.support import cache
 from tests.support.browser import LAYOUTS, LUMINANCE, PICTURES, Scheme, chromium, faults, opened
+from xlsd_cache.commands.preview import decoded
+from xlsd_cache.encoding.compatibility import identity_of
+from xlsd_cache.encoding.vae import load_vae
+from xlsd_cache.store.reader import LatentStore
+from xlsd_train.cli import COMMANDS
+from xlsd_train.config.recipes import parse
 
 PICTURE_SUFFIXES = {".jpg", ".png", ".webp"}
 HARM = "<script>window.harmed = true</script><img src=x onerror='window.harmed=true'>"
@@ -38,8 +49,30 @@ def made(built: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(made: Path) -> Iterator[Any]:
-    """After the build, which runs an event loop, as Playwright does."""
+def large(vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of 100 buckets, 10,000 tags, long captions in two columns, 3,000 rejected images."""
+    tmp_path = tmp_path_factory.mktemp("large")
+    store, sides = tmp_path / "latents", range(64, 144, 8)
+    identity = identity_of(
+        load_vae(str(vae)), dtype="float32", precision="fp32", preprocessing=1, resolution=128,
+        buckets="aspect", max_ratio=2.5, upscale=False,
+    )  # fmt: skip
+    shares = {f"{width}x{height}": 0.01 for width in sides for height in sides}
+    make_store(store, 12_000, 512, identity=identity, shares=shares, readable=True, rejected=3_000)
+    with LatentStore.open(store) as opened_store:
+        keys = opened_store.samples["key"].to_pylist()
+        assert len(opened_store.tags("txt").names) > 9_000
+    long = json.dumps("A sentence of <many> words & signs, on Grüße. " * 100)
+    table = tmp_path / "long.jsonl"
+    table.write_text("".join(f'{{"path": "/data/{key}", "long": {long}}}\n' for key in keys[::3]))
+    assert cache("captions", store, "--from", table, "--columns", "jsonl:long") == 0
+    assert cache("report", store, "--count", 96) == 0
+    return store / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(made: Path, large: Path) -> Iterator[Any]:
+    """After the builds, which run an event loop, as Playwright does."""
     with chromium() as found:
         yield found
 
@@ -129,9 +162,73 @@ def test_many_pictures_are_paged(browser: Any, made: Path, tmp_path: Path) -> No
     many.write_text(html, encoding="utf-8")
     with opened(browser, many) as page:
         sheet = page.locator("#sheet")
-        assert sheet.get_by_role("button", name="Previous").is_disabled()
-        page.get_by_role("button", name="Next").press("Enter")
-        assert f"25 to 48 of {8 * count}" in sheet.locator("output").inner_text()
+        said, forward = sheet.locator("output"), page.get_by_role("button", name="Next")
+        assert sheet.get_by_role("button", name="Previous").get_attribute("aria-disabled") == "true"
+        forward.press("Enter")
+        assert f"25 to 48 of {8 * count}" in said.inner_text()
+        page.keyboard.press("ArrowLeft")
+        assert f"1 to 24 of {8 * count}" in said.inner_text()
+        for _ in range(count):  # more than there are pages
+            page.keyboard.press("ArrowRight")
+        assert f"to {8 * count} of {8 * count}" in said.inner_text()
+        assert forward.get_attribute("aria-disabled") == "true"
+        forward.press("Enter")
+        assert f"to {8 * count} of {8 * count}" in said.inner_text()
+        assert forward.evaluate("it => it === document.activeElement")  # the keyboard is not lost
+
+
+def test_the_same_seed_gives_the_same_page(built: Path, tmp_path: Path) -> None:
+    def page(name: str, *options: object) -> str:
+        path = tmp_path / f"{name}.html"
+        assert cache("report", built, "-o", path, "--count", 5, *options) == 0
+        return path.read_text(encoding="utf-8").partition("</h1>")[2]  # the size on disk is in it
+
+    first = page("first")
+    assert page("again") == first
+    assert page("other", "--seed", 1) != first
+    (built / "rejected.parquet").rename(tmp_path / "aside")  # then they are counted from the log
+    try:
+        assert page("counted") == first
+    finally:
+        (tmp_path / "aside").rename(built / "rejected.parquet")
+
+
+def test_its_next_command_is_possible(browser: Any, made: Path, built: Path) -> None:
+    with opened(browser, made) as page:
+        words = shlex.split(page.locator("[data-copy]").get_attribute("data-copy") or "")
+    assert words[0] == "xlsd-train"
+    config = parse(COMMANDS["run"].options, words[1:], "xlsd-train")
+    assert config.data == (str(built),)
+
+
+def test_pictures_decoded_together_are_those_decoded_alone(built: Path, vae: Path) -> None:
+    with LatentStore.open(built) as store:
+        bucket, rows = max(store.buckets.items(), key=lambda it: len(it[1]))
+        raw, loaded, cpu = store.read(bucket, rows[:4]), load_vae(str(vae)), torch.device("cpu")
+        together = decoded(loaded, raw, cpu)
+        assert len(together) == len(raw) > 1
+        for latent, picture in zip(raw, together, strict=True):
+            (alone,) = decoded(loaded, latent[None], cpu)
+            difference = np.asarray(alone).astype(int) - np.asarray(picture)
+            assert abs(difference).max() <= 1
+
+
+def test_a_store_with_much_of_everything_has_a_small_page(browser: Any, large: Path) -> None:
+    html = large.read_text(encoding="utf-8")
+    pictures = re.findall(r"data:image[^\"]*", html)
+    assert len(pictures) == 96
+    assert len(html.encode()) - sum(map(len, pictures)) < 500_000
+    with opened(browser, large, 360) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        assert "3000 rejected" in page.locator("#counts").inner_text()
+        assert page.locator("#rejected h3").count() == len(REASONS)
+        assert page.locator("#rejected figure").count() == 6 * len(REASONS)
+        of_both = page.locator("#sheet figure", has=page.locator("b", has_text="long")).first
+        assert of_both.locator("b").all_inner_texts() == ["jsonl:long", "txt"]
+        page.locator("#sheet").get_by_label("Tags").fill(
+            "signs, on"
+        )  # a tag of no image, but words of long ones
+        assert "none" not in page.locator("#sheet output").inner_text()
 
 
 def test_without_pictures_it_is_small_and_needs_no_vae(built: Path, tmp_path: Path) -> None:
