@@ -62,7 +62,7 @@ def measure(store: Path, count: int) -> Step:
         from xlsd_cache.options import StoreReportOptions
 
         report(StoreReportOptions(store=store, count=count))
-    return Step(f"{count} pictures", memory.seconds, memory.cpu_s, memory.peak_gb, memory.own_gb)
+    return memory.step(f"{count} pictures", "")
 
 
 def main(config: StoreReportBenchmark, arguments: Sequence[str]) -> None:
