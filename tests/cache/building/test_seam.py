@@ -118,6 +118,8 @@ def test_three_commands_in_four_processes_are_a_build(
     assert content(out) == content(whole)
     assert cache("encode", out) == 0
     assert "0 of 5 units to encode" in printed(capsys)
+    assert finish(out).encoded == 19  # again
+    assert content(out) == content(whole)
 
 
 def test_a_killed_encoder_is_continued_and_twice_is_once(
