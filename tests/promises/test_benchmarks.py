@@ -23,6 +23,7 @@ SCRIPTS = [
     "benchmarks/same.py", "benchmarks/scale.py", "benchmarks/startup.py",
     "benchmarks/throughput.py",
     *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "store")),
+    "benchmarks/cache/planning.py",
     "benchmarks/train/lion.py",
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "nodes")),
     "benchmarks/train/overtrain.py", "benchmarks/train/small_cards.py",
@@ -152,6 +153,14 @@ def test_captions_measures_planning_captions_and_scanning(tmp_path: Path) -> Non
     options = ("--rows", "5000", "--files", "120", "--workers", "2")
     rows = Measured("cache/captions.py", *options, out=tmp_path).rows("work")
     assert [row["items"] for row in rows] == [5000] * 7 + [120] * 2
+
+
+@pytest.mark.slow
+def test_planning_measures_the_memory_of_each_part(tmp_path: Path) -> None:
+    measured = Measured("cache/planning.py", "--images", "300", "--workers", "1", out=tmp_path)
+    peaks = {row["part"]: row["mib"] for row in measured.rows("peak")}
+    assert 0 < peaks["libraries"] <= peaks["scan and plan"] <= peaks["process"]
+    assert peaks["encode a unit"] <= peaks["process"] + 1
 
 
 @pytest.mark.slow
