@@ -255,7 +255,8 @@ class EncodeOptions(CheckedOptions):
     """Show no progress bars: only lines, as without a terminal."""
 
     json: bool = False
-    """Print events on stdout, a JSON object per line: progress, unit, stopped or failed. No bars."""
+    """Print events on stdout, a JSON object per line: progress, and unit, stopped or failed. No
+    bars."""
 
     @property
     def unit_names(self) -> tuple[str, ...]:

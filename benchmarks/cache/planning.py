@@ -23,10 +23,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.cache.scale import Memory
 from benchmarks.demo.pipeline import VAE
 from benchmarks.lib.machine import machine
 from benchmarks.lib.report import JsonOption, Report, run_script
+from benchmarks.scale import Memory
 from xlsd_cache import BuildOptions, Worker, plan
 
 A_TAR = 10_000  # images

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.building.finish import writing
@@ -96,6 +97,7 @@ def write_plan(
         config.image_suffixes,
         allow_outside=config.allow_outside,
     )
+    pa.default_memory_pool().release_unused()  # to the system: the scan's tables were twice as many
     log_scan(found, config)
     images = found.images.num_rows
     event("start", store=config.out, images=images)
@@ -120,6 +122,8 @@ def write_plan(
     left = EncodeSettings(named, config.batch, config.max_pixels)
     with writing(config.out):
         generation = _write(config, store, found, buckets, began, left)
+    del found
+    pa.default_memory_pool().release_unused()  # before the VAE works
     return replace(store, generation=generation), vae
 
 

@@ -14,6 +14,10 @@ from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.view import StoreView
 
 _COLUMNS = [name for name in PLAN.names if name not in {"reason", "detail"}]
+# With 64-bit offsets: sorting fails where a column's strings pass 2 GiB.
+_LONG = {name: pa.large_string() for name in ("key", "source", "content_hash")}
+_ROWS = pa.schema([(name, _LONG.get(name, PLAN.field(name).type)) for name in _COLUMNS])
+_ROWS = _ROWS.append(pa.field("live", pa.bool_()))
 
 
 def planned_units(store: StoreView) -> list[ShardId]:
@@ -47,7 +51,7 @@ class PlannedUnits:
         lines = lines.append_column("live", pa.array(live))
         wanted = pa.array([unit.name for unit in units], pa.string())
         lines = lines.filter(pc.is_in(shard_names(lines, store.rows_per_shard), value_set=wanted))
-        lines = lines.take(pc.sort_indices(lines, [(name, "ascending") for name in PLACE]))
+        lines = lines.cast(_ROWS).sort_by([(name, "ascending") for name in PLACE])
         names = shard_names(lines, store.rows_per_shard).combine_chunks()
         runs = pc.run_end_encode(names)
         ends = runs.run_ends.to_pylist()

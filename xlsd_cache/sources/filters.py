@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.text import read_lines
-from xlsd_cache.runtime.arrow import lookup
+from xlsd_cache.runtime.arrow import filtered, lookup
 from xlsd_cache.tables.names import canonical, last_part
 
 log = logging.getLogger("xlsd.cache.sources")
@@ -35,7 +35,7 @@ def select_images(images: pa.Table, only: tuple[str, ...], exclude: tuple[str, .
         if not out.any():
             log.warning(f"--exclude {names} matches no image")
         kept &= ~out
-    images = images.filter(pa.array(kept))
+    images = filtered(images, kept)
     if not images.num_rows:
         raise UserError("--only and --exclude leave no image; correct their names and patterns")
     return images

@@ -14,7 +14,7 @@ from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, read_captions
 from xlsd_cache.files.folders import IMAGE_SUFFIXES, is_image
-from xlsd_cache.runtime.arrow import counts, lookup, take_or_null
+from xlsd_cache.runtime.arrow import counts, filtered, lookup, take_or_null
 from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.schema import CAPTIONS, IMAGES
 from xlsd_cache.sources.allowed_folders import AllowedFolders
@@ -76,7 +76,7 @@ class Scan:
         tables = [self.sidecar_captions, captions_of(self.matches, self.keys, self.columns)]
         captions = pa.concat_tables(tables)
         mine = pc.is_in(captions["key"], value_set=self.images["key"])
-        return replace(self, captions=captions.filter(mine))
+        return replace(self, captions=filtered(captions, mine))
 
 
 @dataclass
@@ -146,9 +146,9 @@ def _one_column(found: Scan) -> Scan:
     """The scan with only the caption column that most images have, the first of several."""
     images = Counter(dict.fromkeys(AUTO, 0) | counts(found.captions["column"]))
     (column, _), *_ = images.most_common(1)
-    mine = found.captions.filter(pc.equal(found.captions["column"], column))
+    mine = filtered(found.captions, pc.equal(found.captions["column"], column))
     sidecars = found.sidecar_captions
-    sidecars = sidecars.filter(pc.equal(sidecars["column"], column))
+    sidecars = filtered(sidecars, pc.equal(sidecars["column"], column))
     remarks = Counter({what: n for what, n in found.remarks.items() if what[0] == column})
     return replace(
         found, captions=mine, columns=(column,), sidecar_captions=sidecars, remarks=remarks
