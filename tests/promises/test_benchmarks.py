@@ -23,7 +23,7 @@ SCRIPTS = [
     "benchmarks/same.py", "benchmarks/scale.py", "benchmarks/startup.py",
     "benchmarks/throughput.py",
     *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "store")),
-    "benchmarks/cache/planning.py",
+    "benchmarks/cache/generations.py", "benchmarks/cache/planning.py",
     "benchmarks/train/lion.py",
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "nodes")),
     "benchmarks/train/overtrain.py", "benchmarks/train/small_cards.py",
