@@ -5,15 +5,26 @@ pytest -m slow tests/promises/test_kills.py      a hundred kills, minutes
 
 import os
 import random
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from tests.support import cache, files, spawn, sums, write_images
+from tests.support import (
+    cache,
+    files,
+    spawn,
+    start_torchrun,
+    sums,
+    wait_for,
+    write_images,
+)
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.reader import LatentStore
@@ -166,3 +177,60 @@ def test_a_hundred_kills_with_four_workers_while_images_come_change_and_go(
     assert cache("check", out) == 0
     sums(out, capsys)
     assert {path.name for path in (out / "staging").iterdir()} == {"plan.lock"}
+
+
+def ranks(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that torchrun has started."""
+    return psutil.Process(launcher.pid).children()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_builders_and_a_stop_of_all_loses_nothing(
+    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank is killed, then all get SIGTERM as from systemd, then two plain builders finish."""
+    images, batch = tmp_path / "images", 4
+    counters = [tmp_path / f"counter-{rank}" for rank in range(2)]
+    write_images(images, [f"{i:03d}.png" for i in range(96)], width=64, height=64)
+    rest = ("--vae", vae, "--resolution", 64, "--rows-per-shard", 8, "--batch", batch)
+    assert cache("build", images, "--out", tmp_path / "whole", *rest) == 0
+    script = tmp_path / "builder.py"
+    script.write_text(
+        "import os, sys\nfrom pathlib import Path\n"
+        "from tests.promises.test_kills import worker\n"
+        "counter = Path(sys.argv[1], 'counter-' + os.environ['RANK'])\n"
+        "sys.exit(worker(counter, 0.4, *sys.argv[2:]))\n"
+    )
+    words = (images, "--out", tmp_path / "killed", *rest)
+    launcher = start_torchrun(2, "--max-restarts", 3, script, tmp_path, *words)
+    try:
+        wait_for(lambda: size_of(counters[1]) > 0)
+        first = ranks(launcher)
+        first[1].kill()
+        wait_for(lambda: not any(rank.is_running() for rank in first))
+        begun = size_of(counters[1])
+        wait_for(lambda: size_of(counters[1]) > begun)
+        assert launcher.poll() is None
+        everyone = [*psutil.Process(launcher.pid).children(recursive=True)]
+        for process in everyone:  # the launcher too, and the processes that decode
+            process.send_signal(signal.SIGTERM)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait() != 0
+        psutil.wait_procs(everyone, timeout=30)
+        assert not [process for process in everyone if process.is_running()]
+    finally:
+        launcher.kill()
+        launcher.communicate()
+    assert 0 < sum(map(size_of, counters)) < 96
+
+    def start(number: int) -> Any:
+        return spawn(worker, counters[number], 0.0, *words, log=tmp_path / "log")
+
+    run_to_the_end(2, start, tmp_path / "log")
+    extra = sum(map(size_of, counters)) - 96
+    with capsys.disabled():
+        print(f"\na rank killed and all stopped, cost {extra} encodings")
+    assert 0 <= extra <= batch  # of the killed rank
+    ours = files(tmp_path / "killed", "latents.zarr/**/*")
+    assert ours == files(tmp_path / "whole", "latents.zarr/**/*")
+    assert cache("check", tmp_path / "killed") == 0

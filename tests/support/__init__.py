@@ -74,16 +74,21 @@ def _call(target: Callable[..., Any], args: tuple[object, ...], log: Path) -> No
 
 def torchrun(processes: int, module: str, *args: object) -> None:
     """Several processes of one command line, as torchrun starts them; each must succeed."""
+    process = start_torchrun(processes, "-m", module, *args)
+    _, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+
+
+def start_torchrun(processes: int, *words: object) -> subprocess.Popen[str]:
+    """Start torchrun with these words after its own; its output goes to pipes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", module]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
-    done = subprocess.run(
-        [*launcher, *map(str, args)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*launcher, *map(str, words)], env=environment, **pipes)
 
 
 def together(processes: int, target: Callable[..., Any], *args: object, log: Path) -> list[Any]:

@@ -6,7 +6,7 @@ Library calls show nothing. Bars and lines go to stderr, events to stdout.
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from threading import Event, Thread
 from typing import Any
 
@@ -15,7 +15,7 @@ from xlsd_cache.errors import UserError
 LINE_S = 30.0  # between two lines about the progress of one thing
 TICK_S = 0.5  # between two redraws of a bar, also while nothing advances
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-_chosen = {"quiet": False, "json": False}
+_chosen: dict[str, Any] = {"quiet": False, "json": False, "stdout": None}
 
 
 def choose(quiet: bool = False, json: bool = False) -> None:
@@ -37,7 +37,19 @@ def event(name: str, **values: Any) -> None:
     """With --json, print one line on stdout: an object whose "event" is this name."""
     if writes_events():
         line = json.dumps({"event": name, **values}, default=str)
-        print(line.replace("\x7f", "\\u007f"), flush=True)  # which a terminal would obey
+        line = line.replace("\x7f", "\\u007f")  # which a terminal would obey
+        print(line, file=_chosen["stdout"], flush=True)
+
+
+@contextmanager
+def only_events_on_stdout() -> Iterator[None]:
+    """Within the block, what libraries print goes to stderr."""
+    _chosen["stdout"] = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _chosen["stdout"] = None
 
 
 def progress_bar(*args: Any, disable: bool | None = False, **options: Any) -> Any:

@@ -1,0 +1,107 @@
+"""`build --ray`: encodes units on a Ray cluster. The store remembers what is done, not Ray.
+
+An actor loads the VAE once and has one unit at a time, which returns to the queue if the actor or
+its node is lost. Actors end with the driver; the next driver asks the store what is left.
+"""
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from socket import create_connection
+from typing import Any
+
+from xlsd_cache.building.shared_files import check_shared, locked_probe
+from xlsd_cache.building.worker import Outcome, Worker
+from xlsd_cache.console.progress import only_events_on_stdout
+from xlsd_cache.errors import UserError, one_line
+
+MOST_LOST = 5  # actors, at one unit or in one place
+
+
+class RemoteWorker:
+    """A Worker in an actor's process."""
+
+    def start(self, seen: tuple[Path, list[Path]], *args: Any, **options: Any) -> None:
+        """Prepare; the VAE is loaded with the first unit, its precision set explicitly."""
+        check_shared(*seen)
+        self._worker = Worker(*args, **options)
+
+    def encode(self, unit: str) -> Outcome:
+        """Worker.encode, with a pause where another process holds the unit."""
+        outcome = self._worker.encode(unit)
+        time.sleep(outcome.status == "held")
+        return outcome
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[Any]:
+    """Connect to a Ray cluster, or start one for `local`; yields the module ray."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+
+        host, _, port = address.rpartition(":")
+        if host and "/" not in host:  # Ray itself would wait for minutes
+            create_connection((host, int(port)), 10).close()
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        fix = "give HOST:PORT as `ray start --head` prints it, auto, or local"
+        if isinstance(error, ImportError):
+            fix = "install Ray with `pip install 'xlsd[ray]'`"
+        raise UserError(f"--ray {address}: {one_line(error).rstrip('.')}; {fix}") from error
+    try:
+        with only_events_on_stdout():  # Ray prints what becomes of its nodes
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+def outcomes(
+    ray: Any, store: Path, sources: list[Path], device: str, queue: deque[str]
+) -> Iterator[Outcome | None]:
+    """What becomes of the units of a queue that may grow, until it is closed; at times None."""
+    actors, free, running = dict[Any, Any](), set[Any](), dict[Any, tuple[Any, str]]()
+    lost = Counter[Any]()
+    with locked_probe(store) as probe:
+        while True:
+            for place, options in _places(ray, device).items():
+                if place not in actors:
+                    actors[place] = ray.remote(RemoteWorker).options(**options).remote()
+                    given = {"device": device, "workers": options["num_cpus"]}
+                    call = actors[place].start.remote((probe, sources), store, **given)
+                    running[call] = place, ""
+            while queue and free:
+                place, unit = free.pop(), queue.popleft()
+                running[actors[place].encode.remote(unit)] = place, unit
+            yield time.sleep(not running)
+            for call in ray.wait([*running], timeout=1)[0]:
+                place, unit = running.pop(call)
+                try:
+                    yield ray.get(call)
+                    free.add(place)
+                except ray.exceptions.RayTaskError as error:
+                    raise UserError(f"Ray node {error.ip}: {one_line(error.cause, 999)}") from error
+                except ray.exceptions.RayError as error:
+                    ray.kill(actors.pop(place))
+                    queue.extendleft([unit] if unit else [])
+                    lost[unit or place] += 1
+                    if lost[unit or place] == MOST_LOST:
+                        why = str(error).strip().splitlines()[-1]
+                        raise UserError(f"Ray lost {MOST_LOST} workers in turn: {why}") from error
+
+
+def _places(ray: Any, device: str) -> dict[Any, dict[str, Any]]:
+    """Each GPU, or each node where there are none: (node, number) -> options of its actor."""
+    nodes = {it["NodeID"]: it["Resources"] for it in ray.nodes() if it["Alive"]}
+    gpus = device != "cpu" and any("GPU" in has for has in nodes.values())
+    pin, places = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy, {}
+    for node, has in nodes.items():
+        cpus = int(has.get("CPU", 0))
+        count = int(has.get("GPU", 0)) if gpus else min(cpus, 1)
+        for number in range(count):
+            there = {"num_gpus": int(gpus), "scheduling_strategy": pin(node, soft=False)}
+            places[node, number] = {**there, "num_cpus": max(1, cpus // count)}
+    return places
