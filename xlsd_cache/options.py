@@ -189,6 +189,10 @@ class ProcessOptions(CheckedOptions):
     """This is process I of N (from 0) that build one store together. Each starts with its own part
     and then helps the others. Default: as set by torchrun or accelerate launch."""
 
+    ray: Annotated[str | None, arg(metavar="ADDRESS")] = None
+    """Encode on the GPUs of a Ray cluster: HOST:PORT, auto, or local to start one here. All its
+    nodes need the store and the sources at the same paths. Needs `pip install 'xlsd[ray]'`."""
+
     @property
     def part(self) -> tuple[int, int]:
         """(this process's number, number of processes)."""
@@ -223,6 +227,8 @@ class BuildOptions(ProcessOptions, PlanOptions):
         """Raise UserError for what no build can use."""
         PlanOptions.check(self)
         _check_shard(self.shard)
+        if self.ray and self.shard:
+            raise UserError("--ray and --shard both share out the work; give one of them")
 
 
 @dataclass(frozen=True)

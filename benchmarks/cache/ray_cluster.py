@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # when run as a file
+sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a file
 
 import numpy as np
 import psutil
@@ -31,6 +30,7 @@ from PIL import Image
 from benchmarks.lib.machine import machine
 from benchmarks.lib.report import JsonOption, Report, run_script
 
+ROOT = Path(__file__).parents[2]
 COUNTS = "XLSD_ENCODES"  # environment: a folder, a file for each process
 PAUSE_S = 0.1  # in each call, as a larger VAE would take, so that kills hit workers at work
 DRIVER = """
@@ -162,8 +162,10 @@ def kill_node(node: Any) -> None:
 
 def built(config: RayConfig, folder: Path, name: str) -> list[str]:
     """The command that builds a store."""
-    options = ("--out", folder / name, "--vae", config.vae, "--resolution", 64, "--captions", "none",
-               "--rows-per-shard", config.rows_per_shard, "--batch", config.batch, "--workers", 1)  # fmt: skip
+    options = (
+        "--out", folder / name, "--vae", config.vae, "--resolution", 64, "--captions", "none",
+        "--rows-per-shard", config.rows_per_shard, "--batch", config.batch, "--workers", 1,
+    )  # fmt: skip
     return [sys.executable, "-m", "xlsd_cache", "build", *map(str, (folder / "images", *options))]
 
 
@@ -173,13 +175,17 @@ def judge(config: RayConfig, folder: Path, report: Report) -> None:
     for part in ("latents.zarr", "manifest/commit", "manifest/plan", "index.arrow"):
         ours, theirs = ({k: v for k, v in store.items() if k.startswith(part)} for store in stores)
         same = sum(ours[path] == theirs.get(path) for path in ours)
-        report.target(f"{part}: files equal to a local build's, of {len(theirs)}", same, least=len(ours))
+        report.target(
+            f"{part}: files equal to a local build's, of {len(theirs)}", same, least=len(ours)
+        )
     lines = [line for path in (folder / "encodes").iterdir() for line in path.read_text().split()]
     times = Counter(lines)
     report.target("images encoded", len(times), least=config.images)
     # One worker was lost with its node, three with the driver; each had one batch in progress.
     again, twice = len(lines) - len(times), sum(n > 1 for n in times.values())
-    report.add("again", encodings=again, images=twice, processes=len([*(folder / "encodes").iterdir()]))
+    report.add(
+        "again", encodings=again, images=twice, processes=len([*(folder / "encodes").iterdir()])
+    )
     report.target("encodings beyond one of each image", again, most=4 * config.batch)
 
 

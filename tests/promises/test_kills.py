@@ -6,7 +6,6 @@ pytest -m slow tests/promises/test_kills.py      a hundred kills, minutes
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -179,11 +178,6 @@ def test_a_hundred_kills_with_four_workers_while_images_come_change_and_go(
     assert {path.name for path in (out / "staging").iterdir()} == {"plan.lock"}
 
 
-def ranks(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes that torchrun has started."""
-    return psutil.Process(launcher.pid).children()
-
-
 @pytest.mark.slow
 def test_torchrun_restarts_builders_and_a_stop_of_all_loses_nothing(
     vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -205,7 +199,7 @@ def test_torchrun_restarts_builders_and_a_stop_of_all_loses_nothing(
     launcher = start_torchrun(2, "--max-restarts", 3, script, tmp_path, *words)
     try:
         wait_for(lambda: size_of(counters[1]) > 0)
-        first = ranks(launcher)
+        first = psutil.Process(launcher.pid).children()
         first[1].kill()
         wait_for(lambda: not any(rank.is_running() for rank in first))
         begun = size_of(counters[1])

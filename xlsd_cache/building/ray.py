@@ -7,7 +7,7 @@ its node is lost. Actors end with the driver; the next driver asks the store wha
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socket import create_connection
@@ -18,16 +18,14 @@ from xlsd_cache.building.worker import Outcome, Worker
 from xlsd_cache.console.progress import only_events_on_stdout
 from xlsd_cache.errors import UserError, one_line
 
-MOST_LOST = 5  # actors, at one unit or in one place
-
 
 class RemoteWorker:
     """A Worker in an actor's process."""
 
-    def start(self, seen: tuple[Path, list[Path]], *args: Any, **options: Any) -> None:
+    def start(self, seen: tuple[Path, list[Path]], store: Path, device: Any, cpus: int) -> None:
         """Prepare; the VAE is loaded with the first unit, its precision set explicitly."""
         check_shared(*seen)
-        self._worker = Worker(*args, **options)
+        self._worker = Worker(store, device=device, workers=cpus)
 
     def encode(self, unit: str) -> Outcome:
         """Worker.encode, with a pause where another process holds the unit."""
@@ -48,9 +46,8 @@ def cluster(address: str) -> Iterator[Any]:
             create_connection((host, int(port)), 10).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR")
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        fix = "give HOST:PORT as `ray start --head` prints it, auto, or local"
-        if isinstance(error, ImportError):
-            fix = "install Ray with `pip install 'xlsd[ray]'`"
+        give = "give HOST:PORT as `ray start --head` prints it, auto, or local"
+        fix = "`pip install 'xlsd[ray]'`" if isinstance(error, ImportError) else give
         raise UserError(f"--ray {address}: {one_line(error).rstrip('.')}; {fix}") from error
     try:
         with only_events_on_stdout():  # Ray prints what becomes of its nodes
@@ -61,22 +58,22 @@ def cluster(address: str) -> Iterator[Any]:
 
 def outcomes(
     ray: Any, store: Path, sources: list[Path], device: str, queue: deque[str]
-) -> Iterator[Outcome | None]:
+) -> Generator[Outcome | None]:
     """What becomes of the units of a queue that may grow, until it is closed; at times None."""
-    actors, free, running = dict[Any, Any](), set[Any](), dict[Any, tuple[Any, str]]()
-    lost = Counter[Any]()
+    actors, free, lost = dict[Any, Any](), set[Any](), Counter[Any]()
+    running: dict[Any, tuple[Any, str]] = {}  # call -> place, unit
     with locked_probe(store) as probe:
         while True:
             for place, options in _places(ray, device).items():
                 if place not in actors:
-                    actors[place] = ray.remote(RemoteWorker).options(**options).remote()
-                    given = {"device": device, "workers": options["num_cpus"]}
-                    call = actors[place].start.remote((probe, sources), store, **given)
-                    running[call] = place, ""
+                    actor = actors[place] = ray.remote(RemoteWorker).options(**options).remote()
+                    given = (probe, sources), store, device, options["num_cpus"]
+                    running[actor.start.remote(*given)] = place, ""
             while queue and free:
                 place, unit = free.pop(), queue.popleft()
                 running[actors[place].encode.remote(unit)] = place, unit
-            yield time.sleep(not running)
+            time.sleep(not running)
+            yield None
             for call in ray.wait([*running], timeout=1)[0]:
                 place, unit = running.pop(call)
                 try:
@@ -88,20 +85,19 @@ def outcomes(
                     ray.kill(actors.pop(place))
                     queue.extendleft([unit] if unit else [])
                     lost[unit or place] += 1
-                    if lost[unit or place] == MOST_LOST:
-                        why = str(error).strip().splitlines()[-1]
-                        raise UserError(f"Ray lost {MOST_LOST} workers in turn: {why}") from error
+                    if lost[unit or place] == 5:
+                        raise UserError(f"Ray lost 5 workers: {one_line(error, 999)}") from error
 
 
 def _places(ray: Any, device: str) -> dict[Any, dict[str, Any]]:
     """Each GPU, or each node where there are none: (node, number) -> options of its actor."""
     nodes = {it["NodeID"]: it["Resources"] for it in ray.nodes() if it["Alive"]}
     gpus = device != "cpu" and any("GPU" in has for has in nodes.values())
-    pin, places = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy, {}
+    pin, places = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy, dict[Any, Any]()
     for node, has in nodes.items():
         cpus = int(has.get("CPU", 0))
         count = int(has.get("GPU", 0)) if gpus else min(cpus, 1)
-        for number in range(count):
-            there = {"num_gpus": int(gpus), "scheduling_strategy": pin(node, soft=False)}
-            places[node, number] = {**there, "num_cpus": max(1, cpus // count)}
+        there = {"num_gpus": int(gpus), "scheduling_strategy": pin(node, soft=False)}
+        there["num_cpus"] = max(1, cpus // max(1, count))
+        places |= {(node, number): there for number in range(count)}
     return places

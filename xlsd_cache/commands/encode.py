@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from xlsd_cache.building.worker import Outcome, Worker
 from xlsd_cache.console.progress import event, writes_events
@@ -36,12 +37,17 @@ def encode_until_stopped(
     """Worker.encode_all. After a stop signal, raises Stopped once the batch is written."""
     with StopSignal(STOPPING) as stop:
         outcomes = worker.encode_all(units, stop, waits=waits)
+    check_stopped(stop, worker.root)
+    return outcomes
+
+
+def check_stopped(stop: StopSignal, store: Path) -> None:
+    """Raise Stopped after a stop signal."""
     if stop.asked:
         raise Stopped(
-            f"stopped; every batch encoded so far is kept in {worker.root}. Run the same command "
-            f"again to resume."
+            f"stopped; every batch encoded so far is kept in {store}. Run the same command again "
+            f"to resume."
         )
-    return outcomes
 
 
 def _part(options: EncodeOptions) -> list[str]:
