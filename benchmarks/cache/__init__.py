@@ -1,1 +1,1 @@
-"""Benchmarks of xlsd_cache: build, captions, decoding, random reads, scale."""
+"""Benchmarks of xlsd_cache: build, captions, decoding, random reads, killed nodes of Ray."""

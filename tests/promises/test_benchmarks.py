@@ -24,6 +24,7 @@ SCRIPTS = [
     "benchmarks/throughput.py",
     *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "store")),
     "benchmarks/cache/generations.py", "benchmarks/cache/planning.py",
+    "benchmarks/cache/ray_cluster.py",
     "benchmarks/train/lion.py",
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "nodes")),
     "benchmarks/train/overtrain.py", "benchmarks/train/small_cards.py",

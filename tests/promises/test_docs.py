@@ -32,7 +32,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?:benchmarks|docs|tests|xlsd_cache|xlsd_train)/[\w./-]*")
-OTHERS = {"--no-half-vae", "--learning-rate", "--against", "--check"}  # of other programs
+OTHERS = set("--no-half-vae --learning-rate --against --check --max-restarts".split())
 KOHYAS = set("--d --s --l --w --h --n".split())  # of a line of prompts, with our own five
 PROMPTS = set("--seed --steps --guidance --size --negative".split())
 
@@ -86,9 +86,12 @@ def shell_commands() -> Iterator[tuple[str, list[str]]]:
 def split(line: str) -> Iterator[list[str]]:
     """The commands of a line, without redirections and comments."""
     words: list[str] = []
+    line = re.sub(r"\$SLURM_\w+_ID/\$SLURM_\w+_COUNT", "0/8", line)
     for word in [*shlex.split(line, comments=True), ";"]:
         if word in {"||", "&&", "|", ";"}:
-            if words:
+            if words and words[0].endswith("sbatch"):  # also job=$(sbatch
+                yield from split(words[words.index("--wrap") + 1] if "--wrap" in words else "")
+            elif words:
                 yield words
             words = []
         else:
@@ -148,7 +151,9 @@ def test_options_in_sentences_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     for page in PAGES:
         for code in CODE.findall(prose(page)):
             unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - there
-            assert not unknown or code.startswith(("pip", "torchrun", "mypy")), f"{page}: {code}"
+            assert not unknown or code.startswith(("pip", "torchrun", "mypy", "ray")), (
+                f"{page}: {code}"
+            )
 
 
 def test_every_block_says_what_it_is() -> None:
