@@ -3,28 +3,23 @@
 import asyncio
 import logging
 import re
-import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
+from xlsd_cache.pages.server import HEADERS, OF_PAGE, guards, http_server, listen
 from xlsd_cache.pages.thumbnails import thumbnail
 from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_train.config.run_options import LiveConfig
@@ -35,40 +30,19 @@ from xlsd_train.report.page import NAME, page
 from xlsd_train.runs.layout import SAMPLES, STEP
 from xlsd_train.runs.links import refuse_links_to
 
-LOOPBACK = ["127.0.0.1", "localhost"]
 MOST_NBYTES = 1 << 27  # of a picture
 PICTURE = re.compile(r"[0-9]{2,6}\.(png|webp)")
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
-# The page has a stricter policy of its own, with the hashes of its script and style.
-OF_PAGE = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-
 log = logging.getLogger("xlsd.train.live")
 
 
 def live(config: LiveConfig) -> None:
     """Serve until a signal. Raises UserError for a folder that is no run, and for a port in use."""
     runs = Runs([folder.absolute() for folder in config.runs])
-    try:
-        listening = socket.create_server((config.host, config.port))
-    except OSError as error:
-        raise UserError(
-            f"cannot serve at {config.host}:{config.port}: {error.strerror or error}; give another "
-            f"--port, or --port 0 for any free one"
-        ) from error
-    hosts = [config.host, *(LOOPBACK if config.host in LOOPBACK else [])]
+    remedy = "give another --port, or --port 0 for any free one"
+    listening = listen(config.host, config.port, remedy)
     server: uvicorn.Server
-    app = application(runs, hosts, lambda: server.should_exit)
-    options = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", ws="none", http="h11",
-        loop="asyncio", server_header=False, limit_concurrency=100, timeout_graceful_shutdown=3,
-    )  # fmt: skip
-    server = uvicorn.Server(options)
+    app = application(runs, config.host, lambda: server.should_exit)
+    server = http_server(app)
     with listening, suppress(KeyboardInterrupt):  # which uvicorn raises again at its end
         say(f"http://{config.host}:{listening.getsockname()[1]}/")
         sys.stdout.flush()  # a script may wait for it
@@ -76,7 +50,7 @@ def live(config: LiveConfig) -> None:
         server.run(sockets=[listening])
 
 
-def application(runs: Runs, hosts: Sequence[str], ends: Callable[[], bool]) -> Starlette:
+def application(runs: Runs, host: str, ends: Callable[[], bool]) -> Starlette:
     """The web application; requests for other hosts are refused."""
     pages = _Pages(runs, ends)
     return Starlette(
@@ -86,27 +60,8 @@ def application(runs: Runs, hosts: Sequence[str], ends: Callable[[], bool]) -> S
             Route("/favicon.ico", lambda _: Response(status_code=204, headers=HEADERS)),
             Route("/samples/{run:int}/{step}/{name}", pages.picture),
         ],
-        # A page elsewhere may name itself as a host that leads to this machine (DNS rebinding).
-        middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
-            Middleware(_OwnOrigin),
-        ],
+        middleware=guards(host),
     )
-
-
-class _OwnOrigin:
-    """Refuses requests that another page's script makes."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            await Response(status_code=403, headers=HEADERS)(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
 
 
 @dataclass

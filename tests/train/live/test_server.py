@@ -285,7 +285,7 @@ def test_readers_that_go_away_leave_no_task(run: Path) -> None:
     """Also while they catch up with a long log."""
     (run / "metrics.jsonl").write_bytes(b"")
     append(run, 1, 50_000)
-    app = application(Runs([run]), ["127.0.0.1"], lambda: server.should_exit)
+    app = application(Runs([run]), "127.0.0.1", lambda: server.should_exit)
     server = uvicorn.Server(
         uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http="h11", loop="asyncio")
     )
