@@ -28,6 +28,7 @@ from xlsd_cache.options import (
     PlanOptions,
     PreviewOptions,
     StoreReportOptions,
+    WatchOptions,
 )
 
 
@@ -90,6 +91,16 @@ COMMANDS = {
         FinishOptions,
         calls("xlsd_cache.commands.finish:finish_store"),
         examples=("xlsd-cache finish latents", "xlsd-cache finish /data/latents"),
+    ),
+    "watch": Command(
+        WatchOptions,
+        calls("xlsd_cache.commands.watch:watch"),
+        examples=(
+            "xlsd-cache watch photos --out latents",
+            "xlsd-cache watch photos --out latents --min-new 1000 --http 127.0.0.1:8787",
+        ),
+        first=("out", "every", "settle", "min_new", "max_wait", "http", "vae", "resolution",
+               "captions", "device"),
     ),
     "info": Command(
         InfoOptions,

@@ -133,9 +133,8 @@ COMMANDS = {
 PRINT = {PlanConfig, RecipesConfig, TagsConfig, ScoreConfig}  # commands that make nothing but text
 # Commands that need no torch; training finds out by itself whether it does.
 LIGHT = {RecipesConfig, TagsConfig, ReportConfig, LiveConfig, SweepConfig, TrainConfig}
-THEIRS = (
-    "build encode finish info check captions preview export-index import"  # commands of xlsd-cache
-)
+# commands of xlsd-cache
+THEIRS = "build watch encode finish info check captions preview export-index import"
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchvision")
-SERVER = ("starlette", "uvicorn")  # which only xlsd_train.live loads
+SERVER = ("starlette", "uvicorn")  # which only xlsd_train.live and watch --http load
 LIGHT = [
     "xlsd_cache",
     "xlsd_cache.cli",

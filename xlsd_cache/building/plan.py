@@ -76,29 +76,27 @@ def plan_of(store: StoreView) -> BuildPlan:
 
 
 def write_plan(
-    config: PlanOptions, began: float, vae: Vae | None = None, decodes: bool = False
+    config: PlanOptions,
+    began: float,
+    vae: Vae | None = None,
+    decodes: bool = False,
+    found: Scan | None = None,
 ) -> tuple[StoreView, Vae]:
     """Write the next generation, unless the store is up to date; returns the newest, and the VAE.
 
     With `decodes`, the processes that decode start while the VAE loads. A dry run writes nothing.
+    The sources are scanned, unless what was `found` in them is given.
     """
-    if settings := as_flags(config, type(config)(), {"source", "out", "workers"}):
+    settings = as_flags(config, type(config)(), {"source", "out", "workers"})
+    if settings and found is None:
         log.info(f"settings other than the defaults: {settings}")
     check_memory(config.max_pixels, config.workers)
     buckets = Buckets.make(config.buckets, config.resolution, config.max_ratio, config.upscale)
     if vae is None:
         require_vae(config.vae)  # before the scan, which may take long
-    found = scan(
-        config.source,
-        config.caption_columns,
-        config.only,
-        config.exclude,
-        config.workers,
-        config.image_suffixes,
-        allow_outside=config.allow_outside,
-    )
-    pa.default_memory_pool().release_unused()  # to the system: the scan's tables were twice as many
-    log_scan(found, config)
+    if found is None:
+        found = scan_sources(config)
+        log_scan(found, config)
     images = found.images.num_rows
     event("start", store=config.out, images=images)
     if decodes and not config.dry_run and not is_store(config.out):  # all are to be encoded
@@ -106,9 +104,7 @@ def write_plan(
     if vae is None:
         with working("loading the VAE"):
             vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
-    identity = _identity(config, vae)
-    stored = stored_identity(config.out, vae, config.dry_run)
-    check_compatible(config.out, identity, stored)
+    identity = store_identity(config, vae)
     rows_per_shard = choose_rows_per_shard(config.out, config.rows_per_shard, images)
     store = StoreView(Manifest(config.out), identity, rows_per_shard)
     if config.dry_run:
@@ -198,11 +194,29 @@ def _make(
     for line in found.matches.summary():
         log.info(line)
     refuse_no_captions(found, config)
-    return keep_unread_captions(planned) if found.unread else planned
+    if found.unread:
+        planned = replace(planned, captions=keep_unread_captions(planned.captions))
+    return planned
 
 
-def _identity(config: PlanOptions, vae: Vae) -> Identity:
-    return identity_of(
+def scan_sources(config: PlanOptions) -> Scan:
+    """The images and captions of the sources. Raises UserError as `scan` does."""
+    found = scan(
+        config.source,
+        config.caption_columns,
+        config.only,
+        config.exclude,
+        config.workers,
+        config.image_suffixes,
+        allow_outside=config.allow_outside,
+    )
+    pa.default_memory_pool().release_unused()  # to the system: the scan's tables were twice as many
+    return found
+
+
+def store_identity(config: PlanOptions, vae: Vae) -> Identity:
+    """What the latents will be. Raises UserError where the store's are something else."""
+    identity = identity_of(
         vae,
         dtype=config.store_dtype,
         precision=config.precision,
@@ -212,3 +226,5 @@ def _identity(config: PlanOptions, vae: Vae) -> Identity:
         max_ratio=config.max_ratio,
         upscale=config.upscale,
     )
+    check_compatible(config.out, identity, stored_identity(config.out, vae, config.dry_run))
+    return identity

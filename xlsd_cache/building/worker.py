@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -96,25 +96,33 @@ class Worker:
         return self.encode_all([unit], stop)[0]
 
     def encode_all(
-        self, units: Sequence[str], stop: StopSignal | None = None, *, waits: bool = False
+        self,
+        units: Sequence[str],
+        stop: StopSignal | None = None,
+        *,
+        waits: bool = False,
+        advance: Callable[[int], None] = lambda _: None,
     ) -> list[Outcome]:
         """Encode units one after the other, images of the next decoded meanwhile.
 
-        With `waits`, also those that other processes hold, should these be killed.
+        With `waits`, also those that other processes hold, should these be killed. `advance` is
+        called after each batch with the number of images done.
         """
         stop = stop or StopSignal()
         asked = [self._parse(unit) for unit in units]
         todo = [unit for unit in asked if not self._view.manifest.commit(unit).exists()]
         if todo:
             with writing(self.root):
-                self._encode(todo, stop, waits)
+                self._encode(todo, stop, waits, advance)
         return [self._outcome(unit, unit in todo, stop) for unit in asked]
 
-    def _encode(self, todo: list[ShardId], stop: StopSignal, waits: bool) -> None:
+    def _encode(
+        self, todo: list[ShardId], stop: StopSignal, waits: bool, advance: Callable[[int], None]
+    ) -> None:
         units = self._planned(todo)
         decoding = self._workers, self._settings.max_pixels
         decoders(*decoding).start(units.count(todo))  # while the VAE loads and CUDA starts
-        work = EncodePipeline(self._view, self._encoder, units, *decoding)
+        work = EncodePipeline(self._view, self._encoder, units, *decoding, advance)
         work.run(todo, stop, waits)
         if work.done and not stop.asked:
             log.info(f"time: {work.seconds:.2f} s: {work.shares()}")

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,6 +75,7 @@ class EncodePipeline:
     units: PlannedUnits
     workers: int
     max_pixels: int = MAX_PIXELS  # of an image
+    advance: Callable[[int], None] = lambda _: None  # called after each batch, with the images done
     wait_s: float = 0.0  # encoders idle, waiting for pixels
     encode_s: float = 0.0
     write_s: float = 0.0
@@ -167,6 +168,7 @@ class EncodePipeline:
         bar.set_postfix_str(rejected + self.shares(), refresh=False)
         bar.update(len(rows))
         self.done += len(rows)
+        self.advance(self.done)
         rate = self.done / (time.perf_counter() - self.begun)
         told = {"images_per_s": rate, "rejected": self.rejected}
         event("progress", images=self.done, total=bar.total, **told)

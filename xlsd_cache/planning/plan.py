@@ -1,7 +1,7 @@
 """Compares the scan with the log and makes the next generation: what is new, changed or gone."""
 
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -115,11 +115,11 @@ def contents(plan: GenerationPlan, state: LogState) -> pa.Table:
     return last_lines(table, ["key"])
 
 
-def keep_unread_captions(plan: GenerationPlan) -> GenerationPlan:
-    """The plan without removals of captions that may be in a table that could not be read."""
-    rows = pc.match_substring_regex(plan.captions["column"], "^(jsonl|csv|parquet|arrow):")
-    gone = pc.and_(rows, pc.equal(plan.captions["text"], ""))
-    return replace(plan, captions=plan.captions.filter(pc.invert(gone)))
+def keep_unread_captions(captions: pa.Table) -> pa.Table:
+    """Caption changes without removals of what may be in a table that could not be read."""
+    rows = pc.match_substring_regex(captions["column"], "^(jsonl|csv|parquet|arrow):")
+    gone = pc.and_(rows, pc.equal(captions["text"], ""))
+    return captions.filter(pc.invert(gone))
 
 
 def _leaving(state: LogState, removed: pa.Table, entries: pa.Table) -> pa.Table:

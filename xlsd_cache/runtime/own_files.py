@@ -21,7 +21,9 @@ GENERATOR = '<meta name="generator" content="xlsd-'  # the command follows
 _FIRST_PAGES = """content="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline';"""
 SOFTWARE = 0x0131  # the EXIF tag
 # The parts of a store, and of a run: nothing in them is an image or a caption.
-STORE = frozenset("latents.zarr manifest captions staging stray rejected.parquet".split())
+STORE = frozenset(
+    "latents.zarr manifest captions staging stray rejected.parquet status.json".split()
+)
 RUN = frozenset("samples checkpoints base ema validation tensorboard wandb".split())
 
 

@@ -216,8 +216,11 @@ def _foreign_files(out: Path) -> Iterator[str]:
 
     A user's own folder may be called `captions`.
     """
+    ours = {"latents.zarr", "manifest", "captions", "staging"}
+    if (out / "staging" / "watch.lock").exists():
+        ours.add("status.json")
     for path in sorted(out.iterdir()) if out.exists() else ():
-        if path.name not in {"latents.zarr", "manifest", "captions", "staging"}:
+        if path.name not in ours:
             yield path.name
         elif path.name != "staging":
             yield from (str(it.relative_to(out)) for it in path.rglob("*") if not it.is_dir())

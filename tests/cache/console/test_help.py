@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import pytest
 import tyro
@@ -15,7 +15,7 @@ from tyro.conf import Positional, Suppress, arg
 from tests.support import cache
 from xlsd_cache.cli import COMMANDS
 from xlsd_cache.console.help import Command, Option, asks_for_help, help_page, option_groups
-from xlsd_cache.console.option_checks import Folder
+from xlsd_cache.console.option_checks import Folder, marks_of
 from xlsd_cache.console.suggestions import check_words, options_of
 
 
@@ -180,7 +180,9 @@ def test_every_page_is_complete_and_its_examples_parse(
     page = capsys.readouterr().out
     assert "None" not in page.replace("none", "")
     kind, told = COMMANDS[name].options, options(COMMANDS[name]).values()
-    assert sorted(it.name for it in told) == sorted(field.name for field in fields(kind))
+    hints = get_type_hints(kind, include_extras=True)
+    offered = [it.name for it in fields(kind) if Suppress not in marks_of(hints[it.name])]
+    assert sorted(it.name for it in told) == sorted(offered)
     assert all(it.text and it.flags in page for it in told)
     flags = {flag for it in told for flag in re.findall(r"--?[a-z][a-z-]*", it.flags)}
     assert flags == {it for it in options_of(kind) if not it.startswith("--no-")}
