@@ -29,6 +29,7 @@ SCRIPTS = [
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "nodes")),
     "benchmarks/train/overtrain.py", "benchmarks/train/small_cards.py",
     "benchmarks/cache/report.py", "benchmarks/train/live.py", "benchmarks/train/report.py",
+    "benchmarks/train/terminal.py",
 ]  # fmt: skip
 
 
@@ -343,6 +344,15 @@ def test_card_runs_every_part_without_a_card(tmp_path: Path) -> None:
     here = found["machine"]
     assert previous_results(out, here) == found  # of the same machine: a file may be made in parts
     assert previous_results(out, f"not {here}") == previous_results(tmp_path / "none", here) == {}
+
+
+@pytest.mark.slow
+def test_a_terminal_is_watched_from_the_start_to_the_end(tmp_path: Path) -> None:
+    options = ("--size", "nano", "--steps", "4", "--sample-steps", "1")
+    measured = Measured("train/terminal.py", *options, out=tmp_path)
+    longest, *others = measured.rows("unchanged")
+    assert 0 < others[-1]["seconds"] <= longest["seconds"]
+    assert measured.rows("target")[0]["value"] == longest["seconds"]
 
 
 @pytest.mark.slow
