@@ -30,6 +30,7 @@ log = logging.getLogger("xlsd.train.checkpoints")
 
 STATES = {"lion": 1, "dlion": 2, "adamw": 2}  # copies of what trains
 STEP_NBYTES = 800  # of metrics.jsonl and TensorBoard's log
+WANDB_STEP_NBYTES = 1500  # of W&B's log, which stays also when it is uploaded
 VALIDATED_NBYTES = 6000  # of validation.jsonl and TensorBoard's log, for each of the weights
 SMALL_PICTURE_NBYTES = 160_000  # a thumbnail and TensorBoard's, of noise; of photos a fifth
 SMALL_NBYTES = 2**18  # names and headers of a checkpoint's files
@@ -83,7 +84,9 @@ def needed(
         left // every + 1 if every and left else 0
         for every in (config.sample_every, config.validate_every)
     )
-    picture = sum(3 * each.width * each.height + SMALL_PICTURE_NBYTES for each in pictures)
+    wandb = config.log_with == "wandb"
+    small = SMALL_PICTURE_NBYTES * (2 if wandb else 1)
+    picture = sum(3 * each.width * each.height + small for each in pictures)
     losses = 2 * config.validation_images * BANDS * np.float32().nbytes + VALIDATED_NBYTES
     frozen = sum(sizes[name] for name in sizes.keys() - trained)
     return DiskPlan(
@@ -92,7 +95,9 @@ def needed(
         first=min(saves, max(1, min(held, (config.keep or 1) + 1) - saved)),
         most=min(saves, max(1, held + best - saved)),
         averages=max(0, beyond) * averages,
-        others=drawn * picture + validated * (3 if config.ema else 1) * losses + left * STEP_NBYTES,
+        others=drawn * picture
+        + validated * (3 if config.ema else 1) * losses
+        + left * (STEP_NBYTES + (WANDB_STEP_NBYTES if wandb else 0)),
     )
 
 

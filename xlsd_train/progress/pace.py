@@ -7,12 +7,13 @@ from typing import Any
 
 from xlsd_cache.vocabulary import Precision
 from xlsd_train.memory.gpus import card_named, known_as
+from xlsd_train.progress.time_left import TimeLeft
 from xlsd_train.runs.record import RunRecord
 
 log = logging.getLogger("xlsd.train.progress")
 
 ABSURD = 1000  # epochs
-FIRST, STEPS, ENOUGH_S = 2, 20, 30.0  # steps to skip; then measure so many steps, or so long
+STEPS, ENOUGH_S = 20, 30.0  # to measure: so many steps, or so long
 WORTH_LOGGING_S = 1800.0
 
 
@@ -64,10 +65,8 @@ class Pace:
     ) -> None:
         """`last` is the step that the run will end at; `ceiling`: images/s at the cards' peak."""
         self._last, self._ceiling, self._precision = last, ceiling, precision
-        self._first = 0  # images before those that are measured
-        self._seen = self._steps = 0
-        self._took = 0.0
-        self._images: int | None = None
+        self._times = TimeLeft(last, {})
+        self._done = False  # logged, or too short to log
 
     def see(self, line: Mapping[str, Any]) -> None:
         """Take a step's metrics."""
@@ -76,20 +75,15 @@ class Pace:
 
     def next(self, line: Mapping[str, Any]) -> str | None:
         """The text to log after this step; None for all steps but one at most."""
-        before, self._images = self._images, line["images_seen"]
-        self._seen += 1
-        if self._seen <= FIRST or before is None or self._steps < 0:
+        self._times.see(line)
+        steps, took = self._times.measured
+        if self._done or not steps or (steps < STEPS and took < ENOUGH_S):
             return None
-        self._first = self._first or before
-        self._took += (line["images_seen"] - before) / line["images_per_s"]
-        self._steps += 1
-        if self._steps < STEPS and self._took < ENOUGH_S:
-            return None
-        step_s, left = self._took / self._steps, self._last - line["step"]
-        self._steps = -1  # logged, or too short to log
+        self._done = True
+        step_s, left = took / steps, self._last - line["step"]
         if step_s * left < WORTH_LOGGING_S:
             return None
-        rate, peak = (line["images_seen"] - self._first) / self._took, ""
+        rate, peak = self._times.images_per_s or 0.0, ""
         if self._ceiling:
             share = rate / self._ceiling
             peak = f" ({rate:.3g} images/s, about {share:.0%} of the card's {self._precision} peak)"

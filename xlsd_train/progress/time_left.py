@@ -35,6 +35,13 @@ class TimeLeft:
         self._pause_s[what] = seconds
 
     @property
+    def measured(self) -> tuple[int, float]:
+        """The latest steps and their seconds; none before those that are slower are over."""
+        if self._seen <= FIRST:
+            return 0, 0.0
+        return len(self._recent), sum(seconds for seconds, _ in self._recent)
+
+    @property
     def images_per_s(self) -> float | None:
         """Of the latest steps, without pauses; None before the second step."""
         seconds = sum(seconds for seconds, _ in self._recent)
