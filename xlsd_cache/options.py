@@ -346,6 +346,7 @@ class WatchOptions(WatchingOptions, BuildOptions):
     """
 
     shard: Annotated[str | None, Suppress] = None
+    ray: Annotated[str | None, Suppress] = None
     dry_run: Annotated[bool, Suppress] = False
     rehash: Annotated[bool, Suppress] = False
 

@@ -24,7 +24,7 @@ SCRIPTS = [
     "benchmarks/throughput.py",
     *(f"benchmarks/cache/{name}.py" for name in ("build", "captions", "decode", "store")),
     "benchmarks/cache/generations.py", "benchmarks/cache/planning.py",
-    "benchmarks/cache/ray_cluster.py",
+    "benchmarks/cache/ray_cluster.py", "benchmarks/cache/watch.py",
     "benchmarks/train/lion.py",
     *(f"benchmarks/train/{name}.py" for name in ("equal", "export", "max_batch", "nodes")),
     "benchmarks/train/overtrain.py", "benchmarks/train/small_cards.py",
@@ -389,3 +389,13 @@ def test_what_following_a_run_costs_is_measured(tmp_path: Path) -> None:
     targets = {row["what"]: row["met"] for row in measured.rows("target")}
     assert targets["weights that differ from a run that nobody follows"]
     assert len(targets) == 5
+
+
+@pytest.mark.slow
+def test_a_watched_folder_is_compared_with_a_fresh_build(tmp_path: Path) -> None:
+    options = ("--minutes", "0.5", "--per-second", "20", "--kills", "2")
+    measured = Measured("cache/watch.py", *options, out=tmp_path)
+    (row,) = measured.rows("equal")
+    assert row["difference"] == ""
+    assert row["sums"] == row["fresh"]
+    assert row["exit_code"] == 0

@@ -204,6 +204,7 @@ def test_a_source_that_vanishes_is_not_emptied(images: Path, vae: Path, tmp_path
         assert it.live(2)["sums"]["scanned"] == 2
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_renamed_within_a_source_is_followed(vae: Path, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "latents"
     write_images(images, [f"a/{i}.png" for i in range(4)], width=64, height=64)
@@ -300,6 +301,7 @@ def test_sigterm_leaves_after_the_batch(images: Path, vae: Path, tmp_path: Path)
         assert it.status()["state"] == "stopped"
 
 
+@pytest.mark.slow
 def test_builds_run_next_to_it_and_a_second_watcher_does_not(
     images: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +321,7 @@ def test_builds_run_next_to_it_and_a_second_watcher_does_not(
         it.live(56)
 
 
+@pytest.mark.slow
 def test_the_store_is_not_made_again_where_it_has_vanished(
     images: Path, vae: Path, tmp_path: Path
 ) -> None:
