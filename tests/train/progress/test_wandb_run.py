@@ -91,6 +91,11 @@ def test_without_wandb_the_option_is_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
+def followers() -> list[psutil.Process]:
+    every = psutil.Process().children()
+    return [it for it in every if "xlsd_train.progress.wandb_run" in it.cmdline()]
+
+
 def test_what_fails_is_one_warning_and_what_hangs_is_ended(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -101,8 +106,8 @@ def test_what_fails_is_one_warning_and_what_hangs_is_ended(
     caplog.clear()
     monkeypatch.setattr(wandb_run, "FINISH_S", 0.3)
     with following(run, 1):
-        every = psutil.Process().children()
-        (process,) = [it for it in every if "xlsd_train.progress.wandb_run" in it.cmdline()]
+        wait_for(lambda: len(followers()) == 1)
+        (process,) = followers()
         os.kill(process.pid, signal.SIGSTOP)
     assert not process.is_running()
     monkeypatch.setattr(wandb_run, "FINISH_S", 60.0)
