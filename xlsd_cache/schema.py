@@ -5,6 +5,7 @@ manifest/removed/NNNNNN.parquet    REMOVED
 manifest/damaged/NNNNNN.parquet    DAMAGED
 manifest/commit/BUCKET.N.parquet   COMMIT, one file a shard
 captions/base.parquet, delta-*     CAPTIONS, one file a generation
+manifest/folded/KIND.parquet       the small files of PLAN, COMMIT or CAPTIONS as one; derived
 index.arrow                        SAMPLES and a column for each kind of caption
 tags.COLUMN.arrow                  TAGS
 """
