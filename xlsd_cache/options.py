@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
@@ -210,6 +210,8 @@ class PlanOptions(
     plan to the sources.
     """
 
+    few_rows: ClassVar[int] = 256  # rows per shard of a new store of few images
+
     def check(self) -> None:
         """Raise UserError for what cannot be a caption column."""
         check_columns("--captions", self.caption_columns or ())
@@ -344,6 +346,12 @@ class WatchOptions(WatchingOptions, BuildOptions):
     store stays as it is until the source is back. A full disk pauses. OUT/status.json says how it
     goes. A `build` of the same store may run at the same time.
     """
+
+    few_rows: ClassVar[int] = 32  # a shard may get the few new images of a generation, and no more
+
+    rows_per_shard: RowsPerShard | None = None
+    """Latents per shard file, fixed when the store is created. Default: 32 below 30k images, 1024,
+    or 4096 above 4 million."""
 
     shard: Annotated[str | None, Suppress] = None
     ray: Annotated[str | None, Suppress] = None

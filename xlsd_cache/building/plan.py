@@ -105,10 +105,9 @@ def write_plan(
         with working("loading the VAE"):
             vae = load_vae(config.vae, config.vae_scaling_factor, padding=config.vae_padding)
     identity = store_identity(config, vae)
-    rows_per_shard = choose_rows_per_shard(config.out, config.rows_per_shard, images)
-    store = StoreView(Manifest(config.out), identity, rows_per_shard)
+    store = StoreView(Manifest(config.out), identity, _rows_per_shard(config, images))
     if config.dry_run:
-        state = read_log_state(store.manifest, rows_per_shard)
+        state = read_log_state(store.manifest, store.rows_per_shard)
         planned = _make(config, store, state, found, buckets, config.rehash)
         log_plan(planned)
         check_plan_space(store, planned, state)
@@ -117,10 +116,14 @@ def write_plan(
     named = vae.name if vae.name in NAMES else vae.source
     left = EncodeSettings(named, config.batch, config.max_pixels)
     with writing(config.out):
-        generation = _write(config, store, found, buckets, began, left)
+        store = _write(config, store, found, buckets, began, left)
     del found
     pa.default_memory_pool().release_unused()  # before the VAE works
-    return replace(store, generation=generation), vae
+    return store, vae
+
+
+def _rows_per_shard(config: PlanOptions, images: int) -> int:
+    return choose_rows_per_shard(config.out, config.rows_per_shard, images, config.few_rows)
 
 
 def _write(
@@ -130,13 +133,15 @@ def _write(
     buckets: Buckets,
     began: float,
     settings: EncodeSettings,
-) -> int:
+) -> StoreView:
     """Create the store if there is none and write the next generation; returns the newest.
 
     Of several processes that build with --rehash, only the first reads every image.
     """
     manifest = store.manifest
     with plan_lock(manifest):
+        # Another process may have made the store since.
+        store = replace(store, rows_per_shard=_rows_per_shard(config, found.images.num_rows))
         state = read_log_state(manifest, store.rows_per_shard)
         rehashed = manifest.root / "manifest" / "rehashed"  # touched by the last --rehash
         rehash = config.rehash and not (rehashed.exists() and rehashed.stat().st_mtime >= began)
@@ -152,7 +157,7 @@ def _write(
             changes = planned.entries, planned.removed, planned.captions
             newest = write_generation(store, *changes)
         _forget_journals(manifest, config.rehash)
-        return newest
+        return replace(store, generation=newest)
 
 
 def _forget_journals(manifest: Manifest, rehash: bool) -> None:

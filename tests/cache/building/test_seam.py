@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 from tests.support import cache, files, last_error, printed, spawn, wait_for, write_images
 from tests.support.vaes import tiny
 from xlsd_cache import BuildOptions, BuildPlan, Outcome, UserError, Worker, build, finish, plan
+from xlsd_cache.building import plan as planning
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.store.commit import claim
-from xlsd_cache.store.manifest import ShardId
+from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.view import StoreView
 
 Out = pytest.CaptureFixture[str]
@@ -208,3 +210,19 @@ def test_what_cannot_be_encoded_is_one_sentence(
     assert list(out.glob("manifest/commit/*")) == []
     plan(options())
     assert recorded.exists()
+
+
+def test_a_store_that_another_process_makes_meanwhile_keeps_its_rows_per_shard(
+    options: Options, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `watch` and `build` of one new store, which have other defaults."""
+    own = planning.plan_lock
+
+    def late(manifest: Manifest) -> Any:
+        monkeypatch.setattr(planning, "plan_lock", own)
+        build(options())  # with 4 rows per shard
+        return own(manifest)
+
+    monkeypatch.setattr(planning, "plan_lock", late)
+    build(replace(options(), rows_per_shard=None))
+    assert files(tmp_path / "latents", "latents.zarr/**/*") == files(whole, "latents.zarr/**/*")

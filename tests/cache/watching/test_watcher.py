@@ -21,6 +21,7 @@ from tests.support.live import get
 from tests.support.stores import latents_by_name
 from tests.support.watching import SIZES, keys, watching
 from xlsd_cache.encoding.encoder import Encoder
+from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.manifest import Manifest
 
 CHANGING = "[!s]*/**/*"  # a store's files, without staging and status.json
@@ -54,6 +55,7 @@ def test_the_store_equals_a_fresh_build_after_changes_and_kills(vae: Path, tmp_p
             it.passes()
             it.reaches("idle")
     assert len(churn.done) >= 8, churn.done
+    assert read_attributes(out)[1] == 32  # a generation has few images
     fresh = tmp_path / "fresh"
     assert build(churn.folder, fresh, vae) == 0
     assert difference(out, fresh) == ""
