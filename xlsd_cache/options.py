@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
@@ -210,7 +210,7 @@ class PlanOptions(
     plan to the sources.
     """
 
-    few_rows: ClassVar[int] = 256  # rows per shard of a new store of few images
+    few_rows = 256  # rows per shard of a new store of few images
 
     def check(self) -> None:
         """Raise UserError for what cannot be a caption column."""
@@ -347,7 +347,7 @@ class WatchOptions(WatchingOptions, BuildOptions):
     goes. A `build` of the same store may run at the same time.
     """
 
-    few_rows: ClassVar[int] = 32  # a shard may get the few new images of a generation, and no more
+    few_rows = 32  # a shard may get the few new images of a generation, and no more
 
     rows_per_shard: RowsPerShard | None = None
     """Latents per shard file, fixed when the store is created. Default: 32 below 30k images, 1024,

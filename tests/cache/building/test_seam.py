@@ -17,6 +17,7 @@ from xlsd_cache import BuildOptions, BuildPlan, Outcome, UserError, Worker, buil
 from xlsd_cache.building import plan as planning
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.vae import load_vae
+from xlsd_cache.planning.generation import plan_lock
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.store.commit import claim
 from xlsd_cache.store.manifest import Manifest, ShardId
@@ -216,12 +217,11 @@ def test_a_store_that_another_process_makes_meanwhile_keeps_its_rows_per_shard(
     options: Options, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `watch` and `build` of one new store, which have other defaults."""
-    own = planning.plan_lock
 
     def late(manifest: Manifest) -> Any:
-        monkeypatch.setattr(planning, "plan_lock", own)
+        monkeypatch.setattr(planning, "plan_lock", plan_lock)
         build(options())  # with 4 rows per shard
-        return own(manifest)
+        return plan_lock(manifest)
 
     monkeypatch.setattr(planning, "plan_lock", late)
     build(replace(options(), rows_per_shard=None))
