@@ -1,5 +1,6 @@
 # make demo         build a store, train a small model and sample it, in a few minutes on two CPU cores
 # make article      the article in miniature: two phases, a sweep, a choice by validation, comparison
+# make pictures     the pictures of the documentation, of what `make article` made
 # make test         lint, types and tests
 # make docs         the documentation in site/; needs no network once installed
 # make web          the pages' script and style from web/, with npm; what it makes is committed
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo article test lint docs web bench-smoke clean
+.PHONY: demo article pictures test lint docs web bench-smoke clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -74,6 +75,11 @@ article: $(INSTALLED)
 	@echo "The sweep over learning rates of the text encoder:              article/sweep/report.html"
 	@echo "Samples of the text encoder during training:                    article/te/samples/grid.png"
 	@echo "The model as a single file for other programs:                  article/phase2.safetensors"
+
+pictures: $(INSTALLED)
+	$(BIN)/xlsd-cache report article/narrow --vae article/model/vae
+	$(BIN)/python -m benchmarks.demo.pictures --run article/phase1/report.html \
+		--sweep article/sweep/report.html --store article/narrow/report.html
 
 test: $(INSTALLED) lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal

@@ -227,7 +227,7 @@ def test_links_lead_somewhere() -> None:
             inside = target.relative_to(DOCS).as_posix() if target.is_relative_to(DOCS) else ""
             text = GENERATED.get(inside)
             assert text is not None or target.exists() or inside == "demo.png", f"{page}: {link}"
-            if anchor:
+            if anchor and target.suffix != ".webp":  # a picture's is its colour scheme
                 text = text if text is not None else target.read_text()
                 assert anchor in anchors(text), f"{page}: {link}"
             checked += 1
