@@ -1,7 +1,10 @@
 """The loop: looks at the sources, waits until enough is new and quiet, builds, and goes on."""
 
+import ctypes
+import gc
 import logging
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -112,8 +115,7 @@ class Watcher:
             self.status.failed("refused", time.monotonic() - begun, error)
         except (UserError, OSError) as error:
             self.status.failed("paused", time.monotonic() - begun, error)
-        # What a pass frees is to go back: the pools keep the most that they ever held.
-        pa.default_memory_pool().release_unused()
+        _give_back_memory()
         return pause_s, max(0.05, _REST * (time.monotonic() - begun))
 
     def _advance(self) -> State:
@@ -224,6 +226,14 @@ class Watcher:
             self._worker.encode_all(units, stop, waits=True, advance=advance)
         if stop.asked:
             raise Stopped
+
+
+def _give_back_memory() -> None:
+    """Return to the system what a pass has freed: pools keep the most that they ever held."""
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _waiting_since(path: Path) -> float | None:
