@@ -21,6 +21,7 @@ from xlsd_cache.planning.generation import plan_lock
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.store.commit import claim
 from xlsd_cache.store.manifest import Manifest, ShardId
+from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.view import StoreView
 
 Out = pytest.CaptureFixture[str]
@@ -220,9 +221,15 @@ def test_a_store_that_another_process_makes_meanwhile_keeps_its_rows_per_shard(
 
     def late(manifest: Manifest) -> Any:
         monkeypatch.setattr(planning, "plan_lock", plan_lock)
-        build(options())  # with 4 rows per shard
+        aside = tmp_path / "aside.png"
+        (tmp_path / "images/s00.png").replace(aside)
+        build(options())  # with 4 rows per shard, and one image less
+        aside.replace(tmp_path / "images/s00.png")
         return plan_lock(manifest)
 
     monkeypatch.setattr(planning, "plan_lock", late)
     build(replace(options(), rows_per_shard=None))
-    assert files(tmp_path / "latents", "latents.zarr/**/*") == files(whole, "latents.zarr/**/*")
+    assert cache("check", tmp_path / "latents") == 0
+    with LatentStore.open(tmp_path / "latents") as store, LatentStore.open(whole) as other:
+        assert store.rows_per_shard == 4
+        assert len(store) == len(other)
