@@ -148,7 +148,7 @@ def _run(config: WatchBenchmarkConfig, churn: Churn, watched: Watched) -> None:
     seconds, begun = 60 * config.minutes, time.monotonic()
     churning = Thread(target=churn.run, args=(seconds, config.per_second))
     churning.start()
-    until_s = min(120.0, seconds / 2)
+    until_s = min(60.0, seconds / 4)  # a process warms up for its first generations
     for number in range(config.kills - 1):
         watched.wait_for(60, state="encoding" if number % 2 else "planning")
         time.sleep(churn.pause(0.3))
