@@ -1,7 +1,6 @@
 """`build --ray`: encodes units on a Ray cluster. The store remembers what is done, not Ray.
 
-An actor loads the VAE once and has one unit at a time, which returns to the queue if the actor or
-its node is lost. Actors end with the driver; the next driver asks the store what is left.
+An actor has one unit at a time, which returns to the queue if the actor or its node is lost.
 """
 
 import os
@@ -37,23 +36,20 @@ class RemoteWorker:
 @contextmanager
 def cluster(address: str) -> Iterator[Any]:
     """Connect to a Ray cluster, or start one for `local`; yields the module ray."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        import ray  # not needed without --ray
 
         host, _, port = address.rpartition(":")
         if host and "/" not in host:  # Ray itself would wait for minutes
             create_connection((host, int(port)), 10).close()
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        session = ray.init(address, log_to_driver=False, logging_level="ERROR")
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         give = "give HOST:PORT as `ray start --head` prints it, auto, or local"
         fix = "`pip install 'xlsd[ray]'`" if isinstance(error, ImportError) else give
         raise UserError(f"--ray {address}: {one_line(error).rstrip('.')}; {fix}") from error
-    try:
-        with only_events_on_stdout():  # Ray prints what becomes of its nodes
-            yield ray
-    finally:
-        ray.shutdown()
+    with session, only_events_on_stdout():  # Ray prints what becomes of its nodes
+        yield ray
 
 
 def outcomes(

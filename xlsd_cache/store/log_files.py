@@ -165,7 +165,7 @@ def _places(fold: Path, signature: Signature) -> dict[str, _Place]:
     return {}
 
 
-@lru_cache(maxsize=16)  # reading a million lines' checksum once is enough
+@lru_cache(maxsize=4)  # one a kind: reading a million lines' checksum once is enough
 def _read_places(fold: Path, _: Signature) -> dict[str, _Place]:
     if not is_whole(fold):
         raise ValueError("its checksum is wrong")
