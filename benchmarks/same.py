@@ -49,7 +49,8 @@ class SameConfig:
     """Cases to compare, as patterns: 'te-*'. Default: all."""
 
     reuse: bool = False
-    """Keep what BEFORE wrote in WORK at an earlier time, where its commands are the same."""
+    """Keep what a checkout wrote in WORK at an earlier time, where its commit and its commands are
+    the same."""
 
     json: Path | None = None
     """Also write the hashes of every file."""
@@ -120,7 +121,7 @@ class Sides:
         folder, checkout = self.work / side / name, self.checkouts[side]
         done = self.work / side / f"{name}.done"
         told = "\n".join([commit_of(checkout), *case.commands])
-        kept = self.reuse and side == "before" and done.exists() and done.read_text() == told
+        kept = self.reuse and done.exists() and done.read_text() == told
         if (side, name) in self._done or kept:
             return
         self._done.add((side, name))

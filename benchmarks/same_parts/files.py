@@ -2,12 +2,13 @@
 
 Files are hashed whole, but for these. A .safetensors is two parts, tensors and metadata; a .png is
 two, pixels and metadata; JSON with keys that are not compared is parsed, so the order of its keys
-does not count; TensorBoard's logs of a run are one part: values by step and name.
+does not count.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ NOT_COMPARED = """
   what the two sides are given: config.json's command, config.stop_after, stores.path
   a library that is no longer used: config.json's settings.prodigyopt version
   what earlier versions lack: config.json's measured, tflop and the options in NEW; the plan's
-    attention, in config.json and state.json; .webp thumbnails
+    attention, in config.json and state.json; .webp thumbnails; a store's encode.json and folded log
+  TensorBoard's logs, whose tags have other names; metrics.jsonl has the same numbers
   the layout of grids (grid.png); the samples in them are files of their own
   sentences: config.json's precision, memory, remarks; modelspec.description and xlsd.folded of
     exports; HTML pages and model cards (.html, .md)"""
 
-NEW = ("attention", "momentum", "measure", "remeasure", "compile", "quiet", "json", "on_event")
+NEW = (
+    "attention", "momentum", "measure", "remeasure", "compile", "quiet", "json", "on_event",
+    "log_with",
+)  # fmt: skip
 KEYS = {  # by file name, the keys that are not compared, with those that they are under
     "builders.json": {f"builders.{key}" for key in ("pid", "host", "born", "began", "ended")},
     "info.json": {"bytes", "disk"},
@@ -42,28 +47,18 @@ KEYS = {  # by file name, the keys that are not compared, with those that they a
     "metrics.jsonl": {"images_per_s", "wait_s", "peak_gib"},
     "metadata": {"modelspec.date", "modelspec.description", "xlsd.folded"},
 }
-SENTENCES = {".html", ".md"}
-LAYOUT = {"grid.png"}
+LEFT_OUT = ("*.html", "*.md", "*.webp", "grid.png", "events.out.tfevents*", "encode.json", "folded")
 FAILED = "FAILED"  # is never equal
-EVENTS = "events.out.tfevents"
 
 
 def hashes(folder: Path) -> dict[str, str]:
     """sha256 of every part of every file in a folder, by its path in it."""
     found: dict[str, str] = {}
-    logs: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.name.startswith(EVENTS):
-            logs.setdefault(path.parent, []).append(path)
-        elif (
-            path.is_file() and path.suffix not in {*SENTENCES, ".webp"} and path.name not in LAYOUT
-        ):
-            name = path.relative_to(folder).as_posix()
+        within = path.relative_to(folder)
+        if path.is_file() and not any(fnmatch(x, y) for x in within.parts for y in LEFT_OUT):
             for part, content in parts(path):
-                found[f"{name}{part}"] = hashlib.sha256(content).hexdigest()
-    for parent, files in logs.items():
-        name = parent.relative_to(folder).as_posix()
-        found[name] = hashlib.sha256(_dumped(sorted(scalars(files).items()))).hexdigest()
+                found[f"{within.as_posix()}{part}"] = hashlib.sha256(content).hexdigest()
     return found
 
 
@@ -113,19 +108,6 @@ def without(value: Any, keys: set[str], under: str = "") -> Any:
     if isinstance(value, str) and value.startswith("{"):
         return without(json.loads(value), keys, under)
     return value
-
-
-def scalars(files: list[Path]) -> dict[str, Any]:
-    """The values in TensorBoard's logs: of a resumed run all its sessions', the last one counts."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    found: dict[str, Any] = {}
-    for path in sorted(files):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.tag.removeprefix("train/") not in KEYS["metrics.jsonl"]:
-                    found[f"{value.tag} {event.step}"] = list(value.tensor.float_val)
-    return found
 
 
 def _dumped(value: Any) -> bytes:
