@@ -1,5 +1,6 @@
 """The command line `xlsd-cache`: its commands, their help pages, and what runs each."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -56,6 +57,14 @@ def _check(options: CheckOptions, _: float) -> int:
     return 0 if check(options) else 1
 
 
+def _watch(options: WatchOptions, _: float) -> None:
+    # Arrow reads it when it is loaded; of its own pool 2 MB more would stay after each generation.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    from xlsd_cache.commands.watch import watch
+
+    watch(options)
+
+
 COMMANDS = {
     "build": Command(
         BuildOptions,
@@ -94,7 +103,7 @@ COMMANDS = {
     ),
     "watch": Command(
         WatchOptions,
-        calls("xlsd_cache.commands.watch:watch"),
+        _watch,
         examples=(
             "xlsd-cache watch photos --out latents",
             "xlsd-cache watch photos --out latents --min-new 1000 --http 127.0.0.1:8787",

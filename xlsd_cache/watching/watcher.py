@@ -1,10 +1,8 @@
 """The loop: looks at the sources, waits until enough is new and quiet, builds, and goes on."""
 
-import ctypes
 import gc
 import logging
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -229,11 +227,9 @@ class Watcher:
 
 
 def _give_back_memory() -> None:
-    """Return to the system what a pass has freed: pools keep the most that they ever held."""
+    """Return to the system what a pass has freed."""
     gc.collect()
-    pa.default_memory_pool().release_unused()
-    with suppress(OSError, AttributeError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    pa.default_memory_pool().release_unused()  # the system's pool trims malloc's heap
 
 
 def _waiting_since(path: Path) -> float | None:
