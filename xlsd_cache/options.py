@@ -341,10 +341,10 @@ class WatchingOptions(CheckedOptions):
 class WatchOptions(WatchingOptions, BuildOptions):
     """Keep a store up to date with its sources: a build whenever enough has changed.
 
-    Runs for weeks next to a downloader. The VAE stays loaded. Files that are still being written
-    wait. A source that vanishes, or of which more than half is suddenly gone, is not emptied: the
-    store stays as it is until the source is back. A full disk pauses. OUT/status.json says how it
-    goes. A `build` of the same store may run at the same time.
+    Runs next to a downloader until it is stopped. The VAE stays loaded. Files that are still being
+    written wait. A source that vanishes, or of which more than half is suddenly gone, is not
+    emptied: the store stays as it is until the source is back. A full disk pauses. OUT/status.json
+    says how it goes. A `build` of the same store may run at the same time.
     """
 
     few_rows = 32  # a shard may get the few new images of a generation, and no more
