@@ -28,15 +28,20 @@ def empty_store(root: Path, rows_per_shard: int, dtype: str = "float32") -> Stor
     return StoreView(manifest, replace(IDENTITY, dtype=dtype), rows_per_shard)
 
 
-def slow_build(*args: object) -> int:
-    """`build` with a pause before each batch, so that a signal can interrupt one."""
+def pause_batches(pause_s: float) -> None:
+    """Pause before each batch that this process encodes, so that it can be stopped in one."""
     encode = Encoder.encode
 
     def slowly(self: Encoder, pixels: Any) -> Any:
-        time.sleep(0.1)
+        time.sleep(pause_s)
         return encode(self, pixels)
 
     Encoder.encode = slowly  # type: ignore[method-assign]
+
+
+def slow_build(*args: object) -> int:
+    """`build` with a pause before each batch."""
+    pause_batches(0.1)
     return cache("build", *args)
 
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import pytest
 
 from tests.support import cache, files, last_error, printed, spawn, wait_for, write_images
+from tests.support.stores import pause_batches
 from tests.support.vaes import tiny
 from xlsd_cache import BuildOptions, BuildPlan, Outcome, UserError, Worker, build, finish, plan
 from xlsd_cache.building import plan as planning
-from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.planning.generation import plan_lock
 from xlsd_cache.runtime.signals import StopSignal
@@ -76,13 +75,7 @@ def words(options: BuildOptions) -> tuple[object, ...]:
 
 def slowly(*args: object) -> int:
     """A command with a pause before each batch, to be killed in."""
-    encode = Encoder.encode
-
-    def slow(self: Encoder, pixels: Any) -> Any:
-        time.sleep(0.3)
-        return encode(self, pixels)
-
-    Encoder.encode = slow  # type: ignore[method-assign]
+    pause_batches(0.3)
     return cache(*args)
 
 

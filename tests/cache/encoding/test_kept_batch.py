@@ -1,7 +1,6 @@
 """A build on a GPU, of which only the free memory is simulated: it runs on the CPU."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support import cache, files, printed, spawn, wait_for, write_images
-from tests.support.stores import latents_by_name
-from xlsd_cache.encoding.encoder import Encoder
+from tests.support.stores import latents_by_name, pause_batches
 from xlsd_cache.encoding.vae import Vae
 
 ALL = 10**6
@@ -51,13 +49,7 @@ def build(
 
 def slow_build(*args: Any) -> int:
     """A build with a pause before each batch, to be killed in."""
-    encode = Encoder.encode
-
-    def slowly(self: Encoder, pixels: Any) -> Any:
-        time.sleep(0.2)
-        return encode(self, pixels)
-
-    Encoder.encode = slowly  # type: ignore[method-assign]
+    pause_batches(0.2)
     return build(*args)
 
 

@@ -6,11 +6,9 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -18,9 +16,8 @@ from PIL import Image
 from benchmarks.lib.churn import Churn, difference, sums
 from tests.support import cache, files, last_error, picture, spawn, wait_for, write_images
 from tests.support.live import get
-from tests.support.stores import latents_by_name
+from tests.support.stores import latents_by_name, pause_batches
 from tests.support.watching import SIZES, keys, watching
-from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.store.identity import read_attributes
 from xlsd_cache.store.manifest import Manifest
 
@@ -276,13 +273,7 @@ def test_a_full_disk_pauses(images: Path, vae: Path, tmp_path: Path) -> None:
 
 
 def slow(*args: object) -> int:
-    encode = Encoder.encode
-
-    def slowly(self: Encoder, pixels: Any) -> Any:
-        time.sleep(0.3)
-        return encode(self, pixels)
-
-    Encoder.encode = slowly  # type: ignore[method-assign]
+    pause_batches(0.3)
     return cache(*args)
 
 
