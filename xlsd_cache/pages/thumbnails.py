@@ -55,10 +55,15 @@ def _path_of(picture: Path) -> Path:
     return picture.with_suffix(".webp")
 
 
+def small(image: Image.Image) -> Image.Image:
+    """A copy in RGB, of at most SIDE pixels a side."""
+    copy = image.convert("RGB")
+    copy.thumbnail((SIDE, SIDE))
+    return copy
+
+
 def small_webp(image: Image.Image) -> bytes:
     """A thumbnail: a WebP file of at most SIDE pixels a side."""
-    small = image.convert("RGB")
-    small.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
-    small.save(file, "WEBP", quality=QUALITY, exif=marking("thumbnail")["exif"])
+    small(image).save(file, "WEBP", quality=QUALITY, exif=marking("thumbnail")["exif"])
     return file.getvalue()

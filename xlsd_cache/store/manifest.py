@@ -143,7 +143,7 @@ class Manifest:
     def planned(self, generation: int) -> pa.Table:
         """PLAN of every row ever assigned up to a generation, its image live or not."""
         table = self.plan_lines(generation)
-        return table.filter(pc.greater_equal(table["row"], 0))
+        return filtered(table, pc.greater_equal(table["row"], 0))
 
     def damaged(self, generation: int) -> pa.Table:
         """DAMAGED rows that `check --repair` found, up to a generation."""

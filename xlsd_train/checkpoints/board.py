@@ -15,7 +15,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter, summary
 
-from xlsd_cache.pages.thumbnails import SIDE
+from xlsd_cache.pages.thumbnails import small
 from xlsd_train.runs.record import RunRecord
 from xlsd_train.runs.tracked import hyperparameters, sentence
 
@@ -70,12 +70,11 @@ class Board:
 
 def _small(picture: Path) -> Summary.Image:
     with Image.open(picture) as image:
-        small = image.convert("RGB")
-    small.thumbnail((SIDE, SIDE))
+        copy = small(image)
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=QUALITY)
+    copy.save(file, "JPEG", quality=QUALITY)
     return Summary.Image(
-        width=small.width, height=small.height, colorspace=3, encoded_image_string=file.getvalue()
+        width=copy.width, height=copy.height, colorspace=3, encoded_image_string=file.getvalue()
     )
 
 

@@ -46,6 +46,7 @@ from xlsd_train.runs.layout import (
     checkpoints,
     is_checkpoint,
     partial_checkpoints,
+    picture_name,
     samples_of,
     steps_in,
 )
@@ -212,8 +213,9 @@ class RunFolder:
     def log_samples(self, step: int, prompts: Sequence[str]) -> None:
         """Add the samples of a step to TensorBoard."""
         assert self._board is not None
-        names = (f"{i:02d}.png" for i in range(len(prompts)))
-        self._board.log_samples([samples_of(self.folder, step) / x for x in names], prompts, step)
+        drawn = samples_of(self.folder, step)
+        pictures = [drawn / picture_name(i) for i in range(len(prompts))]
+        self._board.log_samples(pictures, prompts, step)
 
     def complete(self, step: int) -> None:
         """Tell TensorBoard that the run is complete."""

@@ -23,7 +23,7 @@ from xlsd_train.evaluation.images import Picture, draw_picture, make_grid, pipel
 from xlsd_train.evaluation.prompts import read_lines, read_pictures
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.runs.downsample import evenly
-from xlsd_train.runs.layout import SAMPLES, grid_of, samples_of, steps_in
+from xlsd_train.runs.layout import SAMPLES, grid_of, picture_name, samples_of, steps_in
 from xlsd_train.runs.record import RunRecord
 from xlsd_train.step.distributed import ALONE, Processes, Progress, silent
 
@@ -75,7 +75,7 @@ class Sampler:
             target = samples_of(folder, step)
             target.mkdir(parents=True, exist_ok=True)
             for i, (image, picture) in enumerate(zip(images, pictures, strict=True)):
-                path = target / f"{i:02d}.png"
+                path = target / picture_name(i)
                 save_picture(image, path, picture, training_step=step)
                 save_thumbnail(image, path)
             self._grid(folder)
@@ -85,7 +85,7 @@ class Sampler:
         """Steps down, prompts across; of more than GRID_ROWS steps, evenly spaced ones."""
         steps = list(steps_in(run / SAMPLES).items())
         rows = [
-            (f"step {step}", [folder / f"{i:02d}.png" for i in range(len(self.prompts))])
+            (f"step {step}", [folder / picture_name(i) for i in range(len(self.prompts))])
             for step, folder in (steps[i] for i in evenly(len(steps), GRID_ROWS))
         ]
         width = max(picture.width for picture in self.pictures)

@@ -9,7 +9,6 @@ finds.) All memory is free when it ends, also pinned CPU memory, which torch nev
 
 import json
 import logging
-import os
 import pickle
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from xlsd_train.memory.planner import cap_card
 from xlsd_train.model.bundle import Networks
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan, drop_gradients
+from xlsd_train.step.distributed import environment_alone
 from xlsd_train.step.objective import Objective
 from xlsd_train.step.sharing import Sharing
 from xlsd_train.step.step import Step
@@ -45,9 +45,6 @@ log = logging.getLogger("xlsd.train.memory")
 MOST = 4  # plans to measure that fit; at most twice as many are tried once one fits
 LR = 1e-9  # so small that no loss diverges
 _CHILD = "from xlsd_train.memory.trials import child; child()"
-# Launchers tell processes by these that others belong to them; the measuring process is alone.
-_LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE",
-             "MV2_COMM_WORLD_SIZE"}  # fmt: skip
 
 
 class Unsent:
@@ -97,11 +94,10 @@ class Trial(NamedTuple):
 
 def in_child(job: Job) -> Iterator[Trial]:
     """What `trials` gives, from a process of its own; of one that crashes, what it gave so far."""
-    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", _CHILD], env=environment, stdin=subprocess.PIPE,
+            [sys.executable, "-c", _CHILD], env=environment_alone(), stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=errors,
         ) as process,
     ):  # fmt: skip

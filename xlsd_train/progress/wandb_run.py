@@ -6,7 +6,6 @@ process ends by itself when training was killed. RUN/wandb/id is the run's id in
 """
 
 import io
-import json
 import logging
 import os
 import secrets
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -26,23 +25,23 @@ from xlsd_cache.errors import one_line
 from xlsd_cache.pages.thumbnails import thumbnail
 from xlsd_cache.runtime.atomic import write_bytes
 from xlsd_train.progress.events import kill
+from xlsd_train.runs.json_files import Log
 from xlsd_train.runs.layout import METRICS_LOG, SAMPLES, VALIDATION_LOG, WANDB, WANDB_ID, steps_in
 from xlsd_train.runs.record import RunRecord, read_record
 from xlsd_train.runs.tracked import hyperparameters, sentence, step_values, validation_values
+from xlsd_train.step.distributed import environment_alone
 
 log = logging.getLogger("xlsd.train.progress")
 
 POLL_S = 1.0
 FINISH_S = 60.0  # to upload the rest at the end
 PROJECT = "xlsd"
-# A launcher's: the process takes no part in the training.
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
 def following(run: Path, step: int) -> Iterator[None]:
     """While the block trains a run from a step on, another process logs it to W&B."""
-    own = {name: value for name, value in os.environ.items() if name not in RANKS}
+    own = environment_alone()
     own.setdefault("WANDB_ERROR_REPORTING", "false")
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(  # noqa: S603 - ourselves
@@ -92,7 +91,7 @@ class Follower:
     def __init__(self, run: Path, record: RunRecord, newest: int) -> None:
         """`newest`: the step that the run starts from."""
         self._run, self._record, self._newest = run, record, newest
-        self._read = {METRICS_LOG: 0, VALIDATION_LOG: 0}  # bytes
+        self._logs = {name: Log(run / name) for name in (METRICS_LOG, VALIDATION_LOG)}
         self._drawn = set[int]()
         self._waiting: list[tuple[int, dict[str, Any]]] = []
 
@@ -114,11 +113,8 @@ class Follower:
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The next whole lines of a log."""
-        with suppress(FileNotFoundError), (self._run / name).open("rb") as file:
-            file.seek(self._read[name])
-            while (line := file.readline()).endswith(b"\n"):
-                self._read[name] += len(line)
-                yield json.loads(line)
+        for lines in self._logs[name].read():
+            yield from (line for _, line in lines if line is not None)
 
 
 def main(run: Path, step: int) -> None:

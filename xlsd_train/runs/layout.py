@@ -72,6 +72,11 @@ def samples_of(run: Path, step: int) -> Path:
     return run / SAMPLES / step_name(step)
 
 
+def picture_name(prompt: int) -> str:
+    """The file of the prompt of this number among a step's samples."""
+    return f"{prompt:02d}.png"
+
+
 def has_samples(run: Path, step: int) -> bool:
     """Whether samples were drawn after a step."""
     return any(samples_of(run, step).glob("*.png"))

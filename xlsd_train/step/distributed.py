@@ -3,6 +3,7 @@
 They communicate on the CPU (gloo): no GPU is waited for, and a lost process is noticed at once.
 """
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,11 @@ from xlsd_cache.errors import UserError
 # One process writes a checkpoint while the others wait. A run ends after this long if a machine is
 # missing at its start, or vanishes without a word.
 TIMEOUT = timedelta(hours=1)
+# Launchers tell a process by these which it is, and how many there are.
+_LAUNCHED = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
+}  # fmt: skip
 LOST_WORDS = ("onnection closed", "onnection reset", "roken pipe", "ead peer", "NCCL", "gloo")
 Item = TypeVar("Item")
 
@@ -28,6 +34,11 @@ class Progress(Protocol):
 
     def __call__(self, number: int, of: int, part: str = "") -> None:
         """Tell it."""
+
+
+def environment_alone() -> dict[str, str]:
+    """The environment for a process that takes no part in the training."""
+    return {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
 
 
 def silent(number: int, of: int, part: str = "") -> None:
