@@ -197,7 +197,7 @@ def _main(words: Sequence[str]) -> int:
     if isinstance(options, PlanOptions | EncodeOptions | ImportOptions):
         choose(options.quiet, options.json)
     quiet()
-    if command.options not in {InfoOptions, CaptionsOptions}:  # they load nothing else that prints
+    if not _is_light(options):
         with working("loading libraries"):
             quiet_libraries()
     return command.run(options, began) or 0
@@ -208,6 +208,13 @@ def _page(name: str, command: Command | None) -> str:
         return help_page(f"xlsd-cache {name}", command)
     told = "Encode images once into a zarr store of latents, and look after it."
     return program_page("xlsd-cache", told, COMMANDS)
+
+
+def _is_light(options: Any) -> bool:
+    """Whether the command loads neither torch nor diffusers."""
+    return isinstance(options, InfoOptions | CaptionsOptions | ExportIndexOptions) or (
+        isinstance(options, StoreReportOptions) and options.count == 0
+    )
 
 
 def _only_prints(options: Any) -> bool:

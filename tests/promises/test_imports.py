@@ -14,6 +14,7 @@ LIGHT = [
     "xlsd_cache.commands.captions",
     "xlsd_cache.commands.info",
     "xlsd_cache.commands.export_index",
+    "xlsd_cache.commands.report",
     "xlsd_cache.dataset.batch_order",
     "xlsd_cache.store.reader",
     "xlsd_train",

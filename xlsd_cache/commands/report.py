@@ -11,15 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from jinja2.utils import htmlsafe_json_dumps
 from PIL import Image
 
 from xlsd_cache.commands.info import any_store, describe, size_words
-from xlsd_cache.commands.preview import decoded
 from xlsd_cache.console.progress import progress_bar
-from xlsd_cache.encoding.compatibility import load_vae_for
-from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.uri import read_source
 from xlsd_cache.images.decode import MAX_PIXELS, max_bytes, shrunk
@@ -32,7 +28,6 @@ from xlsd_cache.pages.render import render
 from xlsd_cache.pages.thumbnails import SIDE, data_uri, small_webp
 from xlsd_cache.runtime.arrow import counts
 from xlsd_cache.runtime.atomic import write_bytes
-from xlsd_cache.runtime.device import device_of
 from xlsd_cache.runtime.own_files import is_page, refuse_foreign
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.view import StoreView
@@ -185,14 +180,18 @@ def _samples(
         }
         for it in found
     ]
-    vae = load_vae_for(store.identity, config.vae, [store.root])
-    return samples, _pictures(store, found, vae, device_of(config.device)), vae.name
+    return samples, *_pictures(store, found, config)
 
 
 def _pictures(
-    store: LatentStore, samples: list[dict[str, Any]], vae: Vae, device: torch.device
-) -> list[str]:
-    """The samples' latents, decoded in batches of one bucket, at most PIXELS at once."""
+    store: LatentStore, samples: list[dict[str, Any]], config: StoreReportOptions
+) -> tuple[list[str], str]:
+    """The samples' latents, decoded in batches of one bucket, and the VAE's name."""
+    from xlsd_cache.commands.preview import decoded  # torch takes 0.3 GB: only pictures need it
+    from xlsd_cache.encoding.compatibility import load_vae_for
+    from xlsd_cache.runtime.device import device_of
+
+    vae, device = load_vae_for(store.identity, config.vae, [store.root]), device_of(config.device)
     vae.model.to(device)
     batches: list[list[int]] = []
     for bucket in dict.fromkeys(it["bucket"] for it in samples):
@@ -208,7 +207,7 @@ def _pictures(
             for i, picture in zip(batch, decoded(vae, raw, device), strict=True):
                 pictures[i] = data_uri(small_webp(picture))
             bar.update(len(batch))
-    return pictures
+    return pictures, vae.name
 
 
 def _cut(text: str, room: int) -> str:

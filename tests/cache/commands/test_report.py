@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from xlsd_cache.store.reader import LatentStore
 from xlsd_train.cli import COMMANDS
 from xlsd_train.config.recipes import parse
 
+HEAVY = ("torch", "diffusers", "transformers")
 PICTURE_SUFFIXES = {".jpg", ".png", ".webp"}
 HARM = "<script>window.harmed = true</script><img src=x onerror='window.harmed=true'>"
 
@@ -246,3 +249,12 @@ def test_another_file_is_not_overwritten(built: Path, tmp_path: Path) -> None:
     assert cache("report", built, "-o", mine, "--count", 0) == 1
     assert mine.read_text() == "<p>mine</p>"
     assert cache("report", tmp_path, "--count", 0) == 1
+
+
+def test_without_pictures_no_torch_is_loaded(built: Path, tmp_path: Path) -> None:
+    words = ["report", str(built), "--count", "0", "-o", str(tmp_path / "page.html")]
+    code = f"import sys, xlsd_cache.cli; assert xlsd_cache.cli.main({words}) == 0; "
+    look = f"{code}print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert (tmp_path / "page.html").exists()
