@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from xlsd_cache.commands.build import build
     from xlsd_cache.dataset.dataset import LatentDataset
     from xlsd_cache.dataset.sampler import BucketBatchSampler
-    from xlsd_cache.options import BuildOptions
+    from xlsd_cache.options.build import BuildOptions
     from xlsd_cache.store.reader import LatentStore
 
 __version__ = "0.1.0"
@@ -43,7 +43,7 @@ __all__ = [
 
 _ROOMS = {
     "BucketBatchSampler": "dataset.sampler",
-    "BuildOptions": "options",
+    "BuildOptions": "options.build",
     "BuildPlan": "building.plan",
     "LatentDataset": "dataset.dataset",
     "LatentStore": "store.reader",

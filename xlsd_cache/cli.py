@@ -17,20 +17,18 @@ from xlsd_cache.console.progress import choose, working
 from xlsd_cache.console.suggestions import check_command, check_words
 from xlsd_cache.console.terminal import ignore_closed_pipe, run, start
 from xlsd_cache.errors import UserError
-from xlsd_cache.options import (
-    BuildOptions,
-    CaptionsOptions,
+from xlsd_cache.options.build import BuildOptions, EncodeOptions, FinishOptions, PlanOptions
+from xlsd_cache.options.captions import CaptionsOptions
+from xlsd_cache.options.import_latents import ImportOptions
+from xlsd_cache.options.inspection import (
     CheckOptions,
-    EncodeOptions,
     ExportIndexOptions,
-    FinishOptions,
-    ImportOptions,
     InfoOptions,
-    PlanOptions,
     PreviewOptions,
     StoreReportOptions,
-    WatchOptions,
 )
+from xlsd_cache.options.watch import WatchOptions
+from xlsd_cache.options.work import ProgressOptions
 
 
 # They import late: a help page need not wait for torch and diffusers.
@@ -194,7 +192,7 @@ def _main(words: Sequence[str]) -> int:
     )
     if not _only_prints(options):
         ignore_closed_pipe()
-    if isinstance(options, PlanOptions | EncodeOptions | ImportOptions):
+    if isinstance(options, ProgressOptions):
         choose(options.quiet, options.json)
     quiet()
     if not _is_light(options):

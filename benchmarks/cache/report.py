@@ -59,7 +59,7 @@ def measure(store: Path, count: int) -> Step:
     """Time and memory of `xlsd-cache report`, to be called in a process of its own."""
     with Memory() as memory:
         from xlsd_cache.commands.report import report  # counted: it takes seconds
-        from xlsd_cache.options import StoreReportOptions
+        from xlsd_cache.options.inspection import StoreReportOptions
 
         report(StoreReportOptions(store=store, count=count))
     return memory.step(f"{count} pictures", "")

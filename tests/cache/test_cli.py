@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tests.support import cache
-from xlsd_cache.options import BuildOptions, ImportOptions
+from xlsd_cache.options.build import BuildOptions
+from xlsd_cache.options.import_latents import ImportOptions
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ SERVER = ("starlette", "uvicorn")  # which only xlsd_train.live and watch --http
 LIGHT = [
     "xlsd_cache",
     "xlsd_cache.cli",
-    "xlsd_cache.options",
     "xlsd_cache.commands.captions",
     "xlsd_cache.commands.info",
     "xlsd_cache.commands.export_index",

@@ -18,7 +18,7 @@ from xlsd_cache.encoding.vae import NAMES, Vae, load_vae, require_vae
 from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.images.decode import PREPROCESSING
 from xlsd_cache.images.sandbox import check_memory, decoders
-from xlsd_cache.options import PlanOptions
+from xlsd_cache.options.build import PlanOptions
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.disk_space import check_plan_space
 from xlsd_cache.planning.generation import create_group, plan_lock, write_generation

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.options import PlanOptions
+from xlsd_cache.options.build import PlanOptions
 from xlsd_cache.planning.plan import GenerationPlan
 from xlsd_cache.runtime.arrow import counts
 from xlsd_cache.sources.scan import Scan

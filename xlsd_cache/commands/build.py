@@ -16,7 +16,7 @@ from xlsd_cache.console.progress import event, progress_bar, working, writes_eve
 from xlsd_cache.console.terminal import say
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.integrity.accounting import Accounting
-from xlsd_cache.options import BuildOptions, PlanOptions
+from xlsd_cache.options.build import BuildOptions, PlanOptions
 from xlsd_cache.planning.sessions import build_session
 from xlsd_cache.planning.units import PlannedUnits
 from xlsd_cache.runtime.device import device_of, set_precision

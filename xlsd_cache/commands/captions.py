@@ -16,7 +16,7 @@ from filelock import FileLock
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column, read_captions
 from xlsd_cache.integrity.accounting import save_accounting, saved_accounting
-from xlsd_cache.options import CaptionsOptions
+from xlsd_cache.options.captions import CaptionsOptions
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.log_state import former_names, read_live
 from xlsd_cache.runtime.arrow import lookup

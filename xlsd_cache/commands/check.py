@@ -25,7 +25,7 @@ from xlsd_cache.integrity.accounting import account
 from xlsd_cache.integrity.repair import Repaired, repair
 from xlsd_cache.integrity.shard_check import LISTED, Problem
 from xlsd_cache.integrity.verify import verify, verify_index, verify_live
-from xlsd_cache.options import CheckOptions
+from xlsd_cache.options.inspection import CheckOptions
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.store.index import Snapshot, make_snapshot

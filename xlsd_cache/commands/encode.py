@@ -9,7 +9,8 @@ from xlsd_cache.building.worker import Outcome, Worker
 from xlsd_cache.console.progress import event, writes_events
 from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import Stopped
-from xlsd_cache.options import EncodeOptions, part_of
+from xlsd_cache.options.build import EncodeOptions
+from xlsd_cache.options.work import part_of
 from xlsd_cache.planning.units import planned_units
 from xlsd_cache.runtime.signals import STOPPING, StopSignal
 from xlsd_cache.store.view import StoreView

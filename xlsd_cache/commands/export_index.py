@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.options import ExportIndexOptions
+from xlsd_cache.options.inspection import ExportIndexOptions
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.runtime.own_files import MARK, is_index, refuse_foreign
 from xlsd_cache.store.manifest import Manifest, ShardId

@@ -8,7 +8,7 @@ from xlsd_cache.console.progress import event, working, writes_events
 from xlsd_cache.console.terminal import say
 from xlsd_cache.errors import UserError
 from xlsd_cache.integrity.accounting import Accounting
-from xlsd_cache.options import FinishOptions
+from xlsd_cache.options.build import FinishOptions
 
 
 def finish_store(options: FinishOptions) -> None:

@@ -22,7 +22,7 @@ from xlsd_cache.interop.latent_check import LatentCheck, mark_rejected
 from xlsd_cache.interop.pairing import list_images
 from xlsd_cache.interop.plausibility import CacheVerdict
 from xlsd_cache.interop.transfer import DIVIDED, Transfer, order, plan_imports
-from xlsd_cache.options import ImportOptions
+from xlsd_cache.options.import_latents import ImportOptions
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.disk_space import check_disk_space
 from xlsd_cache.planning.generation import create_group, plan_lock, write_generation

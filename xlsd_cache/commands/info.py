@@ -11,7 +11,7 @@ import pyarrow as pa
 from xlsd_cache.console.terminal import say, say_json, shown
 from xlsd_cache.integrity.accounting import Accounting, account, saved_accounting
 from xlsd_cache.integrity.statistics import are_tags, moments, word_counts
-from xlsd_cache.options import InfoOptions
+from xlsd_cache.options.inspection import InfoOptions
 from xlsd_cache.store.index import cached_snapshot, make_snapshot
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.view import StoreView

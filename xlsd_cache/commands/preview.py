@@ -12,7 +12,7 @@ from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.compatibility import decoder_notice, load_vae_for
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.options import PreviewOptions
+from xlsd_cache.options.inspection import PreviewOptions
 from xlsd_cache.pages.lettering import Font, cut, wrapped
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.device import device_of

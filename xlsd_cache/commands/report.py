@@ -22,7 +22,7 @@ from xlsd_cache.images.decode import MAX_PIXELS, max_bytes, shrunk
 from xlsd_cache.images.sandbox import decoders
 from xlsd_cache.integrity.accounting import Accounting, account, saved_outcomes
 from xlsd_cache.integrity.statistics import histogram, together, word_counts
-from xlsd_cache.options import StoreReportOptions
+from xlsd_cache.options.inspection import StoreReportOptions
 from xlsd_cache.outcomes import REASONS, Rejected
 from xlsd_cache.pages.render import render
 from xlsd_cache.pages.thumbnails import SIDE, data_uri, small_webp

@@ -9,7 +9,7 @@ from xlsd_cache.building.plan import store_identity
 from xlsd_cache.console.progress import working
 from xlsd_cache.encoding.vae import load_vae, require_vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.options import WatchOptions
+from xlsd_cache.options.watch import WatchOptions
 from xlsd_cache.runtime.device import device_of
 from xlsd_cache.sources.scan import named_roots
 from xlsd_cache.store.identity import is_store

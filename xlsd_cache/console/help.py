@@ -1,8 +1,9 @@
 """The help page of a command, made from the dataclass of its options.
 
 The base classes of the dataclass are the groups of the page, in the order of their fields: each has
-the first line of its docstring as title and the fields that it declares as options. A field's
-docstring is its help.
+the first line of its docstring as title and the fields that it declares as options. Groups of the
+same title are one, and so are all of a command that shows none first. A field's docstring is its
+help.
 """
 
 import ast
@@ -87,10 +88,10 @@ def option_groups(command: Command, default: Any = None) -> dict[str, list[Optio
             for base, declared in [*list(bases.items())[:1], *reversed(bases.items())]
         ),
     ]
-    left, found = dict(options), {}
+    left, found = dict(options), dict[str, list[Option]]()
     for title, names in groups:
         if members := [left.pop(name) for name in names if name in left]:
-            found[title] = members
+            found.setdefault(title, []).extend(members)
     return found
 
 
@@ -151,7 +152,8 @@ def _width() -> int:
 
 
 def _title(command: Command, base: type[Any]) -> str:
-    return "Options" if base is command.options else _paragraphs(base)[0].rstrip(".")
+    one_group = base is command.options or not command.first
+    return "Options" if one_group else _paragraphs(base)[0].rstrip(".")
 
 
 def _paragraphs(kind: type[Any]) -> list[str]:

@@ -33,7 +33,7 @@ from xlsd_cache.interop.plausibility import (
 )
 from xlsd_cache.interop.thumbnails import Thumbnails
 from xlsd_cache.interop.transfer import order
-from xlsd_cache.options import ImportOptions
+from xlsd_cache.options.import_latents import ImportOptions
 from xlsd_cache.outcomes import REASONS, Reason, Rejected
 from xlsd_cache.store.identity import is_store
 from xlsd_cache.vocabulary import DOWNSCALE, Bucket

@@ -17,7 +17,7 @@ from xlsd_cache.console.progress import event
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError, one_line
 from xlsd_cache.integrity.accounting import saved_accounting
-from xlsd_cache.options import WatchOptions
+from xlsd_cache.options.watch import WatchOptions
 from xlsd_cache.planning.log_state import read_live
 from xlsd_cache.planning.sessions import build_session
 from xlsd_cache.runtime.bounded_files import read_json

@@ -68,6 +68,14 @@ class Options(Model, Data):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Twin:
+    """Model."""
+
+    seed: int = 0
+    """Its seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep(Options):
     """Train several times.
 
@@ -99,9 +107,26 @@ def test_base_classes_are_the_groups() -> None:
         "Data and captions": ["mix", "pair"],
         "Model": ["way", "batch", "lr", "exact"],
     }
-    swept = option_groups(command(Sweep))
+    swept = option_groups(command(Sweep, "out"))
     assert [it.name for it in swept["Model"]] == ["phase", "way", "batch", "exact"]
     assert swept["Model"][1].text == "Another help. (default: plain)"
+
+
+def test_a_command_that_shows_none_first_has_one_group() -> None:
+    groups = option_groups(command(Sweep))
+    assert {title: [it.name for it in group] for title, group in groups.items()} == {
+        "Arguments": ["store"],
+        "Options": ["mix", "pair", "phase", "way", "batch", "exact", "out", "dry_run"],
+    }
+
+
+def test_groups_of_the_same_title_are_one() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class More(Twin, Options):
+        """Train."""
+
+    groups = option_groups(command(More, "out"))
+    assert [it.name for it in groups["Model"]] == ["phase", "way", "batch", "lr", "exact", "seed"]
 
 
 def test_options_are_shown_as_one_types_them() -> None:

@@ -7,7 +7,7 @@ import xlsd_cache.console.progress as shown
 from xlsd_cache.console.option_checks import as_flags
 from xlsd_cache.console.progress import choose, event, progress_bar, working
 from xlsd_cache.console.terminal import as_command_line
-from xlsd_cache.options import BuildOptions
+from xlsd_cache.options.build import BuildOptions
 
 Out = pytest.CaptureFixture[str]
 
