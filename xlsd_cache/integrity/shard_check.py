@@ -55,8 +55,8 @@ class Problem:
 
 def planned_rows(store: StoreView) -> dict[str, NDArray[np.int64]]:
     """Bucket -> every row ever planned in it, sorted."""
-    files = store.manifest.files(store.generation)
-    plans = [path for path in files if path.parent.name == "plan"]
+    root, files = store.manifest.root, store.manifest.files(store.generation)
+    plans = [root / name for name in files if name.startswith("manifest/plan/")]
     columns = ["bucket", "row"]  # the other columns are large
     planned = pa.concat_tables([pq.read_table(path, columns=columns) for path in plans])
     planned = planned.filter(pc.greater_equal(planned["row"], 0))

@@ -46,15 +46,14 @@ def verify_log(store: StoreView) -> list[Problem]:
     """Compare every file of the log with its own checksum."""
     manifest = store.manifest
 
-    def check(path: Path) -> list[Problem]:
-        fault = _table_fault(path)
-        kind: ProblemKind = "captions" if path.parent.name == "captions" else "plan"
-        return [Problem(kind, store.relative(path), fault)] if fault else []
+    def check(name: str) -> list[Problem]:
+        fault = _table_fault(manifest.root / name)
+        kind: ProblemKind = "captions" if name.startswith("captions/") else "plan"
+        return [Problem(kind, name, fault)] if fault else []
 
     def check_commit(unit: ShardId) -> list[Problem]:
-        path = manifest.commit(unit)
-        fault = _table_fault(path)
-        return [Problem("commit", store.relative(path), fault, unit=unit)] if fault else []
+        fault = _table_fault(manifest.commit(unit))
+        return [Problem("commit", unit.record, fault, unit=unit)] if fault else []
 
     gaps = set(range(store.generation)) - set(manifest.generations())
     missing = [
@@ -87,12 +86,11 @@ def verify_places(store: StoreView) -> list[Problem]:
     for unit in sorted(planned - committed):
         journal = manifest.staging / f"{unit.name}.jnl"  # a running or killed build
         if manifest.shard(unit).exists() and not journal.exists():
-            where = store.relative(manifest.commit(unit))
-            lost = Problem("commit", where, "is missing, but its shard exists", unit=unit)
+            lost = Problem("commit", unit.record, "is missing, but its shard exists", unit=unit)
             problems.append(_with_planned_images(store, lost))
     for unit in sorted(committed - planned):
-        where = store.relative(manifest.commit(unit))
-        problems.append(Problem("plan", where, "was never planned: a plan file is missing"))
+        why = "was never planned: a plan file is missing"
+        problems.append(Problem("plan", unit.record, why))
     existing = (path for path in folder.rglob("*") if not path.is_dir())
     strays = sorted(path for path in existing if path not in expected)
     return problems + [

@@ -31,6 +31,7 @@ from xlsd_cache.store.view import StoreView
 # Most rows of a record batch: its strings must stay below Arrow's 2 GiB. No batch holds rows of two
 # buckets, so a bucket's numbers are contiguous up to here, and are mapped without a copy.
 BATCH = 1 << 20
+FEW = 1 << 16  # samples whose columns are read at once: opening many files takes longer than that
 _BUCKET = 1 << 40  # step from one bucket's places to the next's
 
 _OWN = SAMPLES.names[:-2]  # the columns from PLAN
@@ -50,8 +51,8 @@ class Snapshot:
 def make_snapshot(store: StoreView) -> Snapshot:
     """Fold the log up to the view's generation; an incomplete one has what is committed so far.
 
-    First the line of the log is found that each sample's columns come from. Then one column after
-    another is gathered, so that at most one column of a large store is in memory.
+    First the line of the log is found that each sample's columns come from. Then the columns are
+    gathered: of a large store one after another, so that at most one is in memory.
     """
     manifest, generation = store.manifest, store.generation
     plan, place, buckets = _planned(manifest, generation)
@@ -64,7 +65,11 @@ def make_snapshot(store: StoreView) -> Snapshot:
     spans = dict(zip(buckets, itertools.pairwise(starts), strict=True))
     ranges = {bucket: (start, stop) for bucket, (start, stop) in spans.items() if start < stop}
     gather = partial(_gather, ranges, manifest.staging)
-    columns = {name: gather(manifest.plan_lines(generation, [name])[name], plan) for name in _OWN}
+    columns = dict[str, pa.ChunkedArray]()
+    for names in [_OWN] if len(plan) < FEW else [[name] for name in _OWN]:
+        lines = manifest.plan_lines(generation, names)
+        columns |= {name: gather(lines[name], plan) for name in names}
+        del lines
     hashes = manifest.commits(units, ["content_hash"])["content_hash"]
     columns["content_hash"] = gather(hashes, commit)
     columns["crc32c"] = gather(crcs, commit)
@@ -242,11 +247,9 @@ def _give_back() -> None:
 def _fingerprint(manifest: Manifest, generation: int, committed: set[ShardId]) -> str:
     """sha256 over names and bytes of all files of the log that the snapshot is made from."""
     digest = hashlib.sha256(read_regular(manifest.root / "latents.zarr" / "zarr.json", JSON_BYTES))
-    paths = manifest.files(generation) + [manifest.commit(unit) for unit in sorted(committed)]
-    above = len(manifest.root.parts)
-    for path in paths:
-        digest.update("/".join(path.parts[above:]).encode())
-        with open_regular(path) as file:
+    for name in manifest.files(generation) + [unit.record for unit in sorted(committed)]:
+        digest.update(name.encode())
+        with open_regular(f"{manifest.root}/{name}", buffered=False) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

@@ -94,68 +94,71 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_together(
-    fold: Path, paths: Sequence[Path], columns: Sequence[str], read: Read
+    root: Path, kind: str, names: Sequence[str], columns: Sequence[str], read: Read
 ) -> Iterator[pa.Table]:
     """The lines of these files in order, from the fold where it has them, else by `read`."""
-    places, lines = _folded(fold, paths, columns)
-    pieces: list[Path | list[int]] = []  # lines that follow one another are one piece
-    for path, place in zip(paths, places, strict=True):
+    places, lines = _folded(root, kind, names, columns)
+    pieces: list[str | list[int]] = []  # lines that follow one another are one piece
+    for name, place in zip(names, places, strict=True):
         last = pieces[-1] if pieces else None
         if place is None:
-            pieces.append(path)
+            pieces.append(name)
         elif isinstance(last, list) and last[1] == place.start:
             last[1] = place.stop
         else:
             pieces.append([place.start, place.stop])
     for piece in pieces:
-        if isinstance(piece, Path):
-            yield read(piece, columns)
+        if isinstance(piece, str):
+            yield read(root / piece, columns)
         else:
             yield lines.slice(piece[0], piece[1] - piece[0])
 
 
 def write_fold(
-    fold: Path, paths: Sequence[Path], columns: Sequence[str], read: Read, staging: Path
+    root: Path, kind: str, names: Sequence[str], columns: Sequence[str], read: Read
 ) -> None:
     """Fold these files, once TOGETHER small ones have come or changed since the last time.
 
     Reading the log takes longer than this at any size. Does nothing where the log is unreadable,
     which its readers report, or the disk is full.
     """
-    signatures = {path: _signature(path) for path in paths}
-    small = [path for path, it in signatures.items() if it and it[0] <= SMALL]
+    fold = _fold(root, kind)
+    signatures = {name: _signature(f"{root}/{name}") for name in names}
+    small = [name for name, it in signatures.items() if it and it[0] <= SMALL]
     known = _places(fold, _signature(fold))
-    new = [path for path in small if known.get(_name(path), _NOWHERE).file != signatures[path]]
+    new = [name for name in small if known.get(name, _NOWHERE).file != signatures[name]]
     if len(new) < TOGETHER:
         return
     counts = {name: place.stop - place.start for name, place in known.items()}
 
     def counted(path: Path, columns: Sequence[str]) -> pa.Table:
         table = read(path, columns)
-        counts[_name(path)] = table.num_rows
+        counts[path.relative_to(root).as_posix()] = table.num_rows
         return table
 
     with suppress(OSError, UserError):
-        lines = pa.concat_tables(read_together(fold, small, columns, counted))
-        files = [[_name(path), *signatures[path], counts[_name(path)]] for path in small]
+        lines = pa.concat_tables(read_together(root, kind, small, columns, counted))
+        files = [[name, *signatures[name], counts[name]] for name in small]
         fold.parent.mkdir(exist_ok=True)
-        write_parquet(fold, lines.replace_schema_metadata({_FILES: json.dumps(files)}), staging)
+        metadata = {_FILES: json.dumps(files)}
+        write_parquet(fold, lines.replace_schema_metadata(metadata), root / "staging")
 
 
 def _folded(
-    fold: Path, paths: Sequence[Path], columns: Sequence[str]
+    root: Path, kind: str, names: Sequence[str], columns: Sequence[str]
 ) -> tuple[list[_Place | None], pa.Table]:
     """Each file's place in the fold, None where it does not stand for it; its lines' columns."""
+    fold = _fold(root, kind)
     before = _signature(fold)
     known = _places(fold, before)
-    found = ((path, known.get(_name(path))) for path in paths) if known else ()
-    places = [it if it and it.file == _signature(path) else None for path, it in found]
+    found = ((name, known.get(name)) for name in names) if known else ()
+    places = [it if it and it.file == _signature(f"{root}/{name}") else None for name, it in found]
     if any(places):
         with suppress(UserError):
             lines = read_log(fold, columns, folded=True)
             if _signature(fold) == before:  # else it has been replaced meanwhile
                 return places, lines
-    return [None] * len(paths), None
+    return [None] * len(names), None
 
 
 def _places(fold: Path, signature: Signature) -> dict[str, _Place]:
@@ -180,11 +183,11 @@ def _read_places(fold: Path, _: Signature) -> dict[str, _Place]:
     return places
 
 
-def _name(path: Path) -> str:
-    return "/".join(path.parts[-2:])
+def _fold(root: Path, kind: str) -> Path:
+    return root / "manifest" / "folded" / f"{kind}.parquet"
 
 
-def _signature(path: Path) -> Signature:
+def _signature(path: str | Path) -> Signature:
     """Size, mtime and inode; empty where there is no file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - faster than a Path

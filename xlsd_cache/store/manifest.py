@@ -3,6 +3,8 @@
 Each file is written once. A *generation* is one change of the store: it exists when
 `plan/<generation>.parquet` does, which gives each new or changed image its bucket and row, or the
 reason why it has none. Reading the log up to a generation gives the store as it was then.
+
+A file goes by its name within the store: the log is listed often, and thousands of Paths take long.
 """
 
 import os
@@ -11,7 +13,9 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,10 +31,11 @@ from xlsd_cache.vocabulary import Bucket
 
 _FIELDS = {field.name for table in (PLAN, COMMIT, CAPTIONS) for field in table}
 _FOLDERS = ("latents.zarr", "manifest", "captions", "staging", "stray")
+_GENERATION = re.compile(r"(\d+)\.parquet")
+_UNIT = re.compile(r"(\d+x\d+)\.(\d{1,10})", re.ASCII)
 
 
-@dataclass(frozen=True, order=True)
-class ShardId:
+class ShardId(NamedTuple):
     """The name of one shard, which has one writer and one commit record."""
 
     bucket: str
@@ -41,10 +46,15 @@ class ShardId:
         """As in `manifest/commit/NAME.parquet` and `staging/NAME.part`."""
         return f"{self.bucket}.{self.shard}"
 
+    @property
+    def record(self) -> str:
+        """The commit record's name within the store."""
+        return f"manifest/commit/{self.name}.parquet"
+
     @classmethod
     def parse(cls, name: str) -> "ShardId":
         """The shard of this name. Raises ValueError for a name that no shard has."""
-        match = re.fullmatch(r"(\d+x\d+)\.(\d{1,10})", name, re.ASCII)
+        match = _UNIT.fullmatch(name)
         if match is None or not is_bucket(match[1]):
             raise ValueError(f"{name!r} is not BUCKET.N")
         return cls(match[1], int(match[2]))
@@ -71,7 +81,7 @@ class Manifest:
 
     def commit(self, unit: ShardId) -> Path:
         """The commit record of one shard: with it, the shard is part of the store."""
-        return self.root / "manifest" / "commit" / f"{unit.name}.parquet"
+        return self.root / unit.record
 
     def refuse_links(self) -> None:
         """Raise UserError where a link would make us write or delete outside the store.
@@ -101,15 +111,13 @@ class Manifest:
     def generations(self) -> list[int]:
         """The generations that exist, oldest first."""
         names = _names(self.root / "manifest" / "plan")
-        matches = (re.fullmatch(r"(\d+)\.parquet", name) for name in names)
+        matches = map(_GENERATION.fullmatch, names)
         return sorted(int(match[1]) for match in matches if match)
 
     def committed(self) -> set[ShardId]:
         """The shards that have a commit record."""
         names = _names(self.root / "manifest" / "commit")
-        matches = (
-            re.fullmatch(r"(\d+x\d+)\.(\d{1,10})\.parquet", name, re.ASCII) for name in names
-        )
+        matches = (_UNIT.fullmatch(it[:-8]) for it in names if it.endswith(".parquet"))
         return {ShardId(it[1], int(it[2])) for it in matches if it and is_bucket(it[1])}
 
     def write_plan(
@@ -123,16 +131,13 @@ class Manifest:
         """Add a generation. It exists once its plan is written, which is last."""
         gone = pa.table({"key": sorted(removed)}, REMOVED)
         given_up = DAMAGED.empty_table() if damaged is None else damaged
-        for path, table in (
-            (self._file("removed", generation), gone),
-            (self._file("captions", generation), captions),
-            (self._file("damaged", generation), given_up),
-        ):
+        for kind, table in (("removed", gone), ("captions", captions), ("damaged", given_up)):
+            path = self.root / _file_name(kind, generation)
             if table.num_rows:
                 write_parquet(path, table, self.staging)
             else:
                 path.unlink(missing_ok=True)  # left by a killed process
-        write_parquet(self._file("plan", generation), plan, self.staging)
+        write_parquet(self.root / _file_name("plan", generation), plan, self.staging)
 
     def live(self, generation: int) -> pa.Table:
         """PLAN of a generation's images: the last line of each key, without removed keys."""
@@ -147,15 +152,16 @@ class Manifest:
 
     def damaged(self, generation: int) -> pa.Table:
         """DAMAGED rows that `check --repair` found, up to a generation."""
-        tables = [read_log(path, DAMAGED.names) for path in self._files(generation, "damaged")]
+        names = self._files(generation, "damaged")
+        tables = [read_log(self.root / name, DAMAGED.names) for name in names]
         return pa.concat_tables([DAMAGED.empty_table(), *tables])
 
     def commits(self, units: set[ShardId], columns: Sequence[str] = COMMIT.names) -> pa.Table:
         """The commit records of `units` as one table, with the bucket as first column."""
         empty = COMMIT.empty_table().select(columns)
         empty = empty.add_column(0, "bucket", pa.nulls(0, pa.string()))
-        paths = [self.commit(unit) for unit in sorted(units)]
-        tables = read_together(self._fold("commit"), paths, empty.column_names, _read_commit)
+        names = [unit.record for unit in sorted(units)]
+        tables = read_together(self.root, "commit", names, empty.column_names, _read_commit)
         return pa.concat_tables([empty, *tables])
 
     def captions(self, generation: int) -> pa.Table:
@@ -171,8 +177,8 @@ class Manifest:
 
         Reading column by column, a log may be larger than the memory.
         """
-        paths = self._files(generation, "removed", "plan")
-        tables = read_together(self._fold("plan"), paths, columns, _read_plan)
+        names = self._files(generation, "removed", "plan")
+        tables = read_together(self.root, "plan", names, columns, _read_plan)
         return pa.concat_tables([PLAN.empty_table().select(columns), *tables])
 
     def caption_columns(self, generation: int) -> list[str]:
@@ -203,53 +209,43 @@ class Manifest:
             chunks += values.chunks
         return pa.chunked_array(chunks, pa.string())
 
-    def files(self, generation: int) -> list[Path]:
-        """The files of the log up to a generation, without commit records."""
+    def files(self, generation: int) -> list[str]:
+        """The files of the log up to a generation, without commit records; in the store."""
         return self._files(generation, "removed", "damaged", "plan", "captions")
 
     def fold(self) -> None:
         """Fold the log's small files, if many are new; the caller holds the plan lock."""
         newest = max(self.generations(), default=-1)
-        commits = [self.commit(unit) for unit in sorted(self.committed())]
-        for kind, paths, columns, read in (
+        commits = [unit.record for unit in sorted(self.committed())]
+        for kind, names, columns, read in (
             ("plan", self._files(newest, "removed", "plan"), PLAN.names, _read_plan),
             ("captions", self._files(newest, "captions"), CAPTIONS.names, read_log),
             ("commit", commits, ["bucket", *COMMIT.names], _read_commit),
         ):
-            write_fold(self._fold(kind), paths, columns, read, self.staging)
+            write_fold(self.root, kind, names, columns, read)
 
     def _caption_tables(
         self, generation: int, columns: Sequence[str], read: Read = read_log
     ) -> Iterator[pa.Table]:
-        paths = self._files(generation, "captions")
-        return read_together(self._fold("captions"), paths, columns, read)
+        names = self._files(generation, "captions")
+        return read_together(self.root, "captions", names, columns, read)
 
-    def _files(self, generation: int, *kinds: str) -> list[Path]:
+    def _files(self, generation: int, *kinds: str) -> list[str]:
         """The files of these kinds up to a generation, by generation; plans though they lack."""
-        found = []
-        folders = [(kind, self._folder(kind), _names(self._folder(kind))) for kind in kinds]
-        for number in self.generations():
-            if number <= generation:
-                for kind, folder, names in folders:
-                    name = _file_name(kind, number)
-                    if kind == "plan" or name in names:
-                        found.append(folder / name)
-        return found
-
-    def _file(self, kind: str, generation: int) -> Path:
-        return self._folder(kind) / _file_name(kind, generation)
-
-    def _folder(self, kind: str) -> Path:
-        return self.root / ("captions" if kind == "captions" else f"manifest/{kind}")
-
-    def _fold(self, kind: str) -> Path:
-        return self.root / "manifest" / "folded" / f"{kind}.parquet"
+        numbers = [number for number in self.generations() if number <= generation]
+        there = {_file_name("plan", number) for number in numbers}
+        for folder in {_file_name(kind, 0).rpartition("/")[0] for kind in kinds} - {
+            "manifest/plan"
+        }:
+            there.update(f"{folder}/{name}" for name in _names(self.root / folder))
+        names = (_file_name(kind, number) for number in numbers for kind in kinds)
+        return [name for name in names if name in there]
 
 
 def _file_name(kind: str, generation: int) -> str:
     if kind != "captions":
-        return f"{generation:06d}.parquet"
-    return f"delta-{generation:06d}.parquet" if generation else "base.parquet"
+        return f"manifest/{kind}/{generation:06d}.parquet"
+    return f"captions/delta-{generation:06d}.parquet" if generation else "captions/base.parquet"
 
 
 def _read_plan(path: Path, columns: Sequence[str]) -> pa.Table:
@@ -267,6 +263,7 @@ def _read_commit(path: Path, columns: Sequence[str]) -> pa.Table:
     return table.add_column(0, "bucket", bucket)
 
 
+@lru_cache
 def is_bucket(name: str) -> bool:
     """Whether a bucket, and its folder, can have this name."""
     try:

@@ -96,7 +96,7 @@ def test_each_of_1000_flipped_bits_is_found_and_none_reaches_a_batch(checked: St
 def test_any_flipped_bit_in_the_log_is_found(checked: StoreView) -> None:
     manifest = checked.manifest
     commits = [manifest.commit(unit) for unit in sorted(manifest.committed())]
-    paths = manifest.files(1) + commits
+    paths = [manifest.root / name for name in manifest.files(1)] + commits
     rng = random.Random(0)
     assert verify_log(checked) == []
     for _ in range(300):

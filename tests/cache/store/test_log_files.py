@@ -43,7 +43,7 @@ def says(store: StoreView) -> list[Any]:
         told += [columns, manifest.live(generation), manifest.planned(generation)]
         told += [manifest.captions(generation), manifest.plan_lines(generation, ["row", "bucket"])]
         told += [manifest.caption_lines(generation, column, "text") for column in columns]
-        told += [path.relative_to(manifest.root) for path in manifest.files(generation)]
+        told += manifest.files(generation)
     state = read_log_state(manifest, ROWS)
     told += [state.live, state.content, state.next_rows, state.captions]
     snapshot = make_snapshot(store)

@@ -38,8 +38,9 @@ def test_generations_add_up_and_old_ones_stay_readable(tmp_path: Path) -> None:
     assert live(2) == {"a": 7, "b": 5, "c": 5}
     texts = {row["key"]: row["text"] for row in manifest.captions(2).to_pylist()}
     assert texts == {"a": "A", "b": "new"}
-    assert [path.name for path in manifest.files(1)] == [
-        "000000.parquet", "base.parquet", "000001.parquet", "000001.parquet", "delta-000001.parquet"
+    assert manifest.files(1) == [
+        "manifest/plan/000000.parquet", "captions/base.parquet", "manifest/removed/000001.parquet",
+        "manifest/plan/000001.parquet", "captions/delta-000001.parquet",
     ]  # fmt: skip
 
 
