@@ -83,9 +83,13 @@ export function startCharts(data) {
       },
     }, tableOf(chart), place);
     chart.plot.over.addEventListener("mouseleave", () => hide(chart));
-    chart.plot.over.addEventListener("click", () => {
+    let clicked; // a double click resets the zoom, and chooses no step
+    chart.plot.over.addEventListener("click", ({ detail }) => {
+      clearTimeout(clicked);
       const { left } = chart.plot.cursor, line = chart.lines.find(it => it.shown);
-      if (line && left >= 0) api.onStep(line.x[nearest(line.at, chart.plot.posToVal(left, "x"))]);
+      if (!line || left < 0 || detail > 1) return;
+      const step = line.x[nearest(line.at, chart.plot.posToVal(left, "x"))];
+      clicked = setTimeout(() => api.onStep(step), 300);
     });
     hide(chart);
   }
@@ -167,7 +171,7 @@ export function startCharts(data) {
   function colour(chart, line) {
     const several = data.runs.length > 1;
     const own = several ? line.run % 8 : { raw: 0, line: 0, interval: 1, dashed: 3 }[line.kind];
-    return css(chart.figure, `--c${own}`);
+    return css(chart.figure.querySelector(".plot"), `--c${own}`);
   }
 
   function select(u) {

@@ -20,7 +20,9 @@ export function startStage(stage, slide, dialog, closed, opened = () => {}) {
     press = null;
     enlarge();
   });
-  stage.querySelector("[data-a]").addEventListener("load", ({ target }) => {
+  const a = stage.querySelector("[data-a]");
+  for (const image of stage.querySelectorAll("img")) image.addEventListener("load", ({ target }) => {
+    if (target !== a && a.hasAttribute("src")) return; // A gives the shape, if it has a picture
     const ratio = target.naturalWidth / target.naturalHeight;
     stage.style.aspectRatio = stage.dataset.mode === "side by side" ? 2 * ratio : ratio;
   });

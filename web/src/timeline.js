@@ -43,15 +43,17 @@ export function startTimeline(data, charts) {
     for (const [name, it] of [["a", a], ["b", b]]) {
       const image = stage.querySelector(`[data-${name}]`), source = pictures(it.run, it.step)[prompt];
       if (source) image.src = source; else image.removeAttribute("src");
-      image.alt = `${name.toUpperCase()}, ${label(it)}: ${promptOf(it.run, prompt)}`;
-      find(`[data-tag-${name}]`).textContent = `${name.toUpperCase()} ${label(it)}`;
+      const none = source ? "" : ", no picture";
+      image.alt = `${name.toUpperCase()}, ${label(it)}${none}: ${promptOf(it.run, prompt)}`;
+      find(`[data-tag-${name}]`).textContent = `${name.toUpperCase()} ${label(it)}${none}`;
       find(`[data-choose=${name}]`).value = frames.indexOf(it);
     }
     stage.dataset.mode = state.mode;
     for (const input of root.querySelectorAll("[name=mode]")) input.checked = input.value === state.mode;
     slider.value = stepsOf[b.run].indexOf(b.step);
     slider.setAttribute("aria-valuetext", label(b));
-    find("[data-prompt]").textContent = promptOf(b.run, prompt);
+    const words = [a, b].map(it => promptOf(it.run, prompt)), same = words[0] === words[1];
+    find("[data-prompt]").textContent = same ? words[1] : `A: ${words[0]}\nB: ${words[1]}`;
     find("[data-original]").href = original(b);
     const facts = factsAt(b);
     find("[data-facts]").replaceChildren(...facts.map(([name, value, more]) => {

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def page(runs: list[History], path: Path, live: dict[str, Any] | None = None) ->
         bands=bands(trends),
         samples=samples,
         live=live,
-        hero=_hero(runs, samples),
+        hero=hero(runs, samples),
         data={
             "runs": [run.name for run in runs],
             "axes": [axes(run) for run in runs],
@@ -114,16 +115,34 @@ def page(runs: list[History], path: Path, live: dict[str, Any] | None = None) ->
     )
 
 
-def _hero(runs: Sequence[History], samples: Timeline) -> list[tuple[str, list[tuple[str, str]]]]:
+def hero(runs: Sequence[History], samples: Timeline) -> list[tuple[str, list[tuple[str, str]]]]:
     """Prompt -> (label, picture): the first sample, and the newest of each run."""
-    found: dict[int, tuple[str, list[tuple[str, str]]]] = {}
-    for i, run in enumerate(runs[:ABREAST]):
-        name = f"{run.name}, " if len(runs) > 1 else ""
-        for j, (prompt, shown) in enumerate(samples.first_and_newest(i)[:ABREAST]):
-            tiles = found.setdefault(j, (prompt, []))[1]
-            added = shown[-1:] if tiles else shown
-            tiles += [(f"{name}step {step:,}", uri) for step, uri in added]
-    return list(found.values())[: ABREAST if len(runs) == 1 else 2]
+    if len(runs) == 1:
+        return [
+            (prompt, [(f"step {step:,}", uri) for step, uri in shown])
+            for prompt, shown in samples.first_and_newest(0)[:ABREAST]
+        ]
+    drawn = [
+        (j, i, prompt, shown)
+        for i in range(min(ABREAST, len(runs)))
+        for j, (prompt, shown) in enumerate(samples.first_and_newest(i))
+    ]
+    found: dict[str, dict[int, list[tuple[int, str]]]] = {}
+    for _, i, prompt, shown in sorted(drawn, key=itemgetter(0, 1)):
+        found.setdefault(prompt, {}).setdefault(i, shown)
+    # The prompts that most of the runs have.
+    chosen = sorted(found.items(), key=lambda it: -len(it[1]))[:2]
+    return [
+        (
+            prompt,
+            [
+                (f"{runs[i].name}, step {step:,}", uri)
+                for n, (i, shown) in enumerate(by_run.items())
+                for step, uri in shown[-1 if n else 0 :]
+            ],
+        )
+        for prompt, by_run in chosen
+    ]
 
 
 def _validations(runs: Sequence[History]) -> tuple[list[str], list[list[str]]] | None:

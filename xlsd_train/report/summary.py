@@ -7,6 +7,7 @@ Commands are real ones: they use the paths and the options that the run was star
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 
 from xlsd_train.config.recipes import field_of, without
 from xlsd_train.report.ranking import Standing
@@ -59,8 +60,9 @@ def next_of_several(standings: Sequence[Standing], runs: Sequence[History]) -> t
         run = names[best.name]
         then = f"Train on with {run.name}, to its planned length{_left_out(run)}"
         return then, _resumed(run, "stop_after")
-    words = ["sample", *(str(run.folder) for run in runs), "--prompts", "prompts.txt"]
-    return "Sample prompts of your own from all of them", _command(*words)
+    saved = [str(run.folder) for run in runs if checkpoints(run.folder)]
+    words = ["sample", *(saved or ["RUN"]), "--prompts", "prompts.txt"]
+    return "Sample prompts of your own from all that have a checkpoint", _command(*words)
 
 
 def _title(run: History) -> str:
@@ -69,7 +71,8 @@ def _title(run: History) -> str:
     step, epoch = run.last.get("step", 0), run.last.get("epoch", 0)
     if not step:
         return f"{what}: not a step trained yet, {images:,} images"
-    return f"{what}, trained for {step:,} steps on {images:,} images, {epoch:,.3g} epochs"
+    steps = "1 step" if step == 1 else f"{step:,} steps"
+    return f"{what}, trained for {steps} on {images:,} images, {epoch:,.3g} epochs"
 
 
 def last_step(run: History) -> int:
@@ -90,16 +93,15 @@ def _best(best: Comparison[Candidate]) -> str:
 def _next(
     run: History, best: Comparison[Candidate] | None, trend: Trend | None, finished: bool
 ) -> tuple[str, str]:
+    if trend and trend.state == "diverged" and isinstance(run.config.get("lr"), int | float):
+        return _lower(run, 0.3, 0.1, 0.03)
     if not finished:
         return f"Resume, if it is not running{_left_out(run)}", _resumed(run)
     if best is None:
         words = ["sample", str(run.folder), "--prompts", "prompts.txt"]
         return "Sample prompts of your own", _command(*words)
-    rate = run.config.get("lr")
-    if best.best[0] == 0 and isinstance(rate, int | float):
-        rates = ",".join(f"{rate * factor:.2g}" for factor in (1, 0.3, 0.1))
-        words = without(run.record.command[1:], "lr", "out", "stop_after", "on_event")
-        return f"Try lower learning rates{_left_out(run)}", _command("sweep", *words, "--lr", rates)
+    if best.best[0] == 0 and isinstance(run.config.get("lr"), int | float):
+        return _lower(run, 1, 0.3, 0.1)
     if trend and trend.state == "falling":
         if run.config.get("stop_after"):
             return f"Train on{_left_out(run)}", _resumed(run, "stop_after")
@@ -115,9 +117,20 @@ def _next(
     return "Write the best checkpoint for ComfyUI, A1111 and Forge", _command(*words)
 
 
+def _lower(run: History, *factors: float) -> tuple[str, str]:
+    rates = ",".join(f"{run.config['lr'] * factor:.2g}" for factor in factors)
+    words = ["sweep", *_options(run, "lr", "stop_after"), "--lr", rates]
+    return f"Try lower learning rates{_left_out(run)}", _command(*words)
+
+
 def _resumed(run: History, *dropped: str, more: Sequence[str] = ()) -> str:
-    words = without(run.record.command[1:], "out", "on_event", *dropped)
-    return _command(*words, "--out", str(run.folder), *more)
+    return _command(*_options(run, *dropped), "--out", str(run.folder), *more)
+
+
+def _options(run: History, *dropped: str) -> list[str]:
+    """The options of the run's command, without the command's name."""
+    words = dropwhile(lambda word: not word.startswith("-"), run.record.command)
+    return without(list(words), "out", "on_event", *dropped)
 
 
 def _left_out(run: History) -> str:

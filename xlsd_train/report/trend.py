@@ -4,9 +4,11 @@ All figures are paired bootstraps on the same images (runs/bootstrap.py), so tha
 although images differ much. Averaged weights are left out: they lag behind.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import itemgetter
 
 import numpy as np
 
@@ -29,7 +31,7 @@ class Trend:
     banded: list[int]  # steps of `bands`
     bands: list[list[Interval]]  # the same change for each band
     verdict: str
-    state: str  # falling, levelled off, rising or unknown
+    state: str  # falling, levelled off, rising, diverged or unknown
 
     @property
     def short(self) -> str:
@@ -46,6 +48,14 @@ def trend(run: History) -> Trend | None:
     found = overalls(list(measured.values()))
     banded = [steps[i] for i in evenly(len(steps), BANDED)]
     state, verdict = _verdict(steps, found)
+    newest = max(
+        (line for line in run.validation if line["weights"] == LIVE), key=itemgetter("step")
+    )
+    if not math.isfinite(newest[HELD_OUT]["mean"]):
+        state, verdict = (
+            "diverged",
+            f"It diverged: at step {newest['step']} the loss is not finite.",
+        )
     return Trend(
         steps,
         [each.relative_to(found[0]).interval for each in found],

@@ -1,6 +1,8 @@
 """The report in a real browser: what it shows, and that mouse, keys and theme work."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +245,54 @@ def test_without_javascript_the_words_and_small_charts_remain(
         assert page.locator(".bands svg polyline").count() == 10
         assert page.locator(".pairs img").count() == 4
         assert "need JavaScript" in page.locator("#samples noscript").inner_text()
+        assert not page.locator("button:visible, input:visible, select:visible").count()
+        words = "getComputedStyle(document.querySelector('.plot'), '::before').content"
+        assert page.evaluate(words).startswith('"Chart: Loss. each step')
+
+
+def test_forced_colours_keep_lines_apart(browser: Any, pages: dict[str, Path]) -> None:
+    with opened(browser, pages["both"], forced_colors="active") as page:
+        colours = page.locator(".legend [data-run] i").evaluate_all(
+            "all => all.map(it => getComputedStyle(it).borderTopColor)"
+        )
+        assert len(set(colours)) == 2
+
+
+def test_a_double_click_resets_the_zoom_and_chooses_no_step(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    with opened(browser, pages["one"]) as page:
+        over, b = page.locator(".u-over").first, page.locator("[data-tag-b]")
+        over.dblclick(position={"x": 20, "y": 50})
+        page.wait_for_timeout(400)
+        expect(b).to_have_text("B step 12")
+        over.click(position={"x": 20, "y": 50})
+        expect(b).to_have_text("B step 0")
+
+
+def test_a_missing_picture_is_told_and_the_other_keeps_its_shape(
+    browser: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(pages["one"].parent, tmp_path / "run")
+    (run / "samples/step-00000000/00.png").unlink()
+    assert train("report", run) == 0
+    with opened(browser, run / "report.html") as page:
+        assert page.locator("[data-tag-a]").text_content() == "A step 0, no picture"
+        shape = "[...document.querySelectorAll('.stage, .stage [data-b]')].map(it => {0})"
+        stage, _ = page.evaluate(shape.replace("{0}", "it.clientWidth / it.clientHeight"))
+        _, picture = page.evaluate(shape.replace("{0}", "it.naturalWidth / it.naturalHeight"))
+        assert abs(stage - picture) < 0.02
+
+
+def test_runs_of_other_prompts_show_both(
+    browser: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(pages["one"].parent, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "prompts": ["a dog", "a bird"]}))
+    assert train("report", pages["one"].parent, run, "-o", tmp_path / "two.html") == 0
+    with opened(browser, tmp_path / "two.html") as page:
+        assert page.locator("[data-prompt]").text_content() == f"A: {HARM}\nB: a dog"
 
 
 def test_the_command_is_copied(browser: Any, pages: dict[str, Path]) -> None:

@@ -18,7 +18,10 @@ from tests.support import printed, train
 from tests.support.report_page import Page
 from xlsd_train.cli import COMMANDS
 from xlsd_train.config.recipes import parse
-from xlsd_train.report.summary import summary
+from xlsd_train.report.page import hero
+from xlsd_train.report.pictures import timeline
+from xlsd_train.report.ranking import rank
+from xlsd_train.report.summary import next_of_several, summary
 from xlsd_train.report.trend import trend
 from xlsd_train.runs.history import histories
 from xlsd_train.runs.layout import checkpoints, step_of
@@ -119,10 +122,61 @@ def test_the_first_screen_has_the_verdict_and_a_command_that_works(runs: list[Pa
         assert sentence.replace(" -", " \N{MINUS SIGN}") in page.text
     assert found.verdict in said.verdict
     assert said.command in page.commands
-    program, *words = shlex.split(said.command)
+    check_command(said.command)
+
+
+def check_command(command: str) -> str:
+    """Parses it, which refuses what is wrong; the command's name."""
+    program, *words = shlex.split(command)
     assert program == "xlsd-train"
     name = words[0] if words[0] in COMMANDS else "train"
-    parse(COMMANDS[name].options, words[words[0] == name :], program)  # refuses what is wrong
+    parse(COMMANDS[name].options, words[words[0] == name :], program)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "then"),
+    [
+        ("diverged", "sweep", "Try lower learning rates"),
+        ("falling", "train", "Train twice as long"),
+    ],
+)
+def test_a_command_that_was_given_its_name_is_proposed_without(
+    runs: list[Path], state: str, name: str, then: str
+) -> None:
+    (run,) = histories(runs[:1])
+    command = [run.record.command[0], "train", *run.record.command[1:], "--lr", "0.1"]
+    record = replace(run.record, command=command, config={**run.config, "lr": 0.1})
+    found = trend(run)
+    assert found is not None
+    said = summary(replace(run, record=record), replace(found, state=state))
+    assert (check_command(said.command), said.then) == (name, then)
+
+
+def test_runs_without_a_checkpoint_are_not_proposed_to_sample(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    failed = shutil.copytree(runs[0], tmp_path / "failed")
+    shutil.rmtree(failed / "checkpoints")
+    compared = histories([runs[0], failed])
+    _, command = next_of_several(rank(compared)[0], compared)
+    assert (str(runs[0]) in command, str(failed) in command) == (True, False)
+
+
+def test_first_and_newest_samples_stand_under_their_own_prompts(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["prompts"] = ["a dog", config["prompts"][0]]
+    (other / "config.json").write_text(json.dumps(config))
+    compared = histories([runs[0], other])
+    samples = timeline(compared, tmp_path / "page.html")
+    (prompt, tiles), (alone, (first, newest)) = hero(compared, samples)
+    assert prompt == HOSTILE  # both runs have it, at other places
+    assert [label for label, _ in tiles] == ["one, step 0", "one, step 4", "other, step 4"]
+    assert tiles[2][1] == samples.first_and_newest(1)[1][1][-1][1]
+    assert (alone, first[0], newest[0]) == ("a dog", "other, step 0", "other, step 4")
 
 
 @pytest.mark.parametrize("given", [["--on-event", "sh harm.sh x"], ["--on_event=sh harm.sh"]])

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def of(folder: Path, levels: dict[int, float], images: int = 60) -> Trend | None
         ((1.0, 0.8, 0.7, 0.8, 0.9), "rising", "above step 200"),
         ((1.0, 0.7, 0.69, 0.68, 0.70), "rising", "above step 300"),
         ((1.0, 0.9), "unknown", "Too few validations"),
+        ((1.0, 0.9, 0.8, math.nan), "diverged", "at step 300 the loss is not finite"),
     ],
 )
 def test_the_verdict_is_about_the_whole_curve(
@@ -61,4 +63,4 @@ def test_of_one_validation_there_is_no_trend(tmp_path: Path) -> None:
 def test_damaged_losses_are_left_out(tmp_path: Path) -> None:
     found = of(tmp_path, {0: 1.0, 100: float("nan"), 200: 0.8, 300: 0.7})
     assert found is not None
-    assert found.steps == [0, 200, 300]
+    assert (found.steps, found.state) == ([0, 200, 300], "falling")
