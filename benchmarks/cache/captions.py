@@ -39,7 +39,7 @@ from xlsd_cache.sources.scan import scan
 from xlsd_cache.store.identity import Identity, attributes_of
 from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.view import StoreView
-from xlsd_cache.store.zarr_metadata import write_group
+from xlsd_cache.store.zarr_files import write_group
 
 ROWS_PER_SHARD = 4096
 BUCKET = "512x512"

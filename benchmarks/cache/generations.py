@@ -32,7 +32,7 @@ from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.reader import LatentStore
-from xlsd_cache.store.zarr_metadata import array_rows
+from xlsd_cache.store.zarr_files import array_rows
 
 VAE = Path(__file__).parents[1] / "demo" / "vae"
 SIDES = [(128, 128), (192, 64), (64, 192)]  # three buckets

@@ -38,7 +38,7 @@ from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.shard import ShardReader, ShardRow
 from xlsd_cache.store.view import StoreView
-from xlsd_cache.store.zarr_metadata import grow_array, write_group
+from xlsd_cache.store.zarr_files import grow_array, write_group
 
 BUCKET, SHAPE = "512x512", (4, 64, 64)
 LATENT_NBYTES = 2 * int(np.prod(SHAPE))

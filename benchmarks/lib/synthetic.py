@@ -22,7 +22,7 @@ from xlsd_cache.store.identity import Identity, attributes_of
 from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.shard import CRC_NBYTES, MISSING
 from xlsd_cache.store.view import StoreView
-from xlsd_cache.store.zarr_metadata import grow_array, write_group
+from xlsd_cache.store.zarr_files import grow_array, write_group
 
 IDENTITY = Identity(
     "none", "random numbers", "none", "0", 1.0, 0.0, 4, "float16", "fp32", 1, 512, "aspect", 2.5,

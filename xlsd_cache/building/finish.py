@@ -12,9 +12,9 @@ from xlsd_cache.planning.units import pending_units
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.store.commit import tidy
 from xlsd_cache.store.index import cached_snapshot, make_snapshot, save_snapshot
-from xlsd_cache.store.live_rows import write_live
 from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.view import StoreView
+from xlsd_cache.store.zarr_files import write_live
 
 log = logging.getLogger("xlsd.cache.building")
 _SHOWN = 3  # names in a message

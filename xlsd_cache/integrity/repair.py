@@ -29,11 +29,10 @@ from xlsd_cache.runtime.arrow import lookup_rows
 from xlsd_cache.runtime.atomic import fsync_folder, write_bytes
 from xlsd_cache.schema import CAPTIONS, COMMIT, DAMAGED, PLACE, PLAN, PlanEntry
 from xlsd_cache.store.commit import lock_path, planning, write_commit
-from xlsd_cache.store.live_rows import write_live
 from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.shard import CRC_NBYTES, CorruptShard, ShardRow, index_of
 from xlsd_cache.store.view import StoreView
-from xlsd_cache.store.zarr_metadata import write_array
+from xlsd_cache.store.zarr_files import write_array, write_live
 
 
 @dataclass

@@ -15,10 +15,9 @@ from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.integrity.shard_check import Problem, ProblemKind, planned_rows, verify_shard
 from xlsd_cache.runtime.atomic import is_whole
 from xlsd_cache.store.index import Snapshot, cached_snapshot, make_snapshot
-from xlsd_cache.store.live_rows import live_faults, live_files
 from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.view import StoreView
-from xlsd_cache.store.zarr_metadata import array_fault
+from xlsd_cache.store.zarr_files import array_fault, live_faults, live_files
 
 THREADS = min(8, os.cpu_count() or 1)
 

@@ -10,7 +10,7 @@ from xlsd_cache.store.commit import planning, tidy
 from xlsd_cache.store.identity import attributes_of, is_store
 from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.view import StoreView
-from xlsd_cache.store.zarr_metadata import grow_array, write_group
+from xlsd_cache.store.zarr_files import grow_array, write_group
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tests.support.stores import empty_store
 from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.shard import CorruptShard, ShardReader, ShardRow, ShardWriter, read_journal
 from xlsd_cache.store.view import StoreView
-from xlsd_cache.store.zarr_metadata import grow_array
+from xlsd_cache.store.zarr_files import grow_array
 
 SHAPE, ROWS = (4, 6, 5), 16
 NBYTES = int(np.prod(SHAPE)) * 4
