@@ -4,7 +4,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -13,9 +15,9 @@ from xlsd_cache.console.aliases import NAMES
 from xlsd_cache.console.help import Command, asks_for_help, calls, help_page, program_page
 from xlsd_cache.console.libraries import quiet, quiet_libraries
 from xlsd_cache.console.option_checks import refuse_empty
-from xlsd_cache.console.progress import choose, working
+from xlsd_cache.console.progress import choose, event, working, writes_events
 from xlsd_cache.console.suggestions import check_command, check_words
-from xlsd_cache.console.terminal import ignore_closed_pipe, run, start
+from xlsd_cache.console.terminal import ignore_closed_pipe, run, say, start
 from xlsd_cache.errors import UserError
 from xlsd_cache.options.build import BuildOptions, EncodeOptions, FinishOptions, PlanOptions
 from xlsd_cache.options.captions import CaptionsOptions
@@ -30,23 +32,51 @@ from xlsd_cache.options.inspection import (
 from xlsd_cache.options.watch import WatchOptions
 from xlsd_cache.options.work import ProgressOptions
 
+if TYPE_CHECKING:
+    from xlsd_cache.integrity.accounting import Accounting
+
 
 # They import late: a help page need not wait for torch and diffusers.
 def _build(options: BuildOptions, began: float) -> None:
     with working("loading libraries"):
         from xlsd_cache.commands.build import build
-        from xlsd_cache.commands.finish import say_sums
 
     if counts := build(options, began):
-        say_sums(options.out, counts, "images could be encoded")
+        _say_sums(options.out, counts, "images could be encoded")
+
+
+def _finish(options: FinishOptions, _: float) -> None:
+    from xlsd_cache.building.finish import finish
+
+    with working("writing the index"):
+        counts = finish(options.store)
+    _say_sums(options.store, counts, "images could be encoded")
 
 
 def _import(options: ImportOptions, began: float) -> None:
-    from xlsd_cache.commands.finish import say_sums
     from xlsd_cache.commands.import_latents import import_caches
 
     if counts := import_caches(options, began):
-        say_sums(options.out, counts, "latents could be imported")
+        _say_sums(options.out, counts, "latents could be imported")
+
+
+def _say_sums(out: Path, counts: "Accounting", done: str) -> None:
+    """Print what became of every input; `done` as in "images could be encoded".
+
+    Raises UserError for a store of which nothing is live.
+    """
+    if writes_events():
+        event("done", store=out, **asdict(counts))
+    else:
+        for bucket, count in counts.buckets.items():
+            say(f"  {bucket:>9} {count:>9}")
+        say(counts)
+        if counts.rejected or counts.duplicate:
+            say(f"listed in {out / 'rejected.parquet'}")
+    if not counts.live:
+        raise UserError(
+            f"none of the {counts.scanned} {done}; {out / 'rejected.parquet'} lists the reasons"
+        )
 
 
 def _check(options: CheckOptions, _: float) -> int:
@@ -96,7 +126,7 @@ COMMANDS = {
     ),
     "finish": Command(
         FinishOptions,
-        calls("xlsd_cache.commands.finish:finish_store"),
+        _finish,
         examples=("xlsd-cache finish latents", "xlsd-cache finish /data/latents"),
     ),
     "watch": Command(

@@ -1,5 +1,5 @@
 """The commands of `xlsd-cache`, a module each, named as the command.
 
-`build`, `captions`, `check`, `info`, `preview`, `report`, `export_index` and `import_latents`
-(`import`). `finish` ends a build or an import: sums, snapshot, what was left out.
+`build` (and `plan`), `encode`, `watch`, `captions`, `check`, `info`, `preview`, `report`,
+`export_index` and `import_latents` (`import`). `finish` is `xlsd_cache.building.finish`.
 """

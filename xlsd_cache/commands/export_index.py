@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from xlsd_cache.errors import UserError
 from xlsd_cache.options.inspection import ExportIndexOptions
 from xlsd_cache.runtime.atomic import write_parquet
-from xlsd_cache.runtime.own_files import MARK, is_index, refuse_foreign
+from xlsd_cache.runtime.own_files import MARK, is_index, refuse_foreign, writing
 from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.shard import CorruptShard, ShardReader
@@ -31,12 +31,8 @@ def export_index(config: ExportIndexOptions) -> None:
         table = with_places(store)
     told = {"identity": asdict(store.identity), "fingerprint": store.fingerprint}
     table = table.replace_schema_metadata({MARK: json.dumps(told)})
-    try:
+    with writing(config.out):
         write_parquet(config.out, table)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {config.out}: {error.strerror or error}; give a path with room for it"
-        ) from error
     log.info(f"{config.out}: {table.num_rows} samples, {config.out.stat().st_size / 2**20:.1f} MiB")
 
 

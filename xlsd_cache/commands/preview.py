@@ -16,7 +16,7 @@ from xlsd_cache.options.inspection import PreviewOptions
 from xlsd_cache.pages.lettering import Font, cut, wrapped
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_cache.runtime.device import device_of
-from xlsd_cache.runtime.own_files import is_picture, marking, refuse_foreign
+from xlsd_cache.runtime.own_files import is_picture, marking, refuse_foreign, writing
 from xlsd_cache.store.reader import LatentStore
 
 log = logging.getLogger("xlsd.cache.commands")
@@ -47,15 +47,10 @@ def preview(config: PreviewOptions) -> None:
             caption = sample[column] if column else None
             (picture,) = decoded(vae, raw, device)
             sheet.draw(place, picture, sample, caption or "(no caption)")
-    try:
-        with replacing(config.out) as temporary:
-            # given, because the temporary file has another suffix
-            kind = Image.registered_extensions()[config.out.suffix.lower()]
-            sheet.image.save(temporary, format=kind, **marking("preview"))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {config.out}: {error.strerror or error}; give a path with room for it"
-        ) from error
+    with writing(config.out), replacing(config.out) as temporary:
+        # given, because the temporary file has another suffix
+        kind = Image.registered_extensions()[config.out.suffix.lower()]
+        sheet.image.save(temporary, format=kind, **marking("preview"))
     log.info(f"{config.out}: {len(chosen)} of {len(store)} samples, decoded with {vae.name}")
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 from xlsd_cache.commands.info import any_store, describe, size_words
 from xlsd_cache.console.progress import progress_bar
-from xlsd_cache.errors import UserError
 from xlsd_cache.files.uri import read_source
 from xlsd_cache.images.decode import MAX_PIXELS, max_bytes, shrunk
 from xlsd_cache.images.sandbox import decoders
@@ -28,7 +27,7 @@ from xlsd_cache.pages.render import render
 from xlsd_cache.pages.thumbnails import SIDE, data_uri, small_webp
 from xlsd_cache.runtime.arrow import counts
 from xlsd_cache.runtime.atomic import write_bytes
-from xlsd_cache.runtime.own_files import is_page, refuse_foreign
+from xlsd_cache.runtime.own_files import is_page, refuse_foreign, writing
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.vocabulary import Bucket
@@ -64,10 +63,8 @@ def report(config: StoreReportOptions) -> Path:
     path = config.out or config.store.expanduser() / "report.html"
     refuse_foreign(path, (".html",), is_page)
     html = _page(config)
-    try:
+    with writing(path):
         write_bytes(path, html.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; give another file with --out") from error
     log.info(f"report {path}")
     return path
 

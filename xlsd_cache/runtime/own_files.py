@@ -4,7 +4,8 @@ A command overwrites only files of the kind that it writes, and images that a co
 not trained on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,17 @@ def refuse_foreign(path: Path, suffixes: tuple[str, ...], is_ours: Callable[[Pat
             f"{path} exists and was not written by this command, so it is not overwritten; give "
             f"another file, or remove it"
         )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError from writing the file into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; give a path with room for it"
+        ) from error
 
 
 def is_index(path: Path) -> bool:

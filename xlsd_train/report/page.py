@@ -6,10 +6,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from xlsd_cache.errors import UserError
 from xlsd_cache.pages.render import render
 from xlsd_cache.runtime.atomic import write_bytes
-from xlsd_cache.runtime.own_files import is_page, refuse_foreign
+from xlsd_cache.runtime.own_files import is_page, refuse_foreign, writing
 from xlsd_train.config.run_options import ReportConfig
 from xlsd_train.report.changes import bands, by_rate, scale
 from xlsd_train.report.curves import axes, charts, shown_validations
@@ -57,11 +56,10 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
 
 def write_page(runs: list[History], path: Path) -> Path:
     """Write the page of these runs, under their names; return its path."""
-    try:
+    html = page(runs, path)
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, page(runs, path).encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; give another file with --out") from error
+        write_bytes(path, html.encode())
     return path
 
 
