@@ -37,16 +37,18 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def serving(*runs: Path, code: str = "pass") -> Iterator[Served]:
+def serving(
+    *runs: Path, code: str = "pass", host: str = "127.0.0.1", at: str = "127.0.0.1"
+) -> Iterator[Served]:
     """The server at any free port, which runs `code` first; it must end by SIGINT."""
     program = f"import sys, xlsd_train.cli; {code}; sys.exit(xlsd_train.cli.main())"
-    words = [sys.executable, "-c", program, "live", *map(str, runs), "--port", "0"]
+    words = [sys.executable, "-c", program, "live", *map(str, runs), "--port", "0", "--host", host]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
         try:
             url = process.stdout.readline().decode().strip()
-            assert url.startswith("http://127.0.0.1:"), process.stderr.read().decode()
+            assert url.startswith(f"http://{at}:"), process.stderr.read().decode()
             yield Served(url, process.pid)
         finally:
             process.send_signal(2)

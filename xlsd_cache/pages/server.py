@@ -26,9 +26,10 @@ OF_PAGE = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
 def listen(host: str, port: int, remedy: str) -> socket.socket:
-    """A listening socket. Raises UserError where it cannot be had."""
+    """A listening socket; IPv6 has colons. Raises UserError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port))
+        return socket.create_server((host.strip("[]"), port), family=family)
     except OSError as error:
         raise UserError(
             f"cannot serve at {host}:{port}: {error.strerror or error}; {remedy}"
@@ -40,7 +41,7 @@ def guards(host: str) -> list[Middleware]:
 
     A page elsewhere may name itself as a host that leads to this machine (DNS rebinding).
     """
-    hosts = list(LOOPBACK) if host in LOOPBACK else [host]
+    hosts = list(LOOPBACK) if host in LOOPBACK else [host.lower()]  # as browsers send it
     return [
         Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
         Middleware(_OwnOrigin),

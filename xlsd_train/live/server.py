@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from xlsd_train.report.page import NAME, page
 from xlsd_train.runs.layout import SAMPLES, STEP
 from xlsd_train.runs.links import refuse_links_to
 
+RENEW_S = 30.0
 MOST_NBYTES = 1 << 27  # of a picture
 PICTURE = re.compile(r"[0-9]{2,6}\.(png|webp)")
 log = logging.getLogger("xlsd.train.live")
@@ -38,13 +40,14 @@ log = logging.getLogger("xlsd.train.live")
 def live(config: LiveConfig) -> None:
     """Serve until a signal. Raises UserError for a folder that is no run, and for a port in use."""
     runs = Runs([folder.absolute() for folder in config.runs])
-    remedy = "give another --port, or --port 0 for any free one"
-    listening = listen(config.host, config.port, remedy)
+    host = f"[{config.host.strip('[]')}]" if ":" in config.host else config.host
+    remedy = "give an address of this machine with --host, and a free --port (0: any)"
+    listening = listen(host, config.port, remedy)
     server: uvicorn.Server
-    app = application(runs, config.host, lambda: server.should_exit)
+    app = application(runs, host, lambda: server.should_exit)
     server = http_server(app)
     with listening, suppress(KeyboardInterrupt):  # which uvicorn raises again at its end
-        say(f"http://{config.host}:{listening.getsockname()[1]}/")
+        say(f"http://{host}:{listening.getsockname()[1]}/")
         sys.stdout.flush()  # a script may wait for it
         log.info("Ctrl-C ends it; the runs are only read")
         server.run(sockets=[listening])
@@ -69,7 +72,8 @@ class _Pages:
     runs: Runs
     ends: Callable[[], bool]
     _one: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _rendered: tuple[str, str] = ("", "")  # the newest page and the positions that it shows
+    # The positions that the newest page shows, the page, and when it was made.
+    _rendered: tuple[str, str, float] = ("", "", 0.0)
 
     async def page(self, _: Request) -> Response:
         """The report of the runs as they are now."""
@@ -83,11 +87,12 @@ class _Pages:
     def _render(self, folders: list[Path]) -> str:
         # Before the logs are read: the page has all up to here, and perhaps some lines more.
         at = to_id([Position.of(folder) for folder in folders])
-        if self._rendered[0] != at:
+        # It says for how long a run has been quiet.
+        if self._rendered[0] != at or time.monotonic() - self._rendered[2] > RENEW_S:
             runs = self.runs.read(folders)
             told = [{**progress(run), "gone": is_gone(run.folder)} for run in runs]
             live = {"from": at, "runs": told}
-            self._rendered = at, page(runs, Path(NAME), live)
+            self._rendered = at, page(runs, Path(NAME), live), time.monotonic()
         return self._rendered[1]
 
     async def events(self, request: Request) -> Response:

@@ -1,9 +1,12 @@
 """What the server gives and refuses, and that a reader misses nothing."""
 
 import asyncio
+import os
+import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -79,6 +82,25 @@ def test_requests_for_another_host_are_refused(served: Served, host: str) -> Non
     for path in ("", "events?from=0.0.0.0.0", "samples/0/step-00000003/00.png"):
         assert get(served.url + path, Host=host)[0] == 400
     assert get(served.url, Host="localhost:1234")[0] == 200
+
+
+@pytest.mark.parametrize(("host", "at"), [("::1", "[::1]"), ("LocalHost", "LocalHost")])
+def test_addresses_of_ipv6_and_names_in_capitals_are_served(
+    trained: Path, host: str, at: str
+) -> None:
+    with serving(trained, host=host, at=at) as it:
+        # A browser sends names in small letters.
+        assert get(it.url, Host=it.url.lower()[len("http://") : -1])[0] == 200
+        assert get(it.url, Host="evil.example")[0] == 400
+
+
+def test_a_page_of_a_quiet_run_says_for_how_long(run: Path) -> None:
+    with serving(run, code="import xlsd_train.live.server as it; it.RENEW_S = 0.0") as it:
+        for quiet_s in (10, 5000):
+            os.utime(run / "metrics.jsonl", (0, time.time() - quiet_s))
+            found = re.search(rb'"quiet_s": ?(\d+)', get(it.url)[1])
+            assert found is not None
+            assert quiet_s <= int(found[1]) < quiet_s + 60
 
 
 def test_requests_from_another_page_are_refused(served: Served) -> None:
@@ -327,7 +349,7 @@ def test_what_cannot_be_served_is_one_sentence(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert train("live", trained, "--port", taken.getsockname()[1]) == 1
-        assert "give another --port" in capsys.readouterr().err
+        assert "and a free --port" in capsys.readouterr().err
     assert train("live", tmp_path) == 1
     assert "is not a run" in capsys.readouterr().err
     assert train("live", trained, "--host", "0.0.0.0") == 1
