@@ -31,10 +31,11 @@ from benchmarks.lib.machine import machine
 from benchmarks.lib.report import JsonOption, Report, run_script
 from benchmarks.lib.synthetic import IDENTITY
 from xlsd_cache.errors import UserError
+from xlsd_cache.planning.log_state import by_shard
 from xlsd_cache.schema import CAPTIONS, PLAN
 from xlsd_cache.store.commit import claim
 from xlsd_cache.store.identity import attributes_of
-from xlsd_cache.store.manifest import Manifest, ShardId
+from xlsd_cache.store.manifest import Manifest
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.shard import ShardReader, ShardRow
 from xlsd_cache.store.view import StoreView
@@ -131,7 +132,7 @@ def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
     write_group(manifest, attributes_of(IDENTITY, rows))
     store = StoreView(manifest, IDENTITY, rows)
     grow_array(store, BUCKET, len(latents))
-    plan = [
+    plan: list[Any] = [
         {
             "key": f"{i:08d}.jpg", "source": f"{i:08d}.jpg", "size": 0, "mtime_ns": 0,
             "width": 512, "height": 512, "crop": [0.0, 0.0, 512.0, 512.0], "bucket": BUCKET,
@@ -140,12 +141,11 @@ def make_store(config: StoreConfig, root: Path, latents: Latents) -> Path:
         for i in range(len(latents))
     ]  # fmt: skip
     manifest.write_plan(0, pa.Table.from_pylist(plan, PLAN), [], CAPTIONS.empty_table())
-    for start in range(0, len(latents), rows):
-        slots = dict(enumerate(latents[start : start + rows]))
-        entries: dict[int, Any] = {slot: plan[start + slot] for slot in slots}
-        unit = ShardId(BUCKET, start // rows)
-        claimed = claim(store, unit, entries, 32)
+    units = by_shard(plan, rows)
+    for unit, entries in units.items():
+        claimed = claim(store, unit, units.__getitem__, 32)
         assert claimed is not None  # no other process builds here
+        slots = {slot: latents[entry["row"]] for slot, entry in entries.items()}
         for batch in claimed.writer.remaining:
             claimed.writer.append([ShardRow(slot, "") for slot in batch], slots)
         claimed.finish()

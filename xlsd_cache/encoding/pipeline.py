@@ -178,7 +178,7 @@ class EncodePipeline:
     ) -> Iterator[tuple[Claim, list[int], bool]]:
         """Claim units one by one; yields (claim, slots, whether it is the unit's last batch)."""
         for unit in order:
-            taken = claim(self.store, unit, self.units.entries(unit), self.encoder.batch)
+            taken = claim(self.store, unit, self.units.entries, self.encoder.batch)
             if taken is None:
                 continue
             held.append(taken)

@@ -105,8 +105,8 @@ class Transfer:
             ) as bar,
         ):
             while todo and not stop.asked:
-                for unit, entries in sorted(todo.items()):
-                    taken = claim(self.store, unit, entries, BATCH)
+                for unit in sorted(todo):
+                    taken = claim(self.store, unit, todo.__getitem__, BATCH)
                     if taken is not None:
                         _fill(taken, copy, pool, bar, stop)
                 todo = self._todo()

@@ -1,7 +1,7 @@
 """Claims a shard for one process by a lock, and commits it by writing its record."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +50,13 @@ class Claim:
 
 
 def claim(
-    store: StoreView, unit: ShardId, entries: dict[int, PlanEntry], batch: int
+    store: StoreView, unit: ShardId, planned: Callable[[ShardId], dict[int, PlanEntry]], batch: int
 ) -> Claim | None:
     """Claim `unit` for this process; None if another process holds it or it is committed.
 
-    `entries` are the planned rows by slot. A shard left in place by a process that was killed
-    before its commit is committed if every checksum holds, else written again.
+    `planned` makes the unit's planned rows by slot, and is called only once the unit is locked. A
+    shard left in place by a process that was killed before its commit is committed if every
+    checksum holds, else written again.
     """
     manifest = store.manifest
     lock = FileLock(lock_path(manifest, unit), blocking=False, thread_local=False)
@@ -67,6 +68,7 @@ def claim(
         if manifest.commit(unit).exists():
             _drop(manifest, unit, lock)
             return None
+        entries = planned(unit)
         final = manifest.shard(unit)
         journal = manifest.staging / f"{unit.name}.jnl"
         if final.exists():

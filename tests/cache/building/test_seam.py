@@ -15,10 +15,13 @@ from tests.support.stores import pause_batches
 from tests.support.vaes import tiny
 from xlsd_cache import BuildOptions, BuildPlan, Outcome, UserError, Worker, build, finish, plan
 from xlsd_cache.building import plan as planning
+from xlsd_cache.encoding import pipeline
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.planning.generation import plan_lock
+from xlsd_cache.planning.units import PlannedUnits
 from xlsd_cache.runtime.signals import StopSignal
-from xlsd_cache.store.commit import claim
+from xlsd_cache.schema import PlanEntry
+from xlsd_cache.store.commit import Claim, claim
 from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.reader import LatentStore
 from xlsd_cache.store.view import StoreView
@@ -167,7 +170,7 @@ def test_a_unit_that_another_holds_or_that_is_stopped_is_left_alone(options: Opt
     out = options().out
     unit = ShardId.parse(plan(options()).units[0])
     with Worker(out) as worker:
-        other = claim(StoreView.open(out), unit, {}, 2)
+        other = claim(StoreView.open(out), unit, lambda _: {}, 2)
         assert other is not None
         assert worker.encode(unit.name) == Outcome(unit.name, "held")
         other.release()
@@ -175,6 +178,34 @@ def test_a_unit_that_another_holds_or_that_is_stopped_is_left_alone(options: Opt
             os.kill(os.getpid(), signal.SIGTERM)
             assert worker.encode(unit.name, stop) == Outcome(unit.name, "stopped")
         assert worker.encode(unit.name).status == "encoded"
+
+
+def test_who_waits_for_a_unit_makes_its_rows_once(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = options().out
+    units = plan(options()).units
+    held = claim(StoreView.open(out), ShardId.parse(units[1]), lambda _: {}, 2)
+    assert held is not None
+    tries, made, rows_of = list[str](), list[str](), PlannedUnits.entries
+
+    def spy(store: StoreView, unit: ShardId, *more: Any) -> Claim | None:
+        tries.append(unit.name)
+        if tries.count(unit.name) == 3:
+            held.release()
+        return claim(store, unit, *more)
+
+    def entries(self: PlannedUnits, unit: ShardId) -> dict[int, PlanEntry]:
+        made.append(unit.name)
+        return rows_of(self, unit)
+
+    monkeypatch.setattr(pipeline, "claim", spy)
+    monkeypatch.setattr(PlannedUnits, "entries", entries)
+    with Worker(out) as worker:
+        outcomes = worker.encode_all(units, waits=True)
+    assert {outcome.status for outcome in outcomes} == {"encoded"}
+    assert tries.count(units[1]) == 3
+    assert sorted(made) == sorted(units)
 
 
 def test_what_cannot_be_encoded_is_one_sentence(
