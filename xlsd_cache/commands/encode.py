@@ -54,12 +54,13 @@ def check_stopped(stop: StopSignal, store: Path) -> None:
 def _part(options: EncodeOptions) -> list[str]:
     """The units of this process that are not committed.
 
-    Every unit of the log counts, so that what others commit meanwhile moves none to another part.
+    Every unit of the log counts, in its order, so that neither what others commit meanwhile nor
+    what others plan moves one to another part.
     """
     view = StoreView.open(options.store)
     part, parts = part_of(options.shard)
     mine, committed = planned_units(view)[part::parts], view.manifest.committed()
-    pending = [unit.name for unit in mine if unit not in committed]
+    pending = [unit.name for unit in sorted(mine) if unit not in committed]
     log.info(f"{len(pending)} of {len(mine)} units to encode")
     return pending
 

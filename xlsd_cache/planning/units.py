@@ -21,17 +21,16 @@ _ROWS = _ROWS.append(pa.field("live", pa.bool_()))
 
 
 def planned_units(store: StoreView) -> list[ShardId]:
-    """Every unit of the log up to the view's generation, committed or not, sorted."""
+    """Every unit of the log up to the view's generation, committed or not; later plans append."""
     places = store.manifest.plan_lines(store.generation, PLACE)
     places = places.filter(pc.greater_equal(places["row"], 0))
     names = pc.unique(shard_names(places, store.rows_per_shard)).to_pylist()
-    return sorted(map(ShardId.parse, names))
+    return list(map(ShardId.parse, names))
 
 
 def pending_units(store: StoreView) -> list[ShardId]:
     """The units that are not committed, sorted."""
-    committed = store.manifest.committed()
-    return [unit for unit in planned_units(store) if unit not in committed]
+    return sorted(set(planned_units(store)) - store.manifest.committed())
 
 
 @dataclass(frozen=True)

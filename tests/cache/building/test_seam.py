@@ -208,6 +208,24 @@ def test_who_waits_for_a_unit_makes_its_rows_once(
     assert sorted(made) == sorted(units)
 
 
+def test_parts_of_a_store_that_grows_meanwhile_leave_out_no_unit(
+    options: Options, images: Path, capsys: Out
+) -> None:
+    """The second task of a job array starts after the next plan, which has units in between."""
+    out, first = options().out, plan(options()).units
+    assert cache("encode", out, "--shard", "0/2") == 0
+    write_images(images, [f"later{i}.png" for i in range(4)], 60)
+    plan(options())
+    assert cache("encode", out, "--shard", "1/2") == 0
+    assert set(first) <= {unit.name for unit in Manifest(out).committed()}
+    capsys.readouterr()
+    assert cache("encode", out, "--units", ",".join(first)) == 0  # of the older plan
+    assert capsys.readouterr().out.count(" there: ") == len(first)
+    assert cache("encode", out) == 0
+    assert finish(out).scanned == 24
+    assert cache("check", out) == 0
+
+
 def test_what_cannot_be_encoded_is_one_sentence(
     options: Options, tmp_path: Path, capsys: Out
 ) -> None:
