@@ -4,8 +4,9 @@
 
 After each of many small generations: CPU of the pass that adds it and of a pass with nothing to do,
 of opening the newest generation without index.arrow and an older one; files and rows of the arrays
-for each image. Then the latents of older generations are compared with what they were when those
-were the newest.
+for each image. Then what the last store takes beyond its latents, on the disk and in the memory of
+a reader, and the latents of older generations compared with what they were when those were the
+newest.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +98,11 @@ def main(config: GenerationsConfig, command: Sequence[str]) -> None:
                 print(line_of(rows[-1]), flush=True)
         same = [digest(out, number) == was for number, was in digests.items()]
         run_command(xlsd_cache, "check", out)
+        space = space_of(out) | reading_of(out)
+    report.add("space", **space)
+    print("\nfor each image of the last store:")
+    for name, value in space.items():
+        print(f"{value:>12.1f} {name}")
     print()
     by_number = {row.generation: row for row in rows}
     first, last = by_number[2], by_number[config.generations]
@@ -153,6 +160,48 @@ def measure(config: GenerationsConfig, folder: Path, number: int, added: float) 
     buckets = {unit.bucket for unit in manifest.committed()}
     rows = sum(array_rows(manifest.array(bucket) / "zarr.json") or 0 for bucket in buckets)
     return Measured(number, added, nothing, newest, older, files / images, rows / images)
+
+
+def space_of(out: Path) -> dict[str, float]:
+    """Bytes on the disk for each image."""
+    with LatentStore.open(out) as store:
+        images, rows = len(store), store.rows_per_shard
+        latents = sum(len(it) * store.identity.nbytes(name) for name, it in store.buckets.items())
+    sizes = {path: path.stat() for path in out.rglob("*") if path.is_file()}
+    shards = [it.st_size for path, it in sizes.items() if path.match("*x*/c.*.0.0.0")]
+    total = sum(it.st_size for it in sizes.values())
+    empty = 16 * (rows * len(shards) - images)
+    found = {
+        "bytes of latents": latents,
+        "bytes of shards beyond the latents": sum(shards) - latents,
+        "bytes of these for rows without a latent": empty,
+        "bytes of the log and what is derived from it": total - sum(shards),
+        "bytes that the files take on the disk": sum(512 * it.st_blocks for it in sizes.values()),
+    }
+    return {name: value / images for name, value in found.items()}
+
+
+def reading_of(out: Path) -> dict[str, float]:
+    """Memory of a store whose shards are all open, and CPU of an epoch, for each image."""
+
+    def read(store: LatentStore) -> None:
+        for bucket, rows in store.buckets.items():
+            for start in range(0, len(rows), 32):
+                store.read(bucket, rows[start : start + 32])
+
+    with LatentStore.open(out) as store:
+        tracemalloc.start()
+        read(store)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        store.close()
+        first, later = (cpu_of(lambda: read(store)) for _ in range(2))
+        each = len(store)
+    return {
+        "bytes in the memory of a reader, all shards open": held / each,
+        "us CPU to read it in the first epoch": 1e6 * first / each,
+        "us CPU to read it in a later one": 1e6 * later / each,
+    }
 
 
 def line_of(row: Measured) -> str:
