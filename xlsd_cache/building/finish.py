@@ -1,8 +1,8 @@
 """Finish a build or an import: sums, snapshot, table of rejected images."""
 
 import logging
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from xlsd_cache.errors import UserError
@@ -10,6 +10,7 @@ from xlsd_cache.integrity.accounting import Accounting, account, save_accounting
 from xlsd_cache.planning.sessions import committed_before
 from xlsd_cache.planning.units import pending_units
 from xlsd_cache.runtime.atomic import write_parquet
+from xlsd_cache.runtime.own_files import writing
 from xlsd_cache.store.commit import tidy
 from xlsd_cache.store.index import cached_snapshot, make_snapshot, save_snapshot
 from xlsd_cache.store.manifest import ShardId
@@ -35,7 +36,7 @@ def finish(store: Path | str) -> Accounting:
             f"{root} is not finished: {len(pending)} units are not encoded yet ({names}{more}); "
             f"run `xlsd-cache encode {root}`, then finish again"
         )
-    with writing(root):
+    with writing_store(root):
         counts = conclude(view, committed_before(view.manifest))
     warn_of_vanished(counts)
     return counts
@@ -65,13 +66,6 @@ def warn_of_vanished(counts: Accounting) -> None:
         )
 
 
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
+def writing_store(out: Path) -> AbstractContextManager[None]:
     """Turn an OSError from writing the store into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror or error}. What is committed is safe. Fix that "
-            f"and run the same command again."
-        ) from error
+    return writing(out, "What is committed is safe")

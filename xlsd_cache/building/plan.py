@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.building.finish import writing
+from xlsd_cache.building.finish import writing_store
 from xlsd_cache.building.plan_log import log_plan, log_scan, refuse_no_captions
 from xlsd_cache.building.settings import EncodeSettings
 from xlsd_cache.console.option_checks import as_flags
@@ -65,7 +65,7 @@ def plan(options: PlanOptions, vae: Vae | None = None) -> BuildPlan:
     store, _ = write_plan(options, began, vae)
     if options.dry_run:
         return BuildPlan(options.out, store.generation, ())
-    with writing(options.out), build_session(store, (0, 1), began):
+    with writing_store(options.out), build_session(store, (0, 1), began):
         return plan_of(store)
 
 
@@ -115,7 +115,7 @@ def write_plan(
         return replace(store, generation=max(generations, default=-1)), vae
     named = vae.name if vae.name in NAMES else vae.source
     left = EncodeSettings(named, config.batch, config.max_pixels)
-    with writing(config.out):
+    with writing_store(config.out):
         store = _write(config, store, found, buckets, began, left)
     del found
     pa.default_memory_pool().release_unused()  # before the VAE works

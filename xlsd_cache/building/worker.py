@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from xlsd_cache.building.finish import writing
+from xlsd_cache.building.finish import writing_store
 from xlsd_cache.building.settings import EncodeSettings
 from xlsd_cache.console.progress import working
 from xlsd_cache.encoding.compatibility import identity_of, load_vae_for, with_encoder_hash
@@ -112,7 +112,7 @@ class Worker:
         asked = [self._parse(unit) for unit in units]
         todo = [unit for unit in asked if not self._view.manifest.commit(unit).exists()]
         if todo:
-            with writing(self.root):
+            with writing_store(self.root):
                 self._encode(todo, stop, waits, advance)
         return [self._outcome(unit, unit in todo, stop) for unit in asked]
 

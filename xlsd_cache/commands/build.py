@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from xlsd_cache.building.finish import conclude, warn_of_vanished, writing
+from xlsd_cache.building.finish import conclude, warn_of_vanished, writing_store
 from xlsd_cache.building.plan import plan, plan_of, write_plan
 from xlsd_cache.building.ray import cluster, outcomes
 from xlsd_cache.building.worker import Worker
@@ -51,7 +51,7 @@ def _build(config: BuildOptions, began: float, ray: Any = None) -> Accounting | 
     store, vae = write_plan(config, began, decodes=ray is None)
     if config.dry_run:
         return None
-    with writing(config.out), build_session(store, config.part, began) as before:
+    with writing_store(config.out), build_session(store, config.part, began) as before:
         if units := plan_of(store).units:
             if ray is None:
                 _encode(config, units, vae)

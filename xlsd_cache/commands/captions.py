@@ -21,6 +21,7 @@ from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.log_state import former_names, read_live
 from xlsd_cache.runtime.arrow import lookup
 from xlsd_cache.runtime.atomic import sweep
+from xlsd_cache.runtime.own_files import writing
 from xlsd_cache.runtime.threads import map_blocks
 from xlsd_cache.schema import PLAN
 from xlsd_cache.sources.records import Record, Search, Tally, given_table
@@ -69,13 +70,8 @@ def recaption(config: CaptionsOptions) -> list[Changes]:
     store = StoreView.open(root)
     columns = tuple(map(Column.parse, config.caption_columns))
     tables = _read(config.source, columns)
-    try:
+    with writing(config.store, "Its captions are unchanged"):
         return _write(config, store, columns, tables)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {config.store}: {error.strerror or error}. Its captions are unchanged. "
-            f"Fix that and run the same command again."
-        ) from error
 
 
 def _write(

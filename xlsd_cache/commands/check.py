@@ -18,7 +18,6 @@ from xlsd_cache.console import terminal
 from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.compatibility import decoder_notice, load_vae_for
 from xlsd_cache.encoding.vae import Vae
-from xlsd_cache.errors import UserError
 from xlsd_cache.files.uri import read_source
 from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
 from xlsd_cache.integrity.accounting import account
@@ -28,6 +27,7 @@ from xlsd_cache.integrity.verify import verify, verify_index, verify_live
 from xlsd_cache.options.inspection import CheckOptions
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.runtime.device import device_of
+from xlsd_cache.runtime.own_files import writing
 from xlsd_cache.store.index import Snapshot, make_snapshot
 from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.reader import LatentStore
@@ -50,13 +50,8 @@ def check(config: CheckOptions) -> bool:
     right = not found
     broken = [problem for problem in found if problem.kind != "image"]  # repair can fix these
     if config.repair and broken:
-        try:
+        with writing(config.store, "Nothing valid is lost"):
             repaired = repair(store, broken)
-        except OSError as error:
-            raise UserError(
-                f"cannot repair {config.store}: {error.strerror or error}. Nothing valid is lost. "
-                f"Fix that and run the same command again."
-            ) from error
         lost_captions = any(problem.kind == "captions" for problem in found)
         right = (
             _say_repaired(StoreView.open(store.manifest.root), repaired, say) and not lost_captions

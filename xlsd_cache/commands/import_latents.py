@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from xlsd_cache.building.finish import conclude, writing
+from xlsd_cache.building.finish import conclude, writing_store
 from xlsd_cache.console.progress import event
 from xlsd_cache.encoding.compatibility import identity_of, stored_identity
 from xlsd_cache.encoding.vae import Vae, load_vae, require_vae
@@ -83,7 +83,7 @@ def import_caches(config: ImportOptions, began: float | None = None) -> Accounti
     if config.dry_run:
         log.info(f"to import: {len(imports.fresh)} latents")
         return None
-    with writing(config.out):
+    with writing_store(config.out):
         store = StoreView(manifest, identity, rows_per_shard)
         generation = _write_plan(config, store, items)
         store = replace(store, generation=generation)

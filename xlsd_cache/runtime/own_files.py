@@ -45,14 +45,17 @@ def refuse_foreign(path: Path, suffixes: tuple[str, ...], is_ours: Callable[[Pat
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError from writing the file into a UserError."""
+def writing(path: Path, kept: str = "") -> Iterator[None]:
+    """Turn an OSError from writing `path` into a UserError.
+
+    `kept` says what is safe where the same command can be run again.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; give a path with room for it"
-        ) from error
+        again = f". {kept}. Fix that and run the same command again."
+        then = again if kept else "; give a path with room for it"
+        raise UserError(f"cannot write {path}: {error.strerror or error}{then}") from error
 
 
 def is_index(path: Path) -> bool:

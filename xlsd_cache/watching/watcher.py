@@ -10,7 +10,7 @@ from types import FrameType
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from xlsd_cache.building.finish import conclude, writing
+from xlsd_cache.building.finish import conclude, writing_store
 from xlsd_cache.building.plan import plan_of, scan_sources, write_plan
 from xlsd_cache.building.worker import Worker
 from xlsd_cache.console.progress import event
@@ -193,7 +193,7 @@ class Watcher:
         began, out = time.time(), self.options.out
         self.status.set("planning")
         store, _ = write_plan(self.options, began, self.vae, found=found)
-        with writing(out), build_session(store, (0, 1), began) as before:
+        with writing_store(out), build_session(store, (0, 1), began) as before:
             if units := plan_of(store).units:
                 self._encode(units)
             counts = saved_accounting(out, store.generation)
