@@ -192,7 +192,10 @@ def test_torchrun_restarts_builders_and_a_stop_of_all_loses_nothing(
     script.write_text(
         "import os, sys\nfrom pathlib import Path\n"
         "from tests.promises.test_kills import worker\n"
+        "from tests.support import wait_for\n"
         "counter = Path(sys.argv[1], 'counter-' + os.environ['RANK'])\n"
+        "counter.touch()\n"  # both begin together, else the first leaves nothing to the second
+        "wait_for(lambda: len(list(Path(sys.argv[1]).glob('counter-*'))) == 2)\n"
         "sys.exit(worker(counter, 0.4, *sys.argv[2:]))\n"
     )
     words = (images, "--out", tmp_path / "killed", *rest)

@@ -302,8 +302,8 @@ def test_a_dry_run_checks_one_run_and_writes_nothing(
     given = ("--lr", "1e-3,1e-5", "--out", out, "--dry-run", "--validate-every", 0)
     assert train("sweep", *arguments, *given) == 0
     said = "".join(capfd.readouterr())
-    assert f"run {out}/lr-0.001" in said
-    assert re.search(r"validate_every +0\n", said)
+    assert f"--lr 0.001: run 1 of 2, {out}/lr-0.001\n" in said
+    assert "--validate-every 0" in said
     assert "the other runs differ only in --lr" in said
     assert not out.exists()
 

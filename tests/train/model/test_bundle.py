@@ -129,8 +129,8 @@ def test_the_default_model_is_the_hubs_sd15_with_the_stores_vae(
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("unet-")
     assert (run / "checkpoints/step-00000001/unet.safetensors").exists()
-    assert "planned 1000000 steps" in done.stdout
-    assert "warm-up over 200 steps to 5e-06" in done.stdout
+    assert "planned 1000000 steps" in done.stderr
+    assert "warm-up over 200 steps to 5e-06" in done.stderr
 
 
 @pytest.mark.parametrize(
