@@ -4,11 +4,13 @@ import os
 import re
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from xlsd_cache.archives.members import printable
 from xlsd_cache.errors import UserError
 from xlsd_cache.files.captions import Column
 from xlsd_cache.outcomes import RETRIED
@@ -42,7 +44,8 @@ def compare(
 
     `young` are the paths of files that may still be written. An image is held back if it is one, is
     in one, or has one as caption: the log's line and captions stay, or it is not there yet. While
-    an archive or a table is young, no image leaves. `suffixes` are those of --image-suffix.
+    an archive or a table is young, only images whose files are gone leave; while a file is young
+    that an image may have been moved to, it stays. `suffixes` are those of --image-suffix.
     """
     held = found.images["key"].filter(_is_young(found.images["source"], young, suffixes))
     is_written = any(map(_is_container, young))
@@ -63,7 +66,7 @@ def compare(
         scan,
         pc.unique(pa.chunked_array(changed, pa.string())),
         int((same & among(logged["reason"], RETRIED)).sum()),
-        len(held),
+        max(len(held), is_written),  # of the rows of a half-written table nothing is known
     )
 
 
@@ -108,6 +111,7 @@ def _is_young(sources: pa.ChunkedArray, young: Set[str], suffixes: tuple[str, ..
     paths = pc.replace_substring_regex(sources, _MEMBER, "").combine_chunks()
     ends = "|".join(map(re.escape, suffixes)) or r"[^./\\]*"
     stems = pc.replace_substring_regex(paths, rf"(?i)\.(?:{ends})$", "")
+    young = set(map(printable, young))
     next_to = {stem for path in young for stem in _stems(path)}
     is_young = pc.is_in(paths, value_set=pa.array(sorted(young), pa.string()))
     return pc.or_(is_young, pc.is_in(stems, value_set=pa.array(sorted(next_to), pa.string())))
@@ -126,14 +130,21 @@ def _is_container(path: str) -> bool:
 
 
 def _hold(
-    found: Scan, held: pa.ChunkedArray, live: pa.Table, captions: pa.Table, hold_missing: bool
+    found: Scan, held: pa.ChunkedArray, live: pa.Table, captions: pa.Table, is_written: bool
 ) -> Scan:
     """The scan with the log's lines and captions of the images `held`; new ones are left out."""
     is_kept = pc.is_in(live["key"], value_set=held.combine_chunks())
     # What could not be read has no line to keep: planning would read it again.
     is_kept = pc.and_(is_kept, pa.array(~among(live["reason"], RETRIED)))
-    if hold_missing:
-        is_kept = pc.or_(is_kept, pc.invert(pc.is_in(live["key"], value_set=found.keys)))
+    is_held = pc.is_in(found.images["key"], value_set=held.combine_chunks())
+    moving = _content(found.images.filter(is_held)).combine_chunks()
+    stays = pc.is_in(_content(live), value_set=moving)
+    is_gone = pc.invert(pc.is_in(live["key"], value_set=found.keys))
+    if is_written:
+        gone = paths_of(live.filter(is_gone)).unique().to_pylist()
+        there = pa.array([path for path in gone if Path(path).exists()], pa.string())
+        stays = pc.or_(stays, pc.is_in(paths_of(live), value_set=there))
+    is_kept = pc.or_(is_kept, pc.and_(is_gone, stays))
     kept = live.filter(is_kept)
     if not (len(held) or kept.num_rows):
         return found
@@ -143,8 +154,7 @@ def _hold(
         **{name: pc.if_else(by_scan, kept[name], "") for name in ("reason", "detail")},
     }
     lines = pa.table(lines).select(IMAGES.names).cast(IMAGES)
-    quiet = found.images.filter(pc.invert(pc.is_in(found.images["key"], value_set=held)))
-    images = pa.concat_tables([quiet, lines]).sort_by("key")
+    images = pa.concat_tables([found.images.filter(pc.invert(is_held)), lines]).sort_by("key")
     sidecars = [name for name in found.columns if Column.parse(name).suffix]
     own = pc.and_(
         pc.is_in(captions["key"], value_set=kept["key"].combine_chunks()),

@@ -21,8 +21,8 @@ class Wake:
 
     def __init__(self, roots: Iterable[Path], store: Path) -> None:
         self.changed = Event()
-        self._roots = [root.absolute() for root in roots]
-        self._store = f"{store.absolute()}{os.sep}"
+        self._roots = [root.resolve() for root in roots]
+        self._store = f"{store.resolve()}{os.sep}"
         self._end = Event()
         self._thread: Thread | None = None
 

@@ -65,6 +65,7 @@ class Watcher:
         self._worker: Worker | None = None
         self._seen: tuple[bytes, int] | None = None  # listing and generation of the last compare
         self._held = 0  # images that were not quiet then
+        self._damaged: list[str] = []  # what the last look found
         self._generation = -1
         # Another watcher may have been killed while changes waited.
         self._since = _waiting_since(status.path)
@@ -73,13 +74,13 @@ class Watcher:
         """Watch until a stop signal; then at most one batch is finished."""
         try:
             with (
-                _StopAnywhere(),
+                _StopAnywhere() as stop,
                 Wake(self.sources, self.options.out) as wake,
             ):
                 while True:
                     pause_s, rest_s = self._pass()
                     wake.listen()
-                    self._wait(wake, pause_s, rest_s)
+                    self._wait(wake, pause_s, rest_s, stop)
         except Stopped:
             log.info("stopped; every batch encoded so far is kept")
             self.status.set("stopped")
@@ -87,12 +88,14 @@ class Watcher:
             self.status.set("stopped", last_error=one_line(f"{type(error).__name__}: {error}"))
             raise
 
-    def _wait(self, wake: Wake, pause_s: float, rest_s: float) -> None:
+    def _wait(self, wake: Wake, pause_s: float, rest_s: float, stop: StopSignal) -> None:
         """Wait for so long, or, once files have changed, until they may be quiet."""
         begun = time.monotonic()
         end = begun + max(pause_s, rest_s)
         while (left := end - time.monotonic()) > 0:
             self.status.beat()
+            if stop.asked:  # where Python ignores what is raised, as in __del__
+                raise Stopped
             if wake.changed.wait(min(left, 1.0)):
                 wake.changed.clear()
                 soon = time.monotonic() + self.options.settle
@@ -109,10 +112,10 @@ class Watcher:
                 pause_s = min(every, self.options.settle)
             elif self._since is not None:
                 pause_s = min(every, self._since + self.options.max_wait_s - time.time())
-        except Refused as error:
-            self.status.failed("refused", time.monotonic() - begun, error)
         except (UserError, OSError) as error:
-            self.status.failed("paused", time.monotonic() - begun, error)
+            self._seen = None  # and no state is kept
+            state = "refused" if isinstance(error, Refused) else "paused"
+            self.status.failed(state, time.monotonic() - begun, error)
         _give_back_memory()
         return pause_s, max(0.05, _REST * (time.monotonic() - begun))
 
@@ -133,6 +136,8 @@ class Watcher:
                 return "waiting"  # for the first image
             raise Refused(str(error)) from error
         count, self._held = len(changes.keys), changes.held
+        if not self._held:  # else an archive may be half written
+            self._warn(changes.scan.damaged)
         if not (count or changes.retried):
             self._since = None
         elif self._since is None:
@@ -150,6 +155,13 @@ class Watcher:
             self.quiet.remember(paths_of(waiting).to_pylist())
         return "waiting" if self._held or self._since is not None else "idle"
 
+    def _warn(self, damaged: list[str]) -> None:
+        """Log what is damaged, once."""
+        for sentence in damaged:
+            if sentence not in self._damaged:
+                log.warning(sentence)
+        self._damaged = damaged
+
     def _tell(self, count: int) -> None:
         self.status.set(waiting=count, unsettled=self._held, waiting_since=self._since)
 
@@ -159,9 +171,11 @@ class Watcher:
         if self._generation >= 0 and not (newest >= 0 and is_store(self.options.out)):
             raise UserError(f"the store {self.options.out} is gone; bring it back")
         self._generation = newest
-        if newest != self.status.now.generation and newest >= 0:
-            counts = saved_accounting(self.options.out, newest)
-            self.status.set(generation=newest, sums=counts and self.status.sums(counts))
+        if newest >= 0:  # a `build` may have written it
+            counts, now = saved_accounting(self.options.out, newest), self.status.now
+            sums = counts and self.status.sums(counts)
+            if (newest, sums) != (now.generation, now.sums):
+                self.status.set(generation=newest, sums=sums)
         return newest
 
     def _roots(self) -> list[Path]:

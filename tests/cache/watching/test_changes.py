@@ -55,6 +55,7 @@ def build(source: Path, out: Path, vae: Path, *more: object) -> Path:
         (("a.txt",), "b.c.png b.png c.png"),
         (("b.c.txt",), "a.png c.png"),  # or a caption c.txt of b.png
         (("a.json", "other.txt"), "b.c.png b.png c.png"),
+        (("a.txt", "\udcff.png", "a.\udcff.part"), "b.c.png b.png c.png"),  # not UTF-8
     ],
 )
 def test_images_wait_for_their_files(images: Path, young: tuple[str, ...], left: str) -> None:
@@ -91,6 +92,21 @@ def test_what_is_held_is_as_the_log_has_it(images: Path, vae: Path, tmp_path: Pa
     assert all(Path(path).is_absolute() for path in paths_of(found.scan.images).to_pylist())
 
 
+def test_an_image_that_is_moved_stays_until_it_is_quiet(
+    images: Path, vae: Path, tmp_path: Path
+) -> None:
+    out = build(images, tmp_path / "latents", vae)
+    for end in ("png", "txt"):
+        (images / f"a.{end}").rename(images / f"moved.{end}")
+    (images / "b.png").unlink()
+    found = compared(images, {"images/moved.png", "images/moved.txt"}, out)
+    assert names(found.scan.images) == ["a.png", "b.c.png", "c.png"]
+    assert "images/a.png" in found.scan.captions["key"].to_pylist()
+    assert found.keys.to_pylist() == ["images/b.png"]
+    found = compared(images, set(), out)
+    assert names(found.scan.images) == ["b.c.png", "c.png", "moved.png"]
+
+
 def test_no_image_leaves_while_its_archive_is_written(
     images: Path, vae: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +123,13 @@ def test_no_image_leaves_while_its_archive_is_written(
     assert len(found.scan.captions) == 4
     assert found.keys.to_pylist() == []
     assert len(compared(source, set(), out).keys) >= 2
+    (source / "0.tar").write_bytes(b"")
+    write_images(source, ["other.png"], 9, width=64, height=64)
+    found = compared(source, {"tars/0.tar"}, out)
+    assert found.keys.to_pylist() == ["tars/other.png"]
+    assert found.held, "or it would not be looked at again"
+    (source / "0.tar").rename(tmp_path / "elsewhere.tar")
+    assert len(compared(source, {"tars/1.csv"}, out).keys) == 5
 
 
 def test_a_table_that_is_written_takes_nothing_away(

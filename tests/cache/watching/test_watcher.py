@@ -1,5 +1,6 @@
 """The watcher as a process: what it takes over, what waits, and that nothing is lost."""
 
+import gc
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
@@ -158,6 +160,7 @@ def test_nothing_is_written_while_nothing_changes(images: Path, vae: Path, tmp_p
         return {path: path.stat().st_mtime_ns for path in out.glob("**/*") if path.is_file()}
 
     out = tmp_path / "latents"
+    (images / "bad.tar").write_bytes(bytes(range(256)) * 9)
     with watching(images, out, vae, "--http", "127.0.0.1:0") as it:
         it.live(6)
         it.passes(1)
@@ -170,12 +173,14 @@ def test_nothing_is_written_while_nothing_changes(images: Path, vae: Path, tmp_p
         it.stop()
     changed = {path.name for path, time_ns in times().items() if time_ns != before.get(path)}
     assert changed == {"status.json"}
+    assert it.log.read_text().count("warning: cannot read") == 1
 
 
 def test_a_source_that_vanishes_is_not_emptied(images: Path, vae: Path, tmp_path: Path) -> None:
     out, aside = tmp_path / "latents", tmp_path / "aside"
     with watching(images, out, vae) as it:
         it.live(6)
+        it.passes()
         before = files(out, CHANGING)
 
         def is_refused(why: str) -> None:
@@ -292,6 +297,36 @@ def test_sigterm_leaves_after_the_batch(images: Path, vae: Path, tmp_path: Path)
         it.process.join(60)
         assert it.process.exitcode == 0
         assert it.status()["state"] == "stopped"
+
+
+def signals_itself(status: Path, *args: object) -> int:
+    """Signals come where Python ignores exceptions."""
+
+    def strike(phase: str, _: dict[str, int]) -> None:
+        if phase == "stop" and status.exists() and '"idle"' in status.read_text():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    gc.callbacks.append(strike)
+    return cache(*args)
+
+
+def test_a_signal_that_python_ignores_ends_it(images: Path, vae: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    command = partial(signals_itself, out / "status.json")
+    with watching(images, out, vae, command=command) as it:
+        it.process.join(60)
+        assert it.process.exitcode == 0
+        assert "Exception ignored" in it.log.read_text()
+    assert it.status()["state"] == "stopped"
+
+
+def test_its_sums_are_those_of_a_build_after_it(images: Path, vae: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    with watching(images, out, vae) as it:
+        assert it.live(6)["sums"]["encoded"] == 6
+        assert build(images, out, vae) == 0
+        told = it.wait(lambda told: told["sums"]["reused"] == 6)
+        assert (told["generation"], told["sums"]["encoded"]) == (0, 0)
 
 
 @pytest.mark.slow
