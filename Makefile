@@ -78,8 +78,9 @@ article: $(INSTALLED)
 
 pictures: $(INSTALLED)
 	$(BIN)/xlsd-cache report article/narrow --vae article/model/vae
-	$(BIN)/python -m benchmarks.demo.pictures --run article/phase1/report.html \
-		--sweep article/sweep/report.html --store article/narrow/report.html
+	$(XLSD) report article/phase1
+	$(XLSD) report article/sweep/lr-* -o article/sweep/report.html
+	$(BIN)/python -m benchmarks.demo.pictures
 
 test: $(INSTALLED) lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal

@@ -2,21 +2,26 @@
 
     make article pictures
 
-Each of DRIVES opens a page and brings it into the state that its picture shows. A picture on which
-a path of this machine can be read is refused.
+Each of DRIVES opens a page and brings it into the state that its picture shows. Two are of a run
+that goes on meanwhile: its live page, and the terminal that it runs in. A picture on which a path
+of this machine can be read is refused.
 """
 
+import html
 import io
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import tyro
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+import xlsd_cache.pages
+from benchmarks.demo.going import going
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_bytes
 
@@ -63,6 +68,17 @@ def rates(page: Page) -> Any:
     return page.locator("#differences")
 
 
+def following(page: Page) -> Any:
+    """A run that goes on, and when it will end."""
+    page.get_by_text(re.compile("^Live · step|^Live · finished")).wait_for()
+    return page
+
+
+def text(page: Page) -> Any:
+    """Lines of a terminal."""
+    return page.locator("pre")
+
+
 DRIVES: dict[str, tuple[str, Callable[[Page], Any]]] = {  # picture -> page, and what it shows
     "report": ("run", first_screen),
     "timeline": ("run", samples),
@@ -70,21 +86,34 @@ DRIVES: dict[str, tuple[str, Callable[[Page], Any]]] = {  # picture -> page, and
     "by-noise": ("run", verdict),
     "sweep": ("sweep", rates),
     "store": ("store", first_screen),
+    "live": ("live", following),
+    "terminal": ("terminal", text),
 }
+GOING = """--recipe phase2-unet --lr 3e-4 --batch 4 --steps 700 --warmup 20 --sample-steps 10
+    --sample-guidance 3 --sample-every 20 --validation-fraction 0.15 --validate-every 20"""
 
 
-def drive(browser: Any, path: Path, steps: Callable[[Page], Any], scheme: Scheme) -> bytes:
-    """A screenshot of the page at `path` after `steps`, as PNG."""
+def terminal(lines: list[str]) -> str:
+    """The address of a page that shows the lines."""
+    style = Path(xlsd_cache.pages.__path__[0], "built", "page.css").read_text(encoding="utf-8")
+    look = "display: inline-block; margin: 20px; padding: 14px 18px; font: 14px/1.5 monospace"
+    shown = html.escape("\n".join(lines))
+    page = f'<!doctype html><style>{style}</style><pre class="card" style="{look}">{shown}</pre>'
+    return f"data:text/html;charset=utf-8,{quote(page)}"
+
+
+def drive(browser: Any, address: str, steps: Callable[[Page], Any], scheme: Scheme) -> bytes:
+    """A screenshot of the page at `address` after `steps`, as PNG."""
     context = browser.new_context(
         viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme, reduced_motion="reduce"
     )
     page = context.new_page()
-    page.goto(path.as_uri())
+    page.goto(address)
     shown = steps(page)
     page.wait_for_timeout(300)  # charts are drawn in the next frame
     words = page.evaluate(VISIBLE) if shown is page else shown.inner_text()
     if found := OWN_PATH.search(words):
-        raise UserError(f"{path} shows the path {found[0]}; make it with relative paths")
+        raise UserError(f"{address[:99]} shows the path {found[0]}; make it with relative paths")
     if shown is page:
         drawn: bytes = page.screenshot()
     else:
@@ -101,14 +130,17 @@ def drive(browser: Any, path: Path, steps: Callable[[Page], Any], scheme: Scheme
 
 
 def small(picture: bytes) -> bytes:
-    """The picture as WebP."""
-    file = io.BytesIO()
-    Image.open(io.BytesIO(picture)).convert("RGB").save(file, "WEBP", quality=84, method=6)
-    return file.getvalue()
+    """The picture as WebP; text is smaller without loss."""
+    found = []
+    for options in ({"quality": 84}, {"lossless": True}):
+        file = io.BytesIO()
+        Image.open(io.BytesIO(picture)).convert("RGB").save(file, "WEBP", method=6, **options)
+        found.append(file.getvalue())
+    return min(found, key=len)
 
 
-def draw(pages: dict[str, Path], out: Path, schemes: tuple[Scheme, ...] = SCHEMES) -> None:
-    """Write NAME-light.webp and NAME-dark.webp of every picture whose page is given."""
+def draw(pages: dict[str, str], out: Path, schemes: tuple[Scheme, ...] = SCHEMES) -> None:
+    """Write NAME-light.webp and NAME-dark.webp of every picture whose page's address is given."""
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         raise UserError("there is no Chromium; install it, e.g. `apt-get install chromium`")
@@ -117,7 +149,7 @@ def draw(pages: dict[str, Path], out: Path, schemes: tuple[Scheme, ...] = SCHEME
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         for name, (of, steps) in DRIVES.items():
             for scheme in schemes if of in pages else ():
-                picture = small(drive(browser, pages[of].absolute(), steps, scheme))
+                picture = small(drive(browser, pages[of], steps, scheme))
                 if len(picture) > NBYTES:
                     raise UserError(f"{name}-{scheme}.webp has {len(picture)} bytes, over {NBYTES}")
                 drawn[f"{name}-{scheme}.webp"] = picture
@@ -128,9 +160,15 @@ def draw(pages: dict[str, Path], out: Path, schemes: tuple[Scheme, ...] = SCHEME
         print(f"{out / name}: {len(picture):,} bytes")
 
 
-def main(run: Path, sweep: Path, store: Path, out: Path = Path("docs/pictures")) -> None:
-    """Draw the pictures of three pages: the report of a run, that of a sweep, that of a store."""
-    draw({"run": run, "sweep": sweep, "store": store}, out)
+def main(article: Path = Path("article"), out: Path = Path("docs/pictures")) -> None:
+    """Draw the pictures of what `make article` made, and of a run that is started for them."""
+    folders = {"run": article / "phase1", "sweep": article / "sweep", "store": article / "narrow"}
+    pages = {name: (it / "report.html").absolute().as_uri() for name, it in folders.items()}
+    data = ["--data", str(article / "broad"), str(article / "narrow")]
+    words, run = [*GOING.split(), *data, "--model", str(article / "te")], article / "going"
+    shutil.rmtree(run, ignore_errors=True)
+    with going(words, run, step=60) as (lines, address):
+        draw({**pages, "live": address, "terminal": terminal(lines)}, out)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,10 @@ The demo's model is trained on the demo's photos in a real terminal of 100 colum
 validation and checkpoints at every fourth of the run. Everything from the command's start counts.
 """
 
-import fcntl
 import os
 import re
-import struct
-import subprocess
 import sys
 import tempfile
-import termios
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +23,7 @@ from benchmarks.demo.pipeline import Size, make_pipeline, read_captions
 from benchmarks.lib.commands import run_command
 from benchmarks.lib.machine import machine
 from benchmarks.lib.report import JsonOption, Report, run_script
+from benchmarks.lib.terminal import start
 from xlsd_cache.errors import UserError
 
 COLUMNS = 100
@@ -50,13 +47,8 @@ class TerminalBenchmark(JsonOption):
 
 def show(command: Sequence[str]) -> tuple[list[State], float]:
     """Run a command in a terminal; its different lines, and how long it took."""
-    outer, inner = os.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     begun, shown, states = time.perf_counter(), b"", [(0.0, "")]
-    process = subprocess.Popen(  # ourselves
-        command, stdin=inner, stdout=inner, stderr=inner, start_new_session=True
-    )
-    os.close(inner)
+    process, outer = start(command, COLUMNS)
     while process.poll() is None or select([outer], [], [], 0)[0]:
         if not select([outer], [], [], 0.02)[0]:
             continue

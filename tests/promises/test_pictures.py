@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.demo.pictures import DRIVES, NBYTES, OWN_PATH, SCHEMES, TOTAL, draw
+from benchmarks.demo.going import going
+from benchmarks.demo.pictures import DRIVES, NBYTES, OWN_PATH, SCHEMES, TOTAL, draw, terminal
 from tests.support import cache, train
 from tests.support.browser import needed
 from xlsd_cache.errors import UserError
@@ -53,17 +54,23 @@ def test_the_steps_that_draw_them_work(
         "--warmup", 0, "--threads", 1, "--validate-every", 2, "--validation-fraction", 0.4,
         "--sample-every", 4, "--sample-steps", 1,
     ]  # fmt: skip
-    for rate in ("1e-3", "1e-4"):
-        assert train(*arguments, "--lr", rate, "--out", f"lr-{rate}") == 0
+    assert train(*arguments, "--lr", "1e-4", "--out", "lr-1e-4") == 0
+    run = Path("lr-1e-3")
+    words = [*map(str, arguments), "--lr", "1e-3", "--stop-after", "2"]
+    with going(words, run, step=4) as (lines, address):  # which a run of two steps does not reach
+        assert lines[0] == f"run        {run}: new"
+        assert "data       latents: " in "\n".join(lines)
+        draw({"live": address, "terminal": terminal(lines)}, Path("drawn"), ("dark",))
+    assert train(*arguments, "--lr", "1e-3", "--out", run) == 0
     assert train("report", "lr-1e-3", "lr-1e-4", "-o", "both.html") == 0
     assert cache("report", "latents", "--count", 2, "--vae", "vae", "-o", "store.html") == 0
-    run = Path("lr-1e-3/report.html")
-    pages = {"run": run, "sweep": Path("both.html"), "store": Path("store.html")}
-    draw(pages, Path("drawn"), ("dark",))
+    report = run / "report.html"
+    pages = {"run": report, "sweep": Path("both.html"), "store": Path("store.html")}
+    draw({name: it.absolute().as_uri() for name, it in pages.items()}, Path("drawn"), ("dark",))
     assert {path.name for path in Path("drawn").iterdir()} == {f"{it}-dark.webp" for it in DRIVES}
-    run.write_text(run.read_text().replace("<h1>", "<h1>/home/me/runs "))
+    report.write_text(report.read_text().replace("<h1>", "<h1>/home/me/runs "))
     with pytest.raises(UserError, match="/home/me/runs"):
-        draw({"run": run}, Path("other"), ("light",))
+        draw({"run": report.absolute().as_uri()}, Path("other"), ("light",))
 
 
 def test_paths_of_a_machine_are_found() -> None:

@@ -39,7 +39,7 @@ log = logging.getLogger("xlsd.train.live")
 
 def live(config: LiveConfig) -> None:
     """Serve until a signal. Raises UserError for a folder that is no run, and for a port in use."""
-    runs = Runs([folder.absolute() for folder in config.runs])
+    runs = Runs(config.runs)
     host = f"[{config.host.strip('[]')}]" if ":" in config.host else config.host
     remedy = "give an address of this machine with --host, and a free --port (0: any)"
     listening = listen(host, config.port, remedy)

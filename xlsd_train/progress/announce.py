@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.nn import Parameter
@@ -160,7 +161,7 @@ def _recipe(record: dict[str, Any]) -> str:
     """Which recipe, and what the command line overrides."""
     recipe = f"recipe {record['name']} (sha256 {record['sha256'][:12]})"
     overridden = ", ".join(
-        f"{name} {values['run']} (recipe: {values['recipe']})"
+        f"{name} {'unset' if values['run'] is None else values['run']} (recipe: {values['recipe']})"
         for name, values in record["overridden"].items()
     )
     return f"{recipe}, with {overridden}" if overridden else recipe
@@ -170,7 +171,9 @@ def _stores(stores: list[StoreRecord]) -> None:
     """The images of each store, how many train, and its share of an epoch."""
     uses = [store["selected"] * store["weight"] for store in stores]
     for store, used in zip(stores, uses, strict=True):
-        line = f"{store['path']}: {store['images']} images, generation {store['generation']}"
+        path, here = Path(store["path"]), Path.cwd()
+        shown = path.relative_to(here) if path.is_relative_to(here) else path
+        line = f"{shown}: {store['images']} images, generation {store['generation']}"
         later = store["newest_generation"] - store["generation"]
         if later:
             line += f" ({later} later ones are unfinished or newer than the run)"
@@ -180,11 +183,8 @@ def _stores(stores: list[StoreRecord]) -> None:
         if store["selected"] < store["tagged"]:
             _row("", f"{store['tagged'] - store['selected']} of them are held out for validation")
         if store["weight"] != 1 or len(stores) > 1:
-            _row(
-                "",
-                f"each is used {store['weight']:g} times per epoch: "
-                f"{used / sum(uses):.1%} of the epoch",
-            )
+            often = "once" if store["weight"] == 1 else f"{store['weight']:g} times"
+            _row("", f"each is used {often} per epoch: {used / sum(uses):.1%} of the epoch")
 
 
 def log_epochs(source: BatchSource, batches: Sequence[Batch]) -> None:

@@ -115,8 +115,12 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
         else run
         for run in standings
     ]
+    steps = {run.step for run in standings if run.loss}
+    uneven = " (the runs are at different steps)" if len(steps) > 1 else ""
     few = f" ({len(common)} images are few: 95% intervals of fewer than {NARROW} are too narrow)"
-    return standings, _answer(standings, len(common)) + (few if len(common) < NARROW else "")
+    return standings, _answer(standings, len(common)) + uneven + (
+        few if len(common) < NARROW else ""
+    )
 
 
 def table(standings: list[Standing]) -> str:
