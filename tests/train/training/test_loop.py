@@ -190,7 +190,7 @@ def test_a_plan_that_was_tightened_stays_so_after_a_resume(
     assert train(*given, "--out", tmp_path / "parts", "--stop-after", 3) == 0
     monkeypatch.undo()
     state = tmp_path / "parts/checkpoints/step-00000003/state.json"
-    assert json.loads(state.read_text())["plan"] [:2] == ["plain", 2]
+    assert json.loads(state.read_text())["plan"][:2] == ["plain", 2]
     assert train(*given, "--out", tmp_path / "parts") == 0
     last = "checkpoints/step-00000006/*"
     assert files(tmp_path / "parts", last) == files(tmp_path / "whole", last)
