@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from xlsd_cache.pages.render import short
-from xlsd_train.report.trend import MEASURED
+from xlsd_train.report.trend import MEASURED, shown_validations
 from xlsd_train.runs.downsample import Series, evenly
 from xlsd_train.runs.history import AXES, History
 from xlsd_train.runs.metrics import METRICS
@@ -88,16 +88,6 @@ def axes(run: History) -> dict[str, Numbers]:
         for name, values in columns.items()
         if np.all(np.diff(values) >= 0)
     }
-
-
-def shown_validations(run: History, weights: str) -> list[dict[str, Any]]:
-    """The lines of at most MEASURED steps, with the first, the last and the best."""
-    of = {line["step"]: line for line in run.validation if line["weights"] == weights}
-    lines = [of[step] for step in sorted(of)]
-    chosen = set(evenly(len(lines), MEASURED - (len(lines) > MEASURED)))
-    if lines:
-        chosen.add(min(range(len(lines)), key=lambda i: lines[i][HELD_OUT]["mean"]))
-    return [lines[i] for i in sorted(chosen)]
 
 
 def _loss(i: int, run: History, alone: bool) -> list[Line]:

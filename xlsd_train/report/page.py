@@ -11,12 +11,12 @@ from xlsd_cache.runtime.atomic import write_bytes
 from xlsd_cache.runtime.own_files import is_page, refuse_foreign, writing
 from xlsd_train.config.run_options import ReportConfig
 from xlsd_train.report.changes import bands, by_rate, scale
-from xlsd_train.report.curves import axes, charts, shown_validations
+from xlsd_train.report.curves import axes, charts
 from xlsd_train.report.pictures import Timeline, served, timeline
 from xlsd_train.report.ranking import HEADER, rank
 from xlsd_train.report.summary import next_of_several, summary
 from xlsd_train.report.tables import facts, settings_table
-from xlsd_train.report.trend import trend
+from xlsd_train.report.trend import shown_validations, trend
 from xlsd_train.runs.bootstrap import Interval
 from xlsd_train.runs.history import History, histories
 from xlsd_train.runs.validation_log import HELD_OUT, LIVE

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
@@ -66,18 +67,24 @@ def trend(run: History) -> Trend | None:
     )
 
 
+def shown_validations(run: History, weights: str) -> list[dict[str, Any]]:
+    """The lines of at most MEASURED steps, with the first, the last and the best finite one."""
+    of = {line["step"]: line for line in run.validation if line["weights"] == weights}
+    lines = [of[step] for step in sorted(of)]
+    chosen = set(evenly(len(lines), MEASURED - (len(lines) > MEASURED)))
+    measured = [line[HELD_OUT]["mean"] for line in lines]
+    finite = [i for i, mean in enumerate(measured) if math.isfinite(mean)]
+    chosen.update(sorted(finite, key=measured.__getitem__)[:1])
+    return [lines[i] for i in sorted(chosen)]
+
+
 def _losses(run: History) -> dict[int, Losses]:
     """Step -> losses of the live weights on the images of the first validation."""
-    lines = [line for line in run.validation if line["weights"] == LIVE]
-    steps = sorted({line["step"] for line in lines})
-    chosen = {steps[i] for i in evenly(len(steps), MEASURED - (len(steps) > MEASURED))}
-    if lines:
-        chosen.add(min(lines, key=lambda line: line[HELD_OUT]["mean"])["step"])
     found = {}
-    for step in sorted(chosen):
-        losses = read_losses(run.folder, step).get(f"{LIVE}/{HELD_OUT}")
+    for line in shown_validations(run, LIVE):
+        losses = read_losses(run.folder, line["step"]).get(f"{LIVE}/{HELD_OUT}")
         if losses is not None and np.isfinite(losses).all():
-            found[step] = losses
+            found[line["step"]] = losses
     shape = next(iter(found.values())).shape if found else ()
     return {step: losses for step, losses in found.items() if losses.shape == shape}
 

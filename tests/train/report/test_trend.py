@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xlsd_train.report.trend import Trend, trend
+import xlsd_train.report.trend
+from xlsd_train.report.trend import Trend, shown_validations, trend
 from xlsd_train.runs.bootstrap import summary
 from xlsd_train.runs.history import histories
 from xlsd_train.runs.validation_log import save_losses
@@ -54,6 +55,15 @@ def test_small_changes_show_because_images_are_paired(tmp_path: Path) -> None:
     assert found.change[-1].high < 0
     assert found.change[-1].mean == pytest.approx(-0.008, abs=0.001)
     assert all(band[-1].low < -0.008 < band[-1].high for band in found.bands)
+
+
+def test_of_many_validations_the_best_finite_one_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xlsd_train.report.trend, "MEASURED", 4)
+    of(tmp_path, {0: math.nan, **{100 * i: 1.0 for i in range(1, 12)}, 500: 0.5}, images=8)
+    shown = [line["step"] for line in shown_validations(histories([tmp_path])[0], "live")]
+    assert (shown[0], shown[-1], 500 in shown, len(shown)) == (0, 1100, True, 4)
 
 
 def test_of_one_validation_there_is_no_trend(tmp_path: Path) -> None:
