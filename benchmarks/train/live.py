@@ -3,7 +3,7 @@
 python benchmarks/train/live.py
 
 refresh: the server's CPU time and the bytes that it reads for a page, in runs of three lengths.
-beside: a small model trains on this CPU, alone and with a server and a page that follows it, in
+followed: a small model trains on this CPU, alone and with a server and a page that follows it, in
 turns in one run; then the same run with nobody looking.
 open: a page left open: Chromium's JavaScript heap over many refreshes, and the server's memory
 over many events.
@@ -41,7 +41,7 @@ from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.errors import UserError
 from xlsd_train.runs.layout import CONFIG, METRICS_LOG, checkpoints, grid_of
 
-Part = Literal["refresh", "beside", "open"]
+Part = Literal["refresh", "followed", "open"]
 LINE = {"loss": 0.25, "lr": 5e-6, "lr_effective": 5e-6, "grad_norm": 0.5, "images_per_s": 20.5}
 # Timers of the page end early, so that its pauses between refreshes need not be waited for.
 HASTE = "{ const it = setTimeout; window.setTimeout = (f, t) => it(f, Math.min(t, 10)); }"
@@ -51,7 +51,7 @@ HASTE = "{ const it = setTimeout; window.setTimeout = (f, t) => it(f, Math.min(t
 class LiveBenchmark(JsonOption):
     """Measure what following a run costs."""
 
-    part: tuple[Part, ...] = ("refresh", "beside", "open")
+    part: tuple[Part, ...] = ("refresh", "followed", "open")
     """What to measure."""
 
     steps: tuple[int, ...] = (1_000, 100_000, 1_000_000)
@@ -61,10 +61,10 @@ class LiveBenchmark(JsonOption):
     """refresh: pages of each run, each after one more step."""
 
     blocks: int = 10
-    """beside: blocks of four windows: alone, followed, followed, alone."""
+    """followed: blocks of four windows: alone, followed, followed, alone."""
 
     window: int = 60
-    """beside: steps of a window."""
+    """followed: steps of a window."""
 
     refreshes: int = 2_000
     """open: refreshes of the page, each after ten steps."""
@@ -78,7 +78,7 @@ def main(config: LiveBenchmark, arguments: Sequence[str]) -> None:
     if not chromium():
         raise UserError("there is no Chromium; install it, e.g. `apt-get install chromium`")
     report = Report("benchmarks/train/live.py", arguments, machine("playwright", "uvicorn"))
-    parts = {"refresh": measure_refresh, "beside": measure_beside, "open": measure_open}
+    parts = {"refresh": measure_refresh, "followed": measure_followed, "open": measure_open}
     for part in config.part:
         with tempfile.TemporaryDirectory() as folder:
             parts[part](config, report, Path(folder))
@@ -117,7 +117,7 @@ def measure_refresh(config: LiveBenchmark, report: Report, folder: Path) -> None
     report.target(what, costs[-1] / costs[0], most=3)
 
 
-def measure_beside(config: LiveBenchmark, report: Report, folder: Path) -> None:
+def measure_followed(config: LiveBenchmark, report: Report, folder: Path) -> None:
     """Images/s with and without a page, in turns in one run, and the bits of its checkpoint."""
     write_photos(folder / "images")
     make_pipeline(folder / "model", "nano", read_captions(folder / "images"))
@@ -167,7 +167,7 @@ def measure_beside(config: LiveBenchmark, report: Report, folder: Path) -> None:
         (ends[0] / path.relative_to(ends[1])).read_bytes() == path.read_bytes()
         for path in ends[1].rglob("*.safetensors")
     )
-    report.add("beside", ratio=mean, low=float(low), high=float(high), pairs=len(logs), step=step)
+    report.add("followed", ratio=mean, low=float(low), high=float(high), pairs=len(logs), step=step)
     print(
         f"images/s followed / alone: {mean:.4f} (95% interval {low:.4f} to {high:.4f}), "
         f"{len(logs)} pairs of {config.window} steps; weights of step {step} equal: {same}"

@@ -385,7 +385,7 @@ def test_what_following_a_run_costs_is_measured(tmp_path: Path) -> None:
     measured = Measured("train/live.py", *options, out=tmp_path)
     assert [row["steps"] for row in measured.rows("refresh")] == [100, 200]
     assert all(row["next_bytes"] > 0 for row in measured.rows("refresh"))
-    assert measured.rows("beside")[0]["pairs"] == 2
+    assert measured.rows("followed")[0]["pairs"] == 2
     targets = {row["what"]: row["met"] for row in measured.rows("target")}
     assert targets["weights that differ from a run that nobody follows"]
     assert len(targets) == 5

@@ -23,7 +23,7 @@ def usage_notes(
         node = f"ComfyUI needs the node ModelSamplingDiscrete (v_prediction, zsnr {_on(zero)})"
         if single:
             sidecar = name.removesuffix(".safetensors") + ".yaml"
-            lines.append(f"A1111 and Forge read {sidecar}, which belongs beside it; {node}.")
+            lines.append(f"A1111 and Forge read {sidecar}, which belongs next to it; {node}.")
             if zero:
                 lines.append("Leave A1111's noise schedule at Default: the file has the right one.")
         else:
