@@ -72,6 +72,7 @@ def report(config: StoreReportOptions) -> Path:
 def _page(config: StoreReportOptions) -> str:
     view = StoreView.open(config.store.expanduser())
     sums, left_out = saved_outcomes(view) or account(view)
+    rejected = _rejected(view, left_out)  # before the samples are in memory, too
     with any_store(view) as store:
         about = describe(view, store, sums, TAGS)
         samples, pictures, decoder = _samples(store, config)
@@ -93,7 +94,7 @@ def _page(config: StoreReportOptions) -> str:
             channels=channels,
             low=min([0.0, *(it.low for it in channels)]),
             high=max([0.0, *(it.high for it in channels)]),
-            rejected=_rejected(view, left_out),
+            rejected=rejected,
             pictures=pictures,
             decoder=decoder,
             frequent=sorted({tag for tags in about["tags"].values() for tag in tags if _fits(tag)}),

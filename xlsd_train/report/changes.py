@@ -48,11 +48,10 @@ def scale(standings: Sequence[Standing]) -> tuple[float, float] | None:
 
 
 def by_rate(standings: Sequence[Standing]) -> list[tuple[float, Standing]]:
-    """(percent of the chart's width, run) by rate; empty if steps differ, or rates do not."""
+    """(percent of the chart's width, run) by learning rate; empty if the rates do not differ."""
     runs = [run for run in standings if run.loss]
     rates = [run.rate for run in runs if isinstance(run.rate, int | float) and run.rate > 0]
-    steps = {run.step for run in runs}
-    if len(rates) < len(runs) or len(set(rates)) < 2 or len(steps) > 1 or not scale(standings):
+    if len(rates) < len(runs) or len(set(rates)) < 2 or scale(standings) is None:
         return []
     logs = [math.log(rate) for rate in rates]
     spread = max(logs) - min(logs)

@@ -115,12 +115,15 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
         else run
         for run in standings
     ]
-    steps = {run.step for run in standings if run.loss}
-    uneven = " (the runs are at different steps)" if len(steps) > 1 else ""
-    few = f" ({len(common)} images are few: 95% intervals of fewer than {NARROW} are too narrow)"
-    return standings, _answer(standings, len(common)) + uneven + (
-        few if len(common) < NARROW else ""
-    )
+    # A run that diverged has ended: no further step would help it.
+    steps = {run.last.get("step") for run in measured.values() if _newest_is_finite(run)}
+    answer = _answer(standings, len(common))
+    if len(steps) > 1:
+        answer += " (the runs are at different steps)"
+    if len(common) < NARROW:
+        few = f"{len(common)} images are few: 95% intervals of fewer than {NARROW} are too narrow"
+        answer += f" ({few})"
+    return standings, answer
 
 
 def table(standings: list[Standing]) -> str:
@@ -151,6 +154,10 @@ def _means(run: History) -> Iterator[tuple[float, Candidate, Losses]]:
             mean = float(losses.mean(dtype=np.float64))
             if which == HELD_OUT and len(losses) == images and np.isfinite(mean):
                 yield mean, (step, weights), losses
+
+
+def _newest_is_finite(run: History) -> bool:
+    return bool(np.isfinite(run.validation[-1][HELD_OUT]["mean"]))
 
 
 def _is_saved(run: History, candidate: Candidate) -> bool:

@@ -394,6 +394,16 @@ def test_the_answer_says_what_is_comparable(swept: Swept, tmp_path: Path) -> Non
     )
 
 
+def test_runs_at_different_steps_are_said_to_be_so_unless_one_diverged(
+    swept: Swept, tmp_path: Path
+) -> None:
+    good, early, failed = copied(swept, tmp_path, "lr-0.001", "lr-1e-05", "lr-1e+30")
+    assert "different steps" not in told_of([good, early, failed])
+    log = early / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert "different steps" in told_of([good, early, failed])
+
+
 def test_runs_that_never_improved_are_not_recommended(swept: Swept, tmp_path: Path) -> None:
     runs = copied(swept, tmp_path, "lr-1e+30", "lr-1e+30")
     assert told_of(runs).startswith("use none: on 3 held-out images no run improved on the model")
