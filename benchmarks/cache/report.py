@@ -21,8 +21,6 @@ from benchmarks.lib.report import JsonOption, Report, run_script
 from benchmarks.lib.synthetic import make_store
 from benchmarks.scale import Memory, Step
 from xlsd_cache.building.finish import conclude
-from xlsd_cache.encoding.compatibility import identity_of
-from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.store.view import StoreView
 
 VAE = Path(__file__).parents[1] / "demo" / "vae"
@@ -45,6 +43,10 @@ class StoreReportBenchmark(JsonOption):
 
 def make(root: Path, rows: int, rejected: int) -> None:
     """Write the store, and what a build derives at its end."""
+    # The measured process imports this file, and `xlsd-cache report --count 0` loads no torch.
+    from xlsd_cache.encoding.compatibility import identity_of
+    from xlsd_cache.encoding.vae import load_vae
+
     settings = {
         "dtype": "float16", "precision": "fp32", "preprocessing": 1, "resolution": 512,
         "buckets": "aspect", "max_ratio": 2.5, "upscale": False,
