@@ -113,7 +113,7 @@ class Watcher:
             elif self._since is not None:
                 pause_s = min(every, self._since + self.options.max_wait_s - time.time())
         except (UserError, OSError) as error:
-            self._seen = None  # and no state is kept
+            self._seen = None  # the next pass looks at everything
             state = "refused" if isinstance(error, Refused) else "paused"
             self.status.failed(state, time.monotonic() - begun, error)
         _give_back_memory()
