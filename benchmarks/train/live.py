@@ -66,6 +66,9 @@ class LiveBenchmark(JsonOption):
     window: int = 60
     """followed: steps of a window."""
 
+    every: int = 50
+    """followed: steps between samples, and between validations; the page is fetched after each."""
+
     refreshes: int = 2_000
     """open: refreshes of the page, each after ten steps."""
 
@@ -129,9 +132,9 @@ def measure_followed(config: LiveBenchmark, report: Report, folder: Path) -> Non
     run, plain = folder / "run", folder / "plain"
     given = [
         "--phase", "unet", "--batch", 4, "--data", folder / "store", "--model", folder / "model",
-        "--steps", 10**6, "--warmup", 0, "--lr", 1e-4, "--threads", 1, "--sample-every", 50,
-        "--sample-steps", 1, "--validate-every", 50, "--validation-fraction", 0.4, "--keep", 1,
-        "--save-every", 10**6, "--quiet",
+        "--steps", 10**6, "--warmup", 0, "--lr", 1e-4, "--threads", 1, "--sample-steps", 1,
+        "--sample-every", config.every, "--validate-every", config.every,
+        "--validation-fraction", 0.4, "--keep", 1, "--save-every", 10**6, "--quiet",
     ]  # fmt: skip
     training = train(*given, "--out", run)
     windows: list[tuple[bool, int, int]] = []
