@@ -234,10 +234,10 @@ class Manifest:
         """The files of these kinds up to a generation, by generation; plans though they lack."""
         numbers = [number for number in self.generations() if number <= generation]
         there = {_file_name("plan", number) for number in numbers}
-        for folder in {_file_name(kind, 0).rpartition("/")[0] for kind in kinds} - {
-            "manifest/plan"
-        }:
-            there.update(f"{folder}/{name}" for name in _names(self.root / folder))
+        for kind in kinds:
+            if kind != "plan":
+                folder, _, _ = _file_name(kind, 0).rpartition("/")
+                there.update(f"{folder}/{name}" for name in _names(self.root / folder))
         names = (_file_name(kind, number) for number in numbers for kind in kinds)
         return [name for name in names if name in there]
 

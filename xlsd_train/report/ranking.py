@@ -10,6 +10,7 @@ from operator import itemgetter
 
 import numpy as np
 
+from xlsd_train.report.trend import diverged_at
 from xlsd_train.runs.bootstrap import NARROW, Interval, Losses, overall
 from xlsd_train.runs.bootstrap import lowest as lowest_of
 from xlsd_train.runs.history import History
@@ -116,7 +117,7 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
         for run in standings
     ]
     # A run that diverged has ended: no further step would help it.
-    steps = {run.last.get("step") for run in measured.values() if _newest_is_finite(run)}
+    steps = {run.last.get("step") for run in measured.values() if diverged_at(run) is None}
     answer = _answer(standings, len(common))
     if len(steps) > 1:
         answer += " (the runs are at different steps)"
@@ -154,10 +155,6 @@ def _means(run: History) -> Iterator[tuple[float, Candidate, Losses]]:
             mean = float(losses.mean(dtype=np.float64))
             if which == HELD_OUT and len(losses) == images and np.isfinite(mean):
                 yield mean, (step, weights), losses
-
-
-def _newest_is_finite(run: History) -> bool:
-    return bool(np.isfinite(run.validation[-1][HELD_OUT]["mean"]))
 
 
 def _is_saved(run: History, candidate: Candidate) -> bool:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -49,14 +48,8 @@ def trend(run: History) -> Trend | None:
     found = overalls(list(measured.values()))
     banded = [steps[i] for i in evenly(len(steps), BANDED)]
     state, verdict = _verdict(steps, found)
-    newest = max(
-        (line for line in run.validation if line["weights"] == LIVE), key=itemgetter("step")
-    )
-    if not math.isfinite(newest[HELD_OUT]["mean"]):
-        state, verdict = (
-            "diverged",
-            f"It diverged: at step {newest['step']} the loss is not finite.",
-        )
+    if (step := diverged_at(run)) is not None:
+        state, verdict = "diverged", f"It diverged: at step {step} the loss is not finite."
     return Trend(
         steps,
         [each.relative_to(found[0]).interval for each in found],
@@ -65,6 +58,15 @@ def trend(run: History) -> Trend | None:
         verdict,
         state,
     )
+
+
+def diverged_at(run: History) -> int | None:
+    """The step of the newest validation of the live weights, if its loss is not finite."""
+    of = {
+        line["step"]: line[HELD_OUT]["mean"] for line in run.validation if line["weights"] == LIVE
+    }
+    newest = max(of, default=None)
+    return None if newest is None or math.isfinite(of[newest]) else newest
 
 
 def shown_validations(run: History, weights: str) -> list[dict[str, Any]]:
