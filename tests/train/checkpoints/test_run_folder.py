@@ -212,7 +212,8 @@ def test_progress_in_a_log_file_does_not_fill_it(arguments: list[object]) -> Non
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "step 40 of 40" in done.stdout + done.stderr
-    assert len(done.stderr.splitlines()) < 40  # none a step
+    told = [line for line in done.stderr.splitlines() if "images/s" in line or "loss" in line]
+    assert len(told) < 20  # samples, losses, epochs; none a step
 
 
 @pytest.mark.parametrize("phase", ["unet", "te"])
