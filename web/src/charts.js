@@ -21,10 +21,18 @@ export function startCharts(data) {
     for (const chart of charts) build(chart);
   }
 
-  // The same lines with other values.
+  // The same lines with other values: charts that nobody sees wait until they are seen.
   function redraw() {
     prepare();
-    for (const chart of charts) chart.plot.setData(tableOf(chart));
+    for (const chart of charts) chart.stale = true;
+    refresh(charts.filter(chart => chart.seen && !document.hidden));
+  }
+
+  function refresh(some) {
+    for (const chart of some.filter(it => it.stale)) {
+      chart.stale = false;
+      chart.plot.setData(tableOf(chart));
+    }
   }
 
   function tableOf(chart) {
@@ -48,6 +56,7 @@ export function startCharts(data) {
   function build(chart) {
     const place = chart.figure.querySelector(".plot");
     chart.plot?.destroy();
+    chart.stale = false;
     const series = [{}];
     for (const line of chart.lines) {
       const stroke = colour(chart, line);
@@ -223,6 +232,7 @@ export function startCharts(data) {
   }
 
   function key(chart, event) {
+    refresh([chart]);
     const { plot } = chart, [min, max] = view.range ?? view.full, span = max - min;
     const at = plot.cursor.left >= 0 ? plot.posToVal(plot.cursor.left, "x") : max;
     const move = { ArrowLeft: at - span / 100, ArrowRight: at + span / 100, Home: min, End: max }[event.key];
@@ -281,6 +291,14 @@ export function startCharts(data) {
       if (plot.width !== width || plot.height !== height) plot.setSize({ width, height });
     }
   });
+  const sight = new IntersectionObserver(entries => {
+    for (const { target, isIntersecting } of entries) {
+      const chart = charts.find(it => it.figure === target);
+      chart.seen = isIntersecting;
+      if (isIntersecting) refresh([chart]);
+    }
+  }, { rootMargin: "200px" });
+  document.addEventListener("visibilitychange", () => refresh(charts.filter(chart => chart.seen)));
   for (const button of document.querySelectorAll("[data-run]")) {
     const own = charts.flatMap(chart => chart.lines).filter(line => line.run === Number(button.dataset.run));
     button.addEventListener("click", () => toggle(button, own, charts));
@@ -288,6 +306,7 @@ export function startCharts(data) {
   for (const chart of charts) {
     const place = chart.figure.querySelector(".plot");
     sizes.observe(place);
+    sight.observe(chart.figure);
     place.addEventListener("keydown", event => key(chart, event));
     place.addEventListener("blur", () => hide(chart));
     for (const button of chart.figure.querySelectorAll("[data-line]")) {

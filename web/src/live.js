@@ -3,7 +3,7 @@
 import { duration, number } from "./units.js";
 
 const MOST = 4000; // points of a line, before the server is asked for fewer
-const APART_MS = 2000, QUIET_MS = 120_000;
+const DRAWN_MS = 1000, APART_MS = 2000, QUIET_MS = 120_000;
 
 export function startLive(data, charts, timeline) {
   if (!data.live) return;
@@ -17,7 +17,7 @@ export function startLive(data, charts, timeline) {
     heard[run] = Date.now();
     if (renewing) waiting.push([run, columns]); // the page to come may not have them
     grow(run, columns);
-    drawn ||= setTimeout(() => { drawn = 0; charts.redraw(); say(); }, 250);
+    drawn ||= setTimeout(() => { drawn = 0; charts.redraw(); say(); }, DRAWN_MS);
   });
   for (const name of ["changed", "reset"]) source.addEventListener(name, renew);
   source.addEventListener("open", say);

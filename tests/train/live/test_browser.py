@@ -148,16 +148,36 @@ def test_several_runs_grow_end_vanish_and_appear(model: Path, store: Path, tmp_p
         assert len(loaded) == 2
 
 
-def test_the_page_says_when_the_server_is_gone(model: Path, store: Path, tmp_path: Path) -> None:
+def test_charts_are_drawn_in_sight_and_the_page_says_when_the_server_is_gone(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
     given = [
-        "--phase", "te", "--batch", 3, "--data", store, "--model", model, "--steps", 3, "--warmup",
-        0, "--lr", 1e-3, "--threads", 1, "--sample-every", 0, "--out", tmp_path / "run",
+        "--phase", "te", "--batch", 3, "--data", store, "--model", model, "--steps", 9,
+        "--stop-after", 3, "--warmup", 0, "--lr", 1e-3, "--threads", 1, "--sample-every", 0,
     ]  # fmt: skip
-    assert train(*given) == 0
-    server = serving(tmp_path / "run")
+    assert train(*given, "--out", run) == 0
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["stop_after"] = None
+    (run / "config.json").write_text(json.dumps(record))
+    server = serving(run)
     with followed(server.__enter__().url) as (page, _):
-        live = page.locator("[data-live]")
-        expect(live).to_have_text("Live · finished")
+        page.set_viewport_size({"width": 1400, "height": 300})
+        live, last = page.locator("[data-live]"), page.locator(".plot").last
+        expect(live).to_contain_text("step 3 of 9")
+        picture = "it => it.querySelector('canvas').toDataURL()"
+        before = last.evaluate(picture)
+        append(run, 4, 3)
+        expect(live).to_contain_text("step 6 of 9", timeout=WAIT_MS)
+        page.wait_for_timeout(3000)  # the exchange is over
+        assert last.evaluate(picture) == before
+        last.scroll_into_view_if_needed()
+        page.wait_for_function(
+            "([it, before]) => it.querySelector('canvas').toDataURL() !== before",
+            arg=[last.element_handle(), before],
+        )
+        append(run, 7, 3)
+        expect(live).to_contain_text("finished", timeout=WAIT_MS)
         server.__exit__(None, None, None)
         expect(live).to_contain_text("no connection", timeout=WAIT_MS)
         page.goto("about:blank")
