@@ -177,13 +177,21 @@ def test_an_index_of_another_shape_is_made_anew(mine: Path, change: str) -> None
 def test_a_tag_index_with_samples_that_are_not_there_is_made_anew(mine: Path) -> None:
     with LatentStore.open(mine) as ours:
         right = ours.tags("txt").counts()
+        woman = ours.tagged("txt", "woman")
+    assert 0 < woman.sum() < len(woman)
     (path,) = mine.glob("tags.*.arrow")
     table = pa.ipc.open_file(pa.OSFile(str(path))).read_all()
     lists = pa.array([[2**30] for _ in range(table.num_rows)], table["samples"].type)
     table = table.set_column(1, table.schema.field(1), [lists])
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
+    damaged = path.read_bytes()
     with LatentStore.open(mine) as ours:
+        assert ours.tags("txt").counts() == right
+    assert path.read_bytes() != damaged
+    path.write_bytes(damaged)
+    with LatentStore.open(mine) as ours:
+        assert np.array_equal(ours.tagged("txt", "woman"), woman)
         assert ours.tags("txt").counts() == right
 
 

@@ -22,7 +22,7 @@ from xlsd_cache.store.identity import Identity
 from xlsd_cache.store.index import Snapshot, cached_snapshot, make_snapshot, save_snapshot
 from xlsd_cache.store.manifest import ShardId
 from xlsd_cache.store.shard import CorruptShard
-from xlsd_cache.store.tag_index import Tags, open_tags
+from xlsd_cache.store.tag_index import Tags
 from xlsd_cache.store.view import StoreView
 from xlsd_cache.vocabulary import RESERVED
 
@@ -164,9 +164,7 @@ class LatentStore:
                 f"{columns}); give another"
             )
         if column not in self._tags:
-            self._tags[column] = open_tags(
-                self.root, column, self.samples[column], self.fingerprint
-            )
+            self._tags[column] = Tags(self.root, column, self.samples[column], self.fingerprint)
         return self._tags[column]
 
     def close(self) -> None:

@@ -24,20 +24,40 @@ from xlsd_cache.schema import TAGS
 PART = 1 << 18  # captions split at a time: some hundred MiB of tags
 
 
-@dataclass(frozen=True)
 class Tags:
-    """The tags of one caption column."""
+    """The tags of one caption column.
 
-    names: pa.Array  # unique, sorted
-    postings: pa.Array  # list of int32 a name: its samples, ascending
+    The index is rebuilt where it is missing, of another log or damaged. A query checks only what it
+    reads: the index of ten million captions has 600 MB.
+    """
+
+    def __init__(self, root: Path, column: str, texts: pa.ChunkedArray, fingerprint: str) -> None:
+        """Open or build the index of a column's captions, in memory if the store is read-only."""
+        self._path, self._staging = root / f"tags.{quote(column, safe='')}.arrow", root / "staging"
+        self._texts, self._fingerprint = texts, fingerprint
+        mapped = self._mapped()
+        self._batch = self._built() if mapped is None else mapped
+
+    @property
+    def names(self) -> pa.Array:
+        """The tags: large_string, unique, sorted."""
+        return self._batch["tag"]
+
+    @property
+    def postings(self) -> pa.Array:
+        """A list of int32 for each name: its samples, ascending."""
+        if not self._exist(self._batch["samples"].values):
+            self._batch = self._built()
+        return self._batch["samples"]
 
     def samples(self, tag: str) -> NDArray[np.int32]:
         """Rows of the store's `samples` with this tag, ascending."""
-        at = bisect.bisect_left(self.names, tag, key=methodcaller("as_py"))
-        if at == len(self.names) or self.names[at].as_py() != tag:
-            return np.empty(0, np.int32)
-        samples: NDArray[np.int32] = self.postings[at].values.to_numpy()
-        return samples
+        samples = self._samples(tag)
+        if not self._exist(samples):
+            self._batch = self._built()
+            samples = self._samples(tag)
+        rows: NDArray[np.int32] = samples.to_numpy()
+        return rows
 
     def counts(self, most: int | None = None) -> dict[str, int]:
         """Samples of each tag, the most frequent tag first, equals by name; the first `most`."""
@@ -46,38 +66,36 @@ class Tags:
         names = self.names.take(pa.array(order)).to_pylist()
         return dict(zip(names, lengths[order].tolist(), strict=True))
 
+    def _samples(self, tag: str) -> pa.Array:
+        at = bisect.bisect_left(self.names, tag, key=methodcaller("as_py"))
+        if at == len(self.names) or self.names[at].as_py() != tag:
+            return pa.array([], pa.int32())
+        return self._batch["samples"][at].values
 
-def open_tags(root: Path, column: str, texts: pa.ChunkedArray, fingerprint: str) -> Tags:
-    """The index of a caption column; built where it is missing or of another log.
+    def _exist(self, samples: pa.Array) -> bool:
+        """Whether all of them are samples of the store, as in any index that is not damaged."""
+        numbers = pc.min_max(samples).as_py()
+        least, most = numbers["min"] or 0, numbers["max"] or 0
+        return 0 <= least <= most < max(1, len(self._texts))
 
-    It is kept in memory where the store is read-only.
-    """
-    path = root / f"tags.{quote(column, safe='')}.arrow"
-    batch = _mapped(path, fingerprint, len(texts))
-    if batch is None:
-        batch = _make(texts).replace_schema_metadata({"fingerprint": fingerprint})
+    def _mapped(self) -> pa.RecordBatch | None:
+        with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+            table = map_table(self._path, TAGS)
+            (batch,) = table.to_batches()
+            if table.schema.metadata[b"fingerprint"] == self._fingerprint.encode():
+                return batch
+        return None
+
+    def _built(self) -> pa.RecordBatch:
+        batch = _make(self._texts).replace_schema_metadata({"fingerprint": self._fingerprint})
         with (
             suppress(OSError),
-            replacing(path, root / "staging") as temporary,
+            replacing(self._path, self._staging) as temporary,
             pa.ipc.new_file(temporary, batch.schema) as writer,
         ):
             writer.write_batch(batch)
-        batch = _mapped(path, fingerprint, len(texts)) or batch
-    return Tags(batch["tag"], batch["samples"])
-
-
-def _mapped(path: Path, fingerprint: str, samples: int) -> pa.RecordBatch | None:
-    try:
-        table = map_table(path, TAGS)
-        if table.schema.metadata[b"fingerprint"] != fingerprint.encode():
-            return None
-        batch, *more = table.to_batches()
-        numbers = pc.min_max(batch["samples"].values).as_py()
-        if more or not -1 < (numbers["min"] or 0) <= (numbers["max"] or 0) < max(1, samples):
-            return None
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-        return None
-    return batch
+        mapped = self._mapped()
+        return batch if mapped is None else mapped
 
 
 @dataclass(frozen=True)

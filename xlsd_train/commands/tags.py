@@ -46,7 +46,8 @@ def tag_counts(store: LatentStore, column: str, selection: Selection) -> dict[st
         return tags.counts()
     mask = np.zeros(len(store), np.bool_)
     mask[selection.rows(store, np.arange(len(selection)))] = True
-    counts = _counts(mask, tags.postings.values.to_numpy(), tags.postings.offsets.to_numpy())
+    postings = tags.postings
+    counts = _counts(mask, postings.values.to_numpy(), postings.offsets.to_numpy())
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     names = tags.names.take(order).to_pylist()
     return dict(zip(names, counts[order].tolist(), strict=True))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import xlsd_cache.store.tag_index
 from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
-from xlsd_cache.store.tag_index import Tags, open_tags
+from xlsd_cache.store.tag_index import Tags
 
 TEXTS = st.lists(st.none() | st.text("ab ,\n\r\t\u00e9\u3000", max_size=12), max_size=12)
 
@@ -42,7 +42,7 @@ def test_every_tag_has_exactly_the_samples_that_say_it(
     (root / "staging").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xlsd_cache.store.tag_index, "PART", part)
-        tags = open_tags(root, "txt", chunked(texts, cut), "f")
+        tags = Tags(root, "txt", chunked(texts, cut), "f")
     expected = plainly(texts)
     assert as_dict(tags) == expected
     assert tags.names.to_pylist() == sorted(expected)
@@ -56,12 +56,12 @@ def test_every_tag_has_exactly_the_samples_that_say_it(
 
 def test_the_index_is_made_once_and_anew_for_another_log(tmp_path: Path) -> None:
     (tmp_path / "staging").mkdir()
-    first = open_tags(tmp_path, "json:a/b", pa.chunked_array([["woman, solo", "cat"]]), "one")
+    first = Tags(tmp_path, "json:a/b", pa.chunked_array([["woman, solo", "cat"]]), "one")
     assert list(tmp_path.glob("*.arrow")) == [tmp_path / "tags.json%3Aa%2Fb.arrow"]
     # What it is made of is not looked at again while the log is the same.
-    again = open_tags(tmp_path, "json:a/b", pa.chunked_array([["other", "more"]]), "one")
+    again = Tags(tmp_path, "json:a/b", pa.chunked_array([["other", "more"]]), "one")
     assert as_dict(again) == as_dict(first) == {"cat": [1], "solo": [0], "woman": [0]}
-    other = open_tags(tmp_path, "json:a/b", pa.chunked_array([["other"]]), "two")
+    other = Tags(tmp_path, "json:a/b", pa.chunked_array([["other"]]), "two")
     assert as_dict(other) == {"other": [0]}
     assert as_dict(first) == as_dict(again)  # what was mapped stays
     assert not list((tmp_path / "staging").iterdir())
@@ -71,13 +71,11 @@ def test_the_index_is_made_once_and_anew_for_another_log(tmp_path: Path) -> None
 def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str) -> None:
     (tmp_path / "staging").mkdir()
     texts = pa.chunked_array([["woman, solo", "cat"]])
-    expected = as_dict(open_tags(tmp_path, "txt", texts, "f"))
+    expected = as_dict(Tags(tmp_path, "txt", texts, "f"))
     path = tmp_path / "tags.txt.arrow"
     path.write_bytes({"cut": path.read_bytes()[:-9], "empty": b"", "not ours": b"ARROW1"}[damage])
-    assert as_dict(open_tags(tmp_path, "txt", texts, "f")) == expected
-    assert (
-        as_dict(open_tags(tmp_path, "txt", pa.chunked_array([["of", "another"]]), "f")) == expected
-    )
+    assert as_dict(Tags(tmp_path, "txt", texts, "f")) == expected
+    assert as_dict(Tags(tmp_path, "txt", pa.chunked_array([["of", "another"]]), "f")) == expected
 
 
 def test_a_store_that_cannot_be_written_is_still_asked(store: Path, tmp_path: Path) -> None:

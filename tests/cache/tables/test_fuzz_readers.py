@@ -40,7 +40,7 @@ from xlsd_cache.store.identity import attributes_of, read_attributes
 from xlsd_cache.store.index import Snapshot, cached_snapshot, save_snapshot
 from xlsd_cache.store.log_files import read_log
 from xlsd_cache.store.shard import CorruptShard, ShardReader, index_of, read_journal
-from xlsd_cache.store.tag_index import open_tags
+from xlsd_cache.store.tag_index import Tags
 from xlsd_cache.tables.row_outcomes import Table
 
 FEW = settings(
@@ -356,11 +356,11 @@ def test_a_damaged_index_is_right_or_not_used(
     view = cached_snapshot(tmp_path, 0)
     if view is not None:
         view.samples.to_pylist()
-        tags = open_tags(tmp_path, "txt", view.samples["txt"], "f")
+        tags = Tags(tmp_path, "txt", view.samples["txt"], "f")
         tags.counts(5)
         path = tmp_path / "tags.txt.arrow"
         path.write_bytes(damaged(path.read_bytes()))
-        tags = open_tags(tmp_path, "txt", view.samples["txt"], "f")
+        tags = Tags(tmp_path, "txt", view.samples["txt"], "f")
         for name in tags.counts():
             assert all(0 <= row < 3 for row in tags.samples(name))
 
