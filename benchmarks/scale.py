@@ -178,7 +178,7 @@ class Case:
     def plan(self) -> Step:
         """Plan a new store of what a scan found, and write the plan."""
         from xlsd_cache.planning import plan
-        from xlsd_cache.planning.log_state import EMPTY_LOG
+        from xlsd_cache.planning.log_state import read_log_state
         from xlsd_cache.store.manifest import Manifest
 
         scan = Scanned.of(self.root)
@@ -186,7 +186,7 @@ class Case:
         other = Manifest(self.root.parent / "planned")
         other.make_folders()
         with Memory() as memory:
-            made = scan.plan(EMPTY_LOG)
+            made = scan.plan(read_log_state(other, 1))
             other.write_plan(0, made.entries, made.removed, made.captions)
         assert made.fresh.sum() == self.images
         return memory.step("plan and write the plan", f"{made.entries.num_rows} images")

@@ -31,7 +31,7 @@ from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.integrity.accounting import account
-from xlsd_cache.planning.log_state import EMPTY_LOG, read_log_state
+from xlsd_cache.planning.log_state import read_log_state
 from xlsd_cache.planning.plan import make_plan, refuse_lost_sources
 from xlsd_cache.planning.probe import read_headers
 from xlsd_cache.schema import CAPTIONS, COMMIT, IMAGES
@@ -101,7 +101,8 @@ def measure_log(config: CaptionsBenchmarkConfig, folder: Path, report: Report) -
     buckets = Buckets.make("square", 512, 4.0, upscale=False)
     with timed(report, "first plan, headers known", n):
         journal_headers(manifest.staging, images)
-        plan = make_plan(images, captions, ("txt",), EMPTY_LOG, buckets, 1, manifest.staging)
+        empty = read_log_state(manifest, ROWS_PER_SHARD)
+        plan = make_plan(images, captions, ("txt",), empty, buckets, 1, manifest.staging)
     manifest.write_plan(0, plan.entries, plan.removed, plan.captions)
     (manifest.staging / "headers.planning").unlink()
     commit(manifest, plan.entries)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.commands import build_time, run_command
+from benchmarks.lib.flops import FlopCounter
 from benchmarks.lib.plain_loop import vae_of
 from xlsd_cache.cli import main as xlsd_cache
 from xlsd_cache.encoding.encoder import to_input
@@ -25,7 +26,6 @@ from xlsd_cache.images.sandbox import decoders
 from xlsd_cache.runtime.device import set_precision
 from xlsd_cache.runtime.gpu_memory import is_full
 from xlsd_cache.vocabulary import Precision
-from xlsd_train.memory.tracker import FlopCounter
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 

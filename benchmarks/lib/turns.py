@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.lib.flops import FlopCounter
 from benchmarks.lib.plain_loop import checkpointing
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.checkpoints.environment import peak_gib
-from xlsd_train.memory.tracker import FlopCounter
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.step.backend import drop_gradients
 

@@ -7,7 +7,6 @@ alpha), ICC profiles, 16-bit and float samples are handled in color.py.
 
 import io
 import re
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -72,17 +71,6 @@ _UPRIGHT = {
 }
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
-
-
-def read_size(path: Path) -> tuple[int, int] | Rejected:
-    """Width and height of the upright image in a file, from its header."""
-    try:
-        with path.open("rb") as file:
-            return read_header(file, path.stat().st_size)
-    except FileNotFoundError:
-        return Rejected("vanished", "gone between the scan and its reading")
-    except OSError as error:
-        return Rejected("unreadable", _message(error))
 
 
 def read_header(
@@ -178,13 +166,13 @@ def decode(
         return Rejected("corrupt", _message(error))
 
 
-def shrunk(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Pixels | Rejected:
+def shrunk(data: bytes, side: int) -> Pixels | Rejected:
     """Decode a whole image into at most `side` x `side` pixels: uint8 [H, W, 3]."""
-    size = header_of(data, max_pixels)
+    size = header_of(data)
     if isinstance(size, Rejected):
         return size
     width, height = (max(1, round(it * min(1.0, side / max(size)))) for it in size)
-    return decode(data, size, (0, 0, *size), (width, height), max_pixels)
+    return decode(data, size, (0, 0, *size), (width, height))
 
 
 def _open(file: IO[bytes], nbytes: int, max_pixels: int) -> Image.Image | Rejected:

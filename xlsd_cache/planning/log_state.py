@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from xlsd_cache.runtime.arrow import filtered, last_lines, lookup_rows, take_or_null
-from xlsd_cache.schema import CAPTIONS, PLACE, PLAN, PlanEntry
+from xlsd_cache.schema import PLACE, PLAN, PlanEntry
 from xlsd_cache.store.manifest import Manifest, ShardId
 
 CONTENT = pa.schema(
@@ -27,11 +27,8 @@ class LogState:
     captions: pa.Table  # CAPTIONS, the current text of each
 
 
-EMPTY_LOG = LogState(PLAN.empty_table(), CONTENT.empty_table(), {}, CAPTIONS.empty_table())
-
-
 def read_log_state(manifest: Manifest, rows_per_shard: int) -> LogState:
-    """Fold the log; EMPTY_LOG for an empty store."""
+    """Fold the log, which is empty for a new store."""
     generation = max(manifest.generations(), default=-1)
     commits = manifest.commits(manifest.committed(), _OUTCOME)
     live = _as_committed(manifest.live(generation), commits)

@@ -80,10 +80,10 @@ class Matches:
         used, several = int((image >= 0).sum()), int((image == SEVERAL).sum())
         return used, len(image) - used - several, several
 
-    def names(self, table: int, wanted: int, most: int = 3) -> list[str]:
-        """Names of some rows that match NO_IMAGE, or SEVERAL."""
+    def names(self, table: int, wanted: int) -> list[str]:
+        """Names of the first three rows that match NO_IMAGE, or SEVERAL."""
         start, stop = self.starts[table], self.starts[table + 1]
-        at = np.flatnonzero(self.image[start:stop] == wanted)[:most]
+        at = np.flatnonzero(self.image[start:stop] == wanted)[:3]
         rows = self.tables[table].rows
         names = pc.coalesce(rows.path, rows.key, rows.url, rows.id)
         return [name or "a row without a name" for name in names.take(pa.array(at)).to_pylist()]

@@ -51,24 +51,6 @@ def flop_of(packet: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
     return int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
 
 
-class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
-    """Counts the FLOPs of all kernels within the block.
-
-    Torch's FlopCounterMode also hooks modules, which does not work with `autograd.grad`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.total += flop_of(func.overloadpacket, args, kwargs, out)
-        return out
-
-
 @dataclass(frozen=True)
 class Footprint:
     """The log of one run. Sizes are floats, since those of other batches are interpolated."""

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WIDEST = 12**-0.5  # sigma_rel of gamma 0, a uniform average
-
 
 class Profile(NamedTuple):
     """How much each time of training contributes to an average."""
@@ -22,13 +20,11 @@ class Profile(NamedTuple):
     time: float  # in steps, from the start of the run
 
 
-def sigma_of(gamma: float) -> float:
-    """The profile's standard deviation relative to the time, sigma_rel (eq. 3)."""
-    return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
-
-
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of a sigma_rel below WIDEST: eq. 3 squared is a cubic, its largest root."""
+    """The exponent of a profile's standard deviation relative to the time, sigma_rel.
+
+    sigma_rel is below 12**-0.5, a uniform average's. Eq. 3 squared is a cubic: its largest root.
+    """
     t = sigma_rel**-2
     roots = np.roots([1, 7, 16 - t, 12 - t])
     return float(roots[np.isreal(roots)].real.max())

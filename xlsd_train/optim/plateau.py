@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,18 +37,12 @@ class Plateau:
         )
 
 
-def first_plateau(lines: Iterable[Mapping[str, Any]], d_max: float | None = None) -> Plateau | None:
-    """The first plateau in a run's metrics, one line per step from the first step.
+class PlateauWatch:
+    """Watches a run's metrics, one line per step from the first step, for the first plateau.
 
     That is the first step s where d is at least RISE times its first value, and has grown by less
-    than the factor GROWTH at step s + WINDOW. None if `d_max` limited d there.
+    than the factor GROWTH at step s + WINDOW; none if `d_max` limited d there.
     """
-    watch = PlateauWatch(d_max)
-    return next((plateau for line in lines if (plateau := watch.next(line))), None)
-
-
-class PlateauWatch:
-    """Watches a run's metrics for the first plateau."""
 
     def __init__(self, d_max: float | None = None) -> None:
         """`d_max` is the run's --d-max."""

@@ -17,7 +17,7 @@ from xlsd_cache.images.buckets import Buckets
 from xlsd_cache.images.decode import MAX_PIXELS
 from xlsd_cache.outcomes import Reason, Rejected
 from xlsd_cache.planning import probe as headers
-from xlsd_cache.planning.log_state import CONTENT, EMPTY_LOG, LogState, former_names, read_log_state
+from xlsd_cache.planning.log_state import CONTENT, LogState, former_names, read_log_state
 from xlsd_cache.planning.plan import GenerationPlan, make_plan
 from xlsd_cache.runtime.atomic import write_parquet
 from xlsd_cache.schema import CAPTIONS, COMMIT, PLAN
@@ -39,6 +39,9 @@ def known(*entries: Entry, encoded: bool = True, texts: dict[str, str] | None = 
         {"64x64": 8} if placed else {},
         pa.Table.from_pylist(said, CAPTIONS),
     )
+
+
+EMPTY_LOG = known()
 
 
 def plan(

@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import xlsd_train.optim.lion
 from benchmarks.demo.pipeline import make_networks
 from benchmarks.lib.allocations import peak_of
+from benchmarks.lib.flops import FlopCounter
 from tests.support.sessions import bare_step
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory.planner import Planner
-from xlsd_train.memory.tracker import FlopCounter, Tracker
+from xlsd_train.memory.tracker import Tracker
 from xlsd_train.step import attention
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.step.layers import Attention

@@ -5,13 +5,18 @@ import pytest
 
 from xlsd_train.config.optimization import Optimizer
 from xlsd_train.config.train import TrainConfig
-from xlsd_train.optim.plateau import WINDOW, PlateauWatch, first_plateau
+from xlsd_train.optim.plateau import WINDOW, Plateau, PlateauWatch
 
 Line = dict[str, float]
 
 
 def run(ds: list[float], lr: float = 1.0) -> list[Line]:
     return [{"step": i + 1, "d": d, "lr_effective": d * lr} for i, d in enumerate(ds)]
+
+
+def first_plateau(lines: list[Line], d_max: float | None = None) -> Plateau | None:
+    watch = PlateauWatch(d_max)
+    return next(filter(None, map(watch.next, lines)), None)
 
 
 START = [1e-6 * 1.05**i for i in range(60)]  # 18-fold

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.demo.pipeline import make_networks
+from benchmarks.lib.flops import FlopCounter
 from tests.support import files, train
-from xlsd_train.memory.tracker import FlopCounter
 from xlsd_train.model.text_encoder import hidden_states
 from xlsd_train.step import attention
 from xlsd_train.step.attention import exact_attention, exact_in

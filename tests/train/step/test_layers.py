@@ -6,8 +6,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.demo.pipeline import make_networks
+from benchmarks.lib.flops import FlopCounter
 from xlsd_cache.errors import UserError
-from xlsd_train.memory.tracker import FlopCounter
 from xlsd_train.step.layers import (
     INPUT_IDS,
     NOISY,
