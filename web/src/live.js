@@ -4,17 +4,18 @@ import { duration, number } from "./units.js";
 
 const MOST = 4000; // points of a line, before the server is asked for fewer
 const DRAWN_MS = 1000, APART_MS = 2000, QUIET_MS = 120_000;
+const now = () => performance.now(); // a clock may be set
 
 export function startLive(data, charts, timeline) {
   if (!data.live) return;
   const place = document.querySelector("[data-live]");
   let runs = data.live.runs, renewing = false, asked = false, waiting = [], drawn = 0, refused = "";
-  const heard = runs.map(it => Date.now() - 1000 * it.quiet_s);
+  const silent = runs.map(() => true), heard = runs.map(it => now() - 1000 * it.quiet_s);
   const source = new EventSource(`events?from=${data.live.from}`);
 
   source.addEventListener("steps", event => {
     const { run, columns } = JSON.parse(event.data);
-    heard[run] = Date.now();
+    heard[run] = now();
     if (renewing) waiting.push([run, columns]); // the page to come may not have them
     grow(run, columns);
     drawn ||= setTimeout(() => { drawn = 0; charts.redraw(); say(); }, DRAWN_MS);
@@ -49,7 +50,7 @@ export function startLive(data, charts, timeline) {
         most = Math.max(most, line.x.length);
       }
     }
-    if (!shown || most > MOST || runs[run].gone) renew();
+    if (!shown || columns.loss?.includes(null) || most > MOST || runs[run].gone) renew(); // null: not finite
   }
 
   async function renew() {
@@ -86,7 +87,7 @@ export function startLive(data, charts, timeline) {
     });
     charts.axes.splice(0, Infinity, ...fresh.axes);
     runs = fresh.live.runs;
-    runs.forEach((it, run) => { heard[run] = Date.now() - 1000 * it.quiet_s; });
+    runs.forEach((it, run) => { heard[run] = now() - 1000 * it.quiet_s; });
     for (const [run, columns] of waiting) grow(run, columns);
     waiting = [];
     charts.redraw();
@@ -100,13 +101,16 @@ export function startLive(data, charts, timeline) {
   }
 
   function say() {
-    const parts = runs.map(({ step, last, pace, gone }, run) => {
+    const parts = runs.map(({ step, last, pace, gone, diverged }, run) => {
       const name = runs.length > 1 ? `${data.runs[run]}: ` : "";
       if (gone) return `${name}deleted`;
+      if (diverged != null) return `${name}diverged at step ${number(diverged)}`;
       if (last && step >= last) return `${name}finished`;
       const at = `${name}step ${number(step)}${last ? ` of ${number(last)}` : ""}`;
-      const quiet = Date.now() - heard[run];
-      if (quiet > Math.max(QUIET_MS, 20_000 * (pace ?? 0))) return `${at}, no step for ${duration(quiet / 3.6e6)}`;
+      const quiet = now() - heard[run], was = silent[run];
+      silent[run] = quiet > Math.max(QUIET_MS, 20_000 * (pace ?? 0)); // is_going in pace.py has this rule
+      if (silent[run] && !was) renew(); // the page proposes to resume it
+      if (silent[run]) return `${at}, no step for ${duration(quiet / 3.6e6)}`;
       if (!last || !pace) return at;
       const left = (last - step) * pace, end = new Date(Date.now() + 1000 * left);
       const when = end.toLocaleString([], { ...(left > 43_200 && { weekday: "short", day: "numeric", month: "short" }), hour: "2-digit", minute: "2-digit" });

@@ -157,7 +157,7 @@ def _conclude(runs: dict[Path, TrainConfig], failed: list[Path], out: Path) -> s
     else:
         for line in [*table(standings).splitlines(), answer]:
             say(line)
-    log.info(f"report {write_page(named, out / NAME)}")
+    log.info(f"report {write_page(named, out / NAME, ended=True)}")
     return answer
 
 

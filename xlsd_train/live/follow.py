@@ -126,9 +126,12 @@ def advance(run: Path, position: Position) -> Advance | None:
 def _steps(log: Path, offset: int) -> tuple[dict[str, list[float | None]], int]:
     """Metric -> values of the next steps, and the offset after their whole lines."""
     columns: dict[str, list[float | None]] = {name: [] for name in ("step", *CHARTED)}
-    with open_regular(log) as file:
-        file.seek(offset)
-        read = file.read(CHUNK)
+    try:
+        with open_regular(log) as file:
+            file.seek(offset)
+            read = file.read(CHUNK)
+    except OSError:  # it was deleted just now, or may no longer be read
+        read = b""
     end = read.rfind(b"\n") + 1
     if not end and len(read) == CHUNK:
         end = CHUNK  # a line that is longer is skipped

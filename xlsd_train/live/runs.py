@@ -50,14 +50,18 @@ class Runs:
 
 def is_gone(folder: Path) -> bool:
     """Whether a run was deleted."""
-    return not (folder / CONFIG).exists()
+    try:
+        return not (folder / CONFIG).exists()
+    except OSError:  # e.g. a permission that was taken away: reading it says so
+        return False
 
 
 def _runs_in(folder: Path) -> list[Path]:
     """A run itself, or the runs in a folder of them, e.g. of a sweep, once they log steps."""
     if not is_gone(folder):
         return [folder]
-    if not folder.is_dir():
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.is_symlink())
+        return [path for path in paths if not is_gone(path) and (path / METRICS_LOG).is_file()]
+    except OSError:  # no folder, or one that is being deleted
         return []
-    paths = sorted(path for path in folder.iterdir() if not path.is_symlink())
-    return [path for path in paths if not is_gone(path) and (path / METRICS_LOG).is_file()]

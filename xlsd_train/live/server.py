@@ -25,8 +25,8 @@ from xlsd_cache.pages.thumbnails import thumbnail
 from xlsd_cache.runtime.bounded_files import read_regular
 from xlsd_train.config.run_options import LiveConfig
 from xlsd_train.live.follow import Position, follow, from_id, to_id
-from xlsd_train.live.pace import progress
 from xlsd_train.live.runs import Runs, is_gone
+from xlsd_train.report.pace import progress
 from xlsd_train.report.page import NAME, page
 from xlsd_train.runs.layout import SAMPLES, STEP
 from xlsd_train.runs.links import refuse_links_to
@@ -80,7 +80,7 @@ class _Pages:
         async with self._one:  # readers that come together share it
             try:
                 html = await run_in_threadpool(self._render, self.runs.look())
-            except UserError as error:
+            except (OSError, UserError) as error:
                 raise HTTPException(503, str(error), HEADERS) from error
         return HTMLResponse(html, headers=HEADERS | {"Content-Security-Policy": OF_PAGE})
 

@@ -10,13 +10,14 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from xlsd_cache.console.progress import event
 from xlsd_cache.runtime.disk import free_bytes, held_bytes, size
-from xlsd_train.report.page import write_report
+from xlsd_train.report.page import leave_report
 
 log = logging.getLogger("xlsd.train.progress")
 
@@ -87,14 +88,24 @@ class Events:
     def refresh(self) -> None:
         """Rewrite RUN/report.html, unless that would take more than SHARE of the time."""
         begun = time.monotonic()
-        if not self._main or begun < self._refresh_at:
+        if begun < self._refresh_at:
             return
-        try:
-            write_report([self._folder])
-        except Exception as error:
-            log.warning(f"the report was not rewritten: {error!r}")
+        self._rewrite()
         now = time.monotonic()
         self._refresh_at = now + (now - begun) / SHARE
+
+    @contextmanager
+    def report_of_failure(self) -> Iterator[None]:
+        """Rewrite RUN/report.html if the block fails: it says how the run ended."""
+        try:
+            yield
+        except Exception:
+            self._rewrite(ended=True)
+            raise
+
+    def _rewrite(self, ended: bool = False) -> None:
+        if self._main and (why := leave_report(self._folder, ended)):
+            log.warning(f"the report was not rewritten: {why}")
 
     def _run(self) -> None:
         while True:

@@ -12,11 +12,12 @@ from xlsd_cache.runtime.own_files import is_page, refuse_foreign, writing
 from xlsd_train.config.run_options import ReportConfig
 from xlsd_train.report.changes import bands, by_rate, scale
 from xlsd_train.report.curves import axes, charts
+from xlsd_train.report.pace import is_going
 from xlsd_train.report.pictures import Timeline, served, timeline
 from xlsd_train.report.ranking import HEADER, rank
 from xlsd_train.report.summary import next_of_several, summary
-from xlsd_train.report.tables import facts, settings_table
-from xlsd_train.report.trend import shown_validations, trend
+from xlsd_train.report.tables import facts, left_out, settings_table
+from xlsd_train.report.trend import diverged, shown_validations, trend
 from xlsd_train.runs.bootstrap import Interval
 from xlsd_train.runs.history import History, histories
 from xlsd_train.runs.validation_log import HELD_OUT, LIVE
@@ -54,43 +55,57 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     return write_page(histories(folders), path)
 
 
-def write_page(runs: list[History], path: Path) -> Path:
-    """Write the page of these runs, under their names; return its path."""
-    html = page(runs, path)
+def write_page(runs: list[History], path: Path, ended: bool = False) -> Path:
+    """Write the page of these runs, under their names; return its path.
+
+    `ended`: no run goes on, whenever its last step was.
+    """
+    html = page(runs, path, ended=ended)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, html.encode())
     return path
 
 
-def leave_report(folder: Path) -> str:
-    """Write the page of a run that ends; return a log line. A failure does not fail the run."""
+def leave_report(folder: Path, ended: bool) -> str | None:
+    """Write a run's page into its folder; return why that failed, which does not fail the run."""
+    path = folder / NAME
     try:
-        return f"report {write_report([folder])}"
+        refuse_foreign(path, (".html",), is_page)
+        write_page(histories([folder]), path, ended)
     except Exception as error:
-        return f"no report: {error!r}; all else is saved. `xlsd-train report {folder}` writes it"
+        return repr(error)
+    return None
 
 
-def page(runs: list[History], path: Path, live: dict[str, Any] | None = None) -> str:
+def page(
+    runs: list[History], path: Path, live: dict[str, Any] | None = None, ended: bool = False
+) -> str:
     """The HTML of a page at this path; all text is escaped. The same runs give the same page.
 
     With `live` for its script, it is that of a server: it fetches pictures and follows the runs.
     """
     one = runs[0] if len(runs) == 1 else None
     standings, answer = ([], "") if one else rank(runs)
-    trends = [trend(run) for run in runs]
+    trends, ends = [trend(run) for run in runs], [diverged(run) for run in runs]
+    going = [not ended and is_going(run) for run in runs]
     samples, drawn = served(runs) if live else timeline(runs, path), charts(runs)
+    lacks = [(run.name, text) for run in runs for text in left_out(run)]
+    for name, text in [] if live else lacks:
+        log.warning(f"{name}: left out of the report: {text}")
     settings = settings_table(runs)
     return render(
         __package__,
         "report.html",
         runs=runs,
-        one=summary(one, trends[0]) if one else None,
+        one=summary(one, trends[0], going[0]) if one else None,
         trends=trends,
+        diverged=ends,
+        left_out=lacks,
         held_out=len(runs[0].record.validation.get(HELD_OUT, ())),
         standings=standings,
         answer=answer,
-        then=None if one else next_of_several(standings, runs),
+        then=None if one else next_of_several(standings, runs, going),
         header=HEADER,
         scale=scale(standings),
         rates=by_rate(standings),

@@ -78,7 +78,9 @@ def timeline(runs: Sequence[History], page: Path) -> Timeline:
         for (i, step), contents in read.items()
         if step in set(chosen) and any(contents)
     ]
-    return Timeline(sheets, prompts, [_url(run, page) for run in runs], _note(runs, steps, chosen))
+    damaged = sum(content == b"" for contents in read.values() for content in contents)
+    note = _note(runs, steps, chosen, damaged)
+    return Timeline(sheets, prompts, [_url(run, page) for run in runs], note)
 
 
 def served(runs: Sequence[History]) -> Timeline:
@@ -99,12 +101,15 @@ def served(runs: Sequence[History]) -> Timeline:
     return Timeline(sheets, prompts, folders, _note(runs, steps, chosen))
 
 
-def _note(runs: Sequence[History], steps: Sequence[int], chosen: Sequence[int]) -> str:
+def _note(
+    runs: Sequence[History], steps: Sequence[int], chosen: Sequence[int], damaged: int = 0
+) -> str:
     """What is left out."""
     most = max((len(paths) for run in runs for paths in run.samples.values()), default=0)
     notes = [
         f"{len(chosen)} of {len(steps)} steps, evenly spaced." * (len(chosen) < len(steps)),
         f"The first {PROMPTS} of {most} prompts." * (most > PROMPTS),
+        f"Left out: damaged pictures, {damaged}." * (damaged > 0),
     ]
     return " ".join(filter(None, notes))
 
@@ -117,9 +122,10 @@ def _prompts(run: History) -> list[str]:
 
 
 def _thumbnail(run: History, step: int, prompt: int) -> bytes | None:
+    """Empty for a damaged picture, None for one that was not drawn."""
     named = {path.stem: path for path in run.samples[step]}
     path = named.get(f"{prompt:02d}")
-    return thumbnail(path) if path else None
+    return (thumbnail(path) or b"") if path else None
 
 
 def _url(run: History, page: Path) -> str:

@@ -10,7 +10,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from xlsd_train.report.trend import diverged_at
+from xlsd_train.report.trend import diverged
 from xlsd_train.runs.bootstrap import NARROW, Interval, Losses, overall
 from xlsd_train.runs.bootstrap import lowest as lowest_of
 from xlsd_train.runs.history import History
@@ -117,7 +117,7 @@ def rank(runs: list[History]) -> tuple[list[Standing], str]:
         for run in standings
     ]
     # A run that diverged has ended: no further step would help it.
-    steps = {run.last.get("step") for run in measured.values() if diverged_at(run) is None}
+    steps = {run.last.get("step") for run in measured.values() if not diverged(run)}
     answer = _answer(standings, len(common))
     if len(steps) > 1:
         answer += " (the runs are at different steps)"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from itertools import dropwhile
 
 from xlsd_train.config.recipes import field_of, without
+from xlsd_train.report.pace import last_step
 from xlsd_train.report.ranking import Standing
-from xlsd_train.report.trend import Trend
+from xlsd_train.report.trend import Trend, diverged
 from xlsd_train.runs.bootstrap import Comparison
 from xlsd_train.runs.history import History
 from xlsd_train.runs.layout import checkpoint_at, checkpoints, step_of
@@ -40,24 +41,33 @@ class Summary:
         return f"step {self.step:,} of {self.last:,}" if self.last else f"step {self.step:,}"
 
 
-def summary(run: History, trend: Trend | None) -> Summary:
-    """Everything that the first screen says about one run."""
+def summary(run: History, trend: Trend | None, going: bool) -> Summary:
+    """Everything that the first screen says about one run; `going`: it trains now."""
     step, last = run.last.get("step", 0), last_step(run)
     saved = [step_of(path) for path in checkpoints(run.folder)]
     measured = any(is_validated(run.folder, step) for step in saved)
     best = best_of(run.folder, (0, *saved)) if measured else None
     sentences = [_best(best) if best else "No checkpoint was validated, so there is no best one."]
-    sentences += [trend.verdict] if trend else []
-    then, command = _next(run, best, trend, step >= last > 0)
+    ends = diverged(run)
+    sentences += [str(ends)] if ends else [trend.verdict] if trend else []
+    if going and not ends:
+        then, command = _meanwhile(run, saved)
+    elif ends and ends.step <= 1:  # before any weight changed
+        words = ["xlsd-cache", "check", *(store["path"] for store in run.record.stores[:1])]
+        then, command = "Check the latents: no weight had changed yet", shlex.join(words)
+    else:
+        then, command = _next(run, best, trend, step >= last > 0, ends is not None)
     return Summary(_title(run), step, last, sentences, then, command)
 
 
-def next_of_several(standings: Sequence[Standing], runs: Sequence[History]) -> tuple[str, str]:
+def next_of_several(
+    standings: Sequence[Standing], runs: Sequence[History], going: Sequence[bool]
+) -> tuple[str, str]:
     """What to do with compared runs: train on at the best rate, or look at the same prompts."""
     best = next((run for run in standings if run.loss and run.excess is None), None)
     names = {run.name: run for run in runs}
-    if best and best.best and best.best[0] and names[best.name].config.get("stop_after"):
-        run = names[best.name]
+    run = names[best.name] if best and best.best and best.best[0] else None
+    if run and run.config.get("stop_after") and not going[runs.index(run)]:
         then = f"Train on with {run.name}, to its planned length{_left_out(run)}"
         return then, _resumed(run, "stop_after")
     saved = [str(run.folder) for run in runs if checkpoints(run.folder)]
@@ -75,12 +85,6 @@ def _title(run: History) -> str:
     return f"{what}, trained for {steps} on {images:,} images, {epoch:,.3g} epochs"
 
 
-def last_step(run: History) -> int:
-    """The step at which a run ends; 0 if unknown."""
-    planned, stop = run.record.planned_steps, run.config.get("stop_after")
-    return min(planned, stop) if isinstance(stop, int) and stop > 0 else planned
-
-
 def _best(best: Comparison[Candidate]) -> str:
     if best.best[0] == 0:
         return "No checkpoint improved on the model that it started from."
@@ -91,9 +95,10 @@ def _best(best: Comparison[Candidate]) -> str:
 
 
 def _next(
-    run: History, best: Comparison[Candidate] | None, trend: Trend | None, finished: bool
-) -> tuple[str, str]:
-    if trend and trend.state == "diverged" and isinstance(run.config.get("lr"), int | float):
+    run: History, best: Comparison[Candidate] | None, trend: Trend | None, finished: bool,
+    diverged: bool,
+) -> tuple[str, str]:  # fmt: skip
+    if diverged and isinstance(run.config.get("lr"), int | float):
         return _lower(run, 0.3, 0.1, 0.03)
     if not finished:
         return f"Resume, if it is not running{_left_out(run)}", _resumed(run)
@@ -115,6 +120,15 @@ def _next(
     source = str(checkpoint_at(run.folder, step)) if step else str(run.folder)
     words = ["export", source, "model.safetensors", "--format", "single-file"]
     return "Write the best checkpoint for ComfyUI, A1111 and Forge", _command(*words)
+
+
+def _meanwhile(run: History, saved: Sequence[int]) -> tuple[str, str]:
+    """What to do with a run that trains: look at what it saved, or stop it."""
+    if not saved:
+        return f"If you stop it with Ctrl-C, which saves, resume{_left_out(run)}", _resumed(run)
+    words = ["sample", str(run.folder), "--prompts", "prompts.txt"]
+    newest = f"its newest checkpoint, of step {saved[-1]:,}"
+    return f"Sample prompts of your own from {newest}", _command(*words)
 
 
 def _lower(run: History, *factors: float) -> tuple[str, str]:

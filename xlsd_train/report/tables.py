@@ -10,7 +10,7 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.caption_lengths import describe_truncation
 from xlsd_train.runs.history import History
 from xlsd_train.runs.layout import checkpoints, step_of
-from xlsd_train.runs.validation_log import describe_checkpoints
+from xlsd_train.runs.validation_log import damaged_losses, describe_checkpoints
 
 MATTER = (
     "phase", "model", "data", "batch", "accum", "optimizer", "lr", "scheduler", "warmup", "steps",
@@ -71,10 +71,17 @@ def facts(runs: Sequence[History]) -> list[Row]:
         "machine": _machine,
         "command line": lambda run: shlex.join(run.record.command),
         "folder": lambda run: run.folder.absolute(),
-        "logs": lambda run: f"{run.unread} lines skipped: no valid JSON" if run.unread else None,
     }
     rows = [Row(name, [_words(value(run)) for run in runs]) for name, value in facts.items()]
     return [row for row in rows if any(row.values)]
+
+
+def left_out(run: History) -> list[str]:
+    """What of a run is damaged, so that its page lacks it, in words."""
+    damaged = [f"{path.relative_to(run.folder)}" for path in damaged_losses(run.folder)]
+    found = [f"validation losses that cannot be read: {', '.join(damaged)}"] if damaged else []
+    lines = "1 line" if run.unread == 1 else f"{run.unread} lines"
+    return [*found, *([f"{lines} of its logs: no valid JSON"] if run.unread else [])]
 
 
 def _progress(run: History) -> str:

@@ -8,13 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from xlsd_train.runs.bootstrap import Estimate, Interval, Losses, means, overalls
 from xlsd_train.runs.downsample import evenly
 from xlsd_train.runs.history import History
+from xlsd_train.runs.metrics import not_finite
 from xlsd_train.runs.validation_log import HELD_OUT, LIVE, read_losses
 
 MEASURED = 200  # validations that are compared
@@ -31,7 +32,7 @@ class Trend:
     banded: list[int]  # steps of `bands`
     bands: list[list[Interval]]  # the same change for each band
     verdict: str
-    state: str  # falling, levelled off, rising, diverged or unknown
+    state: str  # falling, levelled off, rising or unknown
 
     @property
     def short(self) -> str:
@@ -48,8 +49,6 @@ def trend(run: History) -> Trend | None:
     found = overalls(list(measured.values()))
     banded = [steps[i] for i in evenly(len(steps), BANDED)]
     state, verdict = _verdict(steps, found)
-    if (step := diverged_at(run)) is not None:
-        state, verdict = "diverged", f"It diverged: at step {step} the loss is not finite."
     return Trend(
         steps,
         [each.relative_to(found[0]).interval for each in found],
@@ -60,13 +59,25 @@ def trend(run: History) -> Trend | None:
     )
 
 
-def diverged_at(run: History) -> int | None:
-    """The step of the newest validation of the live weights, if its loss is not finite."""
+class Diverged(NamedTuple):
+    """Where a run stopped having numbers."""
+
+    step: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"It diverged: at step {self.step} the {self.what} is not finite."
+
+
+def diverged(run: History) -> Diverged | None:
+    """Whether the newest step or the newest validation of the live weights is not finite."""
+    if found := not_finite(run.last):
+        return Diverged(run.last["step"], found[0])
     of = {
         line["step"]: line[HELD_OUT]["mean"] for line in run.validation if line["weights"] == LIVE
     }
-    newest = max(of, default=None)
-    return None if newest is None or math.isfinite(of[newest]) else newest
+    newest = max(of, default=0)
+    return None if math.isfinite(of.get(newest, 0.0)) else Diverged(newest, "held-out loss")
 
 
 def shown_validations(run: History, weights: str) -> list[dict[str, Any]]:

@@ -1,6 +1,9 @@
 """Metrics of a training step: names in metrics.jsonl, units, and where each is shown."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,3 +31,11 @@ METRICS = {
     "alloc_failures": Metric("times"),
 }
 CHARTED = [name for name, metric in METRICS.items() if metric.chart]
+
+
+def not_finite(line: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The loss or the gradient norm of a step, if it is not finite: the run ended there."""
+    for name, what in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        if isinstance(value := line.get(name), float) and not math.isfinite(value):
+            return what, value
+    return None

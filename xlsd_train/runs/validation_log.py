@@ -13,7 +13,6 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import replacing
 from xlsd_train.runs.bootstrap import Comparison, Losses, compare, summary
 from xlsd_train.runs.json_files import objects_in
@@ -25,6 +24,7 @@ BANDS = 10  # of timesteps, from least noise to most
 MOST_NBYTES = 2**28  # per file: losses of about 100,000 images, live and averaged
 LIVE = "live"  # WEIGHTS: the trained ones; others are averages
 Candidate = tuple[int, str]  # step, WEIGHTS
+UNREADABLE = (OSError, ValueError, KeyError, AttributeError, SafetensorError)  # of a damaged file
 
 
 def save_losses(run: Path, step: int, losses: dict[str, Losses]) -> None:
@@ -36,23 +36,33 @@ def save_losses(run: Path, step: int, losses: dict[str, Losses]) -> None:
 
 
 def read_losses(run: Path, step: int) -> dict[str, Losses]:
-    """WEIGHTS/SET -> losses; empty for a step that was not validated.
-
-    Raises UserError for a damaged file.
-    """
+    """WEIGHTS/SET -> losses; empty for a step that was not validated, or whose file is damaged."""
     path = losses_of(run, step)
-    if not path.exists():
-        return {}
     try:
-        if path.stat().st_size > MOST_NBYTES:
-            raise ValueError("it is too large")
-        stored = load_file(path)
-        for name, losses in stored.items():
-            fits = losses.ndim == 2 and losses.dtype == np.float32 and 0 not in losses.shape
-            if not fits or name.count("/") != 1:
-                raise ValueError(f"{name} is {losses.dtype} of shape {losses.shape}")
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path} has no validation losses: {error}; remove it") from error
+        return _load(path) if path.exists() else {}
+    except UNREADABLE:
+        return {}
+
+
+def damaged_losses(run: Path) -> list[Path]:
+    """The files that `read_losses` leaves out."""
+    found = []
+    for path in steps_in(run / LOSSES, TENSORS).values():
+        try:
+            _load(path)
+        except UNREADABLE:
+            found.append(path)
+    return found
+
+
+def _load(path: Path) -> dict[str, Losses]:
+    if path.stat().st_size > MOST_NBYTES:
+        raise ValueError("it is too large")
+    stored = load_file(path)
+    for name, losses in stored.items():
+        fits = losses.ndim == 2 and losses.dtype == np.float32 and 0 not in losses.shape
+        if not fits or name.count("/") != 1:
+            raise ValueError(f"{name} is {losses.dtype} of shape {losses.shape}")
     return stored
 
 

@@ -26,7 +26,7 @@ from xlsd_train.runs.layout import METRICS_LOG, checkpoints, step_of
 from xlsd_train.runs.validation_log import LIVE, best_of
 from xlsd_train.step.distributed import Lost
 from xlsd_train.training.due import Due
-from xlsd_train.training.meter import FailureWatch, Meter
+from xlsd_train.training.meter import FailureWatch, Meter, require_finite
 from xlsd_train.training.results import log_results
 from xlsd_train.training.session import Session, open_session
 
@@ -58,7 +58,7 @@ def train(config: TrainConfig, command: Sequence[str] = (), status: Status | Non
         folder = session.run.folder
         try:
             if not config.dry_run:
-                with writing(session.run):
+                with writing(session.run), session.events.report_of_failure():
                     _train(session, stop)
                 log_results(session, stop)
         except (Lost, RuntimeError) as error:
@@ -99,7 +99,7 @@ def _train(session: Session, stop: StopSignal) -> None:
     watches = PlateauWatch.of_run(config, run.folder / METRICS_LOG), pace, FailureWatch()
     loader = Loader(session.source, done * accum, last * accum, session.accelerator.device)
     with closing(loader):
-        batches, meter = iter(loader), Meter(state["smoothed"], run.folder)
+        batches, meter = iter(loader), Meter(state["smoothed"])
 
         session.status.refresh_report()
         meter.begin()
@@ -153,6 +153,8 @@ def _log(session: Session, watches: Watches, lines: list[dict[str, Any]]) -> Non
         line["peak_gib"] = peak_gib(session.accelerator.device)
         if session.main:
             session.run.log(line)
+        require_finite(line, session.run.folder)
+        if session.main:
             for watch in watches:
                 watch.see(line)
         session.status.trained(line)

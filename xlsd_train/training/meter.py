@@ -8,6 +8,7 @@ step late, but before anything is saved.
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from xlsd_cache.errors import UserError
 from xlsd_train.checkpoints.checkpoint import remedy
+from xlsd_train.runs.metrics import not_finite
 
 log = logging.getLogger("xlsd.train.training")
 
@@ -111,7 +113,6 @@ class Meter:
     """Takes steps in order; `add` and `flush` return the metrics lines that are due."""
 
     smoothed: list[float]  # [sum, weight]; their ratio needs no start-up correction
-    run: Path | None = None  # for the advice in errors
     _pending: tuple[dict[str, Any], int, _CpuStep | _GpuStep] | None = None
     _begun: Any = field(default_factory=_Start)  # what came before the pending step
 
@@ -129,33 +130,37 @@ class Meter:
     def flush(self) -> list[dict[str, Any]]:
         """The line of the pending step; on a GPU a device sync, for that step alone.
 
-        Raises UserError for a loss or gradient norm that is not finite.
+        A loss or gradient norm may not be finite, see `require_finite`; it is not smoothed.
         """
         if self._pending is None:
             return []
         (line, images, step), self._pending = self._pending, None
         both = step.wait()
         seconds, self._begun = step.seconds(self._begun), step
-        for what, number in zip(("loss", "gradient norm"), both, strict=True):
-            if not math.isfinite(number):
-                raise UserError(
-                    f"the {what} of step {line['step']} is {number}; the step was not saved"
-                    + (f": {_remedy(self.run, line['step'])}" if self.run else "")
-                )
-        total, weight = (SMOOTHING * part for part in self.smoothed)
-        self.smoothed = [total + both[0], weight + 1]
         line["loss"], line["grad_norm"] = both
-        line["loss_smoothed"] = self.smoothed[0] / self.smoothed[1]
+        if all(map(math.isfinite, both)):
+            total, weight = (SMOOTHING * part for part in self.smoothed)
+            self.smoothed = [total + both[0], weight + 1]
+            line["loss_smoothed"] = self.smoothed[0] / self.smoothed[1]
         line["images_per_s"] = images / seconds
         line.update(step.counters())
         return [line]
 
 
-def _remedy(run: Path, step: int) -> str:
-    """Before step 1 no weight has changed, so the learning rate cannot be the cause."""
-    if step == 1:
-        return (
+def require_finite(line: Mapping[str, Any], run: Path) -> None:
+    """Raises UserError if the loss or the gradient norm of a step is not finite.
+
+    Before step 1 no weight has changed, so the learning rate cannot be the cause.
+    """
+    if (found := not_finite(line)) is None:
+        return
+    what, number = found
+    then = remedy(run)
+    if line["step"] == 1:
+        then = (
             "no weight had changed yet, so --lr is not the cause; check the latents with "
             "`xlsd-cache check`, or use another --model"
         )
-    return remedy(run)
+    raise UserError(
+        f"the {what} of step {line['step']} is {number}; the step was not saved: {then}"
+    )

@@ -5,7 +5,7 @@ import shlex
 
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_train.report.page import leave_report
-from xlsd_train.runs.layout import checkpoints, grid_of, step_of
+from xlsd_train.runs.layout import REPORT, checkpoints, grid_of, step_of
 from xlsd_train.runs.validation_log import describe_checkpoints
 from xlsd_train.training.session import Session
 
@@ -25,7 +25,9 @@ def log_results(session: Session, stop: StopSignal) -> None:
         log.info(verdict)
     if not stop.hurries:
         session.status.doing("writing the report")
-        log.info(leave_report(run.folder))
+        why = leave_report(run.folder, ended=True)
+        again = f"all else is saved. `xlsd-train report {run.folder}` writes it"
+        log.info(f"no report: {why}; {again}" if why else f"report {run.folder / REPORT}")
     stopped = bool(stop.asked) or step < planned
     session.status.ended("stopped" if stopped else "done", step, planned, run.checkpoint)
     if stopped:

@@ -211,11 +211,11 @@ def test_refreshing_takes_a_small_share_of_the_time(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     written: list[float] = []
 
-    def slowly(folders: object) -> None:
+    def slowly(*_: object) -> None:
         clock[0] += 1
         written.append(clock[0])
 
-    monkeypatch.setattr(events, "write_report", slowly)
+    monkeypatch.setattr(events, "leave_report", slowly)
     with Events(tmp_path / "run", None) as it:
         for _ in range(1000):
             clock[0] += 1

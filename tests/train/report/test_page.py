@@ -1,8 +1,11 @@
 import base64
 import hashlib
 import json
+import math
+import os
 import shlex
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from tests.support import printed, train
 from tests.support.report_page import Page
 from xlsd_train.cli import COMMANDS
 from xlsd_train.config.recipes import parse
-from xlsd_train.report.page import hero
+from xlsd_train.report.page import hero, write_page
 from xlsd_train.report.pictures import timeline
 from xlsd_train.report.ranking import rank
 from xlsd_train.report.summary import next_of_several, summary
@@ -115,9 +118,11 @@ def test_the_first_screen_has_the_verdict_and_a_command_that_works(runs: list[Pa
     page, run = Page(runs[0] / "report.html"), histories(runs[:1])[0]
     found = trend(run)
     assert found is not None
-    said = summary(run, found)
+    said = summary(run, found, going=False)
     assert said.state == "finished"
-    assert summary(histories(runs[1:])[0], None).state == "finished"  # it ends at --stop-after
+    assert (
+        summary(histories(runs[1:])[0], None, going=False).state == "finished"
+    )  # it ends at --stop-after
     for sentence in said.verdict:
         assert sentence.replace(" -", " \N{MINUS SIGN}") in page.text
     assert found.verdict in said.verdict
@@ -135,21 +140,22 @@ def check_command(command: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("state", "name", "then"),
+    ("loss", "name", "then"),
     [
-        ("diverged", "sweep", "Try lower learning rates"),
-        ("falling", "train", "Train twice as long"),
+        (math.nan, "sweep", "Try lower learning rates"),
+        (1.0, "train", "Train twice as long"),
     ],
 )
 def test_a_command_that_was_given_its_name_is_proposed_without(
-    runs: list[Path], state: str, name: str, then: str
+    runs: list[Path], loss: float, name: str, then: str
 ) -> None:
     (run,) = histories(runs[:1])
     command = [run.record.command[0], "train", *run.record.command[1:], "--lr", "0.1"]
     record = replace(run.record, command=command, config={**run.config, "lr": 0.1})
     found = trend(run)
     assert found is not None
-    said = summary(replace(run, record=record), replace(found, state=state))
+    run = replace(run, record=record, last={**run.last, "loss": loss})
+    said = summary(run, replace(found, state="falling"), going=False)
     assert (check_command(said.command), said.then) == (name, then)
 
 
@@ -159,7 +165,7 @@ def test_runs_without_a_checkpoint_are_not_proposed_to_sample(
     failed = shutil.copytree(runs[0], tmp_path / "failed")
     shutil.rmtree(failed / "checkpoints")
     compared = histories([runs[0], failed])
-    _, command = next_of_several(rank(compared)[0], compared)
+    _, command = next_of_several(rank(compared)[0], compared, [False, False])
     assert (str(runs[0]) in command, str(failed) in command) == (True, False)
 
 
@@ -189,14 +195,14 @@ def test_no_command_to_copy_runs_a_program_of_the_runs(
     found = trend(run)
     assert found is not None
     falling = replace(found, state="falling")
-    said = summary(replace(run, record=record), falling)
+    said = summary(replace(run, record=record), falling, going=False)
     assert said.then in {
         "Resume, if it is not running (its --on-event is left out)",
         "Train twice as long (its --on-event is left out)",
     }
     assert said.command.startswith(shlex.join(["xlsd-train", *run.record.command[1:3]]))
     assert "harm" not in said.command
-    assert "left out" not in summary(run, falling).then
+    assert "left out" not in summary(run, falling, going=False).then
 
 
 def test_changes_by_noise_are_paired_and_on_one_scale(runs: list[Path]) -> None:
@@ -293,7 +299,70 @@ def test_damaged_lines_are_skipped_and_counted(runs: list[Path], tmp_path: Path)
     page = Page(run / "report.html")
     (raw,) = page.lines("loss", "each step")
     assert raw["x"] == [1, 2, 3, 4]
-    assert page.row("facts", "logs") == ["1 lines skipped: no valid JSON"]
+    assert "Left out: 1 line of its logs: no valid JSON." in page.text
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk" * 40, None])
+def test_damaged_losses_and_pictures_are_left_out_and_said_to_be(
+    runs: list[Path], tmp_path: Path, damage: bytes | None, capsys: Out
+) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    losses, picture = (
+        run / name
+        for name in ("validation/step-00000004.safetensors", "samples/step-00000004/00.png")
+    )
+    picture.with_suffix(".webp").unlink()
+    for path in (losses, picture):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert train("report", run) == 0
+    page = Page(run / "report.html")
+    told = "validation losses that cannot be read: validation/step-00000004.safetensors"
+    assert f"Left out: {told}." in page.text
+    assert f"warning: run: left out of the report: {told}" in capsys.readouterr().err
+    assert "Left out: damaged pictures, 1." in page.text
+    assert page.sheets["0 4"][0] is None
+    assert len(page.data["charts"]) == 8
+    found = trend(histories([run])[0])
+    assert found is not None
+    assert found.steps == [0, 2]
+    assert train("report", run, runs[0], "-o", tmp_path / "both.html") == 0
+    assert f"Left out: run: {told}." in Page(tmp_path / "both.html").text
+
+
+def test_of_a_run_that_goes_on_its_newest_checkpoint_is_proposed(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    record = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**record, "planned_steps": 9}))
+
+    def proposed(quiet_s: float, ended: bool = False) -> tuple[str, str]:
+        (run / "metrics.jsonl").touch()
+        at = time.time() - quiet_s
+        os.utime(run / "metrics.jsonl", (at, at))
+        (command,) = Page(write_page(histories([run]), run / "report.html", ended)).commands
+        return check_command(command), command
+
+    assert proposed(5)[0] == proposed(-5)[0] == "sample"
+    assert proposed(5, ended=True)[0] == proposed(5000)[0] == proposed(-5000)[0] == "train"
+    shutil.rmtree(run / "checkpoints")
+    assert proposed(5)[0] == "train"
+    assert "If you stop it with Ctrl-C, which saves, resume" in Page(run / "report.html").text
+
+
+def test_a_first_step_that_is_not_finite_is_not_the_rates_fault(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    shutil.rmtree(run / "validation")
+    (run / "validation.jsonl").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "grad_norm": 1.0}\n')
+    assert train("report", run) == 0
+    page = Page(run / "report.html")
+    assert "It diverged: at step 1 the loss is not finite." in page.text
+    (command,) = page.commands
+    assert shlex.split(command)[:2] == ["xlsd-cache", "check"]
 
 
 def test_a_run_that_has_just_started_has_a_page(runs: list[Path], tmp_path: Path) -> None:
@@ -392,3 +461,14 @@ def test_a_failing_report_does_not_fail_the_run(
     said = printed(capsys)
     assert f"all else is saved. `xlsd-train report {run}` writes it" in said
     assert len(checkpoints(run)) == 1
+
+
+def test_damaged_losses_end_no_run(
+    runs: list[Path], arguments: list[object], tmp_path: Path, capsys: Out
+) -> None:
+    run = Path(shutil.copytree(runs[1], tmp_path / "run"))
+    (run / "validation/step-00000002.safetensors").write_bytes(b"junk")
+    assert train(*arguments, "--lr", 2.0, "--out", run) == 0
+    said = capsys.readouterr().err
+    assert "left out of the report: validation losses that cannot be read" in said
+    assert "best on held-out images: step 4" in said

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import xlsd_train.report.summary
 import xlsd_train.report.trend
 from xlsd_train.report.trend import Trend, shown_validations, trend
 from xlsd_train.runs.bootstrap import summary
@@ -37,7 +38,6 @@ def of(folder: Path, levels: dict[int, float], images: int = 60) -> Trend | None
         ((1.0, 0.8, 0.7, 0.8, 0.9), "rising", "above step 200"),
         ((1.0, 0.7, 0.69, 0.68, 0.70), "rising", "above step 300"),
         ((1.0, 0.9), "unknown", "Too few validations"),
-        ((1.0, 0.9, 0.8, math.nan), "diverged", "at step 300 the loss is not finite"),
     ],
 )
 def test_the_verdict_is_about_the_whole_curve(
@@ -64,6 +64,17 @@ def test_of_many_validations_the_best_finite_one_is_shown(
     of(tmp_path, {0: math.nan, **{100 * i: 1.0 for i in range(1, 12)}, 500: 0.5}, images=8)
     shown = [line["step"] for line in shown_validations(histories([tmp_path])[0], "live")]
     assert (shown[0], shown[-1], 500 in shown, len(shown)) == (0, 1100, True, 4)
+
+
+@pytest.mark.parametrize("levels", [(1.0, 0.9, 0.8, math.nan), (1.0, math.nan), (math.nan,)])
+def test_a_newest_validation_that_is_not_finite_is_a_divergence(
+    tmp_path: Path, levels: tuple[float, ...]
+) -> None:
+    of(tmp_path, {100 * i: level for i, level in enumerate(levels)})
+    (run,) = histories([tmp_path])
+    last = 100 * (len(levels) - 1)
+    said = f"It diverged: at step {last} the held-out loss is not finite."
+    assert xlsd_train.report.summary.summary(run, trend(run), going=True).verdict[-1] == said
 
 
 def test_of_one_validation_there_is_no_trend(tmp_path: Path) -> None:

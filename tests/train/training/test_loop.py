@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import re
@@ -29,6 +30,7 @@ from tests.support import (
     wait_for,
     write_images,
 )
+from tests.support.report_page import Page
 from tests.support.sessions import Open, slow_train
 from xlsd_cache.console.terminal import start
 from xlsd_cache.dataset.batch_order import Slot
@@ -549,7 +551,11 @@ def test_a_loss_gone_wrong_ends_the_run_and_keeps_the_last_checkpoint(
     assert train("--phase", "unet", *arguments, "--out", tmp_path / "run") == 1
     assert f"the loss of step {step} is nan" in capsys.readouterr().err
     assert checkpoints(tmp_path / "run")[-1].name == "step-00000003"
-    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, step))
+    logged = metrics(tmp_path / "run")
+    assert [line["step"] for line in logged] == list(range(1, step + 1))
+    assert [math.isfinite(line["loss"]) for line in logged] == [True] * (step - 1) + [False]
+    page = Page(tmp_path / "run/report.html")
+    assert f"It diverged: at step {step} the loss is not finite." in page.text
 
 
 def small_disk(limit: int, *args: object) -> int:

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from xlsd_cache.errors import UserError
-from xlsd_train.training.meter import SMOOTHING, FailureWatch, Meter
+from xlsd_train.training.meter import SMOOTHING, FailureWatch, Meter, require_finite
 
 
 def test_each_step_has_its_own_time_though_it_is_told_late(
@@ -41,11 +42,23 @@ def test_smoothing_needs_no_start_up_correction() -> None:
     assert lines[-1]["loss_smoothed"] == pytest.approx(expected)
 
 
-def test_a_loss_that_is_not_finite_is_found_before_anything_is_kept() -> None:
-    meter = Meter([0.0, 0.0])
-    meter.add({"step": 7}, 1, torch.tensor(torch.nan), torch.tensor(0.0))
-    with pytest.raises(UserError, match="the loss of step 7 is nan; the step was not saved"):
-        meter.flush()
+@pytest.mark.parametrize(
+    ("loss", "norm", "told"),
+    [
+        (math.nan, 0.0, "the loss of step 7 is nan; the step was not saved"),
+        (1.0, math.inf, "the gradient norm of step 7 is inf"),
+    ],
+)
+def test_a_step_that_is_not_finite_is_found_and_not_smoothed(
+    tmp_path: Path, loss: float, norm: float, told: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"config": {}, "settings": {}, "stores": []}')
+    meter = Meter([0.5, 1.0])
+    meter.add({"step": 7}, 1, torch.tensor(loss), torch.tensor(norm))
+    (line,) = meter.flush()
+    assert ("loss_smoothed" in line, meter.smoothed) == (False, [0.5, 1.0])
+    with pytest.raises(UserError, match=told):
+        require_finite(line, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -68,17 +81,8 @@ def test_what_is_advised_is_possible(
         state = tmp_path / "checkpoints/step-00000004/state.json"
         state.parent.mkdir(parents=True)
         state.write_text("{}")
-    meter = Meter([0.0, 0.0], tmp_path)
-    meter.add({"step": step}, 1, torch.tensor(torch.inf), torch.tensor(0.0))
     with pytest.raises(UserError, match=f"the loss of step {step} is inf.*{told}"):
-        meter.flush()
-
-
-def test_a_gradient_that_is_not_finite_is_found_as_well() -> None:
-    meter = Meter([0.0, 0.0])
-    meter.add({"step": 7}, 1, torch.tensor(1.0), torch.tensor(torch.inf))
-    with pytest.raises(UserError, match="the gradient norm of step 7 is inf"):
-        meter.flush()
+        require_finite({"step": step, "loss": math.inf}, tmp_path)
 
 
 class Stream:
