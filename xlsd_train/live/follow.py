@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from xlsd_cache.pages.render import short
 from xlsd_cache.runtime.bounded_files import open_regular, parse_json
 from xlsd_train.runs.json_files import misfit
-from xlsd_train.runs.layout import CHECKPOINTS, METRICS_LOG, VALIDATION_LOG, grid_of
+from xlsd_train.runs.layout import CHECKPOINTS, CONFIG, METRICS_LOG, VALIDATION_LOG, grid_of
 from xlsd_train.runs.metrics import CHARTED
 
 Advance = tuple[str, dict[str, Any], "Position"]
@@ -31,7 +31,7 @@ _ID = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20}){4}(_[0-9]{1,20}(\.[0-9]{1,20}){4})
 class Position(NamedTuple):
     """How far a reader is in a run."""
 
-    log: int  # inode of the metrics' file, which resuming replaces
+    log: int  # which file: its inode, which resuming replaces, and when the run began
     metrics: int  # bytes of whole lines
     validation: int
     samples: int  # ns
@@ -47,8 +47,9 @@ class Position(NamedTuple):
         """The same; the last line of the metrics may be unfinished."""
         log, validation = _stat(run / METRICS_LOG), _stat(run / VALIDATION_LOG)
         grid, saved = _stat(grid_of(run)), _stat(run / CHECKPOINTS)
+        config = _stat(run / CONFIG)
         return cls(
-            log.st_ino if log else 0,
+            log.st_ino ^ (config.st_mtime_ns if config else 0) if log else 0,
             log.st_size if log else 0,
             validation.st_size if validation else 0,
             grid.st_mtime_ns if grid else 0,  # written last of a step's samples

@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +46,9 @@ def live(config: LiveConfig) -> None:
     server: uvicorn.Server
     app = application(runs, host, lambda: server.should_exit)
     server = http_server(app)
-    with listening, suppress(KeyboardInterrupt):  # which uvicorn raises again at its end
+    for number in (signal.SIGINT, signal.SIGTERM):  # also before uvicorn has its own handlers
+        signal.signal(number, server.handle_exit)
+    with listening:
         say(f"http://{host}:{listening.getsockname()[1]}/")
         sys.stdout.flush()  # a script may wait for it
         log.info("Ctrl-C ends it; the runs are only read")

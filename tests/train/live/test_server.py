@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,31 @@ def test_a_log_that_was_replaced_and_grew_again_is_told(run: Path) -> None:
             assert next(found).name == "reset"
             append(run, 14, 1)
             assert next(found).data["columns"]["step"] == [14]
+
+
+def test_a_run_that_was_started_anew_under_its_name_is_told(run: Path) -> None:
+    """Its log may get the inode of the old one's, and grow beyond it."""
+    with serving(run) as it:
+        begin = begin_of(get(it.url)[1])
+        (run / "config.json").write_bytes((run / "config.json").read_bytes())
+        (run / "metrics.jsonl").write_bytes(b"")  # the same inode
+        append(run, 1, 50)
+        with events(it.url, begin) as found:
+            assert next(found).name == "reset"
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_signal_ends_the_server_though_readers_are_slow(run: Path, number: int) -> None:
+    append(run, 4, 100_000)
+    with serving(run) as it, ExitStack() as open_:
+        address = "127.0.0.1", int(it.url.rstrip("/").rpartition(":")[2])
+        for begin in ("0.0.0.0.0", to_id([Position.of(run)])):
+            client = open_.enter_context(socket.create_connection(address))
+            client.sendall(f"GET /events?from={begin} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            assert client.recv(9) == b"HTTP/1.1 "
+        server = psutil.Process(it.pid)
+        server.send_signal(number)
+        wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE)  # `serving` checks its code
 
 
 def test_a_refresh_reads_only_what_was_appended(run: Path) -> None:
