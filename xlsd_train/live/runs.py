@@ -58,10 +58,10 @@ def is_gone(folder: Path) -> bool:
 
 def _runs_in(folder: Path) -> list[Path]:
     """A run itself, or the runs in a folder of them, e.g. of a sweep, once they log steps."""
-    if not is_gone(folder):
-        return [folder]
     try:
+        if (folder / CONFIG).exists():
+            return [folder]
         paths = sorted(path for path in folder.iterdir() if not path.is_symlink())
         return [path for path in paths if not is_gone(path) and (path / METRICS_LOG).is_file()]
-    except OSError:  # no folder, or one that is being deleted
+    except OSError:  # no folder, or one that is being deleted, or may no longer be read
         return []
