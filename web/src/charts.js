@@ -32,6 +32,7 @@ export function startCharts(data) {
     for (const chart of some.filter(it => it.stale)) {
       chart.stale = false;
       chart.plot.setData(tableOf(chart));
+      if (chart.at != null) point(chart);
     }
   }
 
@@ -200,8 +201,8 @@ export function startCharts(data) {
   // The values of all lines at the cursor, in words.
   function tell(chart, u) {
     const { left, event } = u.cursor;
-    if (!(left >= 0) || !(event || chart.byKey)) return hide(chart);
-    const at = u.posToVal(left, "x"), lines = chart.lines.filter(line => line.shown);
+    if (!(left >= 0) || !(event || chart.at != null)) return hide(chart);
+    const at = chart.at ?? u.posToVal(left, "x"), lines = chart.lines.filter(line => line.shown);
     if (!lines.length) return hide(chart);
     const index = lines.map(line => nearest(line.at, at));
     const head = stepWords(axes[lines[0].run] ?? {}, lines[0].x[index[0]]);
@@ -214,7 +215,7 @@ export function startCharts(data) {
     const room = u.over.clientWidth + u.over.offsetLeft, x = left + u.over.offsetLeft;
     const { offsetWidth } = tip;
     tip.style.left = `${Math.max(0, x + 14 + offsetWidth < room ? x + 14 : x - 14 - offsetWidth)}px`;
-    if (chart.byKey) announce([head, ...rows].join("; "));
+    chart.words = [head, ...rows].join("; ");
   }
 
   function say(chart, line, i, step) {
@@ -228,13 +229,18 @@ export function startCharts(data) {
 
   function hide(chart) {
     if (chart.tip) chart.tip.hidden = true;
-    chart.byKey = false;
+    chart.at = null;
+  }
+
+  // The cursor goes to the value that a key chose; it stays there when points come.
+  function point({ plot, at }) {
+    plot.setCursor({ left: Math.min(Math.max(plot.valToPos(at, "x"), 0), plot.over.clientWidth - 1), top: 10 });
   }
 
   function key(chart, event) {
     refresh([chart]);
     const { plot } = chart, [min, max] = view.range ?? view.full, span = max - min;
-    const at = plot.cursor.left >= 0 ? plot.posToVal(plot.cursor.left, "x") : max;
+    const at = chart.at ?? (plot.cursor.left >= 0 ? plot.posToVal(plot.cursor.left, "x") : max);
     const move = { ArrowLeft: at - span / 100, ArrowRight: at + span / 100, Home: min, End: max }[event.key];
     const half = { "+": span / 4, "-": span }[event.key];
     if (half) zoom([at - half, at + half]);
@@ -243,9 +249,10 @@ export function startCharts(data) {
     else if (move === undefined) return;
     event.preventDefault();
     event.stopPropagation();
-    chart.byKey = true;
-    const to = Math.min(Math.max(move ?? at, min), max);
-    plot.setCursor({ left: Math.min(plot.valToPos(to, "x"), plot.over.clientWidth - 1), top: 10 });
+    const [first, last] = view.range ?? view.full;
+    chart.at = Math.min(Math.max(move ?? at, first), last);
+    point(chart);
+    announce(chart.words);
   }
 
   if (!charts.length) return api;
@@ -309,6 +316,7 @@ export function startCharts(data) {
     sight.observe(chart.figure);
     place.addEventListener("keydown", event => key(chart, event));
     place.addEventListener("blur", () => hide(chart));
+    place.addEventListener("mousemove", () => { chart.at = null; }, true); // the pointer takes over
     for (const button of chart.figure.querySelectorAll("[data-line]")) {
       button.addEventListener("click", () => toggle(button, [chart.lines[button.dataset.line]], [chart]));
     }

@@ -176,8 +176,14 @@ def test_charts_are_drawn_in_sight_and_the_page_says_when_the_server_is_gone(
             "([it, before]) => it.querySelector('canvas').toDataURL() !== before",
             arg=[last.element_handle(), before],
         )
+        first = page.locator(".plot").first
+        first.focus()
+        page.keyboard.press("End")
+        expect(first.locator(".tip")).to_contain_text("step 6")
         append(run, 7, 3)
         expect(live).to_contain_text("finished", timeout=WAIT_MS)
+        page.wait_for_timeout(3000)
+        expect(first.locator(".tip")).to_contain_text("step 6")  # where the keys chose
         server.__exit__(None, None, None)
         expect(live).to_contain_text("no connection", timeout=WAIT_MS)
         page.goto("about:blank")
