@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from threading import Event, Thread
 from typing import Any
 
@@ -59,7 +60,24 @@ def progress_bar(*args: Any, disable: bool | None = False, **options: Any) -> An
     if UserError.names_flags and not disable and not draws_bars():
         rare = {"file": _Lines(), "mininterval": LINE_S, "delay": LINE_S, "bar_format": _LINE}
         options |= {"miniters": 1, **rare}
-    return tqdm(*args, disable=disable if UserError.names_flags else True, **options)
+    options |= {"dynamic_ncols": True, "disable": disable if UserError.names_flags else True}
+    bar = tqdm(*args, **options)
+    if draws_bars():
+        bar.sp = partial(_draw, bar)
+    return bar
+
+
+def _draw(bar: Any, text: str) -> None:
+    """Write a bar's line, padded to the terminal's width, and leave the cursor at its start.
+
+    Tqdm pads to the width of the line before, which wraps in a terminal that became narrower; and
+    behind a long line the ^C of a terminal would wrap.
+    """
+    from tqdm.utils import disp_len
+
+    blank = (bar.format_dict["ncols"] or 80) - 1 - disp_len(text)
+    bar.fp.write("\r" + text + " " * blank + "\r")
+    bar.fp.flush()
 
 
 class _Lines:

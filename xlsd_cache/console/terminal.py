@@ -175,8 +175,9 @@ def start() -> None:
                 io.BufferedWriter(_streams[-1]),
                 encoding=getattr(stream, "encoding", "utf-8"),
                 errors="backslashreplace",
-                line_buffering=getattr(stream, "line_buffering", True),
-                write_through=getattr(stream, "write_through", False),
+                # Python's unbuffered mode (PYTHONUNBUFFERED) has write_through instead.
+                line_buffering=getattr(stream, "line_buffering", True)
+                or getattr(stream, "write_through", False),
             )
             setattr(sys, name, replaced)
         elif isinstance(stream, io.TextIOWrapper):
@@ -215,6 +216,7 @@ def run(name: str, command: Callable[[], int], stopped: str = "stopped at once")
             with as_command_line():
                 code = _code_of(name, command, stopped)
         finally:
+            _end_by_ctrl_c()
             sys.stdout.flush()
     except BrokenPipeError:
         if not _refused(errno.EPIPE):  # of another pipe: a bug
@@ -242,6 +244,7 @@ def _code_of(name: str, command: Callable[[], int], stopped: str) -> int:
         _tell(f"{name}: {error.filename}: {error.strerror}; fix that, or give another path")
         return 1
     except KeyboardInterrupt:
+        _end_by_ctrl_c()
         _tell(f"{name}: {stopped}")
         return 130
 
@@ -259,6 +262,12 @@ def _say_refused(name: str) -> bool:
         return False
     _tell(f"{name}: cannot write to stdout: {error.strerror}")
     return True
+
+
+def _end_by_ctrl_c() -> None:
+    """Let a further Ctrl-C end a program's process at once, without a traceback of its exit."""
+    if _streams and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_by_sigpipe() -> None:

@@ -20,14 +20,15 @@ SIGNALS = tuple(
 class StopSignal:
     """Records the first stop signal in a `with` block; a second Ctrl-C raises KeyboardInterrupt.
 
-    With `answer`, a text printed to stderr at the first signal, a second Ctrl-C ends the process at
-    once instead, whatever its threads are doing: for work that may be killed at any moment.
+    `answer` is a text printed to stderr at the first signal. With it, and unless `raises`, a second
+    Ctrl-C ends the process at once instead, whatever its threads are doing: for work that may be
+    killed at any moment.
     """
 
-    def __init__(self, answer: str = "") -> None:
+    def __init__(self, answer: str = "", raises: bool = False) -> None:
         self.asked = 0  # the first signal's number; 0: none yet
         self._typed = False  # Ctrl-C
-        self._answer = answer
+        self._answer, self._raises = answer, raises or not answer
         self._before: dict[int, Any] = {}
 
     @property
@@ -49,10 +50,10 @@ class StopSignal:
     def _ask(self, number: int, _: FrameType | None) -> None:
         typed = number == signal.SIGINT
         if typed and self._typed:
-            if self._answer:
-                _tell("xlsd-cache: stopped at once")
-                os._exit(128 + number)
-            raise KeyboardInterrupt
+            if self._raises:
+                raise KeyboardInterrupt
+            _tell("xlsd-cache: stopped at once")
+            os._exit(128 + number)
         self._typed |= typed
         if not self.asked:
             self.asked = number
@@ -61,6 +62,7 @@ class StopSignal:
 
 
 def _tell(text: str) -> None:
-    """Write a line below a progress bar. Not by print, whose buffer may be in use here."""
+    """Write a line, over a progress bar. Not by print, whose buffer may be in use here."""
     with suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        over = f"\r{text.ljust(os.get_terminal_size(2).columns - 1)}" if os.isatty(2) else text
+        os.write(2, f"{over}\n".encode())

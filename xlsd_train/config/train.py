@@ -174,7 +174,8 @@ class RunOptions(CheckedOptions):
             ) from error
         if not words or shutil.which(words[0]) is None:
             raise UserError(
-                f"--on-event {self.on_event!r}: there is no such program; give e.g. 'sh notify.sh'"
+                f"--on-event {self.on_event!r}: there is no such program, or no right to run it; "
+                f"give e.g. 'sh notify.sh'"
             )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from xlsd_train.report.page import leave_report
 log = logging.getLogger("xlsd.train.progress")
 
 TIMEOUT_S = 60.0  # of a command
+POLL_S, LOGGED_S = 0.05, 2.0  # looks whether a command ended; waits without a line in the log
+MOST_BLOCKS = 2**15  # of 512 bytes: of a command's output on the disk
 SHARE = 0.02  # of the time that rewriting the report may take
 ROOM = 2  # checkpoints; with less room the disk is low
 
@@ -30,7 +33,8 @@ class Events:
     """The events of one run; a context manager, which tells a failure of its block.
 
     Commands run one after another in a thread. At most one event of each name waits: a newer one
-    takes its place.
+    takes its place. The first command that fails and the first event that is skipped are logged,
+    and at the end how many there were.
     """
 
     def __init__(self, folder: Path, command: str | None, main: bool = True) -> None:
@@ -41,6 +45,8 @@ class Events:
         self._waiting: dict[str, Mapping[str, str]] = {}  # name -> environment
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._counts = Counter[str]()  # commands run and failed, events skipped
         self._low = False
         self._refresh_at = 0.0
 
@@ -52,8 +58,7 @@ class Events:
     ) -> None:
         if isinstance(error, Exception):
             self.tell("failed", self._step, str(error))
-        if error is None or isinstance(error, Exception):
-            self._finish()
+        self._finish(0 if error and not isinstance(error, Exception) else 2 * TIMEOUT_S)
 
     def tell(self, name: str, step: int, message: str, path: Path | None = None) -> None:
         """Run the command for an event; returns at once."""
@@ -69,7 +74,7 @@ class Events:
         }
         with self._lock:
             if self._waiting.pop(name, None):
-                log.warning(f"--on-event: an older event {name} is skipped: the command is slower")
+                self._count("skipped", f"an older event {name} is skipped: the command is slower")
             self._waiting[name] = told
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True)
@@ -111,45 +116,67 @@ class Events:
         while True:
             with self._lock:
                 name = next(iter(self._waiting), None)
-                if name is None:
+                if name is None or self._ended.is_set():
                     self._thread = None
                     return
                 told = self._waiting.pop(name)
-            if why := run_command(self._words, told):
-                log.warning(f"--on-event {name}: {shlex.join(self._words)} {why}")
+            self._counts["run"] += 1
+            if why := run_command(self._words, told, self._ended):
+                self._count("failed", f"{name}: {shlex.join(self._words)} {why}")
 
-    def _finish(self) -> None:
-        """Wait for the commands, a limited time."""
+    def _count(self, what: str, text: str) -> None:
+        """Count a failure, and log the first of its kind."""
+        self._counts[what] += 1
+        if self._counts[what] == 1:
+            log.warning(f"--on-event {text} (later ones are only counted)")
+
+    def _finish(self, wait_s: float) -> None:
+        """Wait for the commands, a limited time, and end the one that still runs."""
         with self._lock:
             thread = self._thread
-        if thread is None:
-            return
-        thread.join(2 * TIMEOUT_S)
+        if thread is not None:
+            thread.join(min(wait_s, LOGGED_S))
+            if thread.is_alive() and wait_s:
+                log.info(f"waiting for --on-event, at most {wait_s:g} s")
+                thread.join(wait_s)
+            self._ended.set()
+            thread.join()
         if skipped := list(self._waiting):
             log.warning(f"--on-event: no time was left for {', '.join(skipped)}")
+        if max(self._counts["failed"], self._counts["skipped"]) > 1:
+            log.warning(
+                f"--on-event: {self._counts['failed']} of {self._counts['run']} commands failed, "
+                f"{self._counts['skipped']} events skipped"
+            )
 
 
-def run_command(words: list[str], told: Mapping[str, str]) -> str | None:
+def run_command(
+    words: list[str], told: Mapping[str, str], ended: threading.Event | None = None
+) -> str | None:
     """Run a command in a session of its own; returns why it failed, or None.
 
-    Ctrl-C in the training's terminal does not reach it.
+    Ctrl-C in the training's terminal does not reach it. It is killed after TIMEOUT_S, and when
+    `ended` is set. Of what it prints only the end is kept.
     """
-    with tempfile.TemporaryFile() as output:
-        try:
+    ended, end = ended or threading.Event(), time.monotonic() + TIMEOUT_S
+    try:
+        with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(  # noqa: S603 - the user's own command
                 words, env={**os.environ, **told}, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=output, start_new_session=True,
             )  # fmt: skip
-        except OSError as error:
-            return f"did not start: {error}"
-        try:
-            code = process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            kill(process)
-            return f"was killed after {TIMEOUT_S:g} s"
-        output.seek(max(0, output.seek(0, os.SEEK_END) - 200))
-        text = output.read().decode(errors="replace").strip()
-        return f"ended with code {code}: {text}" if code else None
+            while (code := process.poll()) is None:
+                if time.monotonic() > end or ended.is_set():
+                    kill(process)
+                    return "was killed" + ("" if ended.is_set() else f" after {TIMEOUT_S:g} s")
+                if os.fstat(output.fileno()).st_blocks > MOST_BLOCKS:
+                    output.truncate(0)  # the command writes on behind a hole, which takes no room
+                ended.wait(POLL_S)
+            output.seek(max(0, output.seek(0, os.SEEK_END) - 200))
+            text = output.read().decode(errors="replace").strip("\0\r\n ")
+    except (OSError, ValueError) as error:  # no such program; no room for the output
+        return f"did not start: {error}"
+    return f"ended with code {code}: {text or 'it printed nothing'}" if code else None
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -58,7 +58,7 @@ class Status:
 
     def __enter__(self) -> "Status":
         if self.main and draws_bars():
-            bar = progress_bar(total=0, leave=False, bar_format=" ", dynamic_ncols=True)
+            bar = progress_bar(total=0, leave=False, bar_format=" ")
             self._bar = self._shown.enter_context(bar)
             self._shown.enter_context(ticking(self.show))
             self.show()
@@ -149,6 +149,7 @@ class Status:
     def ended(self, name: str, step: int, planned: int, checkpoint: Path | None) -> None:
         """Tell that the run is done, or stopped."""
         self._tell(name, f"step {step} of {planned}", step, checkpoint, checkpoint=checkpoint)
+        self.doing("finishing")  # --on-event and W&B may take a while
 
     def refresh_report(self) -> None:
         """Rewrite the report on the disk, if that takes little of the time."""

@@ -30,6 +30,7 @@ from xlsd_train.training.meter import FailureWatch, Meter, require_finite
 from xlsd_train.training.results import log_results
 from xlsd_train.training.session import Session, open_session
 
+STOPPING = "xlsd-train: stopping with a checkpoint; press Ctrl-C again to stop without"
 Watches = tuple[PlateauWatch, Pace, FailureWatch]  # they read the metrics and log
 
 
@@ -51,7 +52,7 @@ def train(config: TrainConfig, command: Sequence[str] = (), status: Status | Non
     """
     with (
         open_session(config, command, status or Status()) as session,
-        StopSignal() as stop,
+        StopSignal(STOPPING if session.main else "", raises=True) as stop,
         session.events,
         _tracked(session),
     ):

@@ -127,6 +127,29 @@ def test_what_is_made_is_made_without_a_reader(store: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's")
+def script(code: str, **options: Any) -> Any:
+    """Lines of Python, after those that prepare a program's streams."""
+    words = [sys.executable, "-c", f"from xlsd_cache.console.terminal import *\nstart()\n{code}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(words, check=False, **{**pipes, **options})
+
+
+def test_without_buffers_text_is_written_at_once() -> None:
+    """By a process that has no time to flush; images of containers set this variable."""
+    code = "print('data')\nprint('a line', file=sys.stderr)\nos._exit(0)"
+    done = script(code, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert (done.stdout, done.stderr) == (b"data\n", b"a line\n")
+
+
+@pytest.mark.parametrize("command", ["lambda: 0", "lambda: signal.raise_signal(signal.SIGINT)"])
+def test_ctrl_c_while_a_process_ends_prints_no_traceback(command: str) -> None:
+    """Here its last moment: what libraries do at exit."""
+    late = "import atexit\natexit.register(signal.raise_signal, signal.SIGINT)"
+    done = script(f"{late}\nsys.exit(run('prog', {command}))")
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr in {b"", b"prog: stopped at once\n"}
+
+
 def test_a_full_device_is_one_sentence() -> None:
     with Path("/dev/full").open("wb") as full:
         done = program("--help", stdout=full)

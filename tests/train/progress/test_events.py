@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from tests.support import files, spawn, together, train, wait_for
@@ -22,6 +26,7 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import BatchSource
 from xlsd_train.progress import events
 from xlsd_train.progress.events import Events, run_command
+from xlsd_train.training.loop import STOPPING
 
 Arguments = list[object]
 
@@ -85,6 +90,7 @@ def test_a_signal_tells_that_the_run_is_stopped(
     assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert [line[0] for line in lines(told)] == ["saved", "stopped"]
     assert lines(told)[-1][4].endswith(" of 1000")
+    assert f"{STOPPING}\n" in (tmp_path / "log").read_text()
 
 
 def test_a_failed_run_tells_why(
@@ -114,15 +120,16 @@ def test_of_two_processes_only_the_first_tells(
     assert [line[0] for line in lines(told)] == ["saved", "done"]
 
 
-def test_a_command_that_fails_is_a_line_in_the_log(
+def test_commands_that_fail_are_two_lines_in_the_log(
     arguments: Arguments, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = "import sys; print('no mail', file=sys.stderr); sys.exit(3)"
     command = shlex.join([sys.executable, "-c", code])
-    assert train(*arguments, "--save-every", 6, "--on-event", command) == 0
-    said = capsys.readouterr().err
-    assert "--on-event saved: " in said
-    assert "ended with code 3: no mail" in said
+    assert train(*arguments, "--on-event", command) == 0
+    first, last = (x for x in capsys.readouterr().err.splitlines() if "warning: --on-event" in x)
+    assert first.startswith("warning: --on-event saved: ")
+    assert "ended with code 3: no mail" in first
+    assert re.search("of [2-4] commands failed, [012] events skipped$", last)
 
 
 def test_a_command_that_hangs_is_killed_with_its_children(
@@ -139,6 +146,48 @@ def test_a_command_that_hangs_is_killed_with_its_children(
 
     wait_for(gone)
     assert run_command([str(tmp_path / "nothing")], {}) is not None
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_no_command_outlives_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
+) -> None:
+    """Neither one for which no time was left, nor one that runs at a second Ctrl-C."""
+    monkeypatch.setattr(events, "TIMEOUT_S", 60 if error else 0.2)
+    pids = tmp_path / "pids"
+    hangs = shlex.join(["sh", "-c", f"echo $$ >> {shlex.quote(str(pids))}; exec sleep 600"])
+    with suppress(KeyboardInterrupt), Events(tmp_path, hangs) as it:
+        for name in ("sampled", "validated", "saved", "stopped"):
+            it.tell(name, 1, "")
+        wait_for(pids.exists)
+        if error:
+            raise error
+    begun = [int(pid) for pid in pids.read_text().split()]
+    assert begun
+    assert not any(map(psutil.pid_exists, begun))
+
+
+def test_a_command_without_room_for_its_output_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And one whose environment the system refuses."""
+    assert str(run_command(["true"], {"XLSD_MESSAGE": "\ud800"})).startswith("did not start: ")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    assert str(run_command(["true"], {})).startswith("did not start: ")
+
+
+def test_what_a_command_prints_does_not_fill_the_disk() -> None:
+    """It prints until its output takes less room than before."""
+    code = """if True:
+        import os, time
+        for _ in range(500):
+            before = os.fstat(1).st_blocks
+            os.write(1, b"x" * 2**20)
+            time.sleep(0.01)
+            if os.fstat(1).st_blocks < before:
+                raise SystemExit("the last words")
+    """
+    assert run_command([sys.executable, "-c", code], {}) == "ended with code 1: the last words"
 
 
 def test_events_never_wait_for_a_slow_command(tmp_path: Path) -> None:
