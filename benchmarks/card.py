@@ -33,7 +33,7 @@ from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_bytes, write_json
 from xlsd_cache.runtime.device import deterministic, device_of, set_precision
-from xlsd_train.memory.planner import cap_card
+from xlsd_train.memory.choose import cap_card
 
 Part = Literal[
     "strict", "attention", "room", "measured", "encode", "determinism", "peaks", "speed", "kernels",

@@ -56,8 +56,9 @@ from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.captions import CaptionColumns
 from xlsd_train.data.loader import Batch, BatchSource, Loader
 from xlsd_train.data.noise import Noising
+from xlsd_train.memory.choose import asked, cap_card, memory_limit
 from xlsd_train.memory.measure import Measuring
-from xlsd_train.memory.planner import GIB, SLICES, Planner, asked, cap_card, memory_limit
+from xlsd_train.memory.planner import GIB, SLICES, Planner
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.step.step import Step

@@ -31,7 +31,8 @@ import xlsd_cache.images.decode
 from benchmarks.lib.machine import machine
 from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import DRAFT_MARGIN, FORMATS, Pixels, decode, read_header
+from xlsd_cache.images.decode import DRAFT_MARGIN, Pixels, decode
+from xlsd_cache.images.header import FORMATS, read_header
 from xlsd_cache.images.sandbox import Sandbox
 from xlsd_cache.outcomes import Rejected
 

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from benchmarks.card_parts.bench import Bench, Results
+from xlsd_train.memory.choose import memory_limit
 from xlsd_train.memory.gpus import known_as
 from xlsd_train.memory.measure import Measuring, fastest
-from xlsd_train.memory.planner import REFERENCE, Planner, memory_limit
+from xlsd_train.memory.planner import REFERENCE, Planner
 from xlsd_train.step.backend import MemoryPlan
 
 

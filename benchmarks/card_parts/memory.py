@@ -7,7 +7,8 @@ from benchmarks.lib.allocations import peak_of
 from benchmarks.train.max_batch import whole
 from xlsd_cache.runtime.device import deterministic
 from xlsd_cache.runtime.gpu_memory import is_full
-from xlsd_train.memory.planner import GIB, KEEPING, memory_limit
+from xlsd_train.memory.choose import memory_limit
+from xlsd_train.memory.planner import GIB, KEEPING
 from xlsd_train.step.backend import MemoryPlan
 
 TINY_LIMIT = 30 * 2**20  # bytes above the smallest step

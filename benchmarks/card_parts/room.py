@@ -19,7 +19,7 @@ import tyro
 from benchmarks.card_parts.bench import Bench
 from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.runtime.device import deterministic, device_of, set_precision
-from xlsd_train.memory.planner import cap_card
+from xlsd_train.memory.choose import cap_card
 
 
 @dataclass(frozen=True)

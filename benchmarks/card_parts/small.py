@@ -7,7 +7,8 @@ import torch
 from benchmarks.card_parts.bench import Bench, Results
 from benchmarks.lib.allocations import peak_of
 from xlsd_cache.runtime.device import deterministic
-from xlsd_train.memory.planner import GIB, asked, cap_card, memory_limit
+from xlsd_train.memory.choose import asked, cap_card, memory_limit
+from xlsd_train.memory.planner import GIB
 from xlsd_train.optim.factory import settle
 from xlsd_train.step.backend import MemoryPlan
 

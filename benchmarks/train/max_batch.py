@@ -38,12 +38,13 @@ from xlsd_cache.vocabulary import Precision
 from xlsd_train.checkpoints.environment import peak_gib
 from xlsd_train.config.inputs import Phase
 from xlsd_train.config.train import TrainConfig
+from xlsd_train.memory.choose import cap_card, largest, memory_limit
 from xlsd_train.memory.meta_step import Size
-from xlsd_train.memory.planner import GIB, KEEPING, Planner, cap_card, largest, memory_limit
+from xlsd_train.memory.planner import GIB, KEEPING, Planner
 from xlsd_train.memory.trials import TrialBackend
 from xlsd_train.optim.lion import DLion
 from xlsd_train.step.backend import MemoryPlan, Way, drop_gradients
-from xlsd_train.step.layers import Attention
+from xlsd_train.step.blocks import Attention
 
 TOLERANCE = 3.0  # percent of error that a prediction may have
 COLUMNS = (

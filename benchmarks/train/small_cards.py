@@ -30,9 +30,10 @@ from benchmarks.train.max_batch import latents
 from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
+from xlsd_train.memory.choose import asked, memory_limit
+from xlsd_train.memory.footprint import CUBLAS
 from xlsd_train.memory.meta_step import Size
-from xlsd_train.memory.planner import GIB, Planner, Prediction, asked, memory_limit
-from xlsd_train.memory.tracker import CUBLAS
+from xlsd_train.memory.planner import GIB, Planner, Prediction
 from xlsd_train.model.bundle import Networks
 from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer

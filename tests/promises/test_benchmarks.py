@@ -15,7 +15,7 @@ from benchmarks.card import PARTS, previous_results
 from benchmarks.train.max_batch import nearest
 from tests.support import train
 from tests.support.browser import needed
-from xlsd_cache.images.decode import FORMATS
+from xlsd_cache.images.header import FORMATS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import cache, files, printed, spawn, sums, wait_for, write_images
 from xlsd_cache.encoding.encoder import Encoder
-from xlsd_cache.images.decode import read_header
+from xlsd_cache.images.header import read_header
 from xlsd_cache.planning import probe as headers
 from xlsd_cache.store.reader import LatentStore
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import MOST_PIXELS
+from xlsd_cache.images.header import MOST_PIXELS
 from xlsd_cache.runtime.atomic import write_json
 from xlsd_cache.runtime.bounded_files import read_json
 from xlsd_cache.store.manifest import Manifest

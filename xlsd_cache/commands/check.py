@@ -19,7 +19,8 @@ from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.compatibility import decoder_notice, load_vae_for
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.files.uri import read_source
-from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
+from xlsd_cache.images.decode import Pixels, decode
+from xlsd_cache.images.header import MOST_PIXELS
 from xlsd_cache.integrity.accounting import account
 from xlsd_cache.integrity.repair import Repaired, repair
 from xlsd_cache.integrity.shard_check import LISTED, Problem

@@ -17,7 +17,8 @@ from PIL import Image
 from xlsd_cache.commands.info import any_store, describe, size_words
 from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.files.uri import read_source
-from xlsd_cache.images.decode import MAX_PIXELS, max_bytes, shrunk
+from xlsd_cache.images.decode import shrunk
+from xlsd_cache.images.header import MAX_PIXELS, max_bytes
 from xlsd_cache.images.sandbox import decoders
 from xlsd_cache.integrity.accounting import Accounting, account, saved_outcomes
 from xlsd_cache.integrity.statistics import histogram, together, word_counts

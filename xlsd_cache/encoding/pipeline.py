@@ -18,7 +18,8 @@ from xlsd_cache.console.progress import draws_bars, event, progress_bar, ticking
 from xlsd_cache.encoding.encoder import Encoder
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import Stat, read_source, stat_source
-from xlsd_cache.images.decode import MAX_PIXELS, Pixels, decode, max_bytes, too_large
+from xlsd_cache.images.decode import Pixels, decode
+from xlsd_cache.images.header import MAX_PIXELS, max_bytes, too_large
 from xlsd_cache.images.sandbox import Sandbox, decoders
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.planning.units import PlannedUnits

@@ -1,32 +1,29 @@
 """Calls functions in child processes with limits of time and memory.
 
 Decoders are C code that reads untrusted files: a crash, a hang or a memory bomb must fail one call
-and not the run. A child imports only what the function needs, never torch, and exits when its pipe
-closes, as it does when the parent dies.
+and not the run.
 """
 
 import atexit
-import faulthandler
 import functools
 import logging
 import os
 import pickle
 import queue
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from threading import Thread
-from typing import IO, Any, TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 import psutil
 
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import MAX_PIXELS
+from xlsd_cache.images.child import read, write
+from xlsd_cache.images.header import MAX_PIXELS
 from xlsd_cache.outcomes import FAILURES, Rejected
 from xlsd_cache.runtime.signals import SIGNALS
 
@@ -135,7 +132,7 @@ class _Child:
 
     def _spawn(self) -> None:
         self.stop()
-        code = "from xlsd_cache.images.sandbox import serve; serve()"
+        code = "from xlsd_cache.images.child import serve; serve()"
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -160,8 +157,8 @@ class _Child:
         assert self._process.stdout is not None
         begun = time.monotonic()
         try:
-            _write(self._process.stdin, message)
-            answer = _read(self._process.stdout)
+            write(self._process.stdin, message)
+            answer = read(self._process.stdout)
         except (EOFError, OSError):  # the process has ended
             code = self._process.wait()
         except BaseException:  # a late answer would be taken for the next call's
@@ -232,71 +229,3 @@ def _blocked_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def serve() -> None:
-    """The child's main loop: answer the calls that arrive on stdin until it closes."""
-    for number in SIGNALS:  # the parent finishes the batch, then ends its children
-        signal.signal(number, signal.SIG_IGN)
-    seconds, nbytes = float(sys.argv[1]), int(sys.argv[2])
-    calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    _limit_memory(nbytes)
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        suppress(EOFError, BrokenPipeError),  # the parent has ended
-    ):
-        for stream in (1, 2):  # libraries must not print into the answers
-            os.dup2(nowhere.fileno(), stream)
-        while True:
-            message = _read(calls)
-            # A C thread that exits the process even if C code hangs and holds the GIL, or the
-            # parent was killed meanwhile.
-            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
-            answer = _answer(message)
-            faulthandler.cancel_dump_traceback_later()
-            _write(answers, answer)
-
-
-def _answer(message: bytes) -> bytes:
-    try:
-        function, args = pickle.loads(message)  # noqa: S301 - from our own parent
-        return pickle.dumps((True, function(*args)), 5)
-    except MemoryError:
-        return pickle.dumps((True, Rejected("too_much_memory", "decoding it ran out of memory")), 5)
-    except Exception as error:
-        return pickle.dumps((False, error), 5)
-
-
-def _limit_memory(nbytes: int) -> None:
-    """Limit this process to `nbytes` of memory beyond what it has, where the system can."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = psutil.Process().memory_info().vms + nbytes
-    if hard != resource.RLIM_INFINITY:
-        most = min(most, hard)
-    with suppress(OSError, ValueError):  # macOS has the limit but does not support it
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-
-
-def _write(pipe: IO[bytes], message: bytes) -> None:
-    """The length of a pickle, then the pickle. Raises OSError when nobody reads.
-
-    multiprocessing's Connection would do it for these pipes on POSIX, and for none on Windows.
-    """
-    pipe.write(struct.pack("<Q", len(message)))
-    pipe.write(message)
-    pipe.flush()
-
-
-def _read(pipe: IO[bytes]) -> bytes:
-    """What `_write` wrote. Raises EOFError when the process that writes has ended."""
-    head = pipe.read(8)
-    length = struct.unpack("<Q", head)[0] if len(head) == 8 else 1
-    message = pipe.read(length)
-    if len(message) < length:
-        raise EOFError("the other process has ended")
-    return message

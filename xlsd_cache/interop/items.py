@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.files.uri import open_source
 from xlsd_cache.images.buckets import STEP
-from xlsd_cache.images.decode import MOST_PIXELS, read_header
+from xlsd_cache.images.header import MOST_PIXELS, read_header
 from xlsd_cache.interop.cache_files import CacheFile, CacheListing
 from xlsd_cache.interop.formats import CachedLatent, Contents, peek
 from xlsd_cache.interop.pairing import SourceImage, pair

@@ -14,7 +14,8 @@ import torch
 from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.vae import Vae
 from xlsd_cache.errors import UserError
-from xlsd_cache.images.decode import MOST_PIXELS, Pixels, decode
+from xlsd_cache.images.decode import Pixels, decode
+from xlsd_cache.images.header import MOST_PIXELS
 from xlsd_cache.images.sandbox import decoders
 from xlsd_cache.interop.cache_files import KEEPS
 from xlsd_cache.interop.formats import read

@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from xlsd_cache.console.option_checks import CheckedOptions, Within
-from xlsd_cache.images.decode import MAX_PIXELS, MOST_PIXELS
+from xlsd_cache.images.header import MAX_PIXELS, MOST_PIXELS
 from xlsd_cache.options.captions import split_columns
 
 

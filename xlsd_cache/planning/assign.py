@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from xlsd_cache.images.buckets import Buckets
-from xlsd_cache.images.decode import too_large
+from xlsd_cache.images.header import too_large
 from xlsd_cache.outcomes import Rejected
 from xlsd_cache.planning.log_state import LogState, set_plan_column
 from xlsd_cache.runtime.arrow import Ints, lookup, lookup_rows, take_or_null

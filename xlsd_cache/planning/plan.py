@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from xlsd_cache.errors import UserError
 from xlsd_cache.images.buckets import Buckets
-from xlsd_cache.images.decode import MAX_PIXELS
+from xlsd_cache.images.header import MAX_PIXELS
 from xlsd_cache.planning.assign import assign_buckets, assign_rows, crop_matrix
 from xlsd_cache.planning.caption_diff import caption_changes
 from xlsd_cache.planning.log_state import LogState, set_plan_column

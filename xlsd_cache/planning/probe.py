@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.files.inflate import BadSource
 from xlsd_cache.files.uri import open_source, read_source
-from xlsd_cache.images.decode import (
+from xlsd_cache.images.header import (
     MAX_PIXELS,
     MOST_PIXELS,
     PARSED_IN_C,

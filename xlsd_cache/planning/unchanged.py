@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from xlsd_cache.images.decode import MAX_PIXELS, max_bytes
+from xlsd_cache.images.header import MAX_PIXELS, max_bytes
 from xlsd_cache.outcomes import FAILURES, RETRIED
 from xlsd_cache.planning.probe import read_hashes
 

@@ -13,19 +13,10 @@ from xlsd_train.config.adapt import adapt, chosen
 from xlsd_train.config.inputs import DEFAULT_DATA
 from xlsd_train.config.run_options import PlanConfig
 from xlsd_train.data.mixture import open_mixture
+from xlsd_train.memory.choose import asked, largest, memory_limit
 from xlsd_train.memory.gpus import shown_cards
 from xlsd_train.memory.meta_step import Size
-from xlsd_train.memory.planner import (
-    GIB,
-    SLICES,
-    WAYS,
-    Asked,
-    Planner,
-    Prediction,
-    asked,
-    largest,
-    memory_limit,
-)
+from xlsd_train.memory.planner import GIB, SLICES, WAYS, Asked, Planner, Prediction
 from xlsd_train.memory.several_cards import Link, several_cards, table
 from xlsd_train.step.backend import MemoryPlan, Way
 from xlsd_train.training.setup_data import choose_samples

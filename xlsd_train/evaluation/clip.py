@@ -17,7 +17,8 @@ from xlsd_cache.console.progress import progress_bar
 from xlsd_cache.encoding.hub import no_such, repository_of
 from xlsd_cache.encoding.network_config import plain_config
 from xlsd_cache.errors import UserError, one_line
-from xlsd_cache.images.decode import decode, header_of
+from xlsd_cache.images.decode import decode
+from xlsd_cache.images.header import header_of
 from xlsd_cache.outcomes import Rejected
 from xlsd_train.runs.json_files import misfit
 from xlsd_train.weights.hub import TOKENIZER_FILES, fetch_model

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from xlsd_train.config.train import TrainConfig
+from xlsd_train.memory.choose import asked
 from xlsd_train.memory.gpus import card_named, device_name, known_as
 from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.plan_cache import key_of, recall, remember
-from xlsd_train.memory.planner import GIB, REFERENCE, SLICES, Planner, Prediction, asked
+from xlsd_train.memory.planner import GIB, REFERENCE, SLICES, Planner, Prediction
 from xlsd_train.memory.trials import MOST, Job, in_child
 from xlsd_train.runs.record import MeasuredPlan
 from xlsd_train.step.backend import MemoryPlan

@@ -17,12 +17,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from xlsd_cache.console.progress import progress_bar
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.memory.tracker import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint, Tracker
+from xlsd_train.memory.footprint import FROZEN, GRADIENTS, STATE, WEIGHTS, Footprint
+from xlsd_train.memory.tracker import Tracker
 from xlsd_train.model.bundle import Networks
 from xlsd_train.model.latent_scaling import LatentScaling
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.optim.lion import DLion, Lion, StreamedNbytes
-from xlsd_train.step import attention, layers
+from xlsd_train.step import attention, blocks
 from xlsd_train.step.attention import Block
 from xlsd_train.step.backend import MemoryPlan, Work, drop_gradients, step_parameters
 from xlsd_train.step.layers import WHOLE, Layer
@@ -81,11 +82,11 @@ class CudaMode(TorchFunctionMode):
 @contextmanager
 def _recomputing(mode: CudaMode) -> Iterator[None]:
     """Apply the mode to recomputation in the backward pass too, where torch leaves all modes."""
-    layers.checkpoint_options["context_fn"] = lambda: (nullcontext(), mode)
+    blocks.checkpoint_options["context_fn"] = lambda: (nullcontext(), mode)
     try:
         yield
     finally:
-        layers.checkpoint_options.clear()
+        blocks.checkpoint_options.clear()
 
 
 class MetaSharing(Sharing):

@@ -21,7 +21,7 @@ from xlsd_train.memory.planner import GIB
 from xlsd_train.runs.json_files import misfit
 from xlsd_train.runs.record import MEASURED, MeasuredPlan
 from xlsd_train.step.backend import Momentum, Way
-from xlsd_train.step.layers import Attention
+from xlsd_train.step.blocks import Attention
 
 log = logging.getLogger("xlsd.train.memory")
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xlsd_train.memory.footprint import Footprint
 from xlsd_train.memory.gpus import CARDS, shown_cards
 from xlsd_train.memory.meta_step import Size
 from xlsd_train.memory.planner import GIB, Planner, Prediction, last
-from xlsd_train.memory.tracker import Footprint
 from xlsd_train.step.backend import Way
 
 LITTLE = 0.05  # of a step: what sharing should cost at most

@@ -30,8 +30,8 @@ from xlsd_cache.runtime.device import deterministic, device_of, set_precision
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
+from xlsd_train.memory.choose import cap_card
 from xlsd_train.memory.meta_step import Size, random_networks
-from xlsd_train.memory.planner import cap_card
 from xlsd_train.model.bundle import Networks
 from xlsd_train.optim.factory import make_optimizer
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan, drop_gradients

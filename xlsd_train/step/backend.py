@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 from xlsd_cache.runtime.gpu_memory import give_back, is_full
 from xlsd_train.optim.factory import finish
-from xlsd_train.step.layers import Attention, Layer, Mode, Recompute
+from xlsd_train.step.blocks import Attention, Mode, Recompute
+from xlsd_train.step.layers import Layer
 from xlsd_train.step.sharing import Sharing
 
 log = logging.getLogger("xlsd.train.step")

@@ -24,8 +24,8 @@ from torch.nn import Conv2d, GroupNorm
 from torch.nn import functional as F
 
 from xlsd_cache.errors import UserError
+from xlsd_train.step.blocks import EAGER, MemoryBound
 from xlsd_train.step.layers import INPUT_IDS, NOISY, TIMESTEPS
-from xlsd_train.step.memory_bound import EAGER, MemoryBound
 from xlsd_train.step.step import Step
 
 log = logging.getLogger("xlsd.train.step")

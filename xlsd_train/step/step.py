@@ -23,16 +23,8 @@ from xlsd_cache.runtime.gpu_memory import give_back
 from xlsd_train.data.loader import Batch
 from xlsd_train.model.bundle import Networks
 from xlsd_train.step.backend import MemoryPlan, StepBackend, drop_gradients
-from xlsd_train.step.layers import (
-    INPUT_IDS,
-    NOISY,
-    PREDICTION,
-    TIMESTEPS,
-    Layer,
-    Mode,
-    make_layers,
-)
-from xlsd_train.step.memory_bound import EAGER, MemoryBound
+from xlsd_train.step.blocks import EAGER, MemoryBound, Mode
+from xlsd_train.step.layers import INPUT_IDS, NOISY, PREDICTION, TIMESTEPS, Layer, make_layers
 from xlsd_train.step.objective import Objective
 from xlsd_train.step.sliced import SlicedPass
 

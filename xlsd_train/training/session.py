@@ -25,7 +25,7 @@ from xlsd_train.data.mixture import open_mixture
 from xlsd_train.evaluation.prompts import remarks
 from xlsd_train.evaluation.sampler import Sampler, sample_size
 from xlsd_train.evaluation.validator import Validator, make_validator
-from xlsd_train.memory.planner import largest
+from xlsd_train.memory.choose import largest
 from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.optim.ema import Ema, averaging
 from xlsd_train.optim.lr_scheduler import planned_steps

@@ -18,17 +18,18 @@ from xlsd_train.checkpoints.checkpoint import load_optimizer
 from xlsd_train.checkpoints.comparison import compare_batch
 from xlsd_train.checkpoints.run_folder import RunFolder
 from xlsd_train.config.train import TrainConfig
+from xlsd_train.memory.choose import cap_card, choose, mean_size, memory_limit
 from xlsd_train.memory.gpus import device_name, known_as
 from xlsd_train.memory.measure import Measuring
 from xlsd_train.memory.meta_step import Size
-from xlsd_train.memory.planner import GIB, Planner, cap_card, choose, mean_size, memory_limit
+from xlsd_train.memory.planner import GIB, Planner
 from xlsd_train.optim.factory import make_optimizer, streamed_nbytes
 from xlsd_train.progress.pace import predicted
 from xlsd_train.runs.record import MeasuredPlan, RunRecord
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan
+from xlsd_train.step.blocks import EAGER
 from xlsd_train.step.compile import Compiled, check_compiler, warm_up
 from xlsd_train.step.distributed import TIMEOUT
-from xlsd_train.step.memory_bound import EAGER
 from xlsd_train.step.step import Step
 from xlsd_train.training.setup_model import RunModel
 

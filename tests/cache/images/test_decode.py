@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from tests.support import picture
-from xlsd_cache.images.decode import FORMATS, MAX_PIXELS, Pixels, decode, read_header
+from xlsd_cache.images.decode import Pixels, decode
+from xlsd_cache.images.header import FORMATS, MAX_PIXELS, read_header
 from xlsd_cache.outcomes import REASONS, Reason, Rejected
 
 WIDTH, HEIGHT = 160, 128

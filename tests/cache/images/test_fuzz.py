@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.support import picture
-from xlsd_cache.images.decode import FORMATS, MAX_PIXELS, decode, read_header
+from xlsd_cache.images.decode import decode
+from xlsd_cache.images.header import FORMATS, MAX_PIXELS, read_header
 from xlsd_cache.images.sandbox import Sandbox
 from xlsd_cache.outcomes import Reason, Rejected
 

@@ -19,8 +19,9 @@ from PIL import Image
 
 from tests.support import mishaps, picture, wait_for
 from xlsd_cache.errors import UserError
-from xlsd_cache.images import sandbox as sandbox_module
-from xlsd_cache.images.decode import MAX_PIXELS, decode
+from xlsd_cache.images.child import limit_memory
+from xlsd_cache.images.decode import decode
+from xlsd_cache.images.header import MAX_PIXELS
 from xlsd_cache.images.sandbox import Sandbox, decode_nbytes, decoders
 from xlsd_cache.outcomes import Rejected
 
@@ -212,7 +213,7 @@ def test_a_child_that_cannot_start_is_an_error_not_a_rejection(
 
 def test_it_works_where_memory_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    sandbox_module._limit_memory(MIB)
+    limit_memory(MIB)
     assert len(b"x" * 2 * MIB) == 2 * MIB
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.support import picture, write_images
 from xlsd_cache.images.buckets import Buckets
-from xlsd_cache.images.decode import MAX_PIXELS
+from xlsd_cache.images.header import MAX_PIXELS
 from xlsd_cache.outcomes import Reason, Rejected
 from xlsd_cache.planning import probe as headers
 from xlsd_cache.planning.log_state import CONTENT, LogState, former_names, read_log_state

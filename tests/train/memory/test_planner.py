@@ -16,23 +16,12 @@ from xlsd_train.config import sd15
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
 from xlsd_train.memory import meta_step
+from xlsd_train.memory.choose import asked, cap_card, choose, largest, mean_size, memory_limit
 from xlsd_train.memory.gpus import CARDS, card_named, device_name, known_as, shown_cards
 from xlsd_train.memory.meta_step import CudaMode, MetaStep
-from xlsd_train.memory.planner import (
-    GIB,
-    WAYS,
-    Asked,
-    Planner,
-    asked,
-    cap_card,
-    choose,
-    largest,
-    last,
-    mean_size,
-    memory_limit,
-)
+from xlsd_train.memory.planner import GIB, WAYS, Asked, Planner, last
 from xlsd_train.step.backend import MemoryPlan
-from xlsd_train.step.layers import Mode
+from xlsd_train.step.blocks import Mode
 
 UNET = TrainConfig(phase="unet").resolved()
 SIZE = (32, 32)

@@ -17,6 +17,7 @@ from tests.support.sessions import bare_step
 from xlsd_train.config.run_options import PlanConfig
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
+from xlsd_train.memory.footprint import Footprint
 from xlsd_train.memory.gpus import CARDS, shown_cards
 from xlsd_train.memory.planner import Planner
 from xlsd_train.memory.several_cards import (
@@ -28,7 +29,6 @@ from xlsd_train.memory.several_cards import (
     table,
     waiting_s,
 )
-from xlsd_train.memory.tracker import Footprint
 from xlsd_train.step import sharing
 from xlsd_train.step.backend import MemoryPlan
 from xlsd_train.step.sharing import Sharing

@@ -17,7 +17,7 @@ from xlsd_train.memory.planner import Planner
 from xlsd_train.memory.tracker import Tracker
 from xlsd_train.step import attention
 from xlsd_train.step.backend import MemoryPlan
-from xlsd_train.step.layers import Attention
+from xlsd_train.step.blocks import Attention
 from xlsd_train.step.step import Step
 
 SIZE = (32, 24)

@@ -14,7 +14,8 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.store.reader import LatentStore
 from xlsd_train.model.loading import load_bundle
 from xlsd_train.model.text_encoder import hidden_states, stretch, stretched
-from xlsd_train.step.layers import STATES, Mode
+from xlsd_train.step.blocks import Mode
+from xlsd_train.step.layers import STATES
 from xlsd_train.training.session import Session
 
 

@@ -21,7 +21,8 @@ from tests.support.sessions import Open, bare_step, slow_train
 from xlsd_cache.errors import UserError
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.data.loader import Batch
-from xlsd_train.memory.planner import GIB, Planner, memory_limit
+from xlsd_train.memory.choose import memory_limit
+from xlsd_train.memory.planner import GIB, Planner
 from xlsd_train.optim.factory import finish, numbers, settle
 from xlsd_train.optim.lion import DLion, Lion
 from xlsd_train.optim.streamed import BUFFERS, Streamed, Streams

@@ -8,15 +8,8 @@ from torch import Tensor
 from benchmarks.demo.pipeline import make_networks
 from benchmarks.lib.flops import FlopCounter
 from xlsd_cache.errors import UserError
-from xlsd_train.step.layers import (
-    INPUT_IDS,
-    NOISY,
-    PREDICTION,
-    TIMESTEPS,
-    Mode,
-    Recompute,
-    make_layers,
-)
+from xlsd_train.step.blocks import Mode, Recompute
+from xlsd_train.step.layers import INPUT_IDS, NOISY, PREDICTION, TIMESTEPS, make_layers
 
 
 def networks() -> tuple[Any, Any]:

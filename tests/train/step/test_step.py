@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from tests.support.sessions import Open
 from xlsd_train.data.loader import Batch
 from xlsd_train.step.backend import DeviceBackend, MemoryPlan
-from xlsd_train.step.layers import Attention
+from xlsd_train.step.blocks import Attention
 from xlsd_train.step.step import Step
 from xlsd_train.training.session import Session
 
