@@ -22,14 +22,7 @@ import psutil
 import torch
 
 from benchmarks.lib.allocations import peak_of
-from benchmarks.lib.real_step import (
-    drawn_batch,
-    here,
-    machine_of,
-    model_of,
-    networks,
-    step_of,
-)
+from benchmarks.lib.real_step import drawn_batch, here, machine_of, model_of, networks, step_of
 from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_cache.console.libraries import quiet_libraries
 from xlsd_cache.runtime.device import describe_precision, deterministic, set_precision

@@ -35,7 +35,7 @@ from xlsd_train.runs.layout import (
 )
 from xlsd_train.runs.record import EMPTY, read_record, read_state
 from xlsd_train.weights.lazy_tensors import read_tensors
-from xlsd_train.weights.locate import TEXT_ENCODER, UNET
+from xlsd_train.weights.parts import TEXT_ENCODER, UNET
 
 OPTIMIZER = "optimizer.safetensors"
 # The remedy for an optimizer that finds its own rate.

@@ -26,8 +26,8 @@ from xlsd_train.runs.layout import BASE, SNAPSHOTS, STATE, checkpoint_at, checkp
 from xlsd_train.runs.links import refuse_links
 from xlsd_train.runs.record import unreadable
 from xlsd_train.weights.lazy_tensors import check_length, read_tensors
-from xlsd_train.weights.locate import TEXT_ENCODER, UNET
 from xlsd_train.weights.network import PREFIX
+from xlsd_train.weights.parts import TEXT_ENCODER, UNET
 
 log = logging.getLogger("xlsd.train.commands")
 

@@ -25,7 +25,8 @@ from xlsd_train.model.loading import assemble, model_vae
 from xlsd_train.report.comparison import comparison
 from xlsd_train.runs.layout import GRID
 from xlsd_train.weights.lazy_tensors import sha256_of
-from xlsd_train.weights.locate import ModelParts, locate_model
+from xlsd_train.weights.locate import locate_model
+from xlsd_train.weights.parts import ModelParts
 
 log = logging.getLogger("xlsd.train.commands")
 

@@ -8,8 +8,8 @@ from xlsd_cache.encoding.vae import Vae, load_vae
 from xlsd_cache.errors import UserError
 from xlsd_train.model.loading import model_vae
 from xlsd_train.weights.lazy_tensors import in_memory
-from xlsd_train.weights.locate import ModelParts
 from xlsd_train.weights.network import PREFIX, Network, empty_network
+from xlsd_train.weights.parts import ModelParts
 from xlsd_train.weights.vae_fold import ChannelNormalisation, fold
 
 

@@ -18,21 +18,17 @@ from xlsd_train.config import sd15
 from xlsd_train.config.model_options import ExportDtype, ExportFormat, check_export_target
 from xlsd_train.export.conversions import bake_clip_skip, fold_vae, vae_in, with_decoder
 from xlsd_train.export.ldm_config import ldm_config
+from xlsd_train.export.ldm_file import single_file
 from xlsd_train.export.model_card import ModelCard
 from xlsd_train.export.other_programs import usage_notes, vae_notes
 from xlsd_train.export.sidecars import missing_config, withdrawing, write_sidecars
 from xlsd_train.model.text_encoder import copy_tokenizer
 from xlsd_train.runs.history import checkpoint_history
 from xlsd_train.runs.json_files import load_object
-from xlsd_train.weights.lazy_tensors import (
-    LazyTensor,
-    compare_tensors,
-    sha256_of,
-    write_tensors,
-)
-from xlsd_train.weights.ldm_file import single_file
-from xlsd_train.weights.locate import CONFIGS, ModelParts, fetch_missing, locate_model
+from xlsd_train.weights.lazy_tensors import LazyTensor, compare_tensors, sha256_of, write_tensors
+from xlsd_train.weights.locate import fetch_missing, locate_model
 from xlsd_train.weights.network import POSITIONS, Network, empty_network, with_finite_check
+from xlsd_train.weights.parts import CONFIGS, ModelParts
 from xlsd_train.weights.vae_fold import SD15_FACTOR
 
 log = logging.getLogger("xlsd.train.export")

@@ -9,15 +9,7 @@ from xlsd_cache.errors import UserError
 from xlsd_cache.vocabulary import Bucket
 from xlsd_train.config.train import TrainConfig
 from xlsd_train.memory.meta_step import Size
-from xlsd_train.memory.planner import (
-    GIB,
-    REFERENCE,
-    SLICES,
-    WAYS,
-    Asked,
-    Planner,
-    Prediction,
-)
+from xlsd_train.memory.planner import GIB, REFERENCE, SLICES, WAYS, Asked, Planner, Prediction
 from xlsd_train.step.backend import MemoryPlan, Momentum, Way
 from xlsd_train.step.blocks import Attention
 

@@ -17,8 +17,8 @@ from xlsd_train.config.weight_patterns import choose, split
 from xlsd_train.model.latent_scaling import LatentScaling, save_scaling
 from xlsd_train.model.reinit import reinitialise
 from xlsd_train.model.text_encoder import copy_tokenizer, hidden_states, skipped_layers
-from xlsd_train.weights.locate import TEXT_ENCODER, UNET
 from xlsd_train.weights.network import PREFIX
+from xlsd_train.weights.parts import TEXT_ENCODER, UNET
 
 
 @dataclass(kw_only=True)

@@ -16,8 +16,9 @@ from xlsd_train.model.bundle import ModelBundle
 from xlsd_train.model.latent_scaling import load_scaling, vae_scaling
 from xlsd_train.model.text_encoder import stretch
 from xlsd_train.runs.layout import BASE, run_of
-from xlsd_train.weights.locate import ModelParts, fetch_missing, locate_model
+from xlsd_train.weights.locate import fetch_missing, locate_model
 from xlsd_train.weights.network import Network, build_network
+from xlsd_train.weights.parts import ModelParts
 
 
 def load_model(

@@ -20,8 +20,8 @@ from tests.support.pipelines import with_factor
 from xlsd_train.config import sd15
 from xlsd_train.config.optimization import Kind
 from xlsd_train.export.conversions import fold_vae
+from xlsd_train.export.ldm_file import single_file
 from xlsd_train.weights.lazy_tensors import LazyTensor
-from xlsd_train.weights.ldm_file import single_file
 from xlsd_train.weights.ldm_keys import UNET as PREFIX
 from xlsd_train.weights.ldm_keys import ema_name
 from xlsd_train.weights.locate import locate_model

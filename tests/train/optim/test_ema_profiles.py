@@ -4,14 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from xlsd_train.optim.ema_profiles import (
-    Profile,
-    coefficients,
-    gamma_of,
-    inner,
-    kept,
-    superfluous,
-)
+from xlsd_train.optim.ema_profiles import Profile, coefficients, gamma_of, inner, kept, superfluous
 
 STEPS = 1000
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import train
 from xlsd_train.config import sd15
-from xlsd_train.weights.ldm_file import marks
-from xlsd_train.weights.locate import CONFIGS, locate_model
+from xlsd_train.export.ldm_file import marks
+from xlsd_train.weights.locate import locate_model
+from xlsd_train.weights.parts import CONFIGS
 from xlsd_train.weights.prediction_type import has_zero_snr, prediction_type, scheduler_for
 
 Out = pytest.CaptureFixture[str]

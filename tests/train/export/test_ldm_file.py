@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xlsd_train.config import sd15
+from xlsd_train.export.ldm_file import LAST_ALPHA_BAR, marks, noise_schedule, single_file
 from xlsd_train.step.objective import alphas_cumprod
 from xlsd_train.weights.lazy_tensors import write_tensors
-from xlsd_train.weights.ldm_file import LAST_ALPHA_BAR, marks, noise_schedule, single_file
-from xlsd_train.weights.locate import CONFIGS, locate_model
+from xlsd_train.weights.locate import locate_model
 from xlsd_train.weights.network import build_network
+from xlsd_train.weights.parts import CONFIGS
 from xlsd_train.weights.prediction_type import scheduler_for
 
 V = scheduler_for("v", sd15.SCHEDULER)
