@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 AXE = ROOT / "web/node_modules/axe-core/axe.min.js"  # `npm --prefix web ci` installs it
@@ -68,3 +68,25 @@ def faults(page: Page) -> list[str]:
     page.evaluate(AXE.read_text(encoding="utf-8"))
     found = page.evaluate("axe.run()")
     return [f"{it['id']}: {it['nodes'][0]['html']}" for it in found["violations"]]
+
+
+def check_layout(page: Page, name: str, scheme: Scheme) -> None:
+    """A page in PICTURES; with all details open it is accessible, and as light as its scheme."""
+    PICTURES.mkdir(exist_ok=True)
+    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+    for details in page.locator("details").all():
+        details.locator("summary").click()
+    assert faults(page) == []
+    light = page.locator("body").evaluate(LUMINANCE)
+    assert light > 200 if scheme == "light" else light < 60
+
+
+def drag(page: Page, element: Locator) -> None:
+    """Drag from the middle of an element to 80% of its width."""
+    box = element.bounding_box()
+    assert box is not None
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] / 2, middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.8, middle, steps=5)
+    page.mouse.up()

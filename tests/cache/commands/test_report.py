@@ -16,7 +16,13 @@ import torch
 
 from benchmarks.lib.synthetic import REASONS, make_store
 from tests.support import cache
-from tests.support.browser import LAYOUTS, LUMINANCE, PICTURES, Scheme, chromium, faults, opened
+from tests.support.browser import (
+    LAYOUTS,
+    Scheme,
+    check_layout,
+    chromium,
+    opened,
+)
 from xlsd_cache.commands.preview import decoded
 from xlsd_cache.encoding.compatibility import identity_of
 from xlsd_cache.encoding.vae import load_vae
@@ -83,11 +89,7 @@ def browser(made: Path, large: Path) -> Iterator[Any]:
 @pytest.mark.parametrize(("width", "scheme"), LAYOUTS)
 def test_every_layout_is_accessible(browser: Any, made: Path, width: int, scheme: Scheme) -> None:
     with opened(browser, made, width, scheme) as page:
-        PICTURES.mkdir(exist_ok=True)
-        page.screenshot(path=PICTURES / f"store-{width}-{scheme}.png", full_page=True)
-        assert faults(page) == []
-        light = page.locator("body").evaluate(LUMINANCE)
-        assert light > 200 if scheme == "light" else light < 60
+        check_layout(page, f"store-{width}-{scheme}", scheme)
 
 
 def test_the_numbers_are_those_of_info(browser: Any, made: Path, built: Path, capsys: Any) -> None:

@@ -12,7 +12,14 @@ import torch
 from playwright.sync_api import expect
 
 from tests.support import train
-from tests.support.browser import LUMINANCE, PICTURES, Scheme, chromium, faults, opened
+from tests.support.browser import (
+    LUMINANCE,
+    Scheme,
+    check_layout,
+    chromium,
+    drag,
+    opened,
+)
 
 HARM = '</script><script>window.harmed = true</script><img src=x onerror="window.harmed=true">'
 LAYOUTS: list[tuple[str, int, Scheme]] = [
@@ -51,13 +58,7 @@ def test_every_layout_is_accessible(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: Scheme
 ) -> None:
     with opened(browser, pages[name], width, scheme) as page:
-        PICTURES.mkdir(exist_ok=True)
-        page.screenshot(path=PICTURES / f"report-{name}-{width}-{scheme}.png", full_page=True)
-        for details in page.locator("details").all():
-            details.locator("summary").click()
-        assert faults(page) == []
-        light = page.locator("body").evaluate(LUMINANCE)
-        assert light > 200 if scheme == "light" else light < 60
+        check_layout(page, f"report-{name}-{width}-{scheme}", scheme)
 
 
 @pytest.mark.parametrize("name", ["one", "both"])
@@ -119,18 +120,14 @@ def test_dragging_compares_and_a_click_enlarges(browser: Any, pages: dict[str, P
         stage.scroll_into_view_if_needed()
         box = stage.bounding_box()
         assert box is not None
-        middle = box["y"] + box["height"] / 2
-        page.mouse.move(box["x"] + box["width"] / 2, middle)
-        page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] * 0.8, middle, steps=5)
-        page.mouse.up()
+        drag(page, stage)
         share = "it => parseFloat(it.style.getPropertyValue('--share'))"
         dragged = stage.evaluate(share)
         assert dragged == pytest.approx(80, abs=3)
         assert dialog.count() == 0
         page.get_by_role("slider", name="Share of the picture").press("ArrowLeft")
         assert stage.evaluate(share) == dragged - 1
-        page.mouse.click(box["x"] + box["width"] * 0.3, middle)
+        page.mouse.click(box["x"] + box["width"] * 0.3, box["y"] + box["height"] / 2)
         assert dialog.locator(".stage").count() == 1
         assert stage.evaluate(share) == dragged - 1
         page.keyboard.press("Escape")

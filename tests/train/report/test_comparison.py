@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.support.browser import LAYOUTS, LUMINANCE, PICTURES, Scheme, chromium, faults, opened
+from tests.support.browser import (
+    LAYOUTS,
+    Scheme,
+    check_layout,
+    chromium,
+    drag,
+    faults,
+    opened,
+)
 from xlsd_train.evaluation.images import Picture
 from xlsd_train.report.comparison import comparison
 
@@ -46,11 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("width", "scheme"), LAYOUTS)
 def test_every_layout_is_accessible(browser: Any, made: Path, width: int, scheme: Scheme) -> None:
     with opened(browser, made, width, scheme) as page:
-        PICTURES.mkdir(exist_ok=True)
-        page.screenshot(path=PICTURES / f"comparison-{width}-{scheme}.png", full_page=True)
-        assert faults(page) == []
-        light = page.locator("body").evaluate(LUMINANCE)
-        assert light > 200 if scheme == "light" else light < 60
+        check_layout(page, f"comparison-{width}-{scheme}", scheme)
 
 
 def test_texts_are_whole_and_stay_text(browser: Any, made: Path) -> None:
@@ -84,13 +88,7 @@ def test_pictures_have_the_models_and_prompts_as_names(browser: Any, made: Path)
 def test_dragging_on_one_picture_moves_all_dividers(browser: Any, made: Path) -> None:
     with opened(browser, made) as page:
         stages = page.locator(".stage")
-        box = stages.nth(1).bounding_box()
-        assert box is not None
-        middle = box["y"] + box["height"] / 2
-        page.mouse.move(box["x"] + box["width"] / 2, middle)
-        page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] * 0.8, middle, steps=5)
-        page.mouse.up()
+        drag(page, stages.nth(1))
         shares = stages.evaluate_all(f"all => all.map({SHARE})")
         assert shares == [shares[0]] * 3
         assert shares[0] == pytest.approx(80, abs=3)
