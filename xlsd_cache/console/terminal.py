@@ -238,6 +238,12 @@ def _code_of(name: str, command: Callable[[], int], stopped: str) -> int:
         event("stopped" if isinstance(error, Stopped) else "failed", error=str(error))
         _tell(f"{name}: {error}")
         return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "xlsd").partition(".")[0]
+        if package.startswith("xlsd"):  # ours: a bug
+            raise
+        _tell(f"{name}: the package {package} is not installed; run `pip install xlsd`")
+        return 1
     except OSError as error:
         if error.filename is None or isinstance(error, BrokenPipeError):
             raise

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import xlsd_cache
 from tests.support import cache, files, write_images
 from xlsd_cache.console.terminal import say_json, shown
 from xlsd_cache.store.reader import LatentStore
@@ -139,6 +140,20 @@ def test_without_buffers_text_is_written_at_once() -> None:
     code = "print('data')\nprint('a line', file=sys.stderr)\nos._exit(0)"
     done = script(code, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert (done.stdout, done.stderr) == (b"data\n", b"a line\n")
+
+
+def test_a_package_that_is_missing_is_one_sentence() -> None:
+    """Python without its site-packages; a module of ours that is missing is a bug."""
+    found = {**os.environ, "PYTHONPATH": str(Path(xlsd_cache.__file__).parents[1])}
+    words = ["-S", "-c", "import sys\nfrom xlsd_cache.console.terminal import run\n"]
+    for module, told in (("torch.nn", True), ("xlsd_cache.nothing", False)):
+        code = f"sys.exit(run('prog', lambda: __import__('{module}')))"
+        done = subprocess.run(
+            [sys.executable, *words[:-1], words[-1] + code],
+            env=found, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        sentence = "prog: the package torch is not installed; run `pip install xlsd`\n"
+        assert (done.returncode, done.stderr == sentence) == (1, told)
 
 
 @pytest.mark.parametrize("command", ["lambda: 0", "lambda: signal.raise_signal(signal.SIGINT)"])
