@@ -50,7 +50,7 @@ export function startLive(data, charts, timeline) {
         most = Math.max(most, line.x.length);
       }
     }
-    if (!shown || columns.loss?.includes(null) || most > MOST || runs[run].gone) renew(); // null: not finite
+    if (!shown || columns.loss?.includes(null) || most > MOST || runs[run].gone || silent[run]) renew(); // null: not finite
   }
 
   async function renew() {
