@@ -81,9 +81,10 @@ def leave_report(folder: Path, ended: bool) -> str | None:
 def page(
     runs: list[History], path: Path, live: dict[str, Any] | None = None, ended: bool = False
 ) -> str:
-    """The HTML of a page at this path; all text is escaped. The same runs give the same page.
+    """The HTML of a page at this path; all text is escaped.
 
-    With `live` for its script, it is that of a server: it fetches pictures and follows the runs.
+    The same runs give the same page, but for the next command while one goes on. With `live` for
+    its script, it is that of a server: it fetches pictures and follows the runs.
     """
     one = runs[0] if len(runs) == 1 else None
     standings, answer = ([], "") if one else rank(runs)
