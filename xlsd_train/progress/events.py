@@ -44,8 +44,8 @@ class Events:
         self._step = 0
         self._waiting: dict[str, Mapping[str, str]] = {}  # name -> environment
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._ended = threading.Event()
+        self._idle, self._ended = threading.Event(), threading.Event()
+        self._idle.set()
         self._counts = Counter[str]()  # commands run and failed, events skipped
         self._low = False
         self._refresh_at = 0.0
@@ -76,9 +76,9 @@ class Events:
             if self._waiting.pop(name, None):
                 self._count("skipped", f"an older event {name} is skipped: the command is slower")
             self._waiting[name] = told
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
+            if self._idle.is_set():
+                self._idle.clear()
+                threading.Thread(target=self._run, daemon=True).start()
 
     def warn_low(self, step: int, checkpoint: Path) -> None:
         """Tell, after a checkpoint, whether its disk is nearly full."""
@@ -117,7 +117,7 @@ class Events:
             with self._lock:
                 name = next(iter(self._waiting), None)
                 if name is None or self._ended.is_set():
-                    self._thread = None
+                    self._idle.set()
                     return
                 told = self._waiting.pop(name)
             self._counts["run"] += 1
@@ -132,15 +132,13 @@ class Events:
 
     def _finish(self, wait_s: float) -> None:
         """Wait for the commands, a limited time, and end the one that still runs."""
-        with self._lock:
-            thread = self._thread
-        if thread is not None:
-            thread.join(min(wait_s, LOGGED_S))
-            if thread.is_alive() and wait_s:
+        try:
+            if not self._idle.wait(min(wait_s, LOGGED_S)) and wait_s:
                 log.info(f"waiting for --on-event, at most {wait_s:g} s")
-                thread.join(wait_s)
+                self._idle.wait(wait_s)
+        finally:  # also at a second Ctrl-C meanwhile
             self._ended.set()
-            thread.join()
+            self._idle.wait(LOGGED_S)
         if skipped := list(self._waiting):
             log.warning(f"--on-event: no time was left for {', '.join(skipped)}")
         if max(self._counts["failed"], self._counts["skipped"]) > 1:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 
 import psutil
@@ -148,20 +149,22 @@ def test_a_command_that_hangs_is_killed_with_its_children(
     assert run_command([str(tmp_path / "nothing")], {}) is not None
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+@pytest.mark.parametrize("ctrl_c", ["", "within", "after"])
 def test_no_command_outlives_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctrl_c: str
 ) -> None:
     """Neither one for which no time was left, nor one that runs at a second Ctrl-C."""
-    monkeypatch.setattr(events, "TIMEOUT_S", 60 if error else 0.2)
+    monkeypatch.setattr(events, "TIMEOUT_S", 60 if ctrl_c else 0.2)
     pids = tmp_path / "pids"
     hangs = shlex.join(["sh", "-c", f"echo $$ >> {shlex.quote(str(pids))}; exec sleep 600"])
     with suppress(KeyboardInterrupt), Events(tmp_path, hangs) as it:
         for name in ("sampled", "validated", "saved", "stopped"):
             it.tell(name, 1, "")
-        wait_for(pids.exists)
-        if error:
-            raise error
+        wait_for(lambda: pids.exists() and pids.read_text() != "")
+        if ctrl_c == "within":
+            raise KeyboardInterrupt
+        if ctrl_c:
+            Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
     begun = [int(pid) for pid in pids.read_text().split()]
     assert begun
     assert not any(map(psutil.pid_exists, begun))
@@ -221,7 +224,7 @@ def test_a_disk_that_fills_is_told_once(
             usage = SimpleNamespace(total=10_000, used=0, free=free)
             monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
             it.warn_low(free, saved)
-            wait_for(lambda: it._thread is None)
+            wait_for(it._idle.is_set)
     assert [line[1] for line in lines(told) if line[0] == "disk-low"] == ["1999", "100"]
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(it["event"], it["free_nbytes"]) for it in printed] == [
