@@ -190,7 +190,7 @@ def test_what_a_command_prints_does_not_fill_the_disk() -> None:
             if os.fstat(1).st_blocks < before:
                 raise SystemExit("the last words")
     """
-    assert run_command([sys.executable, "-c", code], {}) == "ended with code 1: the last words"
+    assert str(run_command([sys.executable, "-c", code], {})).endswith("the last words")
 
 
 def test_events_never_wait_for_a_slow_command(tmp_path: Path) -> None:
