@@ -147,7 +147,7 @@ def main(args: Sequence[str] | None = None) -> int:
         start()
     given = list(sys.argv[1:] if args is None else args)
     training = COMMANDS.get(given[0] if given else "", TRAIN) is TRAIN
-    told = "; the last checkpoint stands" if training else ""
+    told = "; saved checkpoints stand" if training else ""
     return run("xlsd-train", lambda: _main(given), f"stopped at once{told}")
 
 
