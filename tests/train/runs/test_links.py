@@ -267,7 +267,7 @@ def test_logs_of_any_content_are_read_within_bounds(
         with (run / name).open("ab") as file:
             file.write(b"\n".join(odd) + b"\n" + b'{"step": 2, "loss": "x"}\n')
     assert train("report", run, "-o", tmp_path / "page.html") == 0
-    assert "lines skipped: no valid JSON" in (tmp_path / "page.html").read_text()
+    assert "17 lines of its logs: no valid JSON" in (tmp_path / "page.html").read_text()
     assert train(*words, "--out", run) == 0
     assert (run / "metrics.jsonl").read_bytes().startswith(good)
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
