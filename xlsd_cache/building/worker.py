@@ -138,8 +138,9 @@ class Worker:
             self._units = None
         units = self._units
         if units is None or not units.spans.keys() >= set(todo):
-            # Who asks for one unit will ask for others.
-            units = PlannedUnits.read(newest, todo if len(todo) > 1 else pending_units(newest))
+            # Who asks for one unit will ask for others; another process may have just committed it.
+            more = pending_units(newest) if len(todo) == 1 else []
+            units = PlannedUnits.read(newest, {*todo, *more})
         if unknown := [unit for unit in todo if unit not in units.spans]:
             raise UserError(
                 f"{self.root} has no unit {unknown[0].name}; `xlsd-cache plan` prints those that "

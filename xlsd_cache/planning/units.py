@@ -54,10 +54,9 @@ class PlannedUnits:
         names = shard_names(lines, store.rows_per_shard).combine_chunks()
         runs = pc.run_end_encode(names)
         ends = runs.run_ends.to_pylist()
-        starts = [0, *ends[:-1]]
         spans = {
             ShardId.parse(name): (start, end - start)
-            for name, start, end in zip(runs.values.to_pylist(), starts, ends, strict=True)
+            for name, start, end in zip(runs.values.to_pylist(), [0, *ends], ends, strict=False)
         }
         return cls(lines, spans, store.rows_per_shard)
 

@@ -43,7 +43,8 @@ def test_the_tasks_of_the_array_encode_all_units(
         )
         assert done.returncode == 0, done.stderr[-3000:]
         tasks.append(re.findall(r"^(64x64\.\d) encoded: 2 images", done.stdout, re.MULTILINE))
-    assert tasks == [["64x64.0", "64x64.2", "64x64.4"], ["64x64.1", "64x64.3"]]
+    assert [len(task) for task in tasks] == [3, 2]
+    assert sorted(tasks[0] + tasks[1]) == [f"64x64.{number}" for number in range(5)]
     assert cache("finish", "latents") == 0
     ours = files(tmp_path / "latents", "latents.zarr/**/*")
     assert ours == files(tmp_path / "whole", "latents.zarr/**/*")
