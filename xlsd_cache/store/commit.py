@@ -75,7 +75,7 @@ def claim(
             rows = read_journal(journal)
             if rows.keys() >= entries.keys() and _holds(store, unit, rows):
                 write_commit(store, unit, entries, rows)
-                journal.unlink()
+                journal.unlink(missing_ok=True)  # another process may tidy up now
                 _drop(manifest, unit, lock)
                 return None
             final.unlink()  # never committed, so never read

@@ -15,12 +15,14 @@ from tests.support.stores import pause_batches
 from tests.support.vaes import tiny
 from xlsd_cache import BuildOptions, BuildPlan, Outcome, UserError, Worker, build, finish, plan
 from xlsd_cache.building import plan as planning
+from xlsd_cache.building import worker as building_worker
 from xlsd_cache.encoding import pipeline
 from xlsd_cache.encoding.vae import load_vae
 from xlsd_cache.planning.generation import plan_lock
-from xlsd_cache.planning.units import PlannedUnits
+from xlsd_cache.planning.units import PlannedUnits, pending_units
 from xlsd_cache.runtime.signals import StopSignal
 from xlsd_cache.schema import PlanEntry
+from xlsd_cache.store import commit as store_commit
 from xlsd_cache.store.commit import Claim, claim
 from xlsd_cache.store.manifest import Manifest, ShardId
 from xlsd_cache.store.reader import LatentStore
@@ -178,6 +180,48 @@ def test_a_unit_that_another_holds_or_that_is_stopped_is_left_alone(options: Opt
             os.kill(os.getpid(), signal.SIGTERM)
             assert worker.encode(unit.name, stop) == Outcome(unit.name, "stopped")
         assert worker.encode(unit.name).status == "encoded"
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["the last one", "others are pending"])
+def test_a_unit_that_another_commits_meanwhile_is_encoded(
+    options: Options, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    out = options().out
+    units = plan(options()).units
+    with Worker(out) as worker, Worker(out) as other:
+        if not others:
+            other.encode_all(units[1:])
+
+        def meanwhile(store: StoreView) -> list[ShardId]:
+            monkeypatch.undo()
+            assert other.encode(units[0]).status == "encoded"
+            return pending_units(store)
+
+        monkeypatch.setattr(building_worker, "pending_units", meanwhile)
+        assert worker.encode(units[0]).status == "encoded"
+
+
+def test_a_shard_that_a_killed_process_left_is_committed_though_another_tidies(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = options().out
+    unit = plan(options()).units[0]
+    store, commit = StoreView.open(out), store_commit.write_commit
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def and_another_tidies(*given: Any) -> None:
+        commit(*given)
+        store_commit.tidy(store.manifest)
+
+    monkeypatch.setattr(store_commit, "write_commit", killed)
+    with Worker(out) as worker, pytest.raises(KeyboardInterrupt):
+        worker.encode(unit)
+    assert store.manifest.shard(ShardId.parse(unit)).exists()
+    monkeypatch.setattr(store_commit, "write_commit", and_another_tidies)
+    with Worker(out) as worker:
+        assert worker.encode(unit).status == "encoded"
 
 
 def test_who_waits_for_a_unit_makes_its_rows_once(
