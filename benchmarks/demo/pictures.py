@@ -18,10 +18,11 @@ from urllib.parse import quote
 
 import tyro
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 import xlsd_cache.pages
 from benchmarks.demo.going import going
+from benchmarks.lib.browser import chromium
 from xlsd_cache.errors import UserError
 from xlsd_cache.runtime.atomic import write_bytes
 
@@ -141,19 +142,14 @@ def small(picture: bytes) -> bytes:
 
 def draw(pages: dict[str, str], out: Path, schemes: tuple[Scheme, ...] = SCHEMES) -> None:
     """Write NAME-light.webp and NAME-dark.webp of every picture whose page's address is given."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        raise UserError("there is no Chromium; install it, e.g. `apt-get install chromium`")
     drawn = {}
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as browser:
         for name, (of, steps) in DRIVES.items():
             for scheme in schemes if of in pages else ():
                 picture = small(drive(browser, pages[of], steps, scheme))
                 if len(picture) > NBYTES:
                     raise UserError(f"{name}-{scheme}.webp has {len(picture)} bytes, over {NBYTES}")
                 drawn[f"{name}-{scheme}.webp"] = picture
-        browser.close()
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         write_bytes(out / name, picture)

@@ -1,6 +1,5 @@
 """`xlsd-train live` in a process of its own, and a browser with its page."""
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
-from xlsd_cache.errors import UserError
+from benchmarks.lib.browser import chromium
 
 
 @contextmanager
@@ -33,17 +32,12 @@ def serving(run: Path, code: str = "") -> Iterator[tuple[str, psutil.Process]]:
 @contextmanager
 def browsing(url: str, first: str = "") -> Iterator[Page]:
     """Chromium with the page, which runs the script `first` before its own. Raises UserError."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if not path:
-        raise UserError("there is no Chromium; install it, e.g. `apt-get install chromium`")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         if first:
             page.add_init_script(first)
         page.goto(url)
         yield page
-        browser.close()
 
 
 def get(url: str) -> bytes:

@@ -7,7 +7,6 @@ The run is synthetic: the lines that a run of so many steps logs, losses of 200 
 import json
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # when run as a file
 
 from benchmarks.demo.photos import write_photos
+from benchmarks.lib.browser import chromium
 from benchmarks.lib.machine import machine
 from benchmarks.lib.report import JsonOption, Report, run_script
 from xlsd_cache.errors import UserError
@@ -122,11 +121,7 @@ def build(run: Path) -> tuple[float, float, float]:
 
 def browse(page: Path) -> dict[str, float]:
     """Seconds to open the page, and its longest task while scrolling, in ms."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        raise UserError("there is no Chromium; install it, e.g. `apt-get install chromium`")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as browser:
         tab = browser.new_page(viewport={"width": 1400, "height": 900})
         tab.goto("about:blank")
         tab.goto(page.as_uri())
@@ -147,7 +142,6 @@ def browse(page: Path) -> dict[str, float]:
         for _ in range(30):
             tab.keyboard.press("ArrowLeft")
         trace = json.loads(browser.stop_tracing())["traceEvents"]
-        browser.close()
     threads = {it["tid"] for it in trace if it.get("args", {}).get("name") == MAIN}
     tasks = [it["dur"] / 1000 for it in trace if it.get("dur") and it["tid"] in threads]
     if not tasks:

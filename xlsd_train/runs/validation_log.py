@@ -6,6 +6,7 @@ RUN/validation.jsonl                        a line for each step and WEIGHTS: me
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,27 @@ def read_losses(run: Path, step: int) -> dict[str, Losses]:
 
 def damaged_losses(run: Path) -> list[Path]:
     """The files that `read_losses` leaves out."""
-    found = []
-    for path in steps_in(run / LOSSES, TENSORS).values():
-        try:
-            _load(path)
-        except UNREADABLE:
-            found.append(path)
-    return found
+    return [path for path in steps_in(run / LOSSES, TENSORS).values() if _is_damaged(path)]
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        status = path.stat()
+        return _was_damaged(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    except OSError:
+        return True
+
+
+@lru_cache(1 << 14)
+def _was_damaged(path: Path, *_: int) -> bool:
+    """A run that goes on has ever more files: each is read once, and again if it changed."""
+    try:
+        _load(path)
+    except OSError:  # perhaps not for long: it is not kept
+        raise
+    except UNREADABLE:
+        return True
+    return False
 
 
 def _load(path: Path) -> dict[str, Losses]:
